@@ -1,0 +1,1 @@
+"""qeff-proxy: proxy models of transformers, for people who bring them to accelerators."""

@@ -1,0 +1,90 @@
+"""The ``qeff-proxy`` command.
+
+One module of this package per command. A command module has two functions: ``configure(parser)``
+declares its arguments and ``run(args)`` returns the exit code. Only the module of the command at
+hand is imported, and it imports torch, transformers and the like inside ``run``, so that help
+stays instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import TYPE_CHECKING, Protocol, cast
+
+from qeff_proxy.cli.output import report_error
+from qeff_proxy.errors import ProxyError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+# command -> one line of help. The module is qeff_proxy.cli.<command>.
+COMMANDS = {
+    "demo": "run the whole flow on a checkpoint that comes with the program",
+    "inspect": "show what would be cut: sites, tied weights, bytes in body and vocabulary",
+    "export": "cut a model and export its parts to ONNX",
+    "compile": "prepare the exported parts for a backend",
+    "generate": "generate text from the proxy, and dump every tensor with --write-io",
+    "compare": "hold one dump against another and name the first layer that differs",
+    "convert": "convert a dump to or from other tools' formats",
+    "plugins": "list plugins, the model types they serve and what is wrong with any",
+}
+
+
+class _Command(Protocol):
+    def configure(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+def _load_command(name: str) -> _Command:
+    return cast("_Command", importlib.import_module(f"qeff_proxy.cli.{name}"))
+
+
+def _build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qeff-proxy",
+        description="Cut the token embedding and LM head out of a transformer, export its body, "
+        "run it anywhere, and dump and compare every tensor.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        sub = subparsers.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + "."
+        )
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == chosen:
+            _load_command(name).configure(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (0 is success; see `qeff_proxy.errors`)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in arguments if word in COMMANDS), None)
+    parser = _build_parser(chosen)
+    args = parser.parse_args(arguments)
+    if args.version:
+        from qeff_proxy.version import installed_version
+
+        sys.stdout.write(f"qeff-proxy {installed_version()}\n")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return _load_command(args.command).run(args)
+    except ProxyError as error:
+        if args.debug:
+            raise
+        report_error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        report_error("interrupted; nothing half-written was kept")
+        return 130
