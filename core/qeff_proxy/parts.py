@@ -1,0 +1,119 @@
+"""What a cut gives: parts with named tensors, and what the host must supply to run them.
+
+Tensors are joined **by name**: an input that carries the name of an earlier part's output is
+handed over from it. What is left is supplied by the host: the request's own tensors
+(``input_ids``), the attention masks (`MaskSpec`), ``position_ids`` and the cache
+(``past_key_values.<layer>.key`` and ``.value``, which the part gives back, one step longer, as
+``present.<layer>.key`` and ``.value``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Kind", "MaskKind", "MaskSpec", "Part", "Proxy", "TensorSpec"]
+
+Kind = Literal["split", "stub", "whole"]
+MaskKind = Literal["causal", "sliding", "chunked", "bidirectional", "bidirectional_sliding"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor at the edge of a part.
+
+    Attributes:
+        name: The tensor's name in the ONNX graph.
+        dtype: Its dtype as torch and NumPy spell it (``"float32"``, ``"int64"``, ``"bfloat16"``).
+        shape: One entry per axis: a size, or the name of a dynamic axis (``"batch"``,
+            ``"query"``, ``"past"``, ``"past + query"``).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as a JSON object."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
+        """The spec that `to_json` wrote."""
+        return cls(value["name"], value["dtype"], tuple(value["shape"]))
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """An additive attention mask, ``[batch, 1, query, past + query]``, that the host builds.
+
+    Attributes:
+        name: The graph input that takes it.
+        kind: Which keys a query may see, besides those that padding hides.
+        size: Window or chunk in tokens, for the kinds that have one.
+    """
+
+    name: str
+    kind: MaskKind
+    size: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as a JSON object."""
+        return {"name": self.name, "kind": self.kind, "size": self.size}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> MaskSpec:
+        """The spec that `to_json` wrote."""
+        return cls(value["name"], value["kind"], value["size"])
+
+
+@dataclass
+class Part:
+    """One graph to export.
+
+    Attributes:
+        name: ``"embedding"``, ``"body"``, ``"lm_head"``, ``"model"``, ``"encoder"``, ``"vision"``…
+        module: Takes the inputs as keyword arguments, the dots of their names as double
+            underscores, and returns a dict of the outputs by name, in order.
+        inputs: What goes in. Inputs that turn out not to reach any output are dropped from the
+            graph when it is traced.
+        outputs: What comes out, in order.
+        weights: Which file the weights go to: ``"body"`` or ``"vocabulary"``.
+        masks: Which of the inputs are attention masks, and of what kind.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: Literal["body", "vocabulary"]
+    masks: tuple[MaskSpec, ...] = ()
+
+
+@dataclass
+class Proxy:
+    """A model, cut.
+
+    Attributes:
+        kind: ``"split"``, ``"stub"`` or ``"whole"``.
+        flow: How the parts are run: ``"causal-lm"`` (prefill and decode steps), ``"encoder"``
+            (once per batch), or a flow that a plugin package registers.
+        parts: In the order they run.
+        settings: What the flow needs to know beyond names; JSON values only.
+    """
+
+    kind: Kind
+    flow: str
+    parts: tuple[Part, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, name: str) -> Part:
+        """The part called ``name`` (`KeyError` where there is none)."""
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise KeyError(name)
