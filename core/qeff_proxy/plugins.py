@@ -256,7 +256,7 @@ class Plugins:
         if len(packages) == 1:
             values = " and ".join(sorted(repr(claim.value) for claim in claims))
             return PluginError(
-                f"package {packages[0]!r} claims model type {model_type!r} more than once: {values}",
+                f"package {packages[0]!r} claims model type {model_type!r} twice: {values}",
                 f"Pass over it with {ENVIRONMENT_VARIABLE}={model_type}={GENERIC}.",
             )
         named = " and ".join(f"{claim.distribution!r} {claim.version}" for claim in claims)
