@@ -82,16 +82,19 @@ class Part:
         inputs: What goes in. Inputs that turn out not to reach any output are dropped from the
             graph when it is traced.
         outputs: What comes out, in order.
-        weights: Which file the weights go to: ``"body"`` or ``"vocabulary"``.
+        weights: Stem of the file its weights go to: ``"body"``, ``"vocabulary"``, ``"model"``…
         masks: Which of the inputs are attention masks, and of what kind.
+        trace_sizes: Sizes that dynamic axes have while the part is traced, where the defaults of
+            `qeff_proxy.trace.TRACE_SIZES` don't serve.
     """
 
     name: str
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    weights: Literal["body", "vocabulary"]
+    weights: str
     masks: tuple[MaskSpec, ...] = ()
+    trace_sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass

@@ -1,0 +1,56 @@
+"""Tensors and arrays: the same bits on both sides, bfloat16 included."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+__all__ = ["Array", "numpy_dtype", "to_array", "to_tensor"]
+
+if TYPE_CHECKING:
+    Array = npt.NDArray[Any]
+else:
+    Array = np.ndarray
+
+# Dtypes that NumPy itself lacks, and the integer type that holds their bits.
+_BIT_TYPES = {
+    "bfloat16": (ml_dtypes.bfloat16, np.uint16),
+    "float8_e4m3fn": (ml_dtypes.float8_e4m3fn, np.uint8),
+    "float8_e5m2": (ml_dtypes.float8_e5m2, np.uint8),
+}
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype called ``name``; ``bfloat16`` and 8-bit floats come from ml_dtypes."""
+    return np.dtype(_BIT_TYPES[name][0] if name in _BIT_TYPES else name)
+
+
+def to_array(tensor: torch.Tensor) -> Array:
+    """``tensor`` as an array on the host, sharing its memory where that is possible."""
+    import torch
+
+    tensor = tensor.detach().cpu()
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _BIT_TYPES:
+        return tensor.numpy()
+    dtype, bits = _BIT_TYPES[name]
+    integers = tensor.contiguous().view(torch.uint16 if bits is np.uint16 else torch.uint8)
+    return integers.numpy().view(dtype)
+
+
+def to_tensor(array: Array) -> torch.Tensor:
+    """``array`` as a CPU tensor, sharing its memory where that is possible."""
+    import torch
+
+    array = np.ascontiguousarray(array)
+    name = array.dtype.name
+    if name not in _BIT_TYPES:
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    bits = _BIT_TYPES[name][1]
+    return torch.from_numpy(array.view(bits).copy()).view(getattr(torch, name))

@@ -1,0 +1,217 @@
+"""An export on disk: ``export.json`` and the files it names.
+
+::
+
+    <model>-<hash>/
+        export.json              what this is, written last
+        embedding.onnx           input_ids → inputs_embeds
+        body.onnx                inputs_embeds, masks, cache → last_hidden_state, cache
+        lm_head.onnx             last_hidden_state → logits
+        body.safetensors         the body's weights, to be handed over alone
+        vocabulary.safetensors   the weights of embedding and LM head, tied ones once
+        processor/               config, tokenizer and generation settings
+        compiled/<backend>-…/    what `compile` made
+        io/<run>/                dumps
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.errors import ArtifactError
+from qeff_proxy.parts import MaskSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Export", "ExportedPart", "cache_home", "export_folder", "read_export", "sha256_of"]
+
+SCHEMA = 1
+MANIFEST = "export.json"
+
+
+@dataclass(frozen=True)
+class ExportedPart:
+    """A part as a file: the counterpart of `qeff_proxy.parts.Part`.
+
+    Attributes:
+        name: The part's name.
+        file: Its ONNX file, in the export's folder.
+        weights: The weights file it points into, or ``None`` where it has no weights.
+        sha256: Of the ONNX file.
+        inputs: What it takes.
+        outputs: What it gives.
+        masks: Which inputs are attention masks.
+    """
+
+    name: str
+    file: str
+    weights: str | None
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    masks: tuple[MaskSpec, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The part as a JSON object."""
+        return {
+            "name": self.name,
+            "file": self.file,
+            "weights": self.weights,
+            "sha256": self.sha256,
+            "inputs": [spec.to_json() for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+            "masks": [mask.to_json() for mask in self.masks],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ExportedPart:
+        """The part that `to_json` wrote."""
+        return cls(
+            value["name"],
+            _plain_name(value["file"]),
+            _plain_name(value["weights"]) if value["weights"] is not None else None,
+            value["sha256"],
+            tuple(TensorSpec.from_json(spec) for spec in value["inputs"]),
+            tuple(TensorSpec.from_json(spec) for spec in value["outputs"]),
+            tuple(MaskSpec.from_json(mask) for mask in value["masks"]),
+        )
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export, read from its folder.
+
+    Attributes:
+        folder: Where it lies.
+        kind: ``"split"``, ``"stub"`` or ``"whole"``.
+        flow: How its parts are run.
+        dtype: Of weights and activations.
+        model: Source, model type and architecture of the checkpoint.
+        parts: In the order they run.
+        files: Weights file → bytes.
+        cut: The sites, and what was verified of the cut.
+        settings: What the flow needs besides.
+        made_by: Versions of what made it, and the plugin that did.
+    """
+
+    folder: Path
+    kind: str
+    flow: str
+    dtype: str
+    model: dict[str, Any]
+    parts: tuple[ExportedPart, ...]
+    files: dict[str, int]
+    cut: dict[str, Any]
+    settings: dict[str, Any]
+    made_by: dict[str, Any]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def processor_folder(self) -> Path:
+        """Where config, tokenizer and generation settings lie."""
+        return self.folder / "processor"
+
+    def part(self, name: str) -> ExportedPart:
+        """The part called ``name`` (`KeyError` where there is none)."""
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise KeyError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in ``export.json``."""
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "flow": self.flow,
+            "dtype": self.dtype,
+            "model": self.model,
+            "parts": [part.to_json() for part in self.parts],
+            "files": self.files,
+            "cut": self.cut,
+            "settings": self.settings,
+            "made_by": self.made_by,
+        }
+
+    def write_manifest(self) -> None:
+        """Write ``export.json`` into the folder."""
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        (self.folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_export(folder: Path) -> Export:
+    """Read an export and check that it is whole.
+
+    Raises:
+        ArtifactError: There is no export, it is damaged, or this version cannot read it.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise ArtifactError(
+            f"{folder} holds no export", "Run qeff-proxy export first, or name another folder."
+        )
+    again = "Export the model again."
+    try:
+        value = json.loads(manifest.read_text(encoding="utf-8"))
+        if value["schema"] != SCHEMA:
+            raise ArtifactError(f"{manifest} has schema {value['schema']}, not {SCHEMA}", again)
+        export = Export(
+            folder,
+            value["kind"],
+            value["flow"],
+            value["dtype"],
+            value["model"],
+            tuple(ExportedPart.from_json(part) for part in value["parts"]),
+            {_plain_name(name): int(size) for name, size in value["files"].items()},
+            value["cut"],
+            value["settings"],
+            value["made_by"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"{manifest} is damaged ({reason})", again) from error
+    for part in export.parts:
+        path = folder / part.file
+        if not path.is_file() or sha256_of(path) != part.sha256:
+            raise ArtifactError(f"{path} is missing or damaged", again)
+    for name, size in export.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise ArtifactError(f"{path} is missing or does not have its {size} bytes", again)
+    return export
+
+
+def cache_home() -> Path:
+    """``QEFF_HOME``, else ``qeff-proxy`` in the user's cache folder (XDG)."""
+    home = os.environ.get("QEFF_HOME")
+    if home:
+        return Path(home).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "qeff-proxy"
+
+
+def export_folder(source: str, key: Mapping[str, Any]) -> Path:
+    """The folder of an export: named by its model and a hash of all that shapes it."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").split("/")[-1]).strip("-.") or "model"
+    return cache_home() / f"{slug}-{digest}"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain_name(name: str) -> str:
+    """``name`` if it is a file's name and not a path out of the folder."""
+    if not isinstance(name, str) or Path(name).name != name or name in {"", ".", ".."}:
+        raise ValueError(f"{name!r} is not a file name")
+    return name

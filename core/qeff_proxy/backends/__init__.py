@@ -1,0 +1,1 @@
+"""Backends: what runs a part. One module each, imported on first use."""

@@ -1,0 +1,163 @@
+"""Runs a decoder's parts, step by step, on sessions of any backend.
+
+The engine supplies what no part computes: masks, positions, the cache handed from one step to the
+next. Tensors go from part to part by name (see `qeff_proxy.parts`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.errors import UsageError
+from qeff_proxy.masks import build_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.session import PartLike, Session
+
+__all__ = ["Cache", "CausalEngine", "Recorder", "position_ids_of"]
+
+#: ``past_key_values.<layer>.key`` and ``.value`` → ``[batch, heads, past, width]``.
+Cache = dict[str, "Array"]
+Phase = Literal["prefill", "decode"]
+
+
+class Recorder(Protocol):
+    """Sees every run of every part: what a dump is written from."""
+
+    def step(
+        self,
+        phase: Phase,
+        index: int,
+        part: str,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        *,
+        past_length: int,
+    ) -> None:
+        """Called once per run, with the arrays that went in and came out, by name."""
+
+
+@dataclass(frozen=True)
+class StepId:
+    """Which step this is: prefill chunk or decode step, numbered from 0."""
+
+    phase: Phase
+    index: int
+
+
+def position_ids_of(padding: Array, query_length: int) -> Array:
+    """Positions of the last ``query_length`` tokens, counted from the first that is not padding.
+
+    Args:
+        padding: ``[batch, past + query]``, 1 for a token and 0 for padding.
+        query_length: How many positions to give.
+
+    Returns:
+        ``[batch, query]`` int64; 0 where there is padding.
+    """
+    positions = np.maximum(np.cumsum(padding, axis=1) - 1, 0)
+    return np.ascontiguousarray(positions[:, -query_length:], dtype=np.int64)
+
+
+class CausalEngine:
+    """The parts of a causal LM, run in order.
+
+    Args:
+        parts: In order; the last one gives ``logits``.
+        sessions: One per part, by name.
+        context_length: Most positions that fit, or ``None`` for no limit.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[PartLike],
+        sessions: Mapping[str, Session],
+        context_length: int | None = None,
+    ) -> None:
+        self.parts = tuple(parts)
+        self.sessions = dict(sessions)
+        self.context_length = context_length
+
+    def step(
+        self,
+        step: StepId,
+        input_ids: Array,
+        padding: Array,
+        cache: Cache | None = None,
+        *,
+        last_only: bool = False,
+        recorder: Recorder | None = None,
+    ) -> tuple[Array, Cache]:
+        """Run all parts once.
+
+        Args:
+            step: What the recorder is told.
+            input_ids: ``[batch, query]`` int64.
+            padding: ``[batch, past + query]`` int64, 1 for a token and 0 for padding.
+            cache: What the step before gave, or ``None`` on the first.
+            last_only: Give the logits of the last position only.
+            recorder: Sees inputs and outputs of each part.
+
+        Returns:
+            ``logits [batch, query or 1, vocabulary]`` and the cache, one query longer.
+
+        Raises:
+            UsageError: The positions do not fit into the context.
+        """
+        query_length = input_ids.shape[1]
+        past_length = padding.shape[1] - query_length
+        if self.context_length is not None and padding.shape[1] > self.context_length:
+            raise UsageError(
+                f"{padding.shape[1]} positions do not fit into a context of {self.context_length}",
+                "Shorten the prompt, generate fewer tokens, or compile with a larger ctx_len.",
+            )
+        known: dict[str, Array] = {"input_ids": input_ids, **(cache or {})}
+        for part in self.parts:
+            if part.name == "lm_head" and last_only:
+                known["last_hidden_state"] = known["last_hidden_state"][:, -1:]
+            feeds = {
+                spec.name: self._feed(part, spec, known, padding, query_length)
+                for spec in part.inputs
+            }
+            outputs = self.sessions[part.name].run(feeds)
+            if recorder is not None:
+                recorder.step(
+                    step.phase, step.index, part.name, feeds, outputs, past_length=past_length
+                )
+            known.update(outputs)
+        present = {
+            name.replace("present.", "past_key_values.", 1): value
+            for name, value in known.items()
+            if name.startswith("present.")
+        }
+        logits = known["logits"]
+        return (logits[:, -1:] if last_only else logits), present
+
+    def _feed(
+        self, part: PartLike, spec: Any, known: Mapping[str, Array], padding: Array, query: int
+    ) -> Array:
+        """The array for one input: handed over, or built here."""
+        name = spec.name
+        if name in known:
+            return known[name]
+        for mask in part.masks:
+            if mask.name == name:
+                return build_mask(mask, padding, query, numpy_dtype(spec.dtype))
+        if name == "padding_mask":
+            return np.ascontiguousarray(padding, dtype=np.int64)
+        if name == "position_ids":
+            return position_ids_of(padding, query)
+        if name.startswith("past_key_values."):
+            shape = (padding.shape[0], spec.shape[1], 0, spec.shape[3])
+            return np.zeros(shape, numpy_dtype(spec.dtype))
+        raise UsageError(
+            f"the {part.name} part needs an input {name!r} that nothing supplies",
+            "Its plugin must give it in preprocess, or as an output of an earlier part.",
+        )

@@ -1,0 +1,147 @@
+"""Folders that are there whole or not at all.
+
+Everything is written to a hidden folder beside the target and moved into place at the end. A
+process that dies leaves the target as it was; the next one clears away what it left.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from qeff_proxy.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["locked", "recover_folder", "staged_folder", "writing"]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write (disk full, no permission) into one clear line.
+
+    Raises:
+        ArtifactError: The system refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _refusal(path, error) from error
+    except Exception as error:
+        # safetensors and onnx wrap the system's error in one of their own.
+        text = str(error)
+        if "No space left" in text or "os error 28" in text:
+            raise _refusal(path, OSError(errno.ENOSPC, "No space left on device")) from error
+        raise
+
+
+def _refusal(path: Path, error: OSError) -> ArtifactError:
+    hints = {
+        errno.ENOSPC: "Free space there, or set QEFF_HOME (or --output) to another disk.",
+        errno.EACCES: "Set QEFF_HOME (or --output) to a folder you may write to.",
+        errno.EPERM: "Set QEFF_HOME (or --output) to a folder you may write to.",
+        errno.EROFS: "Set QEFF_HOME (or --output) to a folder you may write to.",
+        errno.ENOTDIR: "A file stands where a folder is needed; choose another place.",
+        errno.EEXIST: "A file stands where a folder is needed; choose another place.",
+    }
+    reason = error.strerror or str(error)
+    return ArtifactError(f"cannot write {path}: {reason}", hints.get(error.errno or 0))
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the lock of a target folder; it is released when the process ends, however it ends.
+
+    Raises:
+        ArtifactError: Another run holds it, or the parent folder cannot be written.
+    """
+    with writing(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.parent / f".{target.name}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ArtifactError(
+                f"{target} is in use by another run",
+                "Wait until it has finished, or choose another folder.",
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def recover_folder(target: Path) -> None:
+    """Clear away what an interrupted run left beside ``target``. Needs the lock.
+
+    If it was interrupted between moving the old folder away and the new one in, the old one is
+    moved back.
+    """
+    set_aside = target.parent / f".{target.name}.old"
+    with writing(target):
+        if set_aside.exists():
+            if target.exists():
+                shutil.rmtree(set_aside)
+            else:
+                set_aside.rename(target)
+        for leftover in target.parent.glob(f".{target.name}.partial-*"):
+            shutil.rmtree(leftover)
+
+
+@contextmanager
+def staged_folder(target: Path, last: str, keep: Sequence[str] = ()) -> Iterator[Path]:
+    """Give a folder to write in, which becomes ``target`` when the context ends without error.
+
+    Args:
+        target: The folder to make or replace. The caller holds its lock.
+        last: The file that makes the folder whole; it is checked for, and flushed last.
+        keep: Subfolders of an older ``target`` that the new one takes over.
+
+    Raises:
+        ArtifactError: It cannot be written. The older folder is then as it was.
+    """
+    recover_folder(target)
+    staging = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
+    with writing(target):
+        staging.mkdir()
+    try:
+        with writing(target):
+            yield staging
+            if not (staging / last).is_file():
+                raise ArtifactError(f"{target} was left without its {last}")
+            _flush(staging, last)
+            _exchange(staging, target, keep)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _flush(folder: Path, last: str) -> None:
+    """Make sure that every file is on the disk, ``last`` after all others."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / last]
+    for path in [*files, folder / last, folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _exchange(staging: Path, target: Path, keep: Sequence[str]) -> None:
+    set_aside = target.parent / f".{target.name}.old"
+    if target.exists():
+        target.rename(set_aside)
+    staging.rename(target)
+    if set_aside.exists():
+        for name in keep:
+            if (set_aside / name).exists():
+                (set_aside / name).rename(target / name)
+        shutil.rmtree(set_aside)

@@ -1,0 +1,323 @@
+"""From a part to an ONNX graph whose weights are still elsewhere.
+
+1. `sample_inputs` makes tensors of the part's dtypes and axes.
+2. transformers' ``OnnxExporter`` traces the part, unoptimized.
+3. `_detach_weights` takes the weights out of the graph, so that nothing folds or copies them.
+4. onnxscript's optimizer folds the rest.
+5. `_name_axes` gives the dynamic axes the names of the specs, and `_check_axes` makes sure that
+   none of them was frozen by the trace.
+6. Inputs that reach no output are dropped, and so are traces of the machine that traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+from qeff_proxy.errors import ExportError
+from qeff_proxy.parts import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from qeff_proxy.parts import Part
+
+__all__ = ["TRACE_SIZES", "TracedPart", "trace_part"]
+
+#: Sizes of dynamic axes during the trace. None of them is 1, which a trace would bake in, and no
+#: two are alike, so that no two axes are taken for one.
+TRACE_SIZES = {"batch": 2, "query": 3, "past": 5, "sequence": 7}
+
+#: Tensors smaller than this, in bytes, stay inside the ONNX file.
+INLINE_BYTES = 1024
+
+# Node metadata that is worth keeping: the module path a node comes from.
+_KEPT_METADATA = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass
+class TracedPart:
+    """A part as an ONNX graph without its weights.
+
+    Attributes:
+        name: The part's name.
+        model: The graph; initializers that are in ``weights`` have no value yet.
+        weights: Initializer name → tensor. The tensors are the model's own, not copies.
+        inputs: What the graph takes.
+        outputs: What it gives.
+    """
+
+    name: str
+    model: ir.Model
+    weights: dict[str, torch.Tensor]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -> TracedPart:
+    """Trace one part.
+
+    Args:
+        part: What to trace. Its module is not changed.
+        names: ``id`` of each parameter and buffer of the uncut model → its name there; weights
+            are called by it.
+        opset: ONNX opset, or ``None`` for the exporter's own choice.
+
+    Raises:
+        ExportError: The part cannot be traced, or the trace froze a dynamic axis.
+    """
+    sizes = {**TRACE_SIZES, **part.trace_sizes}
+    samples = sample_inputs(part, sizes)
+    shapes = {name: _dynamic_axes(spec) for name, spec in _mangled(part)}
+    config = OnnxConfig(dynamic_shapes=shapes, optimize=False, opset_version=opset)
+    with _quiet():
+        try:
+            program = OnnxExporter().export(part.module, samples, config=config).program
+        except Exception as error:  # whatever torch.export meets in a model's code
+            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ExportError(
+                f"the {part.name} part cannot be traced: {type(error).__name__}: {first_line}",
+                "Run with --debug for the trace; a plugin can build this part in another way.",
+            ) from error
+        weights = _detach_weights(program, part, names)
+        onnxscript.optimizer.optimize(program, input_size_limit=INLINE_BYTES)
+    _attach_weights(program, weights)
+    inputs = _restore_inputs(program, part)
+    outputs = _restore_outputs(program, part)
+    _name_axes(program, part)
+    _check_axes(program, part)
+    _clean(program)
+    kept = [spec for value, spec in inputs if value.is_graph_input()]
+    return TracedPart(
+        part.name,
+        program,
+        {name: tensor for name, tensor in weights.items() if name in program.graph.initializers},
+        tuple(kept),
+        tuple(_spec_of(value, spec) for value, spec in outputs),
+    )
+
+
+def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
+    """The size of an axis: itself, or the sum of the named axes in ``"past + query"``."""
+    if isinstance(axis, int):
+        return axis
+    return sum(
+        int(term) if term.isdigit() else sizes[term] for term in re.split(r"\s*\+\s*", axis)
+    )
+
+
+def sample_inputs(part: Part, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Zeros (ones for the padding mask) with the part's dtypes, dots as double underscores."""
+    try:
+        device = next(part.module.parameters()).device
+    except StopIteration:
+        device = torch.device("cpu")
+    samples = {}
+    for name, spec in _mangled(part):
+        shape = [axis_size(axis, sizes) for axis in spec.shape]
+        make = torch.ones if spec.name == "padding_mask" else torch.zeros
+        samples[name] = make(shape, dtype=getattr(torch, spec.dtype), device=device)
+    return samples
+
+
+def _mangled(part: Part) -> Iterator[tuple[str, TensorSpec]]:
+    for spec in part.inputs:
+        yield spec.name.replace(".", "__"), spec
+
+
+def _dynamic_axes(spec: TensorSpec) -> dict[int, Any]:
+    return {i: torch.export.Dim.AUTO for i, axis in enumerate(spec.shape) if isinstance(axis, str)}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracers' progress lines and version notes off the terminal.
+
+    They go to the ``qeff_proxy.trace`` logger at debug level instead.
+    """
+    talkers = [logging.getLogger("torch.onnx"), logging.getLogger("transformers")]
+    levels = [talker.level for talker in talkers]
+    said = io.StringIO()
+    for talker in talkers:
+        talker.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(said):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for talker, level in zip(talkers, levels, strict=True):
+            talker.setLevel(level)
+        if said.getvalue():
+            logging.getLogger(__name__).debug("%s", said.getvalue())
+
+
+def _detach_weights(
+    program: ir.Model, part: Part, names: Mapping[int, str]
+) -> dict[str, torch.Tensor]:
+    """Turn large initializers into graph inputs; give their tensors by their final name."""
+    own = dict(part.module.named_parameters(remove_duplicate=False))
+    own.update(part.module.named_buffers(remove_duplicate=False))
+    graph = program.graph
+    weights: dict[str, torch.Tensor] = {}
+    for old_name, value in list(graph.initializers.items()):
+        tensor = own.get(old_name)
+        if tensor is None:
+            array = value.const_value
+            if array is None or array.nbytes < INLINE_BYTES:
+                continue
+            tensor = torch.from_numpy(array.numpy().copy())
+        elif tensor.numel() * tensor.element_size() < INLINE_BYTES and not isinstance(
+            tensor, torch.nn.Parameter
+        ):
+            continue
+        name = names.get(id(tensor), f"{part.name}.{old_name}")
+        del graph.initializers[old_name]
+        value.const_value = None
+        if name in weights:  # one weight under two names
+            first = next(v for v in graph.inputs if v.name == name)
+            value.replace_all_uses_with(first)
+            continue
+        value.name = name
+        weights[name] = tensor
+        graph.inputs.append(value)
+    return weights
+
+
+def _attach_weights(program: ir.Model, weights: Mapping[str, torch.Tensor]) -> None:
+    """Make the inputs that stand for weights initializers again; forget those nothing uses."""
+    graph = program.graph
+    for value in list(graph.inputs):
+        if value.name in weights:
+            graph.inputs.remove(value)
+            if value.uses() or value.is_graph_output():
+                graph.initializers[value.name] = value
+
+
+def _restore_inputs(program: ir.Model, part: Part) -> list[tuple[ir.Value, TensorSpec]]:
+    """Give inputs their own names, in the spec's order, and drop those that nothing uses."""
+    graph = program.graph
+    values = list(graph.inputs)
+    if len(values) != len(part.inputs):
+        raise ExportError(
+            f"the {part.name} part was traced with {len(values)} inputs instead of "
+            f"{len(part.inputs)}"
+        )
+    pairs = list(zip(values, part.inputs, strict=True))
+    for value, spec in pairs:
+        value.name = spec.name
+    return pairs
+
+
+def _restore_outputs(program: ir.Model, part: Part) -> list[tuple[ir.Value, TensorSpec]]:
+    values = list(program.graph.outputs)
+    if len(values) != len(part.outputs):
+        raise ExportError(
+            f"the {part.name} part was traced with {len(values)} outputs instead of "
+            f"{len(part.outputs)}"
+        )
+    pairs = list(zip(values, part.outputs, strict=True))
+    for value, spec in pairs:
+        value.name = spec.name
+    return pairs
+
+
+def _name_axes(program: ir.Model, part: Part) -> None:
+    """Rename torch's symbols (``s17``) to the specs' axis names, everywhere in the graph."""
+    graph = program.graph
+    mapping: dict[str, str] = {}
+    for value, spec in zip(graph.inputs, part.inputs, strict=True):
+        for dim, axis in zip(value.shape or (), spec.shape, strict=True):
+            symbol = getattr(dim, "value", None)
+            if isinstance(axis, str) and isinstance(symbol, str) and symbol.isidentifier():
+                mapping.setdefault(symbol, axis)
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, mapping) for dim in value.shape])
+    for value, spec in zip(graph.inputs, part.inputs, strict=True):
+        if value.shape is not None:
+            dims = [
+                axis if not isinstance(dim, int) else dim
+                for dim, axis in zip(value.shape, spec.shape, strict=True)
+            ]
+            value.shape = ir.Shape(dims)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+def _renamed(dim: int | ir.SymbolicDim, mapping: Mapping[str, str]) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    if dim.value is None:
+        return None
+    name = re.sub(r"[A-Za-z_]\w*", lambda match: mapping.get(match.group(), match.group()), dim.value)
+    return "past + query" if name == "query + past" else name
+
+
+def _check_axes(program: ir.Model, part: Part) -> None:
+    """Make sure that a dynamic axis of an input that is used did not become a constant."""
+    for value, spec in zip(program.graph.inputs, part.inputs, strict=True):
+        if not value.uses():
+            continue
+        for index, (dim, axis) in enumerate(zip(value.shape or (), spec.shape, strict=True)):
+            if isinstance(axis, str) and isinstance(dim, int):
+                raise ExportError(
+                    f"the trace froze axis {index} ({axis}) of {spec.name} in the {part.name} "
+                    f"part at {dim}",
+                    "The model's code depends on that size; its plugin must trace it otherwise.",
+                )
+    for value, spec in zip(program.graph.outputs, part.outputs, strict=True):
+        dims = list(value.shape or ())
+        for index, axis in enumerate(spec.shape):
+            if index < len(dims) and isinstance(axis, str) and isinstance(dims[index], int):
+                raise ExportError(
+                    f"the trace froze axis {index} ({axis}) of the output {spec.name} of the "
+                    f"{part.name} part at {dims[index]}",
+                    "The model's code depends on that size; its plugin must trace it otherwise.",
+                )
+
+
+def _clean(program: ir.Model) -> None:
+    """Drop unused inputs, and what tells of the machine and code that traced."""
+    graph = program.graph
+    for value in list(graph.inputs):
+        if not value.uses() and not value.is_graph_output():
+            graph.inputs.remove(value)
+    for value in _values(graph):
+        value.metadata_props.clear()
+    for node in graph.all_nodes():
+        scopes = node.metadata_props.get(_KEPT_METADATA)
+        node.metadata_props.clear()
+        node.doc_string = None
+        if scopes is not None:
+            node.metadata_props[_KEPT_METADATA] = scopes
+    program.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.doc_string = None
+    graph.name = "graph"
+    program.producer_name = "qeff-proxy"
+    program.producer_version = None
+
+
+def _spec_of(value: ir.Value, spec: TensorSpec) -> TensorSpec:
+    """The output's spec with the axes that the trace found."""
+    if value.shape is None:
+        return spec
+    dims = (dim if isinstance(dim, int) else dim.value for dim in value.shape)
+    shape = tuple(
+        dim if dim is not None else axis for dim, axis in zip(dims, spec.shape, strict=True)
+    )
+    return TensorSpec(spec.name, spec.dtype, shape)
