@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from importlib_metadata import EntryPoint
@@ -30,11 +30,15 @@ from qeff_proxy.plugin_discovery import (
     find_families,
 )
 from qeff_proxy.plugin_hooks import Hooks, InvalidPluginError, hook_names
+from qeff_proxy.version import installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["FamilyEntry", "LoadedPlugin", "PluginReport", "PluginState", "Plugins"]
+
+_CORE_PACKAGE = "qeff-proxy"
+_GENERIC_MODULE = "qeff_proxy.generic"
 
 #: ``listed``: not imported yet. ``rival``: another package claims one of its model types too.
 PluginState = Literal["listed", "ok", "disabled", "rival", "failed"]
@@ -182,12 +186,10 @@ class Plugins:
         """
         owner = self.owner(model_type)
         if generic is None:
-            generic = importlib.import_module("qeff_proxy.generic")
+            generic = importlib.import_module(_GENERIC_MODULE)
         if owner is None:
-            from qeff_proxy.version import installed_version
-
             return Hooks(
-                model_type, generic, distribution="qeff-proxy", version=installed_version()
+                model_type, generic, distribution=_CORE_PACKAGE, version=installed_version()
             )
         return Hooks(
             model_type,
@@ -203,6 +205,15 @@ class Plugins:
         for entry in self.families():
             self._load(entry)
         return self.reports()
+
+    def check_generic(self) -> PluginReport:
+        """Import the core's generic plugin, and report."""
+        self._load(_generic_entry())
+        return self.generic_report()
+
+    def generic_report(self) -> PluginReport:
+        """What is known of the core's generic plugin, not importing it."""
+        return replace(self._describe([_generic_entry()]), plugin=GENERIC, model_types=())
 
     def reports(self) -> list[PluginReport]:
         """What is known of each plugin, importing none."""
@@ -221,25 +232,28 @@ class Plugins:
         return reports
 
     def _report(self, group: Sequence[FamilyEntry]) -> PluginReport:
-        entry = group[0]
-        active = [one for one in group if self.selection.admits(one)]
-        loaded = self._loaded.get((entry.distribution, entry.value))
-        hooks = loaded.hooks if isinstance(loaded, LoadedPlugin) else None
-        notes = self._notes(group)
-        state: PluginState
+        report = self._describe(group)
+        notes = [report.reason] if report.reason else []
+        notes += self._notes(group)
+        state = report.state
+        active = [entry for entry in group if self.selection.admits(entry)]
         if not active:
             state = "disabled"
-        elif isinstance(loaded, str):
-            state, notes = "failed", [loaded, *notes]
-        elif any(self._rivals(one.model_type) for one in active):
+        elif state != "failed" and any(self._rivals(entry.model_type) for entry in active):
             state = "rival"
-        else:
-            state = "listed" if loaded is None else "ok"
+        return replace(report, state=state, reason="; ".join(notes))
+
+    def _describe(self, group: Sequence[FamilyEntry]) -> PluginReport:
+        """How far importing one plugin has come."""
+        entry = group[0]
+        loaded = self._loaded.get((entry.distribution, entry.value))
         model_types = tuple(sorted({one.model_type for one in group}))
-        reason = "; ".join(notes)
-        return PluginReport(
-            entry.distribution, entry.version, entry.value, model_types, hooks, state, reason
+        report = PluginReport(
+            entry.distribution, entry.version, entry.value, model_types, None, "listed"
         )
+        if isinstance(loaded, str):
+            return replace(report, state="failed", reason=loaded)
+        return report if loaded is None else replace(report, state="ok", hooks=loaded.hooks)
 
     def _load(self, entry: FamilyEntry) -> LoadedPlugin | str:
         key = (entry.distribution, entry.value)
@@ -282,6 +296,10 @@ class Plugins:
             elif (rivals := self._rivals(entry.model_type)) is not None:
                 notes.append(str(rivals))
         return notes
+
+
+def _generic_entry() -> FamilyEntry:
+    return FamilyEntry(GENERIC, _CORE_PACKAGE, installed_version(), _GENERIC_MODULE)
 
 
 def _import_plugin(entry: FamilyEntry) -> LoadedPlugin | str:

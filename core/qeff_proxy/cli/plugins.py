@@ -1,0 +1,80 @@
+"""``qeff-proxy plugins``: which plugins are installed, what they serve, what is wrong with any."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from qeff_proxy.cli.output import add_json_option, print_json, stdout_console
+from qeff_proxy.errors import PluginError
+from qeff_proxy.plugin_discovery import ENVIRONMENT_VARIABLE
+from qeff_proxy.plugins import PluginReport, Plugins
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+__all__ = ["configure", "run"]
+
+_COLOURS = {"ok": "green", "failed": "red", "rival": "red", "disabled": "dim", "listed": ""}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="import every plugin and check its hooks; exit with 10 when one cannot be used",
+    )
+    add_json_option(parser)
+    parser.epilog = (
+        f"{ENVIRONMENT_VARIABLE} chooses: a list, separated by commas, of PACKAGE (use only "
+        "these), -PACKAGE (not this one) or MODEL_TYPE=PACKAGE (this one for that model type). "
+        "'generic' is the fallback that serves every model type no plugin claims."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the plugins; returns 10 when ``--check`` found one that cannot be used."""
+    plugins = Plugins.discover()
+    if args.check:
+        # What a plugin prints while it is imported must not spoil the JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            reports, generic = plugins.check(), plugins.check_generic()
+    else:
+        reports, generic = plugins.reports(), plugins.generic_report()
+    if args.json:
+        print_json(
+            {
+                "checked": args.check,
+                "plugins": [asdict(report) for report in reports],
+                "generic": asdict(generic),
+            }
+        )
+    else:
+        _print_table(reports, generic, checked=args.check)
+    unusable = [one for one in (*reports, generic) if one.state in {"failed", "rival"}]
+    return PluginError.exit_code if args.check and unusable else 0
+
+
+def _print_table(reports: Sequence[PluginReport], generic: PluginReport, *, checked: bool) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("package", "version", "plugin", "model types", "state")
+    for report in (*reports, generic):
+        served = ", ".join(report.model_types) or ("every other" if report is generic else "")
+        cells = [report.distribution or "(unknown)", report.version or "", report.plugin]
+        colour = _COLOURS[report.state]
+        state = f"[{colour}]{report.state}[/]" if colour else report.state
+        table.add_row(*map(escape, cells), escape(served), state)
+    console = stdout_console()
+    console.print(table)
+    for report in (*reports, generic):
+        if report.reason:
+            name = " ".join(filter(None, [report.distribution, report.plugin])) or "unknown package"
+            console.print(f"{name}: {report.reason}", markup=False, soft_wrap=True)
+    if not checked:
+        console.print("Nothing was imported; --check imports each plugin and checks its hooks.")

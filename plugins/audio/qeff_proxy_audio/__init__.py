@@ -1,0 +1,1 @@
+"""Audio models for qeff-proxy. No family is served yet."""

@@ -1,0 +1,1 @@
+"""Embedding models for qeff-proxy. No family is served yet."""

@@ -1,0 +1,1 @@
+"""Text models for qeff-proxy: one module per family, each found through an entry point."""

@@ -1,0 +1,1 @@
+"""Vision-language models for qeff-proxy. No family is served yet."""
