@@ -1,0 +1,20 @@
+"""Hold one dump against another: how far apart they are, and where they first part.
+
+Nothing here needs torch or transformers.
+"""
+
+from __future__ import annotations
+
+from qeff_proxy.compare.engine import compare_dumps
+from qeff_proxy.compare.results import Comparison, Divergence, PairStats, TensorComparison
+from qeff_proxy.compare.tolerances import Tolerance, Tolerances
+
+__all__ = [
+    "Comparison",
+    "Divergence",
+    "PairStats",
+    "TensorComparison",
+    "Tolerance",
+    "Tolerances",
+    "compare_dumps",
+]

@@ -1,0 +1,119 @@
+"""How far a tensor may be from its reference: by dtype, with overrides by glob."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from qeff_proxy.dump.format import DTYPES
+from qeff_proxy.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["DEFAULTS", "Tolerance", "Tolerances", "parse_tolerance"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What one tensor is held to; a limit that is None is not checked.
+
+    Attributes:
+        atol: With ``rtol``: every element must have ``|candidate - reference| <= atol + rtol *
+            |reference|``, as in ``numpy.allclose``. One that is None counts as 0 beside the other.
+        rtol: See ``atol``.
+        peak: The largest absolute error may be this share of the reference's largest magnitude.
+        sqnr: The signal-to-quantization-noise ratio must be at least this many dB.
+        cosine: The cosine similarity must be at least this.
+    """
+
+    atol: float | None = None
+    rtol: float | None = None
+    peak: float | None = None
+    sqnr: float | None = None
+    cosine: float | None = None
+
+    @property
+    def elementwise(self) -> tuple[float, float] | None:
+        """``(atol, rtol)``, or None when elements are not checked one by one."""
+        if self.atol is None and self.rtol is None:
+            return None
+        return self.atol or 0.0, self.rtol or 0.0
+
+    def __str__(self) -> str:
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return ",".join(f"{name}:{value:g}" for name, value in given if value is not None)
+
+
+# For the coarser dtype of the two. Runs of one model on two backends, not of one kernel: errors of
+# many layers add up, so these are wider than those of a unit test.
+DEFAULTS: dict[str, Tolerance] = {
+    "float64": Tolerance(1e-7, 1e-6),
+    "float32": Tolerance(1e-4, 1e-3),
+    "float16": Tolerance(1e-2, 1e-2),
+    "bfloat16": Tolerance(5e-2, 5e-2),
+    "float8_e4m3fn": Tolerance(2.5e-1, 2.5e-1),
+    "float8_e4m3fnuz": Tolerance(2.5e-1, 2.5e-1),
+    "float8_e5m2": Tolerance(5e-1, 5e-1),
+    "float8_e5m2fnuz": Tolerance(5e-1, 5e-1),
+}
+EXACT = Tolerance(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """The tolerance of every tensor.
+
+    Attributes:
+        overrides: (glob over ``part.direction.tensor[.layer-NN]``, tolerance); the last that
+            matches replaces the default of the dtype whole.
+    """
+
+    overrides: tuple[tuple[str, Tolerance], ...] = ()
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Tolerances:
+        """Read ``GLOB=atol:1e-3,rtol:1e-2`` options.
+
+        Raises:
+            UsageError: One is not of that form.
+        """
+        return cls(tuple(parse_tolerance(text) for text in texts))
+
+    def of(self, name: str, reference_dtype: str, candidate_dtype: str) -> Tolerance:
+        """Return what the tensor ``name`` is held to: integers and booleans must be equal."""
+        for glob, tolerance in reversed(self.overrides):
+            if fnmatchcase(name, glob):
+                return tolerance
+        coarser = max((reference_dtype, candidate_dtype), key=lambda d: DTYPES[d].epsilon)
+        return DEFAULTS.get(coarser, EXACT)
+
+
+def parse_tolerance(text: str) -> tuple[str, Tolerance]:
+    """Read one ``GLOB=limit:value,...`` option.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    known = [f.name for f in fields(Tolerance)]
+    glob, equals, limits = text.rpartition("=")
+    values: dict[str, float] = {}
+    for item in limits.split(","):
+        key, colon, number = item.partition(":")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        low = -math.inf if key in ("sqnr", "cosine") else 0.0
+        if key not in known or key in values or not colon or not (low <= value < math.inf):
+            glob = ""
+        values[key] = value
+    if not equals or not glob:
+        raise UsageError(
+            f"{text!r} is not a tolerance",
+            f"Write GLOB=LIMIT:VALUE[,LIMIT:VALUE…] with limits among {', '.join(known)}, "
+            "such as 'body.out.*=atol:1e-3,rtol:1e-2'.",
+        )
+    return glob, Tolerance(**values)
