@@ -1,0 +1,50 @@
+# make demo    set up .venv and run the whole flow on the checkpoint that comes with the program
+# make test    set up what is missing, then lint, types and tests
+# make setup | lint | types | wheels | clean
+
+# The oldest Python that serves is the one the constraints were tested with.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PYTEST_ARGS ?= -n 2
+DEMO_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
+
+.PHONY: setup demo test lint types pytest wheels clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/qeff-proxy demo $(DEMO_ARGS)
+
+test: lint types pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+pytest: $(STAMP)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+wheels: $(STAMP)
+	for project in . $(PLUGINS); do \
+		$(BIN)/python -m build --wheel --no-isolation --outdir dist $$project || exit 1; done
+
+clean:
+	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; name one with PYTHON=" >&2; exit 1; }
+	@echo "Setting up .venv (minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) pip hatchling editables
+	$(PIP) --no-build-isolation --group test --editable . $(addprefix --editable ,$(PLUGINS))
+	@touch $@
