@@ -8,7 +8,7 @@ of the model itself. Nothing is written before this passes.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qeff_proxy.arrays import Array
-    from qeff_proxy.parts import Proxy
+    from qeff_proxy.parts import MaskSpec, Proxy
     from qeff_proxy.sites import Absent, Site
 
 __all__ = ["TOLERANCES", "CutReport", "verify_causal_cut"]
@@ -169,7 +169,8 @@ def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:
 
 def _proxy_logits(proxy: Proxy, ids: Array, padding: Array) -> Array:
     """Logits of the parts, run as they will be run: ``[batch, sequence, vocabulary]``."""
-    engine = CausalEngine(proxy.parts, {part.name: TorchSession(part) for part in proxy.parts})
+    parts = [replace(part, masks=tuple(_shrunk(mask) for mask in part.masks)) for part in proxy.parts]
+    engine = CausalEngine(parts, {part.name: TorchSession(part) for part in parts})
     pieces: list[Array] = []
     cache = None
     start = 0
@@ -183,6 +184,11 @@ def _proxy_logits(proxy: Proxy, ids: Array, padding: Array) -> Array:
         pieces.append(logits.astype(np.float32))
         start += length
     return np.concatenate(pieces, axis=1)
+
+
+def _shrunk(mask: MaskSpec) -> MaskSpec:
+    """The mask as it is while the model's windows are shrunk."""
+    return mask if mask.size is None else replace(mask, size=min(mask.size, _WINDOW))
 
 
 @contextmanager

@@ -1,27 +1,26 @@
 """Weights in safetensors files that ONNX graphs point into by offset.
 
-Format: https://github.com/huggingface/safetensors (8 bytes little-endian header length, a JSON
-header, the data). ONNX external data: a location beside the ``.onnx``, an offset and a length.
+ONNX external data: a location beside the ``.onnx``, an offset and a length.
 """
 
 from __future__ import annotations
 
-import json
-import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 
+from qeff_proxy.safetensors_file import read_header
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    from qeff_proxy.safetensors_file import StoredTensor
     from qeff_proxy.trace import TracedPart
 
-__all__ = ["StoredTensor", "point_into", "read_header", "save_weights"]
+__all__ = ["point_into", "save_weights"]
 
 _IR_DTYPES = {
     "F64": ir.DataType.DOUBLE,
@@ -37,16 +36,6 @@ _IR_DTYPES = {
     "U8": ir.DataType.UINT8,
     "BOOL": ir.DataType.BOOL,
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in a safetensors file: dtype code, shape, absolute offset, bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
 
 
 def save_weights(path: Path, parts: Iterable[TracedPart]) -> dict[str, StoredTensor]:
@@ -73,37 +62,6 @@ def save_weights(path: Path, parts: Iterable[TracedPart]) -> dict[str, StoredTen
     save_file(stored, path, metadata={"format": "pt"})
     places = read_header(path)
     return {name: places[alias] for name, alias in aliases.items()}
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a safetensors file lie.
-
-    Raises:
-        ValueError: The file is no safetensors file, or is shorter than its header says.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ValueError(f"{path.name} is too short for a safetensors file")
-        (header_length,) = struct.unpack("<Q", prefix)
-        if header_length > size - 8:
-            raise ValueError(f"{path.name} is truncated, or no safetensors file")
-        header = json.loads(file.read(header_length))
-    start = 8 + header_length
-    places = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        if start + end > size:
-            raise ValueError(
-                f"{path.name} is truncated: {name} ends at byte {start + end} of {size}"
-            )
-        places[name] = StoredTensor(
-            entry["dtype"], tuple(entry["shape"]), start + begin, end - begin
-        )
-    return places
 
 
 def point_into(

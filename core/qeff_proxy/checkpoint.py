@@ -1,0 +1,182 @@
+"""Find a checkpoint's folder and check its files before anything heavy reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.errors import CheckpointError
+from qeff_proxy.safetensors_file import read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["check_weights", "checkpoint_identity", "find_checkpoint", "read_config_file"]
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+
+
+def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
+    """The folder of a checkpoint: ``source`` itself, or the snapshot of a hub id.
+
+    Args:
+        source: A local folder or a hub id such as ``openai-community/gpt2``.
+        allow_pickle: Fetch pickled weights, too.
+        trust_remote_code: Fetch Python code, too.
+
+    Raises:
+        CheckpointError: There is no such folder and no such hub id, or the hub is out of reach.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{source} is a file", "Name the checkpoint's folder.")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
+        raise CheckpointError(
+            f"there is no folder {source!r}", "Check the path, or give a hub id (name/model)."
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = list(_FILES)
+    patterns += list(_PICKLES) if allow_pickle else []
+    patterns += ["*.py"] if trust_remote_code else []
+    try:
+        with _without_retry_notes():
+            return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source!r} is no local folder, and the model hub does not give it "
+            f"({_first_line(error)})",
+            "Check the name and the network, or download the checkpoint and name its folder.",
+        ) from error
+
+
+@contextmanager
+def _without_retry_notes() -> Iterator[None]:
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """The checkpoint's ``config.json``.
+
+    Raises:
+        CheckpointError: It is missing, or no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json", "Name the folder that holds the checkpoint's files."
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is no JSON: {_first_line(error)}", "Download the checkpoint again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is no JSON object", "Download the checkpoint again.")
+    return value
+
+
+def check_weights(folder: Path, *, allow_pickle: bool) -> None:
+    """Check that the weight files are there, whole, and not pickled.
+
+    Reads headers only. With an index, every shard it names must be there and hold what the index
+    says.
+
+    Raises:
+        CheckpointError: Names the file, and the tensor where it is about one.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        _check_shards(folder, index)
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        _header(path)
+    if files:
+        return
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if not pickles:
+        raise CheckpointError(
+            f"{folder} has no weights (*.safetensors)", "Download the checkpoint again."
+        )
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{folder} has its weights only as pickles ({', '.join(pickles)}), which can run code",
+            "Convert them to safetensors, or pass --allow-pickle if you trust the source.",
+        )
+
+
+def _check_shards(folder: Path, index: Path) -> None:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[str, list[str]] = {}
+        for tensor, shard in weight_map.items():
+            if Path(shard).name != shard:
+                raise ValueError(f"{shard!r} is not a file name")
+            shards.setdefault(shard, []).append(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is damaged ({_first_line(error)})", "Download the checkpoint again."
+        ) from error
+    for shard, tensors in shards.items():
+        path = folder / shard
+        if not path.is_file():
+            raise CheckpointError(
+                f"the shard {path} is missing; {_INDEX} says it holds {tensors[0]}",
+                "Download the checkpoint again.",
+            )
+        held = _header(path)
+        absent = next((tensor for tensor in tensors if tensor not in held), None)
+        if absent is not None:
+            raise CheckpointError(
+                f"{_INDEX} says that {absent} is in {shard}, but it is not",
+                "Download the checkpoint again.",
+            )
+
+
+def _header(path: Path) -> set[str]:
+    try:
+        return set(read_header(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {_first_line(error)}", "Download the checkpoint again."
+        ) from error
+
+
+def checkpoint_identity(folder: Path) -> str:
+    """A hash that changes when the checkpoint does.
+
+    It covers the small JSON files' bytes, and of the weight files the name, size, time of change
+    and header: not their data, which would take as long as copying them.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not path.is_file():
+            continue
+        if path.suffix in {".json", ".py", ".jinja"}:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        elif path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model", ".txt"}:
+            status = path.stat()
+            digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(4096))
+    return digest.hexdigest()

@@ -1,0 +1,270 @@
+"""Export: from a loaded model to a folder of ONNX parts.
+
+1. `qeff_proxy.cut.cut_model` cuts and verifies.
+2. `qeff_proxy.trace.trace_part` turns each part into a graph without weights.
+3. `qeff_proxy.weights` writes each weight once and lets the graphs point to it.
+4. ``onnx.checker`` looks at every file, and ``export.json`` is written last.
+
+The folder is written aside and moved into place. The same request again is a lookup.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from importlib_metadata import version
+
+from qeff_proxy.artifact import (
+    MANIFEST,
+    Export,
+    ExportedPart,
+    export_folder,
+    read_export,
+    sha256_of,
+)
+from qeff_proxy.errors import ArtifactError, CutError, ExportError
+from qeff_proxy.staging import locked, recover_folder, staged_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qeff_proxy.cut import Cut
+    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.plugin_hooks import Hooks
+    from qeff_proxy.safetensors_file import StoredTensor
+    from qeff_proxy.trace import TracedPart
+
+__all__ = ["export_model"]
+
+#: Subfolders that a new export of the same folder takes over from the old one.
+_KEPT = ("io",)
+_PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_VERSIONS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+
+
+def export_model(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind = "split",
+    *,
+    output: Path | None = None,
+    opset: int | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> Export:
+    """Export a model.
+
+    Args:
+        loaded: The model; its dtype is the export's.
+        hooks: Of its model type.
+        kind: ``"split"``, ``"stub"``, or ``"whole"`` for the uncut model as one graph.
+        output: The folder to write; by default one below `qeff_proxy.artifact.cache_home`, named
+            by model and a hash of all that shapes the export.
+        opset: ONNX opset; ``None`` takes the exporter's own choice.
+        force: Export again even where the same export is there already.
+        progress: Told the name of each stage as it begins.
+
+    Returns:
+        The export, read back from its folder.
+
+    Raises:
+        UnsupportedModelError: No plugin knows how to cut the model.
+        CutError: The parts do not equal the model. Nothing was written.
+        ExportError: A part cannot be traced. Nothing was written.
+        ArtifactError: The folder is in use, or cannot be written. An older export in it is kept.
+    """
+    key = _key(loaded, hooks, kind, opset)
+    target = (output or export_folder(loaded.source, key)).absolute()
+    _check_target(target)
+    with locked(target):
+        recover_folder(target)
+        if not force and (found := _existing(target, key)) is not None:
+            return found
+        export = _write(loaded, hooks, kind, opset, key, target, progress)
+    return export
+
+
+def _write(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    opset: int | None,
+    key: dict[str, Any],
+    target: Path,
+    progress: Callable[[str], None],
+) -> Export:
+    from qeff_proxy.cut import cut_model
+    from qeff_proxy.trace import trace_part
+
+    progress("cutting and verifying")
+    cut = cut_model(loaded, hooks, kind)
+    names = _canonical_names(loaded)
+    traced = []
+    for part in cut.proxy.parts:
+        progress(f"tracing {part.name}")
+        traced.append(trace_part(part, names, opset))
+    if kind == "split":
+        _check_separate(loaded, cut, traced)
+    with staged_folder(target, MANIFEST, _KEPT) as folder:
+        progress("writing weights")
+        places = _write_weights(folder, cut, traced)
+        progress("writing graphs")
+        parts = _write_graphs(folder, cut, traced, places)
+        _write_processor(folder / "processor", loaded)
+        export = Export(
+            folder,
+            kind,
+            cut.proxy.flow,
+            loaded.dtype,
+            {
+                "source": loaded.source,
+                "model_type": loaded.model_type,
+                "architecture": type(loaded.model).__name__,
+            },
+            parts,
+            {name: (folder / name).stat().st_size for name in places},
+            cut.to_json(),
+            cut.proxy.settings,
+            key,
+        )
+        export.write_manifest()
+    return read_export(target)
+
+
+def _key(loaded: LoadedModel, hooks: Hooks, kind: Kind, opset: int | None) -> dict[str, Any]:
+    """All that shapes an export."""
+    return {
+        "identity": loaded.identity,
+        "kind": kind,
+        "dtype": loaded.dtype,
+        "opset": opset,
+        "plugin": {
+            "name": hooks.plugin,
+            "distribution": hooks.distribution,
+            "version": hooks.version,
+        },
+        "qeff-proxy": version("qeff-proxy"),
+        "code": _code_digest(),
+        **{name: version(name) for name in _VERSIONS},
+    }
+
+
+def _code_digest() -> str:
+    """A hash of this package's own code, so that an edited installation exports anew."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _existing(target: Path, key: dict[str, Any]) -> Export | None:
+    """The export in ``target``, if it is whole and what was asked for."""
+    if not (target / MANIFEST).is_file():
+        return None
+    try:
+        found = read_export(target)
+    except ArtifactError:
+        return None  # damaged: export again
+    return found if found.made_by == key else None
+
+
+def _check_target(target: Path) -> None:
+    """Refuse to replace a folder that is something else than an export."""
+    if target.exists() and not target.is_dir():
+        raise ArtifactError(f"{target} is a file", "Name a folder.")
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{target} is not empty and holds no export", "Name a new or empty folder."
+        )
+
+
+def _canonical_names(loaded: LoadedModel) -> dict[int, str]:
+    model = loaded.model
+    return {
+        id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]
+    }
+
+
+def _check_separate(loaded: LoadedModel, cut: Cut, traced: list[TracedPart]) -> None:
+    """Make sure that no weight of a site is left in the body."""
+    from qeff_proxy.cut import site_weights
+
+    for name, site in cut.sites.items():
+        own = site_weights(loaded, site)
+        for traced_part, part in zip(traced, cut.proxy.parts, strict=True):
+            left = own & set(traced_part.weights)
+            if part.weights != "vocabulary" and left:
+                raise CutError(
+                    f"the {part.name} part still holds {min(left)}, which belongs to the {name}",
+                    "The plugin's build_proxy must keep it out of that part.",
+                )
+
+
+def _write_weights(
+    folder: Path, cut: Cut, traced: list[TracedPart]
+) -> dict[str, dict[str, StoredTensor]]:
+    """Write one weights file per group; give where everything lies, by file."""
+    from qeff_proxy.weights import save_weights
+
+    groups: dict[str, list[TracedPart]] = {}
+    for part, traced_part in zip(cut.proxy.parts, traced, strict=True):
+        if traced_part.weights:
+            groups.setdefault(f"{part.weights}.safetensors", []).append(traced_part)
+    return {name: save_weights(folder / name, group) for name, group in groups.items()}
+
+
+def _write_graphs(
+    folder: Path,
+    cut: Cut,
+    traced: list[TracedPart],
+    places: dict[str, dict[str, StoredTensor]],
+) -> tuple[ExportedPart, ...]:
+    import onnx
+    import onnx_ir as ir
+
+    from qeff_proxy.weights import point_into
+
+    exported = []
+    for part, traced_part in zip(cut.proxy.parts, traced, strict=True):
+        weights = f"{part.weights}.safetensors" if traced_part.weights else None
+        if weights is not None:
+            point_into(traced_part, folder / weights, places[weights])
+        path = folder / f"{part.name}.onnx"
+        ir.save(traced_part.model, path)
+        try:
+            onnx.checker.check_model(path, full_check=False)
+        except onnx.checker.ValidationError as error:
+            raise ExportError(
+                f"the {part.name} part is no valid ONNX: {str(error).splitlines()[0]}"
+            ) from error
+        used = {spec.name for spec in traced_part.inputs}
+        exported.append(
+            ExportedPart(
+                part.name,
+                path.name,
+                weights,
+                sha256_of(path),
+                traced_part.inputs,
+                traced_part.outputs,
+                tuple(mask for mask in part.masks if mask.name in used),
+            )
+        )
+    return tuple(exported)
+
+
+def _write_processor(folder: Path, loaded: LoadedModel) -> None:
+    """Put beside the parts what is needed to use them without the checkpoint."""
+    folder.mkdir()
+    if loaded.folder is not None:
+        for pattern in _PROCESSOR_FILES:
+            for path in sorted(loaded.folder.glob(pattern)):
+                if not path.name.endswith(".index.json"):
+                    shutil.copyfile(path, folder / path.name)
+        return
+    loaded.model.config.save_pretrained(folder)
+    if getattr(loaded.model, "generation_config", None) is not None:
+        loaded.model.generation_config.save_pretrained(folder)

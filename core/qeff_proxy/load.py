@@ -1,0 +1,232 @@
+"""Load: from a checkpoint to a model, its config and its processor."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.checkpoint import (
+    check_weights,
+    checkpoint_identity,
+    find_checkpoint,
+    read_config_file,
+)
+from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["DTYPES", "LoadedModel", "load_model", "load_processor", "wrap_model"]
+
+#: The dtypes a model can be exported in.
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass
+class LoadedModel:
+    """A model, ready to be cut.
+
+    Attributes:
+        model: In evaluation mode, with eager attention, which every architecture has and whose
+            operators every compiler takes.
+        source: What the user named it by.
+        folder: Where its files lie; ``None`` for a model made in memory.
+        identity: A hash that changes when the checkpoint does.
+    """
+
+    model: PreTrainedModel
+    source: str
+    folder: Path | None
+    identity: str
+
+    @property
+    def model_type(self) -> str:
+        """The config's model type: what plugins are found by."""
+        return str(self.model.config.model_type)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights, as torch spells it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+
+def load_model(
+    source: str,
+    *,
+    auto_class: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> LoadedModel:
+    """Load a checkpoint.
+
+    Args:
+        source: A local folder or a hub id.
+        auto_class: The transformers auto class to load with, such as ``"AutoModelForCausalLM"``;
+            ``None`` takes the architecture that the checkpoint names.
+        dtype: One of `DTYPES`: the dtype to load the weights in.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        allow_pickle: Read pickled weights, which can run code.
+
+    Raises:
+        CheckpointError: It cannot be found, read or trusted, or it lacks weights.
+        UnsupportedModelError: transformers does not know its architecture.
+        UsageError: ``dtype`` is none of `DTYPES`.
+    """
+    check_dtype(dtype)
+    folder = find_checkpoint(
+        source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
+    config_file = read_config_file(folder)
+    check_weights(folder, allow_pickle=allow_pickle)
+    _check_architecture(config_file, source, trust_remote_code)
+
+    import torch
+    import transformers
+
+    loader = _loader(transformers, config_file, auto_class)
+    try:
+        with _quiet_loading():
+            model, notes = loader.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation="eager",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise _loading_error(folder, config_file, loader, error) from error
+    missing = sorted(notes.get("missing_keys", ()))
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, "
+            f"among them {missing[0]}",
+            "Download the checkpoint again; a model with made-up weights would mean nothing.",
+        )
+    return LoadedModel(model.eval(), source, folder, checkpoint_identity(folder))
+
+
+def wrap_model(model: PreTrainedModel, source: str | None = None) -> LoadedModel:
+    """Take a model that was made in memory; its identity is the hash of its weights."""
+    from qeff_proxy.arrays import to_array
+
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(to_array(tensor).tobytes())
+    if model.config._attn_implementation != "eager":  # noqa: SLF001 (the only place it is kept)
+        model.set_attn_implementation("eager")
+    name = source or model.config.name_or_path or model.config.model_type
+    return LoadedModel(model.eval(), name, None, digest.hexdigest())
+
+
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's processor or tokenizer.
+
+    Raises:
+        CheckpointError: It has none that can be loaded.
+    """
+    import transformers
+
+    names = ("processor_config.json", "preprocessor_config.json")
+    kinds = ["AutoTokenizer"]
+    if any((folder / name).is_file() for name in names):
+        kinds.insert(0, "AutoProcessor")
+    reasons = []
+    for kind in kinds:
+        try:
+            with _quiet_loading():
+                return getattr(transformers, kind).from_pretrained(
+                    folder, trust_remote_code=trust_remote_code, local_files_only=True
+                )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            reasons.append(str(error).strip().splitlines()[0] if str(error) else repr(error))
+    raise CheckpointError(
+        f"{folder} has no tokenizer that can be loaded ({reasons[-1]})",
+        "Add its tokenizer files (tokenizer.json, tokenizer_config.json), or give token ids: "
+        'inputs={"input_ids": …}.',
+    )
+
+
+def check_dtype(dtype: str | torch.dtype) -> str:
+    """The dtype's name, if a model can be exported in it (`UsageError` if not)."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is none of {', '.join(DTYPES)}")
+    return name
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Leave out transformers' progress bars and load reports; what matters is checked here."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    showed_bars = transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if showed_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_architecture(config: dict[str, Any], source: str, trust_remote_code: bool) -> None:
+    """Refuse what transformers cannot build, before it tries."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if config.get("auto_map") and model_type not in CONFIG_MAPPING:
+        if not trust_remote_code:
+            raise CheckpointError(
+                f"{source} brings its own Python code (model type {model_type!r})",
+                "Read that code, and pass --trust-remote-code if you trust it.",
+            )
+        return
+    if model_type in CONFIG_MAPPING:
+        return
+    near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1, cutoff=0.5)
+    nearest = f"The nearest is {near[0]!r}. " if near else ""
+    raise UnsupportedModelError(
+        f"{source} has model type {model_type!r}, which transformers does not know",
+        f"{nearest}A plugin package can bring an architecture: see the plugin guide.",
+    )
+
+
+def _loader(transformers: Any, config: dict[str, Any], auto_class: str | None) -> Any:
+    """The class whose ``from_pretrained`` loads this checkpoint."""
+    if auto_class is not None:
+        return getattr(transformers, auto_class)
+    architectures = config.get("architectures") or []
+    known = [getattr(transformers, str(name), None) for name in architectures]
+    loader = next((found for found in known if found is not None), None)
+    return loader or transformers.AutoModelForCausalLM
+
+
+def _loading_error(
+    folder: Path, config: dict[str, Any], loader: Any, error: Exception
+) -> CheckpointError | UnsupportedModelError:
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if "Unrecognized configuration class" in str(error):
+        return UnsupportedModelError(
+            f"{folder} holds a {config.get('model_type')!r} model, which {loader.__name__} "
+            "cannot load",
+            "Use the class for its task; qeff-proxy inspect names its architecture.",
+        )
+    return CheckpointError(
+        f"{folder} cannot be loaded: {type(error).__name__}: {line}",
+        "Check that its files belong together; run with --debug for the whole trace.",
+    )
