@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from qeff_proxy.dump import StepInfo
 
 __all__ = ["compare_dumps"]
+
+MAX_WORKERS = 4
 
 
 def compare_dumps(
@@ -61,10 +65,16 @@ def compare_dumps(
     if not pairing.pairs:
         raise DumpError(_nothing_in_common(one, two))
     limits = tolerances if tolerances is not None else Tolerances()
-    results = [
-        _compare_pair(pair, order, limits, pairing.steps, one, two)
-        for order, pair in enumerate(pairing.pairs)
-    ]
+    # Tensors are independent: while one waits for the disk, another is reckoned with.
+    executor = ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1))
+    try:
+        futures = [
+            executor.submit(_compare_pair, pair, order, limits, pairing.steps, one, two)
+            for order, pair in enumerate(pairing.pairs)
+        ]
+        results = [future.result() for future in futures]
+    finally:
+        executor.shutdown(cancel_futures=True)
     missing = _missing(pairing)
     notes = _provenance_notes(one, two)
     return Comparison(

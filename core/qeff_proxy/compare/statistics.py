@@ -18,7 +18,17 @@ from qeff_proxy.dump.format import DTYPES, as_values
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["STATS", "cosine", "join", "measure", "merge", "relative_peak", "sqnr_db", "to_numbers"]
+__all__ = [
+    "STATS",
+    "Scratch",
+    "cosine",
+    "join",
+    "measure",
+    "merge",
+    "relative_peak",
+    "sqnr_db",
+    "to_numbers",
+]
 
 # Over the elements that are finite in both: `finite` of `count`. Positions (`*_at`) count elements
 # from the start of the record. `outside` elements are beyond the elementwise tolerance; of the
@@ -55,22 +65,41 @@ _SUMS = (
 )  # fmt: skip
 
 
+class Scratch:
+    """Arrays used again for every block: fresh ones cost more, in page faults, than the sums."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def take(self, slot: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return an uninitialized array, which the next ``take`` of ``slot`` overwrites."""
+        size = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(slot)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[slot] = np.empty(size, np.uint8)
+        return buffer[:size].view(dtype).reshape(shape)
+
+
 @cache
 def _float8_table(dtype: str) -> NDArray[np.float32]:
     return as_values(np.arange(256, dtype=np.uint8), dtype).astype(np.float32)
 
 
-def to_numbers(stored: NDArray[Any], dtype: str, wide: bool) -> NDArray[Any]:
+def to_numbers(
+    stored: NDArray[Any], dtype: str, wide: bool, scratch: Scratch, slot: str
+) -> NDArray[Any]:
     """Return stored elements as numbers to reckon with.
 
     Args:
         stored: As on disk, of any shape.
         dtype: Their true dtype.
         wide: float64 rather than float32; integers stay integers either way.
+        scratch: Where the result may live.
+        slot: Of ``scratch``.
     """
     if dtype == "bfloat16":
-        bits = stored.astype(np.uint32)
-        bits <<= 16
+        bits = scratch.take(slot + " bits", stored.shape, np.dtype(np.uint32))
+        np.left_shift(stored, 16, out=bits, dtype=np.uint32)
         values: NDArray[Any] = bits.view(np.float32)
     elif dtype.startswith("float8"):
         values = _float8_table(dtype)[stored]
@@ -78,11 +107,19 @@ def to_numbers(stored: NDArray[Any], dtype: str, wide: bool) -> NDArray[Any]:
         values = stored
     if not DTYPES[dtype].inexact:
         return values
-    return values.astype(np.float64 if wide else np.float32, copy=False)
+    wanted = np.dtype(np.float64 if wide else np.float32)
+    if values.dtype == wanted:
+        return values
+    numbers = scratch.take(slot, values.shape, wanted)
+    numbers[...] = values
+    return numbers
 
 
 def measure(
-    reference: NDArray[Any], candidate: NDArray[Any], elementwise: tuple[float, float] | None
+    reference: NDArray[Any],
+    candidate: NDArray[Any],
+    elementwise: tuple[float, float] | None,
+    scratch: Scratch,
 ) -> NDArray[Any]:
     """Compare rows of elements.
 
@@ -90,6 +127,7 @@ def measure(
         reference: [rows, elements], from `to_numbers`.
         candidate: The same shape; float when the reference is.
         elementwise: ``(atol, rtol)``, or None not to count the elements outside.
+        scratch: For what is needed in between; not the slots that hold the arguments.
 
     Returns:
         [rows] of `STATS`.
@@ -100,20 +138,20 @@ def measure(
     if reference.shape[1] == 0:
         return stats
     if reference.dtype.kind != "f":
-        return _measure_integers(stats, reference, candidate, elementwise)
+        return _measure_integers(stats, reference, candidate, elementwise, scratch)
     with np.errstate(over="ignore", invalid="ignore"):
         stats["signal"] = np.vecdot(reference, reference)
         stats["power"] = np.vecdot(candidate, candidate)
     # A NaN or an infinity reaches the sum of squares; so does a magnitude whose square overflows.
     plain = np.isfinite(stats["signal"]) & np.isfinite(stats["power"])
     if plain.all():
-        _measure_finite(stats, reference, candidate, elementwise)
+        _measure_finite(stats, reference, candidate, elementwise, scratch)
         return stats
     for row in np.flatnonzero(~plain):
-        stats[row] = _measure_mixed(reference[row], candidate[row], elementwise)
+        stats[row] = _measure_mixed(reference[row], candidate[row], elementwise, scratch)
     if plain.any():
         some = stats[plain]
-        _measure_finite(some, reference[plain], candidate[plain], elementwise)
+        _measure_finite(some, reference[plain], candidate[plain], elementwise, scratch)
         stats[plain] = some
     return stats
 
@@ -123,9 +161,11 @@ def _measure_finite(
     reference: NDArray[Any],
     candidate: NDArray[Any],
     elementwise: tuple[float, float] | None,
+    scratch: Scratch,
 ) -> None:
     """Fill in ``stats`` (sums of squares apart) of rows that hold neither NaN nor infinity."""
-    magnitude = np.abs(reference)
+    shape, kind = reference.shape, reference.dtype
+    magnitude = np.abs(reference, out=scratch.take("magnitude", shape, kind))
     stats["peak"] = magnitude.max(axis=1)
     rows = np.arange(len(stats))
     if np.array_equal(reference, candidate):
@@ -133,7 +173,7 @@ def _measure_finite(
         stats["candidate_there"] = candidate[:, 0]
         stats["nonzero"] = np.count_nonzero(magnitude, axis=1)
         return
-    error = reference - candidate
+    error = np.subtract(reference, candidate, out=scratch.take("error", shape, kind))
     stats["noise"] = np.vecdot(error, error)
     np.abs(error, out=error)
     worst = error.argmax(axis=1)
@@ -143,19 +183,22 @@ def _measure_finite(
     stats["candidate_there"] = candidate[rows, worst]
     stats["sum_abs"] = error.sum(axis=1, dtype=np.float64 if error.shape[1] < 64 else None)
     if elementwise is not None and stats["max_abs"].max() > elementwise[0]:
-        bound = magnitude * error.dtype.type(elementwise[1])
-        bound += error.dtype.type(elementwise[0])
-        stats["outside"] = np.count_nonzero(error > bound, axis=1)
+        bound = scratch.take("bound", shape, kind)
+        np.multiply(magnitude, kind.type(elementwise[1]), out=bound)
+        bound += kind.type(elementwise[0])
+        beyond = np.greater(error, bound, out=scratch.take("beyond", shape, np.dtype(bool)))
+        stats["outside"] = np.count_nonzero(beyond, axis=1)
     if magnitude.all():
         stats["nonzero"] = reference.shape[1]
         with np.errstate(over="ignore"):
             np.divide(error, magnitude, out=error)
     else:
         # The relative error is not defined where the reference is zero.
-        known = magnitude > 0
+        known = np.greater(magnitude, 0, out=scratch.take("beyond", shape, np.dtype(bool)))
         stats["nonzero"] = np.count_nonzero(known, axis=1)
         with np.errstate(over="ignore"):
-            error = np.divide(error, magnitude, out=np.zeros_like(error), where=known)
+            np.divide(error, magnitude, out=error, where=known)
+        error *= known
     worst = error.argmax(axis=1)
     stats["max_rel_at"] = worst
     stats["max_rel"] = error[rows, worst]
@@ -163,7 +206,10 @@ def _measure_finite(
 
 
 def _measure_mixed(
-    reference: NDArray[Any], candidate: NDArray[Any], elementwise: tuple[float, float] | None
+    reference: NDArray[Any],
+    candidate: NDArray[Any],
+    elementwise: tuple[float, float] | None,
+    scratch: Scratch,
 ) -> NDArray[Any]:
     """Return the statistics of one row that may hold NaN and infinities, each counted apart."""
     first, second = reference.astype(np.float64), candidate.astype(np.float64)
@@ -175,7 +221,7 @@ def _measure_mixed(
         left, right = first[places][None], second[places][None]
         with np.errstate(over="ignore"):
             stats["signal"], stats["power"] = np.vecdot(left, left), np.vecdot(right, right)
-            _measure_finite(stats, left, right, elementwise)
+            _measure_finite(stats, left, right, elementwise, scratch)
         stats["max_abs_at"] = places[stats["max_abs_at"]]
         stats["max_rel_at"] = places[stats["max_rel_at"]]
     both_nan = np.isnan(first) & np.isnan(second)
@@ -197,11 +243,12 @@ def _measure_integers(
     reference: NDArray[Any],
     candidate: NDArray[Any],
     elementwise: tuple[float, float] | None,
+    scratch: Scratch,
 ) -> NDArray[Any]:
     differs = reference != candidate  # exact, also beyond the 53 bits of float64
     first, second = reference.astype(np.float64), candidate.astype(np.float64)
     stats["signal"], stats["power"] = np.vecdot(first, first), np.vecdot(second, second)
-    _measure_finite(stats, first, second, elementwise)
+    _measure_finite(stats, first, second, elementwise, scratch)
     if elementwise == (0.0, 0.0):
         stats["outside"] = np.count_nonzero(differs, axis=1)
     return stats

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_proxy.compare.statistics import STATS, measure, merge, to_numbers
+from qeff_proxy.compare.statistics import STATS, Scratch, measure, merge, to_numbers
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES
 
@@ -29,20 +29,31 @@ __all__ = ["measure_pair", "shapes_agree"]
 
 # Elements of a block: float32 temporaries of this size stay in the processor's cache.
 BLOCK = 65_536
+# Bytes that the system is asked to fetch while a block is reckoned with.
+READ_AHEAD = 1 << 22
 
 
 class _Side:
     """One file of a pair, open."""
 
-    def __init__(self, tensor: StoredTensor) -> None:
+    def __init__(self, tensor: StoredTensor, slot: str, scratch: Scratch) -> None:
+        self.slot = slot
+        self.scratch = scratch
         self.tensor = tensor
         self.index = tensor.index
         self.itemsize = DTYPES[tensor.index.dtype].itemsize
         self.dtype = np.dtype(tensor.index.stored)
         self.descriptor = tensor.open()
+        self.ahead = 0
 
     def block(self, offset: int, elements: int) -> NDArray[Any]:
-        data = np.empty(elements, self.dtype)
+        """Return stored elements, until the next block is read."""
+        end = (offset + elements) * self.itemsize
+        if end + READ_AHEAD // 2 > self.ahead and hasattr(os, "posix_fadvise"):
+            begin = max(self.ahead, end)
+            self.ahead = end + READ_AHEAD
+            os.posix_fadvise(self.descriptor, begin, self.ahead - begin, os.POSIX_FADV_WILLNEED)
+        data = self.scratch.take(f"{self.slot} block", (elements,), self.dtype)
         self.tensor.read_bytes(self.descriptor, offset, data.view(np.uint8).data)
         return data
 
@@ -110,9 +121,10 @@ def measure_pair(
     Raises:
         BrokenRuleError: The bytes of a record are damaged, or a file is cut short.
     """
-    left = _Side(pair.reference)
+    scratch = Scratch()
+    left = _Side(pair.reference, "left", scratch)
     try:
-        right = _Side(pair.candidate)
+        right = _Side(pair.candidate, "right", scratch)
         try:
             if left.index.delta != right.index.delta:
                 for common in usable:
@@ -140,7 +152,8 @@ def _numbers(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     dtypes = (left.index.dtype, right.index.dtype)
     wide = "float64" in dtypes
-    first, second = to_numbers(one, dtypes[0], wide), to_numbers(two, dtypes[1], wide)
+    first = to_numbers(one, dtypes[0], wide, left.scratch, left.slot)
+    second = to_numbers(two, dtypes[1], wide, right.scratch, right.slot)
     if first.dtype.kind == "b":
         first = first.view(np.uint8)
     if second.dtype.kind == "b":
@@ -175,7 +188,7 @@ def _measure_like(
             two = right.block(offsets[1], together * elements).reshape(together, elements)
             left.check_rows(pair.reference_records[chosen], one)
             right.check_rows(pair.candidate_records[chosen], two)
-            stats = measure(*_numbers(left, right, one, two), elementwise)
+            stats = measure(*_numbers(left, right, one, two), elementwise, left.scratch)
         latest = (offsets, stats) if together == 1 else None
         yield chosen, stats
         start += together
@@ -214,7 +227,7 @@ def _measure_large(
         sums[0] = zlib.crc32(one.view(np.uint8).data, sums[0])
         sums[1] = zlib.crc32(two.view(np.uint8).data, sums[1])
         numbers = _numbers(left, right, one[None], two[None])
-        merge(total[0], measure(*numbers, elementwise)[0], at)
+        merge(total[0], measure(*numbers, elementwise, left.scratch)[0], at)
     left.tensor.check(first, sums[0])
     right.tensor.check(second, sums[1])
     return total
@@ -238,4 +251,4 @@ def _measure_rows(
         side.check_rows(np.array([record]), whole[None])
         rows = whole.reshape(shape)[:, :, begin - span[0] : end - span[0]]
         pieces.append(np.ascontiguousarray(rows).reshape(1, -1))
-    return measure(*_numbers(left, right, *pieces), elementwise)
+    return measure(*_numbers(left, right, *pieces), elementwise, left.scratch)
