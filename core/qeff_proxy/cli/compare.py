@@ -1,0 +1,76 @@
+"""``qeff-proxy compare``: hold one dump against another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qeff_proxy.cli.output import add_json_option, print_json, print_text
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["configure", "run"]
+
+_EPILOG = """\
+Exit status: 0 when something was compared and all of it passed, 1 when the dumps differ, 9 when a
+dump is damaged or incomplete or the two have no tensor in common.
+
+Limits of --tol: atol and rtol (every element, as numpy.allclose), peak (the largest error over the
+reference's largest magnitude), sqnr (dB, at least), cosine (at least). The last glob that matches
+replaces the tolerance of the dtype: --tol '*=peak:0.02' --tol '*.logits=cosine:0.999'.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``compare``."""
+    parser.epilog = _EPILOG
+    parser.add_argument("reference", metavar="REFERENCE", help="folder of the reference's dump")
+    parser.add_argument("candidate", metavar="CANDIDATE", help="folder of the candidate's dump")
+    parser.add_argument(
+        "--tol",
+        action="append",
+        default=[],
+        metavar="GLOB=LIMIT:VALUE,…",
+        help="tolerance of the tensors that match, such as 'body.out.present_*=atol:1e-3,rtol:1e-2'"
+        " (repeatable)",
+    )
+    parser.add_argument(
+        "--tensors",
+        action="append",
+        metavar="GLOB",
+        help="compare only the tensors that match (repeatable)",
+    )
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="compare what both dumps have, whatever else one of them has",
+    )
+    parser.add_argument("--all", action="store_true", help="list every tensor, not only the worst")
+    parser.add_argument("--html", metavar="FILE", help="also write a report, one page, offline")
+    add_json_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print, and return 0 when all passed, else 1."""
+    from rich.text import Text
+
+    from qeff_proxy.compare import Tolerances, compare_dumps
+    from qeff_proxy.compare.tables import render_comparison
+
+    comparison = compare_dumps(
+        args.reference,
+        args.candidate,
+        tolerances=Tolerances.parse(args.tol),
+        tensors=tuple(args.tensors or ("*",)),
+        partial=args.partial,
+    )
+    if args.html:
+        comparison.write_html(args.html)
+    if args.json:
+        print_json(comparison.to_json())
+    else:
+        for renderable in render_comparison(comparison, rows=0 if args.all else 12):
+            print_text(renderable)
+        if args.html:
+            print_text(Text(f"Report: {args.html}"))
+    return 0 if comparison.passed else 1

@@ -1,0 +1,213 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const SVG = "http://www.w3.org/2000/svg";
+const tip = document.getElementById("tip");
+
+// Errors come as numbers; "inf" stands for a NaN, an infinity or a mismatch of shapes.
+const number = (e) => (e === "inf" ? Infinity : e);
+const share = (e) => {
+  if (e === null) return "–";
+  e = number(e);
+  if (e === Infinity) return "∞";
+  if (e === 0) return "0";
+  return e >= 0.1 ? (100 * e).toFixed(0) + "%" : (100 * e).toPrecision(2) + "%";
+};
+const short = (v) => (v === null ? "–" : v === 0 ? "0" : Number(v).toPrecision(3));
+
+function element(name, attributes, text) {
+  const node = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+function html(name, text, className) {
+  const node = document.createElement(name);
+  if (text !== undefined) node.textContent = text;
+  if (className) node.className = className;
+  return node;
+}
+function explain(node, text) {
+  node.addEventListener("mousemove", (event) => {
+    tip.textContent = text;
+    tip.style.display = "block";
+    const left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8);
+    tip.style.left = left + "px";
+    tip.style.top = Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8) + "px";
+  });
+  node.addEventListener("mouseleave", () => { tip.style.display = "none"; });
+}
+function range(values) {
+  const known = values.map(number).filter((e) => e > 0 && e < Infinity);
+  if (!known.length) return [-8, 0];
+  const low = Math.max(Math.floor(Math.log10(Math.min(...known))), -12);
+  const high = Math.ceil(Math.log10(Math.max(...known)));
+  return [Math.min(low, high - 2), Math.min(high, 4)];
+}
+const power = (k) => (k >= -6 ? parseFloat((100 * 10 ** k).toPrecision(1)) + "%" : "1e" + (k + 2) + "%");
+
+function drawLayers() {
+  const plot = document.getElementById("layer-plot"), legend = document.getElementById("layer-legend");
+  plot.replaceChildren(); legend.replaceChildren();
+  const series = data.series;
+  if (!series.length) { document.getElementById("layers-card").hidden = true; return; }
+  const places = data.places, width = 1100, height = 330, left = 58, right = 16, top = 16, bottom = 42;
+  const [low, high] = range(series.flatMap((s) => s.points.map((p) => p.error)));
+  const floor = height - bottom;
+  const x = (i) => left + 14 + (places.length < 2 ? 0.5 : i / (places.length - 1)) * (width - left - right - 28);
+  const y = (e) => {
+    e = number(e);
+    if (e === 0) return floor;
+    const share = (Math.min(Math.max(Math.log10(e), low), high) - low) / (high - low);
+    return floor - 14 - share * (floor - 14 - top);
+  };
+  const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "error by layer" });
+  for (let k = low; k <= high; k += Math.max(1, Math.round((high - low) / 7))) {
+    svg.append(element("line", { x1: left, x2: width - right, y1: y(10 ** k), y2: y(10 ** k), stroke: "var(--line)" }));
+    svg.append(element("text", { x: left - 8, y: y(10 ** k) + 4, "text-anchor": "end" }, power(k)));
+  }
+  svg.append(element("line", { x1: left, x2: width - right, y1: floor, y2: floor, stroke: "var(--soft)" }));
+  svg.append(element("text", { x: left - 8, y: floor + 4, "text-anchor": "end" }, "exact"));
+  const every = Math.ceil(places.length / 26);
+  places.forEach((place, i) => {
+    if (i % every === 0) svg.append(element("text", { x: x(i), y: floor + 18, "text-anchor": "middle" }, place));
+  });
+  svg.append(element("text", { x: (left + width) / 2, y: height - 6, "text-anchor": "middle" }, data.axis));
+  const first = data.first_place;
+  if (first !== null) {
+    svg.append(element("line", { x1: x(first), x2: x(first), y1: top, y2: floor, stroke: "var(--bad)", "stroke-dasharray": "4 4" }));
+    const flip = first > places.length * 0.7;
+    svg.append(element("text", { x: x(first) + (flip ? -6 : 6), y: top + 10, "text-anchor": flip ? "end" : "start", style: "fill:var(--bad);font-weight:600" }, "first divergence"));
+  }
+  series.forEach((s, n) => {
+    const colour = `var(--s${n % 6})`;
+    const line = s.points.map((p) => `${x(p.place)},${y(p.error)}`).join(" ");
+    svg.append(element("polyline", { points: line, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": n >= 6 ? "5 3" : "none" }));
+    for (const p of s.points) {
+      const text = `${s.name}, layer ${places[p.place]}: ${share(p.error)} ${p.passed ? "passed" : "FAILED"} (${p.step})`;
+      const dot = p.passed
+        ? element("circle", { cx: x(p.place), cy: y(p.error), r: 4, fill: colour })
+        : element("path", { d: `M${x(p.place) - 4.5} ${y(p.error) - 4.5}l9 9m0-9l-9 9`, stroke: colour, "stroke-width": 2.5 });
+      const target = element("circle", { cx: x(p.place), cy: y(p.error), r: 9, fill: "transparent" });
+      explain(target, text);
+      svg.append(dot, target);
+    }
+    const item = html("span"), swatch = html("i");
+    swatch.style.background = colour;
+    item.append(swatch, s.name);
+    legend.append(item);
+  });
+  plot.append(svg);
+}
+
+// Two ramps of one lightness order each: what passed in blue, what failed in orange.
+function ramp(share, failed) {
+  const t = Math.max(0, Math.min(1, share));
+  if (dark.matches) return failed ? `hsl(${28 - 14 * t} 85% ${30 + 36 * t}%)` : `hsl(213 55% ${17 + 40 * t}%)`;
+  return failed ? `hsl(${30 - 18 * t} 88% ${78 - 40 * t}%)` : `hsl(213 65% ${96 - 40 * t}%)`;
+}
+function drawHeat() {
+  const box = document.getElementById("heat-map"), legend = document.getElementById("heat-legend");
+  box.replaceChildren(); legend.replaceChildren();
+  const { rows, columns } = data.heat;
+  if (!rows.length || !columns.length) { document.getElementById("heat-card").hidden = true; return; }
+  const [low, high] = range(rows.flatMap((r) => r.cells.map((c) => (c ? c[0] : 0))));
+  const scale = (e) => { e = number(e); return e === 0 ? 0 : e === Infinity ? 1 : 0.12 + 0.88 * (Math.log10(e) - low) / (high - low); };
+  const width = 1100, left = 128, right = 4, cell = Math.max(9, Math.min(22, 460 / rows.length));
+  const wide = (width - left - right) / columns.length, height = rows.length * cell + 30;
+  const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "error by step and layer" });
+  const gap = Math.min(1, wide / 8);
+  const every = Math.ceil(12 / cell);
+  rows.forEach((row, r) => {
+    if (r % every === 0) svg.append(element("text", { x: left - 8, y: r * cell + cell / 2 + 4, "text-anchor": "end" }, row.label));
+    row.cells.forEach((c, i) => {
+      if (!c) return;
+      const rect = element("rect", { x: left + i * wide, y: r * cell, width: wide - gap, height: cell - 1, fill: ramp(scale(c[0]), !c[1]) });
+      rect.classList.add("cell");
+      explain(rect, `${row.label}, ${columns[i]}: ${share(c[0])} ${c[1] ? "passed" : "FAILED"} (${c[2]})`);
+      svg.append(rect);
+    });
+  });
+  const skip = Math.ceil(columns.length / 12);
+  columns.forEach((label, i) => {
+    const at = left + i * wide;
+    if (i % skip === 0 && at + 80 < width) svg.append(element("text", { x: at, y: height - 12 }, label));
+  });
+  box.append(svg);
+  for (const failed of [false, true]) {
+    const item = html("span"), strip = html("span", undefined, "ramp");
+    for (let i = 0; i <= 8; i++) { const b = html("b"); b.style.background = ramp(i / 8, failed); strip.append(b); }
+    item.append(failed ? "outside the tolerance" : "within", strip);
+    legend.append(item);
+  }
+  legend.append(html("span", `exact … ${share(10 ** high)}`, "hint"));
+}
+
+const COLUMNS = [
+  ["tensor", (t) => t.name, "left"], ["phase", (t) => t.phase, "left"], ["layer", (t) => t.layer],
+  ["steps", (t) => t.steps], ["failed", (t) => t.failed], ["max error", (t) => t.max_abs, 0, short],
+  ["at", (t) => t.at, "left"], ["mean", (t) => t.mean_abs, 0, short], ["max rel.", (t) => t.max_rel, 0, short],
+  ["error/peak", (t) => t.error, 0, share], ["SQNR dB", (t) => t.sqnr, 0, (v) => (v === "inf" ? "exact" : v === null ? "–" : v.toFixed(1))],
+  ["cosine", (t) => t.cosine, 0, (v) => (v === null ? "–" : v.toFixed(6))], ["dtype", (t) => t.dtype, "left"],
+  ["held to", (t) => t.tolerance, "left"], ["", (t) => (t.passed ? "ok" : "FAILED"), "left"],
+];
+let sorted = { column: -1, down: false };
+function fillTable() {
+  const words = document.getElementById("filter").value.toLowerCase();
+  const onlyFailed = document.getElementById("only-failed").checked;
+  let rows = data.tensors.filter((t) => (t.name + " " + t.phase).toLowerCase().includes(words) && !(onlyFailed && t.passed));
+  document.getElementById("shown").textContent = `${rows.length} of ${data.tensors.length}`;
+  if (sorted.column >= 0) {
+    const value = COLUMNS[sorted.column][1], sign = sorted.down ? -1 : 1;
+    const rank = (v) => (v === null ? -Infinity : number(v));
+    rows = rows.slice().sort((a, b) => {
+      const [p, q] = [rank(value(a)), rank(value(b))];
+      return sign * (p < q ? -1 : p > q ? 1 : 0);
+    });
+  }
+  const body = document.querySelector("#tensors tbody");
+  body.replaceChildren(...rows.map((t) => {
+    const tr = html("tr");
+    COLUMNS.forEach(([title, value, align, format], i) => {
+      const v = value(t);
+      const td = html("td", format ? format(v) : v === null ? "–" : String(v), align || "");
+      if (i === 0) td.classList.add("mono");
+      if (title === "") td.classList.add(t.passed ? "ok" : "no");
+      if (title === "" && t.why) td.title = t.why;
+      tr.append(td);
+    });
+    return tr;
+  }));
+}
+function buildTable() {
+  const head = document.querySelector("#tensors thead tr");
+  COLUMNS.forEach(([title, , align], i) => {
+    const th = html("th"), button = html("button", title || "verdict");
+    if (align) button.style.textAlign = "left";
+    button.addEventListener("click", () => {
+      sorted = { column: i, down: sorted.column === i ? !sorted.down : i > 2 };
+      head.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+      th.setAttribute("aria-sort", sorted.down ? "descending" : "ascending");
+      fillTable();
+    });
+    th.append(button);
+    head.append(th);
+  });
+  document.getElementById("filter").addEventListener("input", fillTable);
+  document.getElementById("only-failed").addEventListener("change", fillTable);
+  fillTable();
+}
+function fillWorst() {
+  const box = document.getElementById("worst");
+  for (const t of data.worst) {
+    const card = html("article");
+    card.append(html("div", t.name, "name mono"));
+    card.append(html("div", share(t.error) + " of the peak", "big " + (t.passed ? "ok" : "no")));
+    for (const line of t.lines) card.append(html("div", line));
+    box.append(card);
+  }
+  if (!data.worst.length) box.append(html("p", "No tensor differs at all.", "hint"));
+}
+drawLayers(); drawHeat(); buildTable(); fillWorst();
+dark.addEventListener("change", drawHeat);
+document.documentElement.dataset.ready = "yes";

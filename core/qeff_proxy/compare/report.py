@@ -1,0 +1,229 @@
+"""A comparison as one self-contained page: plots, heat map, table, no network."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qeff_proxy.compare.verdict import describe_verdict, format_error, printable, rank_worst
+from qeff_proxy.errors import DumpError
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from qeff_proxy.compare.results import Comparison, TensorComparison
+
+__all__ = ["build_report", "write_report"]
+
+MAX_COLUMNS = 240
+_WORST = 6
+_NO_LAYER = 1_000_000  # what belongs to no layer comes out after all of them
+
+
+def write_report(comparison: Comparison, path: str | PathLike[str]) -> None:
+    """Write the report of ``comparison`` to ``path``.
+
+    Raises:
+        DumpError: It cannot be written.
+    """
+    try:
+        Path(path).write_text(build_report(comparison), encoding="utf-8")
+    except OSError as error:
+        raise DumpError(f"the report {path} cannot be written: {error.strerror}") from error
+
+
+def build_report(comparison: Comparison) -> str:
+    """Return the page."""
+    model = comparison.reference_provenance.get("model")
+    data = {
+        **_layer_series(comparison),
+        "heat": _heat_map(comparison),
+        "tensors": [_row(t) for t in comparison.tensors],
+        "worst": [_card(t) for t in rank_worst(comparison) if _error(t) != 0.0][:_WORST],
+    }
+    # "</script>" in a name must not end the element that holds the data.
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    package = files("qeff_proxy.compare")
+    page = package.joinpath("report.html").read_text(encoding="utf-8")
+    title = "Dump comparison" + (f": {printable(model)}" if model else "")
+    for mark, value in (
+        ("@TITLE@", html.escape(title)),
+        ("@SUBTITLE@", html.escape(f"{len(comparison.steps)} steps held against each other")),
+        ("@VERDICT@", _verdict(comparison)),
+        ("@SCRIPT@", package.joinpath("report.js").read_text(encoding="utf-8")),
+        ("@DATA@", text),  # last: nothing in it is a mark
+    ):
+        page = page.replace(mark, value)
+    return page
+
+
+def _verdict(comparison: Comparison) -> str:
+    lines = describe_verdict(comparison)
+    out = [f'<section class="card verdict{" pass" if comparison.passed else ""}" id="verdict">']
+    out.append(f'<p class="head">{html.escape(lines[0])}</p>')
+    out += [f"<p>{html.escape(line.strip())}</p>" for line in lines[1:]]
+    out.append('<dl class="dumps">')
+    for label, folder, provenance in (
+        ("reference", comparison.reference, comparison.reference_provenance),
+        ("candidate", comparison.candidate, comparison.candidate_provenance),
+    ):
+        made = ", ".join(f"{key} {value}" for key, value in provenance.items() if value is not None)
+        text = f"{printable(folder)} · {printable(made)[:400]}"
+        out.append(f"<dt>{label}</dt><dd>{html.escape(text)}</dd>")
+    out.append("</dl></section>")
+    return "".join(out)
+
+
+def _finite(value: float) -> float | str | None:
+    """Return a JSON value: ``inf`` as text, an undefined number as None."""
+    if math.isnan(value):
+        return None
+    return float(f"{value:.4g}") if math.isfinite(value) else "inf"
+
+
+def _error(tensor: TensorComparison) -> float:
+    return float(max(tensor.step_error, default=0.0))
+
+
+def _row(tensor: TensorComparison) -> dict[str, Any]:
+    worst = tensor.worst
+    same = tensor.reference_dtype == tensor.candidate_dtype
+    return {
+        "name": str(tensor.name),
+        "phase": tensor.phase,
+        "layer": tensor.name.layer,
+        "steps": len(tensor.steps),
+        "failed": int((~tensor.step_passed).sum()),
+        "max_abs": _finite(worst.max_abs) if worst else None,
+        "at": f"{worst.step} {list(worst.max_abs_at)}" if worst and worst.max_abs else "",
+        "mean_abs": _finite(worst.mean_abs) if worst else None,
+        "max_rel": _finite(worst.max_rel) if worst else None,
+        "error": _finite(_error(tensor)),
+        "sqnr": _finite(worst.sqnr) if worst else None,
+        "cosine": round(worst.cosine, 8) if worst and math.isfinite(worst.cosine) else None,
+        "dtype": tensor.reference_dtype
+        if same
+        else f"{tensor.reference_dtype} / {tensor.candidate_dtype}",
+        "tolerance": str(tensor.tolerance),
+        "passed": tensor.passed,
+        "why": tensor.why,
+    }
+
+
+def _card(tensor: TensorComparison) -> dict[str, Any]:
+    worst = tensor.worst
+    lines = [f"{int((~tensor.step_passed).sum())} of {len(tensor.steps)} {tensor.phase} steps fail"]
+    if tensor.problem:
+        lines.append(tensor.problem)
+    if worst is not None:
+        lines.append(
+            f"{worst.step} {list(worst.max_abs_at)}: {worst.reference_there:.6g} became "
+            f"{worst.candidate_there:.6g}"
+        )
+        lines.append(
+            f"max {format_error(worst.max_abs)}, mean {format_error(worst.mean_abs)}, "
+            f"SQNR {worst.sqnr:.1f} dB, cosine {worst.cosine:.6f}"
+        )
+        nan = (worst.reference_nan, worst.candidate_nan, worst.reference_inf, worst.candidate_inf)
+        if any(nan):
+            lines.append("NaN {} / {}, infinite {} / {} (reference / candidate)".format(*nan))
+    return {
+        "name": f"{tensor.phase} {tensor.name}",
+        "error": _finite(_error(tensor)),
+        "passed": tensor.passed,
+        "lines": lines,
+    }
+
+
+def _main_part(comparison: Comparison) -> str | None:
+    """Return the part with the first divergence if it has layers, else the one with most."""
+    counts: dict[str, int] = {}
+    for tensor in comparison.tensors:
+        if tensor.name.layer is not None and tensor.name.direction == "out":
+            counts[tensor.name.part] = counts.get(tensor.name.part, 0) + 1
+    first = comparison.first_divergence
+    if first is not None and (part := first.tensor.split(".")[0]) in counts:
+        return part
+    return max(counts, key=lambda part: counts[part]) if counts else None
+
+
+def _layer_series(comparison: Comparison) -> dict[str, Any]:
+    part = _main_part(comparison)
+    chosen = [
+        t
+        for t in comparison.tensors
+        if t.name.part == part and t.name.direction == "out" and t.name.layer is not None
+    ]
+    layers = sorted({t.name.layer for t in chosen if t.name.layer is not None})
+    series: dict[str, dict[int, dict[str, Any]]] = {}
+    for tensor in chosen:
+        place = layers.index(tensor.name.layer)  # type: ignore[arg-type]
+        worst = int(np.argmax(tensor.step_error))
+        point = {
+            "place": place,
+            "error": _finite(_error(tensor)),
+            "passed": tensor.passed,
+            "step": comparison.steps[tensor.steps[worst]].label,
+        }
+        known = series.setdefault(tensor.name.tensor, {}).get(place)
+        if known is not None:  # of prefill and decode the worse
+            point["passed"] = point["passed"] and known["passed"]
+            if float(known["error"]) > float(point["error"]):
+                point = {**known, "passed": point["passed"]}
+        series[tensor.name.tensor][place] = point
+    first = comparison.first_divergence
+    at_first = first is not None and first.layer in layers and first.tensor.startswith(f"{part}.")
+    return {
+        "axis": f"layer of {part}",
+        "places": layers,
+        "series": [
+            {"name": name, "points": [points[p] for p in sorted(points)]}
+            for name, points in series.items()
+        ],
+        "first_place": layers.index(first.layer) if at_first and first else None,  # type: ignore[arg-type]
+    }
+
+
+def _heat_map(comparison: Comparison) -> dict[str, Any]:
+    """Return rows (layers) of columns (steps, or runs of steps): worst error, passed, whose."""
+    count = len(comparison.steps)
+    width = max(1, math.ceil(count / MAX_COLUMNS))
+    columns = [
+        comparison.steps[at].label
+        + (f" to {comparison.steps[min(at + width, count) - 1].label}" if width > 1 else "")
+        for at in range(0, count, width)
+    ]
+    rows: dict[tuple[int, str, int], tuple[str, list[list[Any] | None]]] = {}
+    parts = list(dict.fromkeys(t.name.part for t in comparison.tensors))
+    layered = {t.name.part for t in comparison.tensors if t.name.layer is not None}
+    for tensor in comparison.tensors:
+        name = tensor.name
+        if name.direction == "in":
+            continue
+        layer = _NO_LAYER if name.layer is None else name.layer
+        many = len(layered) > 1
+        label = f"{name.part} outputs" if name.layer is None else f"layer {layer}"
+        label = f"{name.part} {label}" if many and name.layer is not None else label
+        key = (parts.index(name.part), name.part, layer)
+        _, cells = rows.setdefault(key, (label, [None] * len(columns)))
+        for position, error, passed in zip(
+            tensor.steps, tensor.step_error, tensor.step_passed, strict=True
+        ):
+            cell = cells[position // width]
+            if cell is None:
+                cell = cells[position // width] = [-1.0, True, ""]
+            if error > cell[0] or (not passed and cell[1] and error >= cell[0]):
+                cell[0], cell[2] = float(error), name.tensor
+            cell[1] = cell[1] and bool(passed)
+    ordered = [rows[key] for key in sorted(rows)]
+    for _, cells in ordered:
+        for cell in cells:
+            if cell is not None:
+                cell[0] = _finite(cell[0])
+    return {"columns": columns, "rows": [{"label": k, "cells": cells} for k, cells in ordered]}

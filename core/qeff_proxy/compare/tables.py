@@ -1,0 +1,84 @@
+"""A comparison as tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.compare.verdict import (
+    describe_verdict,
+    format_error,
+    format_share,
+    printable,
+    rank_worst,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from qeff_proxy.compare.results import Comparison, TensorComparison
+
+__all__ = ["render_comparison"]
+
+
+def render_comparison(comparison: Comparison, *, rows: int = 12) -> list[RenderableType]:
+    """Return what to print: the two dumps, the tensors that are worst, the verdict.
+
+    Args:
+        comparison: What to show.
+        rows: Tensors to list; 0 for all of them.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    dumps = Table(show_header=False, box=None, pad_edge=False)
+    for label, folder, provenance in (
+        ("reference", comparison.reference, comparison.reference_provenance),
+        ("candidate", comparison.candidate, comparison.candidate_provenance),
+    ):
+        dumps.add_row(label, Text(printable(folder)), Text(_made_by(provenance)))
+    ranked = rank_worst(comparison)
+    shown = ranked[:rows] if rows else ranked
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tensor", overflow="fold", min_width=35)
+    table.add_column("phase")
+    for heading in ("passed", "max", "mean", "of peak", "SQNR dB", "cosine"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for tensor in shown:
+        table.add_row(*_row(tensor))
+    out: list[RenderableType] = [dumps, "", table]
+    if len(shown) < len(ranked):
+        out.append(f"… and {len(ranked) - len(shown)} more (--all shows them)")
+    out.append("")
+    for number, line in enumerate(describe_verdict(comparison)):
+        style = ("bold green" if comparison.passed else "bold red") if number == 0 else ""
+        out.append(Text(line, style=style))
+    return out
+
+
+def _made_by(provenance: dict[str, Any]) -> str:
+    known = (provenance.get(key) for key in ("model", "backend"))
+    return printable(", ".join(str(value) for value in known if value is not None))
+
+
+def _row(tensor: TensorComparison) -> list[str]:
+    worst = tensor.worst
+    label = str(tensor.name)
+    if tensor.reference_dtype != tensor.candidate_dtype:
+        label += f" ({tensor.reference_dtype} / {tensor.candidate_dtype})"
+    steps = f"{int(tensor.step_passed.sum())}/{len(tensor.steps)}"
+    verdict = "[green]ok[/]" if tensor.passed else "[red]FAILED[/]"
+    if worst is None:
+        return [label, tensor.phase, steps, "", "", "", "", "", verdict]
+    return [
+        label,
+        tensor.phase,
+        steps,
+        format_error(worst.max_abs) if not worst.unmatched else "NaN/Inf",
+        format_error(worst.mean_abs),
+        format_share(float(max(tensor.step_error))),
+        "exact" if math.isinf(worst.sqnr) and worst.sqnr > 0 else f"{worst.sqnr:.1f}",
+        f"{worst.cosine:.6f}",
+        verdict,
+    ]

@@ -1,0 +1,98 @@
+"""The outcome of a comparison in words, for the terminal and the report alike."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qeff_proxy.compare.results import Comparison, Divergence, TensorComparison
+
+__all__ = ["describe_verdict", "format_error", "format_share", "printable", "rank_worst"]
+
+_SHOWN_LAYERS = 8
+
+
+def format_error(value: float) -> str:
+    """Return a number with three digits: ``0``, ``1.25e-06``."""
+    return "0" if value == 0 else f"{value:.3g}"
+
+
+def format_share(value: float) -> str:
+    """Return an error over the peak as a percentage."""
+    if not math.isfinite(value):
+        return "NaN/Inf" if math.isnan(value) else "∞"
+    if value >= 0.1:
+        return f"{100 * value:.0f}%"
+    return "0%" if value == 0 else f"{100 * value:.2g}%"
+
+
+def printable(text: object) -> str:
+    """Return ``text`` with what is not printable escaped: a dump's words are not to be trusted."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def rank_worst(comparison: Comparison) -> list[TensorComparison]:
+    """Return all tensors: those that failed first, each group by its largest error over peak."""
+    return sorted(
+        comparison.tensors, key=lambda t: (t.passed, -float(max(t.step_error, default=0.0)))
+    )
+
+
+def describe_verdict(comparison: Comparison) -> list[str]:
+    """Return the verdict, a paragraph a line; the first begins with PASSED or FAILED."""
+    tensors = comparison.tensors
+    failed = [t for t in tensors if not t.passed]
+    count = sum(len(t.steps) for t in tensors)
+    bad = sum(int((~t.step_passed).sum()) for t in tensors)
+    names = {str(t.name) for t in tensors}
+    scope = f"{len(names)} tensors in {len(comparison.steps)} steps ({count} arrays)"
+    if comparison.passed:
+        lines = [f"PASSED: all of {scope} are within tolerance."]
+    elif failed:
+        bad_names = len({str(t.name) for t in failed})
+        lines = [f"FAILED: of {scope}, {bad_names} tensors differ, in {bad} arrays."]
+    else:
+        lines = [f"FAILED: {scope} are within tolerance, but the dumps do not match."]
+    if comparison.first_divergence is not None:
+        lines += _describe_divergence(comparison.first_divergence, failed)
+    lines += [f"Problem: {printable(problem)}." for problem in comparison.problems]
+    lines += [f"Note: {printable(note)}." for note in comparison.notes]
+    if comparison.problems:
+        lines.append("To compare only what both dumps have, pass --partial.")
+    return lines
+
+
+def _describe_divergence(first: Divergence, failed: list[TensorComparison]) -> list[str]:
+    what = next(t for t in failed if str(t.name) == first.tensor)
+    where = "no layer" if first.layer is None else f"layer {first.layer}"
+    lines = [f"First divergence: {where}, {first.tensor} in {first.step}."]
+    lines.append(f"  {what.why}.")
+    if first.is_input:
+        lines.append(
+            "  It is an input: the two runs were fed different things there, so what follows "
+            "says nothing about the layers."
+        )
+    elif first.before is not None:
+        lines.append(f"  The tensor computed before it, {first.before}, passed.")
+    later = [(at, e) for at, e in first.growth if e > 0]
+    if len(later) > 1 and not first.is_input:
+        shown = later
+        if len(later) > _SHOWN_LAYERS:
+            step = (len(later) - 1) / (_SHOWN_LAYERS - 1)
+            shown = [later[round(i * step)] for i in range(_SHOWN_LAYERS)]
+        grown = " → ".join(f"{at} {format_share(e)}" for at, e in shown)
+        lines.append(f"  Error over the reference's peak, from there: {grown}.")
+    if what.problem is None:
+        lines.append(
+            f"  Held to {what.tolerance}; to accept more: "
+            f"--tol '{what.name}=peak:{_round_up(first.error)}'."
+        )
+    return lines
+
+
+def _round_up(value: float) -> str:
+    if not math.isfinite(value) or value <= 0:
+        return "1"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / unit * 1.000001) * unit:.2g}"
