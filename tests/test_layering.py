@@ -1,0 +1,202 @@
+"""Who may know whom.
+
+A plugin imports public names of the core and nothing of another plugin; the core imports no
+plugin and branches on no family. The rules are functions of source text, so that each is also
+shown a text that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = sorted((ROOT / "core").rglob("*.py"))
+PLUGINS = sorted(
+    path for path in (ROOT / "plugins").rglob("*.py") if path.parts[-2].startswith("qeff_proxy_")
+)
+# Families whose plugins are planned; the rest is read from the entry points.
+PLANNED = ("bert", "gemma3", "internvl", "llava", "molmo", "wav2vec2", "whisper")
+# The checkpoint that comes with the program is named after what it is.
+ALLOWED = re.compile(r"tiny[-_ ]gpt2", re.IGNORECASE)
+
+
+def registered_families() -> set[str]:
+    families = set(PLANNED)
+    for file in (ROOT / "plugins").glob("*/pyproject.toml"):
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        families |= set(project.get("entry-points", {}).get("qeff_proxy.families", {}))
+    return families
+
+
+def public_names(module: str) -> set[str] | None:
+    """``__all__`` of a module of the core, or None where there is no such module."""
+    path = ROOT / "core" / Path(*module.split("."))
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                    return set(ast.literal_eval(node.value))
+            return set()
+    return None
+
+
+def submodules(module: str) -> set[str]:
+    """Public modules directly below a package of the core."""
+    folder = ROOT / "core" / Path(*module.split("."))
+    return {file.stem for file in folder.glob("*.py") if not file.stem.startswith("_")}
+
+
+def imports_of(source: str) -> list[tuple[str, str | None]]:
+    """Every import as (module, name), wherever it stands; the name is None for ``import x``."""
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found += [(module, alias.name) for alias in node.names]
+    return found
+
+
+def plugin_faults(source: str, package: str) -> list[str]:
+    """What a module of the plugin package ``package`` imports that it may not."""
+    faults = []
+    for module, name in imports_of(source):
+        top = module.split(".")[0]
+        if top.startswith("qeff_proxy_") and top != package:
+            faults.append(f"imports {module}, another plugin")
+        elif top == "qeff_proxy":
+            exported = public_names(module)
+            if any(part.startswith("_") for part in module.split(".")) or exported is None:
+                faults.append(f"imports {module}, which is no public module of the core")
+            elif name is not None and name not in exported | submodules(module):
+                faults.append(f"imports {module}.{name}, which is not in its __all__")
+    return faults
+
+
+def core_import_faults(source: str) -> list[str]:
+    """Which plugin packages a module of the core imports."""
+    return [
+        f"imports {module}" for module, _ in imports_of(source) if module.startswith("qeff_proxy_")
+    ]
+
+
+def words_of(source: str) -> list[tuple[int, str]]:
+    """Identifiers and string constants with their lines; docstrings and comments are prose."""
+    tree = ast.parse(source)
+    prose = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    words: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        for field in ("id", "attr", "name", "arg", "asname", "module"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                words.append((line, value))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            words.append((line, node.value))
+    return words
+
+
+def family_faults(source: str, families: set[str]) -> list[str]:
+    """Where a module names a model family: ``gpt2``, ``GPT2Model``, ``"model.gpt_neox.layers"``."""
+    wanted = {family.replace("_", "") for family in families}
+    faults = []
+    for line, word in words_of(source):
+        text = ALLOWED.sub("", word)
+        for chunk in re.findall(r"[A-Za-z0-9_]+", text):
+            pieces = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", chunk)
+            joined = {
+                "".join(pieces[start:stop]).lower()
+                for start in range(len(pieces))
+                for stop in range(start + 1, len(pieces) + 1)
+            }
+            faults += [f"line {line} names {name}: {word!r}" for name in sorted(joined & wanted)]
+    return faults
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_there_is_something_to_look_at():
+    assert len(CORE) > 10
+    assert {path.parts[-2] for path in PLUGINS} >= {
+        "qeff_proxy_audio",
+        "qeff_proxy_embedding",
+        "qeff_proxy_text",
+        "qeff_proxy_vision",
+    }
+    assert {"gpt2", "llama", "codegen"} <= registered_families()
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=relative)
+def test_a_plugin_imports_no_other_plugin_and_nothing_private(path):
+    assert plugin_faults(path.read_text(encoding="utf-8"), path.parts[-2]) == []
+
+
+@pytest.mark.parametrize("path", CORE, ids=relative)
+def test_the_core_imports_no_plugin_and_names_no_family(path):
+    source = path.read_text(encoding="utf-8")
+    assert core_import_faults(source) == []
+    assert family_faults(source, registered_families()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import qeff_proxy_audio",
+        "def f():\n    from qeff_proxy_audio.whisper import decode",
+        "from qeff_proxy.hookspecs import _private",
+        "from qeff_proxy.hookspecs import pluggy",
+        "from qeff_proxy._private import anything",
+        "import qeff_proxy.no_such_module",
+    ],
+)
+def test_a_plugin_that_reaches_too_far_is_seen(source):
+    assert len(plugin_faults(source, "qeff_proxy_text")) == 1
+
+
+def test_what_a_plugin_may_import_is_no_fault():
+    source = (
+        "import torch\nimport qeff_proxy.sites\nfrom qeff_proxy import errors\n"
+        "from qeff_proxy.hookspecs import hookimpl\nfrom qeff_proxy_text.causal_lm import decode"
+    )
+    assert plugin_faults(source, "qeff_proxy_text") == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if config.model_type == 'gpt2': pass",
+        "GPT2LMHeadModel",
+        "from transformers import LlamaConfig",
+        "from transformers.models.gpt_neox import modeling_gpt_neox",
+        "def cut_opt_model(): ...",
+        "x = f'model.{y}.gpt_neox.layers'",
+        "path = 'transformers.models.qwen3_moe.modeling_qwen3_moe'",
+        "is_whisper = True",
+    ],
+)
+def test_a_core_that_names_a_family_is_seen(source):
+    assert family_faults(source, registered_families())
+
+
+def test_a_core_that_imports_a_plugin_is_seen():
+    assert core_import_faults("def f():\n    import qeff_proxy_text.gpt2")
+
+
+def test_prose_and_like_sounding_words_are_no_fault():
+    source = (
+        '"""Gemma scales its embedding; GPT2 does not."""\n'
+        "# llama\noptions = adopt = coherent = 'philosophy'\nfolder = 'tiny-gpt2'"
+    )
+    assert family_faults(source, registered_families()) == []

@@ -1,0 +1,78 @@
+"""What others may rely on: every module says what is public, and plugin authors' names stay."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+    for root in (ROOT / "core", *sorted((ROOT / "plugins").iterdir()))
+    for path in sorted(root.glob("qeff_proxy*/**/*.py"))
+}
+
+# What plugins are written against. A name leaves only with a new HOOK_API_VERSION.
+FOR_PLUGIN_AUTHORS = {
+    "qeff_proxy.errors": [
+        "ArtifactError",
+        "BackendError",
+        "CheckpointError",
+        "CutError",
+        "DumpError",
+        "ExportError",
+        "PluginError",
+        "ProxyError",
+        "UnsupportedModelError",
+        "UsageError",
+    ],
+    "qeff_proxy.hookspecs": ["HOOK_API_VERSION", "PROJECT_NAME", "hookimpl", "hookspec"],
+    "qeff_proxy.parts": ["Kind", "MaskKind", "MaskSpec", "Part", "Proxy", "TensorSpec"],
+    "qeff_proxy.plugins": ["FamilyEntry", "LoadedPlugin", "PluginReport", "PluginState", "Plugins"],
+    "qeff_proxy.request": ["Request"],
+    "qeff_proxy.sites": ["Absent", "Site"],
+}
+
+
+def lacks_declaration(source: str) -> bool:
+    """Whether a module defines or assigns something and has no ``__all__``."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    statements = [node for node in ast.parse(source).body if isinstance(node, kinds)]
+    assigned = [ast.unparse(node.targets[0]) for node in statements if isinstance(node, ast.Assign)]
+    return bool(statements) and "__all__" not in assigned
+
+
+def test_every_module_is_found():
+    package = importlib.import_module("qeff_proxy")
+    names = {module.name for module in pkgutil.walk_packages(package.__path__, "qeff_proxy.")}
+    assert names == {name for name in FILES if name.startswith("qeff_proxy.")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_module_says_what_is_public(name):
+    assert not lacks_declaration(FILES[name].read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_a_module_declares_is_there(name):
+    module = importlib.import_module(name)
+    declared = getattr(module, "__all__", [])
+    assert len(set(declared)) == len(declared)
+    assert [each for each in declared if each.startswith("_") or not hasattr(module, each)] == []
+
+
+@pytest.mark.parametrize("name", FOR_PLUGIN_AUTHORS)
+def test_the_names_that_plugins_are_written_against_stay(name):
+    module = importlib.import_module(name)
+    assert sorted(module.__all__) == FOR_PLUGIN_AUTHORS[name]
+
+
+def test_a_module_that_does_not_say_would_be_seen():
+    assert lacks_declaration("def a(): ...")
+    assert lacks_declaration("LIMIT: int = 3")
+    assert not lacks_declaration("__all__ = ['a']\ndef a(): ...")
+    assert not lacks_declaration('"""Only prose."""')
