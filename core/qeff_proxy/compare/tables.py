@@ -40,11 +40,11 @@ def render_comparison(comparison: Comparison, *, rows: int = 12) -> list[Rendera
     ranked = rank_worst(comparison)
     shown = ranked[:rows] if rows else ranked
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("tensor", overflow="fold", min_width=35)
+    table.add_column("tensor", overflow="fold", min_width=28)
     table.add_column("phase")
     for heading in ("passed", "max", "mean", "of peak", "SQNR dB", "cosine"):
         table.add_column(heading, justify="right")
-    table.add_column("")
+    table.add_column("", no_wrap=True, min_width=6)
     for tensor in shown:
         table.add_row(*_row(tensor))
     out: list[RenderableType] = [dumps, "", table]
@@ -79,6 +79,6 @@ def _row(tensor: TensorComparison) -> list[str]:
         format_error(worst.mean_abs),
         format_share(float(max(tensor.step_error))),
         "exact" if math.isinf(worst.sqnr) and worst.sqnr > 0 else f"{worst.sqnr:.1f}",
-        f"{worst.cosine:.6f}",
+        f"{worst.cosine:.5f}",
         verdict,
     ]
