@@ -1,0 +1,204 @@
+"""The five wheels, in an environment that has nothing else of the project.
+
+Installing torch again would take minutes, so the environment borrows everything but the project
+from the one the tests run in: a folder of links to its packages, those of the project left out.
+No file of the source tree is on the path, which the first tests make sure of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from dataclasses import dataclass
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KINDS = ("text", "embedding", "audio", "vision")
+PROJECTS = {"qeff-proxy": ROOT} | {f"qeff-proxy-{kind}": ROOT / "plugins" / kind for kind in KINDS}
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+PACKAGES = {name: name.replace("-", "_") for name in PROJECTS}
+
+
+def build_wheel(project: Path, target: Path) -> Path:
+    before = set(target.glob("*.whl"))
+    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", target, project])
+    (wheel,) = set(target.glob("*.whl")) - before
+    return wheel
+
+
+def run(command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    """Distribution name to its wheel."""
+    target = tmp_path_factory.mktemp("wheels")
+    return {name: build_wheel(project, target) for name, project in PROJECTS.items()}
+
+
+@dataclass
+class Environment:
+    """A virtual environment, and how to run programs in it."""
+
+    folder: Path
+
+    def run(self, program, *arguments, **environ):
+        """What ``program`` of this environment prints, run away from the source tree."""
+        inherited = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "HF_HUB_OFFLINE": "1"}
+        return run(
+            [self.folder / "bin" / program, *arguments],
+            env=inherited | {"PYTHONDONTWRITEBYTECODE": "1"} | environ,
+            cwd=self.folder,
+        )
+
+
+def borrow_packages(folder: Path) -> None:
+    """Fill ``folder`` with links to the installed packages that are not the project's."""
+    folder.mkdir()
+    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(place).iterdir():
+            ours = entry.name.startswith(("qeff_proxy", "_editable_impl_qeff"))
+            if not ours and entry.suffix != ".pth" and entry.name != "__pycache__":
+                (folder / entry.name).symlink_to(entry)
+
+
+@pytest.fixture(scope="module")
+def environment(wheels, tmp_path_factory):
+    """An environment that holds the wheels and what they need."""
+    folder = tmp_path_factory.mktemp("environment")
+    run([sys.executable, "-m", "venv", "--without-pip", folder])
+    borrow_packages(folder / "borrowed")
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = folder / "lib" / version / "site-packages"
+    (site / "borrowed.pth").write_text(f"{folder / 'borrowed'}\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
+    options = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-compile"]
+    run([*pip, "install", *options, *wheels.values()])
+    return Environment(folder)
+
+
+# The wheels
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_a_wheel_holds_every_file_of_its_package_and_its_licence(wheels, name):
+    package = PACKAGES[name]
+    source = ROOT / "core" if name == "qeff-proxy" else PROJECTS[name]
+    wanted = {
+        path.relative_to(source).as_posix()
+        for path in (source / package).rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
+    held = set(zipfile.ZipFile(wheels[name]).namelist())
+    metadata = {path for path in held if path.startswith(f"{package}-{VERSION}.dist-info/")}
+    assert held - metadata == wanted
+    assert f"{package}/py.typed" in wanted
+    assert f"{package}-{VERSION}.dist-info/licenses/LICENSE" in metadata
+
+
+def test_each_extra_of_the_core_brings_its_plugin_package(wheels):
+    wheel = zipfile.ZipFile(wheels["qeff-proxy"])
+    metadata = message_from_bytes(wheel.read(f"qeff_proxy-{VERSION}.dist-info/METADATA"))
+    needs = metadata.get_all("Requires-Dist")
+    for kind in KINDS:
+        for extra in (kind, "all"):
+            assert f"qeff-proxy-{kind}=={VERSION}; extra == '{extra}'" in needs
+
+
+# The environment
+
+
+def test_the_project_comes_from_the_wheels_alone(environment):
+    code = (
+        "import importlib, importlib_metadata, json, sys; names = sys.argv[1:];"
+        "files = [importlib.import_module(name).__file__ for name in names];"
+        "places = [str(d.locate_file('')) for d in importlib_metadata.distributions()"
+        " if d.name.startswith('qeff-proxy')];"
+        "print(json.dumps({'files': files, 'places': places, 'path': sys.path}))"
+    )
+    seen = json.loads(environment.run("python", "-c", code, *PACKAGES.values()))
+    assert len(seen["files"]) == len(seen["places"]) == len(PROJECTS)
+    for path in (*seen["files"], *seen["places"]):
+        assert Path(path).is_relative_to(environment.folder / "lib"), path
+    assert [path for path in seen["path"] if Path(path).is_relative_to(ROOT / "core")] == []
+
+
+def test_what_the_wheels_require_is_satisfied(environment):
+    pip = [sys.executable, "-m", "pip", "--python", environment.folder / "bin" / "python"]
+    assert "No broken requirements" in run([*pip, "--disable-pip-version-check", "check"])
+
+
+def test_the_families_are_listed(environment):
+    project = tomllib.loads((PROJECTS["qeff-proxy-text"] / "pyproject.toml").read_text("utf-8"))
+    families = project["project"]["entry-points"]["qeff_proxy.families"]
+    listing = json.loads(environment.run("qeff-proxy", "plugins", "--json"))
+    found = {
+        model_type: report["plugin"]
+        for report in listing["plugins"]
+        for model_type in report["model_types"]
+        if report["distribution"] == "qeff-proxy-text"
+    }
+    assert found == families
+
+
+def test_every_plugin_can_be_used(environment):
+    listing = json.loads(environment.run("qeff-proxy", "plugins", "--check", "--json"))
+    states = {report["state"] for report in (*listing["plugins"], listing["generic"])}
+    assert states == {"ok"}
+
+
+@pytest.mark.skipif(
+    not (ROOT / "core" / "qeff_proxy" / "cli" / "demo.py").is_file(), reason="no demo command yet"
+)
+def test_gpt2_runs_from_end_to_end(environment, tmp_path):
+    output = environment.run("qeff-proxy", "demo", "--json", QEFF_HOME=str(tmp_path))
+    assert json.loads(output)
+
+
+# A package of somebody else's
+
+
+def test_a_plugin_package_of_ones_own_is_found(environment, tmp_path):
+    project = tmp_path / "acme-models"
+    (project / "acme_models").mkdir(parents=True)
+    (project / "pyproject.toml").write_text(
+        "[build-system]\nrequires = ['hatchling']\nbuild-backend = 'hatchling.build'\n"
+        "[project]\nname = 'acme-models'\nversion = '2.0'\ndependencies = ['qeff-proxy']\n"
+        "[project.entry-points.'qeff_proxy.families']\nacme = 'acme_models.rnn'\n",
+        encoding="utf-8",
+    )
+    (project / "acme_models" / "__init__.py").write_text("", encoding="utf-8")
+    (project / "acme_models" / "rnn.py").write_text(
+        "from qeff_proxy.hookspecs import hookimpl\n"
+        "from qeff_proxy.sites import Absent\n\n\n"
+        "@hookimpl\ndef locate_lm_head():\n    return Absent('it classifies')\n",
+        encoding="utf-8",
+    )
+    target = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    run([*pip, "--no-index", "--no-deps", "--target", target, build_wheel(project, tmp_path)])
+
+    listing = json.loads(
+        environment.run("qeff-proxy", "plugins", "--check", "--json", PYTHONPATH=str(target))
+    )
+    (report,) = [one for one in listing["plugins"] if one["distribution"] == "acme-models"]
+    assert report == {
+        "distribution": "acme-models",
+        "version": "2.0",
+        "plugin": "acme_models.rnn",
+        "model_types": ["acme"],
+        "hooks": ["locate_lm_head"],
+        "state": "ok",
+        "reason": "",
+    }
