@@ -200,7 +200,9 @@ def cache_home() -> Path:
 def export_folder(source: str, key: Mapping[str, Any]) -> Path:
     """The folder of an export: named by its model and a hash of all that shapes it."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").split("/")[-1]).strip("-.") or "model"
+    slug = (
+        re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").split("/")[-1]).strip("-.") or "model"
+    )
     return cache_home() / f"{slug}-{digest}"
 
 

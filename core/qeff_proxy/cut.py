@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.errors import CutError, UnsupportedModelError
+from qeff_proxy.errors import CutError
+from qeff_proxy.flows import CutReport, load_flow
 from qeff_proxy.locate import locate_sites, site_to_json
 from qeff_proxy.sites import Absent, Site
-from qeff_proxy.verify_cut import CutReport, verify_causal_cut
 
 if TYPE_CHECKING:
     from qeff_proxy.load import LoadedModel
@@ -62,9 +62,7 @@ def cut_model(loaded: LoadedModel, hooks: Hooks, kind: Kind, *, verify: bool = T
         _check_body(loaded, proxy, sites)
     report = None
     if verify and kind != "stub":
-        if proxy.flow != "causal-lm":
-            raise UnsupportedModelError(f"flow {proxy.flow!r} cannot be verified")
-        report = verify_causal_cut(model, proxy, sites)
+        report = load_flow(proxy.flow).verify(model, proxy, sites)
     return Cut(proxy, sites, report)
 
 
@@ -81,9 +79,7 @@ def site_weights(loaded: LoadedModel, site: Site | Absent) -> set[str]:
     return {name for name, parameter in parameters.items() if id(parameter) in own}
 
 
-def _check_body(
-    loaded: LoadedModel, proxy: Proxy, sites: dict[str, Site | Absent]
-) -> None:
+def _check_body(loaded: LoadedModel, proxy: Proxy, sites: dict[str, Site | Absent]) -> None:
     """A split has all the parts that its sites call for."""
     names = [part.name for part in proxy.parts]
     for name, site in sites.items():

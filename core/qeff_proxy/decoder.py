@@ -112,9 +112,7 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
                 "write a plugin for this model type.",
             )
         keys, values = layer.keys, layer.values
-        layers.append(
-            CacheLayer(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
-        )
+        layers.append(CacheLayer(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
     if not layers:
         raise UnsupportedModelError(
             f"{name} keeps no key/value cache", "Only models with a cache can be run as a decoder."
@@ -197,7 +195,7 @@ class DecoderPart(nn.Module):
 
 
 @dataclass
-class _DecoderOutput(ModelOutput):
+class _DecoderOutput(ModelOutput):  # type: ignore[misc]
     """What causal LMs read from their decoder's answer."""
 
     last_hidden_state: torch.Tensor | None = None

@@ -84,8 +84,7 @@ def export_model(
         recover_folder(target)
         if not force and (found := _existing(target, key)) is not None:
             return found
-        export = _write(loaded, hooks, kind, opset, key, target, progress)
-    return export
+        return _write(loaded, hooks, kind, opset, key, target, progress)
 
 
 def _write(
@@ -156,7 +155,7 @@ def _key(loaded: LoadedModel, hooks: Hooks, kind: Kind, opset: int | None) -> di
 def _code_digest() -> str:
     """A hash of this package's own code, so that an edited installation exports anew."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -31,7 +31,7 @@ from qeff_proxy.surgery import replace_modules
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from qeff_proxy.request import Request
 
@@ -122,10 +122,8 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> Any | None:
 def _path_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
     if wanted is None:
         return None
-    for path, module in model.named_modules():
-        if module is wanted and path:
-            return path
-    return None
+    paths: dict[int, str] = {id(module): path for path, module in model.named_modules() if path}
+    return paths.get(id(wanted))
 
 
 def _decoder_path(model: PreTrainedModel) -> str | None:
@@ -143,8 +141,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _host_inputs(layout: DecoderLayout, dtype: str) -> tuple[TensorSpec, ...]:
     """Masks, positions and cache: what every decoder part takes besides its first input."""
     masks = tuple(
-        TensorSpec(mask.name, dtype, ("batch", 1, "query", "past + query"))
-        for mask in layout.masks
+        TensorSpec(mask.name, dtype, ("batch", 1, "query", "past + query")) for mask in layout.masks
     )
     return (
         *masks,
@@ -201,11 +198,11 @@ def _whole_part(
     )
 
 
-class _OperationRecorder(TorchDispatchMode):
+class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the names of the operations that run once `recording` is set."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording = False
         self.names: list[str] = []
 

@@ -7,7 +7,6 @@ import hashlib
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.checkpoint import (
@@ -20,6 +19,7 @@ from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel
@@ -82,9 +82,7 @@ def load_model(
         UsageError: ``dtype`` is none of `DTYPES`.
     """
     check_dtype(dtype)
-    folder = find_checkpoint(
-        source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
-    )
+    folder = find_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config_file = read_config_file(folder)
     check_weights(folder, allow_pickle=allow_pickle)
     _check_architecture(config_file, source, trust_remote_code)

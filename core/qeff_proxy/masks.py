@@ -50,9 +50,7 @@ _CREATORS = (
     _Creator("create_sliding_window_causal_mask", "sliding", "sliding_window"),
     _Creator("create_chunked_causal_mask", "chunked", "attention_chunk_size"),
     _Creator("create_bidirectional_mask", "bidirectional"),
-    _Creator(
-        "create_bidirectional_sliding_window_mask", "bidirectional_sliding", "sliding_window"
-    ),
+    _Creator("create_bidirectional_sliding_window_mask", "bidirectional_sliding", "sliding_window"),
 )
 
 
@@ -103,7 +101,7 @@ def _lowest(dtype: np.dtype[Any]) -> Any:
         return np.finfo(dtype).min
     import ml_dtypes
 
-    return ml_dtypes.finfo(dtype).min
+    return ml_dtypes.finfo(dtype).min  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -148,9 +146,7 @@ def record_masks(module: nn.Module, into: dict[MaskKind, MaskSpec]) -> Iterator[
 
 
 @contextmanager
-def _exchanged(
-    module: nn.Module, make: Callable[[_Creator], Callable[..., Any]]
-) -> Iterator[None]:
+def _exchanged(module: nn.Module, make: Callable[[_Creator], Callable[..., Any]]) -> Iterator[None]:
     """Exchange the mask functions in the modules of Python that define ``module``'s classes."""
     replacements = {
         id(getattr(masking_utils, creator.function)): make(creator) for creator in _CREATORS

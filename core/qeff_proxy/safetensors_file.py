@@ -43,7 +43,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError("truncated, or no safetensors file")
         header = json.loads(file.read(header_length))
     if not isinstance(header, dict):
-        raise ValueError("no safetensors file: its header is no JSON object")
+        raise ValueError("no safetensors file: its header is no JSON object")  # noqa: TRY004
     start = 8 + header_length
     places = {}
     for name, entry in header.items():

@@ -17,16 +17,20 @@ class PartLike(Protocol):
     """What running needs to know of a part: live (`Part`) or exported (`ExportedPart`)."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The part's name."""
 
     @property
-    def inputs(self) -> Sequence[TensorSpec]: ...
+    def inputs(self) -> Sequence[TensorSpec]:
+        """What it takes."""
 
     @property
-    def outputs(self) -> Sequence[TensorSpec]: ...
+    def outputs(self) -> Sequence[TensorSpec]:
+        """What it gives."""
 
     @property
-    def masks(self) -> Sequence[MaskSpec]: ...
+    def masks(self) -> Sequence[MaskSpec]:
+        """Which inputs are attention masks."""
 
 
 class Session(Protocol):

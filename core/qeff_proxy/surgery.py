@@ -37,7 +37,7 @@ def replace_modules(model: ModuleT, replacements: Mapping[str, nn.Module]) -> Mo
         model.get_submodule(path)
         parent_path, _, name = path.rpartition(".")
         parent = _copied_parent(copied, parent_path)
-        parent._modules[name] = replacement
+        parent._modules[name] = replacement  # noqa: SLF001 (see _shallow_copy)
     return result
 
 
@@ -47,12 +47,14 @@ def _copied_parent(copied: dict[str, nn.Module], path: str) -> nn.Module:
         grandparent_path, _, name = path.rpartition(".")
         grandparent = _copied_parent(copied, grandparent_path)
         clone = _shallow_copy(grandparent.get_submodule(name))
-        grandparent._modules[name] = clone
+        grandparent._modules[name] = clone  # noqa: SLF001 (see _shallow_copy)
         copied[path] = clone
     return copied[path]
 
 
 def _shallow_copy(module: ModuleT) -> ModuleT:
+    # nn.Module has no public way to copy a module without its submodules: these registries are
+    # where it keeps them, and setattr would not let a submodule change its kind.
     clone = copy.copy(module)
     for registry in ("_modules", "_parameters", "_buffers"):
         clone.__dict__[registry] = dict(module.__dict__[registry])

@@ -111,9 +111,7 @@ def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
     """The size of an axis: itself, or the sum of the named axes in ``"past + query"``."""
     if isinstance(axis, int):
         return axis
-    return sum(
-        int(term) if term.isdigit() else sizes[term] for term in re.split(r"\s*\+\s*", axis)
-    )
+    return sum(int(term) if term.isdigit() else sizes[term] for term in re.split(r"\s*\+\s*", axis))
 
 
 def sample_inputs(part: Part, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
@@ -165,21 +163,17 @@ def _detach_weights(
     program: ir.Model, part: Part, names: Mapping[int, str]
 ) -> dict[str, torch.Tensor]:
     """Turn large initializers into graph inputs; give their tensors by their final name."""
-    own = dict(part.module.named_parameters(remove_duplicate=False))
+    own: dict[str, torch.Tensor] = dict(part.module.named_parameters(remove_duplicate=False))
     own.update(part.module.named_buffers(remove_duplicate=False))
     graph = program.graph
     weights: dict[str, torch.Tensor] = {}
     for old_name, value in list(graph.initializers.items()):
-        tensor = own.get(old_name)
-        if tensor is None:
-            array = value.const_value
-            if array is None or array.nbytes < INLINE_BYTES:
-                continue
-            tensor = torch.from_numpy(array.numpy().copy())
-        elif tensor.numel() * tensor.element_size() < INLINE_BYTES and not isinstance(
-            tensor, torch.nn.Parameter
-        ):
+        array = value.const_value
+        if array is None:
             continue
+        if array.nbytes < INLINE_BYTES and not isinstance(own.get(old_name), torch.nn.Parameter):
+            continue
+        tensor = own[old_name] if old_name in own else torch.from_numpy(array.numpy().copy())
         name = names.get(id(tensor), f"{part.name}.{old_name}")
         del graph.initializers[old_name]
         value.const_value = None
@@ -197,7 +191,7 @@ def _attach_weights(program: ir.Model, weights: Mapping[str, torch.Tensor]) -> N
     """Make the inputs that stand for weights initializers again; forget those nothing uses."""
     graph = program.graph
     for value in list(graph.inputs):
-        if value.name in weights:
+        if value.name is not None and value.name in weights:
             graph.inputs.remove(value)
             if value.uses() or value.is_graph_output():
                 graph.initializers[value.name] = value
@@ -263,7 +257,9 @@ def _renamed(dim: int | ir.SymbolicDim, mapping: Mapping[str, str]) -> int | str
         return dim
     if dim.value is None:
         return None
-    name = re.sub(r"[A-Za-z_]\w*", lambda match: mapping.get(match.group(), match.group()), dim.value)
+    name = re.sub(
+        r"[A-Za-z_]\w*", lambda match: mapping.get(match.group(), match.group()), dim.value
+    )
     return "past + query" if name == "query + past" else name
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-import torch
 from safetensors.torch import save_file
 
 from qeff_proxy.safetensors_file import read_header
@@ -16,6 +15,8 @@ from qeff_proxy.safetensors_file import read_header
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
+
+    import torch
 
     from qeff_proxy.safetensors_file import StoredTensor
     from qeff_proxy.trace import TracedPart
@@ -64,9 +65,7 @@ def save_weights(path: Path, parts: Iterable[TracedPart]) -> dict[str, StoredTen
     return {name: places[alias] for name, alias in aliases.items()}
 
 
-def point_into(
-    part: TracedPart, path: Path, places: Mapping[str, StoredTensor]
-) -> None:
+def point_into(part: TracedPart, path: Path, places: Mapping[str, StoredTensor]) -> None:
     """Let the initializers of a traced part point into a weights file beside its ``.onnx``."""
     for name in part.weights:
         place = places[name]

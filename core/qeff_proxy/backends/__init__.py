@@ -1,1 +1,123 @@
-"""Backends: what runs a part. One module each, imported on first use."""
+"""Backends: what compiles and runs parts.
+
+A backend is one class in a module of its own, imported on first use. A package registers its
+own as an entry point of the group ``qeff_proxy.backends``: the name users type → the class.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from qeff_proxy.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from qeff_proxy.artifact import Export, ExportedPart
+    from qeff_proxy.session import Session
+
+__all__ = ["BUILTIN_BACKENDS", "ENTRY_POINT_GROUP", "Backend", "CompileOptions", "load_backend"]
+
+ENTRY_POINT_GROUP = "qeff_proxy.backends"
+BUILTIN_BACKENDS = {
+    "onnxruntime": "qeff_proxy.backends.onnxruntime_backend:OnnxRuntimeBackend",
+    "torch": "qeff_proxy.backends.torch_backend:TorchBackend",
+}
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What a user asks of ``compile``, whatever the backend.
+
+    Attributes:
+        batch_size: Rows of the batch, for backends of static shapes.
+        prefill_seq_len: Tokens of a prefill chunk; longer prompts are run in chunks of this size.
+            ``None``: the whole prompt at once.
+        ctx_len: Most positions, prompt and generated tokens together. ``None``: as many as the
+            model has.
+        num_cores: Cores to use: threads on a CPU. ``None``: the backend's own choice.
+        backend: What only one backend understands, by name.
+    """
+
+    batch_size: int = 1
+    prefill_seq_len: int | None = None
+    ctx_len: int | None = None
+    num_cores: int | None = None
+    backend: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prefill_seq_len", "ctx_len", "num_cores"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{name} is {value!r}", "It must be a whole number above 0.")
+        if self.ctx_len and self.prefill_seq_len and self.prefill_seq_len > self.ctx_len:
+            raise UsageError(
+                f"prefill_seq_len ({self.prefill_seq_len}) is larger than ctx_len ({self.ctx_len})",
+                "A prefill chunk must fit into the context.",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as a JSON object."""
+        return {**vars(self), "backend": dict(self.backend)}
+
+
+class Backend(Protocol):
+    """What a backend does; made anew for each compilation."""
+
+    #: The options it understands in `CompileOptions.backend`, with what they mean.
+    options: Mapping[str, str]
+
+    def versions(self) -> Mapping[str, str]:
+        """Versions of the compiler and runtime, which go into the key of what was compiled."""
+
+    def compile(
+        self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+    ) -> None:
+        """Write into ``folder`` what `open` needs besides the export.
+
+        Raises:
+            BackendError: The backend refuses the part; names operator and node where it can.
+        """
+
+    def open(
+        self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+    ) -> Session:
+        """A session on what `compile` wrote into ``folder``."""
+
+
+def load_backend(name: str) -> Backend:
+    """Make the backend called ``name``.
+
+    Raises:
+        BackendError: There is none of that name, or what it needs is not installed.
+    """
+    target = BUILTIN_BACKENDS.get(name)
+    if target is None:
+        return _registered_backend(name)
+    module, _, attribute = target.partition(":")
+    try:
+        return cast("Backend", getattr(importlib.import_module(module), attribute)())
+    except ImportError as error:
+        raise BackendError(
+            f"backend {name!r} cannot be used: {error}", f"Install it: pip install {name}"
+        ) from error
+
+
+def _registered_backend(name: str) -> Backend:
+    from importlib_metadata import entry_points
+
+    found = entry_points(group=ENTRY_POINT_GROUP)
+    known = sorted({*BUILTIN_BACKENDS, *found.names})
+    if name not in found.names:
+        raise BackendError(f"there is no backend {name!r}", f"Known are {', '.join(known)}.")
+    point = found[name]
+    try:
+        return cast("Backend", point.load()())
+    except Exception as error:
+        package = point.dist.name if point.dist else point.value
+        raise BackendError(
+            f"backend {name!r} of package {package} cannot be used: {type(error).__name__}: {error}"
+        ) from error

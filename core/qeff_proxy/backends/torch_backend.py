@@ -1,20 +1,60 @@
-"""The ``torch`` backend: a part's own module, run eagerly. It is the reference."""
+"""The ``torch`` backend: a part's own module, run eagerly. It is the reference.
+
+It runs the export's own weights: the model is built from the config beside the parts and filled
+from the weights files.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
 
     from qeff_proxy.arrays import Array
-    from qeff_proxy.parts import Part
+    from qeff_proxy.artifact import Export, ExportedPart
+    from qeff_proxy.backends import CompileOptions
+    from qeff_proxy.parts import Kind, Part, Proxy
 
-__all__ = ["TorchSession"]
+__all__ = ["TorchBackend", "TorchSession", "model_of_export"]
+
+
+class TorchBackend:
+    """Runs the parts with PyTorch."""
+
+    options: Mapping[str, str] = {}
+
+    def __init__(self) -> None:
+        self._proxy: Proxy | None = None
+
+    def versions(self) -> dict[str, str]:
+        """PyTorch's version."""
+        return {"torch": str(torch.__version__)}
+
+    def compile(
+        self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+    ) -> None:
+        """Nothing to do: PyTorch runs the model's code."""
+
+    def open(
+        self,
+        export: Export,
+        part: ExportedPart,
+        options: CompileOptions,  # noqa: ARG002 (part of the protocol)
+        folder: Path,  # noqa: ARG002
+    ) -> TorchSession:
+        """A session on the part of a model built from the export's config and weights."""
+        if self._proxy is None:
+            self._proxy = _proxy_of_export(export)
+        return TorchSession(self._proxy.part(part.name))
 
 
 class TorchSession:
@@ -25,14 +65,98 @@ class TorchSession:
     """
 
     def __init__(self, part: Part) -> None:
-        self._module = part.module.eval()
+        self._part: Part | None = part
+        part.module.eval()
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the part once (see `qeff_proxy.session.Session.run`)."""
-        arguments = {name.replace(".", "__"): to_tensor(value) for name, value in feeds.items()}
+        if self._part is None:
+            raise BackendError("the session is closed")
+        tensors = {name: to_tensor(value) for name, value in feeds.items()}
+        for spec in self._part.inputs:
+            # What the trace found useless is no input of the exported part.
+            if spec.name not in tensors:
+                tensors[spec.name] = _placeholder(spec.shape, spec.dtype, tensors)
         with torch.no_grad():
-            outputs = self._module(**arguments)
+            outputs = self._part.module(
+                **{name.replace(".", "__"): value for name, value in tensors.items()}
+            )
         return {name: to_array(value) for name, value in outputs.items()}
 
     def close(self) -> None:
-        """Nothing to release: the module belongs to the part."""
+        """Let go of the part."""
+        self._part = None
+
+
+def model_of_export(export: Export) -> PreTrainedModel:
+    """Build the model of an export from its config and its own weights.
+
+    Raises:
+        BackendError: Its architecture is not part of transformers, or weights are missing.
+    """
+    import transformers
+    from safetensors.torch import load_file
+
+    name = export.model["architecture"]
+    architecture = getattr(transformers, name, None)
+    if architecture is None:
+        raise BackendError(
+            f"{name} is not part of transformers, so the torch backend cannot build it",
+            "Use another backend.",
+        )
+    config = transformers.AutoConfig.from_pretrained(export.processor_folder)
+    weights: dict[str, torch.Tensor] = {}
+    for file in export.files:
+        weights.update(load_file(export.folder / file))
+    model = architecture._from_config(  # noqa: SLF001 (what the auto classes call)
+        config, dtype=getattr(torch, export.dtype), attn_implementation="eager"
+    )
+    model.tie_weights()
+    unknown = _fill(model, weights)
+    if unknown:
+        raise BackendError(
+            f"{name} built from {export.processor_folder} has no place for {unknown[0]}",
+            "Export the model again.",
+        )
+    return cast("PreTrainedModel", model.eval())
+
+
+def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Put ``weights`` into the model's own tensors; give the names it does not have."""
+    places: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    places.update(model.named_buffers(remove_duplicate=False))
+    for name, tensor in weights.items():
+        if name in places:
+            places[name].data = tensor
+    # Constants that the trace lifted out of the code are called by their part: no module has them.
+    parts = ("embedding.", "body.", "lm_head.", "model.")
+    return [name for name in weights if name not in places and not name.startswith(parts)]
+
+
+def _proxy_of_export(export: Export) -> Proxy:
+    from qeff_proxy.locate import locate_sites
+    from qeff_proxy.plugins import Plugins
+
+    model = model_of_export(export)
+    hooks = Plugins.discover().hooks_for(export.model["model_type"])
+    sites = locate_sites(model, hooks)
+    return hooks.build_proxy(
+        model=model,
+        embedding=sites["embedding"],
+        lm_head=sites["lm_head"],
+        kind=cast("Kind", export.kind),
+    )
+
+
+def _placeholder(
+    shape: tuple[int | str, ...], dtype: str, tensors: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """A tensor for an input that has no influence: ones of the axes the other inputs show."""
+    first = next(iter(tensors.values()))
+    past = tensors.get("past_key_values.0.key")
+    sizes = {"batch": first.shape[0], "query": first.shape[1], "past": 0}
+    if past is not None:
+        sizes["past"] = past.shape[2]
+    sizes["past + query"] = sizes["past"] + sizes["query"]
+    axes = [axis if isinstance(axis, int) else sizes[axis] for axis in shape]
+    return torch.ones(axes, dtype=getattr(torch, dtype))

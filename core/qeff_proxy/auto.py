@@ -1,0 +1,376 @@
+"""The Python face: the names and calls that users of QEfficient type.
+
+Thin classes over the one flow. Each differs in the transformers auto class it loads with and in
+the task its ``generate`` serves; all else is `_ProxyModel`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from qeff_proxy.backends import CompileOptions
+from qeff_proxy.compile import Compiled, compile_export
+from qeff_proxy.dump import DumpOptions
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.export import export_model
+from qeff_proxy.load import load_model, load_processor, wrap_model
+from qeff_proxy.plugins import Plugins
+from qeff_proxy.request import Request
+from qeff_proxy.run import RunResult, run_compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+    from transformers import PreTrainedModel
+
+    from qeff_proxy.artifact import Export
+    from qeff_proxy.generation import PerfMetrics
+    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.parts import Kind
+
+__all__ = [
+    "GenerationResult",
+    "QEFFAutoModel",
+    "QEFFAutoModelForCTC",
+    "QEFFAutoModelForCausalLM",
+    "QEFFAutoModelForImageTextToText",
+    "QEFFAutoModelForSpeechSeq2Seq",
+]
+
+#: Arguments of QEfficient's ``compile`` that only mean something on its hardware. They are
+#: handed to backends that have such an option and otherwise ignored.
+_HARDWARE_OPTIONS = frozenset(
+    {
+        "aic_enable_depth_first",
+        "mdp_ts_num_devices",
+        "mos",
+        "mxfp6_matmul",
+        "mxint8_kv_cache",
+        "num_devices",
+        "num_speculative_tokens",
+        "full_batch_size",
+        "kv_cache_batch_size",
+        "num_patches",
+        "img_size",
+    }
+)
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What ``generate`` gives.
+
+    Attributes:
+        generated_ids: New token ids, ``[rows, tokens]`` int64; rows that ended early are filled
+            up with the pad token.
+        generated_texts: Their texts, one per row; ``None`` without a tokenizer.
+        perf_metrics: How long it took.
+        io_folder: Where the dump lies; ``None`` without ``write_io``.
+    """
+
+    generated_ids: npt.NDArray[np.int64]
+    generated_texts: list[str] | None
+    perf_metrics: PerfMetrics
+    io_folder: Path | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """How many rows were generated."""
+        return int(self.generated_ids.shape[0])
+
+
+class _ProxyModel:
+    """What all the faces share: load, export, compile."""
+
+    auto_class: ClassVar[str]
+    #: The flows that this face's ``generate`` can run.
+    flows: ClassVar[frozenset[str]]
+    #: The pip extra that brings the families of this task.
+    extra: ClassVar[str]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | LoadedModel,
+        *,
+        proxy: Kind = "whole",
+        plugins: Plugins | None = None,
+    ) -> None:
+        """Take a model that is already there.
+
+        Args:
+            model: A transformers model, or what `qeff_proxy.load.load_model` gave.
+            proxy: What to export: ``"split"``, ``"stub"`` or ``"whole"``.
+            plugins: Where plugins are looked up; by default the installed ones.
+        """
+        self._loaded = model if not hasattr(model, "config") else wrap_model(model)
+        self._kind = proxy
+        self._plugins = plugins or Plugins.discover()
+        self._hooks = self._plugins.hooks_for(self._loaded.model_type)
+        self._export: Export | None = None
+        self._compiled: Compiled | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        enable_proxy: bool = False,
+        proxy: Kind | None = None,
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        plugins: Plugins | None = None,
+    ) -> _ProxyModel:
+        """Load a checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: A local folder or a hub id.
+            enable_proxy: Cut the token embedding and LM head out: the same as ``proxy="split"``.
+            proxy: ``"split"``, ``"stub"`` or ``"whole"``, where ``enable_proxy`` says too little.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+            trust_remote_code: Run Python code that comes with the checkpoint.
+            allow_pickle: Read pickled weights, which can run code.
+            plugins: Where plugins are looked up; by default the installed ones.
+
+        Raises:
+            CheckpointError: It cannot be found, read or trusted.
+            UnsupportedModelError: Its architecture is unknown, or of another task.
+        """
+        loaded = load_model(
+            str(pretrained_model_name_or_path),
+            auto_class=cls.auto_class,
+            dtype=str(dtype).removeprefix("torch."),
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
+        kind: Kind = proxy or ("split" if enable_proxy else "whole")
+        return cls(loaded, proxy=kind, plugins=plugins)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The uncut transformers model."""
+        return self._loaded.model
+
+    def export(
+        self, export_dir: str | Path | None = None, *, force: bool = False, opset: int | None = None
+    ) -> Path:
+        """Export the parts to ONNX (`qeff_proxy.export.export_model`) and give their folder."""
+        self._export = export_model(
+            self._loaded,
+            self._hooks,
+            self._kind,
+            output=Path(export_dir) if export_dir is not None else None,
+            opset=opset,
+            force=force,
+        )
+        self._compiled = None
+        return self._export.folder
+
+    def compile(
+        self,
+        *,
+        backend: str = "onnxruntime",
+        prefill_seq_len: int | None = None,
+        ctx_len: int | None = None,
+        batch_size: int = 1,
+        num_cores: int | None = None,
+        force: bool = False,
+        **backend_options: Any,
+    ) -> Path:
+        """Compile the parts (`qeff_proxy.compile.compile_export`); exports first where needed.
+
+        Args:
+            backend: Which backend to compile for.
+            prefill_seq_len: Tokens of a prefill chunk; longer prompts are run in several.
+            ctx_len: Most positions, prompt and generated tokens together.
+            batch_size: Rows of the batch, for backends of static shapes.
+            num_cores: Cores to use.
+            force: Compile again even where the same was compiled already.
+            backend_options: What this backend understands. QEfficient's options for its own
+                hardware (``mxfp6_matmul``, ``num_devices`` …) are ignored by other backends.
+
+        Returns:
+            The folder of what was compiled.
+        """
+        if self._export is None:
+            self.export()
+        assert self._export is not None  # noqa: S101 (export sets it)
+        from qeff_proxy.backends import load_backend
+
+        understood = set(load_backend(backend).options)
+        options = CompileOptions(
+            batch_size=batch_size,
+            prefill_seq_len=prefill_seq_len,
+            ctx_len=ctx_len,
+            num_cores=num_cores,
+            backend={
+                name: value
+                for name, value in backend_options.items()
+                if name in understood or name not in _HARDWARE_OPTIONS
+            },
+        )
+        self._compiled = compile_export(self._export, backend, options, force=force)
+        return self._compiled.folder
+
+    def _run(
+        self,
+        request: Request,
+        processor: Any,
+        settings: Mapping[str, Any],
+        *,
+        write_io: bool,
+        io_dir: str | Path | None,
+        io_options: DumpOptions | None,
+    ) -> RunResult:
+        if self._compiled is None:
+            self.compile()
+        assert self._compiled is not None  # noqa: S101 (compile sets it)
+        flow = self._compiled.export.flow
+        if flow not in self.flows:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} does not run {flow!r} models such as "
+                f"{type(self._loaded.model).__name__}",
+                f"Install the plugins for its task: pip install 'qeff-proxy[{self.extra}]'.",
+            )
+        return run_compiled(
+            self._compiled,
+            self._hooks,
+            request,
+            processor=processor,
+            settings=settings,
+            write_io=write_io or io_dir is not None,
+            io_folder=Path(io_dir) if io_dir is not None else None,
+            io_options=io_options,
+        )
+
+    def processor(self) -> Any:
+        """The checkpoint's own tokenizer or processor.
+
+        Raises:
+            CheckpointError: It has none that can be loaded.
+        """
+        if self._loaded.folder is None:
+            raise UsageError(
+                "this model was made in memory and has no tokenizer", "Pass tokenizer=."
+            )
+        return load_processor(self._loaded.folder)
+
+
+class QEFFAutoModelForCausalLM(_ProxyModel):
+    """A causal LM."""
+
+    auto_class = "AutoModelForCausalLM"
+    flows = frozenset({"causal-lm"})
+    extra = "text"
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        generation_len: int | None = None,
+        max_new_tokens: int | None = None,
+        streamer: Any = None,
+        write_io: bool = False,
+        io_dir: str | Path | None = None,
+        io_steps: str = "all",
+        io_tensors: Sequence[str] = ("*",),
+        kv: Literal["delta", "full"] = "delta",
+        **settings: Any,
+    ) -> GenerationResult:
+        """Generate text.
+
+        Args:
+            prompts: A prompt or several; several are padded on the left.
+            tokenizer: By default the checkpoint's own.
+            inputs: Token ids instead of prompts: ``input_ids`` and, where there is padding,
+                ``attention_mask``, both ``[batch, sequence]``.
+            generation_len: New tokens; the same as ``max_new_tokens``.
+            max_new_tokens: New tokens; by default what the checkpoint says, else 128, but never
+                more than fit.
+            streamer: A transformers streamer.
+            write_io: Dump inputs and outputs of every part at every step.
+            io_dir: Where to (implies ``write_io``).
+            io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
+            io_tensors: Which tensors to dump, as globs.
+            kv: Dump the cache rows that a step added, or the whole cache.
+            settings: Further arguments of transformers' ``generate``: ``do_sample``,
+                ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …
+
+        Raises:
+            UsageError: The prompt is empty or too long, or an argument cannot be right.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        if (not texts) == (inputs is None):
+            raise UsageError("give either prompts or inputs, and not an empty list of them")
+        if generation_len is not None and max_new_tokens is not None:
+            raise UsageError("generation_len and max_new_tokens say the same; give one of them")
+        if texts and tokenizer is None:
+            tokenizer = self.processor()
+        settings["max_new_tokens"] = max_new_tokens if generation_len is None else generation_len
+        if streamer is not None:
+            settings["streamer"] = streamer
+        beams = int(settings.get("num_beams") or 1)
+        result = self._run(
+            Request(prompts=texts, inputs=inputs),
+            tokenizer,
+            settings,
+            write_io=write_io,
+            io_dir=io_dir,
+            # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
+            io_options=DumpOptions(io_steps, tuple(io_tensors), "full" if beams > 1 else kv),
+        )
+        return GenerationResult(
+            result.outputs["generated_ids"],
+            result.decoded,
+            result.outputs["perf_metrics"],
+            result.io_folder,
+        )
+
+
+class _NeedsPlugins(_ProxyModel):
+    """A face whose families come with a plugin package that is not there yet."""
+
+    def generate(self, *_args: Any, **_settings: Any) -> Any:
+        """Raise `UnsupportedModelError`, which says what to install."""
+        raise UnsupportedModelError(
+            f"{type(self).__name__} needs the plugins of its task",
+            f"Install them: pip install 'qeff-proxy[{self.extra}]'.",
+        )
+
+
+class QEFFAutoModel(_NeedsPlugins):
+    """An encoder or embedding model."""
+
+    auto_class = "AutoModel"
+    flows = frozenset({"encoder"})
+    extra = "embedding"
+
+
+class QEFFAutoModelForSpeechSeq2Seq(_NeedsPlugins):
+    """A speech recognizer with encoder and decoder."""
+
+    auto_class = "AutoModelForSpeechSeq2Seq"
+    flows = frozenset({"speech-seq2seq"})
+    extra = "audio"
+
+
+class QEFFAutoModelForCTC(_NeedsPlugins):
+    """A speech recognizer with a CTC head."""
+
+    auto_class = "AutoModelForCTC"
+    flows = frozenset({"ctc"})
+    extra = "audio"
+
+
+class QEFFAutoModelForImageTextToText(_NeedsPlugins):
+    """A vision-language model."""
+
+    auto_class = "AutoModelForImageTextToText"
+    flows = frozenset({"image-text-to-text"})
+    extra = "vision"

@@ -1,0 +1,124 @@
+"""Compile: from an export to what a backend runs, and from there to sessions.
+
+What is compiled lies in ``compiled/<backend>-<hash>/`` of the export, with a ``compile.json``
+written last. The same request again is a lookup.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.backends import CompileOptions, load_backend
+from qeff_proxy.errors import UsageError
+from qeff_proxy.staging import locked, recover_folder, staged_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from qeff_proxy.artifact import Export
+    from qeff_proxy.session import Session
+
+__all__ = ["Compiled", "compile_export", "open_sessions"]
+
+_MANIFEST = "compile.json"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Parts, compiled for a backend.
+
+    Attributes:
+        export: What was compiled.
+        backend: For which backend, by name.
+        options: How.
+        folder: Where the result lies.
+        was_there: Whether it was there already.
+    """
+
+    export: Export
+    backend: str
+    options: CompileOptions
+    folder: Path
+    was_there: bool = False
+
+
+def compile_export(
+    export: Export,
+    backend: str = "onnxruntime",
+    options: CompileOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> Compiled:
+    """Compile every part of an export.
+
+    Args:
+        export: What to compile.
+        backend: The backend's name.
+        options: Shapes, cores, and what only this backend understands.
+        force: Compile again even where the same was compiled already.
+        progress: Told the name of each part as its turn comes.
+
+    Raises:
+        BackendError: The backend is not there, or refuses a part.
+        UsageError: It has no such option.
+        ArtifactError: The folder is in use, or cannot be written.
+    """
+    options = options or CompileOptions()
+    implementation = load_backend(backend)
+    unknown = sorted(set(options.backend) - set(implementation.options))
+    if unknown:
+        known = ", ".join(sorted(implementation.options)) or "none"
+        raise UsageError(
+            f"backend {backend!r} has no option {unknown[0]!r}", f"Its options: {known}."
+        )
+    key: dict[str, Any] = {
+        "backend": backend,
+        "versions": dict(implementation.versions()),
+        "options": options.to_json(),
+        "parts": {part.name: part.sha256 for part in export.parts},
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    target = export.folder / "compiled" / f"{backend}-{digest}"
+    with locked(target):
+        recover_folder(target)
+        if not force and _is_whole(target, key):
+            return Compiled(export, backend, options, target, was_there=True)
+        with staged_folder(target, _MANIFEST) as folder:
+            for part in export.parts:
+                progress(f"compiling {part.name}")
+                implementation.compile(export, part, options, folder)
+            text = json.dumps(key, indent=2, ensure_ascii=False) + "\n"
+            (folder / _MANIFEST).write_text(text, encoding="utf-8")
+    return Compiled(export, backend, options, target)
+
+
+def _is_whole(folder: Path, key: dict[str, Any]) -> bool:
+    path = folder / _MANIFEST
+    if not path.is_file():
+        return False
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")) == key)
+    except ValueError:
+        return False
+
+
+@contextmanager
+def open_sessions(compiled: Compiled) -> Iterator[dict[str, Session]]:
+    """A session per part, closed at the end."""
+    backend = load_backend(compiled.backend)
+    sessions: dict[str, Session] = {}
+    try:
+        for part in compiled.export.parts:
+            sessions[part.name] = backend.open(
+                compiled.export, part, compiled.options, compiled.folder
+            )
+        yield sessions
+    finally:
+        for session in sessions.values():
+            session.close()

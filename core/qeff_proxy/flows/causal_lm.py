@@ -1,0 +1,218 @@
+"""The ``causal-lm`` flow, and its verified cut: the parts together must equal the uncut model.
+
+On random token ids, with a left-padded row, over a prefill, a second chunk and a decode step, and
+with sliding windows shrunk so that they matter, the logits of the parts are held against those
+of the model itself. Nothing is written before this passes.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.backends.torch_backend import TorchSession
+from qeff_proxy.engine import CausalEngine, StepId, position_ids_of
+from qeff_proxy.errors import CutError
+from qeff_proxy.flows import CutReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from transformers import PreTrainedModel
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.flows import Job
+    from qeff_proxy.parts import MaskSpec, Proxy
+    from qeff_proxy.sites import Absent, Site
+
+__all__ = ["TOLERANCES", "CausalFlow", "shrunk_windows", "verify_causal_cut"]
+
+#: Largest allowed difference of a logit, over the largest logit, by the model's dtype. Model and
+#: parts run the same operations, so that only the order of sums may differ.
+TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
+
+_STEPS = (9, 3, 1)  # queries of the prefill, of a second chunk, of a decode step
+_PADDING = 4  # padded positions in front of the second row
+_WINDOW = 5  # a sliding window short enough to hide something within these steps
+
+
+class CausalFlow:
+    """Prefill and decode steps, through transformers' generation loop."""
+
+    def verify(
+        self, model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent]
+    ) -> CutReport:
+        """Hold the parts of a causal LM against the model (see `verify_causal_cut`)."""
+        return verify_causal_cut(model, proxy, sites)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Generate.
+
+        Returns:
+            ``generated_ids [prompts, tokens]`` int64, and ``perf_metrics``.
+
+        Raises:
+            UsageError: The prompt does not fit, or the export is a stub.
+        """
+        from qeff_proxy.generation import generate_ids
+
+        generated = generate_ids(job)
+        return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
+
+
+def verify_causal_cut(
+    model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent], seed: int = 0
+) -> CutReport:
+    """Hold the parts of a causal LM against the model.
+
+    Args:
+        model: The uncut model, in evaluation mode.
+        proxy: Its parts, of kind ``"split"`` or ``"whole"``.
+        sites: What was located, for the error message.
+        seed: Of the random token ids.
+
+    Raises:
+        CutError: The parts cannot be run, or give other logits; names the sites and the worst
+            element.
+    """
+    generator = np.random.default_rng(seed)
+    table_rows = model.get_input_embeddings().weight.shape[0]
+    ids = generator.integers(0, table_rows, (2, sum(_STEPS)))
+    padding = np.ones_like(ids)
+    padding[1, :_PADDING] = 0
+    where = ", ".join(f"{name} at {_describe(site)}" for name, site in sites.items())
+    with shrunk_windows(model, _WINDOW):
+        expected = _model_logits(model, ids, padding)
+        try:
+            actual = _proxy_logits(proxy, ids, padding)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise CutError(
+                f"the parts of {type(model).__name__} cannot be run ({where}): "
+                f"{type(error).__name__}: {error}",
+                "This architecture needs a plugin of its own.",
+            ) from error
+    return _compare(model, expected, actual, padding, where)
+
+
+def _compare(
+    model: PreTrainedModel, expected: Array, actual: Array, padding: Array, where: str
+) -> CutReport:
+    name = type(model).__name__
+    dtype = str(model.dtype).removeprefix("torch.")
+    if expected.shape != actual.shape:
+        raise CutError(
+            f"the parts of {name} give logits {list(actual.shape)}, the model "
+            f"{list(expected.shape)} ({where})",
+            "This architecture needs a plugin of its own.",
+        )
+    real = padding.astype(bool)
+    difference = np.where(real[..., None], np.abs(expected - actual), 0.0)
+    largest = float(np.abs(expected[real]).max())
+    if not np.isfinite(expected[real]).all():
+        raise CutError(
+            f"{name} itself gives NaN or infinite logits in {dtype}",
+            "Check the checkpoint's weights, or export in float32.",
+        )
+    report = CutReport(
+        max_difference=float(difference.max()),
+        largest_value=largest,
+        tolerance=TOLERANCES.get(dtype, TOLERANCES["float32"]),
+        dtype=dtype,
+        positions=int(real.sum()),
+    )
+    # Written so that a NaN fails.
+    if not report.max_difference <= report.tolerance * max(largest, 1e-6):
+        row, position, token = np.unravel_index(int(np.nanargmax(difference)), difference.shape)
+        raise CutError(
+            f"the parts of {name} do not equal the uncut model ({where}): logit [{row}, "
+            f"{position}, {token}] is {actual[row, position, token]:.6g} instead of "
+            f"{expected[row, position, token]:.6g}, off by {report.max_difference:.3g} with at "
+            f"most {report.tolerance * largest:.3g} allowed in {dtype}",
+            "This architecture needs a plugin of its own.",
+        )
+    return report
+
+
+def _describe(site: Site | Absent) -> str:
+    from qeff_proxy.sites import Absent
+
+    return f"nowhere ({site.reason})" if isinstance(site, Absent) else site.module
+
+
+def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:
+    """Logits of the uncut model with its own cache and masks: ``[batch, sequence, vocabulary]``."""
+    import inspect
+
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    pieces: list[Array] = []
+    cache = None
+    start = 0
+    for length in _STEPS:
+        seen = padding[:, : start + length]
+        arguments: dict[str, Any] = {
+            "input_ids": to_tensor(ids[:, start : start + length]),
+            "attention_mask": to_tensor(seen),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if takes_positions:
+            arguments["position_ids"] = to_tensor(position_ids_of(seen, length))
+        with torch.no_grad():
+            outputs = model(**{n: v for n, v in arguments.items() if v is not None})
+        cache = outputs.past_key_values
+        pieces.append(to_array(outputs.logits.float()))
+        start += length
+    return np.concatenate(pieces, axis=1)
+
+
+def _proxy_logits(proxy: Proxy, ids: Array, padding: Array) -> Array:
+    """Logits of the parts, run as they will be run: ``[batch, sequence, vocabulary]``."""
+    parts = [
+        replace(part, masks=tuple(_shrunk(mask) for mask in part.masks)) for part in proxy.parts
+    ]
+    engine = CausalEngine(parts, {part.name: TorchSession(part) for part in parts})
+    pieces: list[Array] = []
+    cache = None
+    start = 0
+    for index, length in enumerate(_STEPS):
+        logits, cache = engine.step(
+            StepId("prefill", index),
+            ids[:, start : start + length],
+            padding[:, : start + length],
+            cache,
+        )
+        pieces.append(logits.astype(np.float32))
+        start += length
+    return np.concatenate(pieces, axis=1)
+
+
+def _shrunk(mask: MaskSpec) -> MaskSpec:
+    """The mask as it is while the model's windows are shrunk."""
+    return mask if mask.size is None else replace(mask, size=min(mask.size, _WINDOW))
+
+
+@contextmanager
+def shrunk_windows(model: PreTrainedModel, size: int) -> Iterator[None]:
+    """Give the model's configs a sliding window or chunk of ``size``, where they have one.
+
+    Real windows are thousands of tokens long: a cut that mixed up sliding and full attention
+    would look right on any short text.
+    """
+    changed: list[tuple[Any, str, Any]] = []
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    try:
+        for config in configs.values():
+            for attribute in ("sliding_window", "attention_chunk_size"):
+                value = getattr(config, attribute, None)
+                if isinstance(value, int) and value > size:
+                    changed.append((config, attribute, value))
+                    setattr(config, attribute, size)
+        yield
+    finally:
+        for config, attribute, value in changed:
+            setattr(config, attribute, value)

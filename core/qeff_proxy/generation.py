@@ -1,0 +1,309 @@
+"""Generate: transformers' own generation loop over the parts' sessions.
+
+Greedy search, sampling, beams, stop strings and streaming are transformers' code. What is ours is
+the forward pass, which runs the parts through `qeff_proxy.engine.CausalEngine`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.engine import Cache, CausalEngine, StepId
+from qeff_proxy.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    import numpy.typing as npt
+    from transformers import PreTrainedConfig
+
+    from qeff_proxy.engine import Recorder
+    from qeff_proxy.flows import Job
+
+__all__ = ["Generated", "PerfMetrics", "ProxyForCausalLM", "generate_ids", "run_generation"]
+
+
+#: New tokens where neither the user nor the checkpoint says how many.
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class PerfMetrics:
+    """How long it took.
+
+    Attributes:
+        prefill_time: Seconds from the start to the first token (time to first token).
+        decode_perf: Tokens per second and prompt after the first one; 0.0 where there is none.
+        total_perf: Tokens per second over all prompts and the whole time.
+        total_time: Seconds.
+    """
+
+    prefill_time: float
+    decode_perf: float
+    total_perf: float
+    total_time: float
+
+    def to_json(self) -> dict[str, float]:
+        """The figures as a JSON object."""
+        return dict(vars(self))
+
+
+class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
+    """A causal LM whose forward pass runs sessions.
+
+    Args:
+        config: Of the uncut model.
+        engine: Runs the parts.
+        generation_config: The checkpoint's generation settings.
+        prefill_seq_len: Prompts are run in chunks of this many tokens; ``None``: at once.
+        recorder: Sees every run of every part.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = "proxy"
+    _is_stateful = False
+    _supports_cache_class = True
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        engine: CausalEngine,
+        generation_config: GenerationConfig | None = None,
+        prefill_seq_len: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.generation_config = generation_config or GenerationConfig.from_model_config(config)
+        self.engine = engine
+        self.prefill_seq_len = prefill_seq_len
+        self.recorder = recorder
+        self.step_times: list[float] = []
+        self._chunks = 0
+        self._decode_steps = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids and logits are: the host."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the logits that the generation loop sees."""
+        return torch.float32
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Yes: it is made for it."""
+        return True
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """No: this class is not a checkpoint's own code."""
+        return False
+
+    def get_experts_implementation(self) -> None:
+        """None to choose from: experts are inside the body."""
+        return
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass of the generation loop: a prefill, in chunks, or a decode step.
+
+        Args:
+            input_ids: ``[batch, query]`` int64.
+            attention_mask: ``[batch, past + query]``, 1 for a token; ``None`` for no padding.
+            past_key_values: The cache, taken over and given back longer.
+
+        Returns:
+            ``logits [batch, 1, vocabulary]`` float32 of the last position, and the cache.
+        """
+        ids = to_array(input_ids)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is None:
+            attention_mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64)
+        padding = to_array(attention_mask.to(torch.int64))
+        cache = _to_engine(past_key_values) if past else None
+        length = ids.shape[1]
+        chunk = self.prefill_seq_len if past == 0 and self.prefill_seq_len else length
+        logits = None
+        for start in range(0, length, chunk):
+            stop = min(start + chunk, length)
+            logits, cache = self.engine.step(
+                self._next_step(decoding=past > 0),
+                ids[:, start:stop],
+                padding[:, : past + stop],
+                cache,
+                last_only=True,
+                recorder=self.recorder,
+            )
+        assert logits is not None  # noqa: S101 (the loop runs at least once)
+        assert cache is not None  # noqa: S101
+        result = CausalLMOutputWithPast(
+            logits=to_tensor(logits).float(), past_key_values=_from_engine(cache, past_key_values)
+        )
+        self.step_times.append(time.perf_counter())
+        return result
+
+    def _next_step(self, *, decoding: bool) -> StepId:
+        if decoding:
+            self._decode_steps += 1
+            return StepId("decode", self._decode_steps - 1)
+        self._chunks += 1
+        return StepId("prefill", self._chunks - 1)
+
+
+def _to_engine(cache: DynamicCache | None) -> Cache:
+    arrays: Cache = {}
+    for index, layer in enumerate(cache.layers if cache is not None else ()):
+        arrays[f"past_key_values.{index}.key"] = to_array(layer.keys)
+        arrays[f"past_key_values.{index}.value"] = to_array(layer.values)
+    return arrays
+
+
+def _from_engine(arrays: Cache, cache: DynamicCache | None) -> DynamicCache:
+    """Put the arrays into ``cache``, so that beams are reordered by transformers' own code."""
+    cache = cache if cache is not None else DynamicCache()
+    for index in range(len(arrays) // 2):
+        while len(cache.layers) <= index:
+            cache.layers.append(DynamicLayer())
+        layer = cache.layers[index]
+        keys = to_tensor(arrays[f"past_key_values.{index}.key"])
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, keys)
+        layer.keys = keys
+        layer.values = to_tensor(arrays[f"past_key_values.{index}.value"])
+    return cache
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Raw result of the loop: new ids, ``[prompts, tokens]``, and what the clock said."""
+
+    ids: npt.NDArray[np.int64]
+    perf: PerfMetrics
+
+
+def generate_ids(job: Job) -> Generated:
+    """Generate token ids from a compiled causal LM.
+
+    Raises:
+        UsageError: The export is a stub, or the prompt does not fit into the context.
+    """
+    if job.export.kind == "stub":
+        raise UsageError(
+            "a stub's outputs mean nothing, so no text can be generated from it",
+            "Export with proxy='split' to generate.",
+        )
+    context = job.options.ctx_len or getattr(job.config, "max_position_embeddings", None)
+    engine = CausalEngine(job.export.parts, job.sessions, context)
+    model = ProxyForCausalLM(
+        job.config,
+        engine,
+        _generation_config(job),
+        prefill_seq_len=job.options.prefill_seq_len,
+        recorder=job.recorder,
+    )
+    settings = dict(job.settings)
+    length = int(job.tensors["input_ids"].shape[-1])
+    new = _new_tokens(settings, model.generation_config, length, context)
+    settings["max_new_tokens"] = new
+    if settings.get("stop_strings") is not None:
+        settings["tokenizer"] = job.processor
+    return run_generation(model, job.tensors, **settings)
+
+
+def _generation_config(job: Job) -> GenerationConfig:
+    """The checkpoint's own settings, with a pad token where it has none."""
+    if (job.folder / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(job.folder)
+    else:
+        config = GenerationConfig.from_model_config(job.config)
+    if config.pad_token_id is None:
+        end = config.eos_token_id
+        config.pad_token_id = end[0] if isinstance(end, list) else (0 if end is None else end)
+    return config
+
+
+def _new_tokens(
+    settings: dict[str, Any], config: GenerationConfig, length: int, context: int | None
+) -> int:
+    """How many tokens to generate; what was not asked for is cut to the context."""
+    asked = settings.pop("max_new_tokens", None)
+    if asked is not None and (not isinstance(asked, int) or asked < 1):
+        raise UsageError(f"max_new_tokens is {asked!r}", "It must be a whole number above 0.")
+    if context is not None and length + (asked or 1) > context + 1:
+        wanted = f" and {asked} new ones" if asked else ""
+        raise UsageError(
+            f"{length} prompt tokens{wanted} do not fit into a context of {context}",
+            "Shorten the prompt, generate fewer tokens, or compile with a larger ctx_len.",
+        )
+    if asked is not None:
+        return asked
+    room = context + 1 - length if context is not None else DEFAULT_NEW_TOKENS
+    return max(1, min(config.max_new_tokens or DEFAULT_NEW_TOKENS, room))
+
+
+def run_generation(
+    model: ProxyForCausalLM, tensors: Mapping[str, torch.Tensor], **settings: Any
+) -> Generated:
+    """Run transformers' generation loop.
+
+    Args:
+        model: The sessions, as a model.
+        tensors: ``input_ids [batch, sequence]`` and, where there is padding, ``attention_mask``.
+        settings: Arguments of transformers' ``generate``: ``max_new_tokens``, ``do_sample``,
+            ``num_beams``, ``streamer``, ``stop_strings`` …
+
+    Raises:
+        UsageError: The inputs are empty, or transformers refuses the settings.
+    """
+    ids = tensors["input_ids"].to(torch.int64)
+    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise UsageError(
+            f"input_ids has shape {list(ids.shape)}", "Give [batch, sequence], neither zero."
+        )
+    mask = tensors.get("attention_mask", torch.ones_like(ids))
+    if mask.shape != ids.shape:
+        raise UsageError(
+            f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}",
+            "They must be alike.",
+        )
+    start = time.perf_counter()
+    try:
+        generate: Any = model.generate  # typed as a submodule, since transformers is untyped
+        output = generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=DynamicCache(),
+            use_cache=True,
+            **settings,
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"transformers refuses to generate: {error}") from error
+    end = time.perf_counter()
+    new = output[:, ids.shape[1] :]
+    steps = model.step_times
+    decode_time = steps[-1] - steps[0] if len(steps) > 1 else 0.0
+    perf = PerfMetrics(
+        prefill_time=steps[0] - start,
+        decode_perf=(len(steps) - 1) / decode_time if decode_time else 0.0,
+        total_perf=new.numel() / (end - start),
+        total_time=end - start,
+    )
+    return Generated(cast("Any", new.numpy()), perf)

@@ -1,0 +1,111 @@
+"""Run: preprocess, the flow over the sessions, decode; with a dump where one is asked for."""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.compile import open_sessions
+from qeff_proxy.dump import DumpOptions, DumpWriter
+from qeff_proxy.flows import Job, load_flow
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from qeff_proxy.compile import Compiled
+    from qeff_proxy.plugin_hooks import Hooks
+    from qeff_proxy.request import Request
+
+__all__ = ["RunResult", "run_compiled"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        outputs: What the flow gave, by name.
+        decoded: What the ``decode`` hook made of it; ``None`` where there is no processor.
+        io_folder: Where the dump lies; ``None`` without one.
+    """
+
+    outputs: Mapping[str, Any]
+    decoded: Any
+    io_folder: Path | None
+
+
+def run_compiled(
+    compiled: Compiled,
+    hooks: Hooks,
+    request: Request,
+    *,
+    processor: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    write_io: bool = False,
+    io_folder: Path | None = None,
+    io_options: DumpOptions | None = None,
+) -> RunResult:
+    """Run a compiled proxy on one request.
+
+    Args:
+        compiled: What to run.
+        hooks: Of its model type.
+        request: What the user gave.
+        processor: The checkpoint's tokenizer or processor.
+        settings: What the flow understands: ``max_new_tokens``, ``num_beams``, ``streamer`` …
+        write_io: Dump inputs and outputs of every run of every part.
+        io_folder: Where to; by default a new folder below ``io/`` of the export.
+        io_options: Which steps and tensors to keep.
+
+    Raises:
+        UsageError: The request cannot be served.
+        BackendError: A part fails.
+        DumpError: The dump cannot be written. What stood in its place is kept.
+    """
+    from transformers import AutoConfig
+
+    export = compiled.export
+    tensors = hooks.preprocess(processor=processor, request=request)
+    settings = dict(settings or {})
+    folder = None
+    if write_io:
+        folder = io_folder or export.folder / "io" / _run_name()
+    provenance = _provenance(compiled, settings)
+    writer = DumpWriter(folder, provenance, io_options) if folder is not None else None
+    with writer or nullcontext(), open_sessions(compiled) as sessions:
+        job = Job(
+            export=export,
+            sessions=sessions,
+            options=compiled.options,
+            config=AutoConfig.from_pretrained(export.processor_folder),
+            tensors=tensors,
+            folder=export.processor_folder,
+            settings=settings,
+            processor=processor,
+            recorder=writer,
+        )
+        outputs = load_flow(export.flow).run(job)
+    return RunResult(outputs, hooks.decode(processor=processor, outputs=outputs), folder)
+
+
+def _run_name() -> str:
+    """A name that sorts by time and that no other run has."""
+    now = datetime.datetime.now(datetime.UTC)
+    return f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+def _provenance(compiled: Compiled, settings: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (str, int, float, bool, type(None))
+    return {
+        "model": compiled.export.model,
+        "kind": compiled.export.kind,
+        "dtype": compiled.export.dtype,
+        "made_by": compiled.export.made_by,
+        "backend": compiled.backend,
+        "options": compiled.options.to_json(),
+        "settings": {name: value for name, value in settings.items() if isinstance(value, plain)},
+    }
