@@ -17,8 +17,7 @@ import torch
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.backends.torch_backend import TorchSession
 from qeff_proxy.engine import CausalEngine, StepId, position_ids_of
-from qeff_proxy.errors import CutError
-from qeff_proxy.flows import CutReport
+from qeff_proxy.flows.check import check_equal, parts_must_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,15 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qeff_proxy.arrays import Array
-    from qeff_proxy.flows import Job
+    from qeff_proxy.flows import CutReport, Job
     from qeff_proxy.parts import MaskSpec, Proxy
     from qeff_proxy.sites import Absent, Site
 
-__all__ = ["TOLERANCES", "CausalFlow", "shrunk_windows", "verify_causal_cut"]
-
-#: Largest allowed difference of a logit, over the largest logit, by the model's dtype. Model and
-#: parts run the same operations, so that only the order of sums may differ.
-TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
+__all__ = ["CausalFlow", "shrunk_windows", "verify_causal_cut"]
 
 _STEPS = (9, 3, 1)  # queries of the prefill, of a second chunk, of a decode step
 _PADDING = 4  # padded positions in front of the second row
@@ -85,63 +80,11 @@ def verify_causal_cut(
     ids = generator.integers(0, table_rows, (2, sum(_STEPS)))
     padding = np.ones_like(ids)
     padding[1, :_PADDING] = 0
-    where = ", ".join(f"{name} at {_describe(site)}" for name, site in sites.items())
     with shrunk_windows(model, _WINDOW):
         expected = _model_logits(model, ids, padding)
-        try:
+        with parts_must_run(model, sites):
             actual = _proxy_logits(proxy, ids, padding)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise CutError(
-                f"the parts of {type(model).__name__} cannot be run ({where}): "
-                f"{type(error).__name__}: {error}",
-                "This architecture needs a plugin of its own.",
-            ) from error
-    return _compare(model, expected, actual, padding, where)
-
-
-def _compare(
-    model: PreTrainedModel, expected: Array, actual: Array, padding: Array, where: str
-) -> CutReport:
-    name = type(model).__name__
-    dtype = str(model.dtype).removeprefix("torch.")
-    if expected.shape != actual.shape:
-        raise CutError(
-            f"the parts of {name} give logits {list(actual.shape)}, the model "
-            f"{list(expected.shape)} ({where})",
-            "This architecture needs a plugin of its own.",
-        )
-    real = padding.astype(bool)
-    difference = np.where(real[..., None], np.abs(expected - actual), 0.0)
-    largest = float(np.abs(expected[real]).max())
-    if not np.isfinite(expected[real]).all():
-        raise CutError(
-            f"{name} itself gives NaN or infinite logits in {dtype}",
-            "Check the checkpoint's weights, or export in float32.",
-        )
-    report = CutReport(
-        max_difference=float(difference.max()),
-        largest_value=largest,
-        tolerance=TOLERANCES.get(dtype, TOLERANCES["float32"]),
-        dtype=dtype,
-        positions=int(real.sum()),
-    )
-    # Written so that a NaN fails.
-    if not report.max_difference <= report.tolerance * max(largest, 1e-6):
-        row, position, token = np.unravel_index(int(np.nanargmax(difference)), difference.shape)
-        raise CutError(
-            f"the parts of {name} do not equal the uncut model ({where}): logit [{row}, "
-            f"{position}, {token}] is {actual[row, position, token]:.6g} instead of "
-            f"{expected[row, position, token]:.6g}, off by {report.max_difference:.3g} with at "
-            f"most {report.tolerance * largest:.3g} allowed in {dtype}",
-            "This architecture needs a plugin of its own.",
-        )
-    return report
-
-
-def _describe(site: Site | Absent) -> str:
-    from qeff_proxy.sites import Absent
-
-    return f"nowhere ({site.reason})" if isinstance(site, Absent) else site.module
+    return check_equal(model, sites, expected, actual, padding, output="logit")
 
 
 def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:

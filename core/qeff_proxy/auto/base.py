@@ -1,45 +1,30 @@
-"""The Python face: the names and calls that users of QEfficient type.
-
-Thin classes over the one flow. Each differs in the transformers auto class it loads with and in
-the task its ``generate`` serves; all else is `_ProxyModel`.
-"""
+"""What all the faces share: load, export, compile, run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qeff_proxy.backends import CompileOptions
 from qeff_proxy.compile import Compiled, compile_export
-from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.export import export_model
 from qeff_proxy.load import load_model, load_processor, wrap_model
 from qeff_proxy.plugins import Plugins
-from qeff_proxy.request import Request
 from qeff_proxy.run import RunResult, run_compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    import numpy as np
-    import numpy.typing as npt
     from transformers import PreTrainedModel
 
     from qeff_proxy.artifact import Export
-    from qeff_proxy.generation import PerfMetrics
+    from qeff_proxy.dump import DumpOptions
     from qeff_proxy.load import LoadedModel
     from qeff_proxy.parts import Kind
+    from qeff_proxy.request import Request
 
-__all__ = [
-    "GenerationResult",
-    "QEFFAutoModel",
-    "QEFFAutoModelForCTC",
-    "QEFFAutoModelForCausalLM",
-    "QEFFAutoModelForImageTextToText",
-    "QEFFAutoModelForSpeechSeq2Seq",
-]
+__all__ = ["NeedsPlugins", "ProxyModel"]
 
 #: Arguments of QEfficient's ``compile`` that only mean something on its hardware. They are
 #: handed to backends that have such an option and otherwise ignored.
@@ -60,30 +45,7 @@ _HARDWARE_OPTIONS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class GenerationResult:
-    """What ``generate`` gives.
-
-    Attributes:
-        generated_ids: New token ids, ``[rows, tokens]`` int64; rows that ended early are filled
-            up with the pad token.
-        generated_texts: Their texts, one per row; ``None`` without a tokenizer.
-        perf_metrics: How long it took.
-        io_folder: Where the dump lies; ``None`` without ``write_io``.
-    """
-
-    generated_ids: npt.NDArray[np.int64]
-    generated_texts: list[str] | None
-    perf_metrics: PerfMetrics
-    io_folder: Path | None = None
-
-    @property
-    def batch_size(self) -> int:
-        """How many rows were generated."""
-        return int(self.generated_ids.shape[0])
-
-
-class _ProxyModel:
+class ProxyModel:
     """What all the faces share: load, export, compile."""
 
     auto_class: ClassVar[str]
@@ -124,7 +86,7 @@ class _ProxyModel:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         plugins: Plugins | None = None,
-    ) -> _ProxyModel:
+    ) -> Self:
         """Load a checkpoint.
 
         Args:
@@ -216,7 +178,7 @@ class _ProxyModel:
         self._compiled = compile_export(self._export, backend, options, force=force)
         return self._compiled.folder
 
-    def _run(
+    def run_request(
         self,
         request: Request,
         processor: Any,
@@ -226,6 +188,7 @@ class _ProxyModel:
         io_dir: str | Path | None,
         io_options: DumpOptions | None,
     ) -> RunResult:
+        """Run one request (`qeff_proxy.run.run_compiled`); compiles first where needed."""
         if self._compiled is None:
             self.compile()
         assert self._compiled is not None  # noqa: S101 (compile sets it)
@@ -260,80 +223,7 @@ class _ProxyModel:
         return load_processor(self._loaded.folder)
 
 
-class QEFFAutoModelForCausalLM(_ProxyModel):
-    """A causal LM."""
-
-    auto_class = "AutoModelForCausalLM"
-    flows = frozenset({"causal-lm"})
-    extra = "text"
-
-    def generate(
-        self,
-        prompts: str | Sequence[str] | None = None,
-        tokenizer: Any = None,
-        *,
-        inputs: Mapping[str, Any] | None = None,
-        generation_len: int | None = None,
-        max_new_tokens: int | None = None,
-        streamer: Any = None,
-        write_io: bool = False,
-        io_dir: str | Path | None = None,
-        io_steps: str = "all",
-        io_tensors: Sequence[str] = ("*",),
-        kv: Literal["delta", "full"] = "delta",
-        **settings: Any,
-    ) -> GenerationResult:
-        """Generate text.
-
-        Args:
-            prompts: A prompt or several; several are padded on the left.
-            tokenizer: By default the checkpoint's own.
-            inputs: Token ids instead of prompts: ``input_ids`` and, where there is padding,
-                ``attention_mask``, both ``[batch, sequence]``.
-            generation_len: New tokens; the same as ``max_new_tokens``.
-            max_new_tokens: New tokens; by default what the checkpoint says, else 128, but never
-                more than fit.
-            streamer: A transformers streamer.
-            write_io: Dump inputs and outputs of every part at every step.
-            io_dir: Where to (implies ``write_io``).
-            io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
-            io_tensors: Which tensors to dump, as globs.
-            kv: Dump the cache rows that a step added, or the whole cache.
-            settings: Further arguments of transformers' ``generate``: ``do_sample``,
-                ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …
-
-        Raises:
-            UsageError: The prompt is empty or too long, or an argument cannot be right.
-        """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-        if (not texts) == (inputs is None):
-            raise UsageError("give either prompts or inputs, and not an empty list of them")
-        if generation_len is not None and max_new_tokens is not None:
-            raise UsageError("generation_len and max_new_tokens say the same; give one of them")
-        if texts and tokenizer is None:
-            tokenizer = self.processor()
-        settings["max_new_tokens"] = max_new_tokens if generation_len is None else generation_len
-        if streamer is not None:
-            settings["streamer"] = streamer
-        beams = int(settings.get("num_beams") or 1)
-        result = self._run(
-            Request(prompts=texts, inputs=inputs),
-            tokenizer,
-            settings,
-            write_io=write_io,
-            io_dir=io_dir,
-            # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
-            io_options=DumpOptions(io_steps, tuple(io_tensors), "full" if beams > 1 else kv),
-        )
-        return GenerationResult(
-            result.outputs["generated_ids"],
-            result.decoded,
-            result.outputs["perf_metrics"],
-            result.io_folder,
-        )
-
-
-class _NeedsPlugins(_ProxyModel):
+class NeedsPlugins(ProxyModel):
     """A face whose families come with a plugin package that is not there yet."""
 
     def generate(self, *_args: Any, **_settings: Any) -> Any:
@@ -342,35 +232,3 @@ class _NeedsPlugins(_ProxyModel):
             f"{type(self).__name__} needs the plugins of its task",
             f"Install them: pip install 'qeff-proxy[{self.extra}]'.",
         )
-
-
-class QEFFAutoModel(_NeedsPlugins):
-    """An encoder or embedding model."""
-
-    auto_class = "AutoModel"
-    flows = frozenset({"encoder"})
-    extra = "embedding"
-
-
-class QEFFAutoModelForSpeechSeq2Seq(_NeedsPlugins):
-    """A speech recognizer with encoder and decoder."""
-
-    auto_class = "AutoModelForSpeechSeq2Seq"
-    flows = frozenset({"speech-seq2seq"})
-    extra = "audio"
-
-
-class QEFFAutoModelForCTC(_NeedsPlugins):
-    """A speech recognizer with a CTC head."""
-
-    auto_class = "AutoModelForCTC"
-    flows = frozenset({"ctc"})
-    extra = "audio"
-
-
-class QEFFAutoModelForImageTextToText(_NeedsPlugins):
-    """A vision-language model."""
-
-    auto_class = "AutoModelForImageTextToText"
-    flows = frozenset({"image-text-to-text"})
-    extra = "vision"

@@ -1,0 +1,21 @@
+"""The Python face: the names and calls that users of QEfficient type.
+
+Thin classes over the one flow. Each differs in the transformers auto class it loads with and in
+the task its ``generate`` serves; all else is `qeff_proxy.auto.base.ProxyModel`.
+"""
+
+from __future__ import annotations
+
+from qeff_proxy.auto.audio import QEFFAutoModelForCTC, QEFFAutoModelForSpeechSeq2Seq
+from qeff_proxy.auto.causal_lm import GenerationResult, QEFFAutoModelForCausalLM
+from qeff_proxy.auto.embedding import QEFFAutoModel
+from qeff_proxy.auto.vision import QEFFAutoModelForImageTextToText
+
+__all__ = [
+    "GenerationResult",
+    "QEFFAutoModel",
+    "QEFFAutoModelForCTC",
+    "QEFFAutoModelForCausalLM",
+    "QEFFAutoModelForImageTextToText",
+    "QEFFAutoModelForSpeechSeq2Seq",
+]

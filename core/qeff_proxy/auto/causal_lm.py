@@ -1,0 +1,118 @@
+"""The face of causal LMs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from qeff_proxy.auto.base import ProxyModel
+from qeff_proxy.dump import DumpOptions
+from qeff_proxy.errors import UsageError
+from qeff_proxy.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from qeff_proxy.generation import PerfMetrics
+
+__all__ = ["GenerationResult", "QEFFAutoModelForCausalLM"]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What ``generate`` gives.
+
+    Attributes:
+        generated_ids: New token ids, ``[rows, tokens]`` int64; rows that ended early are filled
+            up with the pad token.
+        generated_texts: Their texts, one per row; ``None`` without a tokenizer.
+        perf_metrics: How long it took.
+        io_folder: Where the dump lies; ``None`` without ``write_io``.
+    """
+
+    generated_ids: npt.NDArray[np.int64]
+    generated_texts: list[str] | None
+    perf_metrics: PerfMetrics
+    io_folder: Path | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """How many rows were generated."""
+        return int(self.generated_ids.shape[0])
+
+
+class QEFFAutoModelForCausalLM(ProxyModel):
+    """A causal LM."""
+
+    auto_class = "AutoModelForCausalLM"
+    flows = frozenset({"causal-lm"})
+    extra = "text"
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        generation_len: int | None = None,
+        max_new_tokens: int | None = None,
+        streamer: Any = None,
+        write_io: bool = False,
+        io_dir: str | Path | None = None,
+        io_steps: str = "all",
+        io_tensors: Sequence[str] = ("*",),
+        kv: Literal["delta", "full"] = "delta",
+        **settings: Any,
+    ) -> GenerationResult:
+        """Generate text.
+
+        Args:
+            prompts: A prompt or several; several are padded on the left.
+            tokenizer: By default the checkpoint's own.
+            inputs: Token ids instead of prompts: ``input_ids`` and, where there is padding,
+                ``attention_mask``, both ``[batch, sequence]``.
+            generation_len: New tokens; the same as ``max_new_tokens``.
+            max_new_tokens: New tokens; by default what the checkpoint says, else 128, but never
+                more than fit.
+            streamer: A transformers streamer.
+            write_io: Dump inputs and outputs of every part at every step.
+            io_dir: Where to (implies ``write_io``).
+            io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
+            io_tensors: Which tensors to dump, as globs.
+            kv: Dump the cache rows that a step added, or the whole cache.
+            settings: Further arguments of transformers' ``generate``: ``do_sample``,
+                ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …
+
+        Raises:
+            UsageError: The prompt is empty or too long, or an argument cannot be right.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        if (not texts) == (inputs is None):
+            raise UsageError("give either prompts or inputs, and not an empty list of them")
+        if generation_len is not None and max_new_tokens is not None:
+            raise UsageError("generation_len and max_new_tokens say the same; give one of them")
+        if texts and tokenizer is None:
+            tokenizer = self.processor()
+        settings["max_new_tokens"] = max_new_tokens if generation_len is None else generation_len
+        if streamer is not None:
+            settings["streamer"] = streamer
+        beams = int(settings.get("num_beams") or 1)
+        result = self.run_request(
+            Request(prompts=texts, inputs=inputs),
+            tokenizer,
+            settings,
+            write_io=write_io,
+            io_dir=io_dir,
+            # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
+            io_options=DumpOptions(io_steps, tuple(io_tensors), "full" if beams > 1 else kv),
+        )
+        return GenerationResult(
+            result.outputs["generated_ids"],
+            result.decoded,
+            result.outputs["perf_metrics"],
+            result.io_folder,
+        )
