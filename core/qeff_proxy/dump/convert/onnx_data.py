@@ -143,7 +143,7 @@ def import_onnx(
 
 def _read_tensor(file: Path, root: Path, name: str) -> tuple[str, NDArray[Any]]:
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
     from onnx import numpy_helper
 
     tensor = onnx.TensorProto()
