@@ -99,9 +99,11 @@ class Plugins:
     entries: Sequence[FamilyEntry] = ()
     selection: Selection = field(default_factory=Selection)
     broken: Sequence[BrokenPackage] = ()
-    _registered: dict[str, LoadedPlugin] = field(default_factory=dict)
+    _registered: dict[str, LoadedPlugin] = field(default_factory=dict, init=False, repr=False)
     # (package, value) -> the plugin, or why it cannot be used.
-    _loaded: dict[tuple[str, str], LoadedPlugin | str] = field(default_factory=dict)
+    _loaded: dict[tuple[str, str], LoadedPlugin | str] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def discover(cls, environ: Mapping[str, str] = os.environ) -> Plugins:
