@@ -224,8 +224,7 @@ def test_a_hostile_dump_is_refused_with_the_rule_it_breaks(delta_run, tmp_path, 
     if not change(folder, manifest):
         (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DumpError) as caught:
-        dump = read_dump(folder)
-        dump.array("decode", 1, "body.out.hidden_states.layer-01")
+        read_dump(folder).array("decode", 1, "body.out.hidden_states.layer-01")
     assert caught.value.rule == rule
     assert f"rule {rule}: {RULES[rule]}" in str(caught.value)
     assert "\n" not in str(caught.value).replace("\\n", "")

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -160,9 +160,9 @@ def test_rows_that_were_not_dumped_cannot_be_put_together(make_run, tmp_path):
 
 def test_more_tensors_than_files_may_be_open(tmp_path):
     arrays = {f"hidden_states.{n}": np.full(2, n, np.float32) for n in range(600)}
-    before = len(os.listdir("/proc/self/fd"))
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
     dump = write(tmp_path / "d", *[({}, arrays) for _ in range(3)])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
     assert dump.array("decode", 2, "body.out.hidden_states.layer-599").tolist() == [599, 599]
 
 
@@ -175,9 +175,13 @@ def test_more_tensors_than_files_may_be_open(tmp_path):
     ],
 )
 def test_steps_that_cannot_be_are_refused(tmp_path, calls, problem):
-    with pytest.raises(DumpError, match=problem), DumpWriter(tmp_path / "d", {}) as writer:
-        for phase, index in calls:
-            writer.step(phase, index, "body", {"x": np.zeros(1)}, {})
+    def run():
+        with DumpWriter(tmp_path / "d", {}) as writer:
+            for phase, index in calls:
+                writer.step(phase, index, "body", {"x": np.zeros(1)}, {})
+
+    with pytest.raises(DumpError, match=problem):
+        run()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,9 +219,14 @@ def test_a_dump_replaces_an_earlier_one(make_run, tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_run_that_fails_leaves_the_earlier_dump(make_run, tmp_path, error):
     make_run(tmp_path / "d")
-    with pytest.raises(error), DumpWriter(tmp_path / "d", {}) as writer:
-        writer.step("decode", 0, "body", {"x": np.zeros(1)}, {})
-        raise error
+
+    def run():
+        with DumpWriter(tmp_path / "d", {}) as writer:
+            writer.step("decode", 0, "body", {"x": np.zeros(1)}, {})
+            raise error
+
+    with pytest.raises(error):
+        run()
     assert len(read_dump(tmp_path / "d").steps) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
@@ -289,14 +298,14 @@ def test_a_killed_run_leaves_a_folder_that_is_recognisably_incomplete(make_run, 
 
 
 def test_a_failed_writer_takes_nothing_more(tmp_path):
-    with (
-        pytest.raises(DumpError, match="failed while it was written"),
-        DumpWriter(tmp_path / "d", {}) as writer,
-    ):
-        with pytest.raises(DumpError, match="cannot be dumped"):
-            writer.step("decode", 0, "body", {"x": np.zeros(1, np.complex64)}, {})
-        with pytest.raises(DumpError, match="is failed"):
-            writer.step("decode", 1, "body", {"x": np.zeros(1)}, {})
+    writer = DumpWriter(tmp_path / "d", {})
+    with pytest.raises(DumpError, match="cannot be dumped"):
+        writer.step("decode", 0, "body", {"x": np.zeros(1, np.complex64)}, {})
+    with pytest.raises(DumpError, match="is failed"):
+        writer.step("decode", 1, "body", {"x": np.zeros(1)}, {})
+    with pytest.raises(DumpError, match="failed while it was written"):
+        writer.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_neither_torch_nor_transformers_is_imported():

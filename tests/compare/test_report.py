@@ -1,0 +1,209 @@
+"""The report in a real browser.
+
+Without Chromium these tests fail, since a report that nobody opened is not tested; set
+QEFF_PROXY_TEST_WITHOUT_BROWSER=1 to leave them out.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+
+import numpy as np
+import pytest
+from qeff_proxy.compare import compare_dumps
+from qeff_proxy.compare.report import MAX_COLUMNS, build_report
+from qeff_proxy.dump import DumpWriter
+
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--hide-scrollbars", "--virtual-time-budget=4000",
+]  # fmt: skip
+
+# Put before the page's own script: what goes wrong in it is written into the page.
+CATCH = """<script>
+window.faults = [];
+addEventListener("error", (e) => faults.push(String(e.message || e)));
+document.addEventListener("securitypolicyviolation", (e) => faults.push("CSP " + e.violatedDirective));
+</script>"""
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    found = next(
+        (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))),
+        None,
+    )
+    if found is None:
+        if os.environ.get("QEFF_PROXY_TEST_WITHOUT_BROWSER") == "1":
+            pytest.skip("QEFF_PROXY_TEST_WITHOUT_BROWSER=1: the report is not opened in a browser")
+        pytest.fail(
+            "Chromium is not installed, so the HTML report cannot be tested: install Debian's "
+            "package 'chromium', or set QEFF_PROXY_TEST_WITHOUT_BROWSER=1 to leave these tests out"
+        )
+    return found
+
+
+@pytest.fixture
+def browse(chromium, tmp_path):
+    """Open a page in Chromium, run a script in it, and return what the script gives."""
+
+    def run(page: str, script: str, *flags: str):
+        code = (
+            f"<script>addEventListener('load', () => {{ let out; try {{ out = (() => {{ {script} }})(); }}"
+            " catch (e) { faults.push(String(e)); }"
+            " const pre = document.createElement('pre'); pre.id = 'probe';"
+            " pre.textContent = JSON.stringify({ out, faults }); document.body.append(pre); });</script>"
+        )
+        file = tmp_path / "page.html"
+        file.write_text(
+            page.replace("<head>", "<head>" + CATCH).replace("</body>", code + "</body>")
+        )
+        command = [chromium, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags]
+        done = subprocess.run(
+            [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=50
+        )
+        probe = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
+        assert probe, done.stderr[-2000:]
+        value = json.loads(html.unescape(probe[1]))
+        assert value["faults"] == []
+        return value.get("out")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def page(good, bad):
+    return build_report(compare_dumps(good, bad))
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    assert not re.search(
+        r"""(?:src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)""", page
+    )
+    assert "default-src 'none'" in page
+
+
+def test_the_verdict_is_there_without_a_script(page):
+    before = page.split("<script")[0]
+    assert "FAILED: of 12 tensors in 5 steps" in before
+    assert "First divergence: layer 2, body.out.hidden_states.layer-02 in prefill-0000." in before
+
+
+def test_plots_and_heat_map_show_every_layer(page, browse):
+    shown = browse(
+        page,
+        """
+        const texts = (id) => [...document.querySelectorAll(`#${id} text`)].map((t) => t.textContent);
+        return {
+          layers: texts("layer-plot"), heat: texts("heat-map"),
+          lines: document.querySelectorAll("#layer-plot polyline").length,
+          cells: document.querySelectorAll("#heat-map .cell").length,
+          wide: document.documentElement.scrollWidth <= innerWidth,
+        };
+        """,
+    )
+    assert {"0", "1", "2", "3", "4", "first divergence", "layer of body"} <= set(shown["layers"])
+    assert {"layer 0", "layer 4", "body outputs", "prefill-0000"} <= set(shown["heat"])
+    assert shown["lines"] == 2
+    assert shown["cells"] == 6 * 5
+    assert shown["wide"]
+
+
+def test_hovering_a_cell_tells_its_number(page, browse):
+    text = browse(
+        page,
+        """
+        const cell = [...document.querySelectorAll("#heat-map .cell")][2 * 5];
+        cell.dispatchEvent(new MouseEvent("mousemove", { clientX: 50, clientY: 50 }));
+        return document.getElementById("tip").textContent;
+        """,
+    )
+    assert re.fullmatch(r"layer 2, prefill-0000: [\d.]+% FAILED \(hidden_states\)", text)
+
+
+def test_the_table_sorts_and_filters(page, browse):
+    shown = browse(
+        page,
+        """
+        const column = (i) => [...document.querySelectorAll("#tensors tbody tr")].map((r) => r.cells[i].textContent);
+        const click = (name) => [...document.querySelectorAll("#tensors th button")].find((b) => b.textContent === name).click();
+        const all = column(0).length;
+        click("error/peak"); const down = column(9);
+        click("error/peak"); const up = column(9);
+        const sorted = document.querySelector("th[aria-sort]").getAttribute("aria-sort");
+        click("tensor"); const names = column(0);
+        document.getElementById("only-failed").click(); const verdicts = column(14);
+        const filter = document.getElementById("filter");
+        filter.value = "LAYER-03"; filter.dispatchEvent(new Event("input"));
+        return { all, down, up, sorted, names, verdicts, few: column(0), shown: document.getElementById("shown").textContent };
+        """,
+    )
+    value = lambda text: float(text.rstrip("%"))  # noqa: E731
+    assert shown["all"] == 24
+    assert shown["sorted"] == "ascending"
+    assert sorted(shown["down"], key=value, reverse=True) == shown["down"]
+    assert sorted(shown["up"], key=value) == shown["up"] != shown["down"]
+    assert shown["names"] == sorted(shown["names"])
+    assert set(shown["verdicts"]) == {"FAILED"}
+    assert set(shown["few"]) == {"body.out.present_key.layer-03", "body.out.hidden_states.layer-03"}
+    assert shown["shown"] == "4 of 24"
+
+
+def background(png: bytes) -> tuple[int, ...]:
+    """Return the first pixel of an 8-bit RGB or RGBA PNG."""
+    data, at = b"", 8
+    while at < len(png):
+        (length,) = struct.unpack(">I", png[at : at + 4])
+        if png[at + 4 : at + 8] == b"IDAT":
+            data += png[at + 8 : at + 8 + length]
+        at += length + 12
+    return tuple(zlib.decompress(data)[1:4])
+
+
+@pytest.mark.parametrize(("scheme", "light"), [(1, True), (0, False)])
+def test_the_page_follows_the_colour_scheme(chromium, page, tmp_path, scheme, light):
+    (tmp_path / "page.html").write_text(page)
+    picture = tmp_path / "page.png"
+    subprocess.run(
+        [chromium, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}",
+         f"--blink-settings=preferredColorScheme={scheme}", (tmp_path / "page.html").as_uri()],
+        check=True, capture_output=True, timeout=50,
+    )  # fmt: skip
+    assert (min(background(picture.read_bytes())) > 200) is light
+
+
+def test_words_of_a_dump_cannot_become_a_script(stack, browse, tmp_path):
+    evil = "</script><script>faults.push('ran')</script><img src=x onerror=faults.push(1)>"
+    dump = stack(tmp_path / "d", model=evil)
+    assert browse(build_report(compare_dumps(dump, dump)), "return document.title").endswith(evil)
+
+
+def test_dumps_without_layers_and_with_nan_have_a_report(tmp_path, browse):
+    for name, values in (("r", [1.0, np.nan]), ("c", [1.0, 2.0])):
+        with DumpWriter(tmp_path / name, {}) as writer:
+            writer.step("prefill", 0, "encoder", {}, {"pooled": np.float32(values)})
+    page = build_report(compare_dumps(tmp_path / "r", tmp_path / "c"))
+    shown = browse(
+        page,
+        """
+        return [document.getElementById("layers-card").hidden,
+                document.querySelector("#tensors tbody tr").cells[9].textContent,
+                document.querySelectorAll("#heat-map .cell").length];
+        """,
+    )
+    assert shown == [True, "∞", 1]
+
+
+def test_many_steps_share_columns(stack, browse, tmp_path):
+    dump = stack(tmp_path / "d", steps=2 * MAX_COLUMNS)
+    page = build_report(compare_dumps(dump, dump))
+    cells = browse(page, "return document.querySelectorAll('#heat-map .cell').length")
+    assert cells == 6 * -(-(2 * MAX_COLUMNS + 1) // 3)
