@@ -31,7 +31,18 @@ FLAGS = [
 CATCH = """<script>
 window.faults = [];
 addEventListener("error", (e) => faults.push(String(e.message || e)));
-document.addEventListener("securitypolicyviolation", (e) => faults.push("CSP " + e.violatedDirective));
+document.addEventListener("securitypolicyviolation", (e) => faults.push(e.violatedDirective));
+</script>"""
+
+PROBE = """<script>
+addEventListener("load", () => {
+  let out;
+  try { out = (() => { SCRIPT })(); } catch (e) { faults.push(String(e)); }
+  const pre = document.createElement("pre");
+  pre.id = "probe";
+  pre.textContent = JSON.stringify({ out, faults });
+  document.body.append(pre);
+});
 </script>"""
 
 
@@ -56,16 +67,10 @@ def browse(chromium, tmp_path):
     """Open a page in Chromium, run a script in it, and return what the script gives."""
 
     def run(page: str, script: str, *flags: str):
-        code = (
-            f"<script>addEventListener('load', () => {{ let out; try {{ out = (() => {{ {script} }})(); }}"
-            " catch (e) { faults.push(String(e)); }"
-            " const pre = document.createElement('pre'); pre.id = 'probe';"
-            " pre.textContent = JSON.stringify({ out, faults }); document.body.append(pre); });</script>"
-        )
+        code = PROBE.replace("SCRIPT", script)
+        page = page.replace("<head>", "<head>" + CATCH)
         file = tmp_path / "page.html"
-        file.write_text(
-            page.replace("<head>", "<head>" + CATCH).replace("</body>", code + "</body>")
-        )
+        file.write_text(page.replace("</body>", code + "</body>"))
         command = [chromium, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags]
         done = subprocess.run(
             [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=50
@@ -101,7 +106,8 @@ def test_plots_and_heat_map_show_every_layer(page, browse):
     shown = browse(
         page,
         """
-        const texts = (id) => [...document.querySelectorAll(`#${id} text`)].map((t) => t.textContent);
+        const all = (selector) => [...document.querySelectorAll(selector)];
+        const texts = (id) => all(`#${id} text`).map((t) => t.textContent);
         return {
           layers: texts("layer-plot"), heat: texts("heat-map"),
           lines: document.querySelectorAll("#layer-plot polyline").length,
@@ -133,8 +139,10 @@ def test_the_table_sorts_and_filters(page, browse):
     shown = browse(
         page,
         """
-        const column = (i) => [...document.querySelectorAll("#tensors tbody tr")].map((r) => r.cells[i].textContent);
-        const click = (name) => [...document.querySelectorAll("#tensors th button")].find((b) => b.textContent === name).click();
+        const find = (selector) => [...document.querySelectorAll(selector)];
+        const column = (i) => find("#tensors tbody tr").map((r) => r.cells[i].textContent);
+        const named = (name) => find("#tensors th button").find((b) => b.textContent === name);
+        const click = (name) => named(name).click();
         const all = column(0).length;
         click("error/peak"); const down = column(9);
         click("error/peak"); const up = column(9);
@@ -143,7 +151,8 @@ def test_the_table_sorts_and_filters(page, browse):
         document.getElementById("only-failed").click(); const verdicts = column(14);
         const filter = document.getElementById("filter");
         filter.value = "LAYER-03"; filter.dispatchEvent(new Event("input"));
-        return { all, down, up, sorted, names, verdicts, few: column(0), shown: document.getElementById("shown").textContent };
+        const shown = document.getElementById("shown").textContent;
+        return { all, down, up, sorted, names, verdicts, few: column(0), shown };
         """,
     )
     value = lambda text: float(text.rstrip("%"))  # noqa: E731
