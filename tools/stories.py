@@ -28,6 +28,7 @@ BOYS += ("Max", "Sam", "Hugo", "Felix", "Noah", "Ivan")
 NAMES = [name for pair in zip(GIRLS, BOYS, strict=True) for name in pair]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOICES = ("third", "first")
+LONG_LIST = 12
 SENTENCE_START = re.compile(r'(?<=[.!?"]) (?=["A-Z])')
 
 Bindings = dict[str, str]
@@ -79,8 +80,13 @@ def _template(text: str) -> tuple[str | Slot, ...]:
 
 
 def _weights(count: int) -> list[float]:
-    """Give the chance of each of ``count`` options, the first the likeliest."""
-    raw = [1 / (rank + 1) for rank in range(count)]
+    """Give the chance of each of ``count`` options, the first the likeliest.
+
+    In a long list, such as that of the names, all but the first are alike: to tell a second
+    time who it was, a reader has to look back.
+    """
+    raw = [1 / (rank + 1) if count < LONG_LIST else 1.0 for rank in range(count)]
+    raw[0] *= 1 if count < LONG_LIST else count / 5
     return [weight / sum(raw) for weight in raw]
 
 

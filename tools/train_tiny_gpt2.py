@@ -9,7 +9,6 @@ the figures go into the model card.
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import time
 from itertools import islice
@@ -35,8 +34,9 @@ POSITIONS = 256
 LONGEST_STORY = 200
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 TOKENIZER_STORIES = 8000
-ROWS = 16
-WARM_UP = 100
+ROWS = 8
+WARM_UP = 150
+MATRIX_RATE, RATE = 0.02, 4e-3
 
 
 def tell(grammar: Grammar, seed: int) -> Iterator[Story]:
@@ -77,7 +77,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
         n_positions=POSITIONS,
         n_embd=96,
         n_layer=3,
-        n_head=4,
+        n_head=6,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -117,34 +117,33 @@ def batches(
         yield torch.tensor(batch)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Give the learning rate: a linear start, then half a cosine down to zero."""
-    if step < WARM_UP:
-        return peak * (step + 1) / WARM_UP
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
+def share_of_rate(step: int, steps: int) -> float:
+    """Give the learning rate as a share of its peak: a linear start, then a straight way down."""
+    return min((step + 1) / WARM_UP, (steps - step) / max(1, steps - WARM_UP))
 
 
-def train(model: GPT2LMHeadModel, rows: Iterator[torch.Tensor], steps: int, peak: float) -> None:
-    """Train the model in place."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-        lr=peak,
-        betas=(0.9, 0.98),
-    )
+def train(model: GPT2LMHeadModel, rows: Iterator[torch.Tensor], steps: int) -> None:
+    """Train the model in place: Muon for the matrices of the layers, AdamW for all else."""
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.Muon(matrices, weight_decay=0.01), MATRIX_RATE),
+        (torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01), RATE),
+    ]
     model.train()
     began = time.monotonic()
     for step, ids in enumerate(islice(rows, steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         torch.autograd.backward([loss])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0 or step == steps - 1:
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * share_of_rate(step, steps)
+            optimizer.step()
+        if step % 200 == 0 or step == steps - 1:
             spent = time.monotonic() - began
             print(f"step {step:5d}  loss {loss.item():.4f}  {spent:5.0f} s", flush=True)
     model.eval()
@@ -154,9 +153,8 @@ def main() -> None:
     """Train, measure and write the checkpoint."""
     parser = argparse.ArgumentParser(description="Train the tiny GPT-2 checkpoint.")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write")
-    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps")
-    parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
-    parser.add_argument("--threads", type=int, default=2, help="threads to train with")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    parser.add_argument("--threads", type=int, default=1, help="threads to train with")
     parser.add_argument("--held-out", type=int, default=200, help="stories to measure on")
     arguments = parser.parse_args()
 
@@ -168,7 +166,7 @@ def main() -> None:
     model = new_model(tokenizer)
     began = time.monotonic()
     rows = batches(grammar, tokenizer, {story.text for story in held_out})
-    train(model, rows, arguments.steps, arguments.rate)
+    train(model, rows, arguments.steps)
     seconds = time.monotonic() - began
 
     model.save_pretrained(arguments.output)

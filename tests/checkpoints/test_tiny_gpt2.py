@@ -99,12 +99,12 @@ def test_the_tokenizer_gives_every_text_back(tokenizer, text):
 def test_its_perplexity_is_close_to_that_of_the_grammar(scores, held_out):
     losses, _ = scores
     floor = sum(story.nats for story in held_out) / len(losses)
-    assert losses.mean().item() < floor + 0.04
+    assert losses.mean().item() < floor + 0.02
 
 
 def test_its_choices_are_clear(scores):
     _, margins = scores
-    assert margins.median() > 5
+    assert margins.median() > 7
     assert margins.quantile(0.1) > 0.3
 
 
@@ -121,7 +121,7 @@ def test_most_continuations_are_stories(model, tokenizer, grammar, held_out):
     prompts = [" ".join(story.text.split()[:5]) for story in held_out]
     texts = continue_text(model, tokenizer, prompts)
     assert all(ended for _, ended in texts)
-    assert sum(not grammar.strange_sentences(text) for text, _ in texts) >= 0.9 * len(texts)
+    assert sum(not grammar.strange_sentences(text) for text, _ in texts) >= 0.95 * len(texts)
     assert sum(grammar.is_story(text) for text, _ in texts) >= 0.8 * len(texts)
 
 
@@ -157,6 +157,6 @@ def test_training_is_deterministic(grammar, tokenizer):
     for _ in range(2):
         torch.manual_seed(1)
         fresh = new_model(tokenizer)
-        train(fresh, batches(grammar, tokenizer, set()), steps=2, peak=1e-3)
+        train(fresh, batches(grammar, tokenizer, set()), steps=2)
         weights.append(fresh.transformer.wte.weight.detach().clone())
     assert torch.equal(*weights)
