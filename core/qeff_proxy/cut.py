@@ -56,7 +56,11 @@ def cut_model(loaded: LoadedModel, hooks: Hooks, kind: Kind, *, verify: bool = T
     model = loaded.model
     sites = locate_sites(model, hooks)
     proxy = hooks.build_proxy(
-        model=model, embedding=sites["embedding"], lm_head=sites["lm_head"], kind=kind
+        model=model,
+        embedding=sites["embedding"],
+        lm_head=sites["lm_head"],
+        kind=kind,
+        options=loaded.options,
     )
     if kind == "split":
         _check_body(loaded, proxy, sites)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.session import PartLike, Session
 
-__all__ = ["Cache", "CausalEngine", "Recorder", "position_ids_of"]
+__all__ = ["Cache", "CausalEngine", "Recorder", "StepId", "Supplier", "position_ids_of"]
 
 #: ``past_key_values.<layer>.key`` and ``.value`` → ``[batch, heads, past, width]``.
 Cache = dict[str, "Array"]
@@ -42,6 +42,33 @@ class Recorder(Protocol):
         past_length: int,
     ) -> None:
         """Called once per run, with the arrays that went in and came out, by name."""
+
+
+class Supplier(Protocol):
+    """Gives a step tensors that no part computes, such as embeddings that are not of tokens."""
+
+    def supply(
+        self, part: PartLike, known: Mapping[str, Array], padding: Array
+    ) -> Mapping[str, Array]:
+        """Called before each part runs.
+
+        Args:
+            part: The part whose turn it is.
+            known: What the step has so far, by name: ``input_ids [batch, query]``, the cache, and
+                the outputs of earlier parts.
+            padding: ``[batch, past + query]`` int64, 1 for a token and 0 for padding.
+
+        Returns:
+            Arrays that this part and the later ones take, by name; they win over what is known,
+            and over the masks and positions that the engine would build.
+        """
+
+    def chunk_end(self, start: int, stop: int) -> int:
+        """Where a prefill chunk that begins at ``start`` must end so that it can end at ``stop``.
+
+        Returns:
+            ``stop``, or a later position where what lies around ``stop`` must not be parted.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,6 +100,7 @@ class CausalEngine:
         parts: In order; the last one gives ``logits``.
         sessions: One per part, by name.
         context_length: Most positions that fit, or ``None`` for no limit.
+        supplier: Gives tensors that no part computes.
     """
 
     def __init__(
@@ -80,10 +108,12 @@ class CausalEngine:
         parts: Sequence[PartLike],
         sessions: Mapping[str, Session],
         context_length: int | None = None,
+        supplier: Supplier | None = None,
     ) -> None:
         self.parts = tuple(parts)
         self.sessions = dict(sessions)
         self.context_length = context_length
+        self.supplier = supplier
 
     def step(
         self,
@@ -122,6 +152,8 @@ class CausalEngine:
         for part in self.parts:
             if part.name == "lm_head" and last_only:
                 known["last_hidden_state"] = known["last_hidden_state"][:, -1:]
+            if self.supplier is not None:
+                known.update(self.supplier.supply(part, known, padding))
             feeds = {
                 spec.name: self._feed(part, spec, known, padding, query_length)
                 for spec in part.inputs

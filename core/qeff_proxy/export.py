@@ -3,7 +3,8 @@
 1. `qeff_proxy.cut.cut_model` cuts and verifies.
 2. `qeff_proxy.trace.trace_part` turns each part into a graph without weights.
 3. `qeff_proxy.weights` writes each weight once and lets the graphs point to it.
-4. ``onnx.checker`` looks at every file, and ``export.json`` is written last.
+4. ``onnx.checker`` looks at every file, `qeff_proxy.check_graph` runs it at other sizes than it was
+   traced at, and ``export.json`` is written last.
 
 The folder is written aside and moved into place. The same request again is a lookup.
 """
@@ -96,6 +97,7 @@ def _write(
     target: Path,
     progress: Callable[[str], None],
 ) -> Export:
+    from qeff_proxy.check_graph import check_graph
     from qeff_proxy.cut import cut_model
     from qeff_proxy.trace import trace_part
 
@@ -113,6 +115,11 @@ def _write(
         places = _write_weights(folder, cut, traced)
         progress("writing graphs")
         parts = _write_graphs(folder, cut, traced, places)
+        progress("checking graphs")
+        differences = {
+            part.name: check_graph(part, exported.inputs, folder / exported.file)
+            for part, exported in zip(cut.proxy.parts, parts, strict=True)
+        }
         _write_processor(folder / "processor", loaded)
         export = Export(
             folder,
@@ -126,7 +133,7 @@ def _write(
             },
             parts,
             {name: (folder / name).stat().st_size for name in places},
-            cut.to_json(),
+            {**cut.to_json(), "graphs": differences},
             cut.proxy.settings,
             key,
         )

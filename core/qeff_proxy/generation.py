@@ -21,14 +21,15 @@ from qeff_proxy.engine import Cache, CausalEngine, StepId
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
     from transformers import PreTrainedConfig
 
-    from qeff_proxy.engine import Recorder
+    from qeff_proxy.engine import Recorder, Supplier
     from qeff_proxy.flows import Job
+    from qeff_proxy.session import PartLike
 
 __all__ = ["Generated", "PerfMetrics", "ProxyForCausalLM", "generate_ids", "run_generation"]
 
@@ -142,8 +143,11 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         length = ids.shape[1]
         chunk = self.prefill_seq_len if past == 0 and self.prefill_seq_len else length
         logits = None
-        for start in range(0, length, chunk):
-            stop = min(start + chunk, length)
+        stop = 0
+        while stop < length:
+            start, stop = stop, min(stop + chunk, length)
+            if past == 0 and self.engine.supplier is not None:
+                stop = min(self.engine.supplier.chunk_end(start, stop), length)
             logits, cache = self.engine.step(
                 self._next_step(decoding=past > 0),
                 ids[:, start:stop],
@@ -199,8 +203,15 @@ class Generated:
     perf: PerfMetrics
 
 
-def generate_ids(job: Job) -> Generated:
+def generate_ids(
+    job: Job, parts: Sequence[PartLike] | None = None, supplier: Supplier | None = None
+) -> Generated:
     """Generate token ids from a compiled causal LM.
+
+    Args:
+        job: The run.
+        parts: Those that run at each step; by default all.
+        supplier: Gives the engine tensors that no part computes.
 
     Raises:
         UsageError: The export is a stub, or the prompt does not fit into the context.
@@ -210,8 +221,9 @@ def generate_ids(job: Job) -> Generated:
             "a stub's outputs mean nothing, so no text can be generated from it",
             "Export with proxy='split' to generate.",
         )
-    context = job.options.ctx_len or getattr(job.config, "max_position_embeddings", None)
-    engine = CausalEngine(job.export.parts, job.sessions, context)
+    text_config = job.config.get_text_config(decoder=True)
+    context = job.options.ctx_len or getattr(text_config, "max_position_embeddings", None)
+    engine = CausalEngine(parts or job.export.parts, job.sessions, context, supplier)
     model = ProxyForCausalLM(
         job.config,
         engine,
@@ -225,7 +237,12 @@ def generate_ids(job: Job) -> Generated:
     settings["max_new_tokens"] = new
     if settings.get("stop_strings") is not None:
         settings["tokenizer"] = job.processor
-    return run_generation(model, job.tensors, **settings)
+    seed = settings.pop("seed", None)
+    if seed is None:
+        return run_generation(model, job.tensors, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return run_generation(model, job.tensors, **settings)
 
 
 def _generation_config(job: Job) -> GenerationConfig:

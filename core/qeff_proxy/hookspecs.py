@@ -52,7 +52,11 @@ def locate_lm_head(model: PreTrainedModel, config: PreTrainedConfig) -> Site | A
 
 @hookspec(firstresult=True)
 def build_proxy(
-    model: PreTrainedModel, embedding: Site | Absent, lm_head: Site | Absent, kind: Kind
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
 ) -> Proxy | None:
     """Cut the model.
 
@@ -62,6 +66,9 @@ def build_proxy(
         embedding: What `locate_embedding` said.
         lm_head: What `locate_lm_head` said.
         kind: ``"split"``, ``"stub"`` or ``"whole"``.
+        options: What the user asked of the parts besides, by names that the family knows
+            (``pooling`` …); often empty. A proxy's own ``settings``, given here, must lead to the
+            same proxy again.
 
     Returns:
         The parts to export, each with its inputs, outputs and dynamic axes, or ``None``: not mine.

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import logging
+import uuid
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.checkpoint import (
@@ -18,13 +22,13 @@ from qeff_proxy.checkpoint import (
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["DTYPES", "LoadedModel", "load_model", "load_processor", "wrap_model"]
+__all__ = ["DTYPES", "LoadedModel", "load_model", "load_processor", "with_options", "wrap_model"]
 
 #: The dtypes a model can be exported in.
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,30 +36,38 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass
 class LoadedModel:
-    """A model, ready to be cut.
+    """A model, ready to be cut. Its weights are read when `model` is first used.
 
     Attributes:
-        model: In evaluation mode, with eager attention, which every architecture has and whose
-            operators every compiler takes.
         source: What the user named it by.
         folder: Where its files lie; ``None`` for a model made in memory.
-        identity: A hash that changes when the checkpoint does.
+        identity: A hash that changes when the checkpoint, or the way it is loaded, does.
+        model_type: The config's model type: what plugins are found by.
+        dtype: The dtype of the weights, as torch spells it.
+        read: Gives the model.
+        options: What the ``build_proxy`` hook is told (JSON values and functions); whoever sets
+            it changes ``identity`` with it.
     """
 
-    model: PreTrainedModel
     source: str
     folder: Path | None
     identity: str
+    model_type: str
+    dtype: str
+    read: Callable[[], PreTrainedModel]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def model_type(self) -> str:
-        """The config's model type: what plugins are found by."""
-        return str(self.model.config.model_type)
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, in evaluation mode, with eager attention.
 
-    @property
-    def dtype(self) -> str:
-        """The dtype of the weights, as torch spells it."""
-        return str(self.model.dtype).removeprefix("torch.")
+        Every architecture has eager attention, and every compiler takes its operators.
+
+        Raises:
+            CheckpointError: It cannot be read, or lacks weights.
+            UnsupportedModelError: Its architecture is not one of the task asked for.
+        """
+        return self.read().eval()
 
 
 def load_model(
@@ -65,8 +77,9 @@ def load_model(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    unused: tuple[str, ...] = (),
 ) -> LoadedModel:
-    """Load a checkpoint.
+    """Find a checkpoint and check its files; `LoadedModel.model` reads the weights.
 
     Args:
         source: A local folder or a hub id.
@@ -75,6 +88,7 @@ def load_model(
         dtype: One of `DTYPES`: the dtype to load the weights in.
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read pickled weights, which can run code.
+        unused: Globs of weights that the task does not use, so that a checkpoint may lack them.
 
     Raises:
         CheckpointError: It cannot be found, read or trusted, or it lacks weights.
@@ -86,7 +100,28 @@ def load_model(
     config_file = read_config_file(folder)
     check_weights(folder, allow_pickle=allow_pickle)
     _check_architecture(config_file, source, trust_remote_code)
+    digest = hashlib.sha256(f"{checkpoint_identity(folder)}\0{auto_class}".encode())
 
+    def read() -> PreTrainedModel:
+        model, missing = _read_model(
+            folder, config_file, auto_class, dtype, trust_remote_code, allow_pickle
+        )
+        _check_missing(folder, model, missing, unused)
+        return model
+
+    model_type = str(config_file.get("model_type"))
+    return LoadedModel(source, folder, digest.hexdigest(), model_type, dtype, read)
+
+
+def _read_model(
+    folder: Path,
+    config_file: dict[str, Any],
+    auto_class: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Read config and weights with transformers; give the names of those that are not there."""
     import torch
     import transformers
 
@@ -104,14 +139,44 @@ def load_model(
             )
     except Exception as error:
         raise _loading_error(folder, config_file, loader, error) from error
-    missing = sorted(notes.get("missing_keys", ()))
+    return model, sorted(notes.get("missing_keys", ()))
+
+
+def _check_missing(
+    folder: Path, model: PreTrainedModel, missing: list[str], unused: tuple[str, ...]
+) -> None:
+    """Make sure that no weight that matters was made up."""
+    missing = [name for name in missing if not any(fnmatch(name, glob) for glob in unused)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, "
             f"among them {missing[0]}",
             "Download the checkpoint again; a model with made-up weights would mean nothing.",
         )
-    return LoadedModel(model.eval(), source, folder, checkpoint_identity(folder))
+
+
+def with_options(loaded: LoadedModel, options: Mapping[str, Any]) -> LoadedModel:
+    """The model with what its ``build_proxy`` hook is to be told; the identity changes with it.
+
+    Args:
+        loaded: The model.
+        options: JSON values and functions; ``None`` values are left out.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return loaded
+    text = json.dumps(given, sort_keys=True, default=_describe_function)
+    identity = hashlib.sha256(f"{loaded.identity}\0{text}".encode()).hexdigest()
+    return replace(loaded, identity=identity, options={**loaded.options, **given})
+
+
+def _describe_function(function: Any) -> str:
+    """What tells a function from another: its code and what it closes over."""
+    code = getattr(function, "__code__", None)
+    if code is None:  # an object with values of its own, which cannot be compared
+        return uuid.uuid4().hex
+    cells = [repr(cell.cell_contents) for cell in function.__closure__ or ()]
+    return f"{function.__qualname__} {code.co_code.hex()} {code.co_consts} {code.co_names} {cells}"
 
 
 def wrap_model(model: PreTrainedModel, source: str | None = None) -> LoadedModel:
@@ -125,7 +190,10 @@ def wrap_model(model: PreTrainedModel, source: str | None = None) -> LoadedModel
     if model.config._attn_implementation != "eager":  # noqa: SLF001 (the only place it is kept)
         model.set_attn_implementation("eager")
     name = source or model.config.name_or_path or model.config.model_type
-    return LoadedModel(model.eval(), name, None, digest.hexdigest())
+    dtype = check_dtype(model.dtype)
+    return LoadedModel(
+        name, None, digest.hexdigest(), model.config.model_type, dtype, lambda: model
+    )
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -59,6 +59,7 @@ def build_mask(
     padding: npt.NDArray[np.integer[Any]],
     query_length: int,
     dtype: np.dtype[Any],
+    blocks: npt.NDArray[np.integer[Any]] | None = None,
 ) -> npt.NDArray[Any]:
     """Build one additive mask.
 
@@ -70,6 +71,8 @@ def build_mask(
         padding: ``[batch, past + query]``, 1 for a token and 0 for padding.
         query_length: How many of the last positions are queries.
         dtype: A floating dtype: the mask's.
+        blocks: ``[batch, past + query]``: positions of the same block see each other, earlier or
+            later (within the window, where there is one); -1 for positions of no block.
 
     Returns:
         ``[batch, 1, query, past + query]``: 0 where a query may see a key, the lowest finite
@@ -79,14 +82,16 @@ def build_mask(
     keys = np.arange(total)[None, :]
     queries = np.arange(total - query_length, total)[:, None]
     if spec.kind.startswith("bidirectional"):
-        visible = np.ones((query_length, total), dtype=bool)
+        visible = np.ones((1, query_length, total), dtype=bool)
         if spec.size is not None:
-            visible &= np.abs(queries - keys) <= spec.size
+            visible = visible & (np.abs(queries - keys) <= spec.size)
     else:
-        visible = keys <= queries
+        visible = (keys <= queries)[None]
+        if blocks is not None:
+            own = blocks[:, total - query_length :, None]
+            visible = visible | ((own == blocks[:, None, :]) & (own >= 0))
         if spec.kind == "sliding" and spec.size is not None:
-            visible &= keys > queries - spec.size
-    visible = visible[None]
+            visible = visible & (keys > queries - spec.size)
     if spec.kind == "chunked" and spec.size is not None:
         left_padding = (np.cumsum(padding, axis=1) == 0).sum(axis=1)[:, None, None]
         same_chunk = (keys - left_padding) // spec.size == (queries - left_padding) // spec.size

@@ -7,6 +7,10 @@ that carries hooks::
     [project.entry-points."qeff_proxy.families"]
     mamba = "my_package.mamba"
     rwkv = "my_package.recurrent:rwkv"
+    "mamba/encoder" = "my_package.mamba_encoder"
+
+A name ``MODEL_TYPE/TASK`` claims the model type for one task alone (the name of a flow), where one
+architecture serves several.
 
 The environment variable ``QEFF_PROXY_PLUGINS`` chooses among packages. It is a list, separated by
 commas, of
@@ -59,7 +63,7 @@ class FamilyEntry:
     """One model type that an installed package claims.
 
     Attributes:
-        model_type: The ``model_type`` of the checkpoints it serves.
+        model_type: The ``model_type`` of the checkpoints it serves, or ``MODEL_TYPE/TASK``.
         distribution: The package, as its metadata spells it.
         version: The package's version.
         value: The module, or ``module:object``, that carries the hooks.

@@ -135,11 +135,22 @@ class Hooks:
         return cast("Site | Absent", self._known(answer, "where the LM head is"))
 
     def build_proxy(
-        self, model: PreTrainedModel, embedding: Site | Absent, lm_head: Site | Absent, kind: Kind
+        self,
+        model: PreTrainedModel,
+        embedding: Site | Absent,
+        lm_head: Site | Absent,
+        kind: Kind,
+        options: Mapping[str, Any] | None = None,
     ) -> Proxy:
         """The model, cut (`qeff_proxy.hookspecs.build_proxy`). Errors as in `locate_embedding`."""
         answer = self._ask(
-            "build_proxy", Proxy, model=model, embedding=embedding, lm_head=lm_head, kind=kind
+            "build_proxy",
+            Proxy,
+            model=model,
+            embedding=embedding,
+            lm_head=lm_head,
+            kind=kind,
+            options=options or {},
         )
         return cast("Proxy", self._known(answer, f"how to cut it ({kind})"))
 

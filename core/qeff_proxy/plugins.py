@@ -176,17 +176,22 @@ class Plugins:
             )
         return loaded
 
-    def hooks_for(self, model_type: str, *, generic: object | None = None) -> Hooks:
+    def hooks_for(
+        self, model_type: str, *, task: str | None = None, generic: object | None = None
+    ) -> Hooks:
         """The five hooks for ``model_type``: its owner's, and the generic plugin's behind them.
 
         Args:
             model_type: The ``model_type`` of the config.
+            task: The flow that is wanted. A package that claims ``MODEL_TYPE/TASK`` serves the
+                model type for that task alone, and for that task it comes first.
             generic: What answers in place of the core's generic plugin; its hooks are ``trylast``.
 
         Raises:
             PluginError: Two packages claim the model type, or its plugin cannot be used.
         """
-        owner = self.owner(model_type)
+        owner = self.owner(f"{model_type}/{task}") if task is not None else None
+        owner = owner or self.owner(model_type)
         if generic is None:
             generic = importlib.import_module(_GENERIC_MODULE)
         if owner is None:

@@ -9,12 +9,12 @@ from qeff_proxy.backends import CompileOptions
 from qeff_proxy.compile import Compiled, compile_export
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.export import export_model
-from qeff_proxy.load import load_model, load_processor, wrap_model
+from qeff_proxy.load import load_model, load_processor, with_options, wrap_model
 from qeff_proxy.plugins import Plugins
 from qeff_proxy.run import RunResult, run_compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -53,6 +53,10 @@ class ProxyModel:
     flows: ClassVar[frozenset[str]]
     #: The pip extra that brings the families of this task.
     extra: ClassVar[str]
+    #: Globs of weights that the task does not use, so that a checkpoint may lack them.
+    unused: ClassVar[tuple[str, ...]] = ()
+    #: What the ``build_proxy`` hooks of this task may be told.
+    option_names: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class ProxyModel:
         *,
         proxy: Kind = "whole",
         plugins: Plugins | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """Take a model that is already there.
 
@@ -67,11 +72,19 @@ class ProxyModel:
             model: A transformers model, or what `qeff_proxy.load.load_model` gave.
             proxy: What to export: ``"split"``, ``"stub"`` or ``"whole"``.
             plugins: Where plugins are looked up; by default the installed ones.
+            options: What the family's ``build_proxy`` is told besides.
         """
-        self._loaded = model if not hasattr(model, "config") else wrap_model(model)
+        unknown = sorted(set(options or {}) - self.option_names)
+        if unknown:
+            known = ", ".join(sorted(self.option_names)) or "none"
+            raise UsageError(
+                f"{type(self).__name__} has no option {unknown[0]!r}", f"Its own options: {known}."
+            )
+        loaded = model if not hasattr(model, "config") else wrap_model(model)
+        self._loaded = with_options(loaded, options or {})
         self._kind = proxy
         self._plugins = plugins or Plugins.discover()
-        self._hooks = self._plugins.hooks_for(self._loaded.model_type)
+        self._hooks = self._plugins.hooks_for(self._loaded.model_type, task=min(self.flows))
         self._export: Export | None = None
         self._compiled: Compiled | None = None
 
@@ -86,6 +99,7 @@ class ProxyModel:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         plugins: Plugins | None = None,
+        **options: Any,
     ) -> Self:
         """Load a checkpoint.
 
@@ -97,6 +111,7 @@ class ProxyModel:
             trust_remote_code: Run Python code that comes with the checkpoint.
             allow_pickle: Read pickled weights, which can run code.
             plugins: Where plugins are looked up; by default the installed ones.
+            options: What the family's ``build_proxy`` is told besides (``pooling`` …).
 
         Raises:
             CheckpointError: It cannot be found, read or trusted.
@@ -108,9 +123,10 @@ class ProxyModel:
             dtype=str(dtype).removeprefix("torch."),
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            unused=cls.unused,
         )
         kind: Kind = proxy or ("split" if enable_proxy else "whole")
-        return cls(loaded, proxy=kind, plugins=plugins)
+        return cls(loaded, proxy=kind, plugins=plugins, options=options)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -138,6 +154,7 @@ class ProxyModel:
         backend: str = "onnxruntime",
         prefill_seq_len: int | None = None,
         ctx_len: int | None = None,
+        seq_len: int | Sequence[int] | None = None,
         batch_size: int = 1,
         num_cores: int | None = None,
         force: bool = False,
@@ -149,6 +166,7 @@ class ProxyModel:
             backend: Which backend to compile for.
             prefill_seq_len: Tokens of a prefill chunk; longer prompts are run in several.
             ctx_len: Most positions, prompt and generated tokens together.
+            seq_len: A length, or several, that inputs of a single pass are padded to.
             batch_size: Rows of the batch, for backends of static shapes.
             num_cores: Cores to use.
             force: Compile again even where the same was compiled already.
@@ -168,6 +186,7 @@ class ProxyModel:
             batch_size=batch_size,
             prefill_seq_len=prefill_seq_len,
             ctx_len=ctx_len,
+            seq_len=_lengths(seq_len),
             num_cores=num_cores,
             backend={
                 name: value
@@ -196,7 +215,7 @@ class ProxyModel:
         if flow not in self.flows:
             raise UnsupportedModelError(
                 f"{type(self).__name__} does not run {flow!r} models such as "
-                f"{type(self._loaded.model).__name__}",
+                f"{self._loaded.source} (model type {self._loaded.model_type})",
                 f"Install the plugins for its task: pip install 'qeff-proxy[{self.extra}]'.",
             )
         return run_compiled(
@@ -221,6 +240,12 @@ class ProxyModel:
                 "this model was made in memory and has no tokenizer", "Pass tokenizer=."
             )
         return load_processor(self._loaded.folder)
+
+
+def _lengths(seq_len: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    if seq_len is None or isinstance(seq_len, int):
+        return None if seq_len is None else (seq_len,)
+    return tuple(seq_len)
 
 
 class NeedsPlugins(ProxyModel):

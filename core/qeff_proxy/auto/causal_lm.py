@@ -85,7 +85,7 @@ class QEFFAutoModelForCausalLM(ProxyModel):
             io_tensors: Which tensors to dump, as globs.
             kv: Dump the cache rows that a step added, or the whole cache.
             settings: Further arguments of transformers' ``generate``: ``do_sample``,
-                ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …
+                ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …; and ``seed``.
 
         Raises:
             UsageError: The prompt is empty or too long, or an argument cannot be right.

@@ -38,6 +38,8 @@ class CompileOptions:
             ``None``: the whole prompt at once.
         ctx_len: Most positions, prompt and generated tokens together. ``None``: as many as the
             model has.
+        seq_len: Lengths that inputs of a single pass are padded to, each to the nearest that is
+            long enough. ``None``: to the longest of the batch.
         num_cores: Cores to use: threads on a CPU. ``None``: the backend's own choice.
         backend: What only one backend understands, by name.
     """
@@ -45,6 +47,7 @@ class CompileOptions:
     batch_size: int = 1
     prefill_seq_len: int | None = None
     ctx_len: int | None = None
+    seq_len: tuple[int, ...] | None = None
     num_cores: int | None = None
     backend: Mapping[str, Any] = field(default_factory=dict)
 
@@ -53,6 +56,11 @@ class CompileOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} is {value!r}", "It must be a whole number above 0.")
+        for length in self.seq_len if self.seq_len is not None else (1,):
+            if not isinstance(length, int) or length < 1:
+                raise UsageError(f"seq_len has {length!r}", "Lengths are whole numbers above 0.")
+        if self.seq_len == ():
+            raise UsageError("seq_len is empty", "Name a length or several, or leave it out.")
         if self.ctx_len and self.prefill_seq_len and self.prefill_seq_len > self.ctx_len:
             raise UsageError(
                 f"prefill_seq_len ({self.prefill_seq_len}) is larger than ctx_len ({self.ctx_len})",
@@ -61,7 +69,8 @@ class CompileOptions:
 
     def to_json(self) -> dict[str, Any]:
         """The options as a JSON object."""
-        return {**vars(self), "backend": dict(self.backend)}
+        lengths = list(self.seq_len) if self.seq_len is not None else None
+        return {**vars(self), "seq_len": lengths, "backend": dict(self.backend)}
 
 
 class Backend(Protocol):

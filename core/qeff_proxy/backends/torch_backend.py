@@ -138,13 +138,14 @@ def _proxy_of_export(export: Export) -> Proxy:
     from qeff_proxy.plugins import Plugins
 
     model = model_of_export(export)
-    hooks = Plugins.discover().hooks_for(export.model["model_type"])
+    hooks = Plugins.discover().hooks_for(export.model["model_type"], task=export.flow)
     sites = locate_sites(model, hooks)
     return hooks.build_proxy(
         model=model,
         embedding=sites["embedding"],
         lm_head=sites["lm_head"],
         kind=cast("Kind", export.kind),
+        options=export.settings,
     )
 
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable, Iterator
 
     from rich.console import Console, RenderableType
 
-__all__ = ["add_json_option", "print_json", "print_text", "report_error", "stdout_console"]
+__all__ = [
+    "add_json_option",
+    "format_bytes",
+    "print_json",
+    "print_text",
+    "report_error",
+    "stage_display",
+    "stdout_console",
+]
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +44,41 @@ def stdout_console() -> Console:
 
 
 def print_text(renderable: RenderableType) -> None:
-    """Print a rich renderable (a table, a string) on stdout."""
-    stdout_console().print(renderable)
+    """Print a table on stdout, or a string as a line that is never broken."""
+    if isinstance(renderable, str):
+        sys.stdout.write(renderable + "\n")
+    else:
+        stdout_console().print(renderable)
 
 
 def report_error(message: str) -> None:
     """Print ``message`` as one line on stderr."""
     sys.stderr.write("qeff-proxy: error: " + " ".join(message.split()) + "\n")
+
+
+@contextmanager
+def stage_display(title: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show on stderr what a long job is doing and for how long; nothing if ``quiet``.
+
+    Gives a function that takes the name of each stage as it begins.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda _stage: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title)
+        yield lambda stage: progress.update(task, description=f"{title}: {stage}")
+
+
+def format_bytes(count: int) -> str:
+    """``count`` in B, kB, MB or GB (powers of 1000)."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

@@ -1,0 +1,40 @@
+"""``qeff-proxy compile MODEL``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qeff_proxy.cli.options import add_compile_options, add_model_options, compiled_of, export_of
+from qeff_proxy.cli.output import print_json, print_text
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_model_options(parser, exports=True)
+    add_compile_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile every part; export first where needed."""
+    export, _ = export_of(args)
+    compiled = compiled_of(args, export, force=args.force)
+    if args.json:
+        print_json(
+            {
+                "folder": str(compiled.folder),
+                "export": str(export.folder),
+                "backend": compiled.backend,
+                "options": compiled.options.to_json(),
+                "was_there": compiled.was_there,
+            }
+        )
+    else:
+        state = "was compiled already" if compiled.was_there else "compiled"
+        print_text(f"{export.model['source']} {state} for {compiled.backend}")
+        print_text(f"{compiled.folder}")
+    return 0

@@ -1,0 +1,51 @@
+"""``qeff-proxy export MODEL``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qeff_proxy.cli.options import add_model_options, export_of
+from qeff_proxy.cli.output import format_bytes, print_json, print_text
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.table import Table
+
+    from qeff_proxy.artifact import Export
+
+__all__ = ["configure", "parts_table", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_model_options(parser, exports=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, and print what lies where."""
+    export, _ = export_of(args)
+    if args.json:
+        print_json({"folder": str(export.folder), **export.to_json()})
+    else:
+        print_text(parts_table(export))
+        print_text(f"{export.folder}")
+    return 0
+
+
+def parts_table(export: Export) -> Table:
+    """The parts of an export with their files and sizes."""
+    from rich.table import Table
+
+    table = Table(title=f"{export.model['source']} · {export.kind} · {export.dtype}")
+    for column in ("part", "graph", "size", "weights"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for part in export.parts:
+        size = (export.folder / part.file).stat().st_size
+        weights = (
+            f"{part.weights} ({format_bytes(export.files[part.weights])})"
+            if part.weights
+            else "none"
+        )
+        table.add_row(part.name, part.file, format_bytes(size), weights)
+    return table

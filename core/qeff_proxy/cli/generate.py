@@ -1,0 +1,124 @@
+"""``qeff-proxy generate MODEL PROMPT …``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.cli.options import add_compile_options, add_model_options, compiled_of, export_of
+from qeff_proxy.cli.output import print_json, print_text
+from qeff_proxy.errors import UsageError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from qeff_proxy.run import RunResult
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_model_options(parser, exports=True)
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to go on from")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N")
+    parser.add_argument("--stream", action="store_true", help="print text as it comes (one prompt)")
+    parser.add_argument("--num-beams", type=int, metavar="N")
+    parser.add_argument("--sample", action="store_true", help="sample instead of taking the best")
+    parser.add_argument("--temperature", type=float, metavar="T")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text")
+    dump = parser.add_argument_group("dump")
+    dump.add_argument("--write-io", action="store_true", help="dump every tensor of every step")
+    dump.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
+    dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
+    dump.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
+    dump.add_argument(
+        "--kv", choices=("delta", "full"), default="delta", help="cache rows added, or all"
+    )
+    add_compile_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, and print texts and timings."""
+    if args.stream and len(args.prompts) > 1:
+        raise UsageError("--stream takes one prompt")
+    if args.stream and args.json:
+        raise UsageError("--stream and --json exclude each other")
+    export, hooks = export_of(args)
+    compiled = compiled_of(args, export)
+    from qeff_proxy.dump import DumpOptions
+    from qeff_proxy.load import load_processor
+    from qeff_proxy.request import Request
+    from qeff_proxy.run import run_compiled
+
+    processor = load_processor(export.processor_folder, trust_remote_code=args.trust_remote_code)
+    beams = args.num_beams or 1
+    result = run_compiled(
+        compiled,
+        hooks,
+        Request(prompts=tuple(args.prompts)),
+        processor=processor,
+        settings=_settings(args, processor),
+        write_io=args.write_io or args.io_dir is not None,
+        io_folder=args.io_dir,
+        io_options=DumpOptions(
+            args.io_steps, tuple(args.io_tensors or ("*",)), "full" if beams > 1 else args.kv
+        ),
+    )
+    _report(args, result)
+    return 0
+
+
+def _settings(args: argparse.Namespace, processor: Any) -> dict[str, Any]:
+    """Arguments of transformers' ``generate``; what was not asked for is left out."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens,
+        "num_beams": args.num_beams,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "stop_strings": args.stop,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    sampling = {"temperature", "top_k", "top_p"} & set(settings)
+    if sampling and not args.sample:
+        raise UsageError(f"--{min(sampling).replace('_', '-')} needs --sample")
+    settings["do_sample"] = args.sample
+    if args.seed is not None:
+        settings["seed"] = args.seed
+    if args.stream:
+        from transformers import TextStreamer
+
+        settings["streamer"] = TextStreamer(processor, skip_special_tokens=True)
+    return settings
+
+
+def _report(args: argparse.Namespace, result: RunResult) -> None:
+    perf = result.outputs["perf_metrics"]
+    ids = result.outputs["generated_ids"]
+    folder = str(result.io_folder) if result.io_folder is not None else None
+    if args.json:
+        print_json(
+            {
+                "prompts": list(args.prompts),
+                "generated_texts": result.decoded,
+                "generated_ids": ids.tolist(),
+                "perf_metrics": perf.to_json(),
+                "io_folder": folder,
+            }
+        )
+        return
+    if not args.stream:
+        rows = len(result.decoded) // len(args.prompts)
+        for index, text in enumerate(result.decoded):
+            sys.stdout.write(f"{args.prompts[index // rows]}{text}\n")
+    rate = f", {perf.decode_perf:.1f} tokens/s after it" if perf.decode_perf else ""
+    sys.stderr.write(
+        f"{ids.shape[1]} tokens per prompt; first after {perf.prefill_time:.3f} s{rate}\n"
+    )
+    if folder is not None:
+        print_text(f"dump: {folder}")

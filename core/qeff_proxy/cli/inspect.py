@@ -1,0 +1,78 @@
+"""``qeff-proxy inspect MODEL``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qeff_proxy.cli.options import add_model_options, loaded_of
+from qeff_proxy.cli.output import format_bytes, print_json, print_text, stage_display
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.table import Table
+
+    from qeff_proxy.inspection import Inspection
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_model_options(parser, exports=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what would be cut."""
+    loaded, hooks = loaded_of(args)
+    with stage_display("inspecting", quiet=args.json) as progress:
+        from qeff_proxy.inspection import inspect_model
+
+        progress("cutting and verifying")
+        inspection = inspect_model(loaded, hooks)
+    if args.json:
+        print_json(inspection.to_json())
+    else:
+        print_text(_table(inspection))
+    return 0
+
+
+def _table(inspection: Inspection) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from qeff_proxy.sites import Absent
+
+    table = Table(title=f"{inspection.source}: {inspection.architecture}", show_header=False)
+    table.add_row("model type", inspection.model_type)
+    table.add_row("plugin", inspection.plugin)
+    for name, site in inspection.sites.items():
+        if isinstance(site, Absent):
+            text = f"none: {site.reason}"
+        else:
+            scale = f", times {site.scale:g}" if site.scale is not None else ""
+            follows = f", then {', '.join(site.follows)}" if site.follows else ""
+            text = f"{site.module}{scale}{follows}"
+        table.add_row(name.replace("_", " "), escape(text))
+    table.add_row("tied", "yes" if inspection.tied else "no")
+    total = inspection.body_bytes + inspection.vocabulary_bytes
+    table.add_row("parameters", f"{inspection.parameters:,}")
+    table.add_row("stays in the body", format_bytes(inspection.body_bytes))
+    share = inspection.vocabulary_bytes / total if total else 0.0
+    table.add_row("cut out", f"{format_bytes(inspection.vocabulary_bytes)} ({share:.0%})")
+    for name, tensors in inspection.parts.items():
+        table.add_row(f"part {name}", f"{_few(tensors['inputs'])} → {_few(tensors['outputs'])}")
+    if inspection.report is not None:
+        table.add_row(
+            "verified",
+            f"largest difference {inspection.report.max_difference:.2g} of "
+            f"{inspection.report.largest_value:.3g} over {inspection.report.positions} positions",
+        )
+    return table
+
+
+def _few(names: list[str]) -> str:
+    """The names, the cache's as one."""
+    plain = [name for name in names if not name.startswith(("past_key_values.", "present."))]
+    cached = sorted({name.split(".")[0] for name in names if name not in plain})
+    return ", ".join([*plain, *(f"{name}.*" for name in cached)])

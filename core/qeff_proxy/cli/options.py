@@ -1,0 +1,153 @@
+"""Arguments that several commands share, and what they give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.cli.output import add_json_option, stage_display
+from qeff_proxy.errors import UsageError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from qeff_proxy.artifact import Export
+    from qeff_proxy.backends import CompileOptions
+    from qeff_proxy.compile import Compiled
+    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.plugin_hooks import Hooks
+
+__all__ = [
+    "add_compile_options",
+    "add_model_options",
+    "compiled_of",
+    "export_of",
+    "loaded_of",
+]
+
+_KINDS: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None:
+    """MODEL and how to load and cut it."""
+    what = "a checkpoint's folder or hub id"
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"{what}, or an export's folder" if exports else what
+    )
+    parser.add_argument(
+        "--proxy",
+        choices=sorted(_KINDS),
+        default="split",
+        help="split: embedding, body and LM head as graphs of their own (default); stub: one graph "
+        "with weightless ends; none: the whole model as one graph",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="dtype of weights and activations (default: float32)",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the export")
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
+    parser.add_argument("--force", action="store_true", help="do it again even if it is there")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code of the checkpoint"
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pickled weights, which can run code"
+    )
+    add_json_option(parser)
+
+
+def add_compile_options(parser: argparse.ArgumentParser) -> None:
+    """Backend, shapes, cores."""
+    parser.add_argument("--backend", default="onnxruntime", help="default: onnxruntime")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--prefill-seq-len", type=int, metavar="N", help="run prompts in chunks of N tokens"
+    )
+    parser.add_argument("--ctx-len", type=int, metavar="N", help="most positions in all")
+    parser.add_argument("--num-cores", type=int, metavar="N", help="cores to use")
+    parser.add_argument(
+        "-O",
+        "--backend-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of this backend; may be given again",
+    )
+
+
+def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
+    """The checkpoint that ``MODEL`` names, and the hooks of its model type."""
+    from qeff_proxy.load import load_model
+    from qeff_proxy.plugins import Plugins
+
+    loaded = load_model(
+        args.model,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        allow_pickle=args.allow_pickle,
+    )
+    return loaded, Plugins.discover().hooks_for(loaded.model_type)
+
+
+def export_of(args: argparse.Namespace) -> tuple[Export, Hooks]:
+    """The export that ``MODEL`` names, or that of the checkpoint it names, made where needed."""
+    from qeff_proxy.artifact import MANIFEST, read_export
+    from qeff_proxy.plugins import Plugins
+
+    folder = Path(args.model).expanduser()
+    if (folder / MANIFEST).is_file():
+        export = read_export(folder)
+        return export, Plugins.discover().hooks_for(export.model["model_type"])
+    loaded, hooks = loaded_of(args)
+    with stage_display("exporting", quiet=args.json) as progress:
+        from qeff_proxy.export import export_model
+
+        export = export_model(
+            loaded,
+            hooks,
+            _KINDS[args.proxy],
+            output=args.output,
+            opset=args.opset,
+            force=args.force,
+            progress=progress,
+        )
+    return export, hooks
+
+
+def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False) -> Compiled:
+    """The export, compiled as the arguments say."""
+    from qeff_proxy.compile import compile_export
+
+    with stage_display("compiling", quiet=args.json) as progress:
+        return compile_export(
+            export, args.backend, _compile_options(args), force=force, progress=progress
+        )
+
+
+def _compile_options(args: argparse.Namespace) -> CompileOptions:
+    from qeff_proxy.backends import CompileOptions
+
+    return CompileOptions(
+        batch_size=args.batch_size,
+        prefill_seq_len=args.prefill_seq_len,
+        ctx_len=args.ctx_len,
+        num_cores=args.num_cores,
+        backend=dict(_option(text) for text in args.backend_option),
+    )
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """``name=value``; true, false and numbers become what they are."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"-O {text} is not NAME=VALUE")
+    if value.lower() in {"true", "false"}:
+        return name, value.lower() == "true"
+    try:
+        return name, int(value)
+    except ValueError:
+        return name, value
