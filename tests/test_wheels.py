@@ -158,12 +158,21 @@ def test_every_plugin_can_be_used(environment):
     assert states == {"ok"}
 
 
-@pytest.mark.skipif(
-    not (ROOT / "core" / "qeff_proxy" / "cli" / "demo.py").is_file(), reason="no demo command yet"
-)
 def test_gpt2_runs_from_end_to_end(environment, tmp_path):
-    output = environment.run("qeff-proxy", "demo", "--json", QEFF_HOME=str(tmp_path))
-    assert json.loads(output)
+    report = json.loads(environment.run("qeff-proxy", "demo", "--json", QEFF_HOME=str(tmp_path)))
+    export = Path(report["export"])
+    assert export.parent == tmp_path
+    assert report["cut"]["sites"]["embedding"]["module"] == "transformer.wte"
+    made_by = json.loads((export / "export.json").read_text("utf-8"))["made_by"]
+    assert made_by["plugin"] == {
+        "name": "qeff_proxy_text.gpt2",
+        "distribution": "qeff-proxy-text",
+        "version": VERSION,
+    }
+    assert report["parity"]["passed"]
+    assert report["parity"]["equal_tokens"] == report["parity"]["steps"] == 64
+    assert (Path(report["io_folder"]) / "manifest.json").is_file()
+    assert len(report["text"].split()) > 20
 
 
 # A package of somebody else's

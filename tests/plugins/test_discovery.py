@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 
 import pytest
 from qeff_proxy.errors import PluginError, UsageError
@@ -69,6 +70,28 @@ def test_using_one_family_does_not_import_another(site_packages):
 
 def test_a_model_type_nobody_claims_has_no_owner(site_packages):
     assert Plugins.discover({}).owner("unheard-of") is None
+
+
+@pytest.fixture
+def tasks(site_packages):
+    """``acme`` serves a model type, ``brand`` the same for one task alone."""
+    site_packages.install("acme", {"rnn": "acme_rnn"}, {"acme_rnn": PLUGIN})
+    site_packages.install("brand", {"rnn/encoder": "brand_rnn"}, {"brand_rnn": PLUGIN})
+    return Plugins.discover({})
+
+
+def served_by(plugins, model_type, task):
+    return plugins.hooks_for(model_type, task=task, generic=types.SimpleNamespace()).distribution
+
+
+def test_a_claim_on_one_task_comes_before_the_claim_on_the_model_type(tasks):
+    assert served_by(tasks, "rnn", "encoder") == "brand"
+
+
+def test_a_claim_on_one_task_concerns_no_other_task(tasks):
+    assert served_by(tasks, "rnn", "causal-lm") == "acme"
+    assert served_by(tasks, "rnn", None) == "acme"
+    assert served_by(tasks, "cnn", "encoder") == "qeff-proxy"
 
 
 def test_of_two_installations_of_a_package_the_importable_one_counts(site_packages, tmp_path):
