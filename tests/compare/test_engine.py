@@ -62,6 +62,20 @@ def test_without_taps_the_next_cache_rows_tell(stack, tmp_path):
     assert first.before == "body.out.present_key.layer-02"
 
 
+def test_within_a_layer_attention_comes_before_the_mlp_and_the_whole(tmp_path):
+    names = ("hidden_states.1", "hidden_states.1.mlp", "hidden_states.1.attention", "present.1.key")
+    arrays = {name: np.zeros((1, 1, 1, 1)) for name in (*names, "hidden_states.0")}
+    dump = write(tmp_path / "d", ({"inputs_embeds": np.zeros((1, 1, 4))}, arrays))
+    assert [str(t.name).split(".", 2)[2] for t in compare_dumps(dump, dump).tensors] == [
+        "inputs_embeds",
+        "hidden_states.layer-00",
+        "present_key.layer-01",
+        "hidden_states_attention.layer-01",
+        "hidden_states_mlp.layer-01",
+        "hidden_states.layer-01",
+    ]
+
+
 def test_the_first_step_counts_before_the_first_layer(good, stack, tmp_path):
     candidate = stack(tmp_path / "c", wrong_layer=4, wrong_from=3, fault=0.5)
     first = compare_dumps(good, candidate).first_divergence
@@ -218,11 +232,12 @@ def test_damage_is_found_while_comparing(good, tmp_path, side, tensor):
         compare_dumps(*pair)
 
 
-def test_damage_in_a_large_tensor_is_found(tmp_path):
+@pytest.mark.parametrize("damaged", ["r", "c"])
+def test_damage_in_a_large_tensor_is_found(tmp_path, damaged):
     array = np.zeros(200_000, np.float32)
     reference = write(tmp_path / "r", ({}, {"y": array}))
     candidate = write(tmp_path / "c", ({}, {"y": array}))
-    with (candidate / "decode" / "body.out.y.npy").open("r+b") as file:
+    with (tmp_path / damaged / "decode" / "body.out.y.npy").open("r+b") as file:
         file.seek(HEADER_BYTES + 700_001)
         file.write(b"\x01")
     with pytest.raises(DumpError, match="rule CHECKSUM"):

@@ -6,6 +6,7 @@ QEFF_PROXY_TEST_WITHOUT_BROWSER=1 to leave them out.
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import os
@@ -193,6 +194,15 @@ def test_words_of_a_dump_cannot_become_a_script(stack, browse, tmp_path):
     evil = "</script><script>faults.push('ran')</script><img src=x onerror=faults.push(1)>"
     dump = stack(tmp_path / "d", model=evil)
     assert browse(build_report(compare_dumps(dump, dump)), "return document.title").endswith(evil)
+
+
+def test_no_text_ends_the_element_that_holds_the_data(good, browse):
+    comparison = compare_dumps(good, good)
+    evil = dataclasses.replace(
+        comparison.tensors[0], why="</script><script>faults.push(1)</script>"
+    )
+    comparison = dataclasses.replace(comparison, tensors=[evil])
+    assert browse(build_report(comparison), "return data.tensors[0].why") == evil.why
 
 
 def test_dumps_without_layers_and_with_nan_have_a_report(tmp_path, browse):

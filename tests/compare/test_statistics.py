@@ -120,6 +120,14 @@ def test_blocks_give_what_the_whole_gives(pair, block):
         )
 
 
+def test_magnitudes_whose_squares_overflow_are_measured():
+    reference, candidate = np.float32([[3e38, 1, np.inf]]), np.float32([[-3e38, 1, np.inf]])
+    row = measure(reference, candidate, (0.0, 0.5), Scratch())[0]
+    assert row["max_abs"] == pytest.approx(6e38)
+    assert row["noise"] == pytest.approx(3.6e77)
+    assert (row["outside"], row["unmatched"]) == (1, 0)
+
+
 def test_integers_are_compared_exactly_beyond_float64():
     r = np.array([[2**53, 5]], np.int64)
     row = measure(r, np.add(r, [[1, 0]]), (0.0, 0.0), Scratch())[0]
@@ -134,3 +142,8 @@ def test_stored_elements_become_numbers(dtype, wide):
     numbers = to_numbers(values.view(DTYPES[dtype].stored), dtype, wide, Scratch(), "x")
     assert numbers.dtype == (np.float64 if wide else np.float32)
     np.testing.assert_array_equal(numbers, values.astype(numbers.dtype))
+
+
+def test_an_error_of_just_the_tolerance_is_within_it():
+    reference, candidate = np.float32([[0, 0, 0]]), np.float32([[0.5, 1.0, 0.25]])
+    assert measure(reference, candidate, (0.5, 0.0), Scratch())[0]["outside"] == 1

@@ -64,6 +64,9 @@ _SUMS = (
     "unmatched", "reference_nan", "candidate_nan", "reference_inf", "candidate_inf",
 )  # fmt: skip
 
+# Up to here the squares of a block can be summed in float32.
+_SQUARABLE = 1e16
+
 
 class Scratch:
     """Arrays used again for every block: fresh ones cost more, in page faults, than the sums."""
@@ -212,29 +215,30 @@ def _measure_mixed(
     scratch: Scratch,
 ) -> NDArray[Any]:
     """Return the statistics of one row that may hold NaN and infinities, each counted apart."""
-    first, second = reference.astype(np.float64), candidate.astype(np.float64)
-    finite = np.isfinite(first) & np.isfinite(second)
+    finite = np.isfinite(reference) & np.isfinite(candidate)
     stats = np.zeros(1, STATS)
     stats["unmatched_at"] = -1
     places = np.flatnonzero(finite)
     if len(places):
-        left, right = first[places][None], second[places][None]
+        left, right = reference[places][None], candidate[places][None]
+        if max(np.abs(left).max(), np.abs(right).max()) > _SQUARABLE:
+            left, right = left.astype(np.float64), right.astype(np.float64)
         with np.errstate(over="ignore"):
             stats["signal"], stats["power"] = np.vecdot(left, left), np.vecdot(right, right)
             _measure_finite(stats, left, right, elementwise, scratch)
         stats["max_abs_at"] = places[stats["max_abs_at"]]
         stats["max_rel_at"] = places[stats["max_rel_at"]]
-    both_nan = np.isnan(first) & np.isnan(second)
-    unmatched = ~finite & ~both_nan & (first != second)
-    stats["count"] = len(first)
+    both_nan = np.isnan(reference) & np.isnan(candidate)
+    unmatched = ~finite & ~both_nan & (reference != candidate)
+    stats["count"] = len(reference)
     stats["finite"] = len(places)
     stats["unmatched"] = np.count_nonzero(unmatched)
     if unmatched.any():
         stats["unmatched_at"] = unmatched.argmax()
-    stats["reference_nan"] = np.count_nonzero(np.isnan(first))
-    stats["candidate_nan"] = np.count_nonzero(np.isnan(second))
-    stats["reference_inf"] = np.count_nonzero(np.isinf(first))
-    stats["candidate_inf"] = np.count_nonzero(np.isinf(second))
+    stats["reference_nan"] = np.count_nonzero(np.isnan(reference))
+    stats["candidate_nan"] = np.count_nonzero(np.isnan(candidate))
+    stats["reference_inf"] = np.count_nonzero(np.isinf(reference))
+    stats["candidate_inf"] = np.count_nonzero(np.isinf(candidate))
     return stats[0]  # type: ignore[no-any-return]
 
 
