@@ -2,14 +2,130 @@
 
 from __future__ import annotations
 
-from qeff_proxy.auto.base import NeedsPlugins
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["QEFFAutoModel"]
+from qeff_proxy.auto.base import ProxyModel
+from qeff_proxy.dump import DumpOptions
+from qeff_proxy.errors import UsageError
+from qeff_proxy.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["EmbeddingResult", "QEFFAutoModel"]
+
+#: From this many texts on, a terminal shows how many are done.
+_MANY = 64
 
 
-class QEFFAutoModel(NeedsPlugins):
-    """An encoder or embedding model."""
+@dataclass(frozen=True)
+class EmbeddingResult:
+    """What ``generate`` gives.
+
+    Attributes:
+        embeddings: ``[texts, width]`` float32, in the order of the texts; without a pooling, a list
+            of hidden states, ``[tokens, hidden]`` each.
+        io_folder: Where the dump lies; ``None`` without ``write_io``.
+    """
+
+    embeddings: npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]
+    io_folder: Path | None = None
+
+
+class QEFFAutoModel(ProxyModel):
+    """An encoder or embedding model.
+
+    ``from_pretrained`` takes, besides, ``pooling`` (``"mean"``, ``"cls"``, ``"max"``, ``"last"``,
+    ``"none"``, or a function of ``last_hidden_state`` and ``attention_mask``), ``normalize`` and
+    ``truncate_dim``. Without ``pooling`` the checkpoint's own counts, where it has one.
+    """
 
     auto_class = "AutoModel"
     flows = frozenset({"encoder"})
     extra = "embedding"
+    # Made for a pretraining task, and often missing; no vector comes from it.
+    unused = ("pooler.*",)
+    option_names = frozenset({"pooling", "normalize", "truncate_dim"})
+
+    def generate(
+        self,
+        inputs: str | Sequence[str] | Mapping[str, Any],
+        tokenizer: Any = None,
+        *,
+        batch_size: int | None = None,
+        truncation: bool = False,
+        progress: bool | None = None,
+        write_io: bool = False,
+        io_dir: str | Path | None = None,
+        io_tensors: Sequence[str] = ("*",),
+    ) -> EmbeddingResult:
+        """Embed texts.
+
+        Args:
+            inputs: A text or several, or what a tokenizer gave: ``input_ids`` and, where there is
+                padding, ``attention_mask``, both ``[texts, sequence]``.
+            tokenizer: By default the checkpoint's own.
+            batch_size: Texts that run together; by default the number compiled for.
+            truncation: Leave out the tokens of a text that do not fit, instead of an error.
+            progress: Show how many are done; by default on a terminal, and for many texts.
+            write_io: Dump inputs and outputs of every part.
+            io_dir: Where to (implies ``write_io``).
+            io_tensors: Which tensors to dump, as globs.
+
+        Raises:
+            UsageError: There is no text, a text is too long, or an argument cannot be right.
+        """
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise UsageError(f"batch_size is {batch_size!r}", "It must be a whole number above 0.")
+        given = inputs if isinstance(inputs, Mapping) else None
+        texts: list[Any] = []
+        if given is None:
+            texts = [inputs] if isinstance(inputs, str) else list(inputs)
+            if not texts:
+                raise UsageError("there is no text to embed", "Give at least one.")
+            if tokenizer is None:
+                tokenizer = self.processor()
+        options = {"truncation": truncation, "max_length": self._most_tokens()}
+        request = Request(prompts=texts, inputs=given, options=options)
+        with _progress(len(texts), progress) as tell:
+            result = self.run_request(
+                request,
+                tokenizer,
+                {"batch_size": batch_size, "progress": tell},
+                write_io=write_io,
+                io_dir=io_dir,
+                io_options=DumpOptions("all", tuple(io_tensors)),
+            )
+        return EmbeddingResult(result.decoded, result.io_folder)
+
+    def _most_tokens(self) -> int | None:
+        """The tokens of a text that fit: into the model, and into the longest compiled length."""
+        if self._compiled is None:
+            self.compile()
+        assert self._compiled is not None  # noqa: S101 (compile sets it)
+        lengths = self._compiled.options.seq_len or ()
+        most = self._compiled.export.settings.get("max_length")
+        return min(filter(None, (most, max(lengths, default=None))), default=None)
+
+
+@contextmanager
+def _progress(number: int, wanted: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+    """Something to tell how many are done, shown on the terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not (wanted or (wanted is None and number >= _MANY and console.is_terminal)):
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("embedding", total=number)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

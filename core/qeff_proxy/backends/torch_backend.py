@@ -156,6 +156,7 @@ def _placeholder(
     first = next(iter(tensors.values()))
     past = tensors.get("past_key_values.0.key")
     sizes = {"batch": first.shape[0], "query": first.shape[1], "past": 0}
+    sizes["sequence"] = sizes["query"]
     if past is not None:
         sizes["past"] = past.shape[2]
     sizes["past + query"] = sizes["past"] + sizes["query"]

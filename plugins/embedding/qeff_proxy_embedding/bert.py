@@ -1,0 +1,9 @@
+"""BERT and its like (BGE, E5, GTE, MiniLM): positions and token types stay in the body."""
+
+from __future__ import annotations
+
+from qeff_proxy_embedding.family import EmbeddingFamily
+
+__all__ = ["family"]
+
+family = EmbeddingFamily("embeddings.word_embeddings")

@@ -1,0 +1,159 @@
+"""What all families of embedding models share: the five hooks.
+
+A family's own module says where its token table is and how many tokens fit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from qeff_proxy.decoder import EmbeddingPart, EmbeddingStub
+from qeff_proxy.errors import UsageError
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.sites import Absent, Site
+from qeff_proxy.surgery import replace_modules
+
+from qeff_proxy_embedding.part import EncoderPart, probe_masks
+from qeff_proxy_embedding.pooling import pooling_of_options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from qeff_proxy.request import Request
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["EmbeddingFamily", "max_positions"]
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """How many tokens fit where each has a position of its own, from 0."""
+    return int(config.max_position_embeddings)
+
+
+class EmbeddingFamily:
+    """The hooks of one family.
+
+    Args:
+        token_table: Dotted path of the token embedding in the base model. Positions and token
+            types are no site and stay in the body.
+        longest: Most tokens of a text, given the config.
+    """
+
+    def __init__(
+        self, token_table: str, longest: Callable[[PreTrainedConfig], int] = max_positions
+    ) -> None:
+        self.token_table = token_table
+        self.longest = longest
+
+    @hookimpl
+    def locate_embedding(self, model: PreTrainedModel) -> Site | None:
+        """The token table, where the model is the base model and not one with a head."""
+        return Site(self.token_table) if model.base_model is model else None
+
+    @hookimpl
+    def locate_lm_head(self, model: PreTrainedModel) -> Absent | None:
+        """There is none: an embedding model gives hidden states."""
+        if model.base_model is not model:
+            return None
+        return Absent("an embedding model gives hidden states or a vector, not token logits")
+
+    @hookimpl
+    def build_proxy(
+        self, model: PreTrainedModel, embedding: Site | Absent, kind: Kind, options: Any
+    ) -> Proxy | None:
+        """Token table and body with its pooling; or one graph, for ``stub`` and ``whole``."""
+        if model.base_model is not model or isinstance(embedding, Absent):
+            return None
+        table = model.get_submodule(embedding.module)
+        narrow = int(table.weight.shape[1])
+        folder = Path(model.name_or_path) if model.name_or_path else None
+        folder = folder if folder is not None and folder.is_dir() else None
+        width = _hidden_width(model, narrow)
+        pooling = pooling_of_options(options, folder, width)
+        masks = probe_masks(model, narrow)
+        dtype = str(model.dtype).removeprefix("torch.")
+        ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
+        parts: tuple[Part, ...]
+        if kind == "split":
+            embeds = TensorSpec("inputs_embeds", dtype, ("batch", "sequence", narrow))
+            body = EncoderPart(model, masks, pooling, "inputs_embeds")
+            outputs = (body.output(width),)
+            parts = (
+                Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
+                Part("body", body, body.inputs(embeds), outputs, "body", masks),
+            )
+        else:
+            if kind == "stub":
+                stub = EmbeddingStub(narrow, model.dtype)
+                model = replace_modules(model, {embedding.module: stub})
+            whole = EncoderPart(model, masks, pooling, "input_ids")
+            outputs = (whole.output(width),)
+            parts = (Part("model", whole, whole.inputs(ids), outputs, "model", masks),)
+        longest = options.get("max_length") or _longest(self.longest(model.config), folder)
+        settings = {**pooling.to_json(), "max_length": longest, "hidden_size": width}
+        return Proxy(kind, "encoder", parts, settings)
+
+    @hookimpl
+    def preprocess(self, processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
+        """Token ids of the texts with the tokenizer's own special tokens, padded on the right."""
+        if request.inputs is not None:
+            return {name: torch.as_tensor(value) for name, value in request.inputs.items()}
+        if processor is None or not request.prompts:
+            return None
+        return _tokenize(processor, request)
+
+    @hookimpl
+    def decode(self, outputs: Mapping[str, Any]) -> Any:
+        """``[texts, width]`` float32 vectors, or a list of hidden states, one per text."""
+        if "sentence_embedding" in outputs:
+            return outputs["sentence_embedding"]
+        return outputs.get("last_hidden_state")
+
+
+def _hidden_width(model: PreTrainedModel, narrow: int) -> int:
+    """Width of the hidden states, which some families make wider than their token table."""
+    return int(getattr(model.config, "hidden_size", None) or narrow)
+
+
+def _longest(model_limit: int, folder: Path | None) -> int:
+    """Most tokens of a text: the model's limit, or less where the checkpoint says so."""
+    path = folder / "sentence_bert_config.json" if folder is not None else None
+    if path is None or not path.is_file():
+        return model_limit
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
+    except (ValueError, AttributeError):
+        return model_limit
+    return min(model_limit, said) if isinstance(said, int) and said > 0 else model_limit
+
+
+def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
+    texts = list(request.prompts)
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise UsageError(f"{wrong!r} is no text", "Give a text or a list of texts.")
+    cut: dict[str, Any] = {}
+    if request.options.get("truncation"):
+        cut = {"truncation": True, "max_length": request.options["max_length"]}
+    rows = [tokenizer(text, verbose=False, **cut) for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if not row["input_ids"]:
+            raise UsageError(f"the text {text!r} gives no token", "Give at least one token.")
+    longest = max(len(row["input_ids"]) for row in rows)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    names = {"input_ids": pad, "token_type_ids": 0}
+    tensors = {
+        name: torch.tensor([_padded(list(row[name]), longest, fill) for row in rows])
+        for name, fill in names.items()
+        if name in rows[0]
+    }
+    masks = [_padded([1] * len(row["input_ids"]), longest, 0) for row in rows]
+    return {**tensors, "attention_mask": torch.tensor(masks)}
+
+
+def _padded(row: list[int], length: int, fill: int) -> list[int]:
+    return row + [fill] * (length - len(row))

@@ -1,0 +1,239 @@
+"""The ``encoder`` flow: each batch of texts runs through the parts once.
+
+Whatever padding the caller used is taken off; rows are put in order of length, batched and padded
+on the right, to the longest of the batch or to the nearest of the compiled lengths. Padding changes
+no result, which the verified cut makes sure of: it holds a padded batch against the uncut model run
+on each row alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
+from qeff_proxy.backends.torch_backend import TorchSession
+from qeff_proxy.errors import UsageError
+from qeff_proxy.flows.causal_lm import shrunk_windows
+from qeff_proxy.flows.check import check_equal, parts_must_run
+from qeff_proxy.masks import build_mask
+
+from qeff_proxy_embedding.part import EncoderPart
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.engine import Recorder
+    from qeff_proxy.flows import CutReport, Job
+    from qeff_proxy.parts import Proxy
+    from qeff_proxy.session import PartLike, Session
+    from qeff_proxy.sites import Absent, Site
+    from transformers import PreTrainedModel
+
+__all__ = ["EncoderFlow", "Row", "rows_of", "run_rows"]
+
+_LENGTHS = (13, 9, 4)  # tokens of the rows that a cut is verified on
+_PADDED = 16  # what they are padded to
+_WINDOW = 3  # a sliding window short enough to hide something within them
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text: its token ids and token types, ``[tokens]`` int64, without padding."""
+
+    ids: Array
+    types: Array
+
+
+class EncoderFlow:
+    """A single pass per batch."""
+
+    def verify(
+        self, model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent]
+    ) -> CutReport:
+        """Hold a padded batch through the parts against the model run on each row alone.
+
+        Raises:
+            CutError: They are not equal, or the parts cannot be run.
+        """
+        rows = _random_rows(model)
+        with shrunk_windows(model, _WINDOW):
+            expected = [_reference(model, proxy, row) for row in rows]
+            parts = [
+                replace(
+                    part,
+                    masks=tuple(
+                        replace(mask, size=min(mask.size, _WINDOW)) if mask.size else mask
+                        for mask in part.masks
+                    ),
+                )
+                for part in proxy.parts
+            ]
+            sessions = {part.name: TorchSession(part) for part in parts}
+            with parts_must_run(model, sites):
+                actual = _unpadded(run_rows(parts, sessions, rows, _PADDED), rows)
+        counts = np.concatenate([np.atleast_2d(one) for one in expected])
+        return check_equal(
+            model, sites, counts, np.concatenate([np.atleast_2d(one) for one in actual])
+        )
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Embed.
+
+        Returns:
+            ``sentence_embedding [texts, width]`` float32, or ``last_hidden_state``, a list of
+            ``[tokens, hidden]`` float32 arrays.
+
+        Raises:
+            UsageError: A text is empty or too long, or the export is a stub.
+        """
+        if job.export.kind == "stub":
+            raise UsageError(
+                "a stub's outputs mean nothing, so no vectors can be had from it",
+                "Export with proxy='split' to embed.",
+            )
+        rows = rows_of(job.tensors)
+        lengths = job.options.seq_len
+        limit = min(job.export.settings["max_length"], max(lengths or (2**31,)))
+        _check_lengths(rows, limit)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+        size = int(job.settings.get("batch_size") or job.options.batch_size)
+        results: list[Any] = [None] * len(rows)
+        tell = job.settings.get("progress") or (lambda _done, _all: None)
+        for step, start in enumerate(range(0, len(order), size)):
+            chosen = order[start : start + size]
+            batch = [rows[index] for index in chosen]
+            longest = max(len(row.ids) for row in batch)
+            padded = min(one for one in lengths or (longest,) if one >= longest)
+            output = run_rows(job.export.parts, job.sessions, batch, padded, job.recorder, step)
+            for index, result in zip(chosen, _unpadded(output, batch), strict=True):
+                results[index] = result
+            tell(min(start + size, len(order)), len(order))
+        if results[0].ndim == 1:
+            return {"sentence_embedding": np.stack(results)}
+        return {"last_hidden_state": results}
+
+
+def rows_of(tensors: Mapping[str, torch.Tensor]) -> list[Row]:
+    """Take the padding off.
+
+    Args:
+        tensors: ``input_ids`` and, where there is padding, ``attention_mask`` (1 for a token), and
+            ``token_type_ids``, all ``[texts, sequence]``; the padding may be on either side.
+
+    Raises:
+        UsageError: Shapes do not fit, a row has no token, or padding stands between tokens.
+    """
+    if "input_ids" not in tensors:
+        raise UsageError(
+            f"there are no input_ids among {', '.join(tensors) or 'the inputs'}",
+            "Give what the tokenizer gave, or texts.",
+        )
+    ids = to_array(tensors["input_ids"].to(torch.int64))
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise UsageError(
+            f"input_ids has shape {list(ids.shape)}", "Give [texts, sequence], neither zero."
+        )
+    mask = _like(tensors, "attention_mask", np.ones_like(ids)) != 0
+    types = _like(tensors, "token_type_ids", np.zeros_like(ids))
+    rows = []
+    for index, valid in enumerate(mask):
+        places = np.flatnonzero(valid)
+        if len(places) == 0 or places[-1] - places[0] + 1 != len(places):
+            what = "has no token" if len(places) == 0 else "has padding between its tokens"
+            raise UsageError(f"row {index} of attention_mask {what}", "Pad at one end only.")
+        rows.append(Row(ids[index, places], types[index, places]))
+    return rows
+
+
+def _like(tensors: Mapping[str, torch.Tensor], name: str, default: Array) -> Array:
+    if name not in tensors:
+        return default
+    found = to_array(tensors[name].to(torch.int64))
+    if found.shape != default.shape:
+        raise UsageError(
+            f"{name} has shape {list(found.shape)}, input_ids {list(default.shape)}",
+            "They must be alike.",
+        )
+    return found
+
+
+def _check_lengths(rows: Sequence[Row], limit: int) -> None:
+    for index, row in enumerate(rows):
+        if len(row.ids) > limit:
+            raise UsageError(
+                f"text {index} has {len(row.ids)} tokens, and {limit} fit",
+                "Shorten it, give truncation=True to leave out what does not fit, or compile "
+                "with a larger seq_len where the model allows it.",
+            )
+
+
+def run_rows(
+    parts: Sequence[PartLike],
+    sessions: Mapping[str, Session],
+    rows: Sequence[Row],
+    length: int,
+    recorder: Recorder | None = None,
+    step: int = 0,
+) -> Array:
+    """Run one batch, padded to ``length``, through all parts.
+
+    Returns:
+        The last part's output: ``[batch, width]`` or ``[batch, length, hidden]``.
+    """
+    shape = (len(rows), length)
+    padding = np.zeros(shape, np.int64)
+    known = {"input_ids": np.zeros(shape, np.int64), "token_type_ids": np.zeros(shape, np.int64)}
+    for index, row in enumerate(rows):
+        padding[index, : len(row.ids)] = 1
+        known["input_ids"][index, : len(row.ids)] = row.ids
+        known["token_type_ids"][index, : len(row.ids)] = row.types
+    known["padding_mask"] = padding
+    outputs: dict[str, Array] = {}
+    for part in parts:
+        masks = {mask.name: mask for mask in part.masks}
+        feeds = {
+            spec.name: build_mask(masks[spec.name], padding, length, numpy_dtype(spec.dtype))
+            if spec.name in masks
+            else known[spec.name]
+            for spec in part.inputs
+        }
+        outputs = sessions[part.name].run(feeds)
+        if recorder is not None:
+            recorder.step("prefill", step, part.name, feeds, outputs, past_length=0)
+        known.update(outputs)
+    return next(iter(outputs.values()))
+
+
+def _unpadded(output: Array, rows: Sequence[Row]) -> list[Array]:
+    """One float32 array per row: its vector, or the hidden states of its tokens."""
+    floats = output.astype(np.float32)
+    if floats.ndim == 2:
+        return list(floats)
+    return [floats[index, : len(row.ids)] for index, row in enumerate(rows)]
+
+
+def _random_rows(model: PreTrainedModel, seed: int = 0) -> list[Row]:
+    generator = np.random.default_rng(seed)
+    table = model.get_input_embeddings()
+    allowed = np.array([i for i in range(table.weight.shape[0]) if i != table.padding_idx])
+    kinds = int(getattr(model.config, "type_vocab_size", 0) or 1)
+    return [
+        Row(generator.choice(allowed, length), generator.integers(0, kinds, length))
+        for length in _LENGTHS
+    ]
+
+
+def _reference(model: PreTrainedModel, proxy: Proxy, row: Row) -> Array:
+    """What the uncut model gives for one row alone, pooled."""
+    part = proxy.parts[-1].module
+    assert isinstance(part, EncoderPart)  # noqa: S101 (the families of this package build no other)
+    ids = to_tensor(row.ids[None])
+    arguments = {"token_type_ids": to_tensor(row.types[None])} if part.takes_token_types else {}
+    with torch.no_grad():
+        hidden = model(input_ids=ids, **arguments).last_hidden_state
+        vector: Array = to_array(part.pooling(hidden, torch.ones_like(ids)).float())[0]
+    return vector

@@ -1,0 +1,22 @@
+"""MPNet: positions count from 2, and a relative bias is added to the attention scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qeff_proxy_embedding.family import EmbeddingFamily
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["family"]
+
+# The model's code fixes the padding token's id at 1, whatever the config says.
+_FIRST_POSITION = 2
+
+
+def _longest(config: PreTrainedConfig) -> int:
+    return int(config.max_position_embeddings - _FIRST_POSITION)
+
+
+family = EmbeddingFamily("embeddings.word_embeddings", _longest)
