@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constr
 setup: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/qeff-proxy demo $(DEMO_ARGS)
+	@$(BIN)/qeff-proxy demo $(DEMO_ARGS)
 
 test: lint types pytest
 
@@ -44,7 +44,7 @@ clean:
 $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; name one with PYTHON=" >&2; exit 1; }
 	@echo "Setting up .venv (minutes the first time)"
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) pip hatchling editables
 	$(PIP) --no-build-isolation --group test --editable . $(addprefix --editable ,$(PLUGINS))
 	@touch $@
