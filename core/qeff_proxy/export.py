@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qeff_proxy.safetensors_file import StoredTensor
     from qeff_proxy.trace import TracedPart
 
-__all__ = ["export_model"]
+__all__ = ["export_key", "export_model"]
 
 #: Subfolders that a new export of the same folder takes over from the old one.
 _KEPT = ("io",)
@@ -78,7 +78,7 @@ def export_model(
         ExportError: A part cannot be traced. Nothing was written.
         ArtifactError: The folder is in use, or cannot be written. An older export in it is kept.
     """
-    key = _key(loaded, hooks, kind, opset)
+    key = export_key(loaded, hooks, kind, opset)
     target = (output or export_folder(loaded.source, key)).absolute()
     _check_target(target)
     with locked(target):
@@ -141,8 +141,8 @@ def _write(
     return read_export(target)
 
 
-def _key(loaded: LoadedModel, hooks: Hooks, kind: Kind, opset: int | None) -> dict[str, Any]:
-    """All that shapes an export."""
+def export_key(loaded: LoadedModel, hooks: Hooks, kind: Kind, opset: int | None) -> dict[str, Any]:
+    """All that shapes an export: the same key, the same folder."""
     return {
         "identity": loaded.identity,
         "kind": kind,

@@ -232,6 +232,7 @@ def generate_ids(
         recorder=job.recorder,
     )
     settings = dict(job.settings)
+    _check_ids(job)
     length = int(job.tensors["input_ids"].shape[-1])
     new = _new_tokens(settings, model.generation_config, length, context)
     settings["max_new_tokens"] = new
@@ -243,6 +244,22 @@ def generate_ids(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return run_generation(model, job.tensors, **settings)
+
+
+def _check_ids(job: Job) -> None:
+    """Refuse token ids that are none of the model's."""
+    ids = job.tensors.get("input_ids")
+    if ids is None:
+        raise UsageError(
+            f"the inputs are {', '.join(job.tensors) or 'none'}", "Token ids go by input_ids."
+        )
+    rows = job.export.settings.get("embedding_rows")
+    wrong = ids[(ids < 0) | (ids >= rows)] if rows is not None else ids[:0]
+    if wrong.numel():
+        raise UsageError(
+            f"{int(wrong[0])} is no token of this model",
+            f"Its token ids go from 0 to {rows - 1}; use its own tokenizer.",
+        )
 
 
 def _generation_config(job: Job) -> GenerationConfig:

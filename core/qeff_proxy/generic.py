@@ -96,7 +96,8 @@ def build_proxy(
             }
             whole = replace_modules(model, stubs)
         parts = (_whole_part(whole, layout, dtype, width),)
-    return Proxy(kind, "causal-lm", parts, {"vocabulary": vocabulary, "hidden_size": hidden_size})
+    settings = {"embedding_rows": int(table.weight.shape[0]), "hidden_size": hidden_size}
+    return Proxy(kind, "causal-lm", parts, settings)
 
 
 @hookimpl(trylast=True)

@@ -1,0 +1,135 @@
+"""Small models with random weights, and a home for what they export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    ModelFactory = Callable[..., PreTrainedModel]
+
+VOCABULARY = 131  # a number that is no other size in these models
+
+#: Whatever a config calls its sizes.
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "n_embd": 64,
+    "d_model": 64,
+    "word_embed_proj_dim": 48,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "n_inner": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rotary_dim": 8,
+    "max_position_embeddings": 160,
+    "n_positions": 160,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 6,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+#: Configs whose class takes no such argument although it has an attribute of that name.
+_NOT_FOR = {"falcon": {"head_dim"}}
+
+
+def small_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A causal LM from a shrunk config, with random norms and biases: nothing is zero or one."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    default = CONFIG_MAPPING[model_type]()
+    settings = {
+        name: value
+        for name, value in _SMALL.items()
+        if hasattr(default, name)
+        and name not in _NOT_FOR.get(model_type, ())
+        and not (name == "sliding_window" and default.sliding_window is None)
+    }
+    layer_types = getattr(default, "layer_types", None)
+    if layer_types:  # one layer of each kind
+        settings["layer_types"] = (list(dict.fromkeys(layer_types)) * 2)[:2]
+    config = CONFIG_MAPPING[model_type](**{**settings, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.add_(noise * 0.1)
+            else:
+                parameter.copy_(noise * 0.15)
+    model.generation_config.eos_token_id = None  # generate as many tokens as were asked for
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_model() -> ModelFactory:
+    """`small_model` as a fixture."""
+    return small_model
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `QEFF_HOME` of the test's own."""
+    path = tmp_path / "home"
+    monkeypatch.setenv("QEFF_HOME", str(path))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """The suite runs two tests at a time on machines of two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def saved_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a small GPT-2, without a tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "small-gpt2"
+    small_model("gpt2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    """The trained checkpoint that comes with the program."""
+    from pathlib import Path
+
+    import qeff_proxy
+
+    return Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
+
+
+@pytest.fixture(scope="session")
+def demo_export(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path) -> Path:
+    """A split export of the trained checkpoint; tests must not change it."""
+    from qeff_proxy.export import export_model
+    from qeff_proxy.load import load_model
+    from qeff_proxy.plugins import Plugins
+
+    loaded = load_model(str(demo_checkpoint))
+    hooks = Plugins.discover().hooks_for("gpt2")
+    return export_model(loaded, hooks, output=tmp_path_factory.mktemp("demo") / "export").folder

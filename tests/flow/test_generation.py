@@ -1,0 +1,348 @@
+"""Generating from the exported parts gives what the uncut model generates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qeff_proxy import QEFFAutoModelForCausalLM
+from qeff_proxy.backends import CompileOptions
+from qeff_proxy.compile import compile_export
+from qeff_proxy.dump import DumpOptions, read_dump
+from qeff_proxy.errors import BackendError, UnsupportedModelError, UsageError
+from qeff_proxy.parity import parity_of_dump
+from qeff_proxy.plugins import Plugins
+from qeff_proxy.request import Request
+from qeff_proxy.run import run_compiled
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROMPTS = ("Anna went to the market", "One evening, Clara")
+HOOKS = Plugins.discover().hooks_for("gpt2")
+
+
+@pytest.fixture(scope="module")
+def eager(demo_checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(demo_checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_checkpoint: Path) -> Any:
+    return AutoTokenizer.from_pretrained(demo_checkpoint)
+
+
+def generate(export: Path, request: Request, *, options: Any = None, **settings: Any) -> Any:
+    from qeff_proxy.artifact import read_export
+    from qeff_proxy.load import load_processor
+
+    backend = settings.pop("backend", "onnxruntime")
+    io_folder = settings.pop("io_folder", None)
+    io_options = settings.pop("io_options", None)
+    compiled = compile_export(read_export(export), backend, options or CompileOptions())
+    return run_compiled(
+        compiled,
+        HOOKS,
+        request,
+        processor=load_processor(export / "processor"),
+        settings=settings,
+        write_io=io_folder is not None,
+        io_folder=io_folder,
+        io_options=io_options,
+    )
+
+
+def expected_ids(eager: Any, tokenizer: Any, prompts: Any, **settings: Any) -> Any:
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        ids = eager.generate(**batch, **settings)
+    return ids[:, batch["input_ids"].shape[1] :].numpy()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_greedy_tokens_are_equal(
+    backend: str, prompts: Any, chunk: Any, demo_export: Path, eager: Any, tokenizer: Any
+) -> None:
+    settings = {"max_new_tokens": 40, "do_sample": False}
+    result = generate(
+        demo_export,
+        Request(prompts=prompts),
+        backend=backend,
+        options=CompileOptions(prefill_seq_len=chunk),
+        **settings,
+    )
+    expected = expected_ids(eager, tokenizer, prompts, **settings)
+    assert np.array_equal(result.outputs["generated_ids"], expected)
+    assert result.decoded == tokenizer.batch_decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3, "do_sample": False, "max_new_tokens": 20},
+        {"num_beams": 2, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 12},
+        {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": 1.3},
+        {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 15},
+    ],
+)
+def test_transformers_other_ways_to_generate_work(
+    settings: dict[str, Any], demo_export: Path, eager: Any, tokenizer: Any
+) -> None:
+    result = generate(demo_export, Request(prompts=PROMPTS), **settings)
+    assert np.array_equal(
+        result.outputs["generated_ids"], expected_ids(eager, tokenizer, PROMPTS, **settings)
+    )
+
+
+def test_sampling_follows_its_seed_and_leaves_the_global_one_alone(demo_export: Path) -> None:
+    settings = {"do_sample": True, "temperature": 1.0, "max_new_tokens": 24}
+    state = torch.random.get_rng_state()
+    runs = [
+        generate(demo_export, Request(prompts=PROMPTS), seed=seed, **settings) for seed in (3, 3, 4)
+    ]
+    ids = [run.outputs["generated_ids"].tolist() for run in runs]
+    assert ids[0] == ids[1]
+    assert ids[0] != ids[2]
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_stop_strings_and_streaming(demo_export: Path, tokenizer: Any) -> None:
+    class Listener:
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.ids += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    listener = Listener()
+    result = generate(
+        demo_export,
+        Request(prompts=PROMPTS[:1]),
+        stop_strings=["sunny"],
+        streamer=listener,
+        max_new_tokens=60,
+        do_sample=False,
+    )
+    assert result.decoded[0].endswith("sunny")
+    prompt = tokenizer(PROMPTS[0])["input_ids"]
+    assert listener.ids == [*prompt, *result.outputs["generated_ids"][0].tolist()]
+    assert listener.ended
+
+
+def test_token_ids_need_no_tokenizer(demo_export: Path, tokenizer: Any, eager: Any) -> None:
+    ids = tokenizer(PROMPTS[0])["input_ids"]
+    for form in (torch.tensor([ids]), np.array([ids]), [ids]):
+        result = generate(
+            demo_export, Request(inputs={"input_ids": form}), max_new_tokens=8, do_sample=False
+        )
+        expected = expected_ids(eager, tokenizer, PROMPTS[:1], max_new_tokens=8, do_sample=False)
+        assert np.array_equal(result.outputs["generated_ids"], expected)
+
+
+def test_timings_are_of_this_run(demo_export: Path) -> None:
+    perf = generate(
+        demo_export, Request(prompts=PROMPTS[:1]), max_new_tokens=20, do_sample=False
+    ).outputs["perf_metrics"]
+    assert 0 < perf.prefill_time < perf.total_time
+    decode = perf.total_time - perf.prefill_time
+    assert perf.decode_perf >= 19 / decode * 0.99
+    assert perf.total_perf == pytest.approx(20 / perf.total_time)
+
+
+@pytest.mark.parametrize("kv", ["delta", "full"])
+def test_a_dump_holds_every_step_and_equals_the_uncut_model(
+    kv: Any, demo_export: Path, eager: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "dump"
+    generate(
+        demo_export,
+        Request(prompts=PROMPTS[:1]),
+        options=CompileOptions(prefill_seq_len=2),
+        max_new_tokens=6,
+        do_sample=False,
+        io_folder=folder,
+        io_options=DumpOptions(kv=kv),
+    )
+    dump = read_dump(folder)
+    count = len(tokenizer(PROMPTS[0])["input_ids"])
+    chunks = -(-count // 2)
+    steps = [(step.phase, step.index) for step in dump.steps]
+    assert steps == [("prefill", i) for i in range(chunks)] + [("decode", i) for i in range(5)]
+    assert dump.provenance["backend"] == "onnxruntime"
+    # Inputs and outputs of a chunk belong together.
+    second = dump.array("prefill", 1, "body.in.inputs_embeds")
+    assert second.shape == (1, 2, 96)
+    assert dump.array("prefill", 1, "body.out.last_hidden_state").shape == (1, 2, 96)
+    assert dump.array("prefill", 1, "body.in.position_ids").tolist() == [[2, 3]]
+    # The cache of the last step is the uncut model's.
+    last = dump.array("decode", 4, "body.out.present_key.layer-01")
+    ids = np.concatenate(
+        [dump.array(phase, index, "embedding.in.input_ids") for phase, index in steps], axis=1
+    )
+    with torch.no_grad():
+        cache = eager(input_ids=torch.from_numpy(ids), use_cache=True).past_key_values
+    assert np.abs(last - cache.layers[1].keys.numpy()).max() < 1e-4
+    past = dump.array("decode", 4, "body.in.past_key_values_key.layer-01")
+    assert np.array_equal(past, last[:, :, :-1])
+    parity = parity_of_dump(eager, dump)
+    assert parity.passed
+    assert parity.steps == 6
+    assert parity.max_difference < 1e-4
+
+
+def test_parity_notices_another_model(demo_export: Path, eager: Any, tmp_path: Path) -> None:
+    import copy
+
+    generate(
+        demo_export, Request(prompts=PROMPTS[:1]), max_new_tokens=6, io_folder=tmp_path / "dump"
+    )
+    other = copy.deepcopy(eager)
+    other.transformer.h[1].mlp.c_fc.weight.data *= 1.01
+    parity = parity_of_dump(other, read_dump(tmp_path / "dump"))
+    assert parity.max_difference > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("request_", "options", "settings", "message"),
+    [
+        (Request(prompts=[""]), {}, {}, "is empty"),
+        (Request(prompts=["One day " * 200]), {}, {}, "do not fit into a context of 256"),
+        (Request(prompts=PROMPTS), {"ctx_len": 4}, {}, "do not fit into a context of 4"),
+        (
+            Request(prompts=PROMPTS),
+            {"ctx_len": 30},
+            {"max_new_tokens": 64},
+            "and 64 new ones do not fit into a context of 30",
+        ),
+        (Request(prompts=PROMPTS), {}, {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (Request(prompts=PROMPTS), {}, {"no_such_setting": 1}, "no_such_setting"),
+        (Request(inputs={"input_ids": torch.zeros(1, 0)}), {}, {}, r"shape \[1, 0\]"),
+        (Request(inputs={"input_ids": [[5, 4000]]}), {}, {}, "4000 is no token of this model"),
+        (Request(inputs={"input_ids": [[5, -1]]}), {}, {}, "-1 is no token of this model"),
+        (Request(inputs={"ids": [[5]]}), {}, {}, "input_ids"),
+        (
+            Request(inputs={"input_ids": [[5, 6]], "attention_mask": [[1]]}),
+            {},
+            {},
+            "attention_mask has shape",
+        ),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_one_clear_line(
+    request_: Any, options: Any, settings: Any, message: str, demo_export: Path
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        generate(demo_export, request_, options=CompileOptions(**options), **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "prefill_seq_len", "ctx_len", "num_cores"])
+@pytest.mark.parametrize("value", [0, -3, 1.5])
+def test_sizes_must_be_whole_numbers_above_zero(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"{name} is"):
+        CompileOptions(**{name: value})
+
+
+def test_unknown_backends_and_options_name_the_known_ones(demo_export: Path) -> None:
+    from qeff_proxy.artifact import read_export
+
+    export = read_export(demo_export)
+    with pytest.raises(BackendError, match="no backend 'npu'.*onnxruntime, torch"):
+        compile_export(export, "npu")
+    with pytest.raises(UsageError, match="no option 'level'.*optimization"):
+        compile_export(export, options=CompileOptions(backend={"level": 3}))
+
+
+def test_compiling_again_is_a_lookup_and_other_options_are_not(demo_export: Path) -> None:
+    from qeff_proxy.artifact import read_export
+
+    export = read_export(demo_export)
+    options = CompileOptions(num_cores=16, ctx_len=64)
+    first = compile_export(export, options=options)
+    again = compile_export(export, options=options)
+    assert (again.folder, again.was_there) == (first.folder, True)
+    assert compile_export(export, options=CompileOptions(ctx_len=65)).folder != first.folder
+    assert (first.folder / "body.onnx").is_file()
+
+
+class TestFace:
+    """The calls of QEfficient, with only the import line changed."""
+
+    def test_the_reference_script_works(
+        self, demo_checkpoint: Path, tokenizer: Any, eager: Any
+    ) -> None:
+        model = QEFFAutoModelForCausalLM.from_pretrained(str(demo_checkpoint), enable_proxy=True)
+        model.export()
+        model.compile(
+            prefill_seq_len=8, ctx_len=128, num_cores=16, mxfp6_matmul=True, num_devices=1
+        )
+        result = model.generate(
+            prompts=["Hi there!! My name is"], tokenizer=tokenizer, write_io=True, generation_len=12
+        )
+        expected = expected_ids(
+            eager, tokenizer, ["Hi there!! My name is"], max_new_tokens=12, do_sample=False
+        )
+        assert np.array_equal(result.generated_ids, expected)
+        assert result.generated_texts == tokenizer.batch_decode(expected)
+        assert result.batch_size == 1
+        assert result.io_folder is not None
+        assert (result.io_folder / "manifest.json").is_file()
+
+    def test_a_stub_refuses_to_generate(self, make_model: Any) -> None:
+        model = QEFFAutoModelForCausalLM(make_model("gpt2"), proxy="stub")
+        with pytest.raises(UsageError, match="stub's outputs mean nothing"):
+            model.generate(inputs={"input_ids": [[3, 4]]})
+
+    def test_without_proxy_the_whole_model_runs(self, make_model: Any) -> None:
+        source = make_model("gpt2")
+        model = QEFFAutoModelForCausalLM(source)
+        result = model.generate(inputs={"input_ids": [[3, 4]]}, generation_len=5, do_sample=False)
+        with torch.no_grad():
+            expected = source.generate(
+                torch.tensor([[3, 4]]), max_new_tokens=5, do_sample=False, pad_token_id=0
+            )
+        assert np.array_equal(result.generated_ids, expected[:, 2:].numpy())
+        assert [part.name for part in read_parts(model)] == ["model"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({}, "give either prompts or inputs"),
+            ({"prompts": []}, "give either prompts or inputs"),
+            ({"prompts": ["a"], "inputs": {"input_ids": [[1]]}}, "give either"),
+            ({"prompts": ["a"], "generation_len": 3, "max_new_tokens": 4}, "say the same"),
+        ],
+    )
+    def test_contradictions_are_refused(
+        self, arguments: Any, message: str, demo_checkpoint: Path
+    ) -> None:
+        model = QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, enable_proxy=True)
+        with pytest.raises(UsageError, match=message):
+            model.generate(**arguments)
+
+    def test_a_model_of_another_task_is_refused(self, tmp_path: Path) -> None:
+        from transformers import ViTConfig, ViTModel
+
+        config = ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+        ViTModel(config).save_pretrained(tmp_path / "vit")
+        model = QEFFAutoModelForCausalLM.from_pretrained(tmp_path / "vit", enable_proxy=True)
+        with pytest.raises(UnsupportedModelError, match="'vit' model, which AutoModelForCausalLM"):
+            model.export()
+
+
+def read_parts(model: Any) -> Any:
+    from qeff_proxy.artifact import read_export
+
+    return read_export(model.export()).parts
