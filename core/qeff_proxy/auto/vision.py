@@ -2,14 +2,113 @@
 
 from __future__ import annotations
 
-from qeff_proxy.auto.base import NeedsPlugins
+from typing import TYPE_CHECKING, Any, Literal
+
+from qeff_proxy.auto.base import ProxyModel
+from qeff_proxy.auto.causal_lm import GenerationResult
+from qeff_proxy.dump import DumpOptions
+from qeff_proxy.errors import UsageError
+from qeff_proxy.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 __all__ = ["QEFFAutoModelForImageTextToText"]
 
 
-class QEFFAutoModelForImageTextToText(NeedsPlugins):
-    """A vision-language model."""
+class QEFFAutoModelForImageTextToText(ProxyModel):
+    """A vision-language model.
+
+    ``from_pretrained(…, kv_offload=True)``, which is the default, exports vision and language as
+    separate graphs; ``kv_offload=False`` asks for one.
+    """
 
     auto_class = "AutoModelForImageTextToText"
     flows = frozenset({"image-text-to-text"})
     extra = "vision"
+    option_names = frozenset({"kv_offload"})
+
+    def generate(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        prompts: str | Sequence[str] | None = None,
+        images: Any = None,
+        processor: Any = None,
+        chat: bool | None = None,
+        generation_len: int | None = None,
+        max_new_tokens: int | None = None,
+        streamer: Any = None,
+        write_io: bool = False,
+        io_dir: str | Path | None = None,
+        io_steps: str = "all",
+        io_tensors: Sequence[str] = ("*",),
+        kv: Literal["delta", "full"] = "delta",
+        **settings: Any,
+    ) -> GenerationResult:
+        """Generate text from images and text.
+
+        Args:
+            inputs: What the checkpoint's processor made: ``input_ids`` and ``attention_mask
+                [batch, length]``, ``pixel_values`` …
+            prompts: Instead of inputs, a prompt or several; several are padded on the left.
+            images: Of the prompts: an image, a list of them that is dealt out in order, or a list
+                for each prompt. A path, URL, bytes, PIL image or array each.
+            processor: By default the checkpoint's own.
+            chat: Put prompts into the chat template; by default where a prompt does not say
+                where its images belong and there is a template.
+            generation_len: New tokens; the same as ``max_new_tokens``.
+            max_new_tokens: New tokens; by default what the checkpoint says, else 128, but never
+                more than fit.
+            streamer: A transformers streamer.
+            write_io: Dump inputs and outputs of every part at every step.
+            io_dir: Where to (implies ``write_io``).
+            io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
+            io_tensors: Which tensors to dump, as globs.
+            kv: Dump the cache rows that a step added, or the whole cache.
+            settings: Further arguments of transformers' ``generate``.
+
+        Raises:
+            UsageError: Images and prompts do not belong together or do not fit, an image cannot
+                be read, or an argument cannot be right.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        if (not texts) == (inputs is None):
+            raise UsageError("give either prompts or inputs, and not an empty list of them")
+        if inputs is not None and images is not None:
+            raise UsageError("images go with prompts", "The processor's inputs hold them already.")
+        if generation_len is not None and max_new_tokens is not None:
+            raise UsageError("generation_len and max_new_tokens say the same; give one of them")
+        if texts and processor is None:
+            processor = self.processor()
+        settings["max_new_tokens"] = max_new_tokens if generation_len is None else generation_len
+        if streamer is not None:
+            settings["streamer"] = streamer
+        beams = int(settings.get("num_beams") or 1)
+        result = self.run_request(
+            Request(
+                prompts=texts,
+                images=_as_list(images),
+                inputs=None if inputs is None else dict(inputs),
+                options={} if chat is None else {"chat": chat},
+            ),
+            processor,
+            settings,
+            write_io=write_io,
+            io_dir=io_dir,
+            # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
+            io_options=DumpOptions(io_steps, tuple(io_tensors), "full" if beams > 1 else kv),
+        )
+        return GenerationResult(
+            result.outputs["generated_ids"],
+            result.decoded,
+            result.outputs["perf_metrics"],
+            result.io_folder,
+        )
+
+
+def _as_list(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]

@@ -1,0 +1,132 @@
+"""The ``image-text-to-text`` flow: the vision part once, then prefill and decode steps.
+
+Its verified cut runs a padded batch with an image through the parts as they will be run, and
+through the uncut model with its own cache and masks. Nothing is written before their logits are
+equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from qeff_proxy.arrays import Array, to_array
+from qeff_proxy.backends.torch_backend import TorchSession
+from qeff_proxy.engine import CausalEngine, StepId
+from qeff_proxy.errors import CutError
+from qeff_proxy.flows.causal_lm import shrunk_windows
+from qeff_proxy.flows.check import check_equal, parts_must_run
+from qeff_proxy.generation import generate_ids
+
+from qeff_proxy_vision.merge import ImagePrompt, ImageSettings
+from qeff_proxy_vision.proxy import VisionProxy
+from qeff_proxy_vision.reference import model_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from qeff_proxy.flows import CutReport, Job
+    from qeff_proxy.parts import Part
+    from qeff_proxy.session import PartLike
+    from qeff_proxy.sites import Absent, Site
+    from transformers import PreTrainedModel
+
+__all__ = ["ImageTextFlow"]
+
+_NEW_TOKENS = 2  # decode steps of the verification
+_WINDOW = 5  # a sliding window short enough to hide something within them
+
+
+class ImageTextFlow:
+    """Images and text in, text out, through transformers' generation loop."""
+
+    def verify(
+        self, model: PreTrainedModel, proxy: VisionProxy, sites: Mapping[str, Site | Absent]
+    ) -> CutReport:
+        """Hold the parts against the model on a batch with an image.
+
+        Raises:
+            CutError: The parts cannot be run, or give other logits.
+        """
+        if not isinstance(proxy, VisionProxy):
+            raise CutError(
+                f"the proxy of {type(model).__name__} has no sample to be verified with",
+                "Its plugin must build a qeff_proxy_vision.proxy.VisionProxy.",
+            )
+        sample = {name: to_array(tensor) for name, tensor in proxy.sample().items()}
+        generator = np.random.default_rng(0)
+        new = generator.integers(1, int(sample["input_ids"].max()), (2, _NEW_TOKENS))
+        new = new[: sample["input_ids"].shape[0]]
+        with shrunk_windows(model, _WINDOW):
+            expected = model_logits(model, sample, new)
+            with parts_must_run(model, sites):
+                actual = _proxy_logits(proxy, sample, new)
+        ones = np.ones_like(new)
+        padding = np.concatenate([sample["attention_mask"], ones], axis=1)
+        return check_equal(model, sites, expected, actual, padding, output="logit")
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Generate.
+
+        Returns:
+            ``generated_ids [prompts, tokens]`` int64, and ``perf_metrics``.
+
+        Raises:
+            UsageError: Images and prompt do not belong together, the prompt does not fit, or the
+                export is a stub.
+        """
+        parts = {part.name: part for part in job.export.parts}
+        vision = parts.pop("vision")
+
+        def run_vision(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+            outputs = job.sessions["vision"].run(feeds)
+            if job.recorder is not None:
+                job.recorder.step("prefill", 0, "vision", feeds, outputs, past_length=0)
+            return outputs
+
+        tensors = {name: to_array(torch.as_tensor(value)) for name, value in job.tensors.items()}
+        prompt = ImagePrompt(
+            ImageSettings.from_json(job.export.settings["image"]), tensors, vision, run_vision
+        )
+        generated = generate_ids(job, tuple(parts.values()), prompt)
+        return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
+
+
+def _proxy_logits(proxy: VisionProxy, sample: Mapping[str, Array], new: Array) -> Array:
+    """Logits of the parts, run as they will be run: ``[batch, sequence, vocabulary]``."""
+    parts = [_shrunk(part) for part in proxy.parts]
+    sessions = {part.name: TorchSession(part) for part in parts}
+    vision: PartLike = proxy.part("vision")
+    prompt = ImagePrompt(
+        ImageSettings.from_json(proxy.settings["image"]), sample, vision, sessions["vision"].run
+    )
+    engine = CausalEngine(
+        [part for part in parts if part.name != "vision"], sessions, supplier=prompt
+    )
+    ids = np.concatenate([sample["input_ids"], new], axis=1)
+    padding = np.concatenate([sample["attention_mask"], np.ones_like(new)], axis=1)
+    pieces: list[Array] = []
+    cache = None
+    for index, (start, stop) in enumerate(_steps(sample["input_ids"].shape[1], ids.shape[1])):
+        logits, cache = engine.step(
+            StepId("prefill", index), ids[:, start:stop], padding[:, :stop], cache
+        )
+        pieces.append(logits.astype(np.float32))
+    return np.concatenate(pieces, axis=1)
+
+
+def _steps(prompt: int, total: int) -> Iterable[tuple[int, int]]:
+    yield 0, prompt
+    for start in range(prompt, total):
+        yield start, start + 1
+
+
+def _shrunk(part: Part) -> Part:
+    """The part with its masks as they are while the model's windows are shrunk."""
+    masks = tuple(
+        mask if mask.size is None else replace(mask, size=min(mask.size, _WINDOW))
+        for mask in part.masks
+    )
+    return replace(part, masks=masks)

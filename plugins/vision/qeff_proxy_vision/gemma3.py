@@ -1,0 +1,64 @@
+"""Gemma3: an image's tokens see each other in both directions, in full and sliding layers alike.
+
+The square root of the hidden size, by which it scales embeddings, is inside the embedding module,
+so the image rows that replace embeddings do not get it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from qeff_proxy.hookspecs import hookimpl
+
+from qeff_proxy_vision.inputs import decode, preprocess
+from qeff_proxy_vision.merge import Blocks, ImageSettings
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.towers import FeaturesPart, pixel_part
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.sites import Absent, Site
+    from transformers import PreTrainedModel
+
+__all__ = ["build_proxy", "decode", "preprocess"]
+
+_TYPES = "token_type_ids"
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> VisionProxy:
+    """Tower and pooling projector; then the language model."""
+    config = model.config
+    vision, text = config.vision_config, config.text_config
+    tile = (vision.num_channels, vision.image_size, vision.image_size)
+    rows = config.mm_tokens_per_image
+    part = pixel_part(
+        FeaturesPart(model.model),
+        model.dtype,
+        tile,
+        {"image_features": ("batch", rows, text.hidden_size)},
+    )
+
+    def sample() -> dict[str, torch.Tensor]:
+        pixels = torch.randn(1, *tile, generator=torch.Generator().manual_seed(0))
+        return sample_prompt(
+            {"pixel_values": pixels},
+            (0, rows),
+            config.image_token_id,
+            text.vocab_size,
+            types=_TYPES,
+        )
+
+    settings = ImageSettings(
+        config.image_token_id, blocks=Blocks(_TYPES, "run"), table_rows=text.vocab_size
+    )
+    return add_vision(model, embedding, lm_head, kind, options, part, settings, sample)

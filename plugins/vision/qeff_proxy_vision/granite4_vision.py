@@ -1,0 +1,168 @@
+"""Granite 4 Vision: features enter before several layers, and nothing at the embeddings.
+
+Each of them is an input of the body, zero wherever there is no image, that is added to the hidden
+states before its layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.parts import Kind, TensorSpec
+from qeff_proxy.surgery import replace_modules
+from torch import nn
+
+from qeff_proxy_vision.inputs import decode, preprocess
+from qeff_proxy_vision.merge import ImageSettings, Merge
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.tiles import TileGrid, sample_tiles
+from qeff_proxy_vision.towers import pixel_part, with_newline
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qeff_proxy.sites import Absent, Site
+    from transformers import PreTrainedModel
+
+__all__ = ["LayeredBody", "LayeredTower", "build_proxy", "decode", "preprocess"]
+
+
+class LayeredTower(nn.Module):
+    """A tower whose layers go through projectors of their own.
+
+    Args:
+        model: Has the tower, the projectors and the newline.
+        sources: Layer of the tower → its projector, one for each of ``targets``.
+        targets: Layers of the language model.
+        skip_first: Leave out the first row of each tile, the class token.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sources: list[tuple[int, nn.Module]],
+        targets: list[int],
+        *,
+        skip_first: bool,
+    ) -> None:
+        super().__init__()
+        self.tower: Any = model.vision_tower
+        self.newline: Any = model.image_newline
+        self.layers = [layer for layer, _ in sources]
+        self.projectors = nn.ModuleList([projector for _, projector in sources])
+        self.targets = targets
+        self.skip_first = skip_first
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``[batch, channels, height, width]`` to ``image_features.<layer> [rows, hidden]``."""
+        states = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        features = {}
+        for layer, projector, target in zip(
+            self.layers, self.projectors, self.targets, strict=True
+        ):
+            state = states[layer]
+            projected = projector(state[:, 1:] if self.skip_first else state)
+            features[f"image_features.{target}"] = with_newline(projected, self.newline)
+        return features
+
+
+class _LayerWithFeatures(nn.Module):
+    """A layer before which features are added, where its number is in ``features``."""
+
+    def __init__(self, layer: nn.Module, number: int, features: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.number = number
+        self.features = features
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> Any:
+        """Add, and run the layer."""
+        return self.layer(hidden_states + self.features[self.number], **arguments)
+
+
+class LayeredBody(nn.Module):
+    """A body with an input of features for some of its layers.
+
+    Args:
+        body: Its ``decoder`` has ``layers``.
+        targets: The layers that get features.
+    """
+
+    def __init__(self, body: nn.Module, targets: list[int]) -> None:
+        super().__init__()
+        self.features: dict[int, torch.Tensor] = {}
+        decoder: Any = body.decoder
+        self.body = replace_modules(
+            body,
+            {
+                f"decoder.layers.{number}": _LayerWithFeatures(
+                    decoder.layers[number], number, self.features
+                )
+                for number in targets
+            },
+        )
+        self.targets = targets
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As the body, with ``layer_features.<layer> [batch, query, hidden]`` besides."""
+        for number in self.targets:
+            self.features[number] = tensors.pop(f"layer_features__{number}")
+        try:
+            outputs: dict[str, torch.Tensor] = self.body(**tensors)
+            return outputs
+        finally:
+            self.features.clear()
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> VisionProxy:
+    """Tower and its projectors; then the language model, with features for its layers."""
+    config, inner = model.config, model.model
+    vision, text = config.vision_config, config.text_config
+    pairs = list(zip(config.deepstack_layer_map, inner.layerwise_projectors, strict=True))
+    sources = [(pair[0], projector) for pair, projector in pairs]
+    sources += [(config.spatial_vision_layer, each) for each in inner.spatial_projectors]
+    targets = [pair[1] for pair, _ in pairs] + list(config.spatial_target_layers)
+    first = inner.layerwise_projectors[0]
+    side = vision.image_size // vision.patch_size // first.window_side * first.query_side
+    grid = TileGrid(config.image_grid_pinpoints, vision.image_size, side)
+    module = LayeredTower(
+        inner, sources, targets, skip_first=config.vision_feature_select_strategy == "default"
+    )
+    tile = (vision.num_channels, vision.image_size, vision.image_size)
+    rows = {f"image_features.{target}": ("rows", text.hidden_size) for target in targets}
+    part = pixel_part(module, model.dtype, tile, rows)
+
+    def sample() -> dict[str, torch.Tensor]:
+        images = sample_tiles(grid, tile)
+        count = grid.order(images["image_sizes"].numpy()).size
+        return sample_prompt(images, (0, count), config.image_token_id, text.vocab_size)
+
+    merges = [Merge("clear", features=None)]
+    merges += [
+        Merge("replace", f"layer_features.{target}", f"image_features.{target}")
+        for target in targets
+    ]
+    settings = ImageSettings(config.image_token_id, tuple(merges), grid=grid)
+    proxy = add_vision(model, embedding, lm_head, kind, options, part, settings, sample)
+    dtype = str(model.dtype).removeprefix("torch.")
+    extra = tuple(
+        TensorSpec(f"layer_features.{target}", dtype, ("batch", "query", text.hidden_size))
+        for target in targets
+    )
+    proxy.parts = tuple(
+        replace(each, module=LayeredBody(each.module, targets), inputs=(*each.inputs, *extra))
+        if each.name == "body"
+        else each
+        for each in proxy.parts
+    )
+    return proxy

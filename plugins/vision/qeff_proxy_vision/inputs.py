@@ -1,0 +1,139 @@
+"""Preprocess and decode through the checkpoint's own processor: what all families share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from qeff_proxy.errors import UsageError
+from qeff_proxy.hookspecs import hookimpl
+
+from qeff_proxy_vision.images import open_image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from PIL import Image
+    from qeff_proxy.request import Request
+
+__all__ = ["decode", "preprocess"]
+
+
+@hookimpl
+def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
+    """Run the processor on prompts and images.
+
+    A prompt that does not say where its images belong is put into the processor's chat template
+    where it has one, images first; ``options={"chat": True}`` or ``False`` says so for all.
+    ``request.images`` is a list of images, dealt out to the prompts in order, or a list of lists,
+    one for each prompt.
+
+    Returns:
+        What the processor makes: ``input_ids`` and ``attention_mask [batch, length]`` int64,
+        padded on the left, and the tensors of the images.
+
+    Raises:
+        UsageError: Images and places for them do not match, an image cannot be read, or there is
+            no processor for images.
+    """
+    if request.inputs is not None:
+        return {name: torch.as_tensor(value) for name, value in request.inputs.items()}
+    if not request.prompts or processor is None:
+        return None
+    if any(not prompt.strip() for prompt in request.prompts):
+        raise UsageError("a prompt is empty", "Say what to do with the image.")
+    if request.images and not hasattr(processor, "image_processor"):
+        raise UsageError(
+            f"the checkpoint's {type(processor).__name__} does not process images",
+            "Its image processor may need torchvision (pip install torchvision), or the "
+            "checkpoint may lack preprocessor_config.json.",
+        )
+    prompts, images = _prompts_and_images(processor, request)
+    arguments: dict[str, Any] = {"text": prompts, "return_tensors": "pt", "padding": True}
+    if any(images):
+        arguments["images"] = images
+    with _padded_on_the_left(processor):
+        try:
+            tensors = processor(**arguments)
+        except (ValueError, IndexError, StopIteration) as error:
+            raise UsageError(
+                f"the processor refuses the prompt and its images: {error}",
+                "Put one image token into the prompt for each image.",
+            ) from error
+    return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+
+@hookimpl
+def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
+    """The texts of ``generated_ids``, special tokens left out; ``None`` without a processor."""
+    if processor is None or "generated_ids" not in outputs:
+        return None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    texts: list[str] = tokenizer.batch_decode(outputs["generated_ids"], skip_special_tokens=True)
+    return texts
+
+
+def _prompts_and_images(
+    processor: Any, request: Request
+) -> tuple[list[str], list[list[Image.Image]]]:
+    token = getattr(processor, "image_token", None) or "<image>"
+    prompts = list(request.prompts)
+    if len(request.images) == len(prompts) and all(
+        isinstance(row, Sequence) and not isinstance(row, str | bytes) for row in request.images
+    ):
+        rows = [list(row) for row in request.images]
+    else:
+        rows = _deal(prompts, list(request.images), token)
+    result = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        places = prompt.count(token)
+        chat = request.options.get("chat")
+        if chat is None:
+            chat = bool(row) and not places and bool(getattr(processor, "chat_template", None))
+        if chat:
+            content = [{"type": "image"} for _ in row] + [{"type": "text", "text": prompt}]
+            message = [{"role": "user", "content": content}]
+            result.append(processor.apply_chat_template(message, add_generation_prompt=True))
+        elif places != len(row):
+            raise UsageError(
+                f"the prompt {prompt!r} has {places} image tokens ({token}) and {len(row)} images",
+                f"Write {token} once for each image, where it belongs.",
+            )
+        else:
+            result.append(prompt)
+    return result, [[open_image(image) for image in row] for row in rows]
+
+
+def _deal(prompts: list[str], images: list[Any], token: str) -> list[list[Any]]:
+    """Each prompt's images: as many as it has image tokens, or one each where none has any."""
+    if len(prompts) == 1:
+        return [images]
+    counts = [prompt.count(token) for prompt in prompts]
+    if not any(counts) and len(images) == len(prompts):
+        counts = [1] * len(prompts)
+    if sum(counts) != len(images):
+        raise UsageError(
+            f"{len(prompts)} prompts have {sum(counts)} image tokens ({token}), and there are "
+            f"{len(images)} images",
+            "Give a list of images for each prompt.",
+        )
+    left = iter(images)
+    return [[next(left) for _ in range(count)] for count in counts]
+
+
+@contextmanager
+def _padded_on_the_left(processor: Any) -> Iterator[None]:
+    """Pad on the left, with the end token where there is no pad token, and leave no trace."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    side, pad = tokenizer.padding_side, tokenizer.pad_token
+    tokenizer.padding_side = "left"
+    if pad is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+        if pad is None:
+            tokenizer.pad_token = None

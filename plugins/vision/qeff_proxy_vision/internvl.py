@@ -1,0 +1,55 @@
+"""InternVL as transformers has it: tiles of an image follow one another, each as many rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from qeff_proxy.hookspecs import hookimpl
+
+from qeff_proxy_vision.inputs import decode, preprocess
+from qeff_proxy_vision.merge import ImageSettings
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.towers import FeaturesPart, pixel_part
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.sites import Absent, Site
+    from transformers import PreTrainedModel
+
+__all__ = ["build_proxy", "decode", "preprocess"]
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> VisionProxy:
+    """Tower, pixel shuffle and projector; then the language model."""
+    config = model.config
+    vision, text = config.vision_config, config.text_config
+    height, width = vision.image_size
+    patch_height, patch_width = vision.patch_size
+    patches = (height // patch_height) * (width // patch_width)
+    rows = int(patches * config.downsample_ratio**2)
+    tile = (vision.num_channels, height, width)
+    part = pixel_part(
+        FeaturesPart(model.model),
+        model.dtype,
+        tile,
+        {"image_features": ("batch", rows, text.hidden_size)},
+    )
+
+    def sample() -> dict[str, torch.Tensor]:
+        pixels = torch.randn(2, *tile, generator=torch.Generator().manual_seed(0))
+        return sample_prompt(
+            {"pixel_values": pixels}, (0, 2 * rows), config.image_token_id, text.vocab_size
+        )
+
+    settings = ImageSettings(config.image_token_id)
+    return add_vision(model, embedding, lm_head, kind, options, part, settings, sample)

@@ -1,0 +1,55 @@
+"""LLaVA 1.5: image rows replace the embeddings of the image token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from qeff_proxy.hookspecs import hookimpl
+
+from qeff_proxy_vision.inputs import decode, preprocess
+from qeff_proxy_vision.merge import ImageSettings
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.towers import TowerPart, pixel_part
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.sites import Absent, Site
+    from transformers import PreTrainedModel
+
+__all__ = ["build_proxy", "decode", "preprocess"]
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> VisionProxy:
+    """Tower, chosen layers, projector; then the language model."""
+    config, inner = model.config, model.model
+    vision = config.vision_config
+    module = TowerPart(
+        inner.vision_tower,
+        inner.multi_modal_projector,
+        config.vision_feature_layer,
+        skip_first=config.vision_feature_select_strategy == "default",
+    )
+    tile = (vision.num_channels, vision.image_size, vision.image_size)
+    hidden = config.text_config.hidden_size
+    part = pixel_part(
+        module, model.dtype, tile, {"image_features": ("batch", config.image_seq_length, hidden)}
+    )
+
+    def sample() -> dict[str, torch.Tensor]:
+        pixels = torch.randn(1, *tile, generator=torch.Generator().manual_seed(0))
+        rows = module(pixels.to(model.dtype))["image_features"].shape[1]
+        vocabulary = config.text_config.vocab_size
+        return sample_prompt({"pixel_values": pixels}, (0, rows), config.image_token_id, vocabulary)
+
+    settings = ImageSettings(config.image_token_id)
+    return add_vision(model, embedding, lm_head, kind, options, part, settings, sample)

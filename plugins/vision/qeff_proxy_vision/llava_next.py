@@ -1,0 +1,61 @@
+"""LLaVA-NeXT, and Granite Vision, which is LLaVA-NeXT around a Granite language model.
+
+An image is an overview tile and a grid of tiles (`TileGrid`); lines end with a learned row.
+Granite's embedding multiplier is part of its language model's forward pass and stays in the body.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.hookspecs import hookimpl
+
+from qeff_proxy_vision.inputs import decode, preprocess
+from qeff_proxy_vision.merge import ImageSettings
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.tiles import TileGrid, sample_tiles
+from qeff_proxy_vision.towers import TowerPart, pixel_part
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.sites import Absent, Site
+    from transformers import PreTrainedModel
+
+__all__ = ["build_proxy", "decode", "preprocess"]
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> VisionProxy:
+    """Tower, chosen layers, projector, newline; then the language model."""
+    config, inner = model.config, model.model
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    grid = TileGrid(config.image_grid_pinpoints, vision.image_size, side)
+    module = TowerPart(
+        inner.vision_tower,
+        inner.multi_modal_projector,
+        config.vision_feature_layer,
+        skip_first=config.vision_feature_select_strategy == "default",
+        newline=inner.image_newline,
+    )
+    tile = (vision.num_channels, vision.image_size, vision.image_size)
+    hidden = config.text_config.hidden_size
+    part = pixel_part(module, model.dtype, tile, {"image_features": ("rows", hidden)})
+
+    def sample() -> dict[str, torch.Tensor]:
+        images = sample_tiles(grid, tile)
+        count = grid.order(images["image_sizes"].numpy()).size
+        vocabulary = config.text_config.vocab_size
+        return sample_prompt(images, (0, count), config.image_token_id, vocabulary)
+
+    settings = ImageSettings(config.image_token_id, grid=grid)
+    return add_vision(model, embedding, lm_head, kind, options, part, settings, sample)

@@ -1,0 +1,290 @@
+"""How image features enter a language model, said as data, and done on the host.
+
+A family says it once, as an `ImageSettings`, which lies as JSON in the export. An
+`ImagePrompt` does it at each step: it runs the vision part once, finds the positions that images
+take in the prompt,
+and supplies the body with what it needs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from qeff_proxy.arrays import Array, numpy_dtype
+from qeff_proxy.errors import UsageError
+from qeff_proxy.masks import build_mask
+
+from qeff_proxy_vision.tiles import TileGrid
+
+if TYPE_CHECKING:
+    from qeff_proxy.session import PartLike
+
+__all__ = ["Blocks", "ImagePrompt", "ImageSettings", "Merge"]
+
+RunVision = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What happens to one tensor at the positions that images take.
+
+    Attributes:
+        how: ``"replace"`` its rows by features, ``"add"`` features to them, or ``"clear"`` them.
+        into: The tensor, ``[batch, query, hidden]``: ``inputs_embeds``, or an input of the body
+            that is zero wherever there is no image.
+        features: The output of the vision part that holds the features; ``None`` for ``"clear"``.
+    """
+
+    how: Literal["replace", "add", "clear"]
+    into: str = "inputs_embeds"
+    features: str | None = "image_features"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Image tokens that see each other in both directions.
+
+    Attributes:
+        tensor: The processor's output that is 1 at those tokens.
+        per: ``"run"``: each run of them is a block; ``"row"``: those of a row are one block.
+    """
+
+    tensor: str
+    per: Literal["run", "row"]
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """All that a family says of its images.
+
+    Attributes:
+        token_id: The token whose positions images take, in order; ``None`` where ``index`` says.
+        merges: What happens at those positions, in order.
+        index: The processor's output that says the position of each feature row, -1 for none
+            (``[batch, …]``), where there is no image token.
+        blocks: Which image tokens see each other.
+        grid: How the tiles of an image are arranged, where they are.
+        table_rows: Rows of the embedding table; tokens beyond it stand for images only.
+        skip_negative: An input of the vision part whose rows of negatives only are left out.
+    """
+
+    token_id: int | None
+    merges: tuple[Merge, ...] = (Merge("replace"),)
+    index: str | None = None
+    blocks: Blocks | None = None
+    grid: TileGrid | None = None
+    table_rows: int | None = None
+    skip_negative: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as a JSON object."""
+        return {
+            "token_id": self.token_id,
+            "merges": [vars(merge) for merge in self.merges],
+            "index": self.index,
+            "blocks": vars(self.blocks) if self.blocks else None,
+            "grid": self.grid.to_json() if self.grid else None,
+            "table_rows": self.table_rows,
+            "skip_negative": self.skip_negative,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ImageSettings:
+        """The settings that `to_json` wrote."""
+        return cls(
+            value["token_id"],
+            tuple(Merge(**merge) for merge in value["merges"]),
+            value["index"],
+            Blocks(**value["blocks"]) if value["blocks"] else None,
+            TileGrid(**value["grid"]) if value["grid"] else None,
+            value["table_rows"],
+            value["skip_negative"],
+        )
+
+
+class ImagePrompt:
+    """One prompt with its images: what `qeff_proxy.engine.CausalEngine` asks at each step.
+
+    Args:
+        settings: What the family says.
+        tensors: What ``preprocess`` made: ``input_ids [batch, length]`` int64, and the inputs of
+            the vision part.
+        vision: The vision part.
+        run_vision: Runs it. It is called once, before the first step, and not at all where the
+            prompt has no image.
+
+    Raises:
+        UsageError: The prompt has an image token and no image, or the reverse.
+    """
+
+    def __init__(
+        self,
+        settings: ImageSettings,
+        tensors: Mapping[str, Array],
+        vision: PartLike,
+        run_vision: RunVision,
+    ) -> None:
+        self.settings = settings
+        self._tensors = tensors
+        self._vision = vision
+        self._run_vision = run_vision
+        self._ids = tensors["input_ids"]
+        self._has_images = vision.inputs[0].name in tensors
+        self._blocks = _blocks(settings.blocks, tensors)
+        self._features: dict[str, Array] | None = None
+        self._rows = np.full(self._ids.shape, -1, np.int64)
+        marked = self._marked()
+        if marked is not None and marked.any() and not self._has_images:
+            raise UsageError(
+                f"the prompt has {int(marked.sum())} image tokens, and there is no image",
+                "Give one image for each place in the prompt, or take the image token out.",
+            )
+        if marked is not None and self._has_images and not marked.any():
+            raise UsageError(
+                "there are images, and the prompt has no image token",
+                "Put the processor's image token (such as <image>) where each image belongs.",
+            )
+
+    def supply(
+        self, part: PartLike, known: Mapping[str, Array], padding: Array
+    ) -> dict[str, Array]:
+        """What the images give to a part (see `qeff_proxy.engine.Supplier`)."""
+        ids = known["input_ids"]
+        past = padding.shape[1] - ids.shape[1]
+        if part.name == "embedding":
+            limit = self.settings.table_rows
+            return {} if limit is None else {"input_ids": np.where(ids >= limit, 0, ids)}
+        names = {spec.name for spec in part.inputs}
+        here = [merge for merge in self.settings.merges if merge.into in names]
+        given: dict[str, Array] = {}
+        if here:
+            rows = self._window(self._arranged(), past, ids.shape)
+            for merge in here:
+                target = given.get(merge.into, known.get(merge.into))
+                given[merge.into] = self._merged(merge, part, target, rows)
+        if self._blocks is not None and past < self._ids.shape[1]:
+            given.update(self._masks(part, padding, ids.shape))
+        return given
+
+    def chunk_end(self, start: int, stop: int) -> int:  # noqa: ARG002 (the protocol's)
+        """A position from ``stop`` on that parts no block of tokens that see each other."""
+        if self._blocks is None:
+            return stop
+        while True:
+            end = stop
+            for row in self._blocks:
+                parted = np.isin(row[stop:], row[:stop][row[:stop] >= 0])
+                if parted.any():
+                    end = max(end, stop + int(np.flatnonzero(parted)[-1]) + 1)
+            if end == stop:
+                return stop
+            stop = end
+
+    def _marked(self) -> Array | None:
+        """Which positions carry the image token: ``[batch, length]`` bool."""
+        if self.settings.token_id is None:
+            return None
+        marked: Array = self._ids == self.settings.token_id
+        return marked
+
+    def _arranged(self) -> Array:
+        """The row of features at each position, -1 for none; runs the vision part first."""
+        if self._features is not None or not self._has_images:
+            return self._rows
+        feeds = self._feeds()
+        outputs = self._run_vision(feeds)
+        self._features = {
+            name: np.asarray(value).reshape(-1, value.shape[-1]) for name, value in outputs.items()
+        }
+        count = next(iter(self._features.values())).shape[0]
+        if self.settings.index is not None:
+            self._place_by_index(self._tensors[self.settings.index])
+            return self._rows
+        order = np.arange(count)
+        if self.settings.grid is not None:
+            order = self.settings.grid.order(self._tensors["image_sizes"])
+        marked = self._marked()
+        assert marked is not None  # noqa: S101 (a family says token_id or index)
+        if int(marked.sum()) != order.size:
+            raise UsageError(
+                f"the prompt has {int(marked.sum())} image tokens, and its images need "
+                f"{order.size}",
+                "Let the checkpoint's processor make the prompt, with one image for each place.",
+            )
+        self._rows[marked] = order
+        return self._rows
+
+    def _place_by_index(self, index: Array) -> None:
+        """``index [batch, …]``: the position, within its row, of each feature row."""
+        flat = index.reshape(index.shape[0], -1)
+        feature_rows = np.arange(flat.size).reshape(flat.shape)
+        batch, column = np.nonzero(flat >= 0)
+        self._rows[batch, flat[batch, column]] = feature_rows[batch, column]
+
+    def _feeds(self) -> dict[str, Array]:
+        feeds: dict[str, Array] = {}
+        for spec in self._vision.inputs:
+            if spec.name not in self._tensors:
+                raise UsageError(
+                    f"images need the tensor {spec.name!r}, which is not there",
+                    "Let the checkpoint's processor make the tensors.",
+                )
+            value = self._tensors[spec.name]
+            if self.settings.grid is not None and value.ndim > len(spec.shape):
+                value = self.settings.grid.tiles(value, self._tensors["image_sizes"])
+            if spec.name == self.settings.skip_negative:
+                value = value[(value >= 0).any(axis=-1)]
+            value = np.asarray(value)
+            if value.ndim == len(spec.shape) + 1 and value.ndim > 1:
+                value = value.reshape(-1, *value.shape[2:])
+            feeds[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
+        return feeds
+
+    def _window(self, prompt: Array, past: int, shape: tuple[int, ...]) -> Array:
+        """Columns ``past`` … of the prompt, -1 beyond it; each row as often as there are beams."""
+        rows = np.full((prompt.shape[0], shape[1]), -1, np.int64)
+        piece = prompt[:, past : past + shape[1]]
+        rows[:, : piece.shape[1]] = piece
+        return np.repeat(rows, shape[0] // rows.shape[0], axis=0)
+
+    def _merged(self, merge: Merge, part: PartLike, target: Array | None, rows: Array) -> Array:
+        if target is None:
+            spec = next(spec for spec in part.inputs if spec.name == merge.into)
+            target = np.zeros((*rows.shape, int(spec.shape[-1])), numpy_dtype(spec.dtype))
+        chosen = rows >= 0
+        if self._features is None or not chosen.any():
+            return target
+        result = target.copy()
+        if merge.features is None:
+            result[chosen] = 0
+        elif merge.how == "add":
+            result[chosen] += self._features[merge.features][rows[chosen]]
+        else:
+            result[chosen] = self._features[merge.features][rows[chosen]]
+        return result
+
+    def _masks(self, part: PartLike, padding: Array, shape: tuple[int, ...]) -> dict[str, Array]:
+        assert self._blocks is not None  # noqa: S101 (the caller looked)
+        blocks = self._window(self._blocks, 0, (shape[0], padding.shape[1]))
+        dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in part.inputs}
+        return {
+            mask.name: build_mask(mask, padding, shape[1], dtypes[mask.name], blocks)
+            for mask in part.masks
+            if mask.name in dtypes
+        }
+
+
+def _blocks(blocks: Blocks | None, tensors: Mapping[str, Array]) -> Array | None:
+    """The block of each position of the prompt, -1 for none: ``[batch, length]`` int64."""
+    if blocks is None or blocks.tensor not in tensors:
+        return None
+    inside = tensors[blocks.tensor] == 1
+    if not inside.any():
+        return None
+    if blocks.per == "row":
+        return np.where(inside, 0, -1)
+    before = np.concatenate([np.zeros_like(inside[:, :1]), inside[:, :-1]], axis=1)
+    return np.where(inside, np.cumsum(inside & ~before, axis=1) - 1, -1)

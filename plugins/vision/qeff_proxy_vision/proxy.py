@@ -1,0 +1,125 @@
+"""From a cut language model to a cut vision-language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.generic import build_proxy as build_text_proxy
+from qeff_proxy.parts import Kind, Part, Proxy
+
+if TYPE_CHECKING:
+    from qeff_proxy.sites import Absent, Site
+    from transformers import PreTrainedModel
+
+    from qeff_proxy_vision.merge import ImageSettings
+
+__all__ = ["FLOW", "Sample", "VisionProxy", "add_vision", "sample_prompt"]
+
+#: The flow that runs these proxies.
+FLOW = "image-text-to-text"
+
+#: Makes the tensors of a prompt with an image, as the processor would.
+Sample = Callable[[], Mapping[str, torch.Tensor]]
+
+
+def _no_sample() -> Mapping[str, torch.Tensor]:
+    raise NotImplementedError("this proxy cannot be verified: its family gave no sample")
+
+
+@dataclass
+class VisionProxy(Proxy):
+    """A vision-language model, cut.
+
+    Attributes:
+        sample: Makes the tensors of a prompt that the cut is verified with: ``input_ids`` and
+            ``attention_mask [batch, length]`` int64, and what goes with the image.
+    """
+
+    sample: Sample = field(default=_no_sample)
+
+
+def add_vision(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+    vision: Part,
+    settings: ImageSettings,
+    sample: Sample,
+) -> VisionProxy:
+    """Cut the language model as any other, and put the vision part before it.
+
+    Args:
+        model: The uncut model.
+        embedding: Where its token embedding is.
+        lm_head: Where its LM head is.
+        kind: ``"split"``, the only kind that there is.
+        options: ``kv_offload=False`` asks for vision and body in one graph, which there is not.
+        vision: The vision part.
+        settings: How its features enter the language model.
+        sample: Makes a prompt with an image.
+
+    Raises:
+        UnsupportedModelError: The kind is another, or one graph is asked for.
+    """
+    if kind != "split" or options.get("kv_offload") is False:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be exported as one graph yet",
+            "Use enable_proxy=True and kv_offload=True: vision and language as separate graphs.",
+        )
+    text = build_text_proxy(model, embedding, lm_head, kind)
+    if text is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language model that can be cut by itself",
+            "A plugin for this model type can build its parts in another way.",
+        )
+    return VisionProxy(
+        kind,
+        FLOW,
+        (vision, *text.parts),
+        {**text.settings, "image": settings.to_json()},
+        sample,
+    )
+
+
+def sample_prompt(
+    images: Mapping[str, torch.Tensor],
+    counts: Sequence[int],
+    token_id: int,
+    vocabulary: int,
+    *,
+    types: str | None = None,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """A batch of random tokens with image tokens among them, padded on the left.
+
+    Args:
+        images: The tensors of the images.
+        counts: Image tokens of each row.
+        token_id: The image token.
+        vocabulary: Other tokens are below it.
+        types: Name of a tensor to add that is 1 at image tokens and 0 elsewhere.
+        seed: Of the tokens.
+
+    Returns:
+        ``images``, and ``input_ids`` and ``attention_mask [len(counts), length]`` int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    before, after = 3, 5
+    length = before + max(counts) + after
+    ids = torch.randint(1, vocabulary, (len(counts), length), generator=generator)
+    ids[ids == token_id] -= 1
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(counts):
+        start = length - after - count
+        ids[row, start : start + count] = token_id
+        mask[row, : max(0, start - before - row)] = 0
+    tensors = {"input_ids": ids * mask, "attention_mask": mask, **images}
+    if types is not None:
+        tensors[types] = (ids == token_id).to(torch.int64)
+    return tensors

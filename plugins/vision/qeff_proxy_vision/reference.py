@@ -1,0 +1,61 @@
+"""The uncut model, run step by step: what a cut is held against."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from qeff_proxy.arrays import Array, to_array, to_tensor
+from qeff_proxy.engine import position_ids_of
+from transformers import DynamicCache
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
+
+__all__ = ["model_logits"]
+
+
+def model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Array) -> Array:
+    """Logits of the uncut model with its own cache, masks and merging of images.
+
+    Args:
+        model: The model.
+        tensors: A prompt as the processor makes it; what the model does not take is left out.
+        new: ``[batch, steps]`` int64: the tokens that follow, one decode step each.
+
+    Returns:
+        ``[batch, length + steps, vocabulary]`` float32.
+    """
+    known = inspect.signature(model.forward).parameters
+    prompt: dict[str, Any] = {
+        name: to_tensor(value) for name, value in tensors.items() if name in known
+    }
+    for name, value in prompt.items():
+        if value.is_floating_point():
+            prompt[name] = value.to(model.dtype)
+    padding = tensors["attention_mask"]
+    pieces: list[Array] = []
+    # As transformers' own generation makes it; not every model makes one by itself.
+    cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for step in range(new.shape[1] + 1):
+        seen = np.concatenate([padding, np.ones_like(new[:, :step])], axis=1)
+        if step == 0:
+            arguments = {**prompt, "past_key_values": cache}
+        else:
+            arguments = {
+                "input_ids": to_tensor(new[:, step - 1 : step]),
+                "past_key_values": cache,
+            }
+        arguments |= {"attention_mask": to_tensor(seen), "use_cache": True}
+        if "position_ids" in known:
+            length = arguments["input_ids"].shape[1]
+            arguments["position_ids"] = to_tensor(position_ids_of(seen, length))
+        with torch.no_grad():
+            outputs = model(**arguments)
+        cache = outputs.past_key_values
+        pieces.append(to_array(outputs.logits.float()))
+    return np.concatenate(pieces, axis=1)

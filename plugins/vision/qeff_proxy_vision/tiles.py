@@ -1,0 +1,128 @@
+"""Images cut into tiles: which tiles there are, and in which order their features are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from qeff_proxy.arrays import Array
+
+__all__ = ["TileGrid", "sample_tiles"]
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """An overview tile and a grid of tiles, the grid read line by line.
+
+    The processor fits an image into the best of several resolutions, pads it there and cuts it
+    into tiles. The features of the padding are left out, and a line ends with the newline row,
+    which the vision part gives after all the others. The rules are those of ``LlavaNextModel`` in
+    transformers.
+
+    Attributes:
+        resolutions: ``[height, width]`` in pixels: what an image can be fitted into.
+        tile: Side of a tile in pixels.
+        side: Side of a tile in feature rows.
+    """
+
+    resolutions: tuple[tuple[int, int], ...]
+    tile: int
+    side: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "resolutions", tuple(tuple(pair) for pair in self.resolutions))
+
+    def to_json(self) -> dict[str, Any]:
+        """The grid as a JSON object."""
+        return {
+            "resolutions": [list(pair) for pair in self.resolutions],
+            "tile": self.tile,
+            "side": self.side,
+        }
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles, the overview left out, of an image of that many pixels."""
+        from transformers.image_processing_utils import select_best_resolution
+
+        best = select_best_resolution((height, width), list(self.resolutions))
+        return best[0] // self.tile, best[1] // self.tile
+
+    def tiles(self, pixels: Array, image_sizes: Array) -> Array:
+        """The tiles that images have, without those that only fill the array up.
+
+        Args:
+            pixels: ``[images, most tiles, channels, height, width]``.
+            image_sizes: ``[images, 2]``: height and width in pixels.
+
+        Returns:
+            ``[tiles, channels, height, width]``.
+        """
+        pieces = []
+        for image, (height, width) in zip(pixels, image_sizes.tolist(), strict=True):
+            rows, columns = self.shape(height, width)
+            pieces.append(image[: rows * columns + 1])
+        return np.concatenate(pieces)
+
+    def order(self, image_sizes: Array) -> Array:
+        """The order in which feature rows are read.
+
+        Args:
+            image_sizes: ``[images, 2]``: height and width in pixels.
+
+        Returns:
+            Indices into the rows that the vision part gives: those of all tiles, then the newline.
+        """
+        area = self.side * self.side
+        shapes = [self.shape(height, width) for height, width in image_sizes.tolist()]
+        newline = sum(rows * columns + 1 for rows, columns in shapes) * area
+        start = 0
+        pieces = []
+        for (height, width), (rows, columns) in zip(image_sizes.tolist(), shapes, strict=True):
+            pieces.append(start + np.arange(area))
+            grid: Array = start + area + np.arange(rows * columns * area)
+            grid = grid.reshape(rows, columns, self.side, self.side).transpose(0, 2, 1, 3)
+            lines = _without_padding(
+                grid.reshape(rows * self.side, columns * self.side), height, width
+            )
+            ends = np.full((lines.shape[0], 1), newline)
+            pieces.append(np.concatenate([lines, ends], axis=1).reshape(-1))
+            start += (rows * columns + 1) * area
+        return np.concatenate(pieces)
+
+
+def _without_padding(lines: Array, height: int, width: int) -> Array:
+    """The part of ``lines`` that shows the image, whose proportions are ``height : width``."""
+    rows, columns = lines.shape
+    if width / height > columns / rows:
+        shown = int(round(height * (columns / width), 7))
+        padding = (rows - shown) // 2
+        return lines[padding : rows - padding]
+    shown = int(round(width * (rows / height), 7))
+    padding = (columns - shown) // 2
+    return lines[:, padding : columns - padding]
+
+
+def sample_tiles(grid: TileGrid, tile: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """An image of noise, a little off the proportions of the first resolution.
+
+    Args:
+        grid: How it is cut into tiles.
+        tile: Channels, height and width of a tile.
+
+    Returns:
+        ``pixel_values [1, tiles, channels, height, width]`` float32 and ``image_sizes [1, 2]``.
+    """
+    import torch
+
+    height, width = grid.resolutions[0]
+    height -= grid.tile // 4
+    rows, columns = grid.shape(height, width)
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "pixel_values": torch.randn(1, rows * columns + 1, *tile, generator=generator),
+        "image_sizes": torch.tensor([[height, width]]),
+    }
