@@ -34,9 +34,9 @@ def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool)
         CheckpointError: There is no such folder and no such hub id, or the hub is out of reach.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source.strip() and folder.is_dir():
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise CheckpointError(f"{source} is a file", "Name the checkpoint's folder.")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
         raise CheckpointError(

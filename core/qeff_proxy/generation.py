@@ -254,7 +254,9 @@ def _check_ids(job: Job) -> None:
             f"the inputs are {', '.join(job.tensors) or 'none'}", "Token ids go by input_ids."
         )
     rows = job.export.settings.get("embedding_rows")
-    wrong = ids[(ids < 0) | (ids >= rows)] if rows is not None else ids[:0]
+    if rows is None:
+        return
+    wrong = ids[(ids < 0) | (ids >= rows)]
     if wrong.numel():
         raise UsageError(
             f"{int(wrong[0])} is no token of this model",

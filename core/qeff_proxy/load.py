@@ -19,16 +19,34 @@ from qeff_proxy.checkpoint import (
     find_checkpoint,
     read_config_file,
 )
-from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
+from qeff_proxy.errors import CheckpointError, PluginError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["DTYPES", "LoadedModel", "load_model", "load_processor", "with_options", "wrap_model"]
+__all__ = [
+    "DTYPES",
+    "REMOTE_CODE_GROUP",
+    "LoadedModel",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "with_options",
+    "wrap_model",
+]
+
+#: Entry points by model type: objects whose ``from_pretrained``, called as that of a transformers
+#: auto class, loads checkpoints whose own code needs help on the transformers of today. They are
+#: asked only when the user trusts that code.
+REMOTE_CODE_GROUP = "qeff_proxy.remote_code"
+_REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
+
+_TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "*.tiktoken", "*.jsonl", "merges.txt")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 #: The dtypes a model can be exported in.
 DTYPES = ("float32", "float16", "bfloat16")
@@ -45,6 +63,7 @@ class LoadedModel:
         model_type: The config's model type: what plugins are found by.
         dtype: The dtype of the weights, as torch spells it.
         read: Gives the model.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
         options: What the ``build_proxy`` hook is told (JSON values and functions); whoever sets
             it changes ``identity`` with it.
     """
@@ -55,6 +74,7 @@ class LoadedModel:
     model_type: str
     dtype: str
     read: Callable[[], PreTrainedModel]
+    trust_remote_code: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -110,7 +130,9 @@ def load_model(
         return model
 
     model_type = str(config_file.get("model_type"))
-    return LoadedModel(source, folder, digest.hexdigest(), model_type, dtype, read)
+    return LoadedModel(
+        source, folder, digest.hexdigest(), model_type, dtype, read, trust_remote_code
+    )
 
 
 def _read_model(
@@ -125,7 +147,7 @@ def _read_model(
     import torch
     import transformers
 
-    loader = _loader(transformers, config_file, auto_class)
+    loader = _loader(transformers, config_file, auto_class, trust_remote_code)
     try:
         with _quiet_loading():
             model, notes = loader.from_pretrained(
@@ -136,9 +158,16 @@ def _read_model(
                 use_safetensors=None if allow_pickle else True,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
             )
     except Exception as error:
         raise _loading_error(folder, config_file, loader, error) from error
+    for tensor, found, wanted in sorted(notes.get("mismatched_keys", ())):
+        raise CheckpointError(
+            f"{tensor} in {folder} has shape {list(found)}, where {type(model).__name__} has "
+            f"{list(wanted)}",
+            "Check that config.json and the weights belong together.",
+        )
     return model, sorted(notes.get("missing_keys", ()))
 
 
@@ -196,6 +225,18 @@ def wrap_model(model: PreTrainedModel, source: str | None = None) -> LoadedModel
     )
 
 
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The config in ``folder``, without running code that a checkpoint brought.
+
+    A model type that transformers does not know gives a plain config with the file's values.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    if read_config_file(folder).get("model_type") in CONFIG_MAPPING:
+        return AutoConfig.from_pretrained(folder)
+    return PreTrainedConfig.from_pretrained(folder)
+
+
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The checkpoint's processor or tokenizer.
 
@@ -204,11 +245,11 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     import transformers
 
-    names = ("processor_config.json", "preprocessor_config.json")
-    kinds = ["AutoTokenizer"]
-    if any((folder / name).is_file() for name in names):
+    # Without any of its files, transformers makes an empty tokenizer for some model types.
+    kinds = ["AutoTokenizer"] if _any_file(folder, _TOKENIZER_FILES) else []
+    if _any_file(folder, _PROCESSOR_FILES):
         kinds.insert(0, "AutoProcessor")
-    reasons = []
+    reasons = [] if kinds else ["it has none of the files of one"]
     for kind in kinds:
         try:
             with _quiet_loading():
@@ -222,6 +263,10 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
         "Add its tokenizer files (tokenizer.json, tokenizer_config.json), or give token ids: "
         'inputs={"input_ids": …}.',
     )
+
+
+def _any_file(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
 
 
 def check_dtype(dtype: str | torch.dtype) -> str:
@@ -272,14 +317,39 @@ def _check_architecture(config: dict[str, Any], source: str, trust_remote_code: 
     )
 
 
-def _loader(transformers: Any, config: dict[str, Any], auto_class: str | None) -> Any:
-    """The class whose ``from_pretrained`` loads this checkpoint."""
+def _loader(
+    transformers: Any, config: dict[str, Any], auto_class: str | None, trust_remote_code: bool
+) -> Any:
+    """What has the ``from_pretrained`` that loads this checkpoint."""
+    if trust_remote_code and config.get("model_type") not in transformers.CONFIG_MAPPING:
+        adapter = _remote_code_adapter(str(config.get("model_type")))
+        if adapter is not None:
+            return adapter
+        offered = config.get("auto_map") or {}
+        if auto_class is not None and auto_class not in offered:
+            auto_class = next((name for name in _REMOTE_CLASSES if name in offered), auto_class)
     if auto_class is not None:
         return getattr(transformers, auto_class)
     architectures = config.get("architectures") or []
     known = [getattr(transformers, str(name), None) for name in architectures]
     loader = next((found for found in known if found is not None), None)
     return loader or transformers.AutoModelForCausalLM
+
+
+def _remote_code_adapter(model_type: str) -> Any:
+    """What a package brings to load this model type's own code, or ``None``."""
+    from importlib_metadata import entry_points
+
+    found = entry_points(group=REMOTE_CODE_GROUP)
+    if model_type not in found.names:
+        return None
+    try:
+        return found[model_type].load()
+    except Exception as error:
+        raise PluginError(
+            f"the adapter for code of model type {model_type!r} ({found[model_type].value}) "
+            f"cannot be used: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _loading_error(
@@ -292,6 +362,8 @@ def _loading_error(
             "cannot load",
             "Use the class for its task; qeff-proxy inspect names its architecture.",
         )
+    if isinstance(error, CheckpointError):
+        return error
     return CheckpointError(
         f"{folder} cannot be loaded: {type(error).__name__}: {line}",
         "Check that its files belong together; run with --debug for the whole trace.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from qeff_proxy.errors import ArtifactError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+_SYSTEM_ERROR = re.compile(r"os error (\d+)|No space left on device")
 
 __all__ = ["locked", "recover_folder", "staged_folder", "writing"]
 
@@ -36,16 +39,19 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise _refusal(path, error) from error
     except Exception as error:
-        # safetensors and onnx wrap the system's error in one of their own.
-        text = str(error)
-        if "No space left" in text or "os error 28" in text:
-            raise _refusal(path, OSError(errno.ENOSPC, "No space left on device")) from error
-        raise
+        # safetensors and ONNX Runtime wrap the system's error in one of their own.
+        number = _SYSTEM_ERROR.search(str(error))
+        if number is None:
+            raise
+        code = int(number[1]) if number[1] else errno.ENOSPC
+        raise _refusal(path, OSError(code, os.strerror(code))) from error
 
 
 def _refusal(path: Path, error: OSError) -> ArtifactError:
     hints = {
         errno.ENOSPC: "Free space there, or set QEFF_HOME (or --output) to another disk.",
+        errno.EFBIG: "The system's limit on file sizes is too low; see ulimit -f.",
+        errno.EDQUOT: "Free space there, or set QEFF_HOME (or --output) to another disk.",
         errno.EACCES: "Set QEFF_HOME (or --output) to a folder you may write to.",
         errno.EPERM: "Set QEFF_HOME (or --output) to a folder you may write to.",
         errno.EROFS: "Set QEFF_HOME (or --output) to a folder you may write to.",

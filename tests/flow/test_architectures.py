@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-
 from qeff_proxy.compile import compile_export, open_sessions
 from qeff_proxy.engine import CausalEngine, StepId, position_ids_of
 from qeff_proxy.export import export_model
@@ -18,11 +17,35 @@ from qeff_proxy.sites import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ARCHITECTURES = """
-    llama mistral mixtral qwen2 qwen3 qwen3_moe phi phi3 gemma gemma2 gemma3_text granite
-    granitemoe cohere olmo2 falcon gptj gpt_neox opt bloom mpt starcoder2 stablelm smollm3
-    gpt_oss codegen gpt2
-""".split()
+ARCHITECTURES = [
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "phi",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "granitemoe",
+    "cohere",
+    "olmo2",
+    "falcon",
+    "gptj",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "mpt",
+    "starcoder2",
+    "stablelm",
+    "smollm3",
+    "gpt_oss",
+    "codegen",
+    "gpt2",
+]
 STEPS = (7, 5, 1, 1)  # longer in all than the sliding windows of the small configs
 TOLERANCE = 1e-4
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import nn
-
 from qeff_proxy.cut import cut_model
 from qeff_proxy.decoder import EmbeddingPart, HeadPart
 from qeff_proxy.errors import CutError, PluginError, UnsupportedModelError
@@ -18,6 +16,7 @@ from qeff_proxy.parts import MaskSpec, Part, Proxy
 from qeff_proxy.plugins import Plugins
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.surgery import replace_modules
+from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,7 +164,7 @@ def test_a_body_that_keeps_a_vocabulary_weight_is_refused(make_model: Any, tmp_p
 
     plugins = Plugins()
     plugins.register(Greedy(), ["llama"], name="greedy")
-    with pytest.raises(CutError, match="still holds model.embed_tokens.weight"):
+    with pytest.raises(CutError, match=r"still holds model\.embed_tokens\.weight"):
         export_model(wrap_model(model), plugins.hooks_for("llama"), output=tmp_path / "x")
     assert not list(tmp_path.glob("x*"))
 

@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-
 from qeff_proxy.artifact import read_export
 from qeff_proxy.errors import ArtifactError, ExportError
 from qeff_proxy.export import export_model
@@ -20,6 +19,8 @@ from qeff_proxy.safetensors_file import read_header
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from qeff_proxy.parts import Proxy
 
 HOOKS = Plugins.discover().hooks_for("gpt2")
 
@@ -202,10 +203,8 @@ def test_the_whole_model_is_one_graph(make_model: Any) -> None:
 def test_a_graph_that_froze_a_size_inside_is_refused(make_model: Any, tmp_path: Path) -> None:
     import dataclasses
 
-    from torch import nn
-
     from qeff_proxy.hookspecs import hookimpl
-    from qeff_proxy.parts import Proxy
+    from torch import nn
 
     generic = Plugins().hooks_for("none-such")
 

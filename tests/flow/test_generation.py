@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from qeff_proxy import QEFFAutoModelForCausalLM
 from qeff_proxy.backends import CompileOptions
 from qeff_proxy.compile import compile_export
@@ -18,6 +16,7 @@ from qeff_proxy.parity import parity_of_dump
 from qeff_proxy.plugins import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.run import run_compiled
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -257,9 +256,9 @@ def test_unknown_backends_and_options_name_the_known_ones(demo_export: Path) -> 
     from qeff_proxy.artifact import read_export
 
     export = read_export(demo_export)
-    with pytest.raises(BackendError, match="no backend 'npu'.*onnxruntime, torch"):
+    with pytest.raises(BackendError, match=r"no backend 'npu'.*onnxruntime, torch"):
         compile_export(export, "npu")
-    with pytest.raises(UsageError, match="no option 'level'.*optimization"):
+    with pytest.raises(UsageError, match=r"no option 'level'.*optimization"):
         compile_export(export, options=CompileOptions(backend={"level": 3}))
 
 
