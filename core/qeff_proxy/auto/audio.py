@@ -2,22 +2,252 @@
 
 from __future__ import annotations
 
-from qeff_proxy.auto.base import NeedsPlugins
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["QEFFAutoModelForCTC", "QEFFAutoModelForSpeechSeq2Seq"]
+from qeff_proxy.auto.base import ProxyModel
+from qeff_proxy.dump import DumpOptions
+from qeff_proxy.errors import CheckpointError, UsageError
+from qeff_proxy.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from qeff_proxy.generation import PerfMetrics
+    from qeff_proxy.run import RunResult
+
+__all__ = ["QEFFAutoModelForCTC", "QEFFAutoModelForSpeechSeq2Seq", "SpeechResult", "Transcript"]
 
 
-class QEFFAutoModelForSpeechSeq2Seq(NeedsPlugins):
-    """A speech recognizer with encoder and decoder."""
+@dataclass(frozen=True)
+class Transcript:
+    """What a CTC model heard; prints as its text.
 
-    auto_class = "AutoModelForSpeechSeq2Seq"
-    flows = frozenset({"speech-seq2seq"})
+    Attributes:
+        texts: One transcript per sound.
+        predicted_ids: Of each sound the best token id of each frame, int64.
+        logits: Of each sound ``[frames, vocabulary]`` float32.
+        io_folder: Where the dump lies; ``None`` without ``write_io``.
+    """
+
+    texts: list[str]
+    predicted_ids: list[npt.NDArray[np.int64]]
+    logits: list[npt.NDArray[np.float32]]
+    io_folder: Path | None = None
+
+    def __str__(self) -> str:
+        return "\n".join(self.texts)
+
+
+@dataclass(frozen=True)
+class SpeechResult:
+    """What an encoder and decoder heard; prints as its text.
+
+    Attributes:
+        generated_ids: Token ids, ``[sounds, tokens]`` int64, filled up with the pad token.
+        texts: One transcript per sound; ``None`` without a processor.
+        segments: Of each sound, where timestamps were asked for, its pieces: ``start`` and ``end``
+            in seconds, and ``text``.
+        perf_metrics: How long it took.
+        io_folder: Where the dump lies; ``None`` without ``write_io``.
+    """
+
+    generated_ids: npt.NDArray[np.int64]
+    texts: list[str] | None
+    segments: list[list[dict[str, Any]]] | None
+    perf_metrics: PerfMetrics
+    io_folder: Path | None = None
+
+    def __str__(self) -> str:
+        return "\n".join(self.texts) if self.texts is not None else str(self.generated_ids)
+
+
+class _Recognizer(ProxyModel):
+    """What both kinds share: sounds in."""
+
     extra = "audio"
 
+    def _recognize(
+        self,
+        inputs: Any,
+        processor: Any,
+        settings: Mapping[str, Any],
+        *,
+        sampling_rate: int | None,
+        write_io: bool,
+        io_dir: str | Path | None,
+        io_options: DumpOptions,
+    ) -> RunResult:
+        given = inputs if _is_tensors(inputs) else None
+        sounds = [] if given is not None else _sounds(inputs)
+        if processor is None:
+            processor = self._own_processor(needed=given is None)
+        return self.run_request(
+            Request(
+                audio=sounds, inputs=given, options={**settings, "sampling_rate": sampling_rate}
+            ),
+            processor,
+            settings,
+            write_io=write_io,
+            io_dir=io_dir,
+            io_options=io_options,
+        )
 
-class QEFFAutoModelForCTC(NeedsPlugins):
+    def _own_processor(self, *, needed: bool) -> Any:
+        """The checkpoint's processor; without it, tensors still go in and ids come out."""
+        try:
+            return self.processor()
+        except (CheckpointError, UsageError):
+            if needed:
+                raise
+            return None
+
+
+class QEFFAutoModelForCTC(_Recognizer):
     """A speech recognizer with a CTC head."""
 
     auto_class = "AutoModelForCTC"
     flows = frozenset({"ctc"})
-    extra = "audio"
+    # Stands in for what training hides, and is often missing.
+    unused = ("*.masked_spec_embed",)
+
+    def generate(
+        self,
+        processor: Any = None,
+        inputs: Any = None,
+        *,
+        sampling_rate: int | None = None,
+        chunk_length_s: float | None = None,
+        stride_length_s: float | None = None,
+        write_io: bool = False,
+        io_dir: str | Path | None = None,
+        io_tensors: Sequence[str] = ("*",),
+    ) -> Transcript:
+        """Transcribe.
+
+        Args:
+            processor: By default the checkpoint's own.
+            inputs: A sound or a list of them (a path, ``[samples]``, or a mapping with ``array``
+                and ``sampling_rate``), or what the processor gave (``input_values``).
+            sampling_rate: Of arrays, in Hz; by default the rate the model needs.
+            chunk_length_s: Longer sounds run in windows of so many seconds (default 30).
+            stride_length_s: By so many seconds the windows overlap at each end (default 5).
+            write_io: Dump inputs and outputs of every part.
+            io_dir: Where to (implies ``write_io``).
+            io_tensors: Which tensors to dump, as globs.
+
+        Raises:
+            UsageError: There is no sound, or it holds none; an argument cannot be right.
+        """
+        result = self._recognize(
+            inputs,
+            processor,
+            {"chunk_length_s": chunk_length_s, "stride_length_s": stride_length_s},
+            sampling_rate=sampling_rate,
+            write_io=write_io,
+            io_dir=io_dir,
+            io_options=DumpOptions("all", tuple(io_tensors)),
+        )
+        outputs = result.outputs
+        return Transcript(
+            result.decoded or [], outputs["predicted_ids"], outputs["logits"], result.io_folder
+        )
+
+
+class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
+    """A speech recognizer with encoder and decoder."""
+
+    auto_class = "AutoModelForSpeechSeq2Seq"
+    flows = frozenset({"speech-seq2seq"})
+
+    def generate(
+        self,
+        inputs: Any = None,
+        processor: Any = None,
+        *,
+        generation_len: int | None = None,
+        max_new_tokens: int | None = None,
+        language: str | None = None,
+        task: Literal["transcribe", "translate"] | None = None,
+        return_timestamps: bool | None = None,
+        sampling_rate: int | None = None,
+        write_io: bool = False,
+        io_dir: str | Path | None = None,
+        io_steps: str = "all",
+        io_tensors: Sequence[str] = ("*",),
+        kv: Literal["delta", "full"] = "delta",
+        **settings: Any,
+    ) -> SpeechResult:
+        """Transcribe or translate.
+
+        Args:
+            inputs: A sound or a list of them (a path, ``[samples]``, or a mapping with ``array``
+                and ``sampling_rate``), or what the processor gave (``input_features``).
+            processor: By default the checkpoint's own.
+            generation_len: New tokens; the same as ``max_new_tokens``.
+            max_new_tokens: New tokens of each window; by default what the checkpoint says.
+            language: Of the speech; by default the model finds out.
+            task: By default ``"transcribe"``.
+            return_timestamps: Say when each piece was spoken; long sounds always do inside.
+            sampling_rate: Of arrays, in Hz; by default the rate the model needs.
+            write_io: Dump inputs and outputs of every part at every step.
+            io_dir: Where to (implies ``write_io``).
+            io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
+            io_tensors: Which tensors to dump, as globs.
+            kv: Dump the cache rows that a step added, or the whole cache.
+            settings: Further arguments of transformers' ``generate``.
+
+        Raises:
+            UsageError: There is no sound, or it holds none; an argument cannot be right.
+        """
+        if generation_len is not None and max_new_tokens is not None:
+            raise UsageError("generation_len and max_new_tokens say the same; give one of them")
+        asked = {
+            "max_new_tokens": max_new_tokens if generation_len is None else generation_len,
+            "language": language,
+            "task": task,
+            "return_timestamps": return_timestamps,
+            **settings,
+        }
+        beams = int(settings.get("num_beams") or 1)
+        result = self._recognize(
+            inputs,
+            processor,
+            {name: value for name, value in asked.items() if value is not None},
+            sampling_rate=sampling_rate,
+            write_io=write_io,
+            io_dir=io_dir,
+            # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
+            io_options=DumpOptions(io_steps, tuple(io_tensors), "full" if beams > 1 else kv),
+        )
+        outputs = result.outputs
+        decoded = result.decoded or {}
+        return SpeechResult(
+            outputs["generated_ids"],
+            decoded.get("texts"),
+            decoded.get("segments"),
+            outputs["perf_metrics"],
+            result.io_folder,
+        )
+
+
+def _is_tensors(inputs: Any) -> bool:
+    """Whether ``inputs`` is what a processor gave, and not a sound with its rate."""
+    return isinstance(inputs, Mapping) and not {"array", "path"} & set(inputs)
+
+
+def _sounds(inputs: Any) -> list[Any]:
+    """One sound or several, as a list."""
+    if inputs is None:
+        raise UsageError("there is no sound", "Give inputs=: a path, samples, or a list of those.")
+    if not isinstance(inputs, list | tuple):
+        return [inputs]
+    if not inputs:
+        raise UsageError("there is no sound to transcribe", "Give at least one.")
+    # A list of numbers is one sound.
+    return [inputs] if isinstance(inputs[0], int | float) else list(inputs)

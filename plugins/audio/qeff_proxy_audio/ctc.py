@@ -1,0 +1,174 @@
+"""Recognizers with a CTC head: Wav2Vec2, HuBERT, WavLM, Data2VecAudio.
+
+Samples go in, so there is no token embedding; the head, with its bias, is cut off. What stays is
+one graph from samples to hidden states, for any number of samples.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from qeff_proxy.decoder import HeadStub
+from qeff_proxy.errors import UsageError
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.masks import provide_masks
+from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.sites import Absent, Site
+from torch import nn
+
+from qeff_proxy_audio.sound import load_sound
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qeff_proxy.request import Request
+    from transformers import PreTrainedModel
+
+__all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
+
+_HEAD = "lm_head"
+# Frames that the traced sound has; sizes that differ from one another by more than one frame.
+_TRACE_FRAMES = 12
+
+
+@hookimpl
+def locate_embedding() -> Absent:
+    """There is none."""
+    return Absent("samples of sound go in, not token ids")
+
+
+@hookimpl
+def locate_lm_head(model: PreTrainedModel) -> Site | Absent:
+    """``lm_head``, a linear layer with a bias."""
+    if _HEAD not in dict(model.named_children()):
+        return Absent(f"{type(model).__name__} has no CTC head")
+    return Site(_HEAD)
+
+
+@hookimpl
+def build_proxy(model: PreTrainedModel, lm_head: Site | Absent, kind: Kind) -> Proxy | None:
+    """Body and head; or one graph, for ``stub`` and ``whole``."""
+    if isinstance(lm_head, Absent) or model.base_model is model:
+        return None
+    head = model.get_submodule(lm_head.module)
+    hidden_size, vocabulary = int(head.weight.shape[1]), int(head.weight.shape[0])
+    dtype = str(model.dtype).removeprefix("torch.")
+    samples = TensorSpec("input_values", dtype, ("batch", "samples"))
+    hidden = TensorSpec("last_hidden_state", dtype, ("batch", "frames", hidden_size))
+    logits = TensorSpec("logits", dtype, ("batch", "frames", vocabulary))
+    settings = _settings(model, vocabulary)
+    sizes = {"samples": settings["shortest"] + settings["samples_per_frame"] * _TRACE_FRAMES}
+    parts: tuple[Part, ...]
+    if kind == "split":
+        sizes_of_head = {"frames": _TRACE_FRAMES}
+        parts = (
+            Part("body", CtcPart(model, None), (samples,), (hidden,), "body", trace_sizes=sizes),
+            Part("lm_head", HeadPart(head), (hidden,), (logits,), "vocabulary", (), sizes_of_head),
+        )
+    else:
+        whole = CtcPart(model, HeadStub() if kind == "stub" else head)
+        given = TensorSpec("logits", dtype, hidden.shape if kind == "stub" else logits.shape)
+        parts = (Part("model", whole, (samples,), (given,), "model", trace_sizes=sizes),)
+    return Proxy(kind, "ctc", parts, settings)
+
+
+@hookimpl
+def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
+    """``input_values [sounds, samples]``, zeros behind the shorter ones, and ``lengths``."""
+    if request.inputs is not None:
+        return _given(request.inputs)
+    if processor is None or not request.audio:
+        return None
+    extractor = getattr(processor, "feature_extractor", processor)
+    rate = int(extractor.sampling_rate)
+    rows = []
+    for sound in request.audio:
+        samples = load_sound(sound, rate, request.options.get("sampling_rate"))
+        values = extractor(samples, sampling_rate=rate, return_tensors="np")["input_values"]
+        rows.append(np.asarray(values[0], dtype=np.float32))
+    values = np.zeros((len(rows), max(len(row) for row in rows)), np.float32)
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = row
+    lengths = torch.tensor([len(row) for row in rows])
+    return {"input_values": torch.from_numpy(values), "lengths": lengths}
+
+
+@hookimpl
+def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
+    """Transcripts: repeated tokens become one, blanks are left out."""
+    if processor is None or "predicted_ids" not in outputs:
+        return None
+    return [processor.decode(ids) for ids in outputs["predicted_ids"]]
+
+
+class CtcPart(nn.Module):
+    """``input_values`` to hidden states, or on through a head to logits.
+
+    Args:
+        model: The model with its head; only what is below the head is run.
+        head: What follows; ``None`` for nothing.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: nn.Module | None) -> None:
+        super().__init__()
+        self.encoder = model.base_model
+        self.head = head
+
+    def forward(self, input_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``[batch, samples]`` to ``last_hidden_state`` or ``logits``, ``[batch, frames, …]``."""
+        # Rows are never padded, so every frame sees every other.
+        with provide_masks(self.encoder, {"bidirectional": None}):
+            hidden = self.encoder(input_values).last_hidden_state
+        if self.head is None:
+            return {"last_hidden_state": hidden}
+        return {"logits": self.head(hidden)}
+
+
+class HeadPart(nn.Module):
+    """``last_hidden_state`` to ``logits``, by the model's own head."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, last_hidden_state: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``[batch, positions, hidden]`` to ``logits [batch, positions, vocabulary]``."""
+        return {"logits": self.head(last_hidden_state)}
+
+
+def _settings(model: PreTrainedModel, vocabulary: int) -> dict[str, int]:
+    """What the convolutions in front make of samples: how many a frame, and how few will do."""
+    stride, field = 1, 1
+    for kernel, step in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
+        field += (kernel - 1) * stride
+        stride *= step
+    return {
+        "vocabulary": vocabulary,
+        "samples_per_frame": stride,
+        "shortest": field,
+        "blank": int(model.config.pad_token_id or 0),
+    }
+
+
+def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Ready-made tensors, with the lengths that their mask says."""
+    if "input_values" not in inputs:
+        raise UsageError(
+            f"there are no input_values among {', '.join(inputs) or 'the inputs'}",
+            "Give what the processor gave, samples, or a sound file.",
+        )
+    values = torch.as_tensor(inputs["input_values"])
+    if values.dim() != 2 or 0 in values.shape:
+        raise UsageError(
+            f"input_values has shape {list(values.shape)}", "Give [sounds, samples], neither zero."
+        )
+    if not torch.isfinite(values).all():
+        raise UsageError("input_values has NaN or infinite elements", "Repair the sound.")
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        lengths = torch.full((values.shape[0],), values.shape[1])
+    else:
+        lengths = torch.as_tensor(mask).to(torch.int64).sum(dim=-1)
+    return {"input_values": values, "lengths": lengths}

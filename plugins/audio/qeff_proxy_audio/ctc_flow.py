@@ -1,0 +1,161 @@
+"""The ``ctc`` flow: each sound runs by itself, long ones in windows.
+
+A sound is never padded: with group normalization in front, zeros behind a sound change its whole
+transcript. A long sound is run in windows that overlap; of each window only the middle counts, and
+the middles join without a gap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
+from qeff_proxy.backends.torch_backend import TorchSession
+from qeff_proxy.errors import UsageError
+from qeff_proxy.flows.check import check_equal, parts_must_run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.engine import Recorder
+    from qeff_proxy.flows import CutReport, Job
+    from qeff_proxy.parts import Proxy
+    from qeff_proxy.session import PartLike, Session
+    from qeff_proxy.sites import Absent, Site
+    from transformers import PreTrainedModel
+
+__all__ = ["CHUNK_SECONDS", "STRIDE_SECONDS", "CtcFlow", "Window", "windows_of"]
+
+#: Sounds longer than this run in windows of this many seconds …
+CHUNK_SECONDS = 30.0
+#: … which overlap by this much at each end.
+STRIDE_SECONDS = 5.0
+
+_RATE = 16_000
+#: ``(first sample, one past the last, first frame that counts, one past the last)``
+Window = tuple[int, int, int, int]
+
+
+class CtcFlow:
+    """A single pass per window."""
+
+    def verify(
+        self, model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent]
+    ) -> CutReport:
+        """Hold the logits of the parts against the model's, on noise.
+
+        Raises:
+            CutError: They are not equal, or the parts cannot be run.
+        """
+        settings = proxy.settings
+        samples = settings["shortest"] + 20 * settings["samples_per_frame"] + 7
+        values = np.random.default_rng(0).standard_normal((2, samples)).astype(np.float32)
+        with torch.no_grad():
+            expected = to_array(model(to_tensor(values).to(model.dtype)).logits.float())
+        sessions = {part.name: TorchSession(part) for part in proxy.parts}
+        with parts_must_run(model, sites):
+            actual = _run_parts(proxy.parts, sessions, values, None, 0)
+        return check_equal(model, sites, expected, actual, output="logit")
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Recognize.
+
+        Returns:
+            ``predicted_ids``, an int64 array of one token id a frame for each sound, and
+            ``logits``, ``[frames, vocabulary]`` float32 each.
+
+        Raises:
+            UsageError: A sound is too short, or the export is a stub.
+        """
+        if job.export.kind == "stub":
+            raise UsageError(
+                "a stub's outputs mean nothing, so no transcript can be had from it",
+                "Export with proxy='split' to transcribe.",
+            )
+        settings = job.export.settings
+        values = to_array(job.tensors["input_values"].float())
+        lengths = [int(length) for length in job.tensors["lengths"]]
+        chunk = _seconds(job.settings, "chunk_length_s", CHUNK_SECONDS)
+        stride = _seconds(job.settings, "stride_length_s", min(STRIDE_SECONDS, chunk / 6))
+        logits = []
+        step = 0
+        for index, length in enumerate(lengths):
+            if length < settings["shortest"]:
+                raise UsageError(
+                    f"sound {index} has {length} samples, and the model needs at least "
+                    f"{settings['shortest']}",
+                    "Give a longer sound.",
+                )
+            pieces = []
+            for begin, end, first, last in windows_of(length, chunk, stride, settings):
+                window = values[index : index + 1, begin:end]
+                found = _run_parts(job.export.parts, job.sessions, window, job.recorder, step)
+                pieces.append(found[0, first:last])
+                step += 1
+            logits.append(np.concatenate(pieces))
+        return {"predicted_ids": [one.argmax(axis=-1) for one in logits], "logits": logits}
+
+
+def windows_of(
+    length: int, chunk: float, stride: float, settings: Mapping[str, int]
+) -> Iterator[Window]:
+    """Where a sound is cut.
+
+    Args:
+        length: Samples of the sound.
+        chunk: Seconds of a window; shorter sounds are one window.
+        stride: Seconds at each end of a window that do not count.
+        settings: ``samples_per_frame`` and ``shortest`` of the proxy.
+
+    Raises:
+        UsageError: The strides leave nothing of a window.
+    """
+    size = settings["samples_per_frame"]
+    window, overlap = int(chunk * _RATE) // size, int(stride * _RATE) // size
+    if window - 2 * overlap < 1:
+        raise UsageError(
+            f"stride_length_s={stride} twice leaves nothing of chunk_length_s={chunk}",
+            "The chunk must be longer than twice the stride.",
+        )
+    last_frame = (length - settings["shortest"]) // size + 1
+    reach = settings["shortest"] - size  # samples that the last frame of a window needs besides
+    begin = 0
+    while True:
+        end = begin + window
+        first = overlap if begin else 0
+        # A rest too short for a window of its own belongs to this one.
+        if end + overlap >= last_frame:
+            yield begin * size, length, first, last_frame - begin
+            return
+        yield begin * size, end * size + reach, first, window - overlap
+        begin = end - 2 * overlap
+
+
+def _seconds(settings: Mapping[str, Any], name: str, default: float) -> float:
+    value = settings.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise UsageError(f"{name} is {value!r}", "It is a number of seconds.")
+    return float(value)
+
+
+def _run_parts(
+    parts: Sequence[PartLike],
+    sessions: Mapping[str, Session],
+    values: Array,
+    recorder: Recorder | None,
+    step: int,
+) -> Array:
+    """Run ``values [batch, samples]`` through all parts to ``logits``, float32."""
+    known = {"input_values": values.astype(numpy_dtype(parts[0].inputs[0].dtype))}
+    for part in parts:
+        feeds = {spec.name: known[spec.name] for spec in part.inputs}
+        outputs = sessions[part.name].run(feeds)
+        if recorder is not None:
+            recorder.step("prefill", step, part.name, feeds, outputs, past_length=0)
+        known.update(outputs)
+    return known["logits"].astype(np.float32)

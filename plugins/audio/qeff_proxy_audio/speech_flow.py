@@ -1,0 +1,322 @@
+"""The ``speech-seq2seq`` flow: transformers' own Whisper generation over the parts' sessions.
+
+Language and task tokens, timestamps, windows of long sounds, fallbacks and beams are transformers'
+code. What is ours is the forward pass: `ProxyWhisper` runs the encoder part once per window and the
+decoder's parts through the core's engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
+from qeff_proxy.backends.torch_backend import TorchSession
+from qeff_proxy.engine import Cache, CausalEngine, StepId, position_ids_of
+from qeff_proxy.errors import UsageError
+from qeff_proxy.flows.check import check_equal, parts_must_run
+from qeff_proxy.generation import PerfMetrics
+from torch import nn
+from transformers import EncoderDecoderCache, GenerationConfig, WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.engine import Recorder
+    from qeff_proxy.flows import CutReport, Job
+    from qeff_proxy.parts import Proxy
+    from qeff_proxy.session import Session
+    from qeff_proxy.sites import Absent, Site
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["ProxyWhisper", "SpeechFlow"]
+
+_STEPS = (5, 2, 1)  # queries of the prefill, of a second chunk, of a decode step
+_PADDING = 2  # padded positions in front of the second row
+
+
+class SpeechFlow:
+    """An encoder pass per window, then prefill and decode steps."""
+
+    def verify(
+        self, model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent]
+    ) -> CutReport:
+        """Hold the logits of the parts, step by step, against one pass of the model.
+
+        Raises:
+            CutError: They are not equal, or the parts cannot be run.
+        """
+        generator = np.random.default_rng(0)
+        spec = proxy.parts[0].inputs[0]
+        features = generator.standard_normal((2, *map(int, spec.shape[1:]))).astype(np.float32)
+        rows = model.get_input_embeddings().weight.shape[0]
+        ids = generator.integers(0, rows, (2, sum(_STEPS)))
+        padding = np.ones_like(ids)
+        padding[1, :_PADDING] = 0
+        with torch.no_grad():
+            outputs = model(
+                input_features=to_tensor(features).to(model.dtype),
+                decoder_input_ids=to_tensor(ids),
+                decoder_attention_mask=to_tensor(padding),
+                decoder_position_ids=to_tensor(position_ids_of(padding, ids.shape[1])),
+                use_cache=False,
+            )
+        expected = to_array(outputs.logits.float())
+        with parts_must_run(model, sites):
+            actual = _proxy_logits(proxy, features, ids, padding)
+        return check_equal(model, sites, expected, actual, padding, output="logit")
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Generate.
+
+        Returns:
+            ``generated_ids [sounds, tokens]`` int64, ``segments`` where there are timestamps, and
+            ``perf_metrics``.
+
+        Raises:
+            UsageError: The export is a stub, or transformers refuses the settings.
+        """
+        if job.export.kind == "stub":
+            raise UsageError(
+                "a stub's outputs mean nothing, so no transcript can be had from it",
+                "Export with proxy='split' to transcribe.",
+            )
+        features = job.tensors["input_features"].float()
+        frames = job.export.settings["frames"]
+        settings = {name: value for name, value in job.settings.items() if value is not None}
+        if features.shape[-1] < frames:
+            features = torch.nn.functional.pad(features, (0, frames - features.shape[-1]))
+        if features.shape[-1] > frames:
+            settings.setdefault("return_timestamps", True)
+        model = ProxyWhisper(job)
+        begin = time.perf_counter()
+        try:
+            with _quiet_generation():
+                output = model.generate(
+                    features,
+                    attention_mask=job.tensors.get("attention_mask"),
+                    return_segments=bool(settings.get("return_timestamps")),
+                    **settings,
+                )
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"transformers refuses to generate: {error}") from error
+        segments = output["segments"] if isinstance(output, dict) else None
+        ids = output["sequences"] if isinstance(output, dict) else output
+        perf = _perf(begin, time.perf_counter(), model.step_times, ids.numel())
+        return {"generated_ids": to_array(ids), "segments": segments, "perf_metrics": perf}
+
+
+class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
+    """Whisper, with sessions in place of weights.
+
+    Its modules are on the meta device: they tell transformers' generation code about the
+    architecture and hold no memory. What stands for the encoder's output is the number of the row
+    that it belongs to, which beams and fallbacks may repeat and reorder.
+
+    Args:
+        job: What to run, and where the generation settings lie.
+    """
+
+    def __init__(self, job: Job) -> None:
+        with torch.device("meta"):
+            super().__init__(job.config)
+        self.generation_config = _generation_config(job)
+        limit = int(job.config.max_target_positions)
+        self._steps = _Steps(job, CausalEngine(job.export.parts[1:], job.sessions, limit))
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where features, ids and logits are: the host."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of features and logits."""
+        return torch.float32
+
+    @property
+    def step_times(self) -> list[float]:
+        """When each pass of the decoder ended."""
+        return self._steps.times
+
+    def get_encoder(self, *_args: Any, **_kwargs: Any) -> nn.Module:
+        """What stands for the encoder."""
+        return _EncoderRunner(self._steps, self.config)
+
+    def forward(
+        self,
+        input_features: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **_: Any,
+    ) -> Seq2SeqLMOutput:
+        """One pass of the decoder, after one of the encoder where features are given.
+
+        Args:
+            input_features: ``[batch, mel, frames]``; needed without ``encoder_outputs``.
+            decoder_input_ids: ``[batch, query]`` int64.
+            decoder_attention_mask: ``[batch, past + query]``; ``None`` for no padding.
+            encoder_outputs: What `get_encoder` gave, its rows perhaps repeated and reordered.
+            past_key_values: The cache, taken over and given back longer.
+
+        Returns:
+            ``logits [batch, query, vocabulary]`` float32 and the cache.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.get_encoder()(input_features)
+        assert decoder_input_ids is not None  # noqa: S101 (the generation loop gives them)
+        cache = past_key_values.self_attention_cache if past_key_values is not None else None
+        past = cache.get_seq_length() if cache is not None else 0
+        logits, arrays = self._steps.decode(
+            to_array(decoder_input_ids),
+            to_array(decoder_attention_mask.to(torch.int64))
+            if decoder_attention_mask is not None
+            else np.ones((len(decoder_input_ids), past + decoder_input_ids.shape[1]), np.int64),
+            to_array(encoder_outputs[0].reshape(-1).to(torch.int64)),
+            _to_arrays(cache) if past else {},
+        )
+        if cache is not None:
+            _fill(cache, arrays)
+        return Seq2SeqLMOutput(logits=to_tensor(logits).float(), past_key_values=past_key_values)
+
+
+class _Steps:
+    """Runs the parts, and numbers the runs as a dump does."""
+
+    def __init__(self, job: Job, engine: CausalEngine) -> None:
+        self.engine = engine
+        self.encoder: Session = job.sessions["encoder"]
+        self.feature_dtype = numpy_dtype(job.export.parts[0].inputs[0].dtype)
+        self.recorder: Recorder | None = job.recorder
+        self.times: list[float] = []
+        self.features: torch.Tensor | None = None
+        self.cross: dict[str, Array] = {}
+        self.rows = 0
+        self.prefills = 0
+        self.decode_steps = 0
+
+    def encode(self, features: torch.Tensor) -> int:
+        """Run the encoder, unless these features were the last it saw; give the batch size."""
+        if self.features is None or not torch.equal(self.features, features):
+            feeds = {"input_features": to_array(features).astype(self.feature_dtype)}
+            self.cross = self.encoder.run(feeds)
+            self.features = features.clone()
+            self.rows = int(features.shape[0])
+            if self.recorder is not None:
+                self.recorder.step(
+                    "prefill", self.prefills, "encoder", feeds, self.cross, past_length=0
+                )
+        return self.rows
+
+    def decode(
+        self, ids: Array, padding: Array, rows: Array, cache: Cache
+    ) -> tuple[Array, dict[str, Array]]:
+        """Run the decoder's parts once, with the cross keys of ``rows``."""
+        whole = np.array_equal(rows, np.arange(self.rows))
+        cross = self.cross if whole else {name: one[rows] for name, one in self.cross.items()}
+        if padding.shape[1] > ids.shape[1]:
+            step = StepId("decode", self.decode_steps)
+            self.decode_steps += 1
+        else:
+            step = StepId("prefill", self.prefills)
+            self.prefills += 1
+        logits, present = self.engine.step(
+            step, ids, padding, {**cache, **cross}, recorder=self.recorder
+        )
+        self.times.append(time.perf_counter())
+        return logits, present
+
+
+class _EncoderRunner(nn.Module):
+    """What transformers' generation takes for the encoder."""
+
+    main_input_name = "input_features"
+
+    def __init__(self, steps: _Steps, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self._steps = steps
+        self.config = config
+
+    def forward(self, input_features: torch.Tensor, **_: Any) -> BaseModelOutput:
+        """``[batch, mel, frames]`` to the rows' numbers, ``[batch, 1, 1]``."""
+        batch = self._steps.encode(input_features)
+        return BaseModelOutput(last_hidden_state=torch.arange(batch).float()[:, None, None])
+
+
+def _to_arrays(cache: Any) -> Cache:
+    arrays: Cache = {}
+    for index, layer in enumerate(cache.layers):
+        arrays[f"past_key_values.{index}.key"] = to_array(layer.keys)
+        arrays[f"past_key_values.{index}.value"] = to_array(layer.values)
+    return arrays
+
+
+def _fill(cache: Any, arrays: Mapping[str, Array]) -> None:
+    """Put the arrays into ``cache``, so that beams are reordered by transformers' own code."""
+    from transformers.cache_utils import DynamicLayer
+
+    for index in range(len(arrays) // 2):
+        while len(cache.layers) <= index:
+            cache.layers.append(DynamicLayer())
+        layer = cache.layers[index]
+        keys = to_tensor(arrays[f"past_key_values.{index}.key"])
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, keys)
+        layer.keys = keys
+        layer.values = to_tensor(arrays[f"past_key_values.{index}.value"])
+
+
+@contextmanager
+def _quiet_generation() -> Iterator[None]:
+    """Leave out transformers' notes to itself on settings that its own code gives twice."""
+    logger = logging.getLogger("transformers.generation")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _generation_config(job: Job) -> GenerationConfig:
+    if (job.folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(job.folder)
+    return GenerationConfig.from_model_config(job.config)
+
+
+def _perf(begin: float, end: float, times: list[float], tokens: int) -> PerfMetrics:
+    decode = times[-1] - times[0] if len(times) > 1 else 0.0
+    return PerfMetrics(
+        prefill_time=times[0] - begin,
+        decode_perf=(len(times) - 1) / decode if decode else 0.0,
+        total_perf=tokens / (end - begin),
+        total_time=end - begin,
+    )
+
+
+def _proxy_logits(proxy: Proxy, features: Array, ids: Array, padding: Array) -> Array:
+    """Logits of the parts, run as they will be run: ``[batch, sequence, vocabulary]``."""
+    encoder, *decoder = proxy.parts
+    dtype = numpy_dtype(encoder.inputs[0].dtype)
+    cross = TorchSession(encoder).run({"input_features": features.astype(dtype)})
+    engine = CausalEngine(decoder, {part.name: TorchSession(part) for part in decoder})
+    pieces: list[Array] = []
+    cache: Cache = {}
+    start = 0
+    for index, length in enumerate(_STEPS):
+        stop = start + length
+        logits, cache = engine.step(
+            StepId("prefill", index), ids[:, start:stop], padding[:, :stop], {**cache, **cross}
+        )
+        pieces.append(logits.astype(np.float32))
+        start = stop
+    return np.concatenate(pieces, axis=1)

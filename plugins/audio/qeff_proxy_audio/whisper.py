@@ -1,0 +1,185 @@
+"""Whisper: an encoder that runs once a window, and a decoder with a cache.
+
+The encoder part goes on to the keys and values that every decoder layer's cross attention reads,
+``cross_key_values.<layer>.key`` and ``.value``, so that no step computes them again. The decoder is
+cut at its token embedding, ``model.decoder.embed_tokens``, and at ``proj_out``, which are tied; its
+learned positions stay in the body. One decoder graph serves prefill and decode steps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from qeff_proxy.decoder import EmbeddingPart, EmbeddingStub, HeadStub
+from qeff_proxy.errors import UsageError
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
+from qeff_proxy.sites import Absent, Site
+
+from qeff_proxy_audio.ctc import HeadPart
+from qeff_proxy_audio.sound import load_sound
+from qeff_proxy_audio.whisper_parts import CrossKeysPart, DecoderBody
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qeff_proxy.request import Request
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
+
+_MASK = MaskSpec("attention_mask", "causal")
+
+
+@hookimpl
+def locate_embedding() -> Site:
+    """The decoder's token embedding; its learned positions are no site."""
+    return Site("model.decoder.embed_tokens")
+
+
+@hookimpl
+def locate_lm_head(model: PreTrainedModel) -> Site | Absent:
+    """``proj_out``, which has no bias."""
+    if "proj_out" not in dict(model.named_children()):
+        return Absent(f"{type(model).__name__} gives hidden states")
+    return Site("proj_out")
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel, embedding: Site | Absent, lm_head: Site | Absent, kind: Kind
+) -> Proxy | None:
+    """Encoder, token embedding, decoder body and head; or encoder and decoder as two graphs."""
+    if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
+        return None
+    config = model.config
+    dtype = str(model.dtype).removeprefix("torch.")
+    table = model.get_submodule(embedding.module)
+    head = model.get_submodule(lm_head.module)
+    width, vocabulary = int(config.d_model), int(head.weight.shape[0])
+    ids = TensorSpec("input_ids", "int64", ("batch", "query"))
+    embeds = TensorSpec("inputs_embeds", dtype, ("batch", "query", width))
+    hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", width))
+    logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
+    caches = (*_cache(config, dtype, "past_key_values", "past"), *_cross(config, dtype))
+    present = _cache(config, dtype, "present", "past + query")
+    steps = (
+        TensorSpec(_MASK.name, dtype, ("batch", 1, "query", "past + query")),
+        TensorSpec("position_ids", "int64", ("batch", "query")),
+        *caches,
+    )
+    parts: tuple[Part, ...] = (_encoder(model, dtype),)
+    if kind == "split":
+        body = DecoderBody(model, None, None)
+        parts += (
+            Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
+            Part("body", body, (embeds, *steps), (hidden, *present), "body", (_MASK,)),
+            Part("lm_head", HeadPart(head), (hidden,), (logits,), "vocabulary"),
+        )
+    else:
+        ends: tuple[nn.Module, nn.Module] = (table, head)
+        if kind == "stub":
+            ends = (EmbeddingStub(width, model.dtype), HeadStub())
+            logits = TensorSpec("logits", dtype, hidden.shape)
+        decoder = DecoderBody(model, *ends)
+        parts += (Part("model", decoder, (ids, *steps), (logits, *present), "model", (_MASK,)),)
+    settings = {"vocabulary": vocabulary, "hidden_size": width, "frames": _frames(config)}
+    return Proxy(kind, "speech-seq2seq", parts, settings)
+
+
+@hookimpl
+def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
+    """``input_features [sounds, mel, frames]`` and, of long sounds, which frames are sound."""
+    if request.inputs is not None:
+        return _given(request.inputs)
+    if processor is None or not request.audio:
+        return None
+    extractor = getattr(processor, "feature_extractor", processor)
+    rate = int(extractor.sampling_rate)
+    sounds = [
+        load_sound(sound, rate, request.options.get("sampling_rate")) for sound in request.audio
+    ]
+    arguments: dict[str, Any] = {"sampling_rate": rate, "return_tensors": "pt"}
+    if max(len(sound) for sound in sounds) > extractor.n_samples:
+        arguments |= {"truncation": False, "padding": "longest", "return_attention_mask": True}
+    made = extractor(sounds, **arguments)
+    return {name: torch.as_tensor(made[name]) for name in made}
+
+
+@hookimpl
+def decode(processor: Any, outputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``texts``, and ``segments`` with start, end and text where there are timestamps."""
+    if processor is None or "generated_ids" not in outputs:
+        return None
+    texts = [
+        text.strip()
+        for text in processor.batch_decode(outputs["generated_ids"], skip_special_tokens=True)
+    ]
+    segments = outputs.get("segments")
+    if segments is not None:
+        segments = [
+            [
+                {
+                    "start": float(piece["start"]),
+                    "end": float(piece["end"]),
+                    "text": processor.decode(piece["tokens"], skip_special_tokens=True).strip(),
+                }
+                for piece in of_one
+            ]
+            for of_one in segments
+        ]
+    return {"texts": texts, "segments": segments}
+
+
+def _frames(config: PreTrainedConfig) -> int:
+    """Frames of a window: the second convolution halves them."""
+    return 2 * int(config.max_source_positions)
+
+
+def _encoder(model: PreTrainedModel, dtype: str) -> Part:
+    config = model.config
+    shape = ("batch", int(config.num_mel_bins), _frames(config))
+    features = TensorSpec("input_features", dtype, shape)
+    return Part("encoder", CrossKeysPart(model), (features,), _cross(config, dtype), "encoder")
+
+
+def _cross(config: PreTrainedConfig, dtype: str) -> tuple[TensorSpec, ...]:
+    return _cache(config, dtype, "cross_key_values", int(config.max_source_positions))
+
+
+def _cache(
+    config: PreTrainedConfig, dtype: str, prefix: str, length: int | str
+) -> tuple[TensorSpec, ...]:
+    heads = int(config.decoder_attention_heads)
+    shape = ("batch", heads, length, int(config.d_model) // heads)
+    return tuple(
+        TensorSpec(f"{prefix}.{layer}.{side}", dtype, shape)
+        for layer in range(config.decoder_layers)
+        for side in ("key", "value")
+    )
+
+
+def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Ready-made tensors, checked."""
+    if "input_features" not in inputs:
+        raise UsageError(
+            f"there are no input_features among {', '.join(inputs) or 'the inputs'}",
+            "Give what the processor gave, samples, or a sound file.",
+        )
+    tensors = {
+        name: torch.as_tensor(inputs[name])
+        for name in ("input_features", "attention_mask")
+        if inputs.get(name) is not None
+    }
+    features = tensors["input_features"]
+    if features.dim() != 3 or 0 in features.shape:
+        raise UsageError(
+            f"input_features has shape {list(features.shape)}",
+            "Give [sounds, mel, frames], none of them zero.",
+        )
+    if not np.isfinite(features.float().numpy()).all():
+        raise UsageError("input_features has NaN or infinite elements", "Repair the sound.")
+    return tensors

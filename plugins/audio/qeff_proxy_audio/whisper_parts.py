@@ -1,0 +1,106 @@
+"""The modules Whisper is cut into: the encoder with the cross keys, and the decoder's body."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from qeff_proxy.masks import provide_masks
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["CrossKeysPart", "DecoderBody"]
+
+
+class CrossKeysPart(nn.Module):
+    """``input_features`` to the keys and values of every layer's cross attention."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.encoder = model.model.encoder
+        attentions = [layer.encoder_attn for layer in model.model.decoder.layers]
+        self.keys = nn.ModuleList([attention.k_proj for attention in attentions])
+        self.values = nn.ModuleList([attention.v_proj for attention in attentions])
+        self.heads = int(model.config.decoder_attention_heads)
+
+    def forward(self, input_features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``[batch, mel, frames]`` to ``[batch, heads, positions, width]`` each."""
+        hidden = self.encoder(input_features).last_hidden_state
+        result = {}
+        for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            result[f"cross_key_values.{index}.key"] = self._split(keys(hidden))
+            result[f"cross_key_values.{index}.value"] = self._split(values(hidden))
+        return result
+
+    def _split(self, states: torch.Tensor) -> torch.Tensor:
+        batch, positions, width = states.shape
+        return states.view(batch, positions, self.heads, width // self.heads).transpose(1, 2)
+
+
+class DecoderBody(nn.Module):
+    """The decoder with its mask, positions and both caches as plain tensors.
+
+    Args:
+        model: The uncut model.
+        table: What turns ``input_ids`` into embeddings; ``None``: embeddings go in.
+        head: What turns hidden states into logits; ``None``: hidden states come out.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, table: nn.Module | None, head: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.decoder = model.model.decoder
+        self.table = table
+        self.head = head
+        self.layers = int(model.config.decoder_layers)
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the decoder.
+
+        Args:
+            tensors: ``inputs_embeds`` or ``input_ids``, ``attention_mask [batch, 1, query,
+                past + query]``, ``position_ids [batch, query]`` int64, and the caches, dots as
+                double underscores.
+
+        Returns:
+            ``last_hidden_state`` or ``logits``, and the cache, one query longer.
+        """
+        embeds = (
+            tensors["inputs_embeds"] if self.table is None else self.table(tensors["input_ids"])
+        )
+        cross = self._cache(tensors, "cross_key_values")
+        cache = EncoderDecoderCache(self._cache(tensors, "past_key_values"), cross)
+        cache.is_updated = dict.fromkeys(range(self.layers), True)
+        with provide_masks(self.decoder, {"causal": tensors["attention_mask"]}):
+            outputs = self.decoder(
+                inputs_embeds=embeds,
+                position_ids=tensors["position_ids"],
+                # Only tells the layers to attend; what they attend to is in the cache.
+                encoder_hidden_states=embeds,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        hidden = outputs.last_hidden_state
+        result = {"last_hidden_state": hidden}
+        if self.head is not None:
+            result = {"logits": self.head(hidden)}
+        for index, layer in enumerate(cache.self_attention_cache.layers):
+            result[f"present.{index}.key"] = layer.keys
+            result[f"present.{index}.value"] = layer.values
+        return result
+
+    def _cache(self, tensors: dict[str, torch.Tensor], prefix: str) -> DynamicCache:
+        cache = DynamicCache()
+        for index in range(self.layers):
+            layer = DynamicLayer()
+            keys = tensors[f"{prefix}__{index}__key"]
+            values = tensors[f"{prefix}__{index}__value"]
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
+        return cache
