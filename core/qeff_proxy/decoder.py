@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "CacheLayer",
     "DecoderLayout",
     "DecoderPart",
     "EmbeddingPart",
@@ -67,6 +68,19 @@ class DecoderLayout:
     def cache_outputs(self, dtype: str) -> tuple[TensorSpec, ...]:
         """``present.<layer>.key`` and ``.value``: ``[batch, heads, past + query, width]``."""
         return self._cache_specs("present", dtype, "past + query")
+
+    def host_inputs(self, dtype: str) -> tuple[TensorSpec, ...]:
+        """Masks, positions and cache: what a decoder part takes besides its first input."""
+        masks = tuple(
+            TensorSpec(mask.name, dtype, ("batch", 1, "query", "past + query"))
+            for mask in self.masks
+        )
+        return (
+            *masks,
+            TensorSpec("padding_mask", "int64", ("batch", "past + query")),
+            TensorSpec("position_ids", "int64", ("batch", "query")),
+            *self.cache_inputs(dtype),
+        )
 
     def _cache_specs(self, prefix: str, dtype: str, length: str) -> tuple[TensorSpec, ...]:
         return tuple(

@@ -139,19 +139,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _host_inputs(layout: DecoderLayout, dtype: str) -> tuple[TensorSpec, ...]:
-    """Masks, positions and cache: what every decoder part takes besides its first input."""
-    masks = tuple(
-        TensorSpec(mask.name, dtype, ("batch", 1, "query", "past + query")) for mask in layout.masks
-    )
-    return (
-        *masks,
-        TensorSpec("padding_mask", "int64", ("batch", "past + query")),
-        TensorSpec("position_ids", "int64", ("batch", "query")),
-        *layout.cache_inputs(dtype),
-    )
-
-
 def _split_parts(
     model: PreTrainedModel,
     decoder_path: str,
@@ -173,7 +160,7 @@ def _split_parts(
         Part(
             "body",
             body,
-            (embeddings, *_host_inputs(layout, dtype)),
+            (embeddings, *layout.host_inputs(dtype)),
             (hidden, *layout.cache_outputs(dtype)),
             "body",
             layout.masks,
@@ -189,7 +176,7 @@ def _whole_part(
     return Part(
         "model",
         DecoderPart(model, layout, "input_ids", "logits"),
-        (TensorSpec("input_ids", "int64", ("batch", "query")), *_host_inputs(layout, name)),
+        (TensorSpec("input_ids", "int64", ("batch", "query")), *layout.host_inputs(name)),
         (
             TensorSpec("logits", name, ("batch", "query", width)),
             *layout.cache_outputs(name),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qeff_proxy.compile import open_sessions
 from qeff_proxy.dump import DumpOptions, DumpWriter
 from qeff_proxy.flows import Job, load_flow
+from qeff_proxy.load import load_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,8 +67,6 @@ def run_compiled(
         BackendError: A part fails.
         DumpError: The dump cannot be written. What stood in its place is kept.
     """
-    from transformers import AutoConfig
-
     export = compiled.export
     tensors = hooks.preprocess(processor=processor, request=request)
     settings = dict(settings or {})
@@ -81,7 +80,7 @@ def run_compiled(
             export=export,
             sessions=sessions,
             options=compiled.options,
-            config=AutoConfig.from_pretrained(export.processor_folder),
+            config=load_config(export.processor_folder),
             tensors=tensors,
             folder=export.processor_folder,
             settings=settings,

@@ -134,7 +134,12 @@ class ProxyModel:
         return self._loaded.model
 
     def export(
-        self, export_dir: str | Path | None = None, *, force: bool = False, opset: int | None = None
+        self,
+        export_dir: str | Path | None = None,
+        *,
+        force: bool = False,
+        opset: int | None = None,
+        taps: str | Sequence[str] = (),
     ) -> Path:
         """Export the parts to ONNX (`qeff_proxy.export.export_model`) and give their folder."""
         self._export = export_model(
@@ -143,6 +148,7 @@ class ProxyModel:
             self._kind,
             output=Path(export_dir) if export_dir is not None else None,
             opset=opset,
+            taps=taps,
             force=force,
         )
         self._compiled = None
@@ -239,7 +245,7 @@ class ProxyModel:
             raise UsageError(
                 "this model was made in memory and has no tokenizer", "Pass tokenizer=."
             )
-        return load_processor(self._loaded.folder)
+        return load_processor(self._loaded.folder, trust_remote_code=self._loaded.trust_remote_code)
 
 
 def _lengths(seq_len: int | Sequence[int] | None) -> tuple[int, ...] | None:

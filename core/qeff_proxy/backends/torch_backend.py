@@ -112,7 +112,7 @@ def model_of_export(export: Export) -> PreTrainedModel:
         config, dtype=getattr(torch, export.dtype), attn_implementation="eager"
     )
     model.tie_weights()
-    unknown = _fill(model, weights)
+    unknown = _fill(model, weights, tuple(f"{part.name}." for part in export.parts))
     if unknown:
         raise BackendError(
             f"{name} built from {export.processor_folder} has no place for {unknown[0]}",
@@ -121,7 +121,9 @@ def model_of_export(export: Export) -> PreTrainedModel:
     return cast("PreTrainedModel", model.eval())
 
 
-def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
+def _fill(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], parts: tuple[str, ...]
+) -> list[str]:
     """Put ``weights`` into the model's own tensors; give the names it does not have."""
     places: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     places.update(model.named_buffers(remove_duplicate=False))
@@ -129,24 +131,25 @@ def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> list[str]
         if name in places:
             places[name].data = tensor
     # Constants that the trace lifted out of the code are called by their part: no module has them.
-    parts = ("embedding.", "body.", "lm_head.", "model.")
     return [name for name in weights if name not in places and not name.startswith(parts)]
 
 
 def _proxy_of_export(export: Export) -> Proxy:
     from qeff_proxy.locate import locate_sites
     from qeff_proxy.plugins import Plugins
+    from qeff_proxy.taps import tap_proxy
 
     model = model_of_export(export)
     hooks = Plugins.discover().hooks_for(export.model["model_type"], task=export.flow)
     sites = locate_sites(model, hooks)
-    return hooks.build_proxy(
+    proxy = hooks.build_proxy(
         model=model,
         embedding=sites["embedding"],
         lm_head=sites["lm_head"],
         kind=cast("Kind", export.kind),
         options=export.settings,
     )
+    return tap_proxy(proxy, export.settings.get("taps", ()))
 
 
 def _placeholder(
