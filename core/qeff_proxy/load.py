@@ -232,9 +232,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-    if read_config_file(folder).get("model_type") in CONFIG_MAPPING:
+    values = read_config_file(folder)
+    if values.get("model_type") in CONFIG_MAPPING:
         return AutoConfig.from_pretrained(folder)
-    return PreTrainedConfig.from_pretrained(folder)
+    return PreTrainedConfig.from_dict(values)
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:

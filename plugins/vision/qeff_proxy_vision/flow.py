@@ -22,7 +22,6 @@ from qeff_proxy.generation import generate_ids
 
 from qeff_proxy_vision.merge import ImagePrompt, ImageSettings
 from qeff_proxy_vision.proxy import VisionProxy
-from qeff_proxy_vision.reference import model_logits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -60,7 +59,7 @@ class ImageTextFlow:
         new = generator.integers(1, int(sample["input_ids"].max()), (2, _NEW_TOKENS))
         new = new[: sample["input_ids"].shape[0]]
         with shrunk_windows(model, _WINDOW):
-            expected = model_logits(model, sample, new)
+            expected = proxy.reference(model, sample, new)
             with parts_must_run(model, sites):
                 actual = _proxy_logits(proxy, sample, new)
         ones = np.ones_like(new)

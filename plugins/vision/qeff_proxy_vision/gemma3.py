@@ -13,7 +13,7 @@ from qeff_proxy.hookspecs import hookimpl
 
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.merge import Blocks, ImageSettings
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
 from qeff_proxy_vision.towers import FeaturesPart, pixel_part
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def build_proxy(
     options: Mapping[str, Any],
 ) -> VisionProxy:
     """Tower and pooling projector; then the language model."""
+    text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config = model.config
     vision, text = config.vision_config, config.text_config
     tile = (vision.num_channels, vision.image_size, vision.image_size)
@@ -61,4 +62,4 @@ def build_proxy(
     settings = ImageSettings(
         config.image_token_id, blocks=Blocks(_TYPES, "run"), table_rows=text.vocab_size
     )
-    return add_vision(model, embedding, lm_head, kind, options, part, settings, sample)
+    return add_vision(text_proxy, part, settings, sample)

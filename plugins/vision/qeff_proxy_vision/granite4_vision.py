@@ -17,7 +17,7 @@ from torch import nn
 
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.merge import ImageSettings, Merge
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
 from qeff_proxy_vision.tiles import TileGrid, sample_tiles
 from qeff_proxy_vision.towers import pixel_part, with_newline
 
@@ -69,18 +69,25 @@ class LayeredTower(nn.Module):
         return features
 
 
-class _LayerWithFeatures(nn.Module):
-    """A layer before which features are added, where its number is in ``features``."""
+class _Handover:
+    """The features of one forward pass; an object, and no dict, which a trace would copy."""
 
-    def __init__(self, layer: nn.Module, number: int, features: dict[int, torch.Tensor]) -> None:
+    def __init__(self) -> None:
+        self.by_layer: dict[int, torch.Tensor] = {}
+
+
+class _LayerWithFeatures(nn.Module):
+    """A layer before which its features are added."""
+
+    def __init__(self, layer: nn.Module, number: int, handover: _Handover) -> None:
         super().__init__()
         self.layer = layer
         self.number = number
-        self.features = features
+        self.handover = handover
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> Any:
         """Add, and run the layer."""
-        return self.layer(hidden_states + self.features[self.number], **arguments)
+        return self.layer(hidden_states + self.handover.by_layer[self.number], **arguments)
 
 
 class LayeredBody(nn.Module):
@@ -93,13 +100,13 @@ class LayeredBody(nn.Module):
 
     def __init__(self, body: nn.Module, targets: list[int]) -> None:
         super().__init__()
-        self.features: dict[int, torch.Tensor] = {}
+        self.handover = _Handover()
         decoder: Any = body.decoder
         self.body = replace_modules(
             body,
             {
                 f"decoder.layers.{number}": _LayerWithFeatures(
-                    decoder.layers[number], number, self.features
+                    decoder.layers[number], number, self.handover
                 )
                 for number in targets
             },
@@ -109,12 +116,12 @@ class LayeredBody(nn.Module):
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """As the body, with ``layer_features.<layer> [batch, query, hidden]`` besides."""
         for number in self.targets:
-            self.features[number] = tensors.pop(f"layer_features__{number}")
+            self.handover.by_layer[number] = tensors.pop(f"layer_features__{number}")
         try:
             outputs: dict[str, torch.Tensor] = self.body(**tensors)
             return outputs
         finally:
-            self.features.clear()
+            self.handover.by_layer.clear()
 
 
 @hookimpl
@@ -126,6 +133,7 @@ def build_proxy(
     options: Mapping[str, Any],
 ) -> VisionProxy:
     """Tower and its projectors; then the language model, with features for its layers."""
+    text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config, inner = model.config, model.model
     vision, text = config.vision_config, config.text_config
     pairs = list(zip(config.deepstack_layer_map, inner.layerwise_projectors, strict=True))
@@ -153,7 +161,7 @@ def build_proxy(
         for target in targets
     ]
     settings = ImageSettings(config.image_token_id, tuple(merges), grid=grid)
-    proxy = add_vision(model, embedding, lm_head, kind, options, part, settings, sample)
+    proxy = add_vision(text_proxy, part, settings, sample)
     dtype = str(model.dtype).removeprefix("torch.")
     extra = tuple(
         TensorSpec(f"layer_features.{target}", dtype, ("batch", "query", text.hidden_size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,11 @@ from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy_vision.images import open_image
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    from PIL import Image
     from qeff_proxy.request import Request
 
-__all__ = ["decode", "preprocess"]
+__all__ = ["decode", "preprocess", "prompts_and_images"]
 
 
 @hookimpl
@@ -42,15 +40,16 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
         return {name: torch.as_tensor(value) for name, value in request.inputs.items()}
     if not request.prompts or processor is None:
         return None
-    if any(not prompt.strip() for prompt in request.prompts):
-        raise UsageError("a prompt is empty", "Say what to do with the image.")
+    token = getattr(processor, "image_token", None) or "<image>"
+    pairs = prompts_and_images(request, token)
     if request.images and not hasattr(processor, "image_processor"):
         raise UsageError(
             f"the checkpoint's {type(processor).__name__} does not process images",
             "Its image processor may need torchvision (pip install torchvision), or the "
             "checkpoint may lack preprocessor_config.json.",
         )
-    prompts, images = _prompts_and_images(processor, request)
+    prompts = [_written(processor, request, text, len(row), token) for text, row in pairs]
+    images = [[open_image(image) for image in row] for _, row in pairs]
     arguments: dict[str, Any] = {"text": prompts, "return_tensors": "pt", "padding": True}
     if any(images):
         arguments["images"] = images
@@ -75,35 +74,45 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
     return texts
 
 
-def _prompts_and_images(
-    processor: Any, request: Request
-) -> tuple[list[str], list[list[Image.Image]]]:
-    token = getattr(processor, "image_token", None) or "<image>"
+def prompts_and_images(request: Request, token: str) -> list[tuple[str, list[Any]]]:
+    """Each prompt with its images, as the user gave them.
+
+    Args:
+        request: Its images are dealt out to the prompts in order, or come as a list for each.
+        token: What stands in a prompt where an image belongs.
+
+    Raises:
+        UsageError: A prompt is empty, or it cannot be told which images are whose.
+    """
     prompts = list(request.prompts)
+    if any(not prompt.strip() for prompt in prompts):
+        raise UsageError("a prompt is empty", "Say what to do with the image.")
     if len(request.images) == len(prompts) and all(
-        isinstance(row, Sequence) and not isinstance(row, str | bytes) for row in request.images
+        isinstance(row, list | tuple) for row in request.images
     ):
         rows = [list(row) for row in request.images]
     else:
         rows = _deal(prompts, list(request.images), token)
-    result = []
-    for prompt, row in zip(prompts, rows, strict=True):
-        places = prompt.count(token)
-        chat = request.options.get("chat")
-        if chat is None:
-            chat = bool(row) and not places and bool(getattr(processor, "chat_template", None))
-        if chat:
-            content = [{"type": "image"} for _ in row] + [{"type": "text", "text": prompt}]
-            message = [{"role": "user", "content": content}]
-            result.append(processor.apply_chat_template(message, add_generation_prompt=True))
-        elif places != len(row):
-            raise UsageError(
-                f"the prompt {prompt!r} has {places} image tokens ({token}) and {len(row)} images",
-                f"Write {token} once for each image, where it belongs.",
-            )
-        else:
-            result.append(prompt)
-    return result, [[open_image(image) for image in row] for row in rows]
+    return list(zip(prompts, rows, strict=True))
+
+
+def _written(processor: Any, request: Request, prompt: str, count: int, token: str) -> str:
+    """The prompt as the processor takes it: as it is, or in the chat template."""
+    places = prompt.count(token)
+    chat = request.options.get("chat")
+    if chat is None:
+        chat = bool(count) and not places and bool(getattr(processor, "chat_template", None))
+    if chat:
+        content = [{"type": "image"} for _ in range(count)] + [{"type": "text", "text": prompt}]
+        message = [{"role": "user", "content": content}]
+        text: str = processor.apply_chat_template(message, add_generation_prompt=True)
+        return text
+    if places != count:
+        raise UsageError(
+            f"the prompt {prompt!r} has {places} image tokens ({token}) and {count} images",
+            f"Write {token} once for each image, where it belongs.",
+        )
+    return prompt
 
 
 def _deal(prompts: list[str], images: list[Any], token: str) -> list[list[Any]]:

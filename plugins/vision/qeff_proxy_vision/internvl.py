@@ -9,7 +9,7 @@ from qeff_proxy.hookspecs import hookimpl
 
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.merge import ImageSettings
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
 from qeff_proxy_vision.towers import FeaturesPart, pixel_part
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def build_proxy(
     options: Mapping[str, Any],
 ) -> VisionProxy:
     """Tower, pixel shuffle and projector; then the language model."""
+    text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config = model.config
     vision, text = config.vision_config, config.text_config
     height, width = vision.image_size
@@ -52,4 +53,4 @@ def build_proxy(
         )
 
     settings = ImageSettings(config.image_token_id)
-    return add_vision(model, embedding, lm_head, kind, options, part, settings, sample)
+    return add_vision(text_proxy, part, settings, sample)

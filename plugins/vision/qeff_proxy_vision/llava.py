@@ -9,7 +9,7 @@ from qeff_proxy.hookspecs import hookimpl
 
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.merge import ImageSettings
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
 from qeff_proxy_vision.towers import TowerPart, pixel_part
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def build_proxy(
     options: Mapping[str, Any],
 ) -> VisionProxy:
     """Tower, chosen layers, projector; then the language model."""
+    text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config, inner = model.config, model.model
     vision = config.vision_config
     module = TowerPart(
@@ -52,4 +53,4 @@ def build_proxy(
         return sample_prompt({"pixel_values": pixels}, (0, rows), config.image_token_id, vocabulary)
 
     settings = ImageSettings(config.image_token_id)
-    return add_vision(model, embedding, lm_head, kind, options, part, settings, sample)
+    return add_vision(text_proxy, part, settings, sample)

@@ -12,7 +12,7 @@ from qeff_proxy.hookspecs import hookimpl
 
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.merge import ImageSettings
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
 from qeff_proxy_vision.tiles import TileGrid, sample_tiles
 from qeff_proxy_vision.towers import TowerPart, pixel_part
 
@@ -36,6 +36,7 @@ def build_proxy(
     options: Mapping[str, Any],
 ) -> VisionProxy:
     """Tower, chosen layers, projector, newline; then the language model."""
+    text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config, inner = model.config, model.model
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
@@ -58,4 +59,4 @@ def build_proxy(
         return sample_prompt(images, (0, count), config.image_token_id, vocabulary)
 
     settings = ImageSettings(config.image_token_id, grid=grid)
-    return add_vision(model, embedding, lm_head, kind, options, part, settings, sample)
+    return add_vision(text_proxy, part, settings, sample)

@@ -1,9 +1,8 @@
 """How image features enter a language model, said as data, and done on the host.
 
-A family says it once, as an `ImageSettings`, which lies as JSON in the export. An
-`ImagePrompt` does it at each step: it runs the vision part once, finds the positions that images
-take in the prompt,
-and supplies the body with what it needs there.
+A family says it once, as an `ImageSettings`, which lies as JSON in the export. An `ImagePrompt`
+does it at each step: it runs the vision part once, finds the positions that images take in the
+prompt, and supplies the body with what it needs there.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import nn
 
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.merge import Blocks, ImageSettings, Merge
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, sample_prompt
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,6 +75,7 @@ def build_proxy(
     options: Mapping[str, Any],
 ) -> VisionProxy:
     """Tower, pooling and projector; then the language model."""
+    text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config, inner = model.config, model.model
     vision, text = config.vision_config, config.text_config
     dtype = str(model.dtype).removeprefix("torch.")
@@ -114,4 +115,4 @@ def build_proxy(
         blocks=Blocks(_TYPES, "row"),
         skip_negative="image_token_pooling",
     )
-    return add_vision(model, embedding, lm_head, kind, options, part, settings, sample)
+    return add_vision(text_proxy, part, settings, sample)

@@ -11,19 +11,34 @@ from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.generic import build_proxy as build_text_proxy
 from qeff_proxy.parts import Kind, Part, Proxy
 
+from qeff_proxy_vision.reference import model_logits
+
 if TYPE_CHECKING:
+    from qeff_proxy.arrays import Array
     from qeff_proxy.sites import Absent, Site
     from transformers import PreTrainedModel
 
     from qeff_proxy_vision.merge import ImageSettings
 
-__all__ = ["FLOW", "Sample", "VisionProxy", "add_vision", "sample_prompt"]
+__all__ = [
+    "FLOW",
+    "Reference",
+    "Sample",
+    "VisionProxy",
+    "add_vision",
+    "check_kind",
+    "cut_text",
+    "sample_prompt",
+]
 
 #: The flow that runs these proxies.
 FLOW = "image-text-to-text"
 
 #: Makes the tensors of a prompt with an image, as the processor would.
 Sample = Callable[[], Mapping[str, torch.Tensor]]
+
+#: Runs the uncut model: `qeff_proxy_vision.reference.model_logits`, or a family's own.
+Reference = Callable[["PreTrainedModel", Mapping[str, "Array"], "Array"], "Array"]
 
 
 def _no_sample() -> Mapping[str, torch.Tensor]:
@@ -37,54 +52,74 @@ class VisionProxy(Proxy):
     Attributes:
         sample: Makes the tensors of a prompt that the cut is verified with: ``input_ids`` and
             ``attention_mask [batch, length]`` int64, and what goes with the image.
+        reference: Gives the uncut model's logits, which the parts' are held against.
     """
 
     sample: Sample = field(default=_no_sample)
+    reference: Reference = field(default=model_logits)
 
 
-def add_vision(
-    model: PreTrainedModel,
-    embedding: Site | Absent,
-    lm_head: Site | Absent,
-    kind: Kind,
-    options: Mapping[str, Any],
-    vision: Part,
-    settings: ImageSettings,
-    sample: Sample,
-) -> VisionProxy:
-    """Cut the language model as any other, and put the vision part before it.
-
-    Args:
-        model: The uncut model.
-        embedding: Where its token embedding is.
-        lm_head: Where its LM head is.
-        kind: ``"split"``, the only kind that there is.
-        options: ``kv_offload=False`` asks for vision and body in one graph, which there is not.
-        vision: The vision part.
-        settings: How its features enter the language model.
-        sample: Makes a prompt with an image.
-
-    Raises:
-        UnsupportedModelError: The kind is another, or one graph is asked for.
-    """
+def check_kind(model: PreTrainedModel, kind: Kind, options: Mapping[str, Any]) -> None:
+    """Refuse what there is not: `UnsupportedModelError` for anything but separate graphs."""
     if kind != "split" or options.get("kv_offload") is False:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be exported as one graph yet",
             "Use enable_proxy=True and kv_offload=True: vision and language as separate graphs.",
         )
+
+
+def cut_text(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> Proxy:
+    """Cut the language model as any other.
+
+    Args:
+        model: The uncut model, or the language model in it.
+        embedding: Where its token embedding is.
+        lm_head: Where its LM head is.
+        kind: ``"split"``, the only kind that there is.
+        options: ``kv_offload=False`` asks for vision and body in one graph, which there is not.
+
+    Raises:
+        UnsupportedModelError: The kind is another, or one graph is asked for.
+    """
+    check_kind(model, kind, options)
     text = build_text_proxy(model, embedding, lm_head, kind)
     if text is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language model that can be cut by itself",
             "A plugin for this model type can build its parts in another way.",
         )
-    return VisionProxy(
-        kind,
-        FLOW,
-        (vision, *text.parts),
-        {**text.settings, "image": settings.to_json()},
-        sample,
-    )
+    return text
+
+
+def add_vision(
+    text: Proxy,
+    vision: Part,
+    settings: ImageSettings,
+    sample: Sample,
+    reference: Reference = model_logits,
+) -> VisionProxy:
+    """Put the vision part before a cut language model.
+
+    Args:
+        text: The language model, cut.
+        vision: The vision part.
+        settings: How its features enter the language model.
+        sample: Makes a prompt with an image.
+        reference: Runs the uncut model, where it is not called as transformers' own are.
+    """
+    flow_settings = {**text.settings, "image": settings.to_json()}
+    rows = flow_settings.get("embedding_rows")
+    if rows is not None and settings.token_id is not None:
+        # An image token may lie beyond the table: it is never looked up.
+        flow_settings["embedding_rows"] = max(rows, settings.token_id + 1)
+    parts = (vision, *text.parts)
+    return VisionProxy(text.kind, FLOW, parts, flow_settings, sample, reference)
 
 
 def sample_prompt(

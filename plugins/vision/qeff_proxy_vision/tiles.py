@@ -9,9 +9,10 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from qeff_proxy.arrays import Array
 
-__all__ = ["TileGrid", "sample_tiles"]
+__all__ = ["TileGrid", "sample_tiles", "split_into_tiles"]
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,48 @@ def sample_tiles(grid: TileGrid, tile: tuple[int, int, int]) -> dict[str, torch.
         "pixel_values": torch.randn(1, rows * columns + 1, *tile, generator=generator),
         "image_sizes": torch.tensor([[height, width]]),
     }
+
+
+def split_into_tiles(
+    image: Image.Image, size: int, count: tuple[int, int], *, overview: bool
+) -> list[Image.Image]:
+    """Cut an image into tiles, in the grid whose proportions come nearest to its own.
+
+    Among grids that come equally near, the finer one is taken where the image has more than half
+    the pixels for it. The rules are those of InternVL's model cards.
+
+    Args:
+        image: In RGB.
+        size: Side of a tile in pixels.
+        count: How few and how many tiles there may be.
+        overview: Add the whole image as the last tile, where there are several.
+
+    Returns:
+        Tiles of ``size`` x ``size`` pixels, line by line.
+    """
+    from PIL import Image
+
+    least, most = count
+    grids = {
+        (columns, rows)
+        for columns in range(1, most + 1)
+        for rows in range(1, most + 1)
+        if least <= columns * rows <= most
+    }
+    proportions = image.width / image.height
+    nearest, best = float("inf"), (1, 1)
+    for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
+        off = abs(proportions - columns / rows)
+        enough = image.width * image.height > 0.5 * size * size * columns * rows
+        if off < nearest or (off == nearest and enough):
+            nearest, best = off, (columns, rows)
+    columns, rows = best
+    scaled = image.resize((size * columns, size * rows), Image.Resampling.BICUBIC)
+    tiles = [
+        scaled.crop((size * x, size * y, size * (x + 1), size * (y + 1)))
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    if overview and len(tiles) > 1:
+        tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
+    return tiles

@@ -1,0 +1,232 @@
+"""InternVL as its checkpoints' own code has it (``InternVLChatModel``, InternVL 1.5 to 3).
+
+The language model inside is one of transformers' own and is cut as any other. These checkpoints
+have a tokenizer and no processor, so images are cut into tiles and prompts are written here, by
+the rules of their model cards.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.checkpoint import find_checkpoint, read_config_file
+from qeff_proxy.engine import position_ids_of
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.sites import Absent, Site
+from qeff_proxy.surgery import replace_modules
+from qeff_proxy.text import tokenize
+from torch import nn
+
+from qeff_proxy_vision.images import open_image
+from qeff_proxy_vision.inputs import decode, prompts_and_images
+from qeff_proxy_vision.merge import ImageSettings
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
+from qeff_proxy_vision.remote import DROP_PATH, load_adapted
+from qeff_proxy_vision.tiles import split_into_tiles
+from qeff_proxy_vision.towers import pixel_part
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.request import Request
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "Loader",
+    "build_proxy",
+    "decode",
+    "locate_embedding",
+    "locate_lm_head",
+    "preprocess",
+]
+
+_IMAGE = "<image>"
+_CONTEXT = "<IMG_CONTEXT>"
+_PREFIX = "language_model."
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+class Loader:
+    """Loads such a checkpoint: an entry point of the group ``qeff_proxy.remote_code``."""
+
+    @staticmethod
+    def from_pretrained(folder: Path, **arguments: Any) -> Any:
+        """As transformers' ``from_pretrained``, with the id of the image token looked up."""
+        from transformers import AutoTokenizer
+
+        config = read_config_file(folder)
+        answer = load_adapted(folder, config.get("auto_map") or {}, DROP_PATH, **arguments)
+        model = answer[0] if isinstance(answer, tuple) else answer
+        model.language_model.set_attn_implementation("eager")
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=True, local_files_only=True
+        )
+        model.img_context_token_id = tokenizer.convert_tokens_to_ids(_CONTEXT)
+        return answer
+
+
+class _FeaturesPart(nn.Module):
+    """The model's own ``extract_feature``, the language model left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = replace_modules(model, {"language_model": nn.Identity()})
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``[batch, 3, height, width]`` to ``image_features [batch, rows, hidden]``."""
+        extract: Any = self.model.extract_feature
+        return {"image_features": extract(pixel_values)}
+
+
+@hookimpl
+def locate_embedding(model: PreTrainedModel) -> Site | None:
+    """The language model's own."""
+    return _site_of(model, model.language_model.get_input_embeddings())
+
+
+@hookimpl
+def locate_lm_head(model: PreTrainedModel) -> Site | None:
+    """The language model's own."""
+    return _site_of(model, model.language_model.get_output_embeddings())
+
+
+def _site_of(model: PreTrainedModel, wanted: nn.Module) -> Site | None:
+    paths = {id(module): path for path, module in model.named_modules()}
+    path = paths.get(id(wanted))
+    return Site(path) if path is not None else None
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> VisionProxy:
+    """Tower, pixel shuffle and projector; then the language model."""
+    token_id = getattr(model, "img_context_token_id", None)
+    if token_id is None:
+        raise UnsupportedModelError(
+            "the model does not know its image token",
+            f"Set model.img_context_token_id = tokenizer.convert_tokens_to_ids({_CONTEXT!r}).",
+        )
+    inner = [
+        site if isinstance(site, Absent) else Site(site.module.removeprefix(_PREFIX))
+        for site in (embedding, lm_head)
+    ]
+    text = cut_text(model.language_model, *inner, kind, options)
+    config = model.config
+    size = config.force_image_size or config.vision_config.image_size
+    tile = (3, size, size)
+    rows = int(model.num_image_token)
+    hidden = config.llm_config.hidden_size
+    part = pixel_part(
+        _FeaturesPart(model), model.dtype, tile, {"image_features": ("batch", rows, hidden)}
+    )
+
+    def sample() -> dict[str, torch.Tensor]:
+        pixels = torch.randn(2, *tile, generator=torch.Generator().manual_seed(0))
+        vocabulary = config.llm_config.vocab_size
+        return sample_prompt({"pixel_values": pixels}, (0, 2 * rows), token_id, vocabulary)
+
+    return add_vision(text, part, ImageSettings(token_id), sample, _model_logits)
+
+
+def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Array) -> Array:
+    """As `qeff_proxy_vision.reference.model_logits`: these models need an image in each call."""
+    padding = tensors["attention_mask"]
+    pieces: list[Array] = []
+    cache = None
+    for step in range(new.shape[1] + 1):
+        seen = np.concatenate([padding, np.ones_like(new[:, :step])], axis=1)
+        ids = new[:, step - 1 : step] if step else tensors["input_ids"]
+        arguments: dict[str, Any] = {
+            "input_ids": to_tensor(ids),
+            "attention_mask": to_tensor(seen),
+            "position_ids": to_tensor(position_ids_of(seen, ids.shape[1])),
+            "past_key_values": cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        with torch.no_grad():
+            if step == 0 and "pixel_values" in tensors:
+                pixels = to_tensor(tensors["pixel_values"]).to(model.dtype)
+                flags = torch.ones(pixels.shape[0], 1, dtype=torch.int64)
+                outputs = model(pixel_values=pixels, image_flags=flags, **arguments)
+            else:
+                outputs = model.language_model(**arguments)
+        cache = outputs.past_key_values
+        pieces.append(to_array(outputs.logits.float()))
+    return np.concatenate(pieces, axis=1)
+
+
+@hookimpl
+def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
+    """Tiles and token ids.
+
+    An image becomes as many tiles as fit its proportions, at most what the config or
+    ``options={"max_tiles": …}`` says, and an overview. ``<image>`` in a prompt says where it
+    belongs; without it images come first. The tokenizer's chat template is used where there is one.
+
+    Returns:
+        ``input_ids`` and ``attention_mask [batch, length]``, ``pixel_values [tiles, 3, height,
+        width]``.
+    """
+    if request.inputs is not None:
+        return {name: torch.as_tensor(value) for name, value in request.inputs.items()}
+    if not request.prompts or processor is None:
+        return None
+    config = read_config_file(
+        find_checkpoint(processor.name_or_path, allow_pickle=False, trust_remote_code=False)
+    )
+    size = config.get("force_image_size") or config["vision_config"]["image_size"]
+    patch = config["vision_config"]["patch_size"]
+    rows = int((size // patch) ** 2 * config["downsample_ratio"] ** 2)
+    most = int(request.options.get("max_tiles") or config.get("max_dynamic_patch") or 1)
+    least = int(config.get("min_dynamic_patch") or 1)
+    if not config.get("dynamic_image_size", True):
+        least = most = 1
+    texts, pixels = [], []
+    for prompt, images in prompts_and_images(request, _IMAGE):
+        if images and _IMAGE not in prompt:
+            prompt = f"{_IMAGE}\n" * len(images) + prompt
+        if prompt.count(_IMAGE) != len(images):
+            raise UsageError(
+                f"the prompt {prompt!r} has {prompt.count(_IMAGE)} image tokens ({_IMAGE}) and "
+                f"{len(images)} images",
+                f"Write {_IMAGE} once for each image, or not at all.",
+            )
+        text = _in_chat(processor, prompt) if request.options.get("chat", True) else prompt
+        for image in images:
+            tiles = split_into_tiles(
+                open_image(image), size, (least, most), overview=config.get("use_thumbnail", False)
+            )
+            pixels += [_normalized(tile) for tile in tiles]
+            text = text.replace(_IMAGE, f"<img>{_CONTEXT * (rows * len(tiles))}</img>", 1)
+        texts.append(text)
+    tensors = tokenize(processor, texts)
+    if pixels:
+        tensors["pixel_values"] = torch.from_numpy(np.stack(pixels))
+    return tensors
+
+
+def _in_chat(tokenizer: Any, prompt: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        return prompt
+    message = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def _normalized(tile: Any) -> Array:
+    values = np.asarray(tile, np.float32) / 255
+    return np.ascontiguousarray(((values - _MEAN) / _STD).transpose(2, 0, 1))

@@ -1,0 +1,328 @@
+"""Molmo as its checkpoints' own code has it (``MolmoForCausalLM``).
+
+Features are added to the embeddings at the positions that ``image_input_idx`` names; there is no
+image token. The embedding is two tables, and has more rows than the head.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.checkpoint import read_config_file
+from qeff_proxy.decoder import CacheLayer, DecoderLayout, EmbeddingPart
+from qeff_proxy.engine import position_ids_of
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.parts import MaskSpec, Part, Proxy, TensorSpec
+from qeff_proxy.sites import Site
+from torch import nn
+
+from qeff_proxy_vision.images import open_image
+from qeff_proxy_vision.inputs import decode, prompts_and_images
+from qeff_proxy_vision.merge import ImageSettings, Merge
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, check_kind
+from qeff_proxy_vision.remote import load_adapted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.request import Request
+    from qeff_proxy.sites import Absent
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "Loader",
+    "build_proxy",
+    "decode",
+    "locate_embedding",
+    "locate_lm_head",
+    "preprocess",
+]
+
+_TRANSFORMER = "model.transformer"
+
+
+class Loader:
+    """Loads such a checkpoint: an entry point of the group ``qeff_proxy.remote_code``."""
+
+    @staticmethod
+    def from_pretrained(folder: Path, **arguments: Any) -> Any:
+        """As transformers' ``from_pretrained``."""
+        arguments.pop("attn_implementation", None)  # the code has but one, of its own
+        return load_adapted(folder, read_config_file(folder).get("auto_map") or {}, {}, **arguments)
+
+
+class _VisionPart(nn.Module):
+    """The model's own backbone: crops to rows of the hidden size."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor, image_masks: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``[batch, crops, patches, values]`` and ``[batch, crops, patches]`` to features.
+
+        Returns:
+            ``image_features [batch, crops, rows, hidden]``.
+        """
+        features, _ = self.backbone(images, image_masks)
+        return {"image_features": features}
+
+
+class _Mask:
+    """The mask of one forward pass; an object, which a trace leaves alone."""
+
+    value: torch.Tensor | None = None
+
+
+class _Body(nn.Module):
+    """The layers and the last norm, with the mask and the cache as plain tensors.
+
+    Args:
+        transformer: Has ``blocks`` and ``ln_f``.
+        config: Of it.
+        layout: Its cache.
+    """
+
+    def __init__(self, transformer: nn.Module, config: Any, layout: DecoderLayout) -> None:
+        super().__init__()
+        self.mask = _Mask()
+        blocks: Any = transformer.blocks
+        self.blocks = nn.ModuleList([self._masked(block) for block in blocks])
+        self.norm: Any = transformer.ln_f
+        self.scale = config.d_model**0.5 if config.normalize_input_embeds else None
+        self.layout = layout
+
+    def _masked(self, block: Any) -> Any:
+        """A copy of the block that attends by the host's mask.
+
+        The block cuts a mask out of one that has a row for each position, past ones too. The
+        host's has rows for the queries only.
+        """
+        block = copy.copy(block)
+        attend, mask = block._scaled_dot_product_attention, self.mask  # noqa: SLF001 (its own code)
+
+        def attend_by_mask(q: Any, k: Any, v: Any, **_: Any) -> Any:
+            return attend(q, k, v, attn_mask=mask.value, dropout_p=0.0, is_causal=False)
+
+        block._scaled_dot_product_attention = attend_by_mask  # noqa: SLF001
+        return block
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `qeff_proxy.decoder.DecoderPart.forward`."""
+        hidden = tensors["inputs_embeds"]
+        if self.scale is not None:
+            hidden = hidden * self.scale
+        self.mask.value = tensors["attention_mask"]
+        present = {}
+        for index, block in enumerate(self.blocks):
+            past = tuple(tensors[f"past_key_values__{index}__{side}"] for side in ("key", "value"))
+            hidden, (keys, values) = block(
+                hidden, position_ids=tensors["position_ids"], layer_past=past, use_cache=True
+            )
+            present[f"present.{index}.key"] = keys
+            present[f"present.{index}.value"] = values
+        self.mask.value = None
+        return {"last_hidden_state": self.norm(hidden), **present}
+
+
+class _Head(nn.Module):
+    """The output layer, and the scale of logits where there is one."""
+
+    def __init__(self, head: nn.Module, scale: float | None) -> None:
+        super().__init__()
+        self.head = head
+        self.scale = scale
+
+    def forward(self, last_hidden_state: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``[batch, sequence, hidden]`` to ``logits [batch, sequence, vocabulary]``."""
+        logits = self.head(last_hidden_state)
+        return {"logits": logits if self.scale is None else logits * self.scale}
+
+
+@hookimpl
+def locate_embedding(model: PreTrainedModel) -> Site:
+    """``wte``, which may be two tables: that of the vocabulary and that of added tokens."""
+    return Site(f"{_TRANSFORMER}.wte")
+
+
+@hookimpl
+def locate_lm_head(model: PreTrainedModel) -> Site:
+    """``ff_out``."""
+    if model.model.config.weight_tying:
+        raise UnsupportedModelError(
+            "this Molmo ties its head to its embedding, as no released one does",
+            "Untie them, or write a plugin for it.",
+        )
+    scaled = model.model.config.scale_logits
+    return Site(f"{_TRANSFORMER}.ff_out", follows=("mul",) if scaled else ())
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> VisionProxy:
+    """Backbone; then the language model."""
+    check_kind(model, kind, options)
+    config = model.model.config
+    text = _text_parts(model, config)
+    dtype = str(model.dtype).removeprefix("torch.")
+    vision = config.vision_backbone
+    across, down = vision.image_num_patch
+    patches, values = across * down, vision.image_patch_size**2 * 3
+    rows_across, rows_down = config.llm_patches_per_crop()
+    rows = rows_across * rows_down
+    part = Part(
+        "vision",
+        _VisionPart(model.model.vision_backbone),
+        (
+            TensorSpec("images", dtype, ("batch", "sequence", patches, values)),
+            TensorSpec("image_masks", dtype, ("batch", "sequence", patches)),
+        ),
+        (TensorSpec("image_features", dtype, ("batch", "sequence", rows, config.d_model)),),
+        "vision",
+    )
+
+    def sample() -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        before, after = 3, 4
+        index = torch.stack([torch.arange(before, before + rows), torch.full((rows,), -1)])
+        masks = torch.rand(1, 2, patches, generator=generator).clamp(min=0.2).round(decimals=0)
+        ids = torch.randint(1, config.vocab_size, (1, before + rows + after), generator=generator)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "images": torch.rand(1, 2, patches, values, generator=generator),
+            "image_masks": masks,
+            "image_input_idx": index[None],
+        }
+
+    settings = ImageSettings(None, (Merge("add"),), index="image_input_idx")
+    return add_vision(text, part, settings, sample, _model_logits)
+
+
+def _text_parts(model: PreTrainedModel, config: Any) -> Proxy:
+    transformer = model.model.transformer
+    heads, width = config.effective_n_kv_heads, config.d_model // config.n_heads
+    layer = CacheLayer(heads, width, heads, width)
+    mask = MaskSpec("attention_mask", "causal")
+    layout = DecoderLayout((layer,) * config.n_layers, (mask,))
+    dtype = str(model.dtype).removeprefix("torch.")
+    vocabulary = transformer.ff_out.weight.shape[0]
+    ids = TensorSpec("input_ids", "int64", ("batch", "query"))
+    embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", config.d_model))
+    hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", config.d_model))
+    logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
+    scale = config.d_model**-0.5 if config.scale_logits else None
+    return Proxy(
+        "split",
+        "image-text-to-text",
+        (
+            Part("embedding", EmbeddingPart(transformer.wte), (ids,), (embeddings,), "vocabulary"),
+            Part(
+                "body",
+                _Body(transformer, config, layout),
+                (embeddings, *layout.host_inputs(dtype)),
+                (hidden, *layout.cache_outputs(dtype)),
+                "body",
+                (mask,),
+            ),
+            Part("lm_head", _Head(transformer.ff_out, scale), (hidden,), (logits,), "vocabulary"),
+        ),
+        {"vocabulary": vocabulary, "hidden_size": config.d_model},
+    )
+
+
+def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Array) -> Array:
+    """As `qeff_proxy_vision.reference.model_logits`: these models keep their cache as tuples."""
+    padding = tensors["attention_mask"]
+    images = ("images", "image_masks", "image_input_idx")
+    pieces: list[Array] = []
+    cache = None
+    for step in range(new.shape[1] + 1):
+        seen = np.concatenate([padding, np.ones_like(new[:, :step])], axis=1)
+        ids = new[:, step - 1 : step] if step else tensors["input_ids"]
+        extra: dict[str, Any] = {}
+        if step == 0:
+            extra = {name: to_tensor(tensors[name]) for name in images if name in tensors}
+        with torch.no_grad():
+            outputs = model(
+                # A copy: the code adds image features into what the embedding gives.
+                input_ids=to_tensor(ids.copy()),
+                attention_mask=to_tensor(seen),
+                position_ids=to_tensor(position_ids_of(seen, ids.shape[1])),
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **extra,
+            )
+        cache = outputs.past_key_values
+        pieces.append(to_array(outputs.logits.float()))
+    return np.concatenate(pieces, axis=1)
+
+
+@hookimpl
+def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
+    """What the checkpoint's own processor makes, row by row, padded on the left to one length.
+
+    Returns:
+        ``input_ids`` and ``attention_mask [batch, length]``; ``images``, ``image_masks`` and
+        ``image_input_idx``, ``[batch, crops, …]``, padded with crops that are placed nowhere.
+    """
+    if request.inputs is not None:
+        rows = {name: torch.as_tensor(value) for name, value in request.inputs.items()}
+        if rows["input_ids"].dim() == 1:  # as ``process`` gives them
+            rows = {name: value[None] for name, value in rows.items()}
+        rows.setdefault("attention_mask", torch.ones_like(rows["input_ids"]))
+        return rows
+    if not request.prompts or processor is None:
+        return None
+    if not hasattr(processor, "process"):
+        raise UsageError(
+            f"the checkpoint's {type(processor).__name__} does not process images",
+            "Its own processor needs torchvision and einops: pip install torchvision einops.",
+        )
+    made = [
+        processor.process(images=[open_image(image) for image in images] or None, text=prompt)
+        for prompt, images in prompts_and_images(request, "<|image|>")
+    ]
+    return _padded([{name: torch.as_tensor(row[name]) for name in row} for row in made])
+
+
+def _padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    length = max(row["input_ids"].numel() for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, length - row["input_ids"].numel() :] = row["input_ids"]
+        mask[index, length - row["input_ids"].numel() :] = 1
+    result = {"input_ids": ids, "attention_mask": mask}
+    with_images = [row for row in rows if "images" in row]
+    if not with_images:
+        return result
+    crops = max(row["images"].shape[0] for row in with_images)
+    first = with_images[0]
+    for name, fill in (("images", -1), ("image_masks", -1), ("image_input_idx", -1)):
+        shape = (len(rows), crops, *first[name].shape[1:])
+        result[name] = torch.full(shape, fill, dtype=first[name].dtype)
+    for index, row in enumerate(rows):
+        if "images" not in row:
+            continue
+        count = row["images"].shape[0]
+        result["images"][index, :count] = row["images"]
+        result["image_masks"][index, :count] = row["image_masks"]
+        places = row["image_input_idx"]
+        shift = length - row["input_ids"].numel()
+        result["image_input_idx"][index, :count] = torch.where(places >= 0, places + shift, places)
+    return result

@@ -1,0 +1,149 @@
+"""Loading a checkpoint's own code on the transformers of today, adapted from outside.
+
+1. While its modules are imported, and no longer, imports that inference does not need are stood in
+   for (`standing_in`).
+2. The class is subclassed (`adapted`), so that what today's loader expects is there. The class
+   itself, and transformers, stay as they are.
+
+Nothing here runs unless the user trusts the checkpoint's code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.errors import CheckpointError
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+__all__ = ["adapted", "import_class", "load_adapted", "standing_in"]
+
+
+class _StandIn(nn.Identity):
+    """Takes the place of a layer that does nothing in inference."""
+
+
+@contextmanager
+def standing_in(modules: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Let modules that are not installed be imported, for as long as the context is open.
+
+    Args:
+        modules: Dotted name of a module → names in it and what they are. Those whose package is
+            installed are left alone.
+    """
+    added: list[str] = []
+    try:
+        for name, attributes in modules.items():
+            if name.split(".")[0] not in added and _is_installed(name.split(".")[0]):
+                continue
+            module = ModuleType(name)
+            module.__path__ = []
+            module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
+            vars(module).update(attributes)
+            sys.modules[name] = module
+            added.append(name)
+        yield
+    finally:
+        for name in added:
+            sys.modules.pop(name, None)
+
+
+def _is_installed(package: str) -> bool:
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+#: What ``timm`` is imported for: a layer that drops paths in training only.
+DROP_PATH = {
+    name: {"DropPath": _StandIn, "trunc_normal_": nn.init.trunc_normal_}
+    for name in ("timm", "timm.models", "timm.models.layers", "timm.layers")
+}
+
+
+def import_class(folder: Path, reference: str, modules: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Import a class of the checkpoint's own code.
+
+    Args:
+        folder: The checkpoint.
+        reference: ``module.Class``, as in the config's ``auto_map``.
+        modules: What to stand in for (`standing_in`).
+
+    Raises:
+        CheckpointError: The code cannot be imported; names a missing package.
+    """
+    try:
+        with standing_in(modules):
+            return get_class_from_dynamic_module(reference, folder, local_files_only=True)
+    except ImportError as error:
+        line = next(iter(str(error).strip().splitlines()), "an import fails")
+        raise CheckpointError(
+            f"the code of {folder} cannot be imported: {line}",
+            "Install what it needs: pip install 'qeff-proxy-vision[remote]'.",
+        ) from error
+
+
+def adapted(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of a checkpoint's model class that today's loader can load.
+
+    It runs ``post_init``, which older code did not have to; its ``tie_weights`` takes today's
+    arguments where the old one takes none; and it can generate.
+    """
+    ties_without_arguments = len(inspect.signature(cls.tie_weights).parameters) < 2
+
+    class Adapted(cls):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            if not hasattr(self, "all_tied_weights_keys"):
+                self.post_init()
+
+        def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+            if ties_without_arguments:
+                super().tie_weights()
+            else:
+                super().tie_weights(*args, **kwargs)
+
+    bases = (Adapted,) if issubclass(cls, GenerationMixin) else (Adapted, GenerationMixin)
+    result: type[PreTrainedModel] = type(
+        cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    )
+    return result
+
+
+def load_adapted(
+    folder: Path,
+    auto_map: Mapping[str, str],
+    modules: Mapping[str, Mapping[str, Any]],
+    **arguments: Any,
+) -> Any:
+    """``from_pretrained`` of a checkpoint's own model class, adapted.
+
+    Args:
+        folder: The checkpoint.
+        auto_map: From its config.
+        modules: What to stand in for while its code is imported.
+        arguments: Those of transformers' ``from_pretrained``.
+
+    Raises:
+        CheckpointError: The code cannot be imported, or offers no model.
+    """
+    offered = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
+    reference = next((auto_map[name] for name in offered if name in auto_map), None)
+    if reference is None or "AutoConfig" not in auto_map:
+        raise CheckpointError(
+            f"the config of {folder} names no model class of its own", "Check its auto_map."
+        )
+    config_class = import_class(folder, auto_map["AutoConfig"], modules)
+    cls = adapted(import_class(folder, reference, modules))
+    arguments.pop("trust_remote_code", None)
+    with standing_in(modules):
+        config = config_class.from_pretrained(folder)
+        return cls.from_pretrained(folder, config=config, **arguments)

@@ -1,0 +1,155 @@
+"""The verified cut of vision-language models: faults in it do not pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from qeff_proxy import Plugins, Site
+from qeff_proxy.cut import cut_model
+from qeff_proxy.errors import CutError, UnsupportedModelError
+from qeff_proxy.flows import load_flow
+from qeff_proxy.load import with_options, wrap_model
+from torch import nn
+
+FAMILIES = ("llava", "llava_next", "gemma3", "internvl", "molmo2", "granite4_vision")
+
+
+class Changed(nn.Module):
+    """A part whose outputs something is done to."""
+
+    def __init__(self, module, change):
+        super().__init__()
+        self.module = module
+        self.change = change
+
+    def forward(self, **tensors):
+        return {name: self.change(value) for name, value in self.module(**tensors).items()}
+
+
+def cut(model, **options):
+    loaded = with_options(wrap_model(model), options)
+    return cut_model(loaded, Plugins.discover().hooks_for(loaded.model_type), "split")
+
+
+def verify(model, made, proxy):
+    return load_flow(proxy.flow).verify(model, proxy, made.sites)
+
+
+def changed(proxy, name, change):
+    parts = [
+        replace(part, module=Changed(part.module, change)) if part.name == name else part
+        for part in proxy.parts
+    ]
+    return replace(proxy, parts=tuple(parts))
+
+
+def with_settings(proxy, **settings):
+    return replace(proxy, settings={"image": {**proxy.settings["image"], **settings}})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_is_cut_into_vision_embedding_body_and_head(family, make_model):
+    made = cut(make_model(family))
+    assert [part.name for part in made.proxy.parts] == ["vision", "embedding", "body", "lm_head"]
+    assert made.proxy.flow == "image-text-to-text"
+    embedding = made.sites["embedding"]
+    assert isinstance(embedding, Site)
+    assert embedding.module == "model.language_model.embed_tokens"
+    assert made.report.max_difference <= 1e-5
+    assert made.report.positions > 15
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_that_are_shifted_by_one_row_fail(family, make_model):
+    model = make_model(family)
+    made = cut(model)
+    axis = 1 if made.proxy.part("vision").module(**pixels(made))[first(made)].dim() == 3 else 0
+    shifted = changed(made.proxy, "vision", lambda value: torch.roll(value, 1, axis))
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        verify(model, made, shifted)
+
+
+def first(made):
+    return made.proxy.part("vision").outputs[0].name
+
+
+def pixels(made):
+    sample = made.proxy.sample()
+    tile = made.proxy.part("vision").inputs
+    tensors = {spec.name: sample[spec.name] for spec in tile}
+    return {
+        name: value.flatten(0, 1) if value.dim() > 4 else value for name, value in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("family", ["gemma3", "molmo2"])
+def test_an_image_whose_tokens_do_not_see_each_other_fails(family, make_model):
+    model = make_model(family)
+    made = cut(model)
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        verify(model, made, with_settings(made.proxy, blocks=None))
+
+
+def test_a_sliding_window_that_is_ignored_fails(make_model):
+    model = make_model("gemma3")
+    made = cut(model)
+    body = made.proxy.part("body")
+    masks = tuple(replace(mask, kind="causal", size=None) for mask in body.masks)
+    parts = [replace(part, masks=masks) if part is body else part for part in made.proxy.parts]
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        verify(model, made, replace(made.proxy, parts=tuple(parts)))
+
+
+def test_an_embedding_without_its_scale_fails(make_model):
+    model = make_model("gemma3")
+    made = cut(model)
+    assert made.sites["embedding"].scale == 8
+    unscaled = changed(made.proxy, "embedding", lambda value: value / 8)
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        verify(model, made, unscaled)
+
+
+def test_image_rows_that_get_the_scale_of_the_embedding_fail(make_model):
+    model = make_model("gemma3")
+    made = cut(model)
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        verify(model, made, changed(made.proxy, "vision", lambda value: value * 8))
+
+
+def test_features_that_replace_where_they_should_be_added_fail(make_model):
+    model = make_model("molmo2")
+    made = cut(model)
+    merge = {"how": "replace", "into": "inputs_embeds", "features": "image_features"}
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        verify(model, made, with_settings(made.proxy, merges=[merge]))
+
+
+def test_features_for_another_layer_fail(make_model):
+    model = make_model("granite4_vision")
+    made = cut(model)
+    merges = [dict(merge) for merge in made.proxy.settings["image"]["merges"]]
+    merges[1]["features"], merges[2]["features"] = merges[2]["features"], merges[1]["features"]
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        verify(model, made, with_settings(made.proxy, merges=merges))
+
+
+def test_embeddings_that_are_not_cleared_fail(make_model):
+    model = make_model("granite4_vision")
+    made = cut(model)
+    merges = made.proxy.settings["image"]["merges"][1:]
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        verify(model, made, with_settings(made.proxy, merges=merges))
+
+
+def test_the_model_is_as_it_was_after_the_cut(make_model):
+    model = make_model("granite4_vision")
+    before = {name: id(module) for name, module in model.named_modules()}
+    cut(model)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+def test_one_graph_for_vision_and_body_is_refused(make_model):
+    with pytest.raises(UnsupportedModelError, match="kv_offload=True"):
+        cut(make_model("llava"), kv_offload=False)

@@ -1,0 +1,126 @@
+"""Exported graphs in ONNX Runtime give what the uncut model gives, for every family.
+
+Logits of each of 16 greedy steps must lie within `TOLERANCE` of the model's own, and tokens must
+be the same, with one image, two, none, and in batches padded on the left. The last tests show that
+faults do not pass unseen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from qeff_proxy import QEFFAutoModelForImageTextToText
+from qeff_proxy.compile import open_sessions
+from qeff_proxy.flows import Job, load_flow
+
+TOLERANCE = 1e-4
+FAMILIES = ("llava", "llava_next", "gemma3", "internvl", "molmo2", "granite4_vision")
+NEW_TOKENS = 16
+GREEDY = {
+    "max_new_tokens": NEW_TOKENS,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+# Images in each row of the batch.
+PROMPTS = {
+    "one image": [1],
+    "two images": [2],
+    "no image": [0],
+    "padded batch, one row without an image": [0, 1, 1],
+    "padded batch, two images and one": [2, 1],
+}
+
+
+class Steps:
+    """Keeps the logits of the last position of each step, and counts runs of the vision part."""
+
+    def __init__(self):
+        self.logits = []
+        self.vision_runs = 0
+
+    def step(self, phase, index, part, inputs, outputs, *, past_length):
+        self.vision_runs += part == "vision"
+        if part == "lm_head":
+            self.logits.append(outputs["logits"][:, -1])
+
+
+class Wrapped:
+    """A session whose outputs something is done to."""
+
+    def __init__(self, session, change):
+        self.session = session
+        self.change = change
+
+    def run(self, feeds):
+        return self.change(self.session.run(feeds))
+
+
+def expected(model, prompt):
+    with torch.no_grad():
+        output = model.generate(
+            **prompt, **GREEDY, output_logits=True, return_dict_in_generate=True
+        )
+    tokens = output.sequences[:, prompt["input_ids"].shape[1] :]
+    return tokens.numpy(), np.stack([step.numpy() for step in output.logits])
+
+
+def actual(face, sessions, compiled, prompt):
+    steps = Steps()
+    job = Job(
+        export=compiled.export,
+        sessions=sessions,
+        options=compiled.options,
+        config=face.model.config,
+        tensors=prompt,
+        folder=compiled.export.folder / "none",
+        settings=GREEDY,
+        recorder=steps,
+    )
+    tokens = load_flow("image-text-to-text").run(job)["generated_ids"]
+    return tokens, np.stack(steps.logits[-NEW_TOKENS:]), steps.vision_runs
+
+
+def compile_face(model, folder, **options):
+    face = QEFFAutoModelForImageTextToText(model, proxy="split")
+    face.export(folder)
+    face.compile(**options)
+    return face, face._compiled
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_give_what_the_uncut_model_gives(family, make_model, prompt_for, tmp_path):
+    face, compiled = compile_face(make_model(family), tmp_path / "export")
+    # A chunk shorter than an image: tokens that see each other must still run together.
+    in_chunks = replace(compiled, options=replace(compiled.options, prefill_seq_len=7))
+    seen = set()
+    with open_sessions(compiled) as sessions:
+        for name, images_per_row in PROMPTS.items():
+            prompt = prompt_for(family, images_per_row)
+            tokens, logits = expected(face.model, prompt)
+            for run in (compiled, in_chunks):
+                got, got_logits, vision_runs = actual(face, sessions, run, prompt)
+                assert np.abs(got_logits - logits).max() <= TOLERANCE, name
+                assert (got == tokens).all(), name
+                assert vision_runs == (1 if sum(images_per_row) else 0), name
+            seen |= set(tokens.flatten().tolist())
+    assert len(seen) > 8, "the model repeats itself, so that equal tokens say little"
+
+
+def test_features_shifted_by_one_row_do_not_pass(make_model, prompt_for, tmp_path):
+    face, compiled = compile_face(make_model("llava"), tmp_path / "export")
+    prompt = prompt_for("llava", [1])
+    _, logits = expected(face.model, prompt)
+
+    def shift(outputs):
+        return {name: np.roll(value, 1, axis=1) for name, value in outputs.items()}
+
+    with open_sessions(compiled) as sessions:
+        _, right, _ = actual(face, sessions, compiled, prompt)
+        wrong = {**sessions, "vision": Wrapped(sessions["vision"], shift)}
+        _, shifted, _ = actual(face, wrong, compiled, prompt)
+    assert np.abs(right - logits).max() <= TOLERANCE
+    assert np.abs(shifted[0] - logits[0]).max() > 100 * TOLERANCE
