@@ -1,0 +1,9 @@
+"""``python -m qeff_proxy``: the ``qeff-proxy`` command."""
+
+from __future__ import annotations
+
+import sys
+
+from qeff_proxy.cli import main
+
+sys.exit(main())
