@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from qeff_proxy.errors import ArtifactError, CutError, ExportError
 from qeff_proxy.staging import locked, recover_folder, staged_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from qeff_proxy.cut import Cut
     from qeff_proxy.load import LoadedModel
@@ -54,6 +55,7 @@ def export_model(
     *,
     output: Path | None = None,
     opset: int | None = None,
+    taps: str | Sequence[str] = (),
     force: bool = False,
     progress: Callable[[str], None] = lambda _stage: None,
 ) -> Export:
@@ -66,6 +68,8 @@ def export_model(
         output: The folder to write; by default one below `qeff_proxy.artifact.cache_home`, named
             by model and a hash of all that shapes the export.
         opset: ONNX opset; ``None`` takes the exporter's own choice.
+        taps: What each layer gives as extra outputs: ``"layers"``, ``"attention"``, ``"mlp"``, or
+            several (`qeff_proxy.taps`).
         force: Export again even where the same export is there already.
         progress: Told the name of each stage as it begins.
 
@@ -73,19 +77,23 @@ def export_model(
         The export, read back from its folder.
 
     Raises:
-        UnsupportedModelError: No plugin knows how to cut the model.
+        UnsupportedModelError: No plugin knows how to cut the model, or its layers cannot be
+            found.
         CutError: The parts do not equal the model. Nothing was written.
         ExportError: A part cannot be traced. Nothing was written.
         ArtifactError: The folder is in use, or cannot be written. An older export in it is kept.
     """
-    key = export_key(loaded, hooks, kind, opset)
+    from qeff_proxy.taps import normalize_taps
+
+    wanted = normalize_taps(taps)
+    key = export_key(loaded, hooks, kind, opset, wanted)
     target = (output or export_folder(loaded.source, key)).absolute()
     _check_target(target)
     with locked(target):
         recover_folder(target)
         if not force and (found := _existing(target, key)) is not None:
             return found
-        return _write(loaded, hooks, kind, opset, key, target, progress)
+        return _write(loaded, hooks, kind, opset, wanted, key, target, progress)
 
 
 def _write(
@@ -93,16 +101,19 @@ def _write(
     hooks: Hooks,
     kind: Kind,
     opset: int | None,
+    taps: tuple[str, ...],
     key: dict[str, Any],
     target: Path,
     progress: Callable[[str], None],
 ) -> Export:
     from qeff_proxy.check_graph import check_graph
     from qeff_proxy.cut import cut_model
+    from qeff_proxy.taps import tap_proxy
     from qeff_proxy.trace import trace_part
 
     progress("cutting and verifying")
     cut = cut_model(loaded, hooks, kind)
+    cut = replace(cut, proxy=tap_proxy(cut.proxy, taps))
     names = _canonical_names(loaded)
     traced = []
     for part in cut.proxy.parts:
@@ -134,20 +145,27 @@ def _write(
             parts,
             {name: (folder / name).stat().st_size for name in places},
             {**cut.to_json(), "graphs": differences},
-            cut.proxy.settings,
+            {**cut.proxy.settings, **({"taps": list(taps)} if taps else {})},
             key,
         )
         export.write_manifest()
     return read_export(target)
 
 
-def export_key(loaded: LoadedModel, hooks: Hooks, kind: Kind, opset: int | None) -> dict[str, Any]:
+def export_key(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    opset: int | None,
+    taps: Sequence[str] = (),
+) -> dict[str, Any]:
     """All that shapes an export: the same key, the same folder."""
     return {
         "identity": loaded.identity,
         "kind": kind,
         "dtype": loaded.dtype,
         "opset": opset,
+        "taps": list(taps),
         "plugin": {
             "name": hooks.plugin,
             "distribution": hooks.distribution,

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from qeff_proxy.compile import Compiled
     from qeff_proxy.plugin_hooks import Hooks
     from qeff_proxy.request import Request
+    from qeff_proxy.session import Session
 
-__all__ = ["RunResult", "run_compiled"]
+__all__ = ["RunResult", "new_run_name", "run_compiled"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def run_compiled(
     write_io: bool = False,
     io_folder: Path | None = None,
     io_options: DumpOptions | None = None,
+    sessions: Mapping[str, Session] | None = None,
 ) -> RunResult:
     """Run a compiled proxy on one request.
 
@@ -61,6 +63,7 @@ def run_compiled(
         write_io: Dump inputs and outputs of every run of every part.
         io_folder: Where to; by default a new folder below ``io/`` of the export.
         io_options: Which steps and tensors to keep.
+        sessions: Run these, one per part, instead of what was compiled; they stay open.
 
     Raises:
         UsageError: The request cannot be served.
@@ -72,13 +75,14 @@ def run_compiled(
     settings = dict(settings or {})
     folder = None
     if write_io:
-        folder = io_folder or export.folder / "io" / _run_name()
+        folder = io_folder or export.folder / "io" / new_run_name()
     provenance = _provenance(compiled, settings)
     writer = DumpWriter(folder, provenance, io_options) if folder is not None else None
-    with writer or nullcontext(), open_sessions(compiled) as sessions:
+    opened = open_sessions(compiled) if sessions is None else nullcontext(sessions)
+    with writer or nullcontext(), opened as running:
         job = Job(
             export=export,
-            sessions=sessions,
+            sessions=running,
             options=compiled.options,
             config=load_config(export.processor_folder),
             tensors=tensors,
@@ -91,7 +95,7 @@ def run_compiled(
     return RunResult(outputs, hooks.decode(processor=processor, outputs=outputs), folder)
 
 
-def _run_name() -> str:
+def new_run_name() -> str:
     """A name that sorts by time and that no other run has."""
     now = datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"

@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 __all__ = [
     "add_compile_options",
     "add_model_options",
+    "add_shape_options",
+    "compile_options_of",
     "compiled_of",
     "export_of",
+    "kind_of",
     "loaded_of",
+    "parse_option",
 ]
 
 _KINDS: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
+
+
+def kind_of(args: argparse.Namespace) -> Kind:
+    """What ``--proxy`` says."""
+    return _KINDS[args.proxy]
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None:
@@ -50,6 +59,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the export")
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
+    if exports:
+        parser.add_argument(
+            "--taps",
+            metavar="WHAT",
+            help="also give what each layer gives: layers, attention, mlp, or several with commas",
+        )
     parser.add_argument("--force", action="store_true", help="do it again even if it is there")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code of the checkpoint"
@@ -63,12 +78,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
 def add_compile_options(parser: argparse.ArgumentParser) -> None:
     """Backend, shapes, cores."""
     parser.add_argument("--backend", default="onnxruntime", help="default: onnxruntime")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
-    parser.add_argument(
-        "--prefill-seq-len", type=int, metavar="N", help="run prompts in chunks of N tokens"
-    )
-    parser.add_argument("--ctx-len", type=int, metavar="N", help="most positions in all")
-    parser.add_argument("--num-cores", type=int, metavar="N", help="cores to use")
+    add_shape_options(parser)
     parser.add_argument(
         "-O",
         "--backend-option",
@@ -77,6 +87,16 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="an option of this backend; may be given again",
     )
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Shapes and cores, which mean the same for every backend."""
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--prefill-seq-len", type=int, metavar="N", help="run prompts in chunks of N tokens"
+    )
+    parser.add_argument("--ctx-len", type=int, metavar="N", help="most positions in all")
+    parser.add_argument("--num-cores", type=int, metavar="N", help="cores to use")
 
 
 def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
@@ -109,9 +129,10 @@ def export_of(args: argparse.Namespace) -> tuple[Export, Hooks]:
         export = export_model(
             loaded,
             hooks,
-            _KINDS[args.proxy],
+            kind_of(args),
             output=args.output,
             opset=args.opset,
+            taps=args.taps or (),
             force=args.force,
             progress=progress,
         )
@@ -124,11 +145,12 @@ def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False
 
     with stage_display("compiling", quiet=args.json) as progress:
         return compile_export(
-            export, args.backend, _compile_options(args), force=force, progress=progress
+            export, args.backend, compile_options_of(args), force=force, progress=progress
         )
 
 
-def _compile_options(args: argparse.Namespace) -> CompileOptions:
+def compile_options_of(args: argparse.Namespace) -> CompileOptions:
+    """Shapes, cores and, where the command has one backend, its options."""
     from qeff_proxy.backends import CompileOptions
 
     return CompileOptions(
@@ -136,11 +158,11 @@ def _compile_options(args: argparse.Namespace) -> CompileOptions:
         prefill_seq_len=args.prefill_seq_len,
         ctx_len=args.ctx_len,
         num_cores=args.num_cores,
-        backend=dict(_option(text) for text in args.backend_option),
+        backend=dict(parse_option(text) for text in getattr(args, "backend_option", ())),
     )
 
 
-def _option(text: str) -> tuple[str, Any]:
+def parse_option(text: str) -> tuple[str, Any]:
     """``name=value``; true, false and numbers become what they are."""
     name, equals, value = text.partition("=")
     if not equals or not name:

@@ -1,0 +1,216 @@
+"""``qeff-proxy verify MODEL --backend A --backend B …``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.cli.options import (
+    add_model_options,
+    add_shape_options,
+    compile_options_of,
+    kind_of,
+    loaded_of,
+    parse_option,
+)
+from qeff_proxy.cli.output import print_json, print_text, stage_display
+from qeff_proxy.errors import UsageError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import RenderableType
+
+    from qeff_proxy.artifact import Export
+    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.request import Request
+    from qeff_proxy.verification import BackendResult, Verification
+
+__all__ = ["configure", "run"]
+
+_EPILOG = """\
+PyTorch runs the same input and is the reference. Every backend is fed the tokens that PyTorch
+chose, so that each step has the same inputs; "tokens" counts those it would have chosen too.
+Exit status: 0 when every backend passed, else 1. Limits of --tol: see qeff-proxy compare --help.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.epilog = _EPILOG
+    add_model_options(parser, exports=True)
+    parser.add_argument(
+        "--backend",
+        action="append",
+        metavar="NAME",
+        help="a backend to verify; may be given again (default: onnxruntime)",
+    )
+    given = parser.add_argument_group("input")
+    given.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="may be given again"
+    )
+    given.add_argument(
+        "--ids", action="append", default=[], metavar="N,N,…", help="token ids instead of a prompt"
+    )
+    given.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
+    judged = parser.add_argument_group("verdict")
+    judged.add_argument(
+        "--tol",
+        action="append",
+        default=[],
+        metavar="GLOB=LIMIT:VALUE,…",
+        help="tolerance of the tensors that match, such as '*=peak:0.02' (repeatable)",
+    )
+    judged.add_argument("--html", type=Path, metavar="FILE", help="write a report per backend")
+    dump = parser.add_argument_group("dumps")
+    dump.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
+    dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
+    dump.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
+    add_shape_options(parser)
+    parser.add_argument(
+        "-O",
+        "--backend-option",
+        action="append",
+        default=[],
+        dest="options_of_backends",
+        metavar="BACKEND.NAME=VALUE",
+        help="an option of one backend; may be given again",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify, print the verdicts, and return 0 when all backends passed, else 1."""
+    from qeff_proxy.compare import Tolerances
+
+    tolerances = Tolerances.parse(args.tol)
+    request = _request(args)
+    by_backend = _backend_options(args)
+    with stage_display("verifying", quiet=args.json) as progress:
+        progress("loading libraries")
+        from qeff_proxy.dump import DumpOptions
+        from qeff_proxy.verify import VerifyOptions, verify_model
+
+        verification = verify_model(
+            _model(args),
+            args.backend or ["onnxruntime"],
+            request,
+            VerifyOptions(
+                kind=kind_of(args),
+                taps=args.taps,
+                output=args.output,
+                opset=args.opset,
+                force=args.force,
+                max_new_tokens=args.max_new_tokens,
+                tolerances=tolerances,
+                compile=compile_options_of(args),
+                backends=by_backend,
+                io=DumpOptions(args.io_steps, tuple(args.io_tensors or ("*",))),
+                io_folder=args.io_dir,
+                html=args.html,
+            ),
+            trust_remote_code=args.trust_remote_code,
+            progress=progress,
+        )
+    if args.json:
+        print_json(verification.to_json())
+    else:
+        for renderable in _rendered(verification):
+            print_text(renderable)
+    return 0 if verification.passed else 1
+
+
+def _model(args: argparse.Namespace) -> LoadedModel | Export:
+    from qeff_proxy.artifact import MANIFEST, read_export
+
+    folder = Path(args.model).expanduser()
+    return read_export(folder) if (folder / MANIFEST).is_file() else loaded_of(args)[0]
+
+
+def _request(args: argparse.Namespace) -> Request | None:
+    from qeff_proxy.request import Request
+
+    if args.prompt and args.ids:
+        raise UsageError("--prompt and --ids exclude each other")
+    if args.ids:
+        rows = [_ids(text) for text in args.ids]
+        if len({len(row) for row in rows}) > 1:
+            raise UsageError("rows of --ids differ in length", "Give rows of one length.")
+        import numpy as np
+
+        return Request(inputs={"input_ids": np.array(rows, np.int64)})
+    return Request(prompts=tuple(args.prompt)) if args.prompt else None
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.replace(",", " ").split()]
+    except ValueError:
+        raise UsageError(f"--ids {text!r} are no numbers", "Write --ids 5,17,3.") from None
+
+
+def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for text in args.options_of_backends:
+        backend, dot, option = text.partition(".")
+        if not dot or "=" in backend:
+            raise UsageError(f"-O {text} is not BACKEND.NAME=VALUE")
+        name, value = parse_option(option)
+        found.setdefault(backend, {})[name] = value
+    unused = sorted(set(found) - set(args.backend or ["onnxruntime"]))
+    if unused:
+        raise UsageError(f"-O names {unused[0]}, which is not verified")
+    return found
+
+
+def _rendered(verification: Verification) -> list[RenderableType]:
+    """The table of verdicts, then for each backend what there is to say."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from qeff_proxy.compare.verdict import describe_verdict, printable
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("backend")
+    table.add_column("verdict")
+    table.add_column("first divergence", overflow="fold")
+    table.add_column("worst tensor", overflow="fold")
+    for heading in ("of peak", "tokens", "SQNR dB", "cosine"):
+        table.add_column(heading, justify="right")
+    for result in verification.results:
+        table.add_row(*_row(result))
+    lines: list[RenderableType] = [table, ""]
+    for result in verification.results:
+        if result.comparison is None:
+            said = [f"ERROR: {printable(result.error)}"]
+        else:
+            said = describe_verdict(result.comparison)
+        said[0] = f"{result.backend}: {said[0]}"
+        lines += [Text(line) for line in said]
+    lines += ["", f"export: {verification.export}", f"dumps: {verification.reference.parent}"]
+    lines += [f"report: {one.report}" for one in verification.results if one.report is not None]
+    return lines
+
+
+def _row(result: BackendResult) -> list[str]:
+    from qeff_proxy.compare.verdict import format_share
+
+    if result.comparison is None:
+        return [result.backend, "[red]ERROR[/]", "", "", "", "", "", ""]
+    first = result.divergence
+    where = ""
+    if first is not None:
+        layer = "no layer" if first.layer is None else f"layer {first.layer}"
+        where = f"{layer} in {first.step}"
+    worst = result.worst
+    sqnr, cosine = result.sqnr, result.cosine
+    return [
+        result.backend,
+        "[green]PASSED[/]" if result.passed else "[red]FAILED[/]",
+        where or "none",
+        str(worst.name) if worst is not None else "",
+        format_share(result.worst_error),
+        f"{result.equal_tokens}/{result.tokens}" if result.tokens else "",
+        "" if sqnr is None else "exact" if sqnr == math.inf else f"{sqnr:.1f}",
+        "" if cosine is None else f"{cosine:.6f}",
+    ]
