@@ -46,10 +46,11 @@ class GenerationResult:
 
 
 class QEFFAutoModelForCausalLM(ProxyModel):
-    """A causal LM."""
+    """A causal LM, or a vision-language model that calls itself one and is given ``inputs``."""
 
     auto_class = "AutoModelForCausalLM"
-    flows = frozenset({"causal-lm"})
+    flows = frozenset({"causal-lm", "image-text-to-text"})
+    option_names = frozenset({"kv_offload"})
     extra = "text"
 
     def generate(
@@ -74,7 +75,8 @@ class QEFFAutoModelForCausalLM(ProxyModel):
             prompts: A prompt or several; several are padded on the left.
             tokenizer: By default the checkpoint's own.
             inputs: Token ids instead of prompts: ``input_ids`` and, where there is padding,
-                ``attention_mask``, both ``[batch, sequence]``.
+                ``attention_mask``, both ``[batch, sequence]``; with images, all that the
+                checkpoint's processor made.
             generation_len: New tokens; the same as ``max_new_tokens``.
             max_new_tokens: New tokens; by default what the checkpoint says, else 128, but never
                 more than fit.

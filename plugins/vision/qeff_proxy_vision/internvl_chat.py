@@ -104,6 +104,11 @@ def _site_of(model: PreTrainedModel, wanted: nn.Module) -> Site | None:
     return Site(path) if path is not None else None
 
 
+def _inner_site(site: Site | Absent) -> Site | Absent:
+    """The site as the language model by itself has it."""
+    return site if isinstance(site, Absent) else Site(site.module.removeprefix(_PREFIX))
+
+
 @hookimpl
 def build_proxy(
     model: PreTrainedModel,
@@ -119,11 +124,9 @@ def build_proxy(
             "the model does not know its image token",
             f"Set model.img_context_token_id = tokenizer.convert_tokens_to_ids({_CONTEXT!r}).",
         )
-    inner = [
-        site if isinstance(site, Absent) else Site(site.module.removeprefix(_PREFIX))
-        for site in (embedding, lm_head)
-    ]
-    text = cut_text(model.language_model, *inner, kind, options)
+    text = cut_text(
+        model.language_model, _inner_site(embedding), _inner_site(lm_head), kind, options
+    )
     config = model.config
     size = config.force_image_size or config.vision_config.image_size
     tile = (3, size, size)

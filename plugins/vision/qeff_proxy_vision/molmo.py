@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.parts import Kind
     from qeff_proxy.request import Request
-    from qeff_proxy.sites import Absent
     from transformers import PreTrainedModel
 
 __all__ = [
@@ -148,7 +147,7 @@ class _Head(nn.Module):
 
 
 @hookimpl
-def locate_embedding(model: PreTrainedModel) -> Site:
+def locate_embedding() -> Site:
     """``wte``, which may be two tables: that of the vocabulary and that of added tokens."""
     return Site(f"{_TRANSFORMER}.wte")
 
@@ -166,13 +165,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site:
 
 
 @hookimpl
-def build_proxy(
-    model: PreTrainedModel,
-    embedding: Site | Absent,
-    lm_head: Site | Absent,
-    kind: Kind,
-    options: Mapping[str, Any],
-) -> VisionProxy:
+def build_proxy(model: PreTrainedModel, kind: Kind, options: Mapping[str, Any]) -> VisionProxy:
     """Backbone; then the language model."""
     check_kind(model, kind, options)
     config = model.model.config

@@ -99,7 +99,7 @@ def adapted(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """
     ties_without_arguments = len(inspect.signature(cls.tie_weights).parameters) < 2
 
-    class Adapted(cls):  # type: ignore[misc, valid-type]
+    class Adapted(cls):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             if not hasattr(self, "all_tied_weights_keys"):
