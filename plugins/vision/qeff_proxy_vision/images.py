@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -74,7 +75,10 @@ def _download(url: str) -> bytes:
 
 def _decode(file: Any, name: str) -> Image.Image:
     try:
-        with Image.open(file) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
+            opened = Image.open(file)
+        with opened as image:
             _check_size(image.width, image.height, name)
             image.load()
             return _to_rgb(image, name)
