@@ -173,7 +173,7 @@ def _rendered(verification: Verification) -> list[RenderableType]:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("backend")
     table.add_column("verdict")
-    table.add_column("first divergence", overflow="fold")
+    table.add_column("first divergence", no_wrap=True)
     table.add_column("worst tensor", overflow="fold")
     for heading in ("of peak", "tokens", "SQNR dB", "cosine"):
         table.add_column(heading, justify="right")
@@ -208,7 +208,7 @@ def _row(result: BackendResult) -> list[str]:
         result.backend,
         "[green]PASSED[/]" if result.passed else "[red]FAILED[/]",
         where or "none",
-        str(worst.name) if worst is not None else "",
+        str(worst.name) if worst is not None and result.worst_error else "none",
         format_share(result.worst_error),
         f"{result.equal_tokens}/{result.tokens}" if result.tokens else "",
         "" if sqnr is None else "exact" if sqnr == math.inf else f"{sqnr:.1f}",
