@@ -76,8 +76,7 @@ class ImageTextFlow:
             UsageError: Images and prompt do not belong together, the prompt does not fit, or the
                 export is a stub.
         """
-        parts = {part.name: part for part in job.export.parts}
-        vision = parts.pop("vision")
+        steps = tuple(part for part in job.export.parts if part.name != "vision")
 
         def run_vision(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
             outputs = job.sessions["vision"].run(feeds)
@@ -86,10 +85,9 @@ class ImageTextFlow:
             return outputs
 
         tensors = {name: to_array(torch.as_tensor(value)) for name, value in job.tensors.items()}
-        prompt = ImagePrompt(
-            ImageSettings.from_json(job.export.settings["image"]), tensors, vision, run_vision
-        )
-        generated = generate_ids(job, tuple(parts.values()), prompt)
+        settings = ImageSettings.from_json(job.export.settings["image"])
+        prompt = ImagePrompt(settings, tensors, _takes_pixels(job.export.parts), run_vision)
+        generated = generate_ids(job, steps, prompt)
         return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
 
 
@@ -97,10 +95,9 @@ def _proxy_logits(proxy: VisionProxy, sample: Mapping[str, Array], new: Array) -
     """Logits of the parts, run as they will be run: ``[batch, sequence, vocabulary]``."""
     parts = [_shrunk(part) for part in proxy.parts]
     sessions = {part.name: TorchSession(part) for part in parts}
-    vision: PartLike = proxy.part("vision")
-    prompt = ImagePrompt(
-        ImageSettings.from_json(proxy.settings["image"]), sample, vision, sessions["vision"].run
-    )
+    takes_pixels = _takes_pixels(parts)
+    settings = ImageSettings.from_json(proxy.settings["image"])
+    prompt = ImagePrompt(settings, sample, takes_pixels, sessions[takes_pixels.name].run)
     engine = CausalEngine(
         [part for part in parts if part.name != "vision"], sessions, supplier=prompt
     )
@@ -114,6 +111,12 @@ def _proxy_logits(proxy: VisionProxy, sample: Mapping[str, Array], new: Array) -
         )
         pieces.append(logits.astype(np.float32))
     return np.concatenate(pieces, axis=1)
+
+
+def _takes_pixels(parts: Iterable[PartLike]) -> PartLike:
+    """The part that images go into: ``vision``, or what it was put into."""
+    by_name = {part.name: part for part in parts}
+    return next(by_name[name] for name in ("vision", "body", "model") if name in by_name)
 
 
 def _steps(prompt: int, total: int) -> Iterable[tuple[int, int]]:

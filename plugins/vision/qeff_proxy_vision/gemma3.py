@@ -60,6 +60,9 @@ def build_proxy(
         )
 
     settings = ImageSettings(
-        config.image_token_id, blocks=Blocks(_TYPES, "run"), table_rows=text.vocab_size
+        config.image_token_id,
+        blocks=Blocks(_TYPES, "run"),
+        table_rows=text.vocab_size,
+        rows_per_tile=rows,
     )
     return add_vision(text_proxy, part, settings, sample)

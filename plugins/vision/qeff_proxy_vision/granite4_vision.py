@@ -161,16 +161,15 @@ def build_proxy(
         for target in targets
     ]
     settings = ImageSettings(config.image_token_id, tuple(merges), grid=grid)
-    proxy = add_vision(text_proxy, part, settings, sample)
     dtype = str(model.dtype).removeprefix("torch.")
     extra = tuple(
         TensorSpec(f"layer_features.{target}", dtype, ("batch", "query", text.hidden_size))
         for target in targets
     )
-    proxy.parts = tuple(
+    text_proxy.parts = tuple(
         replace(each, module=LayeredBody(each.module, targets), inputs=(*each.inputs, *extra))
         if each.name == "body"
         else each
-        for each in proxy.parts
+        for each in text_proxy.parts
     )
-    return proxy
+    return add_vision(text_proxy, part, settings, sample)

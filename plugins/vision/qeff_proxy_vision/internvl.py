@@ -52,5 +52,5 @@ def build_proxy(
             {"pixel_values": pixels}, (0, 2 * rows), config.image_token_id, text.vocab_size
         )
 
-    settings = ImageSettings(config.image_token_id)
+    settings = ImageSettings(config.image_token_id, rows_per_tile=rows)
     return add_vision(text_proxy, part, settings, sample)

@@ -141,7 +141,9 @@ def build_proxy(
         vocabulary = config.llm_config.vocab_size
         return sample_prompt({"pixel_values": pixels}, (0, 2 * rows), token_id, vocabulary)
 
-    return add_vision(text, part, ImageSettings(token_id), sample, _model_logits)
+    return add_vision(
+        text, part, ImageSettings(token_id, rows_per_tile=rows), sample, _model_logits
+    )
 
 
 def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Array) -> Array:

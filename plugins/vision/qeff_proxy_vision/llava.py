@@ -42,15 +42,15 @@ def build_proxy(
     )
     tile = (vision.num_channels, vision.image_size, vision.image_size)
     hidden = config.text_config.hidden_size
-    part = pixel_part(
-        module, model.dtype, tile, {"image_features": ("batch", config.image_seq_length, hidden)}
-    )
+    with torch.no_grad():
+        blank = torch.zeros(1, *tile, dtype=model.dtype, device=model.device)
+        rows = module(blank)["image_features"].shape[1]
+    part = pixel_part(module, model.dtype, tile, {"image_features": ("batch", rows, hidden)})
 
     def sample() -> dict[str, torch.Tensor]:
         pixels = torch.randn(1, *tile, generator=torch.Generator().manual_seed(0))
-        rows = module(pixels.to(model.dtype))["image_features"].shape[1]
         vocabulary = config.text_config.vocab_size
         return sample_prompt({"pixel_values": pixels}, (0, rows), config.image_token_id, vocabulary)
 
-    settings = ImageSettings(config.image_token_id)
+    settings = ImageSettings(config.image_token_id, rows_per_tile=rows)
     return add_vision(text_proxy, part, settings, sample)

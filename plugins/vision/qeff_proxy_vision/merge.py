@@ -16,6 +16,7 @@ from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.errors import UsageError
 from qeff_proxy.masks import build_mask
 
+from qeff_proxy_vision.one_graph import ROWS
 from qeff_proxy_vision.tiles import TileGrid
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ class ImageSettings:
         blocks: Which image tokens see each other.
         grid: How the tiles of an image are arranged, where they are.
         table_rows: Rows of the embedding table; tokens beyond it stand for images only.
-        skip_negative: An input of the vision part whose rows of negatives only are left out.
+        skip_negative: An input of the vision part whose rows of negatives only are left out, and
+            that has a row for each row of features.
+        rows_per_tile: Rows of features of a tile, where a tile always has as many.
+        inputs: The pixels, where the body takes them itself (`qeff_proxy_vision.one_graph`).
     """
 
     token_id: int | None
@@ -77,6 +81,8 @@ class ImageSettings:
     grid: TileGrid | None = None
     table_rows: int | None = None
     skip_negative: str | None = None
+    rows_per_tile: int | None = None
+    inputs: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The settings as a JSON object."""
@@ -88,6 +94,8 @@ class ImageSettings:
             "grid": self.grid.to_json() if self.grid else None,
             "table_rows": self.table_rows,
             "skip_negative": self.skip_negative,
+            "rows_per_tile": self.rows_per_tile,
+            "inputs": list(self.inputs),
         }
 
     @classmethod
@@ -101,6 +109,8 @@ class ImageSettings:
             TileGrid(**value["grid"]) if value["grid"] else None,
             value["table_rows"],
             value["skip_negative"],
+            value["rows_per_tile"],
+            tuple(value["inputs"]),
         )
 
 
@@ -111,9 +121,9 @@ class ImagePrompt:
         settings: What the family says.
         tensors: What ``preprocess`` made: ``input_ids [batch, length]`` int64, and the inputs of
             the vision part.
-        vision: The vision part.
-        run_vision: Runs it. It is called once, before the first step, and not at all where the
-            prompt has no image.
+        vision: The part that takes the pixels.
+        run_vision: Runs it, where it is a part of its own. It is called once, before the first
+            step, and not at all where the prompt has no image.
 
     Raises:
         UsageError: The prompt has an image token and no image, or the reverse.
@@ -124,16 +134,18 @@ class ImagePrompt:
         settings: ImageSettings,
         tensors: Mapping[str, Array],
         vision: PartLike,
-        run_vision: RunVision,
+        run_vision: RunVision | None,
     ) -> None:
         self.settings = settings
         self._tensors = tensors
-        self._vision = vision
+        names = settings.inputs
+        self._pixels = [spec for spec in vision.inputs if not names or spec.name in names]
         self._run_vision = run_vision
         self._ids = tensors["input_ids"]
-        self._has_images = vision.inputs[0].name in tensors
+        self._has_images = self._pixels[0].name in tensors
         self._blocks = _blocks(settings.blocks, tensors)
         self._features: dict[str, Array] | None = None
+        self._feeds: dict[str, Array] | None = None
         self._rows = np.full(self._ids.shape, -1, np.int64)
         marked = self._marked()
         if marked is not None and marked.any() and not self._has_images:
@@ -153,13 +165,16 @@ class ImagePrompt:
         """What the images give to a part (see `qeff_proxy.engine.Supplier`)."""
         ids = known["input_ids"]
         past = padding.shape[1] - ids.shape[1]
-        if part.name == "embedding":
-            limit = self.settings.table_rows
-            return {} if limit is None else {"input_ids": np.where(ids >= limit, 0, ids)}
         names = {spec.name for spec in part.inputs}
-        here = [merge for merge in self.settings.merges if merge.into in names]
         given: dict[str, Array] = {}
-        if here:
+        limit = self.settings.table_rows
+        if "input_ids" in names and limit is not None:
+            given["input_ids"] = np.where(ids >= limit, 0, ids)
+        here = [merge for merge in self.settings.merges if merge.into in names]
+        if self.settings.inputs:
+            if self.settings.inputs[0] in names:
+                given.update(self._one_graph(past, ids.shape))
+        elif here:
             rows = self._window(self._arranged(), past, ids.shape)
             for merge in here:
                 target = given.get(merge.into, known.get(merge.into))
@@ -170,11 +185,15 @@ class ImagePrompt:
 
     def chunk_end(self, start: int, stop: int) -> int:  # noqa: ARG002 (the protocol's)
         """A position from ``stop`` on that parts no block of tokens that see each other."""
-        if self._blocks is None:
+        together = self._blocks
+        if self.settings.inputs and self._has_images:
+            # One graph: chunks that share the images would each run the tower.
+            together = np.where(self._arranged() >= 0, 0, -1)
+        if together is None:
             return stop
         while True:
             end = stop
-            for row in self._blocks:
+            for row in together:
                 parted = np.isin(row[stop:], row[:stop][row[:stop] >= 0])
                 if parted.any():
                     end = max(end, stop + int(np.flatnonzero(parted)[-1]) + 1)
@@ -191,22 +210,25 @@ class ImagePrompt:
 
     def _arranged(self) -> Array:
         """The row of features at each position, -1 for none; runs the vision part first."""
-        if self._features is not None or not self._has_images:
+        if self._feeds is not None or not self._has_images:
             return self._rows
-        feeds = self._feeds()
-        outputs = self._run_vision(feeds)
-        self._features = {
-            name: np.asarray(value).reshape(-1, value.shape[-1]) for name, value in outputs.items()
-        }
-        count = next(iter(self._features.values())).shape[0]
+        self._feeds = self._make_feeds()
         if self.settings.index is not None:
             self._place_by_index(self._tensors[self.settings.index])
-            return self._rows
-        order = np.arange(count)
-        if self.settings.grid is not None:
-            order = self.settings.grid.order(self._tensors["image_sizes"])
+        else:
+            self._place_by_token()
+        if self._run_vision is not None and not self.settings.inputs:
+            self._features = {
+                name: np.asarray(value).reshape(-1, value.shape[-1])
+                for name, value in self._run_vision(self._feeds).items()
+            }
+        return self._rows
+
+    def _place_by_token(self) -> None:
+        """Rows go to the image tokens in order."""
         marked = self._marked()
         assert marked is not None  # noqa: S101 (a family says token_id or index)
+        order = self._order()
         if int(marked.sum()) != order.size:
             raise UsageError(
                 f"the prompt has {int(marked.sum())} image tokens, and its images need "
@@ -214,7 +236,30 @@ class ImagePrompt:
                 "Let the checkpoint's processor make the prompt, with one image for each place.",
             )
         self._rows[marked] = order
-        return self._rows
+
+    def _order(self) -> Array:
+        """The rows of features, in the order of the image tokens."""
+        assert self._feeds is not None  # noqa: S101 (made before)
+        if self.settings.grid is not None:
+            return self.settings.grid.order(self._tensors["image_sizes"])
+        if self.settings.skip_negative is not None:
+            return np.arange(self._feeds[self.settings.skip_negative].shape[0])
+        tiles = self._feeds[self._pixels[0].name].shape[0]
+        return np.arange(tiles * (self.settings.rows_per_tile or 1))
+
+    def _one_graph(self, past: int, shape: tuple[int, ...]) -> dict[str, Array]:
+        """The pixels in the step that has images, and none in others; and each position's row."""
+        rows = self._window(self._arranged(), past, shape)
+        if self._feeds is not None and (rows >= 0).any():
+            return {ROWS: rows, **self._feeds}
+        nothing = {
+            spec.name: np.zeros(
+                [axis if isinstance(axis, int) else 0 for axis in spec.shape],
+                numpy_dtype(spec.dtype),
+            )
+            for spec in self._pixels
+        }
+        return {ROWS: rows, **nothing}
 
     def _place_by_index(self, index: Array) -> None:
         """``index [batch, …]``: the position, within its row, of each feature row."""
@@ -223,9 +268,9 @@ class ImagePrompt:
         batch, column = np.nonzero(flat >= 0)
         self._rows[batch, flat[batch, column]] = feature_rows[batch, column]
 
-    def _feeds(self) -> dict[str, Array]:
+    def _make_feeds(self) -> dict[str, Array]:
         feeds: dict[str, Array] = {}
-        for spec in self._vision.inputs:
+        for spec in self._pixels:
             if spec.name not in self._tensors:
                 raise UsageError(
                     f"images need the tensor {spec.name!r}, which is not there",

@@ -24,7 +24,7 @@ from torch import nn
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import decode, prompts_and_images
 from qeff_proxy_vision.merge import ImageSettings, Merge
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, check_kind
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, marked_text
 from qeff_proxy_vision.remote import load_adapted
 
 if TYPE_CHECKING:
@@ -167,9 +167,8 @@ def locate_lm_head(model: PreTrainedModel) -> Site:
 @hookimpl
 def build_proxy(model: PreTrainedModel, kind: Kind, options: Mapping[str, Any]) -> VisionProxy:
     """Backbone; then the language model."""
-    check_kind(model, kind, options)
     config = model.model.config
-    text = _text_parts(model, config)
+    text = marked_text(_text_parts(model, config), kind, options)
     dtype = str(model.dtype).removeprefix("torch.")
     vision = config.vision_backbone
     across, down = vision.image_num_patch

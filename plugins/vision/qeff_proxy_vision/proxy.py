@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.generic import build_proxy as build_text_proxy
 from qeff_proxy.parts import Kind, Part, Proxy
 
+from qeff_proxy_vision.one_graph import join_graphs, join_whole
 from qeff_proxy_vision.reference import model_logits
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ __all__ = [
     "Sample",
     "VisionProxy",
     "add_vision",
-    "check_kind",
     "cut_text",
+    "marked_text",
     "sample_prompt",
 ]
 
@@ -59,15 +60,6 @@ class VisionProxy(Proxy):
     reference: Reference = field(default=model_logits)
 
 
-def check_kind(model: PreTrainedModel, kind: Kind, options: Mapping[str, Any]) -> None:
-    """Refuse what there is not: `UnsupportedModelError` for anything but separate graphs."""
-    if kind != "split" or options.get("kv_offload") is False:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be exported as one graph yet",
-            "Use enable_proxy=True and kv_offload=True: vision and language as separate graphs.",
-        )
-
-
 def cut_text(
     model: PreTrainedModel,
     embedding: Site | Absent,
@@ -81,20 +73,25 @@ def cut_text(
         model: The uncut model, or the language model in it.
         embedding: Where its token embedding is.
         lm_head: Where its LM head is.
-        kind: ``"split"``, the only kind that there is.
-        options: ``kv_offload=False`` asks for vision and body in one graph, which there is not.
+        kind: What the whole is to be; the parts are those of a split in any case.
+        options: ``kv_offload=False`` asks for vision and body in one graph.
 
     Raises:
-        UnsupportedModelError: The kind is another, or one graph is asked for.
+        UnsupportedModelError: The language model cannot be cut by itself.
     """
-    check_kind(model, kind, options)
-    text = build_text_proxy(model, embedding, lm_head, kind)
+    text = build_text_proxy(model, embedding, lm_head, "split")
     if text is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language model that can be cut by itself",
             "A plugin for this model type can build its parts in another way.",
         )
-    return text
+    return marked_text(text, kind, options)
+
+
+def marked_text(text: Proxy, kind: Kind, options: Mapping[str, Any]) -> Proxy:
+    """The cut language model, with what `add_vision` is to make of it."""
+    offload = options.get("kv_offload") is not False
+    return replace(text, kind=kind, settings={**text.settings, "kv_offload": offload})
 
 
 def add_vision(
@@ -104,21 +101,25 @@ def add_vision(
     sample: Sample,
     reference: Reference = model_logits,
 ) -> VisionProxy:
-    """Put the vision part before a cut language model.
+    """Put the vision part before a cut language model, or into its body.
 
     Args:
-        text: The language model, cut.
+        text: The language model, cut, and what the whole is to be (`marked_text`).
         vision: The vision part.
         settings: How its features enter the language model.
         sample: Makes a prompt with an image.
         reference: Runs the uncut model, where it is not called as transformers' own are.
     """
+    parts = (vision, *text.parts)
+    if text.kind != "split" or not text.settings["kv_offload"]:
+        parts, settings = join_graphs(parts, settings)
+    if text.kind != "split":
+        parts = join_whole(parts, stub=text.kind == "stub")
     flow_settings = {**text.settings, "image": settings.to_json()}
     rows = flow_settings.get("embedding_rows")
     if rows is not None and settings.token_id is not None:
         # An image token may lie beyond the table: it is never looked up.
         flow_settings["embedding_rows"] = max(rows, settings.token_id + 1)
-    parts = (vision, *text.parts)
     return VisionProxy(text.kind, FLOW, parts, flow_settings, sample, reference)
 
 

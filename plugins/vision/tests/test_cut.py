@@ -8,7 +8,7 @@ import pytest
 import torch
 from qeff_proxy import Plugins, Site
 from qeff_proxy.cut import cut_model
-from qeff_proxy.errors import CutError, UnsupportedModelError
+from qeff_proxy.errors import CutError
 from qeff_proxy.flows import load_flow
 from qeff_proxy.load import with_options, wrap_model
 from torch import nn
@@ -28,9 +28,9 @@ class Changed(nn.Module):
         return {name: self.change(value) for name, value in self.module(**tensors).items()}
 
 
-def cut(model, **options):
+def cut(model, kind="split", **options):
     loaded = with_options(wrap_model(model), options)
-    return cut_model(loaded, Plugins.discover().hooks_for(loaded.model_type), "split")
+    return cut_model(loaded, Plugins.discover().hooks_for(loaded.model_type), kind)
 
 
 def verify(model, made, proxy):
@@ -150,6 +150,30 @@ def test_the_model_is_as_it_was_after_the_cut(make_model):
     assert {name: id(module) for name, module in model.named_modules()} == before
 
 
-def test_one_graph_for_vision_and_body_is_refused(make_model):
-    with pytest.raises(UnsupportedModelError, match="kv_offload=True"):
-        cut(make_model("llava"), kv_offload=False)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vision_and_body_in_one_graph(family, make_model):
+    model = make_model(family)
+    made = cut(model, kv_offload=False)
+    assert [part.name for part in made.proxy.parts] == ["embedding", "body", "lm_head"]
+    assert made.report.max_difference <= 1e-5
+    names = [spec.name for spec in made.proxy.part("body").inputs]
+    assert "pixel_values" in names
+    assert "image_rows" in names
+    again = cut(model, **made.proxy.settings)
+    assert [part.name for part in again.proxy.parts] == ["embedding", "body", "lm_head"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_is_not_split_is_one_graph(family, make_model):
+    made = cut(make_model(family), "whole")
+    assert [part.name for part in made.proxy.parts] == ["model"]
+    assert made.report.max_difference <= 1e-5
+
+
+def test_a_stub_is_one_graph_without_the_vocabulary(make_model):
+    made = cut(make_model("llava"), "stub")
+    (part,) = made.proxy.parts
+    assert part.inputs[0].name == "input_ids"
+    assert part.outputs[0].shape == ("batch", "query", 64)
+    assert not list(part.module.embedding.parameters())
+    assert not list(part.module.head.parameters())

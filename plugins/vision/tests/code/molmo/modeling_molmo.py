@@ -54,8 +54,11 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config, cache):
         super().__init__()
         width = config.d_model // config.n_heads
-        steps = 1.0 / 10000 ** (torch.arange(0, width, 2).float() / width)
-        angles = torch.arange(config.max_position_embeddings).float()[:, None] * steps
+        # Named, since models are made on the meta device, which would take the table for a weight.
+        device = torch.device("cpu")
+        steps = 1.0 / 10000 ** (torch.arange(0, width, 2, device=device).float() / width)
+        positions = torch.arange(config.max_position_embeddings, device=device).float()
+        angles = positions[:, None] * steps
         angles = torch.cat([angles, angles], dim=-1)
         self._cache = cache
         cache["sin"], cache["cos"] = angles.sin(), angles.cos()
