@@ -52,7 +52,8 @@ def load_sound(sound: Any, rate: int, sampling_rate: int | None = None) -> Array
         samples, own_rate = _read(Path(sound).expanduser())
     else:
         name = "the array"
-        samples, own_rate = _samples_of(sound), sampling_rate or rate
+        samples = _samples_of(sound)
+        own_rate = rate if sampling_rate is None else sampling_rate
     _check_rate(own_rate, name)
     mono = _mono(samples, name)
     if mono.size == 0:

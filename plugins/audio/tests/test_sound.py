@@ -1,0 +1,116 @@
+"""Sound files and arrays become mono samples at the model's rate, or a clear error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from qeff_proxy.errors import UsageError
+from qeff_proxy_audio.sound import SoundWarning, load_sound
+
+RATE = 16_000
+
+
+def tone(rate=RATE, seconds=0.5, hertz=440.0):
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate)).astype("f4")
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
+def test_each_kind_of_file_is_read(tmp_path, kind):
+    path = tmp_path / f"tone.{kind}"
+    soundfile.write(path, tone(), RATE)
+    samples = load_sound(path, RATE)
+    assert samples.dtype == np.float32
+    spectrum = np.abs(np.fft.rfft(samples))
+    assert abs(spectrum.argmax() * RATE / len(samples) - 440) < 5
+
+
+def test_eight_kilohertz_stereo_is_resampled_and_mixed_with_a_warning(tmp_path):
+    path = tmp_path / "phone.wav"
+    left, right = tone(8_000), tone(8_000, hertz=880.0)
+    soundfile.write(path, np.stack([left, right], 1), 8_000)
+    with pytest.warns(SoundWarning) as said:
+        samples = load_sound(str(path), RATE)
+    assert ["2 channels" in str(one.message) for one in said] == [True, False]
+    assert "8000 to 16000" in str(said[1].message)
+    inner = slice(800, -800)
+    expected = (tone() + tone(hertz=880.0)) / 2
+    assert np.abs(samples[inner] - expected[inner]).max() < 1e-2
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [
+        tone(),
+        tone().astype("f8"),
+        tone().tolist(),
+        torch.from_numpy(tone()),
+        (tone() * 32768).astype(np.int16),
+        {"array": tone(), "sampling_rate": RATE},
+        tone()[None],
+        tone()[:, None],
+    ],
+    ids=["float32", "float64", "list", "torch", "int16", "mapping", "row", "column"],
+)
+def test_arrays_of_each_form_are_the_same_sound(sound):
+    np.testing.assert_allclose(load_sound(sound, RATE), tone(), atol=1e-4)
+
+
+def test_channels_may_stand_on_either_axis():
+    stereo = np.stack([tone(), tone() * 0.5])
+    for sound in (stereo, stereo.T):
+        with pytest.warns(SoundWarning, match="2 channels"):
+            np.testing.assert_allclose(load_sound(sound, RATE), tone() * 0.75, atol=1e-6)
+
+
+def test_the_rate_of_an_array_can_be_said():
+    with pytest.warns(SoundWarning, match="48000"):
+        assert len(load_sound(tone(48_000), RATE, 48_000)) == len(tone())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"This is text, and no sound.\n" * 50, "no sound file"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + b"\0" * 4096, "ffmpeg"),
+        (b"RIFF\xff\xff\0\0WAVEfmt ", "no sound file"),
+    ],
+    ids=["empty", "text", "video", "cut"],
+)
+def test_a_file_that_holds_no_sound_is_refused(tmp_path, content, message):
+    path = tmp_path / "speech.wav"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        load_sound(path, RATE)
+
+
+def test_a_file_without_samples_is_refused(tmp_path):
+    path = tmp_path / "empty.wav"
+    soundfile.write(path, np.zeros(0, "f4"), RATE)
+    with pytest.raises(UsageError, match="no samples"):
+        load_sound(path, RATE)
+
+
+@pytest.mark.parametrize(
+    ("sound", "message"),
+    [
+        (np.zeros(0, "f4"), "no samples"),
+        (np.zeros(RATE, "f4"), "silence"),
+        (np.full(RATE, 3e-5, "f4"), "silence"),
+        (np.array([0.1, np.nan], "f4"), "NaN"),
+        (np.array([0.1, np.inf], "f4"), "NaN or infinite"),
+        (np.zeros((20, 2_000), "f4"), "several lengths"),
+        (np.zeros((2, 2, 2), "f4"), "no sound"),
+        (np.array(["a"]), "no sound"),
+        (np.ones(100, np.uint8), "no sound"),
+        ("/no/such/file.wav", "no sound file"),
+        (None, "no sound"),
+        ({"array": tone(), "sampling_rate": 0}, "number of Hz"),
+        ({"array": tone(), "sampling_rate": "16k"}, "number of Hz"),
+    ],
+)
+def test_what_is_no_sound_is_refused(sound, message):
+    with pytest.raises(UsageError, match=message):
+        load_sound(sound, RATE)

@@ -1,0 +1,133 @@
+"""Whisper on ONNX Runtime, against transformers' own generation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from qeff_proxy import QEFFAutoModelForSpeechSeq2Seq
+from qeff_proxy.compare import compare_dumps
+from qeff_proxy.dump import read_dump
+from qeff_proxy.errors import CutError, UsageError
+from qeff_proxy.plugins import Plugins
+from qeff_proxy.sites import Site
+from qeff_proxy_audio.speech_flow import SpeechFlow
+from safetensors import safe_open
+
+
+def reference(whisper, features, **settings):
+    with torch.no_grad():
+        return whisper.generate(features, **settings).numpy()
+
+
+@pytest.fixture
+def proxy(whisper):
+    return QEFFAutoModelForSpeechSeq2Seq(whisper, proxy="split")
+
+
+def test_greedy_tokens_are_those_of_transformers(proxy, whisper, features):
+    result = proxy.generate(inputs={"input_features": features}, generation_len=32)
+    expected = reference(whisper, features, max_new_tokens=32)
+    assert expected.shape == (2, 32)
+    assert len(np.unique(expected)) > 15
+    np.testing.assert_array_equal(result.generated_ids, expected)
+
+
+def test_every_steps_logits_are_those_of_one_pass(proxy, whisper, features, tmp_path):
+    result = proxy.generate(
+        inputs={"input_features": features}, generation_len=12, io_dir=tmp_path / "io"
+    )
+    dump = read_dump(result.io_folder)
+    ids = torch.from_numpy(np.concatenate([[[3], [3]], result.generated_ids[:, :-1]], axis=1))
+    with torch.no_grad():
+        expected = whisper(input_features=features, decoder_input_ids=ids).logits.numpy()
+        deaf = whisper(input_features=features * 0, decoder_input_ids=ids).logits.numpy()
+    actual = [dump.array("prefill", 0, "lm_head.out.logits")]
+    actual += [dump.array("decode", index, "lm_head.out.logits") for index in range(11)]
+    np.testing.assert_allclose(np.concatenate(actual, axis=1), expected, atol=1e-4)
+    assert np.abs(deaf - expected).max() > 0.05, "the model must listen for this to mean anything"
+
+
+def test_beams_are_those_of_transformers(proxy, whisper, features):
+    result = proxy.generate(inputs={"input_features": features}, generation_len=10, num_beams=3)
+    expected = reference(whisper, features, max_new_tokens=10, num_beams=3)
+    np.testing.assert_array_equal(result.generated_ids, expected)
+
+
+def test_one_decoder_graph_gives_the_same(whisper, features):
+    whole = QEFFAutoModelForSpeechSeq2Seq(whisper, proxy="whole")
+    result = whole.generate(inputs={"input_features": features}, generation_len=8)
+    expected = reference(whisper, features, max_new_tokens=8)
+    np.testing.assert_array_equal(result.generated_ids, expected)
+
+
+def test_the_token_embedding_and_its_tied_head_are_cut_and_positions_stay(proxy, whisper):
+    hooks = Plugins.discover({}).hooks_for("whisper")
+    assert hooks.locate_embedding(whisper, whisper.config) == Site("model.decoder.embed_tokens")
+    assert hooks.locate_lm_head(whisper, whisper.config) == Site("proj_out")
+    folder = proxy.export()
+    with safe_open(folder / "vocabulary.safetensors", "numpy") as file:
+        assert len(list(file.keys())) == 1
+    with safe_open(folder / "body.safetensors", "numpy") as file:
+        names = set(file.keys())
+    assert "model.decoder.embed_positions.weight" in names
+    assert not [name for name in names if "embed_tokens" in name or "proj_out" in name]
+
+
+def test_cross_keys_of_another_layer_do_not_pass(whisper):
+    hooks = Plugins.discover({}).hooks_for("whisper")
+    sites = {
+        "embedding": hooks.locate_embedding(whisper, whisper.config),
+        "lm_head": hooks.locate_lm_head(whisper, whisper.config),
+    }
+    proxy = hooks.build_proxy(whisper, sites["embedding"], sites["lm_head"], "split")
+    keys = proxy.part("encoder").module.keys
+    proxy.part("encoder").module.keys = torch.nn.ModuleList([keys[1], keys[0]])
+    with pytest.raises(CutError, match="proj_out"):
+        SpeechFlow().verify(whisper, proxy, sites)
+
+
+def test_a_dump_holds_encoder_and_decoder_with_each_layers_caches(proxy, features, tmp_path):
+    inputs = {"input_features": features}
+    first = proxy.generate(inputs, generation_len=4, io_dir=tmp_path / "a").io_folder
+    names = set(read_dump(first).names())
+    for layer in ("00", "01"):
+        assert {
+            f"encoder.out.cross_key_values_key.layer-{layer}",
+            f"body.in.cross_key_values_value.layer-{layer}",
+            f"body.out.present_key.layer-{layer}",
+        } <= names
+    second = proxy.generate(inputs, generation_len=4, io_dir=tmp_path / "b").io_folder
+    assert compare_dumps(first, second).passed
+    third = proxy.generate(
+        {"input_features": features * 1.5}, generation_len=4, io_dir=tmp_path / "c"
+    ).io_folder
+    assert not compare_dumps(first, third).passed
+
+
+def test_a_stub_gives_no_transcript(whisper, features):
+    stub = QEFFAutoModelForSpeechSeq2Seq(whisper, proxy="stub")
+    with pytest.raises(UsageError, match="stub"):
+        stub.generate(inputs={"input_features": features})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (None, "no sound"),
+        ([], "no sound"),
+        ({}, "no input_features"),
+        ({"input_features": np.zeros((2, 16))}, "sounds, mel, frames"),
+        ({"input_features": np.full((1, 16, 100), np.nan)}, "NaN"),
+    ],
+)
+def test_inputs_that_cannot_be_right_are_refused(proxy, inputs, message):
+    with pytest.raises(UsageError, match=message):
+        proxy.generate(inputs=inputs)
+
+
+def test_settings_that_transformers_refuses_are_refused(proxy, features):
+    with pytest.raises(UsageError, match="refuses"):
+        proxy.generate(inputs={"input_features": features}, no_such_setting=1)
+    with pytest.raises(UsageError, match="say the same"):
+        proxy.generate(inputs={"input_features": features}, generation_len=1, max_new_tokens=1)

@@ -1,0 +1,202 @@
+"""Train the tiny Whisper checkpoint that ships with qeff-proxy-audio: spoken digits to words.
+
+The speech is made by espeak-ng (see ``spoken_digits.py``). While training, the encoder also learns
+to tell the words by itself (a CTC loss that is thrown away afterwards), without which the decoder
+would take hours to find out where to listen. At the end the model is tested on voices that it was
+not trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from spoken_digits import (
+    HELD_OUT_VOICES,
+    MOST_WORDS,
+    RATE,
+    TRAIN_VOICES,
+    WORDS,
+    clips,
+    disturbed,
+    word_error_rate,
+)
+from tokenizers import pre_tokenizers
+from torch.nn.functional import cross_entropy, ctc_loss
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = ROOT / "plugins/audio/qeff_proxy_audio/checkpoints/tiny-whisper"
+PEAK_RATE = 2e-3
+SECONDS = 5
+SPECIALS = ("<|endoftext|>", "<|startoftranscript|>", "<|translate|>", "<|transcribe|>",
+            "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>")  # fmt: skip
+
+
+def new_processor() -> WhisperProcessor:
+    """The bytes, the ten words as a token each, and Whisper's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(alphabet)}
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        pieces = "\u0120" + word
+        for stop in range(2, len(pieces) + 1):
+            pair = (pieces[: stop - 1], pieces[stop - 1])
+            if pair not in merges:
+                merges.append(pair)
+            vocabulary.setdefault(pieces[:stop], len(vocabulary))
+    for token in SPECIALS:
+        vocabulary[token] = len(vocabulary)
+    tokenizer = WhisperTokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        unk_token=SPECIALS[0],
+        bos_token=SPECIALS[0],
+        eos_token=SPECIALS[0],
+        pad_token=SPECIALS[0],
+        additional_special_tokens=list(SPECIALS[1:]),
+    )
+    extractor = WhisperFeatureExtractor(feature_size=40, chunk_length=SECONDS)
+    return WhisperProcessor(feature_extractor=extractor, tokenizer=tokenizer)
+
+
+def new_model(tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
+    """Make the model, untrained."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
+    end, start, plain = ids[SPECIALS[0]], ids[SPECIALS[1]], ids["<|notimestamps|>"]
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        num_mel_bins=40,
+        d_model=80,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=192,
+        decoder_ffn_dim=192,
+        max_source_positions=SECONDS * 50,
+        max_target_positions=32,
+        dropout=0.0,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=start,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=start,
+        eos_token_id=end,
+        pad_token_id=end,
+        bos_token_id=end,
+        no_timestamps_token_id=plain,
+        prev_sot_token_id=ids["<|startofprev|>"],
+        is_multilingual=False,
+        return_timestamps=False,
+        max_new_tokens=16,
+    )
+    return model
+
+
+def targets(tokenizer: WhisperTokenizer, texts: list[str]) -> torch.Tensor:
+    """Prompt, words and end, ``[batch, tokens]``; ends fill up the shorter ones."""
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in (SPECIALS[1], SPECIALS[-1])]
+    rows = []
+    for text in texts:
+        words = tokenizer(" " + text, add_special_tokens=False).input_ids
+        rows.append(ids + words + [tokenizer.eos_token_id] * (MOST_WORDS + 1 - len(words)))
+    return torch.tensor(rows)
+
+
+def loss_of(
+    model: WhisperForConditionalGeneration,
+    listen: torch.nn.Linear,
+    features: torch.Tensor,
+    rows: torch.Tensor,
+    words: list[list[int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decoder's loss on its words and the end, and the encoder's own."""
+    hidden = model.model.encoder(features).last_hidden_state
+    logits = model(encoder_outputs=(hidden,), decoder_input_ids=rows[:, :-1]).logits
+    spoken = cross_entropy(logits[:, 1:].flatten(0, 1), rows[:, 2:].flatten())
+    heard = ctc_loss(
+        listen(hidden).log_softmax(-1).transpose(0, 1),
+        torch.tensor([word for row in words for word in row]),
+        torch.full((len(words),), hidden.shape[1]),
+        torch.tensor([len(row) for row in words]),
+        zero_infinity=True,
+    )
+    return spoken, heard
+
+
+def test(model: Any, processor: WhisperProcessor, held_out: list[Any]) -> float:
+    """The word error rate on clips."""
+    pairs = []
+    for clip in held_out:
+        features = processor(clip.samples, sampling_rate=RATE, return_tensors="pt").input_features
+        with torch.no_grad():
+            ids = model.generate(features)
+        pairs.append((clip.text, processor.decode(ids[0], skip_special_tokens=True)))
+    return word_error_rate(pairs)
+
+
+def main() -> None:
+    """Train, test and write the checkpoint."""
+    parser = argparse.ArgumentParser(description="Train the tiny Whisper checkpoint.")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clips", type=int, default=3000)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    rng = np.random.default_rng(0)
+    training = clips(arguments.clips, TRAIN_VOICES, 1)
+    held_out = clips(150, HELD_OUT_VOICES, 2)
+    processor = new_processor()
+    model = new_model(processor.tokenizer)
+    listen = torch.nn.Linear(model.config.d_model, len(WORDS) + 1)
+    print(f"{model.num_parameters()} parameters, {len(training)} clips", flush=True)
+    parameters = [*model.parameters(), *listen.parameters()]
+    optimizer = torch.optim.AdamW(parameters, PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PEAK_RATE, total_steps=arguments.steps, pct_start=0.1
+    )
+    model.train()
+    began = time.monotonic()
+    for step in range(arguments.steps):
+        batch = [training[i] for i in rng.integers(0, len(training), 12)]
+        sounds = [disturbed(clip.samples, rng) for clip in batch]
+        features = processor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
+        words = [[WORDS.index(word) + 1 for word in clip.text.split()] for clip in batch]
+        rows = targets(processor.tokenizer, [clip.text for clip in batch])
+        spoken, heard = loss_of(model, listen, features, rows, words)
+        optimizer.zero_grad()
+        (spoken + heard).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == arguments.steps - 1:
+            spent = time.monotonic() - began
+            print(f"step {step} {spoken.item():.4f} {heard.item():.4f} {spent:.0f} s", flush=True)
+    model.eval()
+    model.save_pretrained(arguments.output)
+    processor.save_pretrained(arguments.output)
+    (arguments.output / "model.safetensors").chmod(0o644)
+    print(f"word error rate on held-out voices: {test(model, processor, held_out):.1%}")
+
+
+if __name__ == "__main__":
+    main()
