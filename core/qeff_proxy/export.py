@@ -1,7 +1,8 @@
 """Export: from a loaded model to a folder of ONNX parts.
 
 1. `qeff_proxy.cut.cut_model` cuts and verifies.
-2. `qeff_proxy.trace.trace_part` turns each part into a graph without weights.
+2. `qeff_proxy.trace.trace_part` turns each part into a graph without weights; of layers that are
+   alike only one is traced (`qeff_proxy.repeat`).
 3. `qeff_proxy.weights` writes each weight once and lets the graphs point to it.
 4. ``onnx.checker`` looks at every file, `qeff_proxy.check_graph` runs it at other sizes than it was
    traced at, and ``export.json`` is written last.
@@ -106,21 +107,66 @@ def _write(
     target: Path,
     progress: Callable[[str], None],
 ) -> Export:
-    from qeff_proxy.check_graph import check_graph
     from qeff_proxy.cut import cut_model
     from qeff_proxy.taps import tap_proxy
-    from qeff_proxy.trace import trace_part
 
     progress("cutting and verifying")
     cut = cut_model(loaded, hooks, kind)
     cut = replace(cut, proxy=tap_proxy(cut.proxy, taps))
-    names = _canonical_names(loaded)
-    traced = []
+    for repeat in (True, False):
+        traced, layers = _trace_parts(loaded, cut, opset, progress, repeat=repeat)
+        try:
+            return _write_folder(loaded, cut, traced, layers, key, target, progress)
+        except ExportError:
+            if not layers:
+                raise
+            progress("the repeated layers differ: tracing all of them")
+    raise AssertionError("the second turn repeats no layers, so it ends above")
+
+
+def _trace_parts(
+    loaded: LoadedModel,
+    cut: Cut,
+    opset: int | None,
+    progress: Callable[[str], None],
+    *,
+    repeat: bool,
+) -> tuple[list[TracedPart], dict[str, int]]:
+    """The parts' graphs; and of those whose layers were repeated, how many were traced."""
+    from qeff_proxy.repeat import trace_repeated
+    from qeff_proxy.trace import trace_part
+
+    model = loaded.model
+    tensors = dict([*model.named_buffers(), *model.named_parameters()])
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    traced: list[TracedPart] = []
+    layers: dict[str, int] = {}
     for part in cut.proxy.parts:
         progress(f"tracing {part.name}")
-        traced.append(trace_part(part, names, opset))
-    if kind == "split":
+        found = trace_repeated(part, names, tensors, opset) if repeat else None
+        if found is None:
+            traced.append(trace_part(part, names, opset))
+        else:
+            traced.append(found[0])
+            layers[part.name] = found[1]
+    if cut.proxy.kind == "split":
         _check_separate(loaded, cut, traced)
+    return traced, layers
+
+
+def _write_folder(
+    loaded: LoadedModel,
+    cut: Cut,
+    traced: list[TracedPart],
+    layers: dict[str, int],
+    key: dict[str, Any],
+    target: Path,
+    progress: Callable[[str], None],
+) -> Export:
+    """Write everything aside, check the graphs, and move the folder into place."""
+    from qeff_proxy.check_graph import check_graph
+
+    taps = key["taps"]
     with staged_folder(target, MANIFEST, _KEPT) as folder:
         progress("writing weights")
         places = _write_weights(folder, cut, traced)
@@ -134,7 +180,7 @@ def _write(
         _write_processor(folder / "processor", loaded)
         export = Export(
             folder,
-            kind,
+            cut.proxy.kind,
             cut.proxy.flow,
             loaded.dtype,
             {
@@ -144,8 +190,8 @@ def _write(
             },
             parts,
             {name: (folder / name).stat().st_size for name in places},
-            {**cut.to_json(), "graphs": differences},
-            {**cut.proxy.settings, **({"taps": list(taps)} if taps else {})},
+            {**cut.to_json(), "graphs": differences, "traced_layers": layers},
+            {**cut.proxy.settings, **({"taps": taps} if taps else {})},
             key,
         )
         export.write_manifest()
@@ -204,13 +250,6 @@ def _check_target(target: Path) -> None:
         raise ArtifactError(
             f"{target} is not empty and holds no export", "Name a new or empty folder."
         )
-
-
-def _canonical_names(loaded: LoadedModel) -> dict[int, str]:
-    model = loaded.model
-    return {
-        id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]
-    }
 
 
 def _check_separate(loaded: LoadedModel, cut: Cut, traced: list[TracedPart]) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from qeff_proxy.parts import Part
 
-__all__ = ["TRACE_SIZES", "TracedPart", "trace_part"]
+__all__ = ["NAME_SCOPES", "TRACE_SIZES", "TracedPart", "trace_part"]
 
 #: Sizes of dynamic axes during the trace. None of them is 1, which a trace would bake in, and no
 #: two are alike, so that no two axes are taken for one.
@@ -41,8 +41,8 @@ TRACE_SIZES = {"batch": 2, "query": 3, "past": 5, "sequence": 7}
 #: Tensors smaller than this, in bytes, stay inside the ONNX file.
 INLINE_BYTES = 1024
 
-# Node metadata that is worth keeping: the module path a node comes from.
-_KEPT_METADATA = "pkg.torch.onnx.name_scopes"
+#: Node metadata that is kept: the module paths a node comes from, outermost first.
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass
@@ -295,11 +295,11 @@ def _clean(program: ir.Model) -> None:
     for value in _values(graph):
         value.metadata_props.clear()
     for node in graph.all_nodes():
-        scopes = node.metadata_props.get(_KEPT_METADATA)
+        scopes = node.metadata_props.get(NAME_SCOPES)
         node.metadata_props.clear()
         node.doc_string = None
         if scopes is not None:
-            node.metadata_props[_KEPT_METADATA] = scopes
+            node.metadata_props[NAME_SCOPES] = scopes
     program.metadata_props.clear()
     graph.metadata_props.clear()
     graph.doc_string = None

@@ -19,6 +19,7 @@ VOCABULARY = 131  # a number that is no other size in these models
 
 #: Whatever a config calls its sizes.
 _SMALL: dict[str, Any] = {
+    # Depth comes from the argument `layers`.
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "n_embd": 64,
@@ -28,10 +29,10 @@ _SMALL: dict[str, Any] = {
     "ffn_dim": 96,
     "n_inner": 96,
     "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "n_layer": 2,
-    "n_layers": 2,
+    "num_hidden_layers": 0,
+    "num_layers": 0,
+    "n_layer": 0,
+    "n_layers": 0,
     "num_attention_heads": 4,
     "n_head": 4,
     "n_heads": 4,
@@ -52,7 +53,7 @@ _SMALL: dict[str, Any] = {
 _NOT_FOR = {"falcon": {"head_dim"}}
 
 
-def small_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def small_model(model_type: str, seed: int = 0, layers: int = 2, **changes: Any) -> PreTrainedModel:
     """A causal LM from a shrunk config, with random norms and biases: nothing is zero or one."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -66,8 +67,12 @@ def small_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedMod
         and not (name == "sliding_window" and default.sliding_window is None)
     }
     layer_types = getattr(default, "layer_types", None)
-    if layer_types:  # one layer of each kind
-        settings["layer_types"] = (list(dict.fromkeys(layer_types)) * 2)[:2]
+    for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+        if name in settings:
+            settings[name] = layers
+    if layer_types:  # the kinds in turn
+        kinds = list(dict.fromkeys(layer_types))
+        settings["layer_types"] = (kinds * layers)[:layers]
     config = CONFIG_MAPPING[model_type](**{**settings, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed + 1)

@@ -76,13 +76,19 @@ def eager_logits(model: PreTrainedModel, ids: Any, padding: Any) -> Any:
     return np.concatenate(pieces, axis=1)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+# Four layers are traced once per kind and repeated; the plain trace of two is tried on some.
+CASES = [(name, 4) for name in ARCHITECTURES] + [("gpt2", 2), ("gemma2", 2), ("mixtral", 2)]
+
+
+@pytest.mark.parametrize(("model_type", "layers"), CASES)
 def test_the_exported_graphs_give_the_logits_of_the_uncut_model(
-    model_type: str, make_model: Any
+    model_type: str, layers: int, make_model: Any
 ) -> None:
-    model = make_model(model_type)
+    model = make_model(model_type, layers=layers)
     loaded = wrap_model(model)
     export = export_model(loaded, Plugins.discover().hooks_for(model_type))
+    kinds = len(set(getattr(model.config, "layer_types", None) or [""]))
+    assert export.cut["traced_layers"] == ({"body": kinds} if layers == 4 else {})
     generator = np.random.default_rng(5)
     ids = generator.integers(3, 131, (2, sum(STEPS)))
     padding = np.ones_like(ids)
