@@ -80,6 +80,7 @@ class BackendResult:
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object; numbers that are infinite or undefined are None."""
         worst = self.worst
+        origin = self.comparison.origin if self.comparison is not None else None
         return {
             "backend": self.backend,
             "passed": self.passed,
@@ -100,6 +101,7 @@ class BackendResult:
                 "error_over_peak": _plain(self.worst_error),
             },
             "first_divergence": self.divergence.to_json() if self.divergence else None,
+            "first_difference": origin.to_json() if origin is not None else None,
             "problems": self.comparison.problems if self.comparison is not None else [],
         }
 

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from qeff_proxy.compare import Tolerance, Tolerances, compare_dumps
+from qeff_proxy.compare.verdict import describe_verdict
 from qeff_proxy.dump import DumpOptions, DumpWriter
 from qeff_proxy.dump.format import HEADER_BYTES
 from qeff_proxy.errors import DumpError
@@ -285,3 +286,32 @@ def test_the_api_gives_plain_json(good, bad):
     assert value["passed"] is False
     tensor = next(t for t in value["tensors"] if t["name"] == value["first_divergence"]["tensor"])
     assert len(tensor["by_step"]["step"]) == tensor["steps_compared"]
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_a_fault_too_small_for_a_tolerance_is_named_when_all_before_it_is_equal(
+    good, stack, tmp_path, layer
+):
+    """Runs of one backend: what is within tolerance in its own layer may fail in a later one."""
+    candidate = stack(tmp_path / "c", wrong_layer=layer, fault=1e-6)
+    comparison = compare_dumps(good, candidate)
+    assert comparison.passed
+    assert comparison.first_difference.layer == layer
+    assert comparison.origin is comparison.first_difference
+    (line,) = [line for line in describe_verdict(comparison) if line.startswith("First difference")]
+    name = f"body.out.hidden_states.layer-{layer:02d}"
+    assert line.startswith(f"First difference: layer {layer}, {name} in prefill-0000, by ")
+    assert comparison.to_json()["first_difference"]["layer"] == layer
+
+
+def test_a_first_difference_that_may_be_rounding_is_not_pointed_out(good, stack, tmp_path):
+    candidate = stack(tmp_path / "c", wrong_layer=0, fault=1e-6)
+    manifest = candidate / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"backend": "numpy"', '"backend": "other"'))
+    comparison = compare_dumps(good, candidate)
+    assert comparison.first_difference.layer == 0
+    assert comparison.origin is None
+    assert compare_dumps(good, good).first_difference is None
+    large = compare_dumps(good, stack(tmp_path / "d", wrong_layer=2))
+    assert large.first_difference.tensor == large.first_divergence.tensor
+    assert large.origin is None

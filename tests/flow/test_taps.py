@@ -230,7 +230,10 @@ def test_a_wrong_bit_too_small_for_a_tolerance_is_found_by_exact_comparison(
     layer: int, weight: str, exports: dict[str, Path], good: dict[str, Path], tmp_path: Path
 ) -> None:
     bad = faulty(exports["layers"], tmp_path / "bad", layer, weight, bit=9)  # of the mantissa
-    assert compare_dumps(good["layers"], bad).passed
+    tolerant = compare_dumps(good["layers"], bad)
+    assert tolerant.passed
+    assert tolerant.origin is not None  # what differs, within tolerance, after all that is equal
+    assert tolerant.origin.layer == layer
     first = compare_dumps(
         good["layers"], bad, tolerances=Tolerances.parse(["*=atol:0"])
     ).first_divergence

@@ -3,7 +3,7 @@
 1. `pair_dumps` (pairing): which record stands against which.
 2. `measure_pair` (streaming): run through the files in blocks.
 3. `_judge`: hold the numbers of each step against the tensor's tolerance.
-4. `_find_divergence`: the first step, and in it the first tensor, that failed.
+4. `_find_first`: the first step, and in it the first tensor, that failed; and that differs at all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qeff_proxy.dump.format import DTYPES
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from os import PathLike
 
     from numpy.typing import NDArray
@@ -84,7 +84,8 @@ def compare_dumps(
         candidate_provenance=two.provenance,
         steps=pairing.steps,
         tensors=results,
-        first_divergence=_find_divergence(results, pairing.steps),
+        first_divergence=_find_first(results, pairing.steps, lambda t: ~t.step_passed),
+        first_difference=_find_first(results, pairing.steps, lambda t: t.step_error != 0),
         problems=[] if partial else missing,
         notes=notes + missing if partial else notes,
     )
@@ -239,14 +240,20 @@ def _explain(stats: PairStats, tolerance: Tolerance) -> str:
     )
 
 
-def _find_divergence(results: list[TensorComparison], steps: list[StepInfo]) -> Divergence | None:
-    failing = [
-        (int(r.steps[np.argmin(r.step_passed)]), r.order, r) for r in results if not r.passed
+def _find_first(
+    results: list[TensorComparison],
+    steps: list[StepInfo],
+    wrong: Callable[[TensorComparison], NDArray[np.bool_]],
+) -> Divergence | None:
+    """Find the first tensor of the first step of which ``wrong`` says so (one value a step)."""
+    found = [
+        (int(r.steps[np.argmax(marks)]), r.order, int(np.argmax(marks)), r)
+        for r, marks in ((r, wrong(r)) for r in results)
+        if marks.any()
     ]
-    if not failing:
+    if not found:
         return None
-    position, order, first = min(failing, key=lambda item: item[:2])
-    at = int(np.argmin(first.step_passed))
+    position, order, at, first = min(found, key=lambda item: item[:2])
     here = [
         (r, float(r.step_error[np.searchsorted(r.steps, position)]))
         for r in results

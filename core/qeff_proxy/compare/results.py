@@ -197,7 +197,7 @@ class Divergence:
     """Where the two runs first part, and how the error grows from there.
 
     Attributes:
-        step: The first step with a tensor that failed.
+        step: The first step with a tensor that failed (or, of a difference, that differs).
         tensor: The first such tensor in the order of computation.
         layer: Its layer, or None.
         before: The last tensor in that order that passed, or None.
@@ -233,7 +233,8 @@ class Comparison:
         candidate_provenance: What made the candidate.
         steps: Those in both.
         tensors: In the order of the computation.
-        first_divergence: None when every tensor passed.
+        first_divergence: Where a tensor is first out of its tolerance; None when all passed.
+        first_difference: Where a tensor first differs at all; None when all are equal.
         problems: Why the comparison fails whatever the numbers say.
         notes: What does not make it fail but should be known.
     """
@@ -245,8 +246,32 @@ class Comparison:
     steps: list[StepInfo]
     tensors: list[TensorComparison]
     first_divergence: Divergence | None
+    first_difference: Divergence | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def origin(self) -> Divergence | None:
+        """Where the runs part within tolerance, before the first divergence if there is one.
+
+        None unless equality before it says that it is more than rounding: both runs are of one
+        backend with one set of options, or a layer or a step before it is equal.
+        """
+        first, diverged = self.first_difference, self.first_divergence
+        if first is None or first.is_input:
+            return None
+        if diverged is not None and (first.step, first.tensor) == (diverged.step, diverged.tensor):
+            return None
+        one, two = (
+            (made.get("backend"), made.get("options"))
+            for made in (self.reference_provenance, self.candidate_provenance)
+        )
+        if (one == two and one[0] is not None) or first.step != self.steps[0].label:
+            return first
+        names = [tensor.name for tensor in sorted(self.tensors, key=lambda t: t.order)]
+        before = names[: [str(name) for name in names].index(first.tensor)]
+        others = [n for n in before if n.direction == "out" and n.layer not in (None, first.layer)]
+        return first if others else None
 
     @property
     def passed(self) -> bool:
@@ -265,6 +290,9 @@ class Comparison:
             "notes": self.notes,
             "first_divergence": (
                 self.first_divergence.to_json() if self.first_divergence else None
+            ),
+            "first_difference": (
+                self.first_difference.to_json() if self.first_difference else None
             ),
             "steps": [step.label for step in self.steps],
             "tensors": [tensor.to_json(self.steps) for tensor in self.tensors],

@@ -56,11 +56,22 @@ def describe_verdict(comparison: Comparison) -> list[str]:
         lines = [f"FAILED: {scope} are within tolerance, but the dumps do not match."]
     if comparison.first_divergence is not None:
         lines += _describe_divergence(comparison.first_divergence, failed)
+    if comparison.origin is not None:
+        lines.append(_describe_origin(comparison.origin))
     lines += [f"Problem: {printable(problem)}." for problem in comparison.problems]
     lines += [f"Note: {printable(note)}." for note in comparison.notes]
     if comparison.problems:
         lines.append("To compare only what both dumps have, pass --partial.")
     return lines
+
+
+def _describe_origin(origin: Divergence) -> str:
+    where = "no layer" if origin.layer is None else f"layer {origin.layer}"
+    return (
+        f"First difference: {where}, {origin.tensor} in {origin.step}, by "
+        f"{format_share(origin.error)} of its peak. That is within tolerance, but all that was "
+        "computed before it is exactly equal."
+    )
 
 
 def _describe_divergence(first: Divergence, failed: list[TensorComparison]) -> list[str]:
