@@ -1,7 +1,6 @@
-"""Spoken digits, made by espeak-ng (Debian's package of that name): what the tiny speech
-recognizers are trained and tested on.
+"""Spoken digits: what the tiny speech recognizers are trained and tested on.
 
-Held-out voices differ from the training ones in the variant, which sets pitch, formants and the
+espeak-ng (Debian's package of that name) makes the speech. Held-out voices differ from the training ones in the variant, which sets pitch, formants and the
 kind of voice; both speak with the same accents.
 """
 

@@ -133,9 +133,9 @@ def _longest(model_limit: int, folder: Path | None) -> int:
 
 def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
     texts = list(request.prompts)
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise UsageError(f"{wrong!r} is no text", "Give a text or a list of texts.")
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise UsageError(f"{wrong[0]!r} is no text", "Give a text or a list of texts.")
     cut: dict[str, Any] = {}
     if request.options.get("truncation"):
         cut = {"truncation": True, "max_length": request.options["max_length"]}
