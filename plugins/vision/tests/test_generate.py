@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +67,17 @@ def face(make_model, tmp_path):
 def preprocess(face, prompts, images=(), **options):
     request = Request(prompts=prompts, images=images, options=options)
     return face._hooks.preprocess(face.processor(), request)
+
+
+def test_the_example_runs_on_a_folder(face, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    example = Path(__file__).parents[3] / "examples" / "image_model.py"
+    folder = str(face._loaded.folder)
+    monkeypatch.setattr(sys, "argv", [str(example), "standard", folder, "--prompt", "w5"])
+    runpy.run_path(str(example), run_name="__main__")
+    answer, told = capsys.readouterr().out.strip().splitlines()
+    assert len(answer.split()) == 10
+    assert read_dump(Path(told.split(": ")[1])).names()
 
 
 def test_qefficients_calls_give_what_the_uncut_model_gives(face, picture, tmp_path):

@@ -75,8 +75,8 @@ def expected(model, prompt):
     return tokens.numpy(), np.stack([step.numpy() for step in output.logits])
 
 
-def actual(face, sessions, compiled, prompt):
-    steps = Steps()
+def actual(face, sessions, compiled, prompt, steps=None):
+    steps = steps or Steps()
     job = Job(
         export=compiled.export,
         sessions=sessions,
@@ -91,10 +91,10 @@ def actual(face, sessions, compiled, prompt):
     return tokens, np.stack(steps.logits[-NEW_TOKENS:]), steps.vision_runs
 
 
-def compile_face(model, folder, **options):
-    face = QEFFAutoModelForImageTextToText(model, proxy="split")
+def compile_face(model, folder, kind="split", **options):
+    face = QEFFAutoModelForImageTextToText(model, proxy=kind, options=options)
     face.export(folder)
-    face.compile(**options)
+    face.compile()
     return face, face._compiled
 
 
@@ -121,3 +121,34 @@ def test_graphs_give_what_the_uncut_model_gives(family, make_model, prompt_for, 
         _, got_logits, _ = actual(face, shifted, compiled, prompt)
         assert np.abs(got_logits[0] - logits[0]).max() > 100 * TOLERANCE
     assert len(seen) > 8, "the model repeats itself, so that equal tokens say little"
+
+
+class Logits(Steps):
+    """As `Steps`, of a model that is one graph."""
+
+    def step(self, phase, index, part, inputs, outputs, *, past_length):
+        if "logits" in outputs:
+            self.logits.append(outputs["logits"][:, -1])
+        if "pixel_values" in inputs:
+            self.vision_runs += inputs["pixel_values"].shape[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "options"),
+    [("molmo2", "split", {"kv_offload": False}), ("gemma3", "whole", {})],
+    ids=["vision in the body", "everything in one graph"],
+)
+def test_one_graph_gives_the_same_and_sees_images_once(
+    family, kind, options, make_model, prompt_for, tmp_path
+):
+    face, compiled = compile_face(make_model(family), tmp_path / "export", kind, **options)
+    in_chunks = replace(compiled, options=replace(compiled.options, prefill_seq_len=7))
+    with open_sessions(compiled) as sessions:
+        for name, images_per_row in PROMPTS.items():
+            prompt = prompt_for(family, images_per_row)
+            tokens, logits = expected(face.model, prompt)
+            for run in (compiled, in_chunks):
+                got, got_logits, vision_runs = actual(face, sessions, run, prompt, Logits())
+                assert np.abs(got_logits - logits).max() <= TOLERANCE, name
+                assert (got == tokens).all(), name
+                assert vision_runs == (1 if sum(images_per_row) else 0), name
