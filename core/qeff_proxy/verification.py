@@ -23,8 +23,9 @@ class BackendResult:
         error: Why it gave nothing to compare; ``None`` where it did.
         folder: Its dump.
         comparison: Of its dump with the reference's.
-        equal_tokens: Steps (times prompts) whose most likely token is the reference's.
-        tokens: Steps (times prompts) that decide a token; 0 for models that do not generate.
+        equal_tokens: Of `tokens`, those whose most likely token is the reference's.
+        tokens: Steps (times prompts) that decide a token; positions where a model gives the
+            logits of all of them at once; 0 where it gives none.
         seconds: How long compiling, running and comparing took.
         report: The HTML report, where one was asked for.
     """

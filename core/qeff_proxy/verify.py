@@ -324,7 +324,7 @@ def _tried(run: _Runs, name: str, count: int, progress: Callable[[str], None]) -
         progress(f"comparing {name}")
         reference, candidate = read_dump(run.folder / REFERENCE), read_dump(folder)
         comparison = compare_dumps(reference, candidate, tolerances=options.tolerances)
-        equal, tokens = _equal_tokens(reference, candidate)
+        equal, tokens = _equal_tokens(reference, candidate, last_only=run.generates)
         report = _report_path(options.html, name, several=count > 1)
     except ProxyError as error:
         return _failed(name, str(error), folder, start)
@@ -341,25 +341,24 @@ def _failed(name: str, reason: str, folder: Path | None, start: float) -> Backen
     return BackendResult(name, reason, folder, None, 0, 0, time.perf_counter() - start, None)
 
 
-def _equal_tokens(reference: Dump, candidate: Dump) -> tuple[int, int]:
-    """In how many steps, and of how many, the two would choose the same token."""
+def _equal_tokens(reference: Dump, candidate: Dump, *, last_only: bool) -> tuple[int, int]:
+    """How many tokens, and of how many, the two would choose alike: in each step, or position."""
     equal = count = 0
     prefills = [step for step in reference.steps if step.phase == "prefill"]
-    deciding = [*prefills[-1:], *(step for step in reference.steps if step.phase == "decode")]
+    decodes = [step for step in reference.steps if step.phase == "decode"]
+    deciding = [*prefills[-1 if last_only else 0 :], *decodes]
     for step in deciding:
         for phase, name in reference.tensors:
             if phase != step.phase or (name.direction, name.tensor) != ("out", "logits"):
                 continue
-            one = _best(reference, step.phase, step.index, str(name))
-            two = _best(candidate, step.phase, step.index, str(name))
+            logits = (d.array(phase, step.index, str(name)) for d in (reference, candidate))
+            one, two = (
+                (each[..., -1:, :] if last_only else each).astype(np.float32).argmax(-1)
+                for each in logits
+            )
             equal += int((one == two).sum()) if one.shape == two.shape else 0
             count += one.size
     return equal, count
-
-
-def _best(dump: Dump, phase: Any, index: int, name: str) -> Any:
-    logits = dump.array(phase, index, name)
-    return logits[..., -1, :].astype(np.float32).argmax(-1)
 
 
 def _report_path(html: Path | None, name: str, *, several: bool) -> Path | None:
