@@ -1,7 +1,8 @@
 """Spoken digits: what the tiny speech recognizers are trained and tested on.
 
-espeak-ng (Debian's package of that name) makes the speech. Held-out voices differ from the training ones in the variant, which sets pitch, formants and the
-kind of voice; both speak with the same accents.
+espeak-ng (Debian's package of that name) makes the speech. Held-out voices differ from the
+training ones in the variant, which sets pitch, formants and the kind of voice; both speak with the
+same accents.
 """
 
 from __future__ import annotations

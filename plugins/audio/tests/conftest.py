@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import pre_tokenizers
 
 CTC_SIZES = {
     "vocab_size": 32,
@@ -49,6 +52,9 @@ WHISPER = {
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
 }
+
+#: Tokens behind this one are timestamps, 20 ms apart; a window lasts a second.
+NO_TIMESTAMPS = 148
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +107,34 @@ def whisper():
 
 
 @pytest.fixture
+def telling_time(whisper, monkeypatch, tmp_path):
+    """The same with timestamp tokens; a home of its own, since only its settings differ."""
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    model = copy.deepcopy(whisper)
+    model.generation_config = transformers.GenerationConfig(
+        decoder_start_token_id=3,
+        bos_token_id=1,
+        pad_token_id=0,
+        is_multilingual=False,
+        no_timestamps_token_id=NO_TIMESTAMPS,
+    )
+    return model
+
+
+@pytest.fixture
 def features(whisper):
     """``[2, mel, frames]`` of noise."""
     config = whisper.config
     shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
     return torch.from_numpy(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def processor(whisper):
+    """Features of one second, and a tokenizer of single bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet[:NO_TIMESTAMPS])}
+    vocabulary["<|notimestamps|>"] = NO_TIMESTAMPS
+    tokenizer = transformers.WhisperTokenizer(vocab=vocabulary, merges=[])
+    extractor = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
+    return transformers.WhisperProcessor(feature_extractor=extractor, tokenizer=tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from qeff_proxy import QEFFAutoModelForSpeechSeq2Seq
 from qeff_proxy.compare import compare_dumps
@@ -38,12 +39,14 @@ def test_every_steps_logits_are_those_of_one_pass(proxy, whisper, features, tmp_
         inputs={"input_features": features}, generation_len=12, io_dir=tmp_path / "io"
     )
     dump = read_dump(result.io_folder)
-    ids = torch.from_numpy(np.concatenate([[[3], [3]], result.generated_ids[:, :-1]], axis=1))
+    steps = [("prefill", 0), *(("decode", index) for index in range(11))]
+    fed = [dump.array(*step, "embedding.in.input_ids") for step in steps]
+    ids = torch.from_numpy(np.concatenate(fed, axis=1))
+    assert (ids[:, -11:].numpy() == result.generated_ids[:, :11]).all()
     with torch.no_grad():
         expected = whisper(input_features=features, decoder_input_ids=ids).logits.numpy()
         deaf = whisper(input_features=features * 0, decoder_input_ids=ids).logits.numpy()
-    actual = [dump.array("prefill", 0, "lm_head.out.logits")]
-    actual += [dump.array("decode", index, "lm_head.out.logits") for index in range(11)]
+    actual = [dump.array(*step, "lm_head.out.logits") for step in steps]
     np.testing.assert_allclose(np.concatenate(actual, axis=1), expected, atol=1e-4)
     assert np.abs(deaf - expected).max() > 0.05, "the model must listen for this to mean anything"
 
@@ -52,6 +55,50 @@ def test_beams_are_those_of_transformers(proxy, whisper, features):
     result = proxy.generate(inputs={"input_features": features}, generation_len=10, num_beams=3)
     expected = reference(whisper, features, max_new_tokens=10, num_beams=3)
     np.testing.assert_array_equal(result.generated_ids, expected)
+
+
+def speechlike(seconds):
+    """Samples whose pitch and loudness change all the time."""
+    time = np.arange(int(seconds * 16_000)) / 16_000
+    pitch = 300 + 200 * np.sin(2 * np.pi * 1.7 * time)
+    samples = np.sin(2 * np.pi * np.cumsum(pitch) / 16_000) * (0.6 + 0.4 * np.sin(9 * time))
+    return (samples * 0.5).astype(np.float32)
+
+
+def test_a_path_an_array_and_features_are_the_same_sound(proxy, whisper, processor, tmp_path):
+    sound = speechlike(0.9)
+    path = tmp_path / "speech.flac"
+    soundfile.write(path, sound, 16_000, subtype="PCM_24")
+    inputs = processor(sound, sampling_rate=16_000, return_tensors="pt")
+    expected = reference(whisper, inputs.input_features, max_new_tokens=6)
+    text = processor.batch_decode(expected, skip_special_tokens=True)[0].strip()
+    for given in (path, str(path), sound, {"array": sound, "sampling_rate": 16_000}, inputs):
+        result = proxy.generate(given, processor, generation_len=6)
+        np.testing.assert_array_equal(result.generated_ids, expected)
+        assert str(result) == text
+
+
+def test_a_long_sound_runs_in_windows_as_in_transformers(telling_time, processor):
+    proxy = QEFFAutoModelForSpeechSeq2Seq(telling_time, proxy="split")
+    sound = speechlike(2.6)
+    inputs = processor(
+        sound,
+        sampling_rate=16_000,
+        return_tensors="pt",
+        truncation=False,
+        padding="longest",
+        return_attention_mask=True,
+    )
+    with torch.no_grad():
+        expected = telling_time.generate(
+            inputs.input_features,
+            attention_mask=inputs.attention_mask,
+            return_timestamps=True,
+            max_new_tokens=6,
+        )
+    result = proxy.generate(sound, processor, generation_len=6)
+    np.testing.assert_array_equal(result.generated_ids, expected.numpy())
+    assert result.segments[0][-1]["end"] > 1.0
 
 
 def test_one_decoder_graph_gives_the_same(whisper, features):
