@@ -235,7 +235,7 @@ def make_prompt(family, images_per_row, seed=7):
     return prompt
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     """Makes the tiny model of a family."""
 

@@ -53,12 +53,25 @@ def picture():
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
 
 
-@pytest.fixture
-def face(make_model, tmp_path):
-    """The tiny LLaVA, saved and loaded as a user would, not exported."""
-    folder = tmp_path / "llava"
+@pytest.fixture(scope="module")
+def folder(make_model, tmp_path_factory):
+    """The tiny LLaVA, saved with a processor."""
+    folder = tmp_path_factory.mktemp("llava")
     make_model("llava").save_pretrained(folder)
     make_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where exports are kept, so that the second of the same is a lookup."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def face(folder, home, monkeypatch):
+    """The model, loaded as a user would, not exported."""
+    monkeypatch.setenv("QEFF_HOME", str(home))
     return QEFFAutoModelForImageTextToText.from_pretrained(
         folder, kv_offload=True, enable_proxy=True
     )
@@ -69,21 +82,19 @@ def preprocess(face, prompts, images=(), **options):
     return face._hooks.preprocess(face.processor(), request)
 
 
-def test_the_example_runs_on_a_folder(face, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+def test_the_example_runs_on_a_folder(folder, home, monkeypatch, capsys):
+    monkeypatch.setenv("QEFF_HOME", str(home))
     example = Path(__file__).parents[3] / "examples" / "image_model.py"
-    folder = str(face._loaded.folder)
-    monkeypatch.setattr(sys, "argv", [str(example), "standard", folder, "--prompt", "w5"])
+    monkeypatch.setattr(sys, "argv", [str(example), "standard", str(folder), "--prompt", "w5"])
     runpy.run_path(str(example), run_name="__main__")
     answer, told = capsys.readouterr().out.strip().splitlines()
     assert len(answer.split()) == 10
     assert read_dump(Path(told.split(": ")[1])).names()
 
 
-def test_qefficients_calls_give_what_the_uncut_model_gives(face, picture, tmp_path):
+def test_qefficients_calls_give_what_the_uncut_model_gives(face, picture):
     processor = face.processor()
     inputs = processor(images=picture, text="USER: <image> w5 ASSISTANT:", return_tensors="pt")
-    face.export(tmp_path / "export")
     face.compile(num_devices=1, prefill_seq_len=128, ctx_len=2048, num_patches=1)
     result = face.generate(inputs=inputs, generation_len=10, write_io=True)
     with torch.no_grad():
