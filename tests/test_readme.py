@@ -36,9 +36,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if HUB_ID in line])
 def test_the_commands_work(
-    line: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    line: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("QEFF_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line.replace(HUB_ID, str(CHECKPOINT)))[1:]) == 0
     assert capsys.readouterr().out
 

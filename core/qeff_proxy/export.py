@@ -94,6 +94,8 @@ def export_model(
         recover_folder(target)
         if not force and (found := _existing(target, key)) is not None:
             return found
+        if not force and output is not None:
+            _check_not_another(target, key)
         return _write(loaded, hooks, kind, opset, wanted, key, target, progress)
 
 
@@ -240,6 +242,20 @@ def _existing(target: Path, key: dict[str, Any]) -> Export | None:
     except ArtifactError:
         return None  # damaged: export again
     return found if found.made_by == key else None
+
+
+def _check_not_another(target: Path, key: dict[str, Any]) -> None:
+    """Refuse to replace an export of something else."""
+    try:
+        found = read_export(target)
+    except ArtifactError:
+        return  # none, or a damaged one
+    what = ("identity", "kind", "dtype", "opset", "taps")
+    if any(found.made_by.get(name) != key[name] for name in what):
+        raise ArtifactError(
+            f"{target} holds another export ({found.model['source']}, {found.kind}, {found.dtype})",
+            "Name another folder, or pass --force (force=True) to replace it.",
+        )
 
 
 def _check_target(target: Path) -> None:

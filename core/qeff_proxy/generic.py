@@ -56,6 +56,12 @@ def locate_embedding(model: PreTrainedModel) -> Site | None:
 @hookimpl(trylast=True)
 def locate_lm_head(model: PreTrainedModel) -> Site | Absent | None:
     """The module that ``get_output_embeddings()`` gives, and what follows it."""
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an encoder and a decoder, which the generic plugin does "
+            "not cut",
+            f"A plugin for model type {model.config.model_type!r} can.",
+        )
     module = model.get_output_embeddings()
     path = _path_of(model, module)
     if path is None or module is None:
@@ -74,6 +80,11 @@ def build_proxy(
     """Cut a causal LM whose base model takes ``inputs_embeds``."""
     if isinstance(embedding, Absent) or isinstance(lm_head, Absent):
         return None
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no causal LM",
+            "Load it with the class for its task, or write a plugin for it.",
+        )
     decoder_path = _decoder_path(model)
     if decoder_path is None:
         return None

@@ -36,7 +36,7 @@ class Inspection:
         parameters: Number of distinct parameters.
         body_bytes: Bytes of the weights that stay in the body.
         vocabulary_bytes: Bytes of the weights that are cut out, tied ones once.
-        parts: Part → names of its inputs and outputs.
+        parts: Part → what it takes and gives, by name.
         report: What was verified of the cut.
     """
 
@@ -91,8 +91,9 @@ def inspect_model(loaded: LoadedModel, hooks: Hooks) -> Inspection:
         vocabulary_bytes=sum(size for _, size in tables.values()),
         parts={
             part.name: {
-                "inputs": [spec.name for spec in part.inputs],
-                "outputs": [spec.name for spec in part.outputs],
+                # The trace drops what turns out to be useless of the rest.
+                "takes": [part.inputs[0].name],
+                "gives": [spec.name for spec in part.outputs],
             }
             for part in cut.proxy.parts
         },

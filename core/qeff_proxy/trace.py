@@ -91,6 +91,7 @@ def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -
             ) from error
         weights = _detach_weights(program, part, names)
         onnxscript.optimizer.optimize(program, input_size_limit=INLINE_BYTES)
+    _check_opset(program, part, opset)
     _attach_weights(program, weights)
     inputs = _restore_inputs(program, part)
     outputs = _restore_outputs(program, part)
@@ -105,6 +106,17 @@ def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -
         tuple(kept),
         tuple(_spec_of(value, spec) for value, spec in outputs),
     )
+
+
+def _check_opset(program: ir.Model, part: Part, opset: int | None) -> None:
+    """Make sure that the graph has the opset asked for: the converter gives up in silence."""
+    found = program.opset_imports.get("", 0)
+    if opset is not None and found != opset:
+        raise ExportError(
+            f"the {part.name} part cannot be written in opset {opset}: its operators are those of "
+            f"opset {found}",
+            f"Ask for opset {found}, or for none.",
+        )
 
 
 def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
@@ -143,7 +155,9 @@ def _quiet() -> Iterator[None]:
 
     They go to the ``qeff_proxy.trace`` logger at debug level instead.
     """
-    talkers = [logging.getLogger("torch.onnx"), logging.getLogger("transformers")]
+    talkers = [
+        logging.getLogger(name) for name in ("torch.onnx", "transformers", "onnxscript", "onnx_ir")
+    ]
     levels = [talker.level for talker in talkers]
     said = io.StringIO()
     for talker in talkers:

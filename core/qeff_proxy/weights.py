@@ -5,6 +5,7 @@ ONNX external data: a location beside the ``.onnx``, an offset and a length.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -61,6 +62,10 @@ def save_weights(path: Path, parts: Iterable[TracedPart]) -> dict[str, StoredTen
             if aliases[name] == name:
                 stored[name] = tensor.detach().contiguous()
     save_file(stored, path, metadata={"format": "pt"})
+    # safetensors makes the file for its owner alone: give it the mode of a new file instead.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
     places = read_header(path)
     return {name: places[alias] for name, alias in aliases.items()}
 

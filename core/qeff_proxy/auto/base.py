@@ -45,6 +45,15 @@ _HARDWARE_OPTIONS = frozenset(
 )
 
 
+#: What ``proxy=`` may say: the kinds, and the words for no proxy at all.
+KIND_NAMES: dict[str, Kind] = {
+    "split": "split",
+    "stub": "stub",
+    "whole": "whole",
+    "none": "whole",
+}
+
+
 class ProxyModel:
     """What all the faces share: load, export, compile."""
 
@@ -81,8 +90,11 @@ class ProxyModel:
                 f"{type(self).__name__} has no option {unknown[0]!r}", f"Its own options: {known}."
             )
         loaded = model if not hasattr(model, "config") else wrap_model(model)
+        kind = KIND_NAMES.get(str(proxy).lower())
+        if kind is None:
+            raise UsageError(f"proxy is {proxy!r}", "It must be 'split', 'stub' or None.")
         self._loaded = with_options(loaded, options or {})
-        self._kind = proxy
+        self._kind: Kind = kind
         self._plugins = plugins or Plugins.discover()
         self._hooks = self._plugins.hooks_for(self._loaded.model_type, task=min(self.flows))
         self._export: Export | None = None

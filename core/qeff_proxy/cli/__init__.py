@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -84,6 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         report_error(str(error))
         return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has read enough; a later flush must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug:
+            raise
+        report_error(
+            f"unexpected {type(error).__name__}: {error}. This is a defect of qeff-proxy or of a "
+            "plugin; run with --debug for the trace."
+        )
+        return 70
     except KeyboardInterrupt:
         if args.debug:
             raise

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qeff_proxy.artifact import Export
+    from qeff_proxy.generation import PerfMetrics
     from qeff_proxy.parity import Parity
     from qeff_proxy.run import RunResult
 
@@ -79,7 +80,10 @@ def _run_on(args: argparse.Namespace, source: str, name: str) -> int:
         print_json(_report(args, export, result, parity))
     else:
         print_text(_parts_table(name, export))
-        print_text(_result_table(export, result, parity))
+        print_text(_result_table(export, parity, result.outputs["perf_metrics"]))
+        print_text(f"export: {_short(export.folder)}")
+        print_text(f"dump:   {_short(result.io_folder)}")
+        print_text("")
         print_text(f"{args.prompt}{result.decoded[0]}")
     return 0 if parity.passed else 1
 
@@ -118,11 +122,10 @@ def _parts_table(name: str, export: Export) -> Table:
     return table
 
 
-def _result_table(export: Export, result: RunResult, parity: Parity) -> Table:
+def _result_table(export: Export, parity: Parity, perf: PerfMetrics) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    perf = result.outputs["perf_metrics"]
     table = Table(show_header=False)
     sites = export.cut["sites"]
     cut = ", ".join(
@@ -141,8 +144,6 @@ def _result_table(export: Export, result: RunResult, parity: Parity) -> Table:
         "speed",
         f"first token after {perf.prefill_time:.3f} s, then {perf.decode_perf:.0f} tokens/s",
     )
-    table.add_row("export", _short(export.folder))
-    table.add_row("dump", _short(result.io_folder))
     return table
 
 

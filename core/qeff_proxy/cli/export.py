@@ -29,6 +29,12 @@ def run(args: argparse.Namespace) -> int:
         print_json({"folder": str(export.folder), **export.to_json()})
     else:
         print_text(parts_table(export))
+        report = export.cut["verified"]
+        if report is not None:
+            print_text(
+                f"verified: largest difference {report['max_difference']:.2g} of "
+                f"{report['largest_value']:.3g} over {report['positions']} positions"
+            )
         print_text(f"{export.folder}")
     return 0
 

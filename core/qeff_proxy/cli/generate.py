@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--stream takes one prompt")
     if args.stream and args.json:
         raise UsageError("--stream and --json exclude each other")
-    export, hooks = export_of(args)
+    export, hooks = export_of(args, with_processor=True)
     compiled = compiled_of(args, export)
     from qeff_proxy.dump import DumpOptions
     from qeff_proxy.load import load_processor
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         Request(prompts=tuple(args.prompts)),
         processor=processor,
         settings=_settings(args, processor),
-        write_io=args.write_io or args.io_dir is not None,
+        write_io=args.write_io or _asks_for_dump(args),
         io_folder=args.io_dir,
         io_options=DumpOptions(
             args.io_steps, tuple(args.io_tensors or ("*",)), "full" if beams > 1 else args.kv
@@ -71,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
     )
     _report(args, result)
     return 0
+
+
+def _asks_for_dump(args: argparse.Namespace) -> bool:
+    return args.io_dir is not None or args.io_steps != "all" or bool(args.io_tensors)
 
 
 def _settings(args: argparse.Namespace, processor: Any) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def _table(inspection: Inspection) -> Table:
     table = Table(title=f"{inspection.source}: {inspection.architecture}", show_header=False)
     table.add_row("model type", inspection.model_type)
     table.add_row("plugin", inspection.plugin)
+    table.add_row("dtype", inspection.dtype)
     for name, site in inspection.sites.items():
         if isinstance(site, Absent):
             text = f"none: {site.reason}"
@@ -61,7 +62,7 @@ def _table(inspection: Inspection) -> Table:
     share = inspection.vocabulary_bytes / total if total else 0.0
     table.add_row("cut out", f"{format_bytes(inspection.vocabulary_bytes)} ({share:.0%})")
     for name, tensors in inspection.parts.items():
-        table.add_row(f"part {name}", f"{_few(tensors['inputs'])} → {_few(tensors['outputs'])}")
+        table.add_row(f"part {name}", f"{_few(tensors['takes'])} → {_few(tensors['gives'])}")
     if inspection.report is not None:
         table.add_row(
             "verified",

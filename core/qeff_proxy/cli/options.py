@@ -31,11 +31,31 @@ __all__ = [
 ]
 
 _KINDS: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
+_DEFAULT_DTYPE = "float32"
 
 
 def kind_of(args: argparse.Namespace) -> Kind:
     """What ``--proxy`` says."""
-    return _KINDS[args.proxy]
+    return _KINDS[args.proxy or "split"]
+
+
+def _check_agrees(args: argparse.Namespace, export: Export) -> None:
+    """Refuse arguments that say something else than the export that MODEL names is."""
+    taps = ",".join(export.settings.get("taps", ()))
+    asked = {
+        "--dtype": (args.dtype, export.dtype),
+        "--proxy": (args.proxy and _KINDS[args.proxy], export.kind),
+        "--opset": (args.opset, export.made_by.get("opset")),
+        "--taps": (getattr(args, "taps", None), taps),
+        "--output": (args.output, None),
+    }
+    for option, (wanted, found) in asked.items():
+        if wanted is not None and wanted != found:
+            raise UsageError(
+                f"{option} {wanted} contradicts {args.model}, which is an export already"
+                + (f" ({found})" if found else ""),
+                "Name the checkpoint to export it anew.",
+            )
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None:
@@ -47,25 +67,23 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
     parser.add_argument(
         "--proxy",
         choices=sorted(_KINDS),
-        default="split",
         help="split: embedding, body and LM head as graphs of their own (default); stub: one graph "
         "with weightless ends; none: the whole model as one graph",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        default="float32",
         help="dtype of weights and activations (default: float32)",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the export")
-    parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
     if exports:
+        parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the export")
+        parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
+        parser.add_argument("--force", action="store_true", help="do it again even if it is there")
         parser.add_argument(
             "--taps",
             metavar="WHAT",
             help="also give what each layer gives: layers, attention, mlp, or several with commas",
         )
-    parser.add_argument("--force", action="store_true", help="do it again even if it is there")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code of the checkpoint"
     )
@@ -106,23 +124,31 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
 
     loaded = load_model(
         args.model,
-        dtype=args.dtype,
+        dtype=args.dtype or _DEFAULT_DTYPE,
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
     )
     return loaded, Plugins.discover().hooks_for(loaded.model_type)
 
 
-def export_of(args: argparse.Namespace) -> tuple[Export, Hooks]:
-    """The export that ``MODEL`` names, or that of the checkpoint it names, made where needed."""
+def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tuple[Export, Hooks]:
+    """The export that ``MODEL`` names, or that of the checkpoint it names, made where needed.
+
+    ``with_processor`` refuses a checkpoint without tokenizer before the work begins.
+    """
     from qeff_proxy.artifact import MANIFEST, read_export
     from qeff_proxy.plugins import Plugins
 
     folder = Path(args.model).expanduser()
     if (folder / MANIFEST).is_file():
         export = read_export(folder)
+        _check_agrees(args, export)
         return export, Plugins.discover().hooks_for(export.model["model_type"])
     loaded, hooks = loaded_of(args)
+    if with_processor and loaded.folder is not None:
+        from qeff_proxy.load import load_processor
+
+        load_processor(loaded.folder, trust_remote_code=args.trust_remote_code)
     with stage_display("exporting", quiet=args.json) as progress:
         from qeff_proxy.export import export_model
 
