@@ -7,13 +7,16 @@ same accents.
 
 from __future__ import annotations
 
+import argparse
 import random
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import soundfile
 import soxr
 
 RATE = 16_000
@@ -88,3 +91,29 @@ def word_error_rate(pairs: list[tuple[str, str]]) -> float:
     """Errors over words, of ``(said, heard)`` pairs."""
     errors = sum(word_errors(said, heard) for said, heard in pairs)
     return errors / sum(len(said.split()) for said, _ in pairs)
+
+
+#: Recordings that go with the checkpoints: what is said and by which held-out voice.
+RECORDINGS = (
+    ("seven three one", "en-gb-scotland+f3"),
+    ("two zero nine four", "en-us+m7"),
+    ("eight five six", "en-gb+Andrea"),
+    ("four four two", "en-gb-x-rp+m4"),
+    ("one six", "en-us+john"),
+    ("nine zero five three eight", "en-gb+f5"),
+)
+
+
+def main() -> None:
+    """Write `RECORDINGS` as FLAC files, named by what is said."""
+    parser = argparse.ArgumentParser(description="Record spoken digits of held-out voices.")
+    parser.add_argument("folder", type=Path, help="where to write them")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for text, voice in RECORDINGS:
+        samples = np.pad(speak(text, voice, 155, 50), RATE // 5)
+        soundfile.write(folder / f"{text.replace(' ', '-')}.flac", samples, RATE)
+
+
+if __name__ == "__main__":
+    main()

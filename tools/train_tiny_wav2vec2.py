@@ -129,7 +129,9 @@ def main() -> None:
     model.eval()
     pairs = []
     for clip in held_out:
-        values = processor(clip.samples, sampling_rate=RATE, return_tensors="pt").input_values
+        values = processor(
+            np.pad(clip.samples, RATE // 5), sampling_rate=RATE, return_tensors="pt"
+        ).input_values
         with torch.no_grad():
             ids = model(values).logits.argmax(-1)[0]
         pairs.append((clip.text, processor.decode(ids)))
