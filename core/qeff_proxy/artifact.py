@@ -30,7 +30,15 @@ from qeff_proxy.parts import MaskSpec, TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Export", "ExportedPart", "cache_home", "export_folder", "read_export", "sha256_of"]
+__all__ = [
+    "Export",
+    "ExportedPart",
+    "cache_home",
+    "check_weights_of",
+    "export_folder",
+    "read_export",
+    "sha256_of",
+]
 
 SCHEMA = 1
 MANIFEST = "export.json"
@@ -99,6 +107,7 @@ class Export:
         cut: The sites, and what was verified of the cut.
         settings: What the flow needs besides.
         made_by: Versions of what made it, and the plugin that did.
+        hashes: Weights file → SHA-256; checked when it is compiled, not when it is opened.
     """
 
     folder: Path
@@ -111,7 +120,7 @@ class Export:
     cut: dict[str, Any]
     settings: dict[str, Any]
     made_by: dict[str, Any]
-    extra: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
 
     @property
     def processor_folder(self) -> Path:
@@ -135,6 +144,7 @@ class Export:
             "model": self.model,
             "parts": [part.to_json() for part in self.parts],
             "files": self.files,
+            "hashes": self.hashes,
             "cut": self.cut,
             "settings": self.settings,
             "made_by": self.made_by,
@@ -173,8 +183,9 @@ def read_export(folder: Path) -> Export:
             value["cut"],
             value["settings"],
             value["made_by"],
+            {_plain_name(name): str(digest) for name, digest in value["hashes"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ArtifactError(f"{manifest} is damaged ({reason})", again) from error
     for part in export.parts:
@@ -186,6 +197,20 @@ def read_export(folder: Path) -> Export:
         if not path.is_file() or path.stat().st_size != size:
             raise ArtifactError(f"{path} is missing or does not have its {size} bytes", again)
     return export
+
+
+def check_weights_of(export: Export) -> None:
+    """Hold every weights file of an export against its SHA-256.
+
+    Raises:
+        ArtifactError: One of them is not what was exported.
+    """
+    for name, digest in export.hashes.items():
+        if sha256_of(export.folder / name) != digest:
+            raise ArtifactError(
+                f"{export.folder / name} is not what was exported: its bytes have changed",
+                "Export the model again.",
+            )
 
 
 def cache_home() -> Path:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.artifact import check_weights_of
 from qeff_proxy.backends import CompileOptions, load_backend
 from qeff_proxy.errors import UsageError
 from qeff_proxy.staging import locked, recover_folder, staged_folder
@@ -82,18 +83,26 @@ def compile_export(
         "versions": dict(implementation.versions()),
         "options": options.to_json(),
         "parts": {part.name: part.sha256 for part in export.parts},
+        "weights": {name: _state_of(export.folder / name) for name in export.files},
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     target = export.folder / "compiled" / f"{backend}-{digest}"
+    there = Compiled(export, backend, options, target, was_there=True)
+    if not force and _is_whole(target, key):
+        return there  # without the lock, so that what is whole can be used side by side
     with locked(target):
         recover_folder(target)
         if not force and _is_whole(target, key):
-            return Compiled(export, backend, options, target, was_there=True)
+            return there
+        progress("checking weights")
+        check_weights_of(export)
         with staged_folder(target, _MANIFEST) as folder:
             for part in export.parts:
                 progress(f"compiling {part.name}")
                 implementation.compile(export, part, options, folder)
-            text = json.dumps(key, indent=2, ensure_ascii=False) + "\n"
+            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            value = {**key, "files": sizes}
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
             (folder / _MANIFEST).write_text(text, encoding="utf-8")
     return Compiled(export, backend, options, target)
 
@@ -103,9 +112,18 @@ def _is_whole(folder: Path, key: dict[str, Any]) -> bool:
     if not path.is_file():
         return False
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8")) == key)
-    except ValueError:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        files = found.pop("files")
+        sizes = {name: (folder / name).stat().st_size for name in files}
+    except (ValueError, AttributeError, KeyError, TypeError, OSError):
         return False
+    return bool(found == key and files == sizes)
+
+
+def _state_of(path: Path) -> list[int]:
+    """Size and time of change: another state is compiled, and checked, anew."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 @contextmanager

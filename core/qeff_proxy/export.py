@@ -88,10 +88,12 @@ def export_model(
 
     wanted = normalize_taps(taps)
     key = export_key(loaded, hooks, kind, opset, wanted)
-    target = (output or export_folder(loaded.source, key)).absolute()
+    target = (output or export_folder(loaded.source, key)).resolve()
     _check_target(target)
+    if not force and (found := _existing(target, key)) is not None:
+        return found  # without the lock, so that what is whole can be used side by side
     with locked(target):
-        recover_folder(target)
+        recover_folder(target, _KEPT)
         if not force and (found := _existing(target, key)) is not None:
             return found
         if not force and output is not None:
@@ -195,6 +197,7 @@ def _write_folder(
             {**cut.to_json(), "graphs": differences, "traced_layers": layers},
             {**cut.proxy.settings, **({"taps": taps} if taps else {})},
             key,
+            {name: sha256_of(folder / name) for name in places},
         )
         export.write_manifest()
     return read_export(target)
@@ -265,6 +268,17 @@ def _check_target(target: Path) -> None:
     if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
         raise ArtifactError(
             f"{target} is not empty and holds no export", "Name a new or empty folder."
+        )
+    known = {MANIFEST, "processor", "compiled", *_KEPT}
+    foreign = [
+        path.name
+        for path in (sorted(target.iterdir()) if target.is_dir() else ())
+        if path.name not in known and path.suffix not in {".onnx", ".safetensors"}
+    ]
+    if foreign:
+        raise ArtifactError(
+            f"{target} also holds {foreign[0]}, which is no part of an export",
+            "Move it elsewhere, or name another folder.",
         )
 
 

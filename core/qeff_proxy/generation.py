@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
@@ -18,12 +19,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.engine import Cache, CausalEngine, StepId
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import numpy as np
     import numpy.typing as npt
     from transformers import PreTrainedConfig
 
@@ -157,6 +157,11 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
                 recorder=self.recorder,
             )
         assert logits is not None  # noqa: S101 (the loop runs at least once)
+        if not np.isfinite(logits.astype(np.float32)).all():
+            raise BackendError(
+                f"the logits of step {len(self.step_times)} are not finite numbers",
+                "Check the weights for NaN, or run in float32 if a half-precision run overflows.",
+            )
         assert cache is not None  # noqa: S101
         result = CausalLMOutputWithPast(
             logits=to_tensor(logits).float(), past_key_values=_from_engine(cache, past_key_values)
@@ -234,8 +239,11 @@ def generate_ids(
     settings = dict(job.settings)
     _check_ids(job)
     length = int(job.tensors["input_ids"].shape[-1])
+    if settings.get("max_length") is not None and settings.get("max_new_tokens") is None:
+        settings["max_new_tokens"] = settings.pop("max_length") - length
     new = _new_tokens(settings, model.generation_config, length, context)
     settings["max_new_tokens"] = new
+    _check_rotary_limit(model, text_config, length, new)
     if settings.get("stop_strings") is not None:
         settings["tokenizer"] = job.processor
     seed = settings.pop("seed", None)
@@ -256,11 +264,36 @@ def _check_ids(job: Job) -> None:
     rows = job.export.settings.get("embedding_rows")
     if rows is None:
         return
+    if ids.is_floating_point():
+        raise UsageError(f"input_ids are {ids.dtype}", "Token ids are whole numbers.")
+    ids = ids.to(torch.int64)
     wrong = ids[(ids < 0) | (ids >= rows)]
     if wrong.numel():
         raise UsageError(
             f"{int(wrong[0])} is no token of this model",
             f"Its token ids go from 0 to {rows - 1}; use its own tokenizer.",
+        )
+
+
+def _check_rotary_limit(
+    model: ProxyForCausalLM, config: PreTrainedConfig, length: int, new: int
+) -> None:
+    """Keep to one side of the position where LongRoPE exchanges its factors.
+
+    transformers runs a prompt beyond it with the long factors throughout, and computes the whole
+    cache anew when generation crosses it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") != "longrope" or not isinstance(limit, int):
+        return
+    if length > limit:
+        model.prefill_seq_len = None
+    elif length + new > limit + 1:
+        raise UsageError(
+            f"{length} prompt tokens and {new} new ones cross position {limit}, where this model "
+            "changes its rotary factors and its whole cache",
+            f"Generate at most {limit + 1 - length} tokens, or start with a longer prompt.",
         )
 
 
@@ -319,6 +352,11 @@ def run_generation(
         raise UsageError(
             f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}",
             "They must be alike.",
+        )
+    if not torch.isin(mask, torch.tensor([0, 1])).all() or not mask[:, -1].all():
+        raise UsageError(
+            "attention_mask must hold 0 and 1, and end with 1 in each row",
+            "Pad on the left (tokenizer.padding_side = 'left'), as generation needs it.",
         )
     start = time.perf_counter()
     try:

@@ -85,17 +85,21 @@ def locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def recover_folder(target: Path) -> None:
+def recover_folder(target: Path, keep: Sequence[str] = ()) -> None:
     """Clear away what an interrupted run left beside ``target``. Needs the lock.
 
     If it was interrupted between moving the old folder away and the new one in, the old one is
-    moved back.
+    moved back; if after that, the new one takes over what it had not yet taken over.
+
+    Args:
+        target: The folder.
+        keep: As in `staged_folder`.
     """
     set_aside = target.parent / f".{target.name}.old"
     with writing(target):
         if set_aside.exists():
             if target.exists():
-                shutil.rmtree(set_aside)
+                _take_over(set_aside, target, keep)
             else:
                 set_aside.rename(target)
         for leftover in target.parent.glob(f".{target.name}.partial-*"):
@@ -114,7 +118,7 @@ def staged_folder(target: Path, last: str, keep: Sequence[str] = ()) -> Iterator
     Raises:
         ArtifactError: It cannot be written. The older folder is then as it was.
     """
-    recover_folder(target)
+    recover_folder(target, keep)
     staging = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
     with writing(target):
         staging.mkdir()
@@ -147,7 +151,12 @@ def _exchange(staging: Path, target: Path, keep: Sequence[str]) -> None:
         target.rename(set_aside)
     staging.rename(target)
     if set_aside.exists():
-        for name in keep:
-            if (set_aside / name).exists():
-                (set_aside / name).rename(target / name)
-        shutil.rmtree(set_aside)
+        _take_over(set_aside, target, keep)
+
+
+def _take_over(old: Path, new: Path, keep: Sequence[str]) -> None:
+    """Move what is kept from the old folder to the new one, and remove the old one."""
+    for name in keep:
+        if (old / name).exists() and not (new / name).exists():
+            (old / name).rename(new / name)
+    shutil.rmtree(old)

@@ -271,3 +271,57 @@ def test_a_folder_in_use_by_another_run_is_refused(saved_gpt2: Path, tmp_path: P
         pytest.raises(ArtifactError, match="in use by another run"),
     ):
         export_model(load_model(str(saved_gpt2)), HOOKS, output=tmp_path / "out")
+
+
+def test_an_interrupted_exchange_loses_no_dump(tmp_path: Path) -> None:
+    """As it is when a process is killed after the new folder stands and before it took over."""
+    from qeff_proxy.staging import recover_folder
+
+    old, new = tmp_path / ".out.old", tmp_path / "out"
+    (old / "io" / "run").mkdir(parents=True)
+    (old / "export.json").write_text("{}")
+    new.mkdir()
+    recover_folder(new, ("io",))
+    assert (new / "io" / "run").is_dir()
+    assert not old.exists()
+
+
+def test_a_link_to_a_folder_stays_a_link(saved_gpt2: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for kind in ("split", "whole"):
+        export_model(load_model(str(saved_gpt2)), HOOKS, kind, output=tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert read_export(tmp_path / "link").kind == "whole"
+
+
+def test_another_models_export_and_foreign_files_are_not_replaced(
+    saved_gpt2: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    export_model(load_model(str(saved_gpt2)), HOOKS, "split", output=target)
+    with pytest.raises(ArtifactError, match="holds another export"):
+        export_model(load_model(str(saved_gpt2)), HOOKS, "whole", output=target)
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"also holds notes\.txt"):
+        export_model(load_model(str(saved_gpt2)), HOOKS, "whole", output=target, force=True)
+    assert (target / "notes.txt").read_text() == "mine"
+
+
+def test_an_opset_that_cannot_be_had_is_refused(make_model: Any, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"cannot be written in opset 3: .* opset"):
+        export_model(wrap_model(make_model("gpt2")), HOOKS, output=tmp_path / "out", opset=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_the_same_size_and_time_are_told_apart(make_model: Any, tmp_path: Path) -> None:
+    from qeff_proxy.checkpoint import checkpoint_identity
+
+    identities = []
+    for scale in (1.0, 1.5):
+        model = make_model("gpt2")
+        model.transformer.h[1].mlp.c_fc.weight.data *= scale
+        model.save_pretrained(tmp_path / "model")
+        os.utime(tmp_path / "model" / "model.safetensors", ns=(1, 1))
+        identities.append(checkpoint_identity(tmp_path / "model"))
+    assert identities[0] != identities[1]

@@ -225,10 +225,16 @@ def test_parity_notices_another_model(demo_export: Path, eager: Any, tmp_path: P
         ),
         (Request(prompts=PROMPTS), {}, {"max_new_tokens": 0}, "max_new_tokens is 0"),
         (Request(prompts=PROMPTS), {}, {"no_such_setting": 1}, "no_such_setting"),
-        (Request(inputs={"input_ids": torch.zeros(1, 0)}), {}, {}, r"shape \[1, 0\]"),
+        (
+            Request(inputs={"input_ids": torch.zeros(1, 0, dtype=torch.int64)}),
+            {},
+            {},
+            r"shape \[1, 0\]",
+        ),
         (Request(inputs={"input_ids": [[5, 4000]]}), {}, {}, "4000 is no token of this model"),
         (Request(inputs={"input_ids": [[5, -1]]}), {}, {}, "-1 is no token of this model"),
         (Request(inputs={"ids": [[5]]}), {}, {}, "input_ids"),
+        (Request(inputs={"input_ids": [[5.0]]}), {}, {}, "Token ids are whole numbers"),
         (
             Request(inputs={"input_ids": [[5, 6]], "attention_mask": [[1]]}),
             {},
@@ -345,3 +351,63 @@ def read_parts(model: Any) -> Any:
     from qeff_proxy.artifact import read_export
 
     return read_export(model.export()).parts
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1, 0], [0, 0, 0, 0], [2, 1, 1, 1]])
+def test_masks_that_generation_cannot_serve_are_refused(mask: Any, demo_export: Path) -> None:
+    inputs = {"input_ids": [[5, 6, 7, 8]], "attention_mask": [mask]}
+    with pytest.raises(UsageError, match="must hold 0 and 1, and end with 1"):
+        generate(demo_export, Request(inputs=inputs), max_new_tokens=2)
+
+
+def test_logits_that_are_no_numbers_are_no_tokens(make_model: Any) -> None:
+    source = make_model("gpt2")
+    source.transformer.wpe.weight.data[20:] = float("nan")  # beyond what the cut is verified on
+    model = QEFFAutoModelForCausalLM(source, proxy="split")
+    ids = {"input_ids": [[5] * 18]}
+    assert model.generate(inputs=ids, generation_len=2).generated_ids.shape == (1, 2)
+    with pytest.raises(BackendError, match="logits of step 3 are not finite"):
+        model.generate(inputs=ids, generation_len=6)
+
+
+def test_longrope_is_kept_to_one_side_of_its_limit(make_model: Any) -> None:
+    factors = [1.0 + 0.5 * i for i in range(8)]
+    source = make_model(
+        "phi3",
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": factors,
+            "original_max_position_embeddings": 24,
+        },
+        original_max_position_embeddings=24,
+    )
+    model = QEFFAutoModelForCausalLM(source, proxy="split")
+    model.compile(prefill_seq_len=8)
+    with pytest.raises(UsageError, match="cross position 24"):
+        model.generate(inputs={"input_ids": [[5] * 20]}, generation_len=9)
+    generator = torch.Generator().manual_seed(3)
+    for length in (12, 40):
+        ids = torch.randint(3, 131, (1, length), generator=generator)
+        with torch.no_grad():
+            expected = source.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        result = model.generate(inputs={"input_ids": ids}, generation_len=8, do_sample=False)
+        assert np.array_equal(result.generated_ids, expected[:, length:].numpy())
+
+
+def test_changed_weights_are_not_compiled(demo_export: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from qeff_proxy.artifact import read_export
+    from qeff_proxy.errors import ArtifactError
+
+    folder = tmp_path / "copy"
+    shutil.copytree(demo_export, folder)
+    compile_export(read_export(folder))
+    with (folder / "body.safetensors").open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"\0" * 64)
+    for backend in ("onnxruntime", "torch"):
+        with pytest.raises(ArtifactError, match="its bytes have changed"):
+            compile_export(read_export(folder), backend)

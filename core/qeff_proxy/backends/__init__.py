@@ -54,7 +54,7 @@ class CompileOptions:
     def __post_init__(self) -> None:
         for name in ("batch_size", "prefill_seq_len", "ctx_len", "num_cores"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} is {value!r}", "It must be a whole number above 0.")
         for length in self.seq_len if self.seq_len is not None else (1,):
             if not isinstance(length, int) or length < 1:

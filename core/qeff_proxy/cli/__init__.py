@@ -85,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         report_error(str(error))
         return error.exit_code
+    except SystemExit:
+        if args.debug:
+            raise
+        report_error("a plugin or library ended the program; run with --debug for the trace")
+        return 70
     except BrokenPipeError:
         # Whoever read our output has read enough; a later flush must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,10 +37,13 @@ def print_json(value: Any) -> None:
 
 
 def stdout_console() -> Console:
-    """A rich console on stdout; plain and 100 columns wide when stdout is not a terminal."""
+    """A rich console on stdout: as wide as the terminal, ``COLUMNS`` or 100 columns."""
+    import shutil
+
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    width = None if sys.stdout.isatty() else shutil.get_terminal_size((100, 24)).columns
+    return Console(highlight=False, width=width)
 
 
 def print_text(renderable: RenderableType) -> None:

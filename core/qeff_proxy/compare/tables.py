@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.compare.verdict import (
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from qeff_proxy.compare.results import Comparison, TensorComparison
 
 __all__ = ["render_comparison"]
+
+#: Terminals narrower than this, in columns, are not shown the mean error and the cosine.
+_WIDE = 100
 
 
 def render_comparison(comparison: Comparison, *, rows: int = 12) -> list[RenderableType]:
@@ -40,13 +44,15 @@ def render_comparison(comparison: Comparison, *, rows: int = 12) -> list[Rendera
     ranked = rank_worst(comparison)
     shown = ranked[:rows] if rows else ranked
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("tensor", overflow="fold", min_width=28)
-    table.add_column("phase")
-    for heading in ("passed", "max", "mean", "of peak", "SQNR dB", "cosine"):
-        table.add_column(heading, justify="right")
     table.add_column("", no_wrap=True, min_width=6)
+    table.add_column("tensor", overflow="fold", min_width=20)
+    table.add_column("phase", no_wrap=True)
+    wide = shutil.get_terminal_size((100, 24)).columns >= _WIDE
+    headings = ["passed", "max", "of peak", "SQNR dB", *(("mean", "cosine") if wide else ())]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for tensor in shown:
-        table.add_row(*_row(tensor))
+        table.add_row(*_row(tensor)[: 3 + len(headings)])
     out: list[RenderableType] = [dumps, "", table]
     if len(shown) < len(ranked):
         out.append(f"… and {len(ranked) - len(shown)} more (--all shows them)")
@@ -58,7 +64,10 @@ def render_comparison(comparison: Comparison, *, rows: int = 12) -> list[Rendera
 
 
 def _made_by(provenance: dict[str, Any]) -> str:
-    known = (provenance.get(key) for key in ("model", "backend"))
+    model = provenance.get("model")
+    if isinstance(model, dict) and "source" in model:
+        model = f"{model['source']} ({model.get('architecture', 'unknown architecture')})"
+    known = (model, provenance.get("backend"))
     return printable(", ".join(str(value) for value in known if value is not None))
 
 
@@ -70,15 +79,15 @@ def _row(tensor: TensorComparison) -> list[str]:
     steps = f"{int(tensor.step_passed.sum())}/{len(tensor.steps)}"
     verdict = "[green]ok[/]" if tensor.passed else "[red]FAILED[/]"
     if worst is None:
-        return [label, tensor.phase, steps, "", "", "", "", "", verdict]
+        return [verdict, label, tensor.phase, steps, "", "", "", "", ""]
     return [
+        verdict,
         label,
         tensor.phase,
         steps,
         format_error(worst.max_abs) if not worst.unmatched else "NaN/Inf",
-        format_error(worst.mean_abs),
         format_share(float(max(tensor.step_error))),
         "exact" if math.isinf(worst.sqnr) and worst.sqnr > 0 else f"{worst.sqnr:.1f}",
+        format_error(worst.mean_abs),
         f"{worst.cosine:.5f}",
-        verdict,
     ]

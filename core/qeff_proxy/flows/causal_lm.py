@@ -17,6 +17,7 @@ import torch
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.backends.torch_backend import TorchSession
 from qeff_proxy.engine import CausalEngine, StepId, position_ids_of
+from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.flows.check import check_equal, parts_must_run
 
 if TYPE_CHECKING:
@@ -81,7 +82,14 @@ def verify_causal_cut(
     padding = np.ones_like(ids)
     padding[1, :_PADDING] = 0
     with shrunk_windows(model, _WINDOW):
-        expected = _model_logits(model, ids, padding)
+        try:
+            expected = _model_logits(model, ids, padding)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be run as a causal LM over {sum(_STEPS)} "
+                f"positions: {type(error).__name__}: {error}",
+                "Check its config, or write a plugin for it.",
+            ) from error
         with parts_must_run(model, sites):
             actual = _proxy_logits(proxy, ids, padding)
     return check_equal(model, sites, expected, actual, padding, output="logit")
