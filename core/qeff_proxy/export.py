@@ -13,6 +13,7 @@ The folder is written aside and moved into place. The same request again is a lo
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -221,19 +222,29 @@ def export_key(
             "name": hooks.plugin,
             "distribution": hooks.distribution,
             "version": hooks.version,
+            "code": _plugin_digest(hooks),
         },
         "qeff-proxy": version("qeff-proxy"),
-        "code": _code_digest(),
+        "code": _code_digest(Path(__file__).parent),
         **{name: version(name) for name in _VERSIONS},
     }
 
 
-def _code_digest() -> str:
-    """A hash of this package's own code, so that an edited installation exports anew."""
+def _code_digest(folder: Path) -> str:
+    """A hash of a package's own code, so that an edited installation exports anew."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _plugin_digest(hooks: Hooks) -> str | None:
+    """The same for the package of an installed plugin; ``None`` for one registered from Python."""
+    if hooks.distribution is None:
+        return None
+    spec = importlib.util.find_spec(hooks.plugin.partition(":")[0].partition(".")[0])
+    folders = spec.submodule_search_locations if spec is not None else None
+    return _code_digest(Path(next(iter(folders)))) if folders else None
 
 
 def _existing(target: Path, key: dict[str, Any]) -> Export | None:

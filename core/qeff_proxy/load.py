@@ -168,7 +168,30 @@ def _read_model(
             f"{list(wanted)}",
             "Check that config.json and the weights belong together.",
         )
+    _check_left_over(folder, model, sorted(notes.get("unexpected_keys", ())))
     return model, sorted(notes.get("missing_keys", ()))
+
+
+def _check_left_over(folder: Path, model: PreTrainedModel, unexpected: list[str]) -> None:
+    """Refuse weights that the model has a place for but, by its config, does not use.
+
+    That is a bias of a projection made without one, or a layer beyond the last. Other leftovers
+    (heads of another task, buffers of old releases) change nothing.
+    """
+    modules = dict(model.named_modules())
+    for name in unexpected:
+        path = name.rpartition(".")[0]
+        owner = modules.get(path)
+        lacks = owner is not None and any(True for _ in owner.parameters(recurse=False))
+        while path and path not in modules:
+            path = path.rpartition(".")[0]
+        beyond = owner is None and type(modules.get(path)).__name__ == "ModuleList"
+        if lacks or beyond:
+            raise CheckpointError(
+                f"{folder} holds {name}, which {type(model).__name__} built from its config.json "
+                "does not use",
+                "Check that config.json and the weights belong together.",
+            )
 
 
 def _check_missing(

@@ -79,6 +79,18 @@ def change_a_shape(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def add_a_tensor(name: str) -> Callable[[Path], None]:
+    def add(folder: Path) -> None:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = torch.ones(64)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return add
+
+
 def only_pickles(folder: Path) -> None:
     import torch
     from safetensors.torch import load_file
@@ -133,6 +145,8 @@ def escaping_index(folder: Path) -> None:
         (escaping_index, 3, "is not a file name"),
         (drop_a_tensor, 3, "transformer.h.1.mlp.c_fc.weight"),
         (change_a_shape, 3, "transformer.h.1.ln_1.weight"),
+        (add_a_tensor("transformer.h.1.ln_1.scale"), 3, "does not use"),
+        (edit_config(n_layer=1), 3, "transformer.h.1."),
     ],
 )
 def test_a_bad_checkpoint(
@@ -146,6 +160,12 @@ def test_a_bad_checkpoint(
     damage(checkpoint)
     assert words in fails(capsys, "export", str(checkpoint), code=code)
     assert not list(home.rglob("*.onnx"))
+
+
+def test_leftovers_that_change_nothing_are_no_error(checkpoint: Path, capsys: Any) -> None:
+    add_a_tensor("score.weight")(checkpoint)
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["architecture"] == "GPT2LMHeadModel"
 
 
 def test_pickles_are_read_when_allowed(checkpoint: Path, capsys: Any) -> None:
