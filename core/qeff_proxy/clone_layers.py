@@ -110,8 +110,8 @@ def _owners(graph: ir.Graph, plan: RepeatPlan, flowing: set[ir.Value]) -> dict[i
             producers = [value.producer() for value in node.inputs if value is not None]
             before = {positions[one] for one in producers if one is not None} - {None}
             after = {positions[use.node] for value in node.outputs for use in value.uses()}
-            if len(before) == 1 and before <= after:
-                (positions[node],) = before
+            if len(before & after) == 1:
+                (positions[node],) = before & after
     owner: dict[ir.Node, int] = {}
     for node in graph:
         position = positions[node]

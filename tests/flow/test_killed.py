@@ -91,7 +91,7 @@ def test_killing_an_export_leaves_the_old_one_or_the_new_one(
         if target.exists():
             assert read_export(target).kind in kinds
     assert killed >= 6
-    again = export_model(load_model(str(saved_gpt2)), HOOKS, "split", output=target)
+    again = export_model(load_model(str(saved_gpt2)), HOOKS, "split", output=target, force=True)
     assert again.parts == old.parts
     assert (target / "io" / "run").is_dir()
     leftovers = [path.name for path in tmp_path.iterdir() if ".partial-" in path.name]

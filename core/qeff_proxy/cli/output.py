@@ -37,13 +37,10 @@ def print_json(value: Any) -> None:
 
 
 def stdout_console() -> Console:
-    """A rich console on stdout: as wide as the terminal, ``COLUMNS`` or 100 columns."""
-    import shutil
-
+    """A rich console on stdout; 100 columns wide when stdout is not a terminal."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else shutil.get_terminal_size((100, 24)).columns
-    return Console(highlight=False, width=width)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 def print_text(renderable: RenderableType) -> None:
