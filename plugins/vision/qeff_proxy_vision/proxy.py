@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.errors import PluginError, UnsupportedModelError
 from qeff_proxy.generic import build_proxy as build_text_proxy
 from qeff_proxy.parts import Kind, Part, Proxy
 
@@ -43,7 +43,10 @@ Reference = Callable[["PreTrainedModel", Mapping[str, "Array"], "Array"], "Array
 
 
 def _no_sample() -> Mapping[str, torch.Tensor]:
-    raise NotImplementedError("this proxy cannot be verified: its family gave no sample")
+    raise PluginError(
+        "this proxy cannot be verified: its family gave no sample",
+        "The family's build_proxy must give one.",
+    )
 
 
 @dataclass
