@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -166,8 +167,9 @@ def test_gpt2_runs_from_end_to_end(environment, tmp_path):
     export = Path(report["export"])
     assert export.parent == tmp_path
     assert report["cut"]["sites"]["embedding"]["module"] == "transformer.wte"
-    made_by = json.loads((export / "export.json").read_text("utf-8"))["made_by"]
-    assert made_by["plugin"] == {
+    plugin = json.loads((export / "export.json").read_text("utf-8"))["made_by"]["plugin"]
+    assert re.fullmatch("[0-9a-f]{16}", plugin.pop("code"))
+    assert plugin == {
         "name": "qeff_proxy_text.gpt2",
         "distribution": "qeff-proxy-text",
         "version": VERSION,
