@@ -221,6 +221,7 @@ def test_an_empty_prompt(demo_export: Path, capsys: Any) -> None:
         (("--temperature", "0.5"), "--temperature needs --sample"),
         (("--stream", "--json"), "exclude each other"),
         (("--write-io", "--io-steps", "often"), "often"),
+        (("--ids",), "'Anna went to the market' is no list of token ids"),
     ],
 )
 def test_wrong_arguments(

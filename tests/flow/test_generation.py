@@ -9,6 +9,7 @@ import pytest
 import torch
 from qeff_proxy import QEFFAutoModelForCausalLM
 from qeff_proxy.backends import CompileOptions
+from qeff_proxy.cli import main
 from qeff_proxy.compile import compile_export
 from qeff_proxy.dump import DumpOptions, read_dump
 from qeff_proxy.errors import BackendError, UnsupportedModelError, UsageError
@@ -146,6 +147,20 @@ def test_token_ids_need_no_tokenizer(demo_export: Path, tokenizer: Any, eager: A
         )
         expected = expected_ids(eager, tokenizer, PROMPTS[:1], max_new_tokens=8, do_sample=False)
         assert np.array_equal(result.outputs["generated_ids"], expected)
+
+
+def test_the_command_takes_token_ids(demo_export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = "342,270,263"
+    assert main(["generate", str(demo_export), ids, ids, "--ids", "--max-new-tokens", "4"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    expected = generate(
+        demo_export,
+        Request(inputs={"input_ids": [[342, 270, 263]]}),
+        max_new_tokens=4,
+        do_sample=False,
+    )
+    assert first == ",".join([ids, *map(str, expected.outputs["generated_ids"][0])])
 
 
 def test_timings_are_of_this_run(demo_export: Path) -> None:

@@ -22,6 +22,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_model_options(parser, exports=True)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to go on from")
+    parser.add_argument(
+        "--ids",
+        action="store_true",
+        help="each PROMPT is a list of token ids such as 464,3290; no tokenizer is needed",
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N")
     parser.add_argument("--stream", action="store_true", help="print text as it comes (one prompt)")
     parser.add_argument("--num-beams", type=int, metavar="N")
@@ -44,40 +49,71 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, and print texts and timings."""
-    if args.stream and len(args.prompts) > 1:
-        raise UsageError("--stream takes one prompt")
-    if args.stream and args.json:
-        raise UsageError("--stream and --json exclude each other")
-    export, hooks = export_of(args, with_processor=True)
-    compiled = compiled_of(args, export)
+    _check(args)
+    rows = [_parse_ids(text) for text in args.prompts] if args.ids else []
+    settings = _settings(args)
     from qeff_proxy.dump import DumpOptions
+
+    beams = args.num_beams or 1
+    io_options = DumpOptions(
+        args.io_steps, tuple(args.io_tensors or ("*",)), "full" if beams > 1 else args.kv
+    )
+    export, hooks = export_of(args, with_processor=not rows)
+    compiled = compiled_of(args, export)
     from qeff_proxy.load import load_processor
     from qeff_proxy.request import Request
     from qeff_proxy.run import run_compiled
 
-    processor = load_processor(export.processor_folder, trust_remote_code=args.trust_remote_code)
-    beams = args.num_beams or 1
+    processor = None
+    if not rows:
+        processor = load_processor(
+            export.processor_folder, trust_remote_code=args.trust_remote_code
+        )
+    if args.stream:
+        from transformers import TextStreamer
+
+        settings["streamer"] = TextStreamer(processor, skip_special_tokens=True)
     result = run_compiled(
         compiled,
         hooks,
-        Request(prompts=tuple(args.prompts)),
+        Request(prompts=tuple(args.prompts), inputs={"input_ids": rows} if rows else None),
         processor=processor,
-        settings=_settings(args, processor),
+        settings=settings,
         write_io=args.write_io or _asks_for_dump(args),
         io_folder=args.io_dir,
-        io_options=DumpOptions(
-            args.io_steps, tuple(args.io_tensors or ("*",)), "full" if beams > 1 else args.kv
-        ),
+        io_options=io_options,
     )
     _report(args, result)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse arguments that contradict each other, before anything heavy is imported."""
+    if args.ids and len({text.count(",") for text in args.prompts}) > 1:
+        raise UsageError("the lists of token ids differ in length", "Run them one by one.")
+    if args.stream and len(args.prompts) > 1:
+        raise UsageError("--stream takes one prompt")
+    if args.stream and args.ids:
+        raise UsageError("--stream and --ids exclude each other")
+    if args.stream and args.json:
+        raise UsageError("--stream and --json exclude each other")
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        ids = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{text!r} is no list of token ids", "Such as 464,3290.") from None
+    if min(ids) < 0:
+        raise UsageError(f"{text!r} has a negative token id")
+    return ids
 
 
 def _asks_for_dump(args: argparse.Namespace) -> bool:
     return args.io_dir is not None or args.io_steps != "all" or bool(args.io_tensors)
 
 
-def _settings(args: argparse.Namespace, processor: Any) -> dict[str, Any]:
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of transformers' ``generate``; what was not asked for is left out."""
     settings: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
@@ -94,10 +130,6 @@ def _settings(args: argparse.Namespace, processor: Any) -> dict[str, Any]:
     settings["do_sample"] = args.sample
     if args.seed is not None:
         settings["seed"] = args.seed
-    if args.stream:
-        from transformers import TextStreamer
-
-        settings["streamer"] = TextStreamer(processor, skip_special_tokens=True)
     return settings
 
 
@@ -117,8 +149,10 @@ def _report(args: argparse.Namespace, result: RunResult) -> None:
         )
         return
     if not args.stream:
-        rows = len(result.decoded) // len(args.prompts)
-        for index, text in enumerate(result.decoded):
+        # Without a tokenizer there is no text, and the ids themselves are what was asked for.
+        texts = result.decoded or ["," + ",".join(map(str, row)) for row in ids.tolist()]
+        rows = len(texts) // len(args.prompts)
+        for index, text in enumerate(texts):
             sys.stdout.write(f"{args.prompts[index // rows]}{text}\n")
     rate = f", {perf.decode_perf:.1f} tokens/s after it" if perf.decode_perf else ""
     sys.stderr.write(
