@@ -163,7 +163,8 @@ def test_every_plugin_can_be_used(environment):
 
 
 def test_gpt2_runs_from_end_to_end(environment, tmp_path):
-    report = json.loads(environment.run("qeff-proxy", "demo", "--json", QEFF_HOME=str(tmp_path)))
+    said = environment.run("qeff-proxy", "demo", "text", "--json", QEFF_HOME=str(tmp_path))
+    report = json.loads(said)["demos"]["text"]
     export = Path(report["export"])
     assert export.parent == tmp_path
     assert report["cut"]["sites"]["embedding"]["module"] == "transformer.wte"

@@ -12,12 +12,14 @@ from qeff_proxy.arrays import to_array
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
     from qeff_proxy.arrays import Array
     from qeff_proxy.dump import Dump
 
-__all__ = ["Parity", "parity_of_dump"]
+__all__ = ["Parity", "parity_of_dump", "parity_of_logits"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,30 @@ class Parity:
         return {**vars(self), "passed": self.passed}
 
 
-def parity_of_dump(model: PreTrainedModel, dump: Dump) -> Parity:
+def parity_of_logits(expected: Array, actual: Array) -> Parity:
+    """Compare logits ``[steps, vocabulary]`` of the uncut model with those of its proxy."""
+    return Parity(
+        max_difference=float(np.abs(actual - expected).max()),
+        largest_logit=float(np.abs(expected).max()),
+        equal_tokens=int((actual.argmax(-1) == expected.argmax(-1)).sum()),
+        steps=len(expected),
+    )
+
+
+def parity_of_dump(
+    model: PreTrainedModel,
+    dump: Dump,
+    *,
+    ids_name: str = "input_ids",
+    inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Parity:
     """Feed the token ids of a dump to the uncut model, and compare the logits of every step.
 
     Args:
         model: The uncut model.
         dump: Of a run of its split proxy on one prompt, with ``embedding`` and ``lm_head``.
+        ids_name: What the uncut model calls its token ids.
+        inputs: What it takes besides: features of a sound, of an image.
 
     Raises:
         UsageError: The dump lacks a step, or holds several prompts.
@@ -65,7 +85,8 @@ def parity_of_dump(model: PreTrainedModel, dump: Dump) -> Parity:
     ids = np.concatenate(pieces, axis=1)
     ends = np.cumsum([piece.shape[1] for piece in pieces]) - 1
     with torch.no_grad():
-        expected = to_array(model(input_ids=torch.from_numpy(ids)).logits.float())[0]
+        outputs = model(**{ids_name: torch.from_numpy(ids)}, **(inputs or {}))
+    expected = to_array(outputs.logits.float())[0]
     shown = [(int(end), step) for end, step in zip(ends, steps, strict=True)]
     if prefill:  # only the last chunk's logits decide a token
         shown = shown[len(prefill) - 1 :]
@@ -73,11 +94,4 @@ def parity_of_dump(model: PreTrainedModel, dump: Dump) -> Parity:
         dump.array(step.phase, step.index, "lm_head.out.logits")[0, -1].astype(np.float32)
         for _, step in shown
     ]
-    reference = expected[[end for end, _ in shown]]
-    found = np.stack(actual)
-    return Parity(
-        max_difference=float(np.abs(found - reference).max()),
-        largest_logit=float(np.abs(reference).max()),
-        equal_tokens=int((found.argmax(-1) == reference.argmax(-1)).sum()),
-        steps=len(shown),
-    )
+    return parity_of_logits(expected[[end for end, _ in shown]], np.stack(actual))

@@ -24,7 +24,7 @@ __all__ = ["main"]
 
 # command -> one line of help. The module is qeff_proxy.cli.<command>.
 COMMANDS = {
-    "demo": "run the whole flow on a checkpoint that comes with the program",
+    "demo": "run the whole flow on checkpoints that come with the program and its plugins",
     "inspect": "show what would be cut: sites, tied weights, bytes in body and vocabulary",
     "export": "cut a model and export its parts to ONNX",
     "compile": "prepare the exported parts for a backend",

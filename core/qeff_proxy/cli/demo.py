@@ -1,7 +1,8 @@
-"""``qeff-proxy demo``: the whole flow, on a checkpoint that comes with the program."""
+"""``qeff-proxy demo``: the whole flow, on checkpoints that come with the program and plugins."""
 
 from __future__ import annotations
 
+import sys
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,96 +12,187 @@ from qeff_proxy.cli.output import (
     format_bytes,
     print_json,
     print_text,
+    report_error,
     stage_display,
 )
+from qeff_proxy.errors import ProxyError, UsageError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from rich.table import Table
 
     from qeff_proxy.artifact import Export
+    from qeff_proxy.demos import Demo, DemoEntry
     from qeff_proxy.generation import PerfMetrics
     from qeff_proxy.parity import Parity
+    from qeff_proxy.plugins import Plugins
     from qeff_proxy.run import RunResult
 
 __all__ = ["configure", "run"]
 
 _CHECKPOINT = "tiny-gpt2"
 _PROMPT = "Anna went to the market"
+_NEW_TOKENS = 64
+_EPILOG = """\
+Exit status: 0 when every demo ran and every token was PyTorch's, 1 when one differed; an error's
+own where a demo could not run, after the others have.
+"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    parser.epilog = _EPILOG
     parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a demo (default: all that are installed)"
+    )
+    parser.add_argument("--list", action="store_true", help="list the demos and run none")
+    text = parser.add_argument_group("of the demo 'text'")
+    text.add_argument(
         "--model", help="a causal LM's folder or hub id (default: one that comes with the program)"
     )
-    parser.add_argument("--prompt", default=_PROMPT, help=f"default: {_PROMPT!r}")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    text.add_argument("--prompt", help=f"default: {_PROMPT!r}")
+    text.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {_NEW_TOKENS}")
     add_json_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, cut, export, compile, run, dump and compare; 1 if a token differs."""
-    if args.model is not None:
-        return _run_on(args, args.model, args.model)
-    with as_file(files("qeff_proxy") / "checkpoints" / _CHECKPOINT) as folder:
-        return _run_on(args, str(folder), _CHECKPOINT)
+    """Run the demos one after the other; each loads, cuts, exports, compiles, runs and compares."""
+    from qeff_proxy.demos import choose, find_demos
+    from qeff_proxy.plugins import Plugins
 
-
-def _run_on(args: argparse.Namespace, source: str, name: str) -> int:
-    with stage_display("demo", quiet=args.json) as progress:
-        progress("loading libraries")
-        from qeff_proxy.compile import compile_export
-        from qeff_proxy.dump import read_dump
-        from qeff_proxy.export import export_model
-        from qeff_proxy.load import load_model, load_processor
-        from qeff_proxy.parity import parity_of_dump
-        from qeff_proxy.plugins import Plugins
-        from qeff_proxy.request import Request
-        from qeff_proxy.run import run_compiled
-
-        loaded = load_model(source)
-        hooks = Plugins.discover().hooks_for(loaded.model_type)
-        export = export_model(loaded, hooks, progress=progress)
-        compiled = compile_export(export, progress=progress)
-        progress("generating")
-        result = run_compiled(
-            compiled,
-            hooks,
-            Request(prompts=(args.prompt,)),
-            processor=load_processor(export.processor_folder),
-            settings={"max_new_tokens": args.max_new_tokens, "do_sample": False},
-            write_io=True,
-        )
-        assert result.io_folder is not None  # noqa: S101 (write_io gives one)
-        progress("comparing with PyTorch")
-        parity = parity_of_dump(loaded.model, read_dump(result.io_folder))
+    plugins = Plugins.discover()
+    entries = choose(find_demos(plugins.selection), _names(args))
+    if args.list:
+        _print_list(entries, as_json=args.json)
+        return 0
+    reports: dict[str, Any] = {}
+    worst = 0
+    for entry in entries:
+        code, reports[entry.name] = _report_of(args, entry, plugins)
+        worst = worst or code
     if args.json:
-        print_json(_report(args, export, result, parity))
-    else:
-        print_text(_parts_table(name, export))
-        print_text(_result_table(export, parity, result.outputs["perf_metrics"]))
+        print_json({"passed": worst == 0, "demos": reports})
+    return worst
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    from qeff_proxy.demos import BUILTIN_DEMO
+
+    options = {
+        "--model": args.model,
+        "--prompt": args.prompt,
+        "--max-new-tokens": args.max_new_tokens,
+    }
+    given = [option for option, value in options.items() if value is not None]
+    if given and args.names and BUILTIN_DEMO not in args.names:
+        raise UsageError(
+            f"{given[0]} is of the demo {BUILTIN_DEMO!r}, which is not among those to run",
+            f"Name it too: qeff-proxy demo {BUILTIN_DEMO} {' '.join(args.names)}.",
+        )
+    return args.names or ([BUILTIN_DEMO] if given else [])
+
+
+def _report_of(
+    args: argparse.Namespace, entry: DemoEntry, plugins: Plugins
+) -> tuple[int, dict[str, Any]]:
+    """Run one demo: its exit code and its report. An error is said, and is no end to the others."""
+    from qeff_proxy.demos import BUILTIN_DEMO, load
+
+    try:
+        if entry.name == BUILTIN_DEMO:
+            with as_file(files("qeff_proxy") / "checkpoints" / _CHECKPOINT) as folder:
+                return _run_demo(args, entry.name, _text_demo(args, folder), plugins)
+        return _run_demo(args, entry.name, load(entry), plugins)
+    except ProxyError as error:
+        if args.debug:
+            raise
+        report_error(f"demo {entry.name}: {error}")
+        return error.exit_code, {"package": entry.distribution, "error": str(error)}
+
+
+def _text_demo(args: argparse.Namespace, folder: Path) -> Demo:
+    from qeff_proxy.demos import Demo
+    from qeff_proxy.parity import parity_of_dump
+    from qeff_proxy.request import Request
+
+    prompt = _PROMPT if args.prompt is None else args.prompt
+    tokens = _NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    return Demo(
+        checkpoint=args.model or folder,
+        request=Request(prompts=(prompt,)),
+        given=prompt,
+        parity=parity_of_dump,
+        shown=lambda result: f"{prompt}{result.decoded[0]}",
+        settings={"max_new_tokens": tokens, "do_sample": False},
+    )
+
+
+def _run_demo(
+    args: argparse.Namespace, name: str, demo: Demo, plugins: Plugins
+) -> tuple[int, dict[str, Any]]:
+    with stage_display(f"demo {name}", quiet=args.json) as progress:
+        export, result, parity = _whole_flow(demo, plugins, progress)
+    perf = result.outputs.get("perf_metrics")
+    if not args.json:
+        print_text(_parts_table(f"{name}: {Path(demo.checkpoint).name}", export))
+        print_text(_result_table(export, parity, perf))
         print_text(f"export: {_short(export.folder)}")
         print_text(f"dump:   {_short(result.io_folder)}")
-        print_text("")
-        print_text(f"{args.prompt}{result.decoded[0]}")
-    return 0 if parity.passed else 1
-
-
-def _report(
-    args: argparse.Namespace, export: Export, result: RunResult, parity: Parity
-) -> dict[str, Any]:
-    return {
+        print_text(f"\n{demo.shown(result)}\n")
+        sys.stdout.flush()  # the next demo takes seconds
+    report = {
         "export": str(export.folder),
         "cut": export.cut,
         "files": export.files,
         "parity": parity.to_json(),
-        "perf_metrics": result.outputs["perf_metrics"].to_json(),
+        "perf_metrics": perf.to_json() if perf is not None else None,
         "io_folder": str(result.io_folder),
-        "prompt": args.prompt,
-        "text": result.decoded[0],
+        "given": demo.given,
+        "text": demo.shown(result),
     }
+    return 0 if parity.passed else 1, report
+
+
+def _whole_flow(
+    demo: Demo, plugins: Plugins, progress: Callable[[str], None]
+) -> tuple[Export, RunResult, Parity]:
+    progress("loading libraries")
+    from qeff_proxy.compile import compile_export
+    from qeff_proxy.dump import read_dump
+    from qeff_proxy.export import export_model
+    from qeff_proxy.load import load_model, load_processor
+    from qeff_proxy.run import run_compiled
+
+    loaded = load_model(str(demo.checkpoint))
+    hooks = plugins.hooks_for(loaded.model_type)
+    export = export_model(loaded, hooks, progress=progress)
+    compiled = compile_export(export, progress=progress)
+    progress("running")
+    result = run_compiled(
+        compiled,
+        hooks,
+        demo.request,
+        processor=load_processor(export.processor_folder),
+        settings=demo.settings,
+        write_io=True,
+    )
+    assert result.io_folder is not None  # noqa: S101 (write_io gives one)
+    progress("comparing with PyTorch")
+    return export, result, demo.parity(loaded.model, read_dump(result.io_folder))
+
+
+def _print_list(entries: list[DemoEntry], *, as_json: bool) -> None:
+    from rich.table import Table
+
+    if as_json:
+        print_json([{"name": entry.name, "package": entry.distribution} for entry in entries])
+        return
+    table = Table("demo", "package")
+    for entry in entries:
+        table.add_row(entry.name, entry.distribution)
+    print_text(table)
 
 
 def _parts_table(name: str, export: Export) -> Table:
@@ -122,7 +214,7 @@ def _parts_table(name: str, export: Export) -> Table:
     return table
 
 
-def _result_table(export: Export, parity: Parity, perf: PerfMetrics) -> Table:
+def _result_table(export: Export, parity: Parity, perf: PerfMetrics | None) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
@@ -140,10 +232,11 @@ def _result_table(export: Export, parity: Parity, perf: PerfMetrics) -> Table:
         f"{parity.equal_tokens} of {parity.steps} tokens equal, largest logit difference "
         f"{parity.max_difference:.1e} of {parity.largest_logit:.1f}",
     )
-    table.add_row(
-        "speed",
-        f"first token after {perf.prefill_time:.3f} s, then {perf.decode_perf:.0f} tokens/s",
-    )
+    if perf is not None:
+        table.add_row(
+            "speed",
+            f"first token after {perf.prefill_time:.3f} s, then {perf.decode_perf:.0f} tokens/s",
+        )
     return table
 
 
