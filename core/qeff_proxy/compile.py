@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qeff_proxy.artifact import Export
     from qeff_proxy.session import Session
 
-__all__ = ["Compiled", "compile_export", "open_sessions"]
+__all__ = ["Compiled", "compile_export", "fixed_lengths", "open_sessions"]
 
 _MANIFEST = "compile.json"
 
@@ -78,6 +78,8 @@ def compile_export(
         raise UsageError(
             f"backend {backend!r} has no option {unknown[0]!r}", f"Its options: {known}."
         )
+    if getattr(implementation, "static", False):
+        options = fixed_lengths(export, options)
     key: dict[str, Any] = {
         "backend": backend,
         "versions": dict(implementation.versions()),
@@ -105,6 +107,19 @@ def compile_export(
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
             (folder / _MANIFEST).write_text(text, encoding="utf-8")
     return Compiled(export, backend, options, target)
+
+
+def fixed_lengths(export: Export, options: CompileOptions) -> CompileOptions:
+    """The options as a backend of fixed shapes needs them: with the lengths that nobody said."""
+    from qeff_proxy.load import load_config
+    from qeff_proxy.static import axes_of, with_fixed_shapes
+
+    if not any("past" in axes_of(part) for part in export.parts):
+        return options
+    config = load_config(export.processor_folder).get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_target_positions")
+    most = next((one for name in names if (one := getattr(config, name, None))), None)
+    return with_fixed_shapes(options, most)
 
 
 def _is_whole(folder: Path, key: dict[str, Any]) -> bool:

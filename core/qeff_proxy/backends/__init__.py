@@ -74,7 +74,15 @@ class CompileOptions:
 
 
 class Backend(Protocol):
-    """What a backend does; made anew for each compilation."""
+    """What a backend does; made anew for each compilation.
+
+    A backend may have two attributes more:
+
+    - ``static = True``: it compiles fixed shapes (see `qeff_proxy.static`), so ``ctx_len`` and
+      ``prefill_seq_len`` are always set when `compile` and `open` are called.
+    - ``precision``: the dtype that it computes in, whatever that of the tensors (``"float16"``);
+      its results are held to that dtype's tolerances (`qeff_proxy.compare`).
+    """
 
     #: The options it understands in `CompileOptions.backend`, with what they mean.
     options: Mapping[str, str]
