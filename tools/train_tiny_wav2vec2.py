@@ -6,23 +6,14 @@ voices that it was not trained on.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from spoken_digits import (
-    HELD_OUT_VOICES,
-    RATE,
-    TRAIN_VOICES,
-    WORDS,
-    clips,
-    disturbed,
-    word_error_rate,
-)
+from speech_training import parse_arguments, test, train, write
+from spoken_digits import RATE, WORDS
 from torch.nn.functional import ctc_loss
 from transformers import (
     Wav2Vec2Config,
@@ -34,7 +25,9 @@ from transformers import (
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "plugins/audio/qeff_proxy_audio/checkpoints/tiny-wav2vec2"
-PEAK_RATE = 3e-3
+PEAK_RATE = 2e-3
+# Of the bank of filters that the convolutions begin as.
+BANDS, PHASES = 32, 3
 
 
 def new_processor() -> Wav2Vec2Processor:
@@ -56,12 +49,12 @@ def new_model(vocabulary: int) -> Wav2Vec2ForCTC:
     config = Wav2Vec2Config(
         vocab_size=vocabulary,
         hidden_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=192,
-        conv_dim=(32, 64, 64, 96, 96),
-        conv_kernel=(10, 8, 8, 4, 4),
-        conv_stride=(5, 4, 4, 2, 2),
+        conv_dim=(BANDS * PHASES, 64, 96),
+        conv_kernel=(160, 10, 3),
+        conv_stride=(40, 4, 2),
         feat_extract_norm="layer",
         do_stable_layer_norm=True,
         conv_bias=True,
@@ -77,68 +70,68 @@ def new_model(vocabulary: int) -> Wav2Vec2ForCTC:
         apply_spec_augment=False,
         pad_token_id=0,
     )
-    return Wav2Vec2ForCTC(config)
+    model = Wav2Vec2ForCTC(config)
+    begin_as_filter_bank(model)
+    return model
+
+
+@torch.no_grad()
+def begin_as_filter_bank(model: Wav2Vec2ForCTC) -> None:
+    """Let the first two convolutions begin as band passes and their energies.
+
+    From noise they would need most of the training to become something of the kind. The first holds
+    each band, even on the mel scale, in three phases, of which the activation keeps the positive
+    halves; the sum of those over phases and time is about the band's energy.
+    """
+    bank, energies = (layer.conv for layer in model.wav2vec2.feature_extractor.conv_layers[:2])
+    time = (torch.arange(bank.kernel_size[0]) - bank.kernel_size[0] / 2) / RATE
+    mel = torch.linspace(2595 * np.log10(1 + 100 / 700), 2595 * np.log10(1 + 7000 / 700), BANDS)
+    centers = 700 * (10 ** (mel / 2595) - 1)
+    widths = torch.clamp(0.12 * centers, min=80.0)
+    for band, (center, width) in enumerate(zip(centers, widths, strict=True)):
+        envelope = torch.exp(-0.5 * (2 * torch.pi * width * time) ** 2)
+        envelope *= center.sqrt() / envelope.sum()
+        for phase in range(PHASES):
+            angle = 2 * torch.pi * (center * time + phase / PHASES)
+            bank.weight[band * PHASES + phase, 0] = envelope * torch.cos(angle)
+    window = torch.hann_window(energies.kernel_size[0], periodic=False)
+    for band in range(BANDS):
+        energies.weight[band] *= 0.1
+        energies.weight[band, band * PHASES : (band + 1) * PHASES] += window / window.sum()
 
 
 def main() -> None:
     """Train, test and write the checkpoint."""
-    parser = argparse.ArgumentParser(description="Train the tiny Wav2Vec2 checkpoint.")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clips", type=int, default=3000)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    rng = np.random.default_rng(0)
-    training = clips(arguments.clips, TRAIN_VOICES, 1)
-    held_out = clips(150, HELD_OUT_VOICES, 2)
+    arguments = parse_arguments("Wav2Vec2", OUTPUT, 3000)
     processor = new_processor()
     model = new_model(len(processor.tokenizer))
-    print(f"{model.num_parameters()} parameters, {len(training)} clips", flush=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_RATE, total_steps=arguments.steps, pct_start=0.1
-    )
+    if arguments.start:
+        model = Wav2Vec2ForCTC.from_pretrained(arguments.start)
     model.train()
-    began = time.monotonic()
-    for step in range(arguments.steps):
-        batch = [training[i] for i in rng.integers(0, len(training), 12)]
-        sounds = [disturbed(clip.samples, rng) for clip in batch]
+
+    def loss_of(sounds: list[np.ndarray], texts: list[str]) -> torch.Tensor:
         inputs = processor(sounds, sampling_rate=RATE, padding=True, return_tensors="pt")
-        labels = [processor.tokenizer(clip.text).input_ids for clip in batch]
+        labels = [processor.tokenizer(text).input_ids for text in texts]
         logits = model(inputs.input_values, attention_mask=inputs.attention_mask).logits
         frames = model._get_feat_extract_output_lengths(inputs.attention_mask.sum(-1))  # noqa: SLF001
-        loss = ctc_loss(
+        return ctc_loss(
             logits.log_softmax(-1).transpose(0, 1),
-            torch.tensor([i for row in labels for i in row]),
+            torch.tensor([label for row in labels for label in row]),
             frames,
             torch.tensor([len(row) for row in labels]),
             zero_infinity=True,
         )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == arguments.steps - 1:
-            spent = time.monotonic() - began
-            print(f"step {step:5d}  loss {loss.item():.4f}  {spent:5.0f} s", flush=True)
+
+    @torch.no_grad()
+    def transcribe(samples: np.ndarray) -> str:
+        inputs = processor(samples, sampling_rate=RATE, return_tensors="pt")
+        return processor.decode(model(inputs.input_values).logits.argmax(-1)[0])
+
+    peak_rate = PEAK_RATE / 2 if arguments.start else PEAK_RATE
+    train(arguments, model.parameters(), peak_rate, loss_of)
     model.eval()
-    pairs = []
-    for clip in held_out:
-        values = processor(
-            np.pad(clip.samples, RATE // 5), sampling_rate=RATE, return_tensors="pt"
-        ).input_values
-        with torch.no_grad():
-            ids = model(values).logits.argmax(-1)[0]
-        pairs.append((clip.text, processor.decode(ids)))
-    print(f"word error rate on held-out voices: {word_error_rate(pairs):.1%}")
-    model.save_pretrained(arguments.output)
-    processor.save_pretrained(arguments.output)
-    (arguments.output / "model.safetensors").chmod(0o644)
+    write(model, processor, arguments.output)
+    test(transcribe)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,12 @@ not trained on.
 
 from __future__ import annotations
 
-import argparse
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from spoken_digits import (
-    HELD_OUT_VOICES,
-    MOST_WORDS,
-    RATE,
-    TRAIN_VOICES,
-    WORDS,
-    clips,
-    disturbed,
-    word_error_rate,
-)
+from speech_training import parse_arguments, test, train, write
+from spoken_digits import MOST_WORDS, RATE, WORDS
 from tokenizers import pre_tokenizers
 from torch.nn.functional import cross_entropy, ctc_loss
 from transformers import (
@@ -35,6 +24,9 @@ from transformers import (
     WhisperProcessor,
     WhisperTokenizer,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "plugins/audio/qeff_proxy_audio/checkpoints/tiny-whisper"
@@ -120,7 +112,7 @@ def targets(tokenizer: WhisperTokenizer, texts: list[str]) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def loss_of(
+def losses(
     model: WhisperForConditionalGeneration,
     listen: torch.nn.Linear,
     features: torch.Tensor,
@@ -141,63 +133,33 @@ def loss_of(
     return spoken, heard
 
 
-def test(model: Any, processor: WhisperProcessor, held_out: list[Any]) -> float:
-    """The word error rate on clips."""
-    pairs = []
-    for clip in held_out:
-        features = processor(
-            np.pad(clip.samples, RATE // 5), sampling_rate=RATE, return_tensors="pt"
-        ).input_features
-        with torch.no_grad():
-            ids = model.generate(features)
-        pairs.append((clip.text, processor.decode(ids[0], skip_special_tokens=True)))
-    return word_error_rate(pairs)
-
-
 def main() -> None:
     """Train, test and write the checkpoint."""
-    parser = argparse.ArgumentParser(description="Train the tiny Whisper checkpoint.")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clips", type=int, default=3000)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    rng = np.random.default_rng(0)
-    training = clips(arguments.clips, TRAIN_VOICES, 1)
-    held_out = clips(150, HELD_OUT_VOICES, 2)
+    arguments = parse_arguments("Whisper", OUTPUT, 3000)
     processor = new_processor()
     model = new_model(processor.tokenizer)
-    listen = torch.nn.Linear(model.config.d_model, len(WORDS) + 1)
-    print(f"{model.num_parameters()} parameters, {len(training)} clips", flush=True)
-    parameters = [*model.parameters(), *listen.parameters()]
-    optimizer = torch.optim.AdamW(parameters, PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_RATE, total_steps=arguments.steps, pct_start=0.1
-    )
+    if arguments.start:
+        model = WhisperForConditionalGeneration.from_pretrained(arguments.start)
     model.train()
-    began = time.monotonic()
-    for step in range(arguments.steps):
-        batch = [training[i] for i in rng.integers(0, len(training), 12)]
-        sounds = [disturbed(clip.samples, rng) for clip in batch]
+    listen = torch.nn.Linear(model.config.d_model, len(WORDS) + 1)
+
+    def loss_of(sounds: list[np.ndarray], texts: list[str]) -> torch.Tensor:
         features = processor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
-        words = [[WORDS.index(word) + 1 for word in clip.text.split()] for clip in batch]
-        rows = targets(processor.tokenizer, [clip.text for clip in batch])
-        spoken, heard = loss_of(model, listen, features, rows, words)
-        optimizer.zero_grad()
-        (spoken + heard).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == arguments.steps - 1:
-            spent = time.monotonic() - began
-            print(f"step {step} {spoken.item():.4f} {heard.item():.4f} {spent:.0f} s", flush=True)
+        words = [[WORDS.index(word) + 1 for word in text.split()] for text in texts]
+        rows = targets(processor.tokenizer, texts)
+        spoken, heard = losses(model, listen, features, rows, words)
+        return spoken + heard
+
+    @torch.no_grad()
+    def transcribe(samples: np.ndarray) -> str:
+        features = processor(samples, sampling_rate=RATE, return_tensors="pt").input_features
+        return processor.decode(model.generate(features)[0], skip_special_tokens=True)
+
+    peak_rate = PEAK_RATE / 2 if arguments.start else PEAK_RATE
+    train(arguments, [*model.parameters(), *listen.parameters()], peak_rate, loss_of)
     model.eval()
-    model.save_pretrained(arguments.output)
-    processor.save_pretrained(arguments.output)
-    (arguments.output / "model.safetensors").chmod(0o644)
-    print(f"word error rate on held-out voices: {test(model, processor, held_out):.1%}")
+    write(model, processor, arguments.output)
+    test(transcribe)
 
 
 if __name__ == "__main__":
