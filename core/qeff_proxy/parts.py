@@ -87,6 +87,8 @@ class Part:
         masks: Which of the inputs are attention masks, and of what kind.
         trace_sizes: Sizes that dynamic axes have while the part is traced, where the defaults of
             `qeff_proxy.trace.TRACE_SIZES` don't serve.
+        check_sizes: For each of `qeff_proxy.check_graph.CHECK_SIZES`, sizes of axes that are to
+            differ from them or are not among them, where the finished graph is checked.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Part:
     weights: str
     masks: tuple[MaskSpec, ...] = ()
     trace_sizes: Mapping[str, int] = field(default_factory=dict)
+    check_sizes: tuple[Mapping[str, int], ...] = ()
 
 
 @dataclass

@@ -27,6 +27,7 @@ ROWS = "image_rows"
 # Axes of the vision part, which in one graph must not be taken for those of the text.
 _AXES = {"batch": "tiles", "sequence": "image_rows_or_crops"}
 _SIZES = {"tiles": 4, "image_rows_or_crops": 6}
+_CHECK_SIZES = ({"tiles": 1, "image_rows_or_crops": 3}, {"tiles": 3, "image_rows_or_crops": 5})
 
 
 class _Joined(nn.Module):
@@ -119,6 +120,7 @@ def join_graphs(
         module=_Joined(vision, body, settings.merges),
         inputs=(*(spec for spec in body.inputs if spec.name not in fed), *pixels, rows),
         trace_sizes={**vision.trace_sizes, **body.trace_sizes, **_SIZES},
+        check_sizes=_CHECK_SIZES,
     )
     names = tuple(spec.name for spec in pixels)
     return (
