@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.errors import CutError
+from qeff_proxy.errors import CutError, PluginError
 from qeff_proxy.flows import CutReport, load_flow
 from qeff_proxy.locate import locate_sites, site_to_json
 from qeff_proxy.sites import Absent, Site
+from qeff_proxy.unchanged import changes_between, snapshot_model
 
 if TYPE_CHECKING:
     from qeff_proxy.load import LoadedModel
@@ -52,8 +53,10 @@ def cut_model(loaded: LoadedModel, hooks: Hooks, kind: Kind, *, verify: bool = T
     Raises:
         UnsupportedModelError: No plugin knows how to cut it.
         CutError: The parts do not equal the model.
+        PluginError: The plugin failed, or changed the model.
     """
     model = loaded.model
+    before = snapshot_model(model)
     sites = locate_sites(model, hooks)
     proxy = hooks.build_proxy(
         model=model,
@@ -62,6 +65,13 @@ def cut_model(loaded: LoadedModel, hooks: Hooks, kind: Kind, *, verify: bool = T
         kind=kind,
         options=loaded.options,
     )
+    if changes := changes_between(before, snapshot_model(model)):
+        raise PluginError(
+            f"plugin {hooks.plugin!r} changed the model of type {hooks.model_type!r} while it "
+            f"located and cut: {changes[0]}",
+            "It must build parts of its own (qeff_proxy.surgery.replace_modules): what it changes "
+            "would be changed in the reference, too.",
+        )
     if kind == "split":
         _check_body(loaded, proxy, sites)
     report = None

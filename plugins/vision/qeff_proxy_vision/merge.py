@@ -141,6 +141,8 @@ class ImagePrompt:
         names = settings.inputs
         self._pixels = [spec for spec in vision.inputs if not names or spec.name in names]
         self._run_vision = run_vision
+        if "input_ids" not in tensors:
+            raise UsageError("there are no input_ids", "Give what the processor gave, or prompts.")
         self._ids = tensors["input_ids"]
         self._has_images = self._pixels[0].name in tensors
         self._blocks = _blocks(settings.blocks, tensors)

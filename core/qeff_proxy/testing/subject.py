@@ -1,0 +1,267 @@
+"""What the checks look at: one family's tiny model, taken through the flow step by step.
+
+Each stage runs when a check first asks for it, once: hooks, sites, cut, export, sessions, runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import masking_utils
+from transformers.utils import logging as transformers_logging
+
+from qeff_proxy.backends import CompileOptions
+from qeff_proxy.backends.torch_backend import TorchSession
+from qeff_proxy.compile import compile_export, open_sessions
+from qeff_proxy.cut import Cut, cut_model
+from qeff_proxy.export import export_model
+from qeff_proxy.flows import Job, load_flow
+from qeff_proxy.load import load_config, with_options, wrap_model
+from qeff_proxy.plugins import Plugins
+from qeff_proxy.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.artifact import Export
+    from qeff_proxy.engine import Phase
+    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.parts import Kind, Proxy
+    from qeff_proxy.plugin_hooks import Hooks
+    from qeff_proxy.session import Session
+    from qeff_proxy.testing.families import FamilySuite
+
+__all__ = ["Run", "Step", "Subject", "global_state", "is_arrays"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of one part: what went in and came out, by name."""
+
+    phase: Phase
+    index: int
+    part: str
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+
+
+class Run:
+    """One run of the flow, and every run of a part in it."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.outputs: Mapping[str, Any] = {}
+
+    def step(
+        self,
+        phase: Phase,
+        index: int,
+        part: str,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        *,
+        past_length: int,  # noqa: ARG002 (what a recorder is told)
+    ) -> None:
+        """Keep what a part took and gave (`qeff_proxy.engine.Recorder`)."""
+        self.steps.append(Step(phase, index, part, dict(inputs), dict(outputs)))
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What the flow gave that can be compared: arrays, and lists of one array per row."""
+        return {name: value for name, value in self.outputs.items() if is_arrays(value)}
+
+    @property
+    def logits(self) -> list[Array]:
+        """Of the last position of each pass that decides a token: ``[batch, vocabulary]``."""
+        return [step.outputs["logits"][:, -1] for step in self.steps if "logits" in step.outputs]
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """Every tensor of every step."""
+        return {
+            f"{step.phase} {step.index} {step.part}.{name}": value
+            for step in self.steps
+            for name, value in step.outputs.items()
+        }
+
+
+class Subject:
+    """A family's tiny model on its way through the flow.
+
+    Args:
+        suite: What its author declared.
+        folder: An empty folder for what is written.
+    """
+
+    def __init__(self, suite: FamilySuite, folder: Path) -> None:
+        self.suite = suite
+        self.folder = folder
+        self.state = global_state()
+        self._open = ExitStack()
+
+    def close(self) -> None:
+        """Close the sessions."""
+        self._open.close()
+
+    @cached_property
+    def plugins(self) -> Plugins:
+        """The installed plugins and, where the suite names one, the plugin at hand."""
+        plugins = Plugins.discover({})
+        if self.suite.plugin is not None:
+            plugins.register(self.suite.plugin, [self.suite.model_type])
+        return plugins
+
+    @cached_property
+    def hooks(self) -> Hooks:
+        """The hooks of the model type."""
+        return self.plugins.hooks_for(self.suite.model_type, task=self.suite.task)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The uncut model, with eager attention."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.suite.make_model().eval()
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model as the flow takes it."""
+        return with_options(wrap_model(self.model), self.suite.options)
+
+    @cached_property
+    def rows(self) -> list[dict[str, torch.Tensor]]:
+        """The suite's inputs: several, of one row each."""
+        return [dict(row) for row in self.suite.make_inputs(self.model)]
+
+    @cached_property
+    def processor(self) -> Any:
+        """The suite's processor; ``None`` where it makes none."""
+        return self.suite.make_processor()
+
+    @cached_property
+    def cut(self) -> Cut:
+        """The split, verified."""
+        return self.cut_as("split")
+
+    def cut_as(self, kind: Kind, *, verify: bool = True) -> Cut:
+        """The model, cut."""
+        return cut_model(self.loaded, self.hooks, kind, verify=verify)
+
+    @cached_property
+    def export(self) -> Export:
+        """The split on disk."""
+        return export_model(self.loaded, self.hooks, "split", output=self.folder / "export")
+
+    @cached_property
+    def sessions(self) -> dict[str, Session]:
+        """A session of ONNX Runtime per part."""
+        return self._open.enter_context(open_sessions(compile_export(self.export)))
+
+    @cached_property
+    def torch_sessions(self) -> dict[str, Session]:
+        """A session of PyTorch per part, on the parts that `cut` made."""
+        return {part.name: TorchSession(part) for part in self.cut.proxy.parts}
+
+    @cached_property
+    def run(self) -> Run:
+        """The first row of the suite's inputs, on ONNX Runtime."""
+        return self.run_on(self.rows[0])
+
+    def run_on(
+        self,
+        inputs: Mapping[str, Any] | None,
+        *,
+        request: Request | None = None,
+        sessions: Mapping[str, Session] | None = None,
+        options: CompileOptions | None = None,
+        kind: Kind = "split",
+        proxy: Proxy | None = None,
+    ) -> Run:
+        """Run the flow.
+
+        Args:
+            inputs: Tensors by name.
+            request: Instead of inputs, what a user gave.
+            sessions: By default those of ONNX Runtime.
+            options: What it is said to have been compiled with.
+            kind: What the export is said to be.
+            proxy: Run these parts in PyTorch, as they are.
+        """
+        export = replace(self.export, kind=kind)
+        if proxy is not None:
+            export = replace(export, parts=proxy.parts, settings=proxy.settings)  # type: ignore[arg-type]
+            sessions = {part.name: TorchSession(part) for part in proxy.parts}
+        request = request or Request(inputs=inputs)
+        run = Run()
+        job = Job(
+            export=export,
+            sessions=self.sessions if sessions is None else sessions,
+            options=options or CompileOptions(batch_size=2),
+            config=load_config(self.export.processor_folder),
+            tensors=self.hooks.preprocess(processor=self.processor, request=request),
+            folder=self.export.processor_folder,
+            settings=dict(self.suite.settings),
+            processor=self.processor,
+            recorder=run,
+        )
+        run.outputs = load_flow(self.export.flow).run(job)
+        return run
+
+    def results_of_row(self, run: Run, row: int, rows: int) -> dict[str, Any]:
+        """What a run gave for one of its rows."""
+        found: dict[str, Any] = {}
+        for name, value in run.results.items():
+            if len(value) == rows:
+                found[name] = value[row]
+        if self.suite.capabilities.cache:
+            found["logits of each step"] = [one[row] for one in run.logits]
+        return found
+
+    def half_copy(self) -> LoadedModel:
+        """The model in float16."""
+        model = copy.deepcopy(self.model).to(torch.float16)
+        return with_options(wrap_model(model), self.suite.options)
+
+
+def is_arrays(value: Any) -> bool:
+    """Whether a flow's output can be compared: an array, or a list of one array per row."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, np.ndarray) for one in value)
+    )
+
+
+def global_state() -> dict[str, Any]:
+    """What a well-behaved plugin leaves as it was, by what a person would call it."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    creators = {name: id(value) for name, value in vars(masking_utils).items() if callable(value)}
+    numpy_state: Sequence[Any] = np.random.get_state(legacy=True)  # noqa: NPY002 (whether it moved)
+    return {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": torch.get_default_device(),
+        "torch's gradient mode": torch.is_grad_enabled(),
+        "torch's number of threads": torch.get_num_threads(),
+        # Models themselves draw numbers (layer dropout), so only a new seed is a plugin's doing.
+        "torch's random seed": torch.initial_seed(),
+        "NumPy's random numbers": (numpy_state[1].tolist(), numpy_state[2]),
+        "Python's random numbers": random.getstate(),
+        "the environment's variables": environ,
+        "the working folder": os.getcwd(),  # noqa: PTH109 (the string, to compare)
+        "the mask functions of transformers": creators,
+        "transformers' log level": transformers_logging.get_verbosity(),
+    }

@@ -1,0 +1,58 @@
+"""See whether a model was changed: what holds a plugin to leaving it alone.
+
+A plugin that changes weights while it cuts would change the parts and the model they are held
+against alike, and the verified cut would compare two wrongs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+__all__ = ["changes_between", "snapshot_model"]
+
+#: Elements of a tensor that are looked at; of larger ones, so many at equal distances.
+_SAMPLE = 1 << 16
+
+
+def snapshot_model(model: nn.Module) -> dict[str, Any]:
+    """What tells a model from a changed one, by name.
+
+    Modules and tensors by identity, tensors also by their number of in-place changes and by a sum
+    over their bits (of 65,536 elements at most, none on the meta device); and the config's values.
+    """
+    state: dict[str, Any] = {
+        f"module {path or '(the model)'}": (id(module), module.training)
+        for path, module in model.named_modules()
+    }
+    # Buffers that are not saved, such as rotary tables, a model may compute anew as it runs.
+    kept = model.state_dict()
+    saved = {name: one for name, one in model.named_buffers() if name in kept}
+    for name, tensor in {**saved, **dict(model.named_parameters())}.items():
+        state[f"tensor {name}"] = (id(tensor), tensor._version, _sum_of_bits(tensor))  # noqa: SLF001
+    config = getattr(model, "config", None)
+    if config is not None:
+        state["the config"] = config.to_dict()
+    return state
+
+
+def changes_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Names of what two snapshots of one model say otherwise."""
+    names = [name for name in before if name not in after or before[name] != after[name]]
+    return names + [name for name in after if name not in before]
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int | None:
+    if tensor.is_meta or not tensor.numel():
+        return None
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+    step = -(-flat.numel() // _SAMPLE)
+    sample = flat[::step].contiguous().view(torch.uint8)
+    weights = torch.arange(1, 8, dtype=torch.int64).repeat(-(-len(sample) // 7))[: len(sample)]
+    return int((sample.to(torch.int64) * weights).sum())
