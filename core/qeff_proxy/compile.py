@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qeff_proxy.artifact import Export
+    from qeff_proxy.plugin_hooks import Hooks
     from qeff_proxy.session import Session
 
 __all__ = ["Compiled", "compile_export", "fixed_lengths", "open_sessions"]
@@ -78,7 +79,8 @@ def compile_export(
         raise UsageError(
             f"backend {backend!r} has no option {unknown[0]!r}", f"Its options: {known}."
         )
-    if getattr(implementation, "static", False):
+    static = getattr(implementation, "static", False)
+    if static(options) if callable(static) else static:
         options = fixed_lengths(export, options)
     key: dict[str, Any] = {
         "backend": backend,
@@ -102,7 +104,8 @@ def compile_export(
             for part in export.parts:
                 progress(f"compiling {part.name}")
                 implementation.compile(export, part, options, folder)
-            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
             value = {**key, "files": sizes}
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
             (folder / _MANIFEST).write_text(text, encoding="utf-8")
@@ -142,9 +145,11 @@ def _state_of(path: Path) -> list[int]:
 
 
 @contextmanager
-def open_sessions(compiled: Compiled) -> Iterator[dict[str, Session]]:
-    """A session per part, closed at the end."""
+def open_sessions(compiled: Compiled, hooks: Hooks | None = None) -> Iterator[dict[str, Session]]:
+    """A session per part, closed at the end; ``hooks`` are for backends that cut the model anew."""
     backend = load_backend(compiled.backend)
+    if hooks is not None and hasattr(backend, "use_hooks"):
+        backend.use_hooks(hooks)
     sessions: dict[str, Session] = {}
     try:
         for part in compiled.export.parts:

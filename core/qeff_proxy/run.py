@@ -78,7 +78,7 @@ def run_compiled(
         folder = io_folder or export.folder / "io" / new_run_name()
     provenance = _provenance(compiled, settings)
     writer = DumpWriter(folder, provenance, io_options) if folder is not None else None
-    opened = open_sessions(compiled) if sessions is None else nullcontext(sessions)
+    opened = open_sessions(compiled, hooks) if sessions is None else nullcontext(sessions)
     with writer or nullcontext(), opened as running:
         job = Job(
             export=export,

@@ -76,12 +76,15 @@ class CompileOptions:
 class Backend(Protocol):
     """What a backend does; made anew for each compilation.
 
-    A backend may have two attributes more:
+    A backend may have attributes more:
 
-    - ``static = True``: it compiles fixed shapes (see `qeff_proxy.static`), so ``ctx_len`` and
-      ``prefill_seq_len`` are always set when `compile` and `open` are called.
+    - ``static``: ``True``, or a method of the `CompileOptions` that says so: it compiles fixed
+      shapes (see `qeff_proxy.static`), so ``ctx_len`` and ``prefill_seq_len`` are always set when
+      `compile` and `open` are called.
     - ``precision``: the dtype that it computes in, whatever that of the tensors (``"float16"``);
       its results are held to that dtype's tolerances (`qeff_proxy.compare`).
+    - ``use_hooks(hooks)``: called before `open` with the hooks of the model's family, for a
+      backend that cuts the model itself.
     """
 
     #: The options it understands in `CompileOptions.backend`, with what they mean.

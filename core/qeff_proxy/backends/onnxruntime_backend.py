@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 
+from qeff_proxy.backends.feeds import check_feeds
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class OnnxRuntimeSession:
         """Run the part once (see `qeff_proxy.session.Session.run`)."""
         if self._session is None:
             raise BackendError(f"the session of the {self._part.name} part is closed")
+        check_feeds(self._part.name, self._part.inputs, feeds)
         try:
             outputs = self._session.run(self._names, dict(feeds))
         except Exception as error:  # the runtime's exceptions share no public base class

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.backends.feeds import check_feeds
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from qeff_proxy.artifact import Export, ExportedPart
     from qeff_proxy.backends import CompileOptions
     from qeff_proxy.parts import Kind, Part, Proxy
+    from qeff_proxy.plugin_hooks import Hooks
 
-__all__ = ["TorchBackend", "TorchSession", "model_of_export"]
+__all__ = ["ExportedPartSession", "TorchBackend", "TorchSession", "model_of_export"]
 
 
 class TorchBackend:
@@ -34,6 +36,11 @@ class TorchBackend:
 
     def __init__(self) -> None:
         self._proxy: Proxy | None = None
+        self._hooks: Hooks | None = None
+
+    def use_hooks(self, hooks: Hooks) -> None:
+        """Cut the model as these hooks do, where the installed plugins are not meant."""
+        self._hooks = hooks
 
     def versions(self) -> dict[str, str]:
         """PyTorch's version."""
@@ -50,11 +57,11 @@ class TorchBackend:
         part: ExportedPart,
         options: CompileOptions,  # noqa: ARG002 (part of the protocol)
         folder: Path,  # noqa: ARG002
-    ) -> TorchSession:
+    ) -> ExportedPartSession:
         """A session on the part of a model built from the export's config and weights."""
         if self._proxy is None:
-            self._proxy = _proxy_of_export(export)
-        return TorchSession(self._proxy.part(part.name))
+            self._proxy = _proxy_of_export(export, self._hooks)
+        return ExportedPartSession(self._proxy.part(part.name), part)
 
 
 class TorchSession:
@@ -81,11 +88,49 @@ class TorchSession:
             outputs = self._part.module(
                 **{name.replace(".", "__"): value for name, value in tensors.items()}
             )
-        return {name: to_array(value) for name, value in outputs.items()}
+        taken = {value.untyped_storage().data_ptr() for value in _held(self._part, tensors)}
+        return {name: to_array(_owned(value, taken)) for name, value in outputs.items()}
 
     def close(self) -> None:
         """Let go of the part."""
         self._part = None
+
+
+class ExportedPartSession(TorchSession):
+    """Runs a part of an export, and refuses what the exported graph would refuse.
+
+    Args:
+        part: The live part.
+        exported: Its counterpart in the export, which may have fewer inputs.
+    """
+
+    def __init__(self, part: Part, exported: ExportedPart) -> None:
+        super().__init__(part)
+        self._exported = exported
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the part once (see `qeff_proxy.session.Session.run`)."""
+        check_feeds(self._exported.name, self._exported.inputs, feeds)
+        try:
+            return super().run(feeds)
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise BackendError(
+                f"PyTorch failed on the {self._exported.name} part: {line}"
+            ) from error
+
+
+def _held(part: Part, tensors: Mapping[str, torch.Tensor]) -> Iterable[torch.Tensor]:
+    """What an output must not share memory with: inputs and weights."""
+    return (*tensors.values(), *part.module.parameters(), *part.module.buffers())
+
+
+def _owned(value: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """``value``, or a copy where its memory belongs to something else; its memory is then taken."""
+    if value.untyped_storage().data_ptr() in taken:
+        value = value.clone()
+    taken.add(value.untyped_storage().data_ptr())
+    return value
 
 
 def model_of_export(export: Export) -> PreTrainedModel:
@@ -134,13 +179,14 @@ def _fill(
     return [name for name in weights if name not in places and not name.startswith(parts)]
 
 
-def _proxy_of_export(export: Export) -> Proxy:
+def _proxy_of_export(export: Export, hooks: Hooks | None) -> Proxy:
     from qeff_proxy.locate import locate_sites
     from qeff_proxy.plugins import Plugins
     from qeff_proxy.taps import tap_proxy
 
     model = model_of_export(export)
-    hooks = Plugins.discover().hooks_for(export.model["model_type"], task=export.flow)
+    if hooks is None:
+        hooks = Plugins.discover().hooks_for(export.model["model_type"], task=export.flow)
     sites = locate_sites(model, hooks)
     proxy = hooks.build_proxy(
         model=model,
