@@ -11,9 +11,8 @@ from qeff_proxy.cut import cut_model
 from qeff_proxy.errors import CutError
 from qeff_proxy.flows import load_flow
 from qeff_proxy.load import with_options, wrap_model
+from qeff_proxy_vision.tiny import FAMILIES
 from torch import nn
-
-FAMILIES = ("llava", "llava_next", "gemma3", "internvl", "molmo2", "granite4_vision")
 
 
 class Changed(nn.Module):

@@ -15,9 +15,10 @@ import torch
 from qeff_proxy import QEFFAutoModelForImageTextToText
 from qeff_proxy.compile import open_sessions
 from qeff_proxy.flows import Job, load_flow
+from qeff_proxy_vision.tiny import FAMILIES
 
 TOLERANCE = 1e-4
-FAMILIES = ("llava", "llava_next", "gemma3", "internvl", "molmo2", "granite4_vision")
+
 NEW_TOKENS = 16
 GREEDY = {
     "max_new_tokens": NEW_TOKENS,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import json
 import random
 from pathlib import Path
 
 import pytest
 import qeff_proxy_vision
-from qeff_proxy import QEFFAutoModelForImageTextToText
+from PIL import Image
+from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
+from qeff_proxy.load import load_model
+from qeff_proxy_vision import demo
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 CHECKPOINT = Path(qeff_proxy_vision.__file__).parent / "checkpoints" / "tiny-llava"
@@ -34,15 +39,31 @@ def test_it_is_right_on_95_of_100_drawings_that_it_has_not_seen(tool):
     assert tool.measure(model, processor, 200) >= 0.95
 
 
-def test_the_proxy_names_what_a_png_shows(tool, tmp_path):
-    image, answer = tool.draw(random.Random(5), 160)
-    path = tmp_path / "drawing.png"
-    image.save(path)
-    model = QEFFAutoModelForImageTextToText.from_pretrained(CHECKPOINT, enable_proxy=True)
-    model.export(tmp_path / "export")
-    result = model.generate(
-        prompts=tool.QUESTION, images=path, generation_len=12, io_dir=tmp_path / "io"
-    )
-    assert result.generated_texts == [answer]
-    names = {str(name) for name in read_dump(tmp_path / "io").names()}
+def test_the_demo_names_what_a_png_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path))
+    assert main(["demo", "llava", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["demos"]["llava"]
+    assert report["text"].endswith("a green triangle on the right")
+    parity = report["parity"]
+    assert parity["equal_tokens"] == parity["steps"] == 7
+    assert parity["max_difference"] < 1e-4 < parity["largest_logit"]
+    names = {str(name) for name in read_dump(Path(report["io_folder"])).names()}
     assert "vision.out.image_features" in names
+
+
+def test_the_drawing_of_the_demo_is_made_as_those_the_model_was_trained_on(tool):
+    drawing, answer = tool.draw(random.Random(102), 160)
+    assert answer == "a green triangle on the right"
+    with Image.open(CHECKPOINT.parent / "drawings" / "drawing.png") as shown:
+        assert shown.convert("RGB").tobytes() == drawing.tobytes()
+
+
+@pytest.mark.parametrize("name", ["llava_next", "granite4_vision", "gemma3", "internvl", "molmo2"])
+def test_the_demos_of_other_families_make_a_checkpoint_and_leave_nothing(name):
+    made = getattr(demo, name)()
+    folder = Path(made.checkpoint)
+    assert load_model(str(folder)).model.config.model_type == name
+    assert made.request.inputs["pixel_values"].shape[0] == 2
+    del made
+    gc.collect()
+    assert not folder.parent.exists()
