@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact import check_weights_of
-from qeff_proxy.backends import CompileOptions, load_backend
+from qeff_proxy.backends import CompileOptions, is_static, load_backend
 from qeff_proxy.errors import UsageError
 from qeff_proxy.staging import locked, recover_folder, staged_folder
 
@@ -79,8 +79,7 @@ def compile_export(
         raise UsageError(
             f"backend {backend!r} has no option {unknown[0]!r}", f"Its options: {known}."
         )
-    static = getattr(implementation, "static", False)
-    if static(options) if callable(static) else static:
+    if is_static(implementation, options):
         options = fixed_lengths(export, options)
     key: dict[str, Any] = {
         "backend": backend,

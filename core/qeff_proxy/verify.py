@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qeff_proxy.artifact import MANIFEST, Export, read_export
-from qeff_proxy.backends import CompileOptions
-from qeff_proxy.compare import compare_dumps
-from qeff_proxy.compile import Compiled, compile_export
+from qeff_proxy.backends import CompileOptions, is_static, load_backend, precision_of
+from qeff_proxy.compare import Tolerances, compare_dumps
+from qeff_proxy.compile import Compiled, compile_export, fixed_lengths
 from qeff_proxy.dump import DumpOptions, read_dump
 from qeff_proxy.errors import CheckpointError, ProxyError, UsageError
 from qeff_proxy.load import LoadedModel, load_model, load_processor
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qeff_proxy.compare import Tolerances
     from qeff_proxy.dump import Dump
     from qeff_proxy.parts import Kind
     from qeff_proxy.plugin_hooks import Hooks
@@ -123,6 +122,9 @@ def verify_model(
     export = _export_of(model, hooks, options, progress)
     if export.kind == "stub":
         raise UsageError("a stub's outputs mean nothing, so there is nothing to verify")
+    if any(_is_static(options, name) for name in names):
+        # Every run has the same chunks and lengths then, so that its steps can be compared.
+        options = replace(options, compile=fixed_lengths(export, options.compile))
     processor = _processor(export, trust_remote_code)
     run = _Runs(export, hooks, request or _default_request(export, processor), processor, options)
     progress("running PyTorch, the reference")
@@ -310,6 +312,18 @@ def _replay(tokens: Sequence[torch.Tensor]) -> Callable[[torch.Tensor, torch.Ten
     return replay
 
 
+def _options_of(options: VerifyOptions, name: str) -> CompileOptions:
+    return replace(options.compile, backend=dict(options.backends.get(name, {})))
+
+
+def _is_static(options: VerifyOptions, name: str) -> bool:
+    """Whether a backend needs fixed shapes; one that cannot be used says so in its own row."""
+    try:
+        return is_static(load_backend(name), _options_of(options, name))
+    except ProxyError:
+        return False
+
+
 def _tried(run: _Runs, name: str, count: int, progress: Callable[[str], None]) -> BackendResult:
     """What one backend gave, or why it gave nothing."""
     options = run.options
@@ -317,13 +331,16 @@ def _tried(run: _Runs, name: str, count: int, progress: Callable[[str], None]) -
     folder = None
     try:
         progress(f"compiling for {name}")
-        chosen = replace(options.compile, backend=dict(options.backends.get(name, {})))
+        chosen = _options_of(options, name)
         compiled = compile_export(run.export, name, chosen, force=options.force)
         progress(f"running {name}")
         folder = run.candidate(compiled)
         progress(f"comparing {name}")
         reference, candidate = read_dump(run.folder / REFERENCE), read_dump(folder)
-        comparison = compare_dumps(reference, candidate, tolerances=options.tolerances)
+        tolerances = replace(
+            options.tolerances or Tolerances(), precision=precision_of(load_backend(name), chosen)
+        )
+        comparison = compare_dumps(reference, candidate, tolerances=tolerances)
         equal, tokens = _equal_tokens(reference, candidate, last_only=run.generates)
         report = _report_path(options.html, name, several=count > 1)
     except ProxyError as error:

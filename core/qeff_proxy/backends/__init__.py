@@ -19,11 +19,21 @@ if TYPE_CHECKING:
     from qeff_proxy.artifact import Export, ExportedPart
     from qeff_proxy.session import Session
 
-__all__ = ["BUILTIN_BACKENDS", "ENTRY_POINT_GROUP", "Backend", "CompileOptions", "load_backend"]
+__all__ = [
+    "BUILTIN_BACKENDS",
+    "ENTRY_POINT_GROUP",
+    "Backend",
+    "CompileOptions",
+    "is_static",
+    "load_backend",
+    "precision_of",
+]
 
 ENTRY_POINT_GROUP = "qeff_proxy.backends"
 BUILTIN_BACKENDS = {
     "onnxruntime": "qeff_proxy.backends.onnxruntime_backend:OnnxRuntimeBackend",
+    "openvino": "qeff_proxy.backends.openvino_backend:OpenVinoBackend",
+    "qnn": "qeff_proxy.backends.qnn_backend:QnnBackend",
     "torch": "qeff_proxy.backends.torch_backend:TorchBackend",
 }
 
@@ -81,8 +91,8 @@ class Backend(Protocol):
     - ``static``: ``True``, or a method of the `CompileOptions` that says so: it compiles fixed
       shapes (see `qeff_proxy.static`), so ``ctx_len`` and ``prefill_seq_len`` are always set when
       `compile` and `open` are called.
-    - ``precision``: the dtype that it computes in, whatever that of the tensors (``"float16"``);
-      its results are held to that dtype's tolerances (`qeff_proxy.compare`).
+    - ``precision``: the dtype (or a method, likewise) that it computes in, whatever that of the
+      tensors (``"float16"``); `qeff_proxy.verify` holds it to what that dtype allows.
     - ``use_hooks(hooks)``: called before `open` with the hooks of the model's family, for a
       backend that cuts the model itself.
     """
@@ -106,6 +116,19 @@ class Backend(Protocol):
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> Session:
         """A session on what `compile` wrote into ``folder``."""
+
+
+def is_static(backend: Backend, options: CompileOptions) -> bool:
+    """Whether a backend compiles fixed shapes, with these options."""
+    static = getattr(backend, "static", False)
+    return bool(static(options) if callable(static) else static)
+
+
+def precision_of(backend: Backend, options: CompileOptions) -> str | None:
+    """The dtype that a backend computes in, with these options; ``None``: that of the tensors."""
+    precision = getattr(backend, "precision", None)
+    found: str | None = precision(options) if callable(precision) else precision
+    return found
 
 
 def load_backend(name: str) -> Backend:

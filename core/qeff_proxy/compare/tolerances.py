@@ -13,7 +13,7 @@ from qeff_proxy.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["DEFAULTS", "Tolerance", "Tolerances", "parse_tolerance"]
+__all__ = ["COMPUTED_IN", "DEFAULTS", "Tolerance", "Tolerances", "parse_tolerance"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ DEFAULTS: dict[str, Tolerance] = {
 }
 EXACT = Tolerance(0.0, 0.0)
 
+# Of a run that computes in a narrower dtype than its tensors have: dtype computed in → tolerance.
+# Elements are not checked one by one, since each carries the rounding of all layers before it.
+COMPUTED_IN: dict[str, Tolerance] = {
+    "float16": Tolerance(peak=0.03, sqnr=40.0),
+    "bfloat16": Tolerance(peak=0.1, sqnr=25.0),
+}
+
 
 @dataclass(frozen=True)
 class Tolerances:
@@ -69,9 +76,12 @@ class Tolerances:
     Attributes:
         overrides: (glob over ``part.direction.tensor[.layer-NN]``, tolerance); the last that
             matches replaces the default of the dtype whole.
+        precision: The dtype that the candidate computes in, where that is narrower than its
+            tensors' own: floating tensors are held to what that dtype allows (`COMPUTED_IN`).
     """
 
     overrides: tuple[tuple[str, Tolerance], ...] = ()
+    precision: str | None = None
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> Tolerances:
@@ -88,6 +98,9 @@ class Tolerances:
             if fnmatchcase(name, glob):
                 return tolerance
         coarser = max((reference_dtype, candidate_dtype), key=lambda d: DTYPES[d].epsilon)
+        narrow = self.precision
+        if narrow in COMPUTED_IN and DTYPES[narrow].epsilon >= DTYPES[coarser].epsilon > 0:
+            return COMPUTED_IN[narrow]
         return DEFAULTS.get(coarser, EXACT)
 
 

@@ -11,6 +11,8 @@ Costs about 0.3 CPU seconds, whatever the size of the weights.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -26,10 +28,10 @@ if TYPE_CHECKING:
     from qeff_proxy.parts import TensorSpec
     from qeff_proxy.session import PartLike
 
-__all__ = ["fold", "specialize"]
+__all__ = ["WEIGHT_BYTES", "fold", "specialize"]
 
 #: Initializers of at least this many bytes are weights: they are not folded into others.
-_WEIGHT_BYTES = 1024
+WEIGHT_BYTES = 1024
 #: Results of folding may be this large, in bytes: a mask or a table of positions.
 _FOLDED_BYTES = 64 * 1024 * 1024
 
@@ -73,20 +75,33 @@ def fold(model: ir.Model) -> None:
     weights: dict[str, ir.TensorProtocol] = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= _WEIGHT_BYTES:
+        if tensor is not None and tensor.nbytes >= WEIGHT_BYTES:
             weights[name] = tensor
             del graph.initializers[name]
             value.const_value = None
             graph.inputs.append(value)
-    onnxscript.optimizer.optimize(
-        model, input_size_limit=_WEIGHT_BYTES, output_size_limit=_FOLDED_BYTES
-    )
+    with _quiet():
+        onnxscript.optimizer.optimize(
+            model, input_size_limit=WEIGHT_BYTES, output_size_limit=_FOLDED_BYTES
+        )
     for value in list(graph.inputs):
         if value.name in weights and value not in own_inputs:
             graph.inputs.remove(value)
             if value.uses() or value.is_graph_output():
                 value.const_value = weights[value.name]
                 graph.initializers[value.name] = value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the optimizer's notes on operators that it does not fold."""
+    talker = logging.getLogger("onnxscript")
+    level = talker.level
+    talker.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        talker.setLevel(level)
 
 
 def _fixed(spec: TensorSpec, sizes: Mapping[str, int]) -> list[int]:

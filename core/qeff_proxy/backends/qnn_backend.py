@@ -1,0 +1,268 @@
+"""The ``qnn`` backend: Qualcomm's HTP, through ONNX Runtime's QNN provider, on any x86 machine.
+
+Each part becomes a context binary per specialization, as a phone or laptop with that chip loads it.
+Where there is no such chip, the provider's emulator runs it, bit by bit as HTP computes. The parts
+that hold the vocabulary run on the host in ONNX Runtime, since a proxy is made to keep them out.
+
+1. `qeff_proxy.static.specialize` fixes the shapes.
+2. `qeff_proxy.static.host.split_host` leaves to the host what depends on positions alone.
+3. `qeff_proxy.static.hygiene.clean_graph` rewrites what the compiler refuses.
+4. A process of its own compiles (`qnn_worker`); what it leaves on the CPU is an error, unless
+   ``strict=false``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import onnxruntime
+import onnxruntime_qnn  # noqa: F401 (its absence is told when the backend is chosen)
+from importlib_metadata import version
+
+from qeff_proxy.backends.onnxruntime_backend import OnnxRuntimeBackend
+from qeff_proxy.backends.qnn_compile import compile_graph
+from qeff_proxy.backends.qnn_options import OPTIONS, QnnOptions
+from qeff_proxy.backends.qnn_process import Worker
+from qeff_proxy.errors import ArtifactError, BackendError
+from qeff_proxy.static import Plan, Sizes, StaticSession, name_of, runs_on_host, specialize
+from qeff_proxy.static.host import HostSplit, split_host
+from qeff_proxy.static.hygiene import clean_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.artifact import Export, ExportedPart
+    from qeff_proxy.backends import CompileOptions
+    from qeff_proxy.session import Session
+
+__all__ = ["QnnBackend", "QnnSession"]
+
+#: Goes up when what is done to graphs before they are compiled changes.
+_PREPARATION = "1"
+#: Attention masks go no lower: float16 ends at -65,504, and scores are added to the mask.
+_LOWEST_MASK = -30_000.0
+_DTYPES = {"float32", "float16", "int64", "int32", "bool"}
+
+
+class QnnBackend:
+    """Compiles for HTP and runs there, or in its emulator."""
+
+    options: Mapping[str, str] = OPTIONS
+    static = True
+    precision = "float16"
+
+    def versions(self) -> dict[str, str]:
+        """Versions of ONNX Runtime, the provider, and of what is done to graphs before."""
+        return {
+            "onnxruntime": onnxruntime.__version__,
+            "onnxruntime-qnn": version("onnxruntime-qnn"),
+            "preparation": _PREPARATION,
+        }
+
+    def compile(
+        self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+    ) -> None:
+        """Write the context binaries of all specializations known beforehand."""
+        chosen = QnnOptions.of(options.backend)
+        if runs_on_host(part):
+            OnnxRuntimeBackend().compile(export, part, replace(options, backend={}), folder)
+            return
+        _check_dtypes(part)
+        for sizes in Plan.of(part, options).specializations():
+            self._compile_one(export, part, sizes, chosen, folder)
+
+    def open(
+        self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+    ) -> Session:
+        """A session on the part's binaries; a size that was not compiled yet is, when it comes."""
+        chosen = QnnOptions.of(options.backend)
+        if runs_on_host(part):
+            return OnnxRuntimeBackend().open(export, part, replace(options, backend={}), folder)
+        _check_dtypes(part)
+
+        def ensure(sizes: Sizes) -> Path:
+            path = folder / f"{part.name}.{name_of(sizes)}.json"
+            if not path.is_file():
+                self._compile_one(export, part, sizes, chosen, folder)
+            return path
+
+        return QnnSession(part, options, chosen, ensure, _log_path(export, part), self.versions())
+
+    def _compile_one(
+        self, export: Export, part: ExportedPart, sizes: Sizes, chosen: QnnOptions, folder: Path
+    ) -> None:
+        """Compile one specialization, aside, and move its files into ``folder``, the JSON last."""
+        _check_space(export, part, folder)
+        split = split_host(specialize(export.folder / part.file, part, sizes))
+        clean_graph(split.body)
+        name = f"{part.name}.{name_of(sizes)}"
+        aside = folder / f".{name}.{uuid.uuid4().hex[:8]}"
+        aside.mkdir()
+        try:
+            report = compile_graph(
+                split.body,
+                export.folder,
+                aside / f"{name}.onnx",
+                chosen,
+                _log_path(export, part),
+                part.name,
+            )
+            _write_host(split, aside / f"{name}.host.onnx")
+            found = {
+                "sizes": sizes,
+                "versions": self.versions(),
+                "soc": chosen.soc,
+                "htp_arch": chosen.htp_arch,
+                **report.to_json(),
+                "on_host": list(split.reasons),
+                "inputs": [value.name for value in split.body.graph.inputs],
+            }
+            (aside / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+            for path in sorted(aside.iterdir(), key=lambda one: one.suffix == ".json"):
+                path.replace(folder / path.name)
+        finally:
+            shutil.rmtree(aside)
+
+
+class QnnSession:
+    """A part on HTP or in its emulator, in a process of its own.
+
+    Args:
+        part: What it runs.
+        options: Of the compilation.
+        chosen: The backend's own.
+        ensure: Compiles a specialization where it was not yet; gives its JSON file.
+        log: Where the process writes what it has to say.
+        versions: What the binaries must have been made with.
+    """
+
+    def __init__(
+        self,
+        part: ExportedPart,
+        options: CompileOptions,
+        chosen: QnnOptions,
+        ensure: Any,
+        log: Path,
+        versions: Mapping[str, str],
+    ) -> None:
+        self._part = part
+        self._chosen = chosen
+        self._ensure = ensure
+        self._log = log
+        self._versions = dict(versions)
+        self._worker: Worker | None = None
+        self._session = StaticSession(part, options, self._open, _LOWEST_MASK)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the part once (see `qeff_proxy.session.Session.run`)."""
+        return self._session.run(feeds)
+
+    def close(self) -> None:
+        """End the process."""
+        self._session.close()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _open(self, sizes: Sizes) -> Session:
+        path = self._ensure(sizes)
+        found = json.loads(path.read_text("utf-8"))
+        if found["versions"] != self._versions:
+            raise BackendError(
+                f"{path.with_suffix('.onnx')} was made with {_described(found['versions'])}, and "
+                f"{_described(self._versions)} is installed",
+                "Compile again.",
+            )
+        if self._worker is None:
+            self._worker = Worker(self._log, self._chosen.timeout, self._chosen.memory_mb)
+        return _Specialization(self._worker, path, self._part, self._chosen, found["inputs"])
+
+
+class _Specialization:
+    """One context binary, opened in the process, and what the host computes for it."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        path: Path,
+        part: ExportedPart,
+        chosen: QnnOptions,
+        inputs: list[str],
+    ) -> None:
+        self._worker = worker
+        self._key = path.stem
+        self._part = part
+        self._inputs = inputs
+        self._host: onnxruntime.InferenceSession | None = None
+        host = path.with_suffix(".host.onnx")
+        if host.is_file():
+            self._host = onnxruntime.InferenceSession(host, providers=["CPUExecutionProvider"])
+        settings = {"session.disable_cpu_ep_fallback": "1"} if chosen.strict else {}
+        worker.ask(
+            "open",
+            key=self._key,
+            context=str(path.with_suffix(".onnx")),
+            provider=chosen.provider(),
+            settings=settings,
+        )
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run it once, on arrays of exactly its sizes."""
+        known = dict(feeds)
+        if self._host is not None:
+            taken = {one.name: known[one.name] for one in self._host.get_inputs()}
+            names = [one.name for one in self._host.get_outputs()]
+            known.update(zip(names, self._host.run(names, taken), strict=True))
+        return self._worker.ask(
+            "run",
+            {name: known[name] for name in self._inputs},
+            key=self._key,
+            outputs=[spec.name for spec in self._part.outputs],
+        )
+
+    def close(self) -> None:
+        """Close it in the process."""
+        self._worker.ask("close", key=self._key)
+
+
+def _write_host(split: HostSplit, path: Path) -> None:
+    if split.host is not None:
+        ir.save(split.host, path)
+
+
+def _log_path(export: Export, part: ExportedPart) -> Path:
+    """Outside of what is compiled, so that it outlives a compilation that failed."""
+    return export.folder / "compiled" / "logs" / f"qnn-{part.name}.log"
+
+
+def _described(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in versions.items())
+
+
+def _check_dtypes(part: ExportedPart) -> None:
+    for spec in (*part.inputs, *part.outputs):
+        if spec.dtype not in _DTYPES:
+            raise BackendError(
+                f"HTP does not take {spec.dtype}, which {spec.name} of the {part.name} part has",
+                "Export in float32 or float16.",
+            )
+
+
+def _check_space(export: Export, part: ExportedPart, folder: Path) -> None:
+    """Refuse to begin where the binary, two bytes a parameter, cannot fit."""
+    size = export.files.get(part.weights, 0) if part.weights else 0
+    needed = size // 2 if export.dtype == "float32" else size
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ArtifactError(
+            f"{folder.parent} has {free // 2**20} MiB free, and the context binary of the "
+            f"{part.name} part needs about {needed // 2**20}",
+            "Free space there, or set QEFF_HOME (or --output) to another disk.",
+        )
