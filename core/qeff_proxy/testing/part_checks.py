@@ -145,7 +145,7 @@ class PartChecks:
 
     def test_the_ends_have_the_standard_names(self, subject: Subject) -> None:
         """Hosts and compilers rely on these names."""
-        for part in subject.cut.proxy.parts:
+        for part in subject.proxy.parts:
             if part.name in _ENDS:
                 inputs, outputs = _ENDS[part.name]
                 found = ([one.name for one in part.inputs], [one.name for one in part.outputs])
@@ -157,7 +157,7 @@ class PartChecks:
 
     def test_names_follow_the_conventions(self, subject: Subject) -> None:
         """Dumps and comparisons are addressed by part, tensor and layer."""
-        parts = subject.cut.proxy.parts
+        parts = subject.proxy.parts
         wrong = [part.name for part in parts if not _PART.fullmatch(part.name)]
         for part in parts:
             names = [spec.name for spec in (*part.inputs, *part.outputs)]
@@ -175,7 +175,7 @@ class PartChecks:
 
     def test_axes_follow_the_conventions(self, subject: Subject) -> None:
         """An axis is a size or a name, such as ``past + query``; text and sound come in batches."""
-        for part in subject.cut.proxy.parts:
+        for part in subject.proxy.parts:
             for spec in (*part.inputs, *part.outputs):
                 wrong = [a for a in spec.shape if isinstance(a, str) and not _AXIS.fullmatch(a)]
                 expect(
@@ -195,7 +195,7 @@ class PartChecks:
         """Each input is the output of an earlier part, made by the host, or given by the user."""
         given = set(subject.rows[0])
         known: set[str] = set(_HOST) | given
-        for part in subject.cut.proxy.parts:
+        for part in subject.proxy.parts:
             masks = {mask.name for mask in part.masks}
             for spec in part.inputs:
                 cache = spec.name.startswith("past_key_values.")
@@ -210,7 +210,7 @@ class PartChecks:
     @needs("cache")
     def test_each_cache_input_comes_back_one_step_longer(self, subject: Subject) -> None:
         """``past_key_values.N.key`` goes in, ``present.N.key`` comes out."""
-        parts = subject.cut.proxy.parts
+        parts = subject.proxy.parts
         inputs = {s.name: s.shape for p in parts for s in p.inputs}
         outputs = {s.name: s.shape for p in parts for s in p.outputs}
         caches = {n: s for n, s in inputs.items() if n.startswith("past_key_values.")}
@@ -237,7 +237,7 @@ class PartChecks:
 
     def test_the_settings_lead_to_the_same_proxy(self, subject: Subject) -> None:
         """They are JSON, and given back as options they build the same parts again."""
-        proxy = subject.cut.proxy
+        proxy = subject.proxy
         try:
             json.dumps(proxy.settings)
         except TypeError as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+from qeff_proxy.errors import PluginError
 from qeff_proxy.locate import locate_sites
-from qeff_proxy.plugin_hooks import InvalidPluginError, hook_names
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.testing.expectations import expect, needs
 
@@ -33,18 +33,18 @@ class SiteChecks:
         )
 
     def test_the_plugins_hooks_can_be_used(self, subject: Subject) -> None:
-        """Names and arguments of the hooks are right, and the plugin says their version."""
-        owner = subject.plugins.owner(f"{subject.suite.model_type}/{subject.suite.task}")
-        owner = owner or subject.plugins.owner(subject.suite.model_type)
-        plugin = owner.plugin if owner is not None else subject.suite.plugin
+        """Names and arguments of the hooks are right, and their version is this one."""
         try:
-            names = hook_names(plugin)
-        except InvalidPluginError as error:
-            names, reason = (), str(error)
+            plugin = subject.hooks.plugin
+        except PluginError as error:
+            plugin, reason = None, str(error)
         else:
-            reason = "it has no hooks"
+            reason = ""
         expect(
-            names, f"the plugin cannot be used: {reason}", "See qeff_proxy.hookspecs for the hooks."
+            plugin is not None,
+            f"the plugin cannot be used: {reason}",
+            "qeff_proxy.hookspecs has the five hooks with their arguments; qeff-proxy plugins "
+            "--check says the same for every installed plugin.",
         )
 
     @needs("embedding")

@@ -155,6 +155,11 @@ class Subject:
         """The split, verified."""
         return self.cut_as("split")
 
+    @cached_property
+    def proxy(self) -> Proxy:
+        """The split, not verified: what is looked at whether or not its numbers are right."""
+        return self.cut_as("split", verify=False).proxy
+
     def cut_as(self, kind: Kind, *, verify: bool = True) -> Cut:
         """The model, cut."""
         return cut_model(self.loaded, self.hooks, kind, verify=verify)
