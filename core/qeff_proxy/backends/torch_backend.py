@@ -6,6 +6,7 @@ from the weights files.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from qeff_proxy.plugin_hooks import Hooks
 
 __all__ = ["ExportedPartSession", "TorchBackend", "TorchSession", "model_of_export"]
+
+#: While a part runs, transformers' functions that make masks are exchanged, for all threads.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class TorchBackend:
@@ -112,7 +116,8 @@ class ExportedPartSession(TorchSession):
         """Run the part once (see `qeff_proxy.session.Session.run`)."""
         check_feeds(self._exported.name, self._exported.inputs, feeds)
         try:
-            return super().run(feeds)
+            with _ONE_AT_A_TIME:
+                return super().run(feeds)
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise BackendError(

@@ -15,12 +15,14 @@ back, so that the caller, and a dump, see what a backend of dynamic shapes would
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.backends.feeds import check_feeds
 from qeff_proxy.errors import BackendError
 from qeff_proxy.static.axes import Sizes, is_sum, size_of, sizes_of, terms_of
 from qeff_proxy.static.plan import Plan, name_of
@@ -66,11 +68,17 @@ class StaticSession:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._buffers: dict[str, Array] = {}
         self._closed = False
+        self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the part once, or once per ``batch_size`` rows (see `qeff_proxy.session`)."""
         if self._closed:
             raise BackendError(f"the session of the {self._part.name} part is closed")
+        check_feeds(self._part.name, self._part.inputs, feeds)
+        with self._lock:  # the buffers are those of one run
+            return self._run(feeds)
+
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         real = sizes_of(self._part.inputs, feeds)
         rows = real.get("batch", 1)
         size = self._plan.options.batch_size

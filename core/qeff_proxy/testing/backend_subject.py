@@ -1,0 +1,69 @@
+"""The export that a backend is tried on, compiled by it, and the sessions on it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from qeff_proxy.testing.backend_parts import Reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from qeff_proxy.artifact import Export, ExportedPart
+    from qeff_proxy.backends import Backend
+    from qeff_proxy.session import Session
+    from qeff_proxy.testing.backends import BackendSuite
+
+__all__ = ["BackendSubject"]
+
+
+class BackendSubject:
+    """The export, compiled by the backend on trial, and its sessions; shared by all checks.
+
+    Args:
+        suite: What is tried, and how.
+        folder: New or empty.
+    """
+
+    def __init__(self, suite: BackendSuite, folder: Path) -> None:
+        self.suite = suite
+        self.folder = folder
+        self._compiled: dict[str, tuple[Export, Path]] = {}
+
+    @cached_property
+    def backend(self) -> Backend:
+        """The backend on trial."""
+        return self.suite.make_backend()
+
+    def compiled(self, dtype: str = "float32") -> tuple[Export, Path]:
+        """An export of this dtype and the folder of what the backend made of it."""
+        if dtype not in self._compiled:
+            export = self.suite.make_export(self.folder / f"export-{dtype}", dtype)
+            made = self.folder / f"making-{dtype}"
+            made.mkdir()
+            for part in export.parts:
+                self.backend.compile(export, part, self.suite.compile_options, made)
+            # What is compiled is moved into place when it is whole, so it must not know its path.
+            self._compiled[dtype] = (export, made.rename(self.folder / f"compiled-{dtype}"))
+        return self._compiled[dtype]
+
+    def parts(self, dtype: str = "float32") -> tuple[ExportedPart, ...]:
+        """The parts of the export."""
+        return self.compiled(dtype)[0].parts
+
+    @contextmanager
+    def session(self, part: ExportedPart, dtype: str = "float32") -> Iterator[Session]:
+        """A new session on a part, closed at the end."""
+        export, folder = self.compiled(dtype)
+        session = self.suite.make_backend().open(export, part, self.suite.compile_options, folder)
+        try:
+            yield session
+        finally:
+            session.close()
+
+    def reference(self, part: ExportedPart, dtype: str = "float32") -> Reference:
+        """What the part must give."""
+        return Reference(self.compiled(dtype)[0], part)

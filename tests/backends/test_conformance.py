@@ -1,0 +1,49 @@
+"""Our own backends, held to the suite that other packages' backends are held to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qeff_proxy.export import export_model
+from qeff_proxy.load import wrap_model
+from qeff_proxy.plugins import Plugins
+from qeff_proxy.testing.backends import BackendSuite
+from qeff_proxy.testing.tiny import random_weights, tiny_config
+from transformers import AutoModelForCausalLM
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qeff_proxy.artifact import Export
+
+
+class TestOnnxRuntime(BackendSuite):
+    backend = "onnxruntime"
+
+
+class TestOpenVino(BackendSuite):
+    backend = "openvino"
+    integer_bits = 32  # the CPU's plugin computes int64 as int32
+
+
+class TestOpenVinoOfFixedShapes(BackendSuite):
+    """What an NPU gets, on the CPU."""
+
+    backend = "openvino"
+    integer_bits = 32
+    options = {"static_shapes": True, "save_compiled": True}  # noqa: RUF012 (as the suite has it)
+
+
+class TestTorch(BackendSuite):
+    """PyTorch runs the model's code and no graph, so it is tried on a real model."""
+
+    backend = "torch"
+    dtypes = ("float32",)
+    reads_graphs = False
+
+    def make_export(self, folder: Path, dtype: str) -> Export:
+        return export_model(
+            wrap_model(random_weights(AutoModelForCausalLM.from_config(tiny_config("gpt2")))),
+            Plugins.discover().hooks_for("gpt2"),
+            output=folder,
+        )
