@@ -46,6 +46,7 @@ __all__ = [
     "BrokenPackage",
     "FamilyEntry",
     "Selection",
+    "find_entries",
     "find_families",
 ]
 
@@ -89,17 +90,25 @@ class BrokenPackage:
 
 
 def find_families() -> tuple[list[FamilyEntry], list[BrokenPackage]]:
+    """The families that installed packages claim (`find_entries`), by package and model type."""
+    return find_entries(ENTRY_POINT_GROUP)
+
+
+def find_entries(group: str) -> tuple[list[FamilyEntry], list[BrokenPackage]]:
     """Look through the installed packages, without importing them.
 
+    Args:
+        group: Of entry points; what is claimed by their names stands for the model type.
+
     Returns:
-        The families, by package and model type, and the packages that claim some but are damaged.
+        The claims, by package and name, and the packages that claim some but are damaged.
         One damaged package, ours or not, hides no other.
     """
     names: dict[str, None] = {}
     broken = []
     for distribution in importlib_metadata.distributions():
         try:
-            if ENTRY_POINT_GROUP in (distribution.read_text("entry_points.txt") or ""):
+            if group in (distribution.read_text("entry_points.txt") or ""):
                 names[_canonical(distribution.name)] = None
         except UnicodeDecodeError:
             continue  # whose it is cannot be told
@@ -109,19 +118,19 @@ def find_families() -> tuple[list[FamilyEntry], list[BrokenPackage]]:
     entries = []
     for name in names:
         try:
-            entries += _entries_of(name)
+            entries += _entries_of(name, group)
         except _METADATA_FAULTS as error:
             broken.append(BrokenPackage(name, f"its entry points cannot be read: {error!r}"))
     entries.sort(key=lambda one: (_canonical(one.distribution), one.model_type, one.value))
     return entries, broken
 
 
-def _entries_of(name: str) -> list[FamilyEntry]:
+def _entries_of(name: str, group: str) -> list[FamilyEntry]:
     # By name, because that is the installation the imports see when there are two on the path.
     distribution = importlib_metadata.distribution(name)
     entries = {
         FamilyEntry(entry.name, distribution.name, distribution.version, entry.value)
-        for entry in distribution.entry_points.select(group=ENTRY_POINT_GROUP)
+        for entry in distribution.entry_points.select(group=group)
     }
     return list(entries)
 

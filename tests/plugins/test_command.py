@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,13 +97,10 @@ def test_check_fails_on_rivals(site_packages, command):
 
 def test_the_table_shows_packages_states_and_reasons(faulty, command):
     done = command("--check")
-    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
-    cells = [[cell.strip() for cell in row] for row in rows]
-    assert ["acme", "1.0", "acme_rnn", "rnn", "failed"] in cells
-    assert ["brand", "1.0", "brand_ssm", "cnn, ssm", "ok"] in cells
-    assert any(
-        row[0] == "qeff-proxy" and row[2:] == ["generic", "every other", "ok"] for row in cells
-    )
+    rows = [re.split(" {2,}", line.strip()) for line in done.stdout.splitlines()]
+    assert rows[rows.index(["acme 1.0"]) + 1] == ["acme_rnn", "failed", "rnn"]
+    assert rows[rows.index(["brand 1.0"]) + 1] == ["brand_ssm", "ok", "cnn, ssm"]
+    assert ["generic", "ok", "every other"] in rows
     assert (
         "acme acme_rnn: ModuleNotFoundError: No module named 'no_such_module'"
         in done.stdout.splitlines()

@@ -144,23 +144,33 @@ def load_backend(name: str) -> Backend:
     try:
         return cast("Backend", getattr(importlib.import_module(module), attribute)())
     except ImportError as error:
+        from qeff_proxy.backends.discovery import install_hint
+
         raise BackendError(
-            f"backend {name!r} cannot be used: {error}", f"Install it: pip install {name}"
+            f"backend {name!r} cannot be used: {error}", install_hint(name)
         ) from error
 
 
 def _registered_backend(name: str) -> Backend:
-    from importlib_metadata import entry_points
+    from importlib_metadata import EntryPoint
 
-    found = entry_points(group=ENTRY_POINT_GROUP)
-    known = sorted({*BUILTIN_BACKENDS, *found.names})
-    if name not in found.names:
+    from qeff_proxy.backends.discovery import check_class
+    from qeff_proxy.plugin_discovery import find_entries
+
+    found, _ = find_entries(ENTRY_POINT_GROUP)
+    entries = [entry for entry in found if entry.model_type == name]
+    if not entries:
+        known = sorted({*BUILTIN_BACKENDS, *(entry.model_type for entry in found)})
         raise BackendError(f"there is no backend {name!r}", f"Known are {', '.join(known)}.")
-    point = found[name]
+    if len(entries) > 1:
+        packages = " and ".join(sorted({entry.distribution for entry in entries}))
+        raise BackendError(f"{packages} both have a backend {name!r}", "Uninstall one of them.")
+    (entry,) = entries
     try:
-        return cast("Backend", point.load()())
-    except Exception as error:
-        package = point.dist.name if point.dist else point.value
+        return check_class(EntryPoint(name, entry.value, ENTRY_POINT_GROUP).load())()
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BackendError(
-            f"backend {name!r} of package {package} cannot be used: {type(error).__name__}: {error}"
+            f"backend {name!r} of package {entry.distribution} cannot be used: {reason}",
+            "Repair the package, or choose another backend.",
         ) from error

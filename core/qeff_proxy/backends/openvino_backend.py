@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.backends.feeds import check_feeds
-from qeff_proxy.errors import BackendError
+from qeff_proxy.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenVinoBackend", "OpenVinoSession"]
 
-_PRECISIONS = ("f32", "f16", "bf16")
+#: dtype → what OpenVINO calls it.
+_PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _TELEMETRY = "openvino_telemetry"
 
 
@@ -58,8 +59,8 @@ class OpenVinoBackend:
 
     options: Mapping[str, str] = {
         "device": "CPU (default), GPU or NPU; GPU.1 where there are several",
-        "precision": "of the arithmetic: f32, f16, bf16 or auto, which is the device's own choice "
-        "(default: f32, on an NPU auto)",
+        "precision": "what is computed in: float32, float16, bfloat16, or auto: the device's own "
+        "choice (default: float32, on an NPU auto)",
         "static_shapes": "compile fixed shapes (default: on an NPU, which knows no others)",
         "save_compiled": "keep the compiled parts, so that opening is quick (default: not on a "
         "CPU, which compiles as fast as it would read them)",
@@ -80,6 +81,15 @@ class OpenVinoBackend:
         """Whether fixed shapes are compiled."""
         default = _device(options).startswith("NPU")
         return bool(options.backend.get("static_shapes", default))
+
+    def precision(self, options: CompileOptions) -> str | None:
+        """What is computed in, where that is not float32."""
+        device = _device(options)
+        asked = _precision(device, options)
+        if asked is None:
+            asked = self._core.get_property(device, "INFERENCE_PRECISION_HINT").get_type_name()
+        names = [name for name, short in _PRECISIONS.items() if short == asked]
+        return names[0] if names and names[0] != "float32" else None
 
     def compile(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
@@ -252,17 +262,23 @@ def _blob(folder: Path, part: ExportedPart, sizes: Sizes | None) -> Path:
     return folder / f"{part.name}.{name_of(sizes)}.blob"
 
 
-def _properties(device: str, options: CompileOptions) -> dict[str, Any]:
-    """What OpenVINO is told: https://docs.openvino.ai (properties of the runtime)."""
-    default = "auto" if device.startswith("NPU") else "f32"
+def _precision(device: str, options: CompileOptions) -> str | None:
+    """OpenVINO's name of what is to be computed in; ``None``: the device's own choice."""
+    default = "auto" if device.startswith("NPU") else "float32"
     precision = str(options.backend.get("precision", default)).lower()
     if precision not in (*_PRECISIONS, "auto"):
-        raise BackendError(
+        raise UsageError(
             f"OpenVINO has no precision {precision!r}",
             f"Choose one of {', '.join(_PRECISIONS)} and auto.",
         )
+    return _PRECISIONS.get(precision)
+
+
+def _properties(device: str, options: CompileOptions) -> dict[str, Any]:
+    """What OpenVINO is told: https://docs.openvino.ai (properties of the runtime)."""
+    precision = _precision(device, options)
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    if precision != "auto":
+    if precision is not None:
         properties["INFERENCE_PRECISION_HINT"] = precision
     if device == "CPU":
         # Parts and processes share the cores: a thread bound to one would wait for the others.
@@ -283,6 +299,6 @@ def _check_precision(compiled: Any, properties: Mapping[str, Any], device: str) 
     found = compiled.get_property("INFERENCE_PRECISION_HINT")
     if found != getattr(openvino.Type, asked):
         raise BackendError(
-            f"OpenVINO's {device} computes in {found.get_type_name()}, not in {asked}",
+            f"OpenVINO would compute in {found.get_type_name()} on this {device}, not in {asked}",
             "Choose another with -O precision=…, or leave it to the device with auto.",
         )

@@ -32,6 +32,7 @@ COMMANDS = {
     "verify": "run a model on several backends and name the first layer that differs from PyTorch",
     "compare": "hold one dump against another and name the first layer that differs",
     "convert": "convert a dump to or from other tools' formats",
+    "backends": "list backends, what they need and how to install it, their devices and options",
     "plugins": "list plugins, the model types they serve and what is wrong with any",
 }
 
@@ -85,15 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         report_error(str(error))
         return error.exit_code
-    except SystemExit:
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # how rich says it
+            return _broken_pipe()
         if args.debug:
             raise
         report_error("a plugin or library ended the program; run with --debug for the trace")
         return 70
     except BrokenPipeError:
-        # Whoever read our output has read enough; a later flush must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return _broken_pipe()
     except Exception as error:
         if args.debug:
             raise
@@ -107,3 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         report_error("interrupted; nothing half-written was kept")
         return 130
+
+
+def _broken_pipe() -> int:
+    """Whoever read our output has read enough; a later flush must not complain either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141

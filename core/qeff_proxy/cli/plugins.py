@@ -63,13 +63,20 @@ def _print_table(reports: Sequence[PluginReport], generic: PluginReport, *, chec
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("package", "version", "plugin", "model types", "state")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("plugin", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("model types", overflow="fold")
+    packages: list[str] = []
     for report in (*reports, generic):
+        package = " ".join(filter(None, [report.distribution or "(no package)", report.version]))
+        if package not in packages[-1:]:
+            packages.append(package)
+            table.add_row(f"[bold]{escape(package)}[/]", "", "")
         served = ", ".join(report.model_types) or ("every other" if report is generic else "")
-        cells = [report.distribution or "(unknown)", report.version or "", report.plugin]
         colour = _COLOURS[report.state]
         state = f"[{colour}]{report.state}[/]" if colour else report.state
-        table.add_row(*map(escape, cells), escape(served), state)
+        table.add_row(f"  {escape(report.plugin)}", state, escape(served))
     console = stdout_console()
     console.print(table)
     for report in (*reports, generic):
