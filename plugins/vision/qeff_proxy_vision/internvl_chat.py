@@ -21,10 +21,11 @@ from qeff_proxy.surgery import replace_modules
 from qeff_proxy.text import tokenize
 from torch import nn
 
+from qeff_proxy_vision import internlm2
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import decode, prompts_and_images
 from qeff_proxy_vision.merge import ImageSettings
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, sample_prompt
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
 from qeff_proxy_vision.tiles import split_into_tiles
 from qeff_proxy_vision.towers import pixel_part
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qeff_proxy.arrays import Array
-    from qeff_proxy.parts import Kind
+    from qeff_proxy.parts import Kind, Proxy
     from qeff_proxy.request import Request
     from transformers import PreTrainedModel
 
@@ -65,7 +66,10 @@ class Loader:
         config = read_config_file(folder)
         answer = load_adapted(folder, config.get("auto_map") or {}, DROP_PATH, **arguments)
         model = answer[0] if isinstance(answer, tuple) else answer
-        model.language_model.set_attn_implementation("eager")
+        if type(model.language_model).__name__ == internlm2.ARCHITECTURE:
+            internlm2.fill_rotary_tables(model.language_model)
+        else:
+            model.language_model.set_attn_implementation("eager")
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=True, local_files_only=True
         )
@@ -104,6 +108,25 @@ def _site_of(model: PreTrainedModel, wanted: nn.Module) -> Site | None:
     return Site(path) if path is not None else None
 
 
+def _cut_language_model(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> Proxy:
+    """One of transformers' own is cut as any other; of the checkpoint's own, InternLM2 is known."""
+    architecture = type(model).__name__
+    if architecture == internlm2.ARCHITECTURE:
+        return marked_text(internlm2.build_language_parts(model), kind, options)
+    if not type(model).__module__.startswith("transformers."):
+        raise UnsupportedModelError(
+            f"this InternVL has a language model of its own code, {architecture}",
+            f"Those of transformers (Qwen2, Llama …) and {internlm2.ARCHITECTURE} are supported.",
+        )
+    return cut_text(model, _inner_site(embedding), _inner_site(lm_head), kind, options)
+
+
 def _inner_site(site: Site | Absent) -> Site | Absent:
     """The site as the language model by itself has it."""
     return site if isinstance(site, Absent) else Site(site.module.removeprefix(_PREFIX))
@@ -124,9 +147,7 @@ def build_proxy(
             "the model does not know its image token",
             f"Set model.img_context_token_id = tokenizer.convert_tokens_to_ids({_CONTEXT!r}).",
         )
-    text = cut_text(
-        model.language_model, _inner_site(embedding), _inner_site(lm_head), kind, options
-    )
+    text = _cut_language_model(model.language_model, embedding, lm_head, kind, options)
     config = model.config
     size = config.force_image_size or config.vision_config.image_size
     tile = (3, size, size)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.checkpoint import read_config_file
-from qeff_proxy.decoder import CacheLayer, DecoderLayout, EmbeddingPart
+from qeff_proxy.decoder import CacheLayer, DecoderLayout
 from qeff_proxy.engine import position_ids_of
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.hookspecs import hookimpl
@@ -24,7 +24,7 @@ from torch import nn
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import decode, prompts_and_images
 from qeff_proxy_vision.merge import ImageSettings, Merge
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, marked_text
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, language_proxy, marked_text
 from qeff_proxy_vision.remote import load_adapted
 
 if TYPE_CHECKING:
@@ -56,6 +56,13 @@ class Loader:
         """As transformers' ``from_pretrained``."""
         arguments.pop("attn_implementation", None)  # the code has but one, of its own
         return load_adapted(folder, read_config_file(folder).get("auto_map") or {}, {}, **arguments)
+
+    @staticmethod
+    def load_processor(folder: Path) -> Any:
+        """Its own processor (`qeff_proxy_vision.molmo_processor.load_processor`)."""
+        from qeff_proxy_vision.molmo_processor import load_processor
+
+        return load_processor(folder)
 
 
 class _VisionPart(nn.Module):
@@ -211,28 +218,14 @@ def _text_parts(model: PreTrainedModel, config: Any) -> Proxy:
     mask = MaskSpec("attention_mask", "causal")
     layout = DecoderLayout((layer,) * config.n_layers, (mask,))
     dtype = str(model.dtype).removeprefix("torch.")
-    vocabulary = transformer.ff_out.weight.shape[0]
-    ids = TensorSpec("input_ids", "int64", ("batch", "query"))
-    embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", config.d_model))
-    hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", config.d_model))
-    logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
     scale = config.d_model**-0.5 if config.scale_logits else None
-    return Proxy(
-        "split",
-        "image-text-to-text",
-        (
-            Part("embedding", EmbeddingPart(transformer.wte), (ids,), (embeddings,), "vocabulary"),
-            Part(
-                "body",
-                _Body(transformer, config, layout),
-                (embeddings, *layout.host_inputs(dtype)),
-                (hidden, *layout.cache_outputs(dtype)),
-                "body",
-                (mask,),
-            ),
-            Part("lm_head", _Head(transformer.ff_out, scale), (hidden,), (logits,), "vocabulary"),
-        ),
-        {"vocabulary": vocabulary, "hidden_size": config.d_model},
+    return language_proxy(
+        transformer.wte,
+        _Body(transformer, config, layout),
+        _Head(transformer.ff_out, scale),
+        layout,
+        (config.d_model, transformer.ff_out.weight.shape[0]),
+        dtype,
     )
 
 

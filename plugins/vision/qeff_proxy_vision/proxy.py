@@ -7,16 +7,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.decoder import EmbeddingPart
 from qeff_proxy.errors import PluginError, UnsupportedModelError
 from qeff_proxy.generic import build_proxy as build_text_proxy
-from qeff_proxy.parts import Kind, Part, Proxy
+from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 
 from qeff_proxy_vision.one_graph import join_graphs, join_whole
 from qeff_proxy_vision.reference import model_logits
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
+    from qeff_proxy.decoder import DecoderLayout
     from qeff_proxy.sites import Absent, Site
+    from torch import nn
     from transformers import PreTrainedModel
 
     from qeff_proxy_vision.merge import ImageSettings
@@ -28,6 +31,7 @@ __all__ = [
     "VisionProxy",
     "add_vision",
     "cut_text",
+    "language_proxy",
     "marked_text",
     "sample_prompt",
 ]
@@ -89,6 +93,48 @@ def cut_text(
             "A plugin for this model type can build its parts in another way.",
         )
     return marked_text(text, kind, options)
+
+
+def language_proxy(
+    embedding: nn.Module,
+    body: nn.Module,
+    lm_head: nn.Module,
+    layout: DecoderLayout,
+    sizes: tuple[int, int],
+    dtype: str,
+) -> Proxy:
+    """A language model of code of its own, as three parts that a family has made.
+
+    Args:
+        embedding: ``input_ids`` to embeddings.
+        body: As `qeff_proxy.decoder.DecoderPart`.
+        lm_head: ``last_hidden_state`` to ``logits``.
+        layout: Of the body.
+        sizes: Of the hidden states and of the vocabulary.
+        dtype: Of the weights.
+    """
+    width, vocabulary = sizes
+    ids = TensorSpec("input_ids", "int64", ("batch", "query"))
+    embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", width))
+    hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", width))
+    logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
+    return Proxy(
+        "split",
+        FLOW,
+        (
+            Part("embedding", EmbeddingPart(embedding), (ids,), (embeddings,), "vocabulary"),
+            Part(
+                "body",
+                body,
+                (embeddings, *layout.host_inputs(dtype)),
+                (hidden, *layout.cache_outputs(dtype)),
+                "body",
+                layout.masks,
+            ),
+            Part("lm_head", lm_head, (hidden,), (logits,), "vocabulary"),
+        ),
+        {"vocabulary": vocabulary, "hidden_size": width},
+    )
 
 
 def marked_text(text: Proxy, kind: Kind, options: Mapping[str, Any]) -> Proxy:

@@ -13,20 +13,21 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import warnings
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import CheckpointError
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["adapted", "import_class", "load_adapted", "standing_in"]
+__all__ = ["adapted", "import_class", "load_adapted", "load_adapted_config", "standing_in"]
 
 
 class _StandIn(nn.Identity):
@@ -118,6 +119,39 @@ def adapted(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return result
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What a checkpoint's code does in an old way is for its authors to change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def load_adapted_config(
+    folder: Path, reference: str, modules: Mapping[str, Mapping[str, Any]]
+) -> PreTrainedConfig:
+    """The config of a checkpoint's own class, with rotary settings as older code expects them.
+
+    Today's transformers fills in the settings of the plain rotary embedding, where older code takes
+    anything but ``None`` for a scaled one.
+
+    Args:
+        folder: The checkpoint.
+        reference: ``module.Class`` of the config.
+        modules: What to stand in for while its code is imported.
+    """
+    config_class = import_class(folder, reference, modules)
+    with standing_in(modules), _silent():
+        config: PreTrainedConfig = config_class.from_pretrained(folder)
+    inner = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    for own in (config, *inner):
+        rotary = getattr(own, "rope_parameters", None) or {}
+        plain = rotary.get("rope_type") == "default"
+        if plain and not type(own).__module__.startswith("transformers."):
+            own.rope_parameters = None
+    return config
+
+
 def load_adapted(
     folder: Path,
     auto_map: Mapping[str, str],
@@ -141,9 +175,8 @@ def load_adapted(
         raise CheckpointError(
             f"the config of {folder} names no model class of its own", "Check its auto_map."
         )
-    config_class = import_class(folder, auto_map["AutoConfig"], modules)
+    config = load_adapted_config(folder, auto_map["AutoConfig"], modules)
     cls = adapted(import_class(folder, reference, modules))
     arguments.pop("trust_remote_code", None)
-    with standing_in(modules):
-        config = config_class.from_pretrained(folder)
+    with standing_in(modules), _silent():
         return cls.from_pretrained(folder, config=config, **arguments)

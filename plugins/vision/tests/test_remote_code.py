@@ -23,7 +23,13 @@ from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.flows import Job, load_flow
 from qeff_proxy.load import load_config, load_model
 from qeff_proxy_vision.molmo import preprocess as preprocess_molmo
-from qeff_proxy_vision.remote import DROP_PATH, adapted, import_class, standing_in
+from qeff_proxy_vision.remote import (
+    DROP_PATH,
+    adapted,
+    import_class,
+    load_adapted_config,
+    standing_in,
+)
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -73,6 +79,13 @@ INTERNVL = {
         "use_flash_attn": False,
     },
 }
+INTERNLM2 = {
+    **INTERNVL["llm_config"],
+    "architectures": ["InternLM2ForCausalLM"],
+    "model_type": "internlm2",
+    "bias": False,
+    "rope_theta": 10000.0,
+}
 MOLMO = {
     "model_type": "molmo",
     "architectures": ["MolmoForCausalLM"],
@@ -106,10 +119,10 @@ def write_checkpoint(folder, code, config):
     shutil.copytree(code, folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "config.json").write_text(json.dumps(config))
     auto_map = config["auto_map"]
-    config_class = import_class(folder, auto_map["AutoConfig"], DROP_PATH)
+    loaded = load_adapted_config(folder, auto_map["AutoConfig"], DROP_PATH)
     cls = adapted(import_class(folder, auto_map["AutoModelForCausalLM"], DROP_PATH))
     with standing_in(DROP_PATH):
-        model = cls(config_class.from_pretrained(folder))
+        model = cls(loaded)
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, value in model.state_dict().items():
@@ -123,8 +136,12 @@ def write_checkpoint(folder, code, config):
 
 @pytest.fixture
 def internvl(tmp_path):
+    return make_internvl(tmp_path / "internvl", INTERNVL)
+
+
+def make_internvl(folder, config):
     code = Path(os.environ.get("QEFF_PROXY_INTERNVL_CODE") or CODE / "internvl_chat")
-    folder = write_checkpoint(tmp_path / "internvl", code, INTERNVL)
+    write_checkpoint(folder, code, config)
     words = [*SPECIAL, *(f"w{i}" for i in range(100))]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
@@ -199,7 +216,11 @@ def check_parity(face, prompts, folder):
     assert len(seen) > 8
 
 
-def test_internvls_own_code_gives_what_the_uncut_model_gives(internvl, tmp_path):
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the real code, which is old
+@pytest.mark.parametrize("language", ["qwen2", "internlm2"])
+def test_internvls_own_code_gives_what_the_uncut_model_gives(language, tmp_path):
+    config = INTERNVL if language == "qwen2" else {**INTERNVL, "llm_config": INTERNLM2}
+    internvl = make_internvl(tmp_path / "internvl", config)
     face = QEFFAutoModelForCausalLM.from_pretrained(
         internvl, kv_offload=True, enable_proxy=True, trust_remote_code=True
     )

@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedConfig, Qwen2Config
 
+from .modeling_internlm2 import InternLM2Config
+
 
 class InternVLChatConfig(PreTrainedConfig):
     model_type = "internvl_chat"
@@ -9,7 +11,9 @@ class InternVLChatConfig(PreTrainedConfig):
     def __init__(self, vision_config=None, llm_config=None, select_layer=-1, **kwargs):
         super().__init__(**kwargs)
         self.vision_config = PreTrainedConfig(**(vision_config or {}))
-        self.llm_config = Qwen2Config(**(llm_config or {}))
+        llm_config = llm_config or {}
+        own = llm_config.get("architectures") == ["InternLM2ForCausalLM"]
+        self.llm_config = (InternLM2Config if own else Qwen2Config)(**llm_config)
         self.select_layer = select_layer
 
     def to_dict(self):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_internvl_chat import InternVLChatConfig
+from .modeling_internlm2 import InternLM2ForCausalLM
 
 
 class VisionLayer(nn.Module):
@@ -59,7 +60,9 @@ class InternVLChatModel(PreTrainedModel):
         patches = (config.force_image_size // config.vision_config.patch_size) ** 2
         self.num_image_token = int(patches * self.downsample_ratio**2)
         self.vision_model = VisionModel(config.vision_config)
-        self.language_model = Qwen2ForCausalLM(config.llm_config)
+        own = config.llm_config.model_type == "internlm2"
+        language_model = InternLM2ForCausalLM if own else Qwen2ForCausalLM
+        self.language_model = language_model(config.llm_config)
         width = config.vision_config.hidden_size * 4
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, config.llm_config.hidden_size), nn.GELU()

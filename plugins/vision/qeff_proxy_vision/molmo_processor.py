@@ -1,0 +1,161 @@
+"""Molmo's own processor, on what is installed.
+
+Its code imports torchvision and TensorFlow for nothing but a bilinear resize. Where they are not
+installed, they are stood in for while it is imported and while it runs, and PyTorch resizes. (By
+the same formula: a triangle filter, widened where the image shrinks. Against TensorFlow 2.21,
+pixels from 0 to 1 differ by 4e-5 at most.)
+
+Two of its habits are mended from outside: it fails on a prompt without an image, and places the
+features of every image at the first one's tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from qeff_proxy.errors import CheckpointError
+from torch.nn import functional
+
+from qeff_proxy_vision.remote import import_class, standing_in
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+__all__ = ["load_processor"]
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor that a checkpoint's own code makes; the caller trusts that code.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        The processor, or ``None`` where the folder names none of its own.
+
+    Raises:
+        CheckpointError: Its code cannot be imported; names a missing package.
+    """
+    reference = _reference(folder / "preprocessor_config.json")
+    if reference is None or not (folder / f"{reference.partition('.')[0]}.py").is_file():
+        return None
+    cls = _adapted(import_class(folder, reference, _IMAGE_LIBRARIES))
+    with standing_in(_IMAGE_LIBRARIES):
+        return cls.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+
+
+def _reference(path: Path) -> str | None:
+    """``module.Class`` of the processor, as the file says."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["auto_map"]["AutoProcessor"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} names no processor ({type(error).__name__}: {error})",
+            "Download the checkpoint again.",
+        ) from error
+    return str(found)
+
+
+def _adapted(cls: type[Any]) -> type[Any]:
+    """A subclass whose ``process`` takes none, one and several images."""
+
+    class Adapted(cls):  # type: ignore[misc]
+        def process(self, text: str, images: Sequence[Any] | None = None, **options: Any) -> Any:
+            tokens = self.get_tokens_input(
+                text,
+                options.get("message_format", "role"),
+                options.get("always_start_with_space", True),
+            )
+            if not images:
+                start = self.tokenizer.bos_token_id or self.tokenizer.eos_token_id
+                return {"input_ids": torch.tensor([start, *tokens])}
+            own = super().process
+            _let_einops_know_numpy()
+            with standing_in(_IMAGE_LIBRARIES):
+                rows = [own(text, [image], **options) for image in images]
+            return _joined(rows, len(tokens))
+
+    Adapted.__name__ = Adapted.__qualname__ = cls.__name__
+    return Adapted
+
+
+def _let_einops_know_numpy() -> None:
+    """Before anything is stood in for: einops asks each library that is imported whose an array is.
+
+    It remembers the answer, and would remember a library that is but stood in for.
+    """
+    if importlib.util.find_spec("einops") is not None:
+        einops: Any = importlib.import_module("einops")
+        einops.rearrange(np.zeros((1, 1), np.float32), "a b -> (a b)")
+
+
+def _joined(rows: Sequence[Mapping[str, torch.Tensor]], text: int) -> dict[str, torch.Tensor]:
+    """One prompt with all images, of a prompt for each, the last ``text`` ids of which are alike.
+
+    Each starts with a token of its own, then come the image's.
+    """
+    ids = [rows[0]["input_ids"][:1]]
+    places = []
+    before = 0
+    for row in rows:
+        own = row["input_ids"][1 : row["input_ids"].numel() - text]
+        index = row["image_input_idx"]
+        places.append(torch.where(index >= 0, index + before, index))
+        ids.append(own)
+        before += own.numel()
+    ids.append(rows[0]["input_ids"][rows[0]["input_ids"].numel() - text :])
+    joined = {
+        name: torch.cat([row[name] for row in rows])
+        for name in ("images", "image_masks")
+        if name in rows[0]
+    }
+    return {"input_ids": torch.cat(ids), "image_input_idx": torch.cat(places), **joined}
+
+
+def _to_unit(image: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Bytes from 0 to 255 to floats from 0 to 1; floats stay as they are."""
+    return image.to(dtype) if image.is_floating_point() else image.to(dtype) / 255
+
+
+def _resize(image: torch.Tensor, size: Sequence[int], **_: Any) -> torch.Tensor:
+    """``[height, width, channels]`` float to ``[*size, channels]``, bilinear, antialiased."""
+    planes = image.permute(2, 0, 1)[None]
+    resized = functional.interpolate(
+        planes, size=tuple(size), mode="bilinear", align_corners=False, antialias=True
+    )
+    return resized[0].permute(1, 2, 0).contiguous()
+
+
+class _Resize:
+    """``torchvision.transforms.Resize``, of a float image ``[channels, height, width]``."""
+
+    def __init__(self, size: Sequence[int], *_args: Any, **_options: Any) -> None:
+        self.size = size
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return _resize(image.permute(1, 2, 0), self.size).permute(2, 0, 1)
+
+
+_BILINEAR = SimpleNamespace(BILINEAR="bilinear")
+_IMAGE_LIBRARIES: dict[str, dict[str, Any]] = {
+    "torchvision": {},
+    "torchvision.transforms": {"InterpolationMode": _BILINEAR, "Resize": _Resize},
+    "torchvision.transforms.functional": {"convert_image_dtype": _to_unit},
+    "tensorflow": {
+        "image": SimpleNamespace(
+            convert_image_dtype=_to_unit, resize=_resize, ResizeMethod=_BILINEAR
+        ),
+        "constant": torch.as_tensor,
+        "clip_by_value": torch.clamp,
+        "float32": torch.float32,
+    },
+}
