@@ -20,6 +20,8 @@ __all__ = ["MAX_PIXELS", "open_image"]
 #: pixels, and a small file can hold billions.
 MAX_PIXELS = 100_000_000
 _MAX_BYTES = 200_000_000
+#: Of what PIL reads. Others are rare, and EPS starts another program.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _TIMEOUT = 30  # seconds to wait for a server
 
 
@@ -76,20 +78,23 @@ def _download(url: str) -> bytes:
 def _decode(file: Any, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
-            opened = Image.open(file)
-        with opened as image:
-            _check_size(image.width, image.height, name)
-            image.load()
-            return _to_rgb(image, name)
+            # Of sizes, which are checked below, and of metadata, which do not matter.
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=_FORMATS) as image:
+                _check_size(image.width, image.height, name)
+                image.load()
+                return _to_rgb(image, name)
+    except UsageError:
+        raise
     except Image.DecompressionBombError as error:
         raise UsageError(f"{name} is too large: {error}", "Shrink it.") from error
     except UnidentifiedImageError as error:
         raise UsageError(
             f"{name} is no image that can be read", "Give a PNG, JPEG, WebP, GIF, BMP or TIFF file."
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL meets in damaged files
-        raise UsageError(f"{name} is damaged: {error}", "Write the image anew.") from error
+    except Exception as error:  # each of PIL's decoders has its own for damaged files
+        reason = str(error) or type(error).__name__
+        raise UsageError(f"{name} is damaged: {reason}", "Write the image anew.") from error
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -108,7 +113,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_size(image.width, image.height, name)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        samples = np.asarray(image).astype(np.int64)
+        samples = np.asarray(image)
         image = Image.fromarray(np.clip(samples // 257, 0, 255).astype(np.uint8))
     elif image.mode == "F":
         image = _from_array(np.asarray(image))

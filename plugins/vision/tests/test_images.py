@@ -179,6 +179,30 @@ def test_damaged_files(tmp_path):
         open_image(text)
 
 
+def test_an_image_that_would_start_another_program():
+    with pytest.raises(UsageError, match="no image that can be read"):
+        open_image(encoded(Image.new("RGB", (4, 4)), "EPS"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"])
+def test_damage_anywhere_gives_an_image_or_a_clear_error(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {} if kind in {"GIF", "BMP"} else {"exif": exif}
+    whole = encoded(Image.effect_noise((20, 30), 50).convert("RGB"), kind, **options)
+    generator = np.random.default_rng(0)
+    refused = []
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in generator.integers(0, len(data), 3):
+            data[place] = generator.integers(0, 256)
+        try:
+            assert open_image(bytes(data)).mode == "RGB"
+        except UsageError as error:
+            refused.append(str(error))
+    assert all("\n" not in message for message in refused)
+
+
 def test_what_is_no_source():
     with pytest.raises(UsageError, match="there is no image file"):
         open_image("no/such/file.png")
