@@ -20,6 +20,7 @@ from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import MaskSpec, Part, Proxy, TensorSpec
 from qeff_proxy.sites import Site
 from torch import nn
+from torch.nn import functional
 
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import decode, prompts_and_images
@@ -63,6 +64,26 @@ class Loader:
         from qeff_proxy_vision.molmo_processor import load_processor
 
         return load_processor(folder)
+
+
+class _TwoTables(nn.Module):
+    """``wte`` without joining its tables for each call, which would copy gigabytes for a token.
+
+    Args:
+        embedding: Has ``embedding [vocabulary, hidden]`` and ``new_embedding [added, hidden]``.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.known: Any = embedding.embedding
+        self.added: Any = embedding.new_embedding
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``[batch, sequence]`` to ``[batch, sequence, hidden]``."""
+        known, added = self.known.shape[0], self.added.shape[0]
+        first = functional.embedding(input_ids.clamp(max=known - 1), self.known)
+        second = functional.embedding((input_ids - known).clamp(0, added - 1), self.added)
+        return torch.where((input_ids < known)[..., None], first, second)
 
 
 class _VisionPart(nn.Module):
@@ -219,8 +240,9 @@ def _text_parts(model: PreTrainedModel, config: Any) -> Proxy:
     layout = DecoderLayout((layer,) * config.n_layers, (mask,))
     dtype = str(model.dtype).removeprefix("torch.")
     scale = config.d_model**-0.5 if config.scale_logits else None
+    wte = transformer.wte
     return language_proxy(
-        transformer.wte,
+        _TwoTables(wte) if hasattr(wte, "new_embedding") else wte,
         _Body(transformer, config, layout),
         _Head(transformer.ff_out, scale),
         layout,
