@@ -60,8 +60,8 @@ def run_molmo(name: str, image: Image.Image, prompt: str, length: int) -> None:
     model = QEFFAutoModelForCausalLM.from_pretrained(
         name, kv_offload=True, enable_proxy=True, trust_remote_code=True
     )
-    # Needs torchvision and einops.
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    # The checkpoint's own processor, which runs without torchvision and TensorFlow so.
+    processor = model.processor()
     inputs = processor.process(images=[image], text=prompt)
     compile_and_generate(model, inputs, processor.tokenizer, length)
 
