@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -189,7 +190,8 @@ class ProxyModel:
             num_cores: Cores to use.
             force: Compile again even where the same was compiled already.
             backend_options: What this backend understands. QEfficient's options for its own
-                hardware (``mxfp6_matmul``, ``num_devices`` …) are ignored by other backends.
+                hardware (``mxfp6_matmul``, ``num_devices`` …) are ignored by other backends, with a
+                warning where they ask for something.
 
         Returns:
             The folder of what was compiled.
@@ -200,6 +202,15 @@ class ProxyModel:
         from qeff_proxy.backends import load_backend
 
         understood = set(load_backend(backend).options)
+        for name in sorted(_HARDWARE_OPTIONS & set(backend_options) - understood):
+            value = backend_options[name]
+            if value is True or value not in (None, False, 1, -1):  # 1 device, -1 for no effort
+                warnings.warn(
+                    f"{name} means nothing to backend {backend!r} and is ignored; it is for "
+                    "QEfficient's hardware: backend='qaic'",
+                    UserWarning,
+                    stacklevel=2,
+                )
         options = CompileOptions(
             batch_size=batch_size,
             prefill_seq_len=prefill_seq_len,

@@ -33,6 +33,7 @@ ENTRY_POINT_GROUP = "qeff_proxy.backends"
 BUILTIN_BACKENDS = {
     "onnxruntime": "qeff_proxy.backends.onnxruntime_backend:OnnxRuntimeBackend",
     "openvino": "qeff_proxy.backends.openvino_backend:OpenVinoBackend",
+    "qaic": "qeff_proxy.backends.qaic_backend:QaicBackend",
     "qnn": "qeff_proxy.backends.qnn_backend:QnnBackend",
     "torch": "qeff_proxy.backends.torch_backend:TorchBackend",
 }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from qeff_proxy.errors import BackendError
 
-__all__ = ["EXECUTABLES", "find_compiler", "find_runner"]
+__all__ = ["EXECUTABLES", "find_compiler", "find_hardware_version", "find_runner"]
 
 #: Where the SDK installs its executables.
 EXECUTABLES = Path("/opt/qti-aic/exec")
+_TOOLS = Path("/opt/qti-aic/tools")
 
 
 def find_compiler(given: str | None = None) -> Path:
@@ -42,6 +45,19 @@ def find_compiler(given: str | None = None) -> Path:
 def find_runner() -> Path | None:
     """The vendor's ``qaic-runner``, or ``None``."""
     return _find("qaic-runner")
+
+
+def find_hardware_version() -> str:
+    """``"ai200"`` where the first card is one, else ``"ai100"``, by the SDK's ``qaic-util -q``."""
+    tool = _TOOLS / "qaic-util"
+    try:
+        said = subprocess.run(  # noqa: S603 (the SDK's own tool)
+            [tool, "-q"], capture_output=True, text=True, timeout=10, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return "ai100"
+    variant = re.search(r"FW IMAGE_VARIANT\s*:\s*(\S+)", said)
+    return "ai200" if variant is not None and "AIC200" in variant[1].upper() else "ai100"
 
 
 def _find(name: str) -> Path | None:

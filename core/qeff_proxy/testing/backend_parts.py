@@ -8,6 +8,7 @@ an arithmetic of whole numbers. What each part gives is computed by ONNX's refer
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,9 @@ def make_export(folder: Path, dtype: str = "float32", *, integer_bits: int = 64)
         {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
     )
     export.write_manifest()
+    export.processor_folder.mkdir()
+    config = {"model_type": "gpt2", "n_positions": _POSITIONS}  # for how long a context may be
+    (export.processor_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return export
 
 
