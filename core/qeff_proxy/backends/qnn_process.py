@@ -84,7 +84,7 @@ class Worker:
             assert self._process.stdin is not None  # noqa: S101 (both are pipes)
             assert self._process.stdout is not None  # noqa: S101
             write_message(self._process.stdin, {"do": do, **header}, arrays)
-            answer, found = read_message(self._process.stdout)  # type: ignore[arg-type]
+            answer, found = read_message(self._process.stdout)
         except (EOFError, BrokenPipeError) as error:
             raise self._ended() from error
         finally:

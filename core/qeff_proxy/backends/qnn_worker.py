@@ -13,7 +13,7 @@ import os
 import struct
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ _VERBOSE, _ERROR = 0, 3
 
 
 def write_message(
-    stream: BinaryIO, header: Mapping[str, Any], arrays: Mapping[str, Array] | None = None
+    stream: IO[bytes], header: Mapping[str, Any], arrays: Mapping[str, Array] | None = None
 ) -> None:
     """Write a message.
 
@@ -46,11 +46,11 @@ def write_message(
     stream.write(_LENGTH.pack(len(text)) + text)
     for array in flat.values():
         if array.nbytes:
-            stream.write(memoryview(array.reshape(-1)).cast("B"))
+            stream.write(array.reshape(-1).view(np.uint8).data)
     stream.flush()
 
 
-def read_message(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Array]]:
+def read_message(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]]:
     """Read what `write_message` wrote.
 
     Raises:
@@ -62,13 +62,13 @@ def read_message(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Array]]:
     for name, dtype, shape in header.pop("arrays"):
         array = np.empty(shape, np.dtype(dtype))
         if array.nbytes:
-            view = memoryview(array.reshape(-1)).cast("B")
-            view[:] = _read(stream, array.nbytes)
+            data = _read(stream, array.nbytes)
+            array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
         arrays[name] = array
     return header, arrays
 
 
-def _read(stream: BinaryIO, count: int) -> bytes:
+def _read(stream: IO[bytes], count: int) -> bytes:
     data = stream.read(count)
     if len(data) != count:
         raise EOFError
