@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from qeff_proxy import QEFFAutoModelForCausalLM, Request
+from qeff_proxy import Plugins, QEFFAutoModelForCausalLM, Request
 from qeff_proxy.compile import open_sessions
-from qeff_proxy.errors import CheckpointError, UsageError
+from qeff_proxy.cut import cut_model
+from qeff_proxy.errors import CheckpointError, CutError, UnsupportedModelError, UsageError
 from qeff_proxy.flows import Job, load_flow
 from qeff_proxy.load import load_config, load_model
 from qeff_proxy_vision.molmo import preprocess as preprocess_molmo
@@ -288,6 +289,28 @@ def test_molmos_own_code_gives_what_the_uncut_model_gives(molmo, tmp_path):
     own = preprocess_molmo(None, replace(Request(), inputs=row(2, 20)))
     assert own["input_ids"].shape == (1, 20)
     assert own["images"].shape == (1, 2, 16, 147)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the real code, which is old
+@pytest.mark.parametrize("kind", ["internvl", "internlm2", "molmo"])
+def test_a_fault_fails(kind, fault, tmp_path):
+    if kind == "molmo":
+        folder = write_checkpoint(tmp_path / "molmo", CODE / "molmo", MOLMO)
+    else:
+        config = INTERNVL if kind == "internvl" else {**INTERNVL, "llm_config": INTERNLM2}
+        folder = make_internvl(tmp_path / "internvl", config)
+    loaded = load_model(str(folder), trust_remote_code=True)
+    made = cut_model(loaded, Plugins.discover().hooks_for(loaded.model_type), "split")
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        load_flow(made.proxy.flow).verify(loaded.model, fault(made.proxy), made.sites)
+
+
+def test_a_language_model_that_is_not_known_is_refused(internvl):
+    loaded = load_model(str(internvl), trust_remote_code=True)
+    other = type("Phi3ForCausalLM", (type(loaded.model.language_model),), {"__module__": "code"})
+    loaded.model.language_model.__class__ = other
+    with pytest.raises(UnsupportedModelError, match="language model of its own code, Phi3"):
+        cut_model(loaded, Plugins.discover().hooks_for(loaded.model_type), "split")
 
 
 def test_code_that_is_not_trusted_is_not_run(internvl, molmo):
