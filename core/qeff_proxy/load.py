@@ -324,6 +324,10 @@ def _check_architecture(config: dict[str, Any], source: str, trust_remote_code: 
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        from qeff_proxy.plugins import Plugins
+
+        Plugins.discover().import_for(str(model_type))  # a package may bring the architecture
     if config.get("auto_map") and model_type not in CONFIG_MAPPING:
         if not trust_remote_code:
             raise CheckpointError(

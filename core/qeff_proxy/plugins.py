@@ -176,6 +176,20 @@ class Plugins:
             )
         return loaded
 
+    def import_for(self, model_type: str) -> None:
+        """Import whatever serves ``model_type``, for any task.
+
+        A package may bring an architecture that transformers does not know: it registers it with
+        transformers' auto classes when it is imported.
+
+        Raises:
+            PluginError: Two packages claim it, or a plugin cannot be used.
+        """
+        claims = {entry.model_type for entry in self.families()}
+        for claim in sorted(claims):
+            if claim.partition("/")[0] == model_type:
+                self.owner(claim)
+
     def hooks_for(
         self, model_type: str, *, task: str | None = None, generic: object | None = None
     ) -> Hooks:

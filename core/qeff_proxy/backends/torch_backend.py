@@ -142,19 +142,21 @@ def model_of_export(export: Export) -> PreTrainedModel:
     """Build the model of an export from its config and its own weights.
 
     Raises:
-        BackendError: Its architecture is not part of transformers, or weights are missing.
+        BackendError: Its architecture is none that is known, or weights are missing.
     """
-    import transformers
     from safetensors.torch import load_file
 
+    from qeff_proxy.architectures import architecture_class
+    from qeff_proxy.load import load_config
+
     name = export.model["architecture"]
-    architecture = getattr(transformers, name, None)
+    config = load_config(export.processor_folder)
+    architecture = architecture_class(name, config)
     if architecture is None:
         raise BackendError(
-            f"{name} is not part of transformers, so the torch backend cannot build it",
+            f"{name} is no architecture that is known, so the torch backend cannot build it",
             "Use another backend.",
         )
-    config = transformers.AutoConfig.from_pretrained(export.processor_folder)
     weights: dict[str, torch.Tensor] = {}
     for file in export.files:
         weights.update(load_file(export.folder / file))

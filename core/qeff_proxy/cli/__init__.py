@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": "hold one dump against another and name the first layer that differs",
     "convert": "convert a dump to or from other tools' formats",
     "backends": "list backends, what they need and how to install it, their devices and options",
+    "plugin": "write the package of a plugin of your own, which passes its conformance suite",
     "plugins": "list plugins, the model types they serve and what is wrong with any",
 }
 

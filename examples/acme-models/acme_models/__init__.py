@@ -1,0 +1,1 @@
+"""A plugin for qeff-proxy, with an architecture that transformers does not know."""
