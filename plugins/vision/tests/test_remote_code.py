@@ -23,6 +23,7 @@ from qeff_proxy.cut import cut_model
 from qeff_proxy.errors import CheckpointError, CutError, UnsupportedModelError, UsageError
 from qeff_proxy.flows import Job, load_flow
 from qeff_proxy.load import load_config, load_model
+from qeff_proxy_vision.molmo import Loader
 from qeff_proxy_vision.molmo import preprocess as preprocess_molmo
 from qeff_proxy_vision.remote import (
     DROP_PATH,
@@ -143,20 +144,24 @@ def internvl(tmp_path):
 def make_internvl(folder, config):
     code = Path(os.environ.get("QEFF_PROXY_INTERNVL_CODE") or CODE / "internvl_chat")
     write_checkpoint(folder, code, config)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer():
     words = [*SPECIAL, *(f"w{i}" for i in range(100))]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<eos>",
         unk_token="<unk>",
         additional_special_tokens=SPECIAL[2:],
         chat_template="{% for m in messages %}<|im_start|> {{ m['content'] }} <|im_end|>"
         "{% endfor %}",
-    ).save_pretrained(folder)
-    return folder
+    )
 
 
 @pytest.fixture
@@ -311,6 +316,43 @@ def test_a_language_model_that_is_not_known_is_refused(internvl):
     loaded.model.language_model.__class__ = other
     with pytest.raises(UnsupportedModelError, match="language model of its own code, Phi3"):
         cut_model(loaded, Plugins.discover().hooks_for(loaded.model_type), "split")
+
+
+def test_molmos_own_processor_runs_without_what_it_imports(molmo):
+    make_tokenizer().save_pretrained(molmo)
+    settings = {
+        "processor_class": "MolmoProcessor",
+        "auto_map": {"AutoProcessor": "preprocessing_molmo.MolmoProcessor"},
+    }
+    (molmo / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = Loader.load_processor(molmo)
+    left = np.zeros((56, 56, 3), np.uint8)
+    left[:, :28] = 255
+
+    def prepared(*images):
+        request = Request(prompts=["w1 w2"], images=[list(images)])
+        return preprocess_molmo(processor, request)
+
+    text = prepared()["input_ids"].tolist()[0]
+    assert len(text) == 5
+    one = prepared(left)
+    assert one["images"].shape == (1, 1, 16, 147)
+    assert one["images"][0, 0, 0].mean() > 0.95
+    assert one["images"][0, 0, 3].mean() < 0.05
+    two = prepared(left, left[::-1, ::-1])
+    ids = two["input_ids"][0].tolist()
+    assert ids[-4:] == text[-4:]
+    assert [ids[place] for place in two["image_input_idx"][0].flatten()] == [126] * 8
+    assert len(set(two["image_input_idx"].flatten().tolist())) == 8
+    assert two["images"][0, 1, 3].mean() > 0.95
+    assert not {"tensorflow", "torchvision"} & set(sys.modules)
+
+
+def test_a_processor_that_is_not_named_or_not_there(molmo):
+    assert Loader.load_processor(molmo) is None
+    (molmo / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="names no processor"):
+        Loader.load_processor(molmo)
 
 
 def test_code_that_is_not_trusted_is_not_run(internvl, molmo):
