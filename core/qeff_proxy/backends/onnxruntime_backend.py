@@ -41,6 +41,10 @@ class OnnxRuntimeBackend:
         """ONNX Runtime's version."""
         return {"onnxruntime": onnxruntime.__version__}
 
+    def devices(self) -> list[str]:
+        """The one that it uses."""
+        return ["CPU"]
+
     def compile(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> None:
