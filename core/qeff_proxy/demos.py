@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import importlib_metadata
 
 from qeff_proxy.errors import PluginError, ProxyError, UsageError
-from qeff_proxy.plugin_discovery import FamilyEntry
+from qeff_proxy.plugin_discovery import ENVIRONMENT_VARIABLE, FamilyEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,6 +100,7 @@ def choose(entries: Iterable[DemoEntry], names: Sequence[str]) -> list[DemoEntry
 
     Raises:
         UsageError: There is none of such a name.
+        PluginError: Two packages bring one of the same name.
     """
     by_name: dict[str, list[DemoEntry]] = {}
     for entry in entries:
@@ -109,7 +110,14 @@ def choose(entries: Iterable[DemoEntry], names: Sequence[str]) -> list[DemoEntry
             f"there is no demo {unknown[0]!r}",
             f"Known are {', '.join(by_name)}; install the package it comes from.",
         )
-    return [entry for name in dict.fromkeys(names or by_name) for entry in by_name[name]]
+    chosen = [by_name[name] for name in dict.fromkeys(names or by_name)]
+    if rivals := next((several for several in chosen if len(several) > 1), None):
+        packages = [entry.distribution for entry in rivals]
+        raise PluginError(
+            f"packages {' and '.join(packages)} both bring a demo {rivals[0].name!r}",
+            f"Choose with {ENVIRONMENT_VARIABLE}=-{packages[-1]}.",
+        )
+    return [entry for several in chosen for entry in several]
 
 
 def load(entry: DemoEntry) -> Demo:

@@ -35,6 +35,7 @@ __all__ = ["configure", "run"]
 _CHECKPOINT = "tiny-gpt2"
 _PROMPT = "Anna went to the market"
 _NEW_TOKENS = 64
+_UNEXPECTED = 70  # as for the whole command
 _EPILOG = """\
 Exit status: 0 when every demo ran and every token was PyTorch's, 1 when one differed; an error's
 own where a demo could not run, after the others have.
@@ -98,18 +99,24 @@ def _report_of(
     args: argparse.Namespace, entry: DemoEntry, plugins: Plugins
 ) -> tuple[int, dict[str, Any]]:
     """Run one demo: its exit code and its report. An error is said, and is no end to the others."""
-    from qeff_proxy.demos import BUILTIN_DEMO, load
+    from qeff_proxy.demos import load
 
     try:
-        if entry.name == BUILTIN_DEMO:
+        if not entry.value:
             with as_file(files("qeff_proxy") / "checkpoints" / _CHECKPOINT) as folder:
                 return _run_demo(args, entry.name, _text_demo(args, folder), plugins)
         return _run_demo(args, entry.name, load(entry), plugins)
     except ProxyError as error:
         if args.debug:
             raise
-        report_error(f"demo {entry.name}: {error}")
-        return error.exit_code, {"package": entry.distribution, "error": str(error)}
+        code, said = error.exit_code, str(error)
+    except Exception as error:
+        if args.debug:
+            raise
+        code = _UNEXPECTED
+        said = f"unexpected {type(error).__name__}: {error}. Run with --debug for the traceback."
+    report_error(f"demo {entry.name} of package {entry.distribution}: {said}")
+    return code, {"package": entry.distribution, "error": said}
 
 
 def _text_demo(args: argparse.Namespace, folder: Path) -> Demo:
