@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_proxy.auto.base import ProxyModel
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
     from qeff_proxy.generation import PerfMetrics
 
-__all__ = ["GenerationResult", "QEFFAutoModelForCausalLM"]
+__all__ = [
+    "GenerationResult",
+    "QEFFAutoModelForCausalLM",
+    "check_prompts",
+    "generate_text",
+    "new_tokens",
+]
 
 
 @dataclass(frozen=True)
@@ -92,29 +98,81 @@ class QEFFAutoModelForCausalLM(ProxyModel):
         Raises:
             UsageError: The prompt is empty or too long, or an argument cannot be right.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-        if (not texts) == (inputs is None):
-            raise UsageError("give either prompts or inputs, and not an empty list of them")
-        if generation_len is not None and max_new_tokens is not None:
-            raise UsageError("generation_len and max_new_tokens say the same; give one of them")
-        if texts and tokenizer is None:
-            tokenizer = self.processor()
-        settings["max_new_tokens"] = max_new_tokens if generation_len is None else generation_len
-        if streamer is not None:
-            settings["streamer"] = streamer
-        beams = int(settings.get("num_beams") or 1)
-        result = self.run_request(
+        texts = check_prompts(prompts, inputs)
+        return generate_text(
+            self,
             Request(prompts=texts, inputs=inputs),
-            tokenizer,
-            settings,
-            write_io=write_io,
+            self.processor() if texts and tokenizer is None else tokenizer,
+            {
+                **settings,
+                "max_new_tokens": new_tokens(generation_len, max_new_tokens),
+                "streamer": streamer,
+            },
+            DumpOptions(io_steps, tuple(io_tensors), kv),
             io_dir=io_dir,
-            # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
-            io_options=DumpOptions(io_steps, tuple(io_tensors), "full" if beams > 1 else kv),
+            write_io=write_io,
         )
-        return GenerationResult(
-            result.outputs["generated_ids"],
-            result.decoded,
-            result.outputs["perf_metrics"],
-            result.io_folder,
-        )
+
+
+def check_prompts(
+    prompts: str | Sequence[str] | None, inputs: Mapping[str, Any] | None
+) -> list[str]:
+    """The prompts as a list, which is empty where there are inputs instead.
+
+    Raises:
+        UsageError: There are neither, or both.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+    if (not texts) == (inputs is None):
+        raise UsageError("give either prompts or inputs, and not an empty list of them")
+    return texts
+
+
+def new_tokens(generation_len: int | None, max_new_tokens: int | None) -> int | None:
+    """QEfficient's ``generation_len``, or transformers' ``max_new_tokens``.
+
+    Raises:
+        UsageError: Both are given.
+    """
+    if generation_len is not None and max_new_tokens is not None:
+        raise UsageError("generation_len and max_new_tokens say the same; give one of them")
+    return max_new_tokens if generation_len is None else generation_len
+
+
+def generate_text(
+    face: ProxyModel,
+    request: Request,
+    processor: Any,
+    settings: Mapping[str, Any],
+    dump: DumpOptions,
+    *,
+    io_dir: str | Path | None,
+    write_io: bool,
+) -> GenerationResult:
+    """Run a request that gives text: what the faces of text and of images share.
+
+    Args:
+        face: The model.
+        request: What the user gave.
+        processor: For prompts, and to make text of the tokens.
+        settings: Arguments of transformers' ``generate``, ``max_new_tokens`` and ``streamer`` among
+            them, ``None`` where there is none.
+        dump: What to dump.
+        io_dir: Where to (implies ``write_io``).
+        write_io: Whether to dump.
+    """
+    settings = {**settings}
+    if settings["streamer"] is None:
+        del settings["streamer"]
+    if int(settings.get("num_beams") or 1) > 1:
+        # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
+        dump = replace(dump, kv="full")
+    result = face.run_request(
+        request, processor, settings, write_io=write_io, io_dir=io_dir, io_options=dump
+    )
+    return GenerationResult(
+        result.outputs["generated_ids"],
+        result.decoded,
+        result.outputs["perf_metrics"],
+        result.io_folder,
+    )

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_proxy.auto.base import ProxyModel
-from qeff_proxy.auto.causal_lm import GenerationResult
+from qeff_proxy.auto.causal_lm import (
+    GenerationResult,
+    check_prompts,
+    generate_text,
+    new_tokens,
+)
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
@@ -73,38 +78,26 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
             UsageError: Images and prompts do not belong together or do not fit, an image cannot
                 be read, or an argument cannot be right.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-        if (not texts) == (inputs is None):
-            raise UsageError("give either prompts or inputs, and not an empty list of them")
+        texts = check_prompts(prompts, inputs)
         if inputs is not None and images is not None:
             raise UsageError("images go with prompts", "The processor's inputs hold them already.")
-        if generation_len is not None and max_new_tokens is not None:
-            raise UsageError("generation_len and max_new_tokens say the same; give one of them")
-        if texts and processor is None:
-            processor = self.processor()
-        settings["max_new_tokens"] = max_new_tokens if generation_len is None else generation_len
-        if streamer is not None:
-            settings["streamer"] = streamer
-        beams = int(settings.get("num_beams") or 1)
-        result = self.run_request(
+        return generate_text(
+            self,
             Request(
                 prompts=texts,
                 images=_as_list(images),
                 inputs=None if inputs is None else dict(inputs),
                 options={} if chat is None else {"chat": chat},
             ),
-            processor,
-            settings,
-            write_io=write_io,
+            self.processor() if texts and processor is None else processor,
+            {
+                **settings,
+                "max_new_tokens": new_tokens(generation_len, max_new_tokens),
+                "streamer": streamer,
+            },
+            DumpOptions(io_steps, tuple(io_tensors), kv),
             io_dir=io_dir,
-            # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
-            io_options=DumpOptions(io_steps, tuple(io_tensors), "full" if beams > 1 else kv),
-        )
-        return GenerationResult(
-            result.outputs["generated_ids"],
-            result.decoded,
-            result.outputs["perf_metrics"],
-            result.io_folder,
+            write_io=write_io,
         )
 
 
