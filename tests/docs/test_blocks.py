@@ -1,0 +1,129 @@
+"""Every command and every piece of Python in README and docs does what the page says.
+
+A page's ``bash`` and ``python`` blocks are run in order, in a folder of the page's own, with the
+checkpoint that comes with the program where they name a model of the hub. What is only shown
+(output, files of other kinds) is ``text`` or has no language.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import qeff_proxy
+from qeff_proxy.cli import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHECKPOINT = Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
+HUB_ID = "openai-community/gpt2"  # stands for any model
+#: Commands that other tests, or `make`, run.
+ELSEWHERE = ("pip install", "make ", "source ", ".venv/bin/pre-commit", "pytest")
+#: What must be there before a page's commands.
+BEFORE = {
+    "README.md": [
+        f"qeff-proxy generate {HUB_ID} 'One day' --max-new-tokens 3 --io-dir REFERENCE",
+        f"qeff-proxy generate {HUB_ID} 'One day' --max-new-tokens 3 --io-dir CANDIDATE",
+    ]
+}
+#: Where pages may take code from: what other tests run.
+SNIPPETS = "examples/acme-models/"
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    code: str
+
+
+def blocks_of(text: str) -> list[Block]:
+    return [Block(match["language"], match["code"]) for match in FENCE.finditer(text)]
+
+
+def lines_of(block: Block) -> list[str]:
+    joined = block.code.replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip()]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One home for all pages, so that a model is exported once."""
+    return tmp_path_factory.mktemp("home")
+
+
+def run_line(line: str) -> None:
+    arguments = shlex.split(line.replace(HUB_ID, str(CHECKPOINT)), comments=True)
+    assert main(arguments[1:]) == 0, line
+
+
+def has_code(page: Path) -> bool:
+    return any(block.language in ("bash", "python") for block in blocks_of(page.read_text("utf-8")))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if has_code(page)], ids=name_of)
+def test_the_blocks_of_a_page_run(page, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QEFF_HOME", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    for line in BEFORE.get(page.name, ()):
+        run_line(line)
+    for block in blocks_of(page.read_text(encoding="utf-8")):
+        if block.language == "bash":
+            for line in lines_of(block):
+                if line.startswith("qeff-proxy "):
+                    run_line(line)
+                else:
+                    assert line.startswith((*ELSEWHERE, "#")), f"nobody runs {line!r}"
+        elif block.language == "python" and block.code.startswith("<!-- plugin new:"):
+            pass  # what the command writes: tests/plugins/test_new.py runs it
+        elif block.language == "python" and "--8<--" in block.code:
+            (path,) = re.findall(r'--8<-- "([^"]+)"', block.code)
+            assert path.startswith(SNIPPETS), path
+            assert (ROOT / path).is_file(), path
+        elif block.language == "python":
+            code = block.code.replace(HUB_ID, str(CHECKPOINT))
+            exec(compile(code, f"{page.name} (a block)", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_stand_where_they_are_run(page):
+    for block in blocks_of(page.read_text(encoding="utf-8")):
+        assert block.language in ("", "bash", "python", "text", "toml", "json")
+        if block.language in ("", "text"):
+            assert not block.code.startswith("qeff-proxy "), block.code
+
+
+def test_make_has_the_targets_that_are_named():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        for block in blocks_of(page.read_text(encoding="utf-8")):
+            for line in lines_of(block) if block.language == "bash" else ():
+                if line.startswith("make "):
+                    assert re.search(rf"^{line.split()[1]}:", makefile, flags=re.MULTILINE), line
+
+
+def test_what_the_plugin_page_shows_is_what_the_command_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = blocks_of((ROOT / "docs" / "plugin.md").read_text(encoding="utf-8"))
+    command, output = blocks[:2]
+    run_line(lines_of(command)[0])
+    assert capsys.readouterr().out == output.code
+
+
+def test_a_block_that_fails_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError):
+        run_line("qeff-proxy inspect no-such-folder")
+    assert blocks_of("```python\n1 / 0\n```\n") == [Block("python", "1 / 0\n")]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,94 @@
+"""The documentation is built, with warnings as errors, and needs nothing from other hosts."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from qeff_proxy import errors
+from qeff_proxy.cli import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    environ = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-d", folder]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+class Sources(HTMLParser):
+    """What a browser fetches for a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        fetched = {"script": "src", "img": "src", "iframe": "src", "source": "src"}.get(tag)
+        if tag == "link" and values.get("rel") not in ("canonical", "next", "prev", "alternate"):
+            fetched = "href"
+        if fetched and values.get(fetched):
+            self.found.append(values[fetched])
+
+
+def test_nothing_is_fetched_from_other_hosts(site):
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 10
+    for page in pages:
+        sources = Sources()
+        sources.feed(page.read_text(encoding="utf-8"))
+        assert sources.found
+        outside = [one for one in sources.found if re.match(r"(https?:)?//", one)]
+        assert outside == [], page.name
+
+
+def test_every_command_and_exit_code_is_in_the_reference(site):
+    text = (site / "commands.html").read_text(encoding="utf-8")
+    for name in COMMANDS:
+        assert f"usage: qeff-proxy {name}" in text
+    assert "usage: qeff-proxy plugin new" in text
+    for name in errors.__all__:
+        if name != "ProxyError":
+            assert name in text
+
+
+def test_hooks_and_suite_are_in_the_reference(site):
+    text = (site / "hooks.html").read_text(encoding="utf-8")
+    for name in ("locate_embedding", "build_proxy", "preprocess", "FamilySuite", "tiny_config"):
+        assert name in text
+
+
+def test_messages_that_troubleshooting_names_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    folders = (ROOT / "core", *(ROOT / "plugins").glob("*/qeff_proxy_*"))
+    sources = [path.read_text("utf-8") for folder in folders for path in folder.rglob("*.py")]
+    # Literals that Python joins are joined here, too.
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))
+    for title in re.findall(r"^### (.*)$", page, flags=re.MULTILINE):
+        for alternative in title.split(", or: "):
+            for piece in re.split(r" … ?", alternative):
+                assert piece.strip() in code, title
+
+
+def test_optional_pages_get_their_place():
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "tools" / "docs_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    nav = [{"Comparing and verifying": "compare.md"}, {"Families, measured": "families.md"}]
+    there = [one for one in hooks.OPTIONAL if (ROOT / "docs" / one[1]).is_file()]
+    config = hooks.on_config({"docs_dir": str(ROOT / "docs"), "nav": nav})
+    assert len(config["nav"]) == 2 + len(there)

@@ -1,0 +1,98 @@
+"""What mkdocs does besides.
+
+It takes pages into the navigation that are there and no others, and writes the command reference
+from the program itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+os.environ["COLUMNS"] = "88"  # argparse wraps by it
+
+from qeff_proxy.cli import COMMANDS, build_parser
+from qeff_proxy.errors import ProxyError
+from qeff_proxy.plugin_template import write_plugin
+
+KINDS = json.loads((files("qeff_proxy") / "templates/plugin/kinds.json").read_text("utf-8"))
+
+#: Pages that have a place in the navigation where they are there: title, file, after which title.
+OPTIONAL = (
+    ("Backends", "backends.md", "Comparing and verifying"),
+    ("On an NPU", "npu.md", "Backends"),
+    ("Performance", "performance.md", "Families, measured"),
+)
+
+
+def on_config(config: Any) -> Any:
+    """Complete the navigation."""
+    docs = Path(config["docs_dir"])
+    nav = config["nav"]
+    for title, file, after in OPTIONAL:
+        if (docs / file).is_file():
+            titles = [next(iter(entry)) for entry in nav]
+            place = titles.index(after) + 1 if after in titles else len(nav) - 1
+            nav.insert(place, {title: file})
+    return config
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the command reference, and files of a new plugin, where a page asks for them."""
+    if "<!-- commands -->" in markdown:
+        markdown = markdown.replace("<!-- commands -->", command_pages())
+    return re.sub(r"<!-- plugin new: (\w+) (\S+) -->\n", file_of_new_plugin, markdown)
+
+
+def file_of_new_plugin(match: re.Match[str]) -> str:
+    """The file that ``plugin new acme-MODEL_TYPE --like KIND`` writes: ``KIND PATH``."""
+    kind, path = match.groups()
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "package"
+        name = KINDS[kind]["model_type"].partition("-")[0]
+        write_plugin(f"acme-{name}", kind, target)
+        return (target / path).read_text(encoding="utf-8")
+
+
+def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands below one, by name."""
+    for action in parser._actions:  # noqa: SLF001 (argparse tells it in no other way)
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            return dict(action.choices)
+    return {}
+
+
+def help_of(parser: argparse.ArgumentParser) -> str:
+    """Its help as a block."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", parser.format_help())
+    return f"```text\n{text.strip()}\n```\n"
+
+
+def command_pages() -> str:
+    """What ``--help`` says, of the program and of every command, and the exit codes."""
+    lines = [help_of(build_parser(None))]
+    for name in COMMANDS:
+        parser = subparsers(build_parser(name))[name]
+        lines += [f"## qeff-proxy {name}\n", help_of(parser)]
+        for action, sub in subparsers(parser).items():
+            lines += [f"### qeff-proxy {name} {action}\n", help_of(sub)]
+    lines += [
+        "## Exit codes\n",
+        "| code | error | what it means |\n| --- | --- | --- |",
+        "| 0 | | done; of `compare` and `verify`: everything passed |",
+        "| 1 | | a comparison failed |",
+    ]
+    kinds = sorted(ProxyError.__subclasses__(), key=lambda kind: kind.exit_code)
+    for kind in kinds:
+        if kind.exit_code > 1 and kind.__module__ == "qeff_proxy.errors":
+            meaning = (kind.__doc__ or "").splitlines()[0]
+            lines.append(f"| {kind.exit_code} | `{kind.__name__}` | {meaning} |")
+    lines.append("| 70 | | a defect of qeff-proxy or of a plugin |")
+    lines.append("| 130 | | interrupted |")
+    return "\n".join(lines) + "\n"
