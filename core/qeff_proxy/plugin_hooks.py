@@ -52,9 +52,11 @@ def hook_names(plugin: object) -> tuple[str, ...]:
     """
     version = getattr(plugin, "qeff_proxy_api", hookspecs.HOOK_API_VERSION)
     if version != hookspecs.HOOK_API_VERSION:
+        older = isinstance(version, int) and version < hookspecs.HOOK_API_VERSION
         raise InvalidPluginError(
             f"it was written for version {version!r} of the hooks, and this qeff-proxy has "
-            f"version {hookspecs.HOOK_API_VERSION}; install releases that fit together"
+            f"version {hookspecs.HOOK_API_VERSION}; install a newer "
+            + ("release of the plugin" if older else "qeff-proxy")
         )
     if inspect.isclass(plugin):
         raise InvalidPluginError("it is a class; name an instance of it")
@@ -77,7 +79,10 @@ def hook_names(plugin: object) -> tuple[str, ...]:
         manager.register(plugin)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise InvalidPluginError(" ".join(str(error).split())) from error
+        said = " ".join(str(error).split())
+        raise InvalidPluginError(
+            f"{said} (version {hookspecs.HOOK_API_VERSION} of the hooks; see qeff_proxy.hookspecs)"
+        ) from error
     return tuple(sorted(set(found)))
 
 

@@ -54,11 +54,15 @@ FAULTS = {
     ),
     "an argument the hook does not have": (
         GOOD.replace("(model, config)", "(model, tokenizer)"),
-        r"locate_embedding\(model, tokenizer\).*'tokenizer'",
+        r"locate_embedding\(model, tokenizer\).*'tokenizer'.*\(version 1 of the hooks",
     ),
     "a newer version of the hooks": (
         GOOD + "\n    qeff_proxy_api = 99\n",
-        r"written for version 99 of the hooks, and this qeff-proxy has version 1",
+        r"version 99 of the hooks, and this qeff-proxy has version 1; install a newer qeff-proxy",
+    ),
+    "an older version of the hooks": (
+        GOOD + "\n    qeff_proxy_api = 0\n",
+        r"version 0 of the hooks, .* version 1; install a newer release of the plugin",
     ),
 }
 
