@@ -17,8 +17,8 @@ from torch import nn
 
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.merge import ImageSettings, Merge
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
-from qeff_proxy_vision.tiles import TileGrid, sample_tiles
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, grid_sample
+from qeff_proxy_vision.tiles import TileGrid
 from qeff_proxy_vision.towers import pixel_part, with_newline
 
 if TYPE_CHECKING:
@@ -150,11 +150,7 @@ def build_proxy(
     rows = {f"image_features.{target}": ("rows", text.hidden_size) for target in targets}
     part = pixel_part(module, model.dtype, tile, rows)
 
-    def sample() -> dict[str, torch.Tensor]:
-        images = sample_tiles(grid, tile)
-        count = grid.order(images["image_sizes"].numpy()).size
-        return sample_prompt(images, (0, count), config.image_token_id, text.vocab_size)
-
+    sample = grid_sample(grid, tile, config.image_token_id, text.vocab_size)
     merges = [Merge("clear", features=None)]
     merges += [
         Merge("replace", f"layer_features.{target}", f"image_features.{target}")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from qeff_proxy.hookspecs import hookimpl
 
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.merge import ImageSettings
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, pixel_sample
 from qeff_proxy_vision.towers import FeaturesPart, pixel_part
 
 if TYPE_CHECKING:
@@ -46,11 +45,6 @@ def build_proxy(
         {"image_features": ("batch", rows, text.hidden_size)},
     )
 
-    def sample() -> dict[str, torch.Tensor]:
-        pixels = torch.randn(2, *tile, generator=torch.Generator().manual_seed(0))
-        return sample_prompt(
-            {"pixel_values": pixels}, (0, 2 * rows), config.image_token_id, text.vocab_size
-        )
-
+    sample = pixel_sample(tile, rows, config.image_token_id, text.vocab_size, tiles=2)
     settings = ImageSettings(config.image_token_id, rows_per_tile=rows)
     return add_vision(text_proxy, part, settings, sample)

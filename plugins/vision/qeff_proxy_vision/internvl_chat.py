@@ -25,7 +25,7 @@ from qeff_proxy_vision import internlm2
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import decode, prompts_and_images
 from qeff_proxy_vision.merge import ImageSettings
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, sample_prompt
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, pixel_sample
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
 from qeff_proxy_vision.tiles import split_into_tiles
 from qeff_proxy_vision.towers import pixel_part
@@ -157,11 +157,8 @@ def build_proxy(
         _FeaturesPart(model), model.dtype, tile, {"image_features": ("batch", rows, hidden)}
     )
 
-    def sample() -> dict[str, torch.Tensor]:
-        pixels = torch.randn(2, *tile, generator=torch.Generator().manual_seed(0))
-        vocabulary = config.llm_config.vocab_size
-        return sample_prompt({"pixel_values": pixels}, (0, 2 * rows), token_id, vocabulary)
-
+    vocabulary = config.llm_config.vocab_size
+    sample = pixel_sample(tile, rows, token_id, vocabulary, tiles=2)
     return add_vision(
         text, part, ImageSettings(token_id, rows_per_tile=rows), sample, _model_logits
     )

@@ -9,7 +9,7 @@ from qeff_proxy.hookspecs import hookimpl
 
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.merge import ImageSettings
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, pixel_sample
 from qeff_proxy_vision.towers import TowerPart, pixel_part
 
 if TYPE_CHECKING:
@@ -47,10 +47,7 @@ def build_proxy(
         rows = module(blank)["image_features"].shape[1]
     part = pixel_part(module, model.dtype, tile, {"image_features": ("batch", rows, hidden)})
 
-    def sample() -> dict[str, torch.Tensor]:
-        pixels = torch.randn(1, *tile, generator=torch.Generator().manual_seed(0))
-        vocabulary = config.text_config.vocab_size
-        return sample_prompt({"pixel_values": pixels}, (0, rows), config.image_token_id, vocabulary)
-
+    vocabulary = config.text_config.vocab_size
+    sample = pixel_sample(tile, rows, config.image_token_id, vocabulary)
     settings = ImageSettings(config.image_token_id, rows_per_tile=rows)
     return add_vision(text_proxy, part, settings, sample)

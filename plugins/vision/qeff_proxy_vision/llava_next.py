@@ -12,14 +12,13 @@ from qeff_proxy.hookspecs import hookimpl
 
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.merge import ImageSettings
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
-from qeff_proxy_vision.tiles import TileGrid, sample_tiles
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, grid_sample
+from qeff_proxy_vision.tiles import TileGrid
 from qeff_proxy_vision.towers import TowerPart, pixel_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
     from qeff_proxy.parts import Kind
     from qeff_proxy.sites import Absent, Site
     from transformers import PreTrainedModel
@@ -52,11 +51,7 @@ def build_proxy(
     hidden = config.text_config.hidden_size
     part = pixel_part(module, model.dtype, tile, {"image_features": ("rows", hidden)})
 
-    def sample() -> dict[str, torch.Tensor]:
-        images = sample_tiles(grid, tile)
-        count = grid.order(images["image_sizes"].numpy()).size
-        vocabulary = config.text_config.vocab_size
-        return sample_prompt(images, (0, count), config.image_token_id, vocabulary)
-
+    vocabulary = config.text_config.vocab_size
+    sample = grid_sample(grid, tile, config.image_token_id, vocabulary)
     settings = ImageSettings(config.image_token_id, grid=grid)
     return add_vision(text_proxy, part, settings, sample)

@@ -14,6 +14,7 @@ from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 
 from qeff_proxy_vision.one_graph import join_graphs, join_whole
 from qeff_proxy_vision.reference import model_logits
+from qeff_proxy_vision.tiles import TileGrid, sample_tiles
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
@@ -31,8 +32,10 @@ __all__ = [
     "VisionProxy",
     "add_vision",
     "cut_text",
+    "grid_sample",
     "language_proxy",
     "marked_text",
+    "pixel_sample",
     "sample_prompt",
 ]
 
@@ -208,3 +211,44 @@ def sample_prompt(
     if types is not None:
         tensors[types] = (ids == token_id).to(torch.int64)
     return tensors
+
+
+def pixel_sample(
+    tile: tuple[int, int, int],
+    rows: int,
+    token_id: int,
+    vocabulary: int,
+    *,
+    tiles: int = 1,
+    types: str | None = None,
+) -> Sample:
+    """Makes a prompt without an image, and one with an image of noise.
+
+    Args:
+        tile: Channels, height and width of a tile.
+        rows: Rows of features of a tile.
+        token_id: The image token.
+        vocabulary: Other tokens are below it.
+        tiles: Of the image.
+        types: As in `sample_prompt`.
+    """
+
+    def sample() -> dict[str, torch.Tensor]:
+        pixels = torch.randn(tiles, *tile, generator=torch.Generator().manual_seed(0))
+        counts = (0, tiles * rows)
+        return sample_prompt({"pixel_values": pixels}, counts, token_id, vocabulary, types=types)
+
+    return sample
+
+
+def grid_sample(
+    grid: TileGrid, tile: tuple[int, int, int], token_id: int, vocabulary: int
+) -> Sample:
+    """The same, with an image that is cut into a grid of tiles."""
+
+    def sample() -> dict[str, torch.Tensor]:
+        images = sample_tiles(grid, tile)
+        count = grid.order(images["image_sizes"].numpy()).size
+        return sample_prompt(images, (0, count), token_id, vocabulary)
+
+    return sample
