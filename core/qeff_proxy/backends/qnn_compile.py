@@ -72,6 +72,8 @@ def compile_graph(
         _run(model, weights, target, options, log)
     except (RefusalError, CrashError) as error:
         _explain(error, model, weights, options, log, part)
+    if target.is_file():
+        _make_independent(target, weights)
     computed = _computed(model.graph)
     left = tuple(
         nodes_left(ir.load(target), model.graph, {})
@@ -119,6 +121,26 @@ def _run(
         )
     finally:
         worker.close()
+
+
+def _make_independent(target: Path, weights: Path) -> None:
+    """Let the compiled model point into no weights file: it lies elsewhere.
+
+    The runtime leaves weights in it that went into the context binary, and those that nodes on the
+    CPU need.
+    """
+    model = ir.load(target)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+        elif isinstance(value.const_value, ir.ExternalTensor):
+            one = value.const_value
+            place = ir.ExternalTensor(
+                one.location, one.offset, one.length, one.dtype,
+                shape=one.shape, name=name, base_dir=weights,
+            )  # fmt: skip
+            value.const_value = ir.Tensor(place.numpy().copy(), name=name)
+    ir.save(model, target)
 
 
 def _computed(graph: ir.Graph) -> list[ir.Node]:

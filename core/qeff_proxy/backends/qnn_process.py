@@ -67,7 +67,11 @@ class Worker:
             "name": onnxruntime_qnn.get_ep_name(),
             "path": onnxruntime_qnn.get_library_path(),
         }
-        self.ask("start", memory_mb=memory_mb, library=library)
+        try:
+            self.ask("start", memory_mb=memory_mb, library=library)
+        except BackendError:
+            self.close()
+            raise
 
     def ask(
         self, do: str, arrays: Mapping[str, Array] | None = None, **header: Any

@@ -71,7 +71,9 @@ def _moved(graph: ir.Graph, inputs: Iterable[ir.Value]) -> dict[ir.Node, None]:
     small = {
         value
         for value in graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes < WEIGHT_BYTES
+        if value.const_value is not None
+        and value.const_value.nbytes < WEIGHT_BYTES
+        and not isinstance(value.const_value, ir.ExternalTensor)  # a parameter, however small
     }
     of_inputs = set(inputs)
     of_constants = set(small)
