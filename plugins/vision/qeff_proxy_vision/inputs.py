@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qeff_proxy.request import Request
 
-__all__ = ["decode", "preprocess", "prompts_and_images"]
+__all__ = ["decode", "given_tensors", "preprocess", "prompts_and_images"]
 
 
 @hookimpl
@@ -37,7 +37,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
             no processor for images.
     """
     if request.inputs is not None:
-        return {name: torch.as_tensor(value) for name, value in request.inputs.items()}
+        return given_tensors(request.inputs)
     if not request.prompts or processor is None:
         return None
     token = getattr(processor, "image_token", None) or "<image>"
@@ -72,6 +72,45 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
     tokenizer = getattr(processor, "tokenizer", processor)
     texts: list[str] = tokenizer.batch_decode(outputs["generated_ids"], skip_special_tokens=True)
     return texts
+
+
+def given_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What a user gave instead of prompts, which is to be what a processor gives.
+
+    Args:
+        inputs: Tensors, arrays or lists; ``None`` stands for what is not there.
+
+    Raises:
+        UsageError: Something is no tensor, or ids and mask do not belong together.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in inputs.items():
+        if value is None:
+            continue
+        try:
+            tensors[name] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"the input {name!r} is no tensor: {error}", "Give what the processor gave."
+            ) from error
+    ids = tensors.get("input_ids")
+    if ids is None:
+        raise UsageError("there are no input_ids", "Give what the processor gave, or prompts.")
+    if ids.dim() not in {1, 2} or ids.is_floating_point() or not ids.numel():
+        raise UsageError(
+            f"input_ids are {str(ids.dtype).removeprefix('torch.')} of shape {list(ids.shape)}",
+            "They must be integers, [batch, length].",
+        )
+    mask = tensors.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise UsageError(
+            f"attention_mask has shape {list(mask.shape)}, and input_ids have {list(ids.shape)}",
+            "Give what the processor gave.",
+        )
+    if ids.dim() == 1:
+        # As processors give one prompt when they are asked for no batch.
+        tensors = {name: value[None] for name, value in tensors.items()}
+    return tensors
 
 
 def prompts_and_images(request: Request, token: str) -> list[tuple[str, list[Any]]]:

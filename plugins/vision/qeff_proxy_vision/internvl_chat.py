@@ -23,7 +23,7 @@ from torch import nn
 
 from qeff_proxy_vision import internlm2
 from qeff_proxy_vision.images import open_image
-from qeff_proxy_vision.inputs import decode, prompts_and_images
+from qeff_proxy_vision.inputs import decode, given_tensors, prompts_and_images
 from qeff_proxy_vision.merge import ImageSettings
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, pixel_sample
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
@@ -205,7 +205,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
         width]``.
     """
     if request.inputs is not None:
-        return {name: torch.as_tensor(value) for name, value in request.inputs.items()}
+        return given_tensors(request.inputs)
     if not request.prompts or processor is None:
         return None
     config = read_config_file(

@@ -181,6 +181,29 @@ def test_images_for_a_checkpoint_with_nothing_but_a_tokenizer(face, picture):
         )
 
 
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ({}, "no input_ids"),
+        ({"input_ids": [[1.5, 2.0]]}, "float32 of shape"),
+        ({"input_ids": [[[1]]]}, r"shape \[1, 1, 1\]"),
+        ({"input_ids": [[]]}, "of shape"),
+        ({"input_ids": [[1, 2], [3]]}, "'input_ids' is no tensor"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask has shape"),
+        ({"input_ids": [[1]], "pixel_values": "a picture"}, "'pixel_values' is no tensor"),
+    ],
+)
+def test_inputs_that_no_processor_gave(face, inputs, reason):
+    with pytest.raises(UsageError, match=reason):
+        face._hooks.preprocess(None, Request(inputs=inputs))
+
+
+def test_inputs_may_be_lists_without_a_batch(face):
+    given = face._hooks.preprocess(None, Request(inputs={"input_ids": [1, 2], "other": None}))
+    assert given["input_ids"].tolist() == [[1, 2]]
+    assert set(given) == {"input_ids"}
+
+
 def test_prompts_and_inputs_together_are_refused(face, picture):
     with pytest.raises(UsageError, match="either prompts or inputs"):
         face.generate()
