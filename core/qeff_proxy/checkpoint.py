@@ -15,7 +15,13 @@ from qeff_proxy.safetensors_file import read_header
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check_weights", "checkpoint_identity", "find_checkpoint", "read_config_file"]
+__all__ = [
+    "check_weights",
+    "checkpoint_identity",
+    "file_of_tensor",
+    "find_checkpoint",
+    "read_config_file",
+]
 
 _SAMPLE = 4096  # bytes
 _INDEX = "model.safetensors.index.json"
@@ -152,6 +158,25 @@ def _check_shards(folder: Path, index: Path) -> None:
                 f"{_INDEX} says that {absent} is in {shard}, but it is not",
                 "Download the checkpoint again.",
             )
+    for shard in shards:
+        held = _header(folder / shard)
+        twice = next((name for name in held if weight_map.get(name, shard) != shard), None)
+        if twice is not None:
+            raise CheckpointError(
+                f"{_INDEX} says that {twice} is in {weight_map[twice]}, but {folder / shard} holds "
+                "it too",
+                "Download the checkpoint again.",
+            )
+
+
+def file_of_tensor(folder: Path, tensor: str) -> Path:
+    """The weights file that holds a tensor, or the end of whose name one has; else the folder."""
+    paths = sorted(folder.glob("*.safetensors"))
+    for ending in (tensor, tensor.partition(".")[2] or tensor):
+        for path in paths:
+            if any(key.endswith(ending) for key in read_header(path)):
+                return path
+    return folder
 
 
 def _header(path: Path) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from qeff_proxy.parts import Part, TensorSpec
     from qeff_proxy.repeat import RepeatPlan
 
-__all__ = ["CACHE_NAME", "expand"]
+__all__ = ["LAYER_NAME", "expand"]
 
-#: Names of cache inputs and outputs: side of the part, layer, key or value.
-CACHE_NAME = re.compile(r"(past_key_values|present)\.(\d+)\.(\w+)")
+#: Names of what each layer takes or gives, caches and taps: what it is, layer, and what of it.
+LAYER_NAME = re.compile(r"(past_key_values|present|hidden_states)\.(\d+)((?:\.\w+)?)")
 
 
 def expand(
@@ -52,8 +52,11 @@ def expand(
     for depth, kind in enumerate(plan.kinds):
         current = builder.clone(templates[kind], depth, current)
     builder.finish(templates, current)
-    inputs = [spec for spec in part.inputs if any(v.name == spec.name for v in graph.inputs)]
-    outputs = _full_outputs(traced, part)
+    given = {value.name for value in graph.inputs}
+    inputs = [spec for spec in part.inputs if spec.name in given]
+    outputs = _full_outputs(traced, plan, part)
+    if [value.name for value in graph.outputs] != [spec.name for spec in outputs]:
+        return None  # some layer's output is none of its own nodes'
     return TracedPart(part.name, traced.model, builder.weights, tuple(inputs), outputs)
 
 
@@ -231,10 +234,10 @@ class _Builder:
         return value  # shared by all layers
 
     def _cache_input(self, value: ir.Value, template: _Template, depth: int) -> ir.Value:
-        match = CACHE_NAME.fullmatch(value.name or "")
+        match = LAYER_NAME.fullmatch(value.name or "")
         if match is None or int(match[2]) != template.position:
             return value
-        name = f"past_key_values.{depth}.{match[3]}"
+        name = f"past_key_values.{depth}{match[3]}"
         if name not in self.inputs:
             shape = ir.Shape(list(self.specs[name].shape))
             self.inputs[name] = ir.Value(name=name, shape=shape, type=value.type)
@@ -251,9 +254,9 @@ class _Builder:
     def _output(self, before: ir.Value, after: ir.Value, template: _Template, depth: int) -> None:
         if not before.is_graph_output():
             return
-        match = CACHE_NAME.fullmatch(before.name or "")
+        match = LAYER_NAME.fullmatch(before.name or "")
         if match is not None and int(match[2]) == template.position:
-            after.name = f"present.{depth}.{match[3]}"
+            after.name = f"{match[1]}.{depth}{match[3]}"
             self.outputs[after.name] = after
 
     def finish(self, templates: Sequence[_Template], hidden: ir.Value) -> None:
@@ -290,13 +293,13 @@ class _Builder:
 
     def _set_edges(self, hidden: ir.Value, last: ir.Value) -> None:
         graph = self.graph
-        kept_inputs = [v for v in graph.inputs if not CACHE_NAME.fullmatch(v.name or "")]
+        kept_inputs = [v for v in graph.inputs if not LAYER_NAME.fullmatch(v.name or "")]
         order = list(self.specs)
         graph.inputs.clear()
         graph.inputs.extend(
             sorted([*kept_inputs, *self.inputs.values()], key=lambda v: order.index(v.name or ""))
         )
-        kept = [v for v in graph.outputs if not CACHE_NAME.fullmatch(v.name or "")]
+        kept = [v for v in graph.outputs if not LAYER_NAME.fullmatch(v.name or "")]
         kept = [hidden if value is last else value for value in kept]
         graph.outputs.clear()
         graph.outputs.extend(
@@ -304,7 +307,12 @@ class _Builder:
         )
 
 
-def _full_outputs(traced: TracedPart, part: Part) -> tuple[TensorSpec, ...]:
+def _full_outputs(traced: TracedPart, plan: RepeatPlan, part: Part) -> tuple[TensorSpec, ...]:
     """The full part's outputs with the axes that the trace of the short one found."""
     found = {spec.name: spec for spec in traced.outputs}
-    return tuple(found.get(spec.name, spec) for spec in part.outputs)
+    outputs = []
+    for spec in part.outputs:
+        match = LAYER_NAME.fullmatch(spec.name)
+        name = f"{match[1]}.{plan.kinds[int(match[2])]}{match[3]}" if match else spec.name
+        outputs.append(replace(found.get(name, spec), name=spec.name))
+    return tuple(outputs)

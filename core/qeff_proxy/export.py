@@ -1,10 +1,10 @@
 """Export: from a loaded model to a folder of ONNX parts.
 
-1. `qeff_proxy.cut.cut_model` cuts and verifies.
-2. `qeff_proxy.trace.trace_part` turns each part into a graph without weights; of layers that are
-   alike only one is traced (`qeff_proxy.repeat`).
-3. `qeff_proxy.weights` writes each weight once and lets the graphs point to it.
-4. ``onnx.checker`` looks at every file, `qeff_proxy.check_graph` runs it at other sizes than it was
+1. `qeff_proxy.graphs` loads the first layers of a checkpoint, cuts, verifies and traces them, and
+   expands their graphs to all layers.
+2. `qeff_proxy.weights` lets the weights go from file to file, each once, and the graphs point to
+   them.
+3. ``onnx.checker`` looks at every file, `qeff_proxy.check_graph` runs it at other sizes than it was
    traced at, and ``export.json`` is written last.
 
 The folder is written aside and moved into place. The same request again is a lookup.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,26 +23,25 @@ from importlib_metadata import version
 from qeff_proxy.artifact import (
     MANIFEST,
     Export,
-    ExportedPart,
     export_folder,
     read_export,
-    sha256_of,
 )
-from qeff_proxy.errors import ArtifactError, CutError, ExportError
+from qeff_proxy.errors import ArtifactError, ExportError, UsageError
 from qeff_proxy.staging import locked, recover_folder, staged_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from qeff_proxy.cut import Cut
+    from qeff_proxy.graphs import Graphs
     from qeff_proxy.load import LoadedModel
     from qeff_proxy.parts import Kind
     from qeff_proxy.plugin_hooks import Hooks
-    from qeff_proxy.safetensors_file import StoredTensor
-    from qeff_proxy.trace import TracedPart
 
-__all__ = ["export_key", "export_model"]
+__all__ = ["WEIGHTS", "export_key", "export_model"]
 
+_CHECKED = "SHA-256 of the files taken, no NaN found"
+#: How an export holds its weights.
+WEIGHTS = ("copy", "reference")
 #: Subfolders that a new export of the same folder takes over from the old one.
 _KEPT = ("io",)
 _PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -58,6 +56,8 @@ def export_model(
     output: Path | None = None,
     opset: int | None = None,
     taps: str | Sequence[str] = (),
+    num_layers: int | str | None = None,
+    weights: str = "copy",
     force: bool = False,
     progress: Callable[[str], None] = lambda _stage: None,
 ) -> Export:
@@ -72,6 +72,12 @@ def export_model(
         opset: ONNX opset; ``None`` takes the exporter's own choice.
         taps: What each layer gives as extra outputs: ``"layers"``, ``"attention"``, ``"mlp"``, or
             several (`qeff_proxy.taps`).
+        num_layers: Export the first layers only: so many, or with ``"auto"`` the shortest prefix
+            that holds every kind of layer twice (`qeff_proxy.representative`).
+        weights: ``"copy"``, or ``"reference"`` to link the checkpoint's own files into the export
+            where they hold weights byte for byte: nothing is copied, ONNX Runtime reads them, but
+            ``onnx.load`` refuses files that have two names; and whoever changes the checkpoint in
+            place changes the export.
         force: Export again even where the same export is there already.
         progress: Told the name of each stage as it begins.
 
@@ -87,8 +93,14 @@ def export_model(
     """
     from qeff_proxy.taps import normalize_taps
 
+    if weights not in WEIGHTS:
+        raise UsageError(f"weights is {weights!r}", f"It must be one of {', '.join(WEIGHTS)}.")
+    if num_layers is not None:
+        from qeff_proxy.representative import with_depth
+
+        loaded = with_depth(loaded, num_layers)
     wanted = normalize_taps(taps)
-    key = export_key(loaded, hooks, kind, opset, wanted)
+    key = export_key(loaded, hooks, kind, opset, wanted, weights)
     target = (output or export_folder(loaded.source, key)).resolve()
     _check_target(target)
     if not force and (found := _existing(target, key)) is not None:
@@ -112,77 +124,62 @@ def _write(
     target: Path,
     progress: Callable[[str], None],
 ) -> Export:
-    from qeff_proxy.cut import cut_model
-    from qeff_proxy.taps import tap_proxy
+    from qeff_proxy.graphs import graphs_of_sample, graphs_of_whole
+    from qeff_proxy.sampling import NotSampled
 
-    progress("cutting and verifying")
-    cut = cut_model(loaded, hooks, kind)
-    cut = replace(cut, proxy=tap_proxy(cut.proxy, taps))
-    for repeat in (True, False):
-        traced, layers = _trace_parts(loaded, cut, opset, progress, repeat=repeat)
+    reason = None
+    if loaded.sample is not None and not loaded.is_read:
         try:
-            return _write_folder(loaded, cut, traced, layers, key, target, progress)
+            graphs = graphs_of_sample(loaded, hooks, kind, opset, taps, progress)
+            how = "linked to" if key["weights"] == "reference" else "streamed from"
+            graphs.report["weights"] = f"{how} the checkpoint; {_CHECKED}"
+            return _write_folder(loaded, graphs, key, target, progress)
+        except NotSampled as why:
+            reason = str(why)
+        except ExportError as why:
+            reason = f"its first layers, exported alone, failed: {why}"
+        progress("loading the whole model")
+    if key["weights"] == "reference":
+        raise ArtifactError(
+            f"the weights of {loaded.source} cannot be referred to: "
+            f"{reason or 'the model is in memory'}",
+            "Copy them (--weights copy).",
+        )
+    for repeat in (True, False):
+        graphs = graphs_of_whole(loaded, hooks, kind, opset, taps, progress, repeat=repeat)
+        how = "loaded whole" if reason is None else f"loaded whole, since {reason}"
+        graphs.report["weights"] = f"{how}; {_CHECKED}"
+        try:
+            return _write_folder(loaded, graphs, key, target, progress)
         except ExportError:
-            if not layers:
+            if not graphs.layers:
                 raise
             progress("the repeated layers differ: tracing all of them")
     raise AssertionError("the second turn repeats no layers, so it ends above")
 
 
-def _trace_parts(
-    loaded: LoadedModel,
-    cut: Cut,
-    opset: int | None,
-    progress: Callable[[str], None],
-    *,
-    repeat: bool,
-) -> tuple[list[TracedPart], dict[str, int]]:
-    """The parts' graphs; and of those whose layers were repeated, how many were traced."""
-    from qeff_proxy.repeat import trace_repeated
-    from qeff_proxy.trace import trace_part
-
-    model = loaded.model
-    tensors = dict([*model.named_buffers(), *model.named_parameters()])
-    names = {id(tensor): name for name, tensor in tensors.items()}
-    traced: list[TracedPart] = []
-    layers: dict[str, int] = {}
-    for part in cut.proxy.parts:
-        progress(f"tracing {part.name}")
-        found = trace_repeated(part, names, tensors, opset) if repeat else None
-        if found is None:
-            traced.append(trace_part(part, names, opset))
-        else:
-            traced.append(found[0])
-            layers[part.name] = found[1]
-    if cut.proxy.kind == "split":
-        _check_separate(loaded, cut, traced)
-    return traced, layers
-
-
 def _write_folder(
     loaded: LoadedModel,
-    cut: Cut,
-    traced: list[TracedPart],
-    layers: dict[str, int],
+    graphs: Graphs,
     key: dict[str, Any],
     target: Path,
     progress: Callable[[str], None],
 ) -> Export:
     """Write everything aside, check the graphs, and move the folder into place."""
-    from qeff_proxy.check_graph import check_graph
+    from qeff_proxy.export_files import check_graphs, hash_weights, write_graphs, write_weights
 
     taps = key["taps"]
+    cut = graphs.cut
     with staged_folder(target, MANIFEST, _KEPT) as folder:
         progress("writing weights")
-        places = _write_weights(folder, cut, traced)
+        places = write_weights(folder, graphs, reference=key["weights"] == "reference")
+        progress("checking weights")
+        hashes = hash_weights(places, graphs)
         progress("writing graphs")
-        parts = _write_graphs(folder, cut, traced, places)
+        parts = write_graphs(folder, graphs, places)
         progress("checking graphs")
-        differences = {
-            part.name: check_graph(part, exported.inputs, folder / exported.file)
-            for part, exported in zip(cut.proxy.parts, parts, strict=True)
-        }
-        _write_processor(folder / "processor", loaded)
+        differences = check_graphs(folder, graphs, parts, places)
+        _write_processor(folder / "processor", loaded, graphs)
         export = Export(
             folder,
             cut.proxy.kind,
@@ -191,14 +188,20 @@ def _write_folder(
             {
                 "source": loaded.source,
                 "model_type": loaded.model_type,
-                "architecture": type(loaded.model).__name__,
+                "architecture": type(graphs.model).__name__,
             },
             parts,
-            {name: (folder / name).stat().st_size for name in places},
-            {**cut.to_json(), "graphs": differences, "traced_layers": layers},
+            {name: (folder / name).stat().st_size for name in hashes},
+            {
+                **cut.to_json(),
+                "graphs": differences,
+                "traced_layers": graphs.layers,
+                **graphs.report,
+                **loaded.notes,
+            },
             {**cut.proxy.settings, **({"taps": taps} if taps else {})},
             key,
-            {name: sha256_of(folder / name) for name in places},
+            hashes,
         )
         export.write_manifest()
     return read_export(target)
@@ -210,6 +213,7 @@ def export_key(
     kind: Kind,
     opset: int | None,
     taps: Sequence[str] = (),
+    weights: str = "copy",
 ) -> dict[str, Any]:
     """All that shapes an export: the same key, the same folder."""
     return {
@@ -218,6 +222,7 @@ def export_key(
         "dtype": loaded.dtype,
         "opset": opset,
         "taps": list(taps),
+        "weights": weights,
         "plugin": {
             "name": hooks.plugin,
             "distribution": hooks.distribution,
@@ -264,7 +269,7 @@ def _check_not_another(target: Path, key: dict[str, Any]) -> None:
         found = read_export(target)
     except ArtifactError:
         return  # none, or a damaged one
-    what = ("identity", "kind", "dtype", "opset", "taps")
+    what = ("identity", "kind", "dtype", "opset", "taps", "weights")
     if any(found.made_by.get(name) != key[name] for name in what):
         raise ArtifactError(
             f"{target} holds another export ({found.model['source']}, {found.kind}, {found.dtype})",
@@ -293,74 +298,7 @@ def _check_target(target: Path) -> None:
         )
 
 
-def _check_separate(loaded: LoadedModel, cut: Cut, traced: list[TracedPart]) -> None:
-    """Make sure that no weight of a site is left in the body."""
-    from qeff_proxy.cut import site_weights
-
-    for name, site in cut.sites.items():
-        own = site_weights(loaded, site)
-        for traced_part, part in zip(traced, cut.proxy.parts, strict=True):
-            left = own & set(traced_part.weights)
-            if part.weights != "vocabulary" and left:
-                raise CutError(
-                    f"the {part.name} part still holds {min(left)}, which belongs to the {name}",
-                    "The plugin's build_proxy must keep it out of that part.",
-                )
-
-
-def _write_weights(
-    folder: Path, cut: Cut, traced: list[TracedPart]
-) -> dict[str, dict[str, StoredTensor]]:
-    """Write one weights file per group; give where everything lies, by file."""
-    from qeff_proxy.weights import save_weights
-
-    groups: dict[str, list[TracedPart]] = {}
-    for part, traced_part in zip(cut.proxy.parts, traced, strict=True):
-        if traced_part.weights:
-            groups.setdefault(f"{part.weights}.safetensors", []).append(traced_part)
-    return {name: save_weights(folder / name, group) for name, group in groups.items()}
-
-
-def _write_graphs(
-    folder: Path,
-    cut: Cut,
-    traced: list[TracedPart],
-    places: dict[str, dict[str, StoredTensor]],
-) -> tuple[ExportedPart, ...]:
-    import onnx
-    import onnx_ir as ir
-
-    from qeff_proxy.weights import point_into
-
-    exported = []
-    for part, traced_part in zip(cut.proxy.parts, traced, strict=True):
-        weights = f"{part.weights}.safetensors" if traced_part.weights else None
-        if weights is not None:
-            point_into(traced_part, folder / weights, places[weights])
-        path = folder / f"{part.name}.onnx"
-        ir.save(traced_part.model, path)
-        try:
-            onnx.checker.check_model(path, full_check=False)
-        except onnx.checker.ValidationError as error:
-            raise ExportError(
-                f"the {part.name} part is no valid ONNX: {str(error).splitlines()[0]}"
-            ) from error
-        used = {spec.name for spec in traced_part.inputs}
-        exported.append(
-            ExportedPart(
-                part.name,
-                path.name,
-                weights,
-                sha256_of(path),
-                traced_part.inputs,
-                traced_part.outputs,
-                tuple(mask for mask in part.masks if mask.name in used),
-            )
-        )
-    return tuple(exported)
-
-
-def _write_processor(folder: Path, loaded: LoadedModel) -> None:
+def _write_processor(folder: Path, loaded: LoadedModel, graphs: Graphs) -> None:
     """Put beside the parts what is needed to use them without the checkpoint."""
     folder.mkdir()
     if loaded.folder is not None:
@@ -368,6 +306,8 @@ def _write_processor(folder: Path, loaded: LoadedModel) -> None:
             for path in sorted(loaded.folder.glob(pattern)):
                 if not path.name.endswith(".index.json"):
                     shutil.copyfile(path, folder / path.name)
+        if loaded.notes:  # another depth than the checkpoint's config says
+            graphs.model.config.to_json_file(folder / "config.json", use_diff=False)
         return
     loaded.model.config.save_pretrained(folder)
     if getattr(loaded.model, "generation_config", None) is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.cut import cut_model, site_weights
+from qeff_proxy.graphs import enough_layers
+from qeff_proxy.layer_kinds import describe_kinds, find_layer_list
 from qeff_proxy.locate import site_to_json
+from qeff_proxy.sampling import NotSampled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +39,9 @@ class Inspection:
         parameters: Number of distinct parameters.
         body_bytes: Bytes of the weights that stay in the body.
         vocabulary_bytes: Bytes of the weights that are cut out, tied ones once.
+        layers: One entry per kind of layer: its class, which layers they are, what they say of
+            themselves and their parameters; empty where no list of layers is found.
+        verified_layers: How many layers were loaded and run; ``None`` where all were.
         parts: Part → what it takes and gives, by name.
         report: What was verified of the cut.
     """
@@ -50,6 +56,8 @@ class Inspection:
     parameters: int
     body_bytes: int
     vocabulary_bytes: int
+    layers: list[dict[str, Any]]
+    verified_layers: int | None
     parts: Mapping[str, Mapping[str, list[str]]]
     report: CutReport | None
 
@@ -70,9 +78,10 @@ def inspect_model(loaded: LoadedModel, hooks: Hooks) -> Inspection:
         UnsupportedModelError: No plugin knows how to cut it.
         CutError: The parts do not equal the model.
     """
-    model = loaded.model
-    cut = cut_model(loaded, hooks, "split")
-    weights = {name: site_weights(loaded, site) for name, site in cut.sites.items()}
+    model, short, verified = _model_and_sample(loaded)
+    cut = cut_model(short, hooks, "split")
+    layers = find_layer_list(model)
+    weights = {name: site_weights(short, site) for name, site in cut.sites.items()}
     vocabulary = set().union(*weights.values())
     tables = _storages(model, vocabulary)
     everything = _storages(model, None)
@@ -89,6 +98,8 @@ def inspect_model(loaded: LoadedModel, hooks: Hooks) -> Inspection:
         parameters=sum(count for count, _ in everything.values()),
         body_bytes=sum(size for key, (_, size) in everything.items() if key not in tables),
         vocabulary_bytes=sum(size for _, size in tables.values()),
+        layers=describe_kinds(layers) if layers is not None else [],
+        verified_layers=verified,
         parts={
             part.name: {
                 # The trace drops what turns out to be useless of the rest.
@@ -101,10 +112,26 @@ def inspect_model(loaded: LoadedModel, hooks: Hooks) -> Inspection:
     )
 
 
+def _model_and_sample(loaded: LoadedModel) -> tuple[nn.Module, LoadedModel, int | None]:
+    """The model; and what to run of it: its first layers, and how many, or all of it."""
+    if loaded.sample is not None and not loaded.is_read:
+        try:
+            sampled = loaded.sample(enough_layers)
+            sampled.check_alike()
+            short = sampled.short()
+        except NotSampled:
+            return loaded.model, loaded, None
+        return sampled.model, replace(loaded, read=lambda: short), sampled.count
+    return loaded.model, loaded, None
+
+
 def _storages(model: nn.Module, names: set[str] | None) -> dict[int, tuple[int, int]]:
-    """Address of the data → elements and bytes, each piece of memory once."""
+    """Identity of the data → elements and bytes, each piece of memory once."""
     return {
-        parameter.data_ptr(): (parameter.numel(), parameter.numel() * parameter.element_size())
+        id(parameter) if parameter.is_meta else parameter.data_ptr(): (
+            parameter.numel(),
+            parameter.numel() * parameter.element_size(),
+        )
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if names is None or name in names
     }

@@ -5,11 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import logging
 import uuid
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +16,23 @@ from qeff_proxy.checkpoint import (
     find_checkpoint,
     read_config_file,
 )
-from qeff_proxy.errors import CheckpointError, PluginError, UnsupportedModelError, UsageError
+from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
+from qeff_proxy.reading import (
+    REMOTE_CODE_GROUP,
+    quiet_loading,
+    read_model,
+    remote_code_adapter,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from qeff_proxy.layer_kinds import LayerList
+    from qeff_proxy.sampling import SampledModel
 
 __all__ = [
     "DTYPES",
@@ -38,12 +44,6 @@ __all__ = [
     "with_options",
     "wrap_model",
 ]
-
-#: Entry points by model type: objects whose ``from_pretrained``, called as that of a transformers
-#: auto class, loads checkpoints whose own code needs help on the transformers of today. They are
-#: asked only when the user trusts that code.
-REMOTE_CODE_GROUP = "qeff_proxy.remote_code"
-_REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
 
 _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "*.tiktoken", "*.jsonl", "merges.txt")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -66,6 +66,9 @@ class LoadedModel:
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
         options: What the ``build_proxy`` hook is told (JSON values and functions); whoever sets
             it changes ``identity`` with it.
+        sample: Gives the model with only its first layers there, as many as the function it is
+            given says (`qeff_proxy.sampling`); ``None`` for a model made in memory.
+        notes: What ``export.json`` says of the model besides; filled when it is read.
     """
 
     source: str
@@ -76,6 +79,8 @@ class LoadedModel:
     read: Callable[[], PreTrainedModel]
     trust_remote_code: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    sample: Callable[[Callable[[LayerList], int]], SampledModel] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -88,6 +93,11 @@ class LoadedModel:
             UnsupportedModelError: Its architecture is not one of the task asked for.
         """
         return self.read().eval()
+
+    @property
+    def is_read(self) -> bool:
+        """Whether `model` was used: it is then what counts, since it may have been changed."""
+        return "model" in vars(self)
 
 
 def load_model(
@@ -123,88 +133,34 @@ def load_model(
     digest = hashlib.sha256(f"{checkpoint_identity(folder)}\0{auto_class}".encode())
 
     def read() -> PreTrainedModel:
-        model, missing = _read_model(
-            folder, config_file, auto_class, dtype, trust_remote_code, allow_pickle
+        return read_model(
+            folder,
+            config_file,
+            auto_class=auto_class,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            unused=unused,
         )
-        _check_missing(folder, model, missing, unused)
-        return model
+
+    def sample(choose: Callable[[LayerList], int]) -> SampledModel:
+        from qeff_proxy.sampling import sampling
+
+        with sampling(choose) as sampler:
+            model = read().eval()
+        return sampler.finish(model)
 
     model_type = str(config_file.get("model_type"))
     return LoadedModel(
-        source, folder, digest.hexdigest(), model_type, dtype, read, trust_remote_code
+        source,
+        folder,
+        digest.hexdigest(),
+        model_type,
+        dtype,
+        read,
+        trust_remote_code,
+        sample=sample,
     )
-
-
-def _read_model(
-    folder: Path,
-    config_file: dict[str, Any],
-    auto_class: str | None,
-    dtype: str,
-    trust_remote_code: bool,
-    allow_pickle: bool,
-) -> tuple[PreTrainedModel, list[str]]:
-    """Read config and weights with transformers; give the names of those that are not there."""
-    import torch
-    import transformers
-
-    loader = _loader(transformers, config_file, auto_class, trust_remote_code)
-    try:
-        with _quiet_loading():
-            model, notes = loader.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                attn_implementation="eager",
-                trust_remote_code=trust_remote_code,
-                use_safetensors=None if allow_pickle else True,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
-            )
-    except Exception as error:
-        raise _loading_error(folder, config_file, loader, error) from error
-    for tensor, found, wanted in sorted(notes.get("mismatched_keys", ())):
-        raise CheckpointError(
-            f"{tensor} in {folder} has shape {list(found)}, where {type(model).__name__} has "
-            f"{list(wanted)}",
-            "Check that config.json and the weights belong together.",
-        )
-    _check_left_over(folder, model, sorted(notes.get("unexpected_keys", ())))
-    return model, sorted(notes.get("missing_keys", ()))
-
-
-def _check_left_over(folder: Path, model: PreTrainedModel, unexpected: list[str]) -> None:
-    """Refuse weights that the model has a place for but, by its config, does not use.
-
-    That is a bias of a projection made without one, or a layer beyond the last. Other leftovers
-    (heads of another task, buffers of old releases) change nothing.
-    """
-    modules = dict(model.named_modules())
-    for name in unexpected:
-        path = name.rpartition(".")[0]
-        owner = modules.get(path)
-        lacks = owner is not None and any(True for _ in owner.parameters(recurse=False))
-        while path and path not in modules:
-            path = path.rpartition(".")[0]
-        beyond = owner is None and type(modules.get(path)).__name__ == "ModuleList"
-        if lacks or beyond:
-            raise CheckpointError(
-                f"{folder} holds {name}, which {type(model).__name__} built from its config.json "
-                "does not use",
-                "Check that config.json and the weights belong together.",
-            )
-
-
-def _check_missing(
-    folder: Path, model: PreTrainedModel, missing: list[str], unused: tuple[str, ...]
-) -> None:
-    """Make sure that no weight that matters was made up."""
-    missing = [name for name in missing if not any(fnmatch(name, glob) for glob in unused)]
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, "
-            f"among them {missing[0]}",
-            "Download the checkpoint again; a model with made-up weights would mean nothing.",
-        )
 
 
 def with_options(loaded: LoadedModel, options: Mapping[str, Any]) -> LoadedModel:
@@ -269,6 +225,11 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     import transformers
 
+    if trust_remote_code:
+        adapter = remote_code_adapter(str(read_config_file(folder).get("model_type")))
+        own = adapter.load_processor(folder) if hasattr(adapter, "load_processor") else None
+        if own is not None:
+            return own
     # Without any of its files, transformers makes an empty tokenizer for some model types.
     kinds = ["AutoTokenizer"] if _any_file(folder, _TOKENIZER_FILES) else []
     if _any_file(folder, _PROCESSOR_FILES):
@@ -276,7 +237,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     reasons = [] if kinds else ["it has none of the files of one"]
     for kind in kinds:
         try:
-            with _quiet_loading():
+            with quiet_loading():
                 return getattr(transformers, kind).from_pretrained(
                     folder, trust_remote_code=trust_remote_code, local_files_only=True
                 )
@@ -299,24 +260,6 @@ def check_dtype(dtype: str | torch.dtype) -> str:
     if name not in DTYPES:
         raise UsageError(f"dtype {name!r} is none of {', '.join(DTYPES)}")
     return name
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Leave out transformers' progress bars and load reports; what matters is checked here."""
-    from transformers.utils import logging as transformers_logging
-
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    showed_bars = transformers_logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if showed_bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_architecture(config: dict[str, Any], source: str, trust_remote_code: bool) -> None:
@@ -342,57 +285,4 @@ def _check_architecture(config: dict[str, Any], source: str, trust_remote_code: 
     raise UnsupportedModelError(
         f"{source} has model type {model_type!r}, which transformers does not know",
         f"{nearest}A plugin package can bring an architecture: see the plugin guide.",
-    )
-
-
-def _loader(
-    transformers: Any, config: dict[str, Any], auto_class: str | None, trust_remote_code: bool
-) -> Any:
-    """What has the ``from_pretrained`` that loads this checkpoint."""
-    if trust_remote_code and config.get("model_type") not in transformers.CONFIG_MAPPING:
-        adapter = _remote_code_adapter(str(config.get("model_type")))
-        if adapter is not None:
-            return adapter
-        offered = config.get("auto_map") or {}
-        if auto_class is not None and auto_class not in offered:
-            auto_class = next((name for name in _REMOTE_CLASSES if name in offered), auto_class)
-    if auto_class is not None:
-        return getattr(transformers, auto_class)
-    architectures = config.get("architectures") or []
-    known = [getattr(transformers, str(name), None) for name in architectures]
-    loader = next((found for found in known if found is not None), None)
-    return loader or transformers.AutoModelForCausalLM
-
-
-def _remote_code_adapter(model_type: str) -> Any:
-    """What a package brings to load this model type's own code, or ``None``."""
-    from importlib_metadata import entry_points
-
-    found = entry_points(group=REMOTE_CODE_GROUP)
-    if model_type not in found.names:
-        return None
-    try:
-        return found[model_type].load()
-    except Exception as error:
-        raise PluginError(
-            f"the adapter for code of model type {model_type!r} ({found[model_type].value}) "
-            f"cannot be used: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _loading_error(
-    folder: Path, config: dict[str, Any], loader: Any, error: Exception
-) -> CheckpointError | UnsupportedModelError:
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if "Unrecognized configuration class" in str(error):
-        return UnsupportedModelError(
-            f"{folder} holds a {config.get('model_type')!r} model, which {loader.__name__} "
-            "cannot load",
-            "Use the class for its task; qeff-proxy inspect names its architecture.",
-        )
-    if isinstance(error, CheckpointError):
-        return error
-    return CheckpointError(
-        f"{folder} cannot be loaded: {type(error).__name__}: {line}",
-        "Check that its files belong together; run with --debug for the whole trace.",
     )

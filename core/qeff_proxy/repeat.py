@@ -3,44 +3,40 @@
 Tracing dominates an export and grows with depth, although the layers of a decoder differ in little
 but their weights. So:
 
-1. `plan_repeat` sorts the layers into kinds: alike in every module, shape, buffer and setting
-   except their index. The decoder is shortened to the first layer of each kind.
+1. `plan_repeat` takes the layers and their kinds (`qeff_proxy.layer_kinds`) and shortens the part
+   to the first layer of each kind.
 2. `qeff_proxy.trace.trace_part` traces the short part.
 3. `qeff_proxy.clone_layers.expand` finds each kind's nodes by the module path that every node
    carries, and clones them for all layers in their order, with their own weights, cache and names.
 
-Nothing here knows an architecture. Where the layers cannot be matched, the plan or the expansion
-is ``None`` and the whole part is traced; the finished graph is held against the module either way
-(`qeff_proxy.check_graph`).
+The layers that a part is expanded to need not be in it: a part that holds the first few layers of a
+model can be expanded to all of them. Where the layers cannot be matched, the plan or the expansion
+is ``None``, and the caller traces the whole part.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torch import nn
-
-from qeff_proxy.arrays import to_array
-from qeff_proxy.clone_layers import CACHE_NAME, expand
+from qeff_proxy.clone_layers import LAYER_NAME, expand
 from qeff_proxy.decoder import DecoderPart
 from qeff_proxy.errors import ExportError
-from qeff_proxy.surgery import replace_modules
+from qeff_proxy.layer_kinds import find_layer_list, shorten
+from qeff_proxy.taps import TappedPart
 from qeff_proxy.trace import trace_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
+    from torch import nn
 
-    from qeff_proxy.parts import Part
+    from qeff_proxy.layer_kinds import LayerList
+    from qeff_proxy.parts import Part, TensorSpec
     from qeff_proxy.trace import TracedPart
 
-__all__ = ["RepeatPlan", "plan_repeat", "trace_repeated"]
-
-_INDEX = "layer_idx"
+__all__ = ["RepeatPlan", "deepen", "plan_repeat", "trace_repeated"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,10 @@ class RepeatPlan:
     scope: str
     weights: tuple[Mapping[str, str], ...]
 
+    def first(self, count: int) -> RepeatPlan:
+        """The plan for the first ``count`` layers only."""
+        return replace(self, kinds=self.kinds[:count], weights=self.weights[:count])
+
 
 def trace_repeated(
     part: Part,
@@ -77,10 +77,10 @@ def trace_repeated(
 
     Returns:
         The whole part's graph and the number of layers traced for it; ``None`` where the part must
-        be traced as it is.
+        be traced as it is, or where that costs no more.
     """
     plan = plan_repeat(part, names)
-    if plan is None:
+    if plan is None or len(plan.kinds) < len(set(plan.kinds)) + 2:
         return None
     try:
         short = trace_part(plan.part, names, opset)
@@ -90,123 +90,98 @@ def trace_repeated(
     return (traced, len(set(plan.kinds))) if traced is not None else None
 
 
-def plan_repeat(part: Part, names: Mapping[int, str]) -> RepeatPlan | None:
+def plan_repeat(
+    part: Part, names: Mapping[int, str], whole: LayerList | None = None
+) -> RepeatPlan | None:
     """Shorten a decoder part to one layer of each kind.
 
     Args:
         part: The part; nothing of it is changed.
         names: ``id`` of each parameter and buffer of the uncut model → its name.
+        whole: All the layers that the part is to be expanded to, where it holds but the first of
+            them, every kind among these.
 
     Returns:
-        The plan, or ``None`` where the part is no decoder, or tracing it whole costs no more.
+        The plan, or ``None`` where the part is no decoder whose layers can be told apart.
     """
-    module = part.module
+    tapped = part.module if isinstance(part.module, TappedPart) else None
+    module = tapped.module if tapped is not None else part.module
     if type(module) is not DecoderPart:
         return None
-    found = _find_list(module.decoder, len(module.layout.cache))
-    if found is None:
+    own = find_layer_list(module.decoder, len(module.layout.cache))
+    if own is None:
         return None
-    path, layers = found
-    marks = [_fingerprint(layer) for layer in layers]
-    first = list(dict.fromkeys(marks))
-    if len(layers) < len(first) + 2:
+    whole = whole or own
+    if not _begins_with(whole, own):
         return None
-    kinds = tuple(first.index(mark) for mark in marks)
-    representatives = [marks.index(mark) for mark in first]
-    short = _shorten(module.decoder, path, layers, representatives)
+    chosen = [whole.kinds.index(kind) for kind in range(len(set(whole.kinds)))]
+    short = shorten(module.decoder, own, chosen)
     if short is None:
         return None
-    layout = replace(
-        module.layout, cache=tuple(module.layout.cache[index] for index in representatives)
-    )
-    keep = {
-        f"{prefix}.{index}.{side}"
-        for prefix in ("past_key_values", "present")
-        for index in range(len(representatives))
-        for side in ("key", "value")
-    }
+    layout = replace(module.layout, cache=tuple(module.layout.cache[index] for index in chosen))
+    short_module: nn.Module = DecoderPart(short, layout, module.entry, module.exit_name)
+    scope = f"decoder.{own.path}"
+    if tapped is not None:
+        if len(tapped.places) != len(own.layers):
+            return None
+        layers = tuple(short.get_submodule(own.path).children())
+        short_module = TappedPart(short_module, layers, tapped.taps)
+        scope = f"module.{scope}"
     short_part = replace(
         part,
-        module=DecoderPart(short, layout, module.entry, module.exit_name).eval(),
-        inputs=tuple(s for s in part.inputs if not CACHE_NAME.fullmatch(s.name) or s.name in keep),
-        outputs=tuple(
-            s for s in part.outputs if not CACHE_NAME.fullmatch(s.name) or s.name in keep
-        ),
+        module=short_module.eval(),
+        inputs=_specs_of(part.inputs, chosen),
+        outputs=_specs_of(part.outputs, chosen),
     )
     weights = tuple(
-        _weight_names(layers[representatives[kind]], layer, names)
-        for kind, layer in zip(kinds, layers, strict=True)
+        _weight_names(whole.layers[chosen[kind]], layer, names)
+        for kind, layer in zip(whole.kinds, whole.layers, strict=True)
     )
-    return RepeatPlan(short_part, kinds, f"decoder.{path}", weights)
+    return RepeatPlan(short_part, whole.kinds, scope, weights)
 
 
-def _find_list(decoder: nn.Module, depth: int) -> tuple[str, list[nn.Module]] | None:
-    """The list of the layers: the one with the most parameters of those as long as the cache."""
-    lists = [
-        (path, list(one))
-        for path, one in decoder.named_modules()
-        if isinstance(one, nn.ModuleList) and len(one) == depth
-    ]
-    return max(lists, key=lambda item: _size(item[1]), default=None)
+def deepen(part: Part, kinds: Sequence[int]) -> Part:
+    """The part with the inputs and outputs that it has when it is expanded to all layers.
+
+    Args:
+        part: A part that holds the first layers, every kind among them. Its module stays.
+        kinds: The kind of each layer.
+    """
+    chosen = [kinds.index(kind) for kind in kinds]
+    return replace(
+        part, inputs=_specs_of(part.inputs, chosen), outputs=_specs_of(part.outputs, chosen)
+    )
 
 
-def _size(layers: Sequence[nn.Module]) -> int:
-    return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+def _specs_of(specs: Sequence[TensorSpec], chosen: Sequence[int]) -> tuple[TensorSpec, ...]:
+    """The specs with those of the chosen layers, renumbered, where those of all layers were."""
+    result: list[TensorSpec] = []
+    done: set[str] = set()
+    for spec in specs:
+        match = LAYER_NAME.fullmatch(spec.name)
+        if match is None:
+            result.append(spec)
+            continue
+        family = match[1]
+        if family in done:
+            continue
+        done.add(family)
+        for position, index in enumerate(chosen):
+            for one in specs:
+                found = LAYER_NAME.fullmatch(one.name)
+                if found is not None and found[1] == family and int(found[2]) == index:
+                    result.append(replace(one, name=f"{family}.{position}{found[3]}"))
+    return tuple(result)
 
 
-def _fingerprint(layer: nn.Module) -> str:
-    """Equal for two layers that run the same code on weights of the same shapes."""
-    digest = hashlib.sha256()
-    for path, module in layer.named_modules():
-        settings = {
-            name: value
-            for name, value in vars(module).items()
-            if name != _INDEX and isinstance(value, bool | int | float | str | tuple | type(None))
-        }
-        digest.update(f"{path}|{type(module).__qualname__}|{sorted(settings.items())}".encode())
-        for name, parameter in module.named_parameters(recurse=False):
-            digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}".encode())
-        for name, buffer in module.named_buffers(recurse=False):
-            digest.update(f"{name}|{tuple(buffer.shape)}|{buffer.dtype}".encode())
-            if not buffer.is_meta:
-                digest.update(to_array(buffer).tobytes())
-    return digest.hexdigest()
-
-
-def _shorten(
-    decoder: nn.Module, path: str, layers: Sequence[nn.Module], representatives: Sequence[int]
-) -> nn.Module | None:
-    """A copy of the decoder that has the representatives for layers, or ``None``."""
-    chosen = [
-        _with_index(layers[index], position) for position, index in enumerate(representatives)
-    ]
-    short = replace_modules(decoder, {path: nn.ModuleList(chosen)})
-    config = copy.deepcopy(getattr(decoder, "config", None))
-    if config is None:
-        return short
-    layer_types = getattr(config, "layer_types", None)
-    try:
-        if layer_types is not None:
-            config.layer_types = [layer_types[index] for index in representatives]
-        config.num_hidden_layers = len(representatives)
-    except (ValueError, TypeError, AttributeError):
-        return None
-    short.config = config
-    return short
-
-
-def _with_index(layer: nn.Module, position: int) -> nn.Module:
-    """The layer as if it stood at ``position``."""
-    changes: dict[str, nn.Module] = {}
-    for path, module in layer.named_modules():
-        if path and isinstance(vars(module).get(_INDEX), int):
-            clone = replace_modules(module, {})
-            setattr(clone, _INDEX, position)
-            changes[path] = clone
-    result = replace_modules(layer, changes)
-    if isinstance(vars(result).get(_INDEX), int):
-        setattr(result, _INDEX, position)
-    return result
+def _begins_with(whole: LayerList, own: LayerList) -> bool:
+    """Whether the part's layers are the first of all, by their very weights."""
+    if len(own.layers) > len(whole.layers):
+        return False
+    return all(
+        [id(p) for p in one.parameters()] == [id(p) for p in other.parameters()]
+        for one, other in zip(own.layers, whole.layers, strict=False)
+    )
 
 
 def _weight_names(

@@ -7,6 +7,7 @@ header, the data).
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,43 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["StoredTensor", "read_header"]
+__all__ = ["TORCH_DTYPES", "StoredTensor", "read_header"]
+
+#: The format's dtypes and torch's names for them.
+TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "BOOL": "bool",
+}
+_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "BOOL": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -55,5 +92,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if start + end > size:
             raise ValueError(f"truncated: {name} ends at byte {start + end} of {size}")
         shape = tuple(int(axis) for axis in entry["shape"])
+        if entry["dtype"] not in TORCH_DTYPES:
+            raise ValueError(f"{name} has dtype {entry['dtype']!r}, which is not known")
+        bytes_needed = math.prod(shape) * _BYTES[entry["dtype"]]
+        if bytes_needed != end - begin:
+            raise ValueError(f"{name} has {end - begin} bytes, but its shape takes {bytes_needed}")
         places[name] = StoredTensor(entry["dtype"], shape, start + begin, end - begin)
     return places

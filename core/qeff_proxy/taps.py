@@ -155,6 +155,7 @@ class TappedPart(nn.Module):
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module], taps: Sequence[str]) -> None:
         super().__init__()
         self.module = module
+        self.taps = tuple(taps)
         # In a tuple, so that the layers are not registered a second time.
         self.places = tuple(
             (layer, {tap: find_tapped(layer, tap) for tap in taps}) for layer in layers

@@ -20,6 +20,19 @@ __all__ = ["configure", "parts_table", "run"]
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_model_options(parser, exports=True)
+    parser.add_argument(
+        "--num-layers",
+        metavar="N",
+        help="export the first N layers only; auto: the shortest prefix that holds every kind of "
+        "layer twice, to bring up a compiler on a large model",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("copy", "reference"),
+        default="copy",
+        help="reference: link the checkpoint's files instead of copying them (ONNX Runtime reads "
+        "such files, onnx.load refuses them; default: copy)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,8 +48,28 @@ def run(args: argparse.Namespace) -> int:
                 f"verified: largest difference {report['max_difference']:.2g} of "
                 f"{report['largest_value']:.3g} over {report['positions']} positions"
             )
+        for line in _notes(export):
+            print_text(line)
         print_text(f"{export.folder}")
     return 0
+
+
+def _notes(export: Export) -> list[str]:
+    """What else is worth a line: how many layers were run, and what they stand for."""
+    lines = []
+    layers = export.cut.get("layers")
+    if layers is not None and layers["verified"] < layers["count"]:
+        lines.append(
+            f"run: {layers['verified']} of {layers['count']} layers, of "
+            f"{len(layers['kinds'])} kinds; the others repeat their graphs with their own weights"
+        )
+    stands_for = export.cut.get("stands_for")
+    if stands_for is not None:
+        lines.append(
+            f"stands for {stands_for['layers']} layers by its {stands_for['kept']}; its outputs "
+            "are not the model's"
+        )
+    return lines
 
 
 def parts_table(export: Export) -> Table:

@@ -56,6 +56,12 @@ def _table(inspection: Inspection) -> Table:
             text = f"{site.module}{scale}{follows}"
         table.add_row(name.replace("_", " "), escape(text))
     table.add_row("tied", "yes" if inspection.tied else "no")
+    for kind in inspection.layers:
+        said = f" ({', '.join(kind['says'])})" if kind["says"] else ""
+        table.add_row(
+            "layers",
+            f"{len(kind['layers'])} x {kind['class']}{said}: {_ranges(kind['layers'])}",
+        )
     total = inspection.body_bytes + inspection.vocabulary_bytes
     table.add_row("parameters", f"{inspection.parameters:,}")
     table.add_row("stays in the body", format_bytes(inspection.body_bytes))
@@ -67,9 +73,27 @@ def _table(inspection: Inspection) -> Table:
         table.add_row(
             "verified",
             f"largest difference {inspection.report.max_difference:.2g} of "
-            f"{inspection.report.largest_value:.3g} over {inspection.report.positions} positions",
+            f"{inspection.report.largest_value:.3g} over {inspection.report.positions} positions"
+            + _run_layers(inspection),
         )
     return table
+
+
+def _run_layers(inspection: Inspection) -> str:
+    total = sum(len(kind["layers"]) for kind in inspection.layers)
+    count = inspection.verified_layers
+    return f", with {count} of {total} layers" if count is not None and count < total else ""
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-2, 4, 6-8``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _few(names: list[str]) -> str:

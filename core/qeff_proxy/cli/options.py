@@ -159,6 +159,8 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
             output=args.output,
             opset=args.opset,
             taps=args.taps or (),
+            num_layers=getattr(args, "num_layers", None),
+            weights=getattr(args, "weights", "copy"),
             force=args.force,
             progress=progress,
         )

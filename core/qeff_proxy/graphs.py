@@ -1,0 +1,243 @@
+"""From a cut to the graphs of its parts, and what they are held against.
+
+A checkpoint is known by its first layers (`qeff_proxy.sampling`): they are cut, traced and run, and
+their graph is expanded to all layers. What is run in ONNX Runtime then is the same expansion to the
+layers that are there. Where a model cannot be known so, it is loaded whole, and all of it is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.clone_layers import expand
+from qeff_proxy.cut import cut_model, site_weights
+from qeff_proxy.errors import CheckpointError, CutError, ExportError
+from qeff_proxy.layer_kinds import describe_kinds, find_layer_list, prefix_with_every_kind
+from qeff_proxy.repeat import deepen, plan_repeat, trace_repeated
+from qeff_proxy.sampling import NotSampled
+from qeff_proxy.taps import tap_proxy
+from qeff_proxy.trace import TracedPart, trace_part
+from qeff_proxy.weight_sources import WeightSources
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+
+    from qeff_proxy.cut import Cut
+    from qeff_proxy.layer_kinds import LayerList
+    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.parts import Kind, Part
+    from qeff_proxy.plugin_hooks import Hooks
+    from qeff_proxy.sampling import SampledModel
+
+__all__ = ["Graphs", "enough_layers", "graphs_of_sample", "graphs_of_whole"]
+
+#: Layers that are loaded at least: two, so that what one hands to the next is run too.
+_FEWEST = 2
+
+
+@dataclass
+class Graphs:
+    """The graphs of a model, not yet written.
+
+    Attributes:
+        model: The model; of a sampled one, layers beyond the sample are on the meta device.
+        cut: How it, or its first layers, were cut and verified.
+        traced: One graph per part, of all layers.
+        checks: For each part, the graph to run in ONNX Runtime beside the cut's part, where that
+            is not the one above.
+        layers: Of parts whose layers were repeated: how many were traced.
+        sources: Where the weights come from; empty where they are in memory.
+        report: What stands in ``export.json`` about layers and weights.
+    """
+
+    model: Any
+    cut: Cut
+    traced: list[TracedPart]
+    checks: list[TracedPart | None]
+    layers: dict[str, int] = field(default_factory=dict)
+    sources: WeightSources = field(default_factory=WeightSources)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def graphs_of_sample(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    opset: int | None,
+    taps: Sequence[str],
+    progress: Callable[[str], None],
+) -> Graphs:
+    """The graphs of a checkpoint, of which only the first layers are loaded.
+
+    Raises:
+        NotSampled: It cannot be known by them; says why.
+        CutError: The parts do not equal the model; or as `qeff_proxy.export.export_model`.
+    """
+    if loaded.sample is None or loaded.is_read:
+        raise NotSampled("it is in memory")
+    sampled = loaded.sample(enough_layers)
+    sampled.check_alike()
+    short = replace(loaded, read=sampled.short)
+    cut = _cut(short, hooks, kind, taps, sampled, progress)
+    tensors = dict([*sampled.model.named_buffers(), *sampled.model.named_parameters()])
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    graphs = Graphs(sampled.model, cut, [], [], sources=sampled.sources)
+    own = {id(p) for layer in sampled.layers.layers for p in layer.parameters()}
+    whole = sampled.count == len(sampled.layers.layers)
+    for part in cut.proxy.parts:
+        progress(f"tracing {part.name}")
+        if whole or not any(id(p) in own for p in part.module.parameters()):
+            graphs.traced.append(trace_part(part, names, opset))
+            graphs.checks.append(None)
+        else:
+            traced, check, count = _traced_sample(part, sampled, names, tensors, opset)
+            graphs.traced.append(traced)
+            graphs.checks.append(check)
+            graphs.layers[part.name] = count
+    graphs.report = {
+        "layers": {
+            "count": len(sampled.layers.layers),
+            "verified": sampled.count,
+            "kinds": describe_kinds(sampled.layers),
+        }
+    }
+    if kind == "split":
+        _check_separate(short, graphs)
+    return graphs
+
+
+def graphs_of_whole(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    opset: int | None,
+    taps: Sequence[str],
+    progress: Callable[[str], None],
+    *,
+    repeat: bool,
+) -> Graphs:
+    """The graphs of a model that is in memory whole.
+
+    Args:
+        loaded: The model.
+        hooks: Of its model type.
+        kind: How to cut it.
+        opset: As in `qeff_proxy.trace.trace_part`.
+        taps: What each layer gives besides.
+        progress: Told what happens as it begins.
+        repeat: Trace one layer of each kind and clone it, where that is cheaper.
+    """
+    cut = _cut(loaded, hooks, kind, taps, None, progress)
+    model = loaded.model
+    tensors = dict([*model.named_buffers(), *model.named_parameters()])
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    graphs = Graphs(model, cut, [], [])
+    for part in cut.proxy.parts:
+        progress(f"tracing {part.name}")
+        found = trace_repeated(part, names, tensors, opset) if repeat else None
+        graphs.checks.append(None)
+        if found is None:
+            graphs.traced.append(trace_part(part, names, opset))
+        else:
+            graphs.traced.append(found[0])
+            graphs.layers[part.name] = found[1]
+    layers = find_layer_list(model)
+    if layers is not None:
+        count = len(layers.layers)
+        graphs.report["layers"] = {
+            "count": count,
+            "verified": count,
+            "kinds": describe_kinds(layers),
+        }
+    if kind == "split":
+        _check_separate(loaded, graphs)
+    return graphs
+
+
+def enough_layers(found: LayerList) -> int:
+    """How many layers to load: every kind among them."""
+    return min(len(found.layers), max(_FEWEST, prefix_with_every_kind(found.kinds)))
+
+
+def _cut(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    taps: Sequence[str],
+    sampled: SampledModel | None,
+    progress: Callable[[str], None],
+) -> Cut:
+    progress("cutting and verifying")
+    try:
+        cut = cut_model(loaded, hooks, kind)
+    except CutError:
+        _check_finite(loaded, sampled)
+        raise
+    return replace(cut, proxy=tap_proxy(cut.proxy, taps))
+
+
+def _check_finite(loaded: LoadedModel, sampled: SampledModel | None) -> None:
+    """Name the weight that is NaN, where that is why a cut failed."""
+    for name, parameter in loaded.model.named_parameters():
+        if not parameter.is_meta and bool(parameter.isnan().any()):
+            where = sampled.sources.file_of(name) if sampled is not None else None
+            raise CheckpointError(
+                f"{name} of {where or loaded.source} has NaN elements",
+                "Download the checkpoint again; a model with such weights gives only NaN.",
+            )
+
+
+def _traced_sample(
+    part: Part,
+    sampled: SampledModel,
+    names: Mapping[int, str],
+    tensors: Mapping[str, torch.Tensor],
+    opset: int | None,
+) -> tuple[TracedPart, TracedPart, int]:
+    """The graph of a part with all layers, that with those that are there, and how many traced."""
+    plan = plan_repeat(part, names, sampled.layers)
+    if plan is None:
+        raise NotSampled(f"the layers of the {part.name} part cannot be found in its module")
+    try:
+        short = trace_part(plan.part, names, opset)
+    except ExportError as error:
+        raise NotSampled(f"one layer of a kind cannot be traced alone: {error}") from error
+    copied = replace(short, model=short.model.clone(), weights=dict(short.weights))
+    traced = expand(short, plan, deepen(part, sampled.layers.kinds), tensors)
+    check = expand(copied, plan.first(sampled.count), part, tensors)
+    if traced is None or check is None:
+        raise NotSampled(f"the nodes of the layers of the {part.name} part cannot be told apart")
+    _check_own_weights(traced, part, sampled)
+    return traced, check, len(set(plan.kinds))
+
+
+def _check_own_weights(traced: TracedPart, part: Part, sampled: SampledModel) -> None:
+    """Every layer has the weights that the layer of its kind has, and its own."""
+    path = sampled.layers.path
+    of_layer: dict[int, set[str]] = {}
+    for name in traced.weights:
+        if name.startswith(f"{path}."):
+            number, _, rest = name.removeprefix(f"{path}.").partition(".")
+            of_layer.setdefault(int(number), set()).add(rest)
+    for index, kind in enumerate(sampled.layers.kinds):
+        first = sampled.layers.kinds.index(kind)
+        if of_layer.get(index, set()) != of_layer.get(first, set()):
+            raise NotSampled(
+                f"layer {index} of the {part.name} part was given other weights than layer {first}"
+            )
+
+
+def _check_separate(loaded: LoadedModel, graphs: Graphs) -> None:
+    """Make sure that no weight of a site is left in the body."""
+    for name, site in graphs.cut.sites.items():
+        own = site_weights(loaded, site)
+        for traced_part, part in zip(graphs.traced, graphs.cut.proxy.parts, strict=True):
+            left = own & set(traced_part.weights)
+            if part.weights != "vocabulary" and left:
+                raise CutError(
+                    f"the {part.name} part still holds {min(left)}, which belongs to the {name}",
+                    "The plugin's build_proxy must keep it out of that part.",
+                )

@@ -1,0 +1,186 @@
+"""Read config and weights with transformers, and refuse what does not belong together."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.checkpoint import file_of_tensor
+from qeff_proxy.errors import CheckpointError, PluginError, ProxyError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+__all__ = ["REMOTE_CODE_GROUP", "quiet_loading", "read_model", "remote_code_adapter"]
+
+#: Entry points by model type: objects whose ``from_pretrained``, called as that of a transformers
+#: auto class, loads checkpoints whose own code needs help on the transformers of today; they may
+#: have a ``load_processor(folder)``, too, which gives None where it has nothing to give. They are
+#: asked only when the user trusts that code.
+REMOTE_CODE_GROUP = "qeff_proxy.remote_code"
+_REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
+
+
+def read_model(
+    folder: Path,
+    config_file: dict[str, Any],
+    *,
+    auto_class: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    unused: tuple[str, ...],
+) -> PreTrainedModel:
+    """Read a checkpoint with transformers.
+
+    Args:
+        folder: Where it lies.
+        config_file: Its ``config.json``.
+        auto_class: As in `qeff_proxy.load.load_model`, as are the others.
+        dtype: The dtype to load the weights in.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        allow_pickle: Read pickled weights.
+        unused: Globs of weights that it may lack.
+
+    Raises:
+        CheckpointError: It cannot be read, or config and weights do not belong together.
+        UnsupportedModelError: Its architecture is not one of the task asked for.
+    """
+    import torch
+    import transformers
+
+    loader = _loader(transformers, config_file, auto_class, trust_remote_code)
+    try:
+        with quiet_loading():
+            model, notes = loader.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation="eager",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
+            )
+    except Exception as error:
+        raise _loading_error(folder, config_file, loader, error) from error
+    for tensor, found, wanted in sorted(notes.get("mismatched_keys", ())):
+        raise CheckpointError(
+            f"{tensor} in {file_of_tensor(folder, tensor)} has shape {list(found)}, where "
+            f"{type(model).__name__} has {list(wanted)}",
+            "Check that config.json and the weights belong together.",
+        )
+    _check_left_over(folder, model, sorted(notes.get("unexpected_keys", ())))
+    _check_missing(folder, model, sorted(notes.get("missing_keys", ())), unused)
+    return model
+
+
+def _check_left_over(folder: Path, model: PreTrainedModel, unexpected: list[str]) -> None:
+    """Refuse weights that the model has a place for but, by its config, does not use.
+
+    That is a bias of a projection made without one, or a layer beyond the last. Other leftovers
+    (heads of another task, buffers of old releases) change nothing.
+    """
+    modules = dict(model.named_modules())
+    for name in unexpected:
+        path = name.rpartition(".")[0]
+        owner = modules.get(path)
+        lacks = owner is not None and any(True for _ in owner.parameters(recurse=False))
+        while path and path not in modules:
+            path = path.rpartition(".")[0]
+        beyond = owner is None and type(modules.get(path)).__name__ == "ModuleList"
+        if lacks or beyond:
+            raise CheckpointError(
+                f"{folder} holds {name}, which {type(model).__name__} built from its config.json "
+                "does not use",
+                "Check that config.json and the weights belong together.",
+            )
+
+
+def _check_missing(
+    folder: Path, model: PreTrainedModel, missing: list[str], unused: tuple[str, ...]
+) -> None:
+    """Make sure that no weight that matters was made up."""
+    missing = [name for name in missing if not any(fnmatch(name, glob) for glob in unused)]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, "
+            f"among them {missing[0]}",
+            "Download the checkpoint again; a model with made-up weights would mean nothing.",
+        )
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Leave out transformers' progress bars and load reports; what matters is checked here."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    showed_bars = transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if showed_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _loader(
+    transformers: Any, config: dict[str, Any], auto_class: str | None, trust_remote_code: bool
+) -> Any:
+    """What has the ``from_pretrained`` that loads this checkpoint."""
+    if trust_remote_code and config.get("model_type") not in transformers.CONFIG_MAPPING:
+        adapter = remote_code_adapter(str(config.get("model_type")))
+        if adapter is not None:
+            return adapter
+        offered = config.get("auto_map") or {}
+        if auto_class is not None and auto_class not in offered:
+            auto_class = next((name for name in _REMOTE_CLASSES if name in offered), auto_class)
+    if auto_class is not None:
+        return getattr(transformers, auto_class)
+    architectures = config.get("architectures") or []
+    known = [getattr(transformers, str(name), None) for name in architectures]
+    loader = next((found for found in known if found is not None), None)
+    return loader or transformers.AutoModelForCausalLM
+
+
+def remote_code_adapter(model_type: str) -> Any:
+    """What a package brings to load this model type's own code, or ``None``."""
+    from importlib_metadata import entry_points
+
+    found = entry_points(group=REMOTE_CODE_GROUP)
+    if model_type not in found.names:
+        return None
+    try:
+        return found[model_type].load()
+    except Exception as error:
+        raise PluginError(
+            f"the adapter for code of model type {model_type!r} ({found[model_type].value}) "
+            f"cannot be used: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _loading_error(
+    folder: Path, config: dict[str, Any], loader: Any, error: Exception
+) -> ProxyError:
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if "Unrecognized configuration class" in str(error):
+        return UnsupportedModelError(
+            f"{folder} holds a {config.get('model_type')!r} model, which {loader.__name__} "
+            "cannot load",
+            "Use the class for its task; qeff-proxy inspect names its architecture.",
+        )
+    if isinstance(error, ProxyError):
+        return error
+    return CheckpointError(
+        f"{folder} cannot be loaded: {type(error).__name__}: {line}",
+        "Check that its files belong together; run with --debug for the whole trace.",
+    )
