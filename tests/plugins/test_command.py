@@ -120,3 +120,10 @@ def test_a_wrong_selection_is_one_line_and_a_usage_error(faulty, command):
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert "QEFF_PROXY_PLUGINS names 'acmee', which is not installed" in line
+
+
+def test_the_table_shows_the_hooks_of_what_was_imported(faulty, command):
+    lines = command("--check").stdout.splitlines()
+    (at,) = [index for index, line in enumerate(lines) if "brand_ssm" in line]
+    assert lines[at + 1].strip() == "hooks: decode"
+    assert "hooks: " not in command().stdout

@@ -77,6 +77,8 @@ def _print_table(reports: Sequence[PluginReport], generic: PluginReport, *, chec
         colour = _COLOURS[report.state]
         state = f"[{colour}]{report.state}[/]" if colour else report.state
         table.add_row(f"  {escape(report.plugin)}", state, escape(served))
+        if report.hooks:
+            table.add_row("", "", f"[dim]hooks: {', '.join(report.hooks)}[/]")
     console = stdout_console()
     console.print(table)
     for report in (*reports, generic):
