@@ -153,6 +153,8 @@ class ProxyModel:
         force: bool = False,
         opset: int | None = None,
         taps: str | Sequence[str] = (),
+        num_layers: int | str | None = None,
+        weights: str = "copy",
     ) -> Path:
         """Export the parts to ONNX (`qeff_proxy.export.export_model`) and give their folder."""
         self._export = export_model(
@@ -162,6 +164,8 @@ class ProxyModel:
             output=Path(export_dir) if export_dir is not None else None,
             opset=opset,
             taps=taps,
+            num_layers=num_layers,
+            weights=weights,
             force=force,
         )
         self._compiled = None
