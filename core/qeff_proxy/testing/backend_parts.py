@@ -233,7 +233,7 @@ def _body(dtype: str) -> _Graph:
 
 
 def _random(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
-    values = np.random.default_rng(seed).standard_normal(shape) / shape[-1] ** 0.5
+    values: Array = np.random.default_rng(seed).standard_normal(shape) / shape[-1] ** 0.5
     return values.astype(numpy_dtype(dtype))
 
 

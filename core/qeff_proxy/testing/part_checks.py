@@ -20,7 +20,7 @@ from qeff_proxy.unchanged import changes_between, snapshot_model
 if TYPE_CHECKING:
     from torch import nn
 
-    from qeff_proxy.parts import Part, Proxy
+    from qeff_proxy.parts import Kind, Part, Proxy
     from qeff_proxy.testing.subject import Subject
 
 __all__ = ["PartChecks"]
@@ -114,7 +114,7 @@ class PartChecks:
 
     def test_each_kind_is_what_was_asked_for(self, subject: Subject) -> None:
         """``build_proxy`` heeds ``kind``."""
-        kinds = ("split", "stub", "whole")
+        kinds: tuple[Kind, ...] = ("split", "stub", "whole")
         for kind in kinds:
             found = subject.cut_as(kind, verify=False).proxy.kind
             expect(

@@ -29,7 +29,7 @@ from qeff_proxy.plugins import Plugins
 from qeff_proxy.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -255,7 +255,7 @@ def global_state() -> dict[str, Any]:
     """What a well-behaved plugin leaves as it was, by what a person would call it."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     creators = {name: id(value) for name, value in vars(masking_utils).items() if callable(value)}
-    numpy_state: Sequence[Any] = np.random.get_state(legacy=True)  # noqa: NPY002 (whether it moved)
+    numpy_state: Any = np.random.get_state(legacy=True)  # noqa: NPY002 (whether it moved)
     return {
         "torch's default dtype": torch.get_default_dtype(),
         "torch's default device": torch.get_default_device(),
