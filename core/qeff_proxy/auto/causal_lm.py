@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
@@ -120,11 +121,15 @@ def check_prompts(
     """The prompts as a list, which is empty where there are inputs instead.
 
     Raises:
-        UsageError: There are neither, or both.
+        UsageError: There are neither, or both, or the inputs have no names.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if (not texts) == (inputs is None):
         raise UsageError("give either prompts or inputs, and not an empty list of them")
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise UsageError(
+            f"inputs are a {type(inputs).__name__}", "Give tensors by name, as a processor does."
+        )
     return texts
 
 

@@ -207,6 +207,8 @@ def test_inputs_may_be_lists_without_a_batch(face):
 def test_prompts_and_inputs_together_are_refused(face, picture):
     with pytest.raises(UsageError, match="either prompts or inputs"):
         face.generate()
+    with pytest.raises(UsageError, match="inputs are a list"):
+        face.generate(inputs=[1, 2])
     with pytest.raises(UsageError, match="images go with prompts"):
         face.generate(inputs={"input_ids": torch.ones(1, 2)}, images=picture)
     with pytest.raises(UsageError, match="say the same"):

@@ -22,7 +22,7 @@ from qeff_proxy.compile import open_sessions
 from qeff_proxy.cut import cut_model
 from qeff_proxy.errors import CheckpointError, CutError, UnsupportedModelError, UsageError
 from qeff_proxy.flows import Job, load_flow
-from qeff_proxy.load import load_config, load_model
+from qeff_proxy.load import load_config, load_model, load_processor
 from qeff_proxy_vision.molmo import Loader
 from qeff_proxy_vision.molmo import preprocess as preprocess_molmo
 from qeff_proxy_vision.remote import (
@@ -325,7 +325,7 @@ def test_molmos_own_processor_runs_without_what_it_imports(molmo):
         "auto_map": {"AutoProcessor": "preprocessing_molmo.MolmoProcessor"},
     }
     (molmo / "preprocessor_config.json").write_text(json.dumps(settings))
-    processor = Loader.load_processor(molmo)
+    processor = load_processor(molmo, trust_remote_code=True)
     left = np.zeros((56, 56, 3), np.uint8)
     left[:, :28] = 255
 
