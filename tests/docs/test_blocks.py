@@ -19,7 +19,7 @@ from qeff_proxy.cli import main
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CHECKPOINT = Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
-HUB_ID = "openai-community/gpt2"  # stands for any model
+HUB_ID = "openai-community/gpt2"  # stands for any model, as the word MODEL does
 #: Commands that other tests, or `make`, run.
 ELSEWHERE = ("pip install", "make ", "source ", ".venv/bin/pre-commit", "pytest")
 #: What must be there before a page's commands.
@@ -62,8 +62,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
+def with_model(code: str) -> str:
+    return re.sub(rf"\bMODEL\b|{HUB_ID}", str(CHECKPOINT), code)
+
+
 def run_line(line: str) -> None:
-    arguments = shlex.split(line.replace(HUB_ID, str(CHECKPOINT)), comments=True)
+    arguments = shlex.split(with_model(line), comments=True)
     assert main(arguments[1:]) == 0, line
 
 
@@ -92,7 +96,7 @@ def test_the_blocks_of_a_page_run(page, home, tmp_path, monkeypatch, capsys):
             assert path.startswith(SNIPPETS), path
             assert (ROOT / path).is_file(), path
         elif block.language == "python":
-            code = block.code.replace(HUB_ID, str(CHECKPOINT))
+            code = with_model(block.code)
             exec(compile(code, f"{page.name} (a block)", "exec"), {"__name__": "__main__"})
 
 
