@@ -118,17 +118,19 @@ def make_export(shared_home: Path) -> Callable[[str], Export]:
 
 
 def _export(name: str, folder: Path) -> Export:
-    if name == "gpt2":
+    if name == "gpt2":  # where the commands look for it, too
         loaded = load_model(str(DEMO))
-    else:
-        torch.manual_seed(0)
-        model = MODELS[name]()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = torch.randn_like(parameter)
-                # No norm is one, no bias zero, and attention looks at some positions more.
-                parameter.add_(noise * (0.1 if parameter.dim() == 1 else 0.05))
-        loaded = wrap_model(model.eval())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("QEFF_HOME", str(folder.parent))
+            return export_model(loaded, Plugins.discover().hooks_for("gpt2"), taps="layers")
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            # No norm is one, no bias zero, and attention looks at some positions more.
+            parameter.add_(noise * (0.1 if parameter.dim() == 1 else 0.05))
+    loaded = wrap_model(model.eval())
     hooks = Plugins.discover().hooks_for(loaded.model_type)
     return export_model(loaded, hooks, output=folder, taps="layers")
 
