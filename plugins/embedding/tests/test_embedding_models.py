@@ -229,23 +229,6 @@ def test_padding_on_the_left_changes_nothing(bert):
     np.testing.assert_array_equal(right, left)
 
 
-def test_the_torch_backend_runs_the_same_export(bert):
-    inputs = random_inputs(bert, (7, 3))
-    proxy = embedder(bert, "last")
-    proxy.compile(backend="torch", batch_size=2)
-    np.testing.assert_allclose(
-        proxy.generate(inputs).embeddings, reference(bert, inputs, "last"), atol=1e-5
-    )
-
-
-def test_a_stub_has_no_vocabulary_and_gives_no_vectors(bert):
-    proxy = embedder(bert, kind="stub")
-    folder = proxy.export()
-    assert (folder / "model.safetensors").stat().st_size < 2 * 99 * 32 * 4 * 10
-    with pytest.raises(UsageError, match="stub"):
-        proxy.generate(random_inputs(bert, (7, 3)))
-
-
 def test_a_dump_holds_both_parts_at_the_compiled_length(bert, tmp_path):
     proxy = embedder(bert)
     proxy.compile(batch_size=2, seq_len=[16])
