@@ -55,7 +55,7 @@ OPERATORS = {
     ("whisper", "encoder"): COMMON | {"Conv", "Gather", "Gelu", "LayerNormalization"},
     ("whisper", "body"): COMMON | {"Concat", "GatherND", "Gelu", "LayerNormalization", "Unsqueeze"},
     ("llava", "vision"): COMMON
-    | {"Concat", "Conv", "Expand", "Gather", "Gelu", "LayerNormalization", "Sigmoid", "Slice"},
+    | {"Concat", "Conv", "Gather", "Gelu", "LayerNormalization", "Sigmoid", "Slice"},
 }
 #: Refused by an NPU's compiler, or computed wrongly in half precision.
 NEVER = {"Cos", "Sin", "Range", "Trilu", "Erf", "NonZero", "Shape", "If", "Loop", "CumSum"}
@@ -231,7 +231,7 @@ def test_what_does_not_fit_says_what_to_compile(make_export: Any, feeds_of: Any)
         session.run(feeds_of(part, {"batch": 1, "query": 5, "past": 0}))
     feeds = feeds_of(part, {"batch": 1, "query": 2, "past": 3})
     feeds["position_ids"] = feeds["position_ids"][:, :1]
-    with pytest.raises(BackendError, match="position_ids has shape"):
+    with pytest.raises(BackendError, match=r"position_ids.* shape \[1, 1\]"):
         session.run(feeds)
     session.close()
     with pytest.raises(BackendError, match="closed"):
