@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from qeff_proxy.decoder import EmbeddingPart
-from qeff_proxy.errors import PluginError, UnsupportedModelError
+from qeff_proxy.errors import PluginError, UnsupportedModelError, UsageError
 from qeff_proxy.generic import build_proxy as build_text_proxy
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 
@@ -142,7 +142,9 @@ def language_proxy(
 
 def marked_text(text: Proxy, kind: Kind, options: Mapping[str, Any]) -> Proxy:
     """The cut language model, with what `add_vision` is to make of it."""
-    offload = options.get("kv_offload") is not False
+    offload = options.get("kv_offload", True)
+    if not isinstance(offload, bool):
+        raise UsageError(f"kv_offload is {offload!r}", "It must be True or False.")
     return replace(text, kind=kind, settings={**text.settings, "kv_offload": offload})
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from qeff_proxy import Plugins, Site
 from qeff_proxy.cut import cut_model
-from qeff_proxy.errors import CutError
+from qeff_proxy.errors import CutError, UsageError
 from qeff_proxy.flows import load_flow
 from qeff_proxy.load import with_options, wrap_model
 from qeff_proxy_vision.tiny import FAMILIES
@@ -123,6 +123,11 @@ def test_vision_and_body_in_one_graph(family, make_model):
     assert "image_rows" in names
     again = cut(model, **made.proxy.settings)
     assert [part.name for part in again.proxy.parts] == ["embedding", "body", "lm_head"]
+
+
+def test_an_option_that_is_neither_yes_nor_no_is_refused(make_model):
+    with pytest.raises(UsageError, match="kv_offload is 'no'"):
+        cut(make_model("llava"), kv_offload="no")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
