@@ -80,6 +80,7 @@ def test_the_blocks_of_a_page_run(page, home, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("QEFF_HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}  # a page's Python is one session
     for line in BEFORE.get(page.name, ()):
         run_line(line)
     for block in blocks_of(page.read_text(encoding="utf-8")):
@@ -97,7 +98,7 @@ def test_the_blocks_of_a_page_run(page, home, tmp_path, monkeypatch, capsys):
             assert (ROOT / path).is_file(), path
         elif block.language == "python":
             code = with_model(block.code)
-            exec(compile(code, f"{page.name} (a block)", "exec"), {"__name__": "__main__"})
+            exec(compile(code, f"{page.name} (a block)", "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
