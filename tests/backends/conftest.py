@@ -20,3 +20,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def demo_checkpoint() -> Path:
     """The trained checkpoint that comes with the program."""
     return Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
+
+
+@pytest.fixture(scope="session")
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``QEFF_HOME`` in which the trained checkpoint is exported once for all tests."""
+    return tmp_path_factory.mktemp("shared-home")
+
+
+@pytest.fixture(scope="session")
+def demo_export(shared_home: Path, demo_checkpoint: Path) -> Path:
+    """Its export; tests add to ``compiled`` and ``io`` alone."""
+    from qeff_proxy.export import export_model
+    from qeff_proxy.load import load_model
+    from qeff_proxy.plugins import Plugins
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QEFF_HOME", str(shared_home))
+        hooks = Plugins.discover().hooks_for("gpt2")
+        return export_model(load_model(str(demo_checkpoint)), hooks).folder

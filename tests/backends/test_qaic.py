@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,6 @@ def compiled(export: Export, lengths: dict[str, Any] | None = None, **options: A
 
 
 def command(folder: Path) -> list[str]:
-    import json
-
     found: list[str] = json.loads((folder / "body" / "command.json").read_text())
     return found
 
@@ -180,12 +179,17 @@ def test_a_length_that_nobody_said_is_asked_for(sdk: Path, tmp_path: Path) -> No
 
 
 def test_the_face_takes_qefficients_keywords(
-    sdk: Path, demo_checkpoint: Path, tmp_path: Path
+    sdk: Path,
+    demo_checkpoint: Path,
+    demo_export: Path,
+    shared_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from qeff_proxy import QEFFAutoModelForCausalLM
 
     model = QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, enable_proxy=True)
-    model.export(tmp_path / "demo")
+    monkeypatch.setenv("QEFF_HOME", str(shared_home))
+    assert model.export() == demo_export
     folder = model.compile(
         backend="qaic",
         prefill_seq_len=32,

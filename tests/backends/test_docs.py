@@ -1,0 +1,72 @@
+"""The commands and the code of docs/backends.md do what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qeff_proxy.backends import BUILTIN_BACKENDS
+from qeff_proxy.cli import main
+
+PAGE = (Path(__file__).parents[2] / "docs" / "backends.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_work(line: str, demo_export: Path, capsys: Any) -> None:
+    assert main(shlex.split(line.replace("MODEL", str(demo_export)))[1:]) == 0
+    assert capsys.readouterr().out
+
+
+def test_the_python_code_works(demo_checkpoint: Path, demo_export: Path, shared_home: Path) -> None:
+    code = blocks("python")[0].replace('"MODEL"', repr(str(demo_checkpoint)))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "QEFF_HOME": str(shared_home)},  # where it is exported already
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\[\[\d+ +\d+ +\d+ +\d+\]\]", done.stdout.strip())
+
+
+def test_the_backend_of_the_page_passes_the_suite(tmp_path: Path) -> None:
+    _, backend, suite = blocks("python")
+    (tmp_path / "test_page.py").write_text(f"{backend}\n\n{suite}", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d\d passed", done.stdout, flags=re.MULTILINE)
+
+
+def test_the_command_line_of_qaic_is_the_golden_one() -> None:
+    import json
+
+    golden = Path(__file__).parent / "golden" / "qaic" / "command.json"
+    (shown,) = [block for block in blocks("text") if block.startswith("qaic-compile")]
+    assert shown.split() == json.loads(golden.read_text(encoding="utf-8"))
+
+
+def test_every_backend_and_option_of_openvino_is_there() -> None:
+    from qeff_proxy.backends.openvino_backend import OpenVinoBackend
+
+    assert [name for name in BUILTIN_BACKENDS if f"| `{name}` |" not in PAGE] == []
+    assert [name for name in OpenVinoBackend.options if f"| `{name}` |" not in PAGE] == []
