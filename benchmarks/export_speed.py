@@ -1,0 +1,225 @@
+"""What an export costs: CPU seconds, peak memory and bytes, beside transformers' own exporter.
+
+Each export runs in a process of its own. Checkpoints have random weights, but the largest, which is
+a sparse file of zeros. Rows that compare are interleaved, and medians are printed with their ratio.
+
+    python benchmarks/export_speed.py                      # all rows
+    python benchmarks/export_speed.py --rows depth gpt2 --runs 3 --json export.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+LLAMA = {
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+LLAMA_1B = {
+    **LLAMA,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+LLAMA_7B = {
+    **LLAMA,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+SLIM = {
+    **LLAMA,
+    "vocab_size": 1000,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+#: Row → what is exported, and by whom: (label, model type, settings, dtype, exporter).
+ROWS: dict[str, list[tuple[str, str, dict[str, Any], str, str]]] = {
+    "depth": [
+        ("2 layers", "llama", {**SLIM, "num_hidden_layers": 2}, "float32", "qeff-proxy"),
+        ("48 layers", "llama", {**SLIM, "num_hidden_layers": 48}, "float32", "qeff-proxy"),
+    ],
+    "gpt2": [
+        ("transformers", "gpt2", {}, "float32", "transformers"),
+        ("qeff-proxy", "gpt2", {}, "float32", "qeff-proxy"),
+    ],
+    "1b": [
+        ("transformers", "llama", LLAMA_1B, "float32", "transformers"),
+        ("qeff-proxy", "llama", LLAMA_1B, "float32", "qeff-proxy"),
+        ("by reference", "llama", LLAMA_1B, "float32", "qeff-proxy-reference"),
+    ],
+    "7b": [
+        ("float32", "llama", LLAMA_7B, "float32", "qeff-proxy"),
+        ("by reference", "llama", LLAMA_7B, "float32", "qeff-proxy-reference"),
+    ],
+}
+
+EXPORTERS = {
+    "qeff-proxy": """
+from qeff_proxy.export import export_model
+from qeff_proxy.load import load_model
+from qeff_proxy.plugins import Plugins
+loaded = load_model(folder, dtype=dtype)
+hooks = Plugins.discover().hooks_for(loaded.model_type)
+export_model(loaded, hooks, output=output, weights=weights, progress=stage)
+""",
+    "transformers": """
+import torch
+from transformers import AutoModelForCausalLM, AutoConfig
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+stage("exporting")
+ids = torch.ones(2, 5, dtype=torch.long)
+exported = OnnxExporter().export_for_generation(
+    model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, OnnxConfig(dynamic=True)
+)
+stage("writing")
+exported.save_pretrained(output)
+""",
+}
+
+PROCESS = """
+import json, resource, sys, time
+from pathlib import Path
+folder, output, dtype, weights = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+stages = []
+def stage(name):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    stages.append([name, round(used.ru_utime + used.ru_stime, 2), round(used.ru_maxrss / 1024)])
+start = time.perf_counter()
+{code}
+stage("done")
+print("RESULT" + json.dumps({{"seconds": time.perf_counter() - start, "stages": stages}}))
+"""
+
+
+def make_checkpoint(folder: Path, model_type: str, settings: dict[str, Any]) -> None:
+    """Random weights; or, beyond what is quickly made, a sparse file of zeros."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[model_type](**settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if sum(parameter.numel() for parameter in model.parameters()) < 2e9:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return
+    folder.mkdir()
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, parameter in model.named_parameters():
+        begin, end = end, end + parameter.numel() * 4
+        shape = list(parameter.shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        # Zeros are no weights that a model runs on: the norms and a few rows get values.
+        ones = torch.ones(settings["hidden_size"]).numpy().tobytes()
+        for name, entry in header.items():
+            if "norm" in name:
+                file.seek(8 + len(text) + entry["data_offsets"][0])
+                file.write(ones)
+        noise = torch.randn(1000, settings["hidden_size"]).numpy().tobytes()
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            file.write(noise)
+
+
+def apparent_bytes(folder: Path, *, linked: bool) -> int:
+    """Bytes below a folder; files that have another name elsewhere only with ``linked``."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files if linked or path.stat().st_nlink == 1)
+
+
+def run(checkpoint: Path, work: Path, dtype: str, exporter: str) -> dict[str, Any]:
+    """Export once; CPU seconds, peak memory in MiB, bytes written over the checkpoint's."""
+    output = work / "output"
+    kind = exporter.removesuffix("-reference")
+    reference = "reference" if exporter.endswith("-reference") else "copy"
+    program = PROCESS.format(code=EXPORTERS[kind])
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, checkpoint, output, dtype, reference],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    after = os.times()
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
+    if line is None:
+        raise SystemExit(f"{exporter} failed: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(line.removeprefix("RESULT"))
+    found["cpu_seconds"] = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
+    found["peak_mib"] = found["stages"][-1][2]
+    own = apparent_bytes(output, linked=False)
+    found["bytes_over_checkpoint"] = own / apparent_bytes(checkpoint, linked=True)
+    shutil.rmtree(output)
+    return found
+
+
+def main() -> None:
+    """Run the rows and print them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=Path, default=None, help="a folder on a disk with space")
+    args = parser.parse_args()
+    results: dict[str, Any] = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "rows": {},
+    }
+    for row in args.rows:
+        with tempfile.TemporaryDirectory(dir=args.work) as name:
+            work = Path(name)
+            found: dict[str, list[dict[str, Any]]] = {}
+            for turn in range(args.runs):
+                for label, model_type, settings, dtype, exporter in ROWS[row]:
+                    slug = f"{model_type}-{settings.get('num_hidden_layers', 0)}"
+                    checkpoint = work / slug
+                    if not checkpoint.exists():
+                        make_checkpoint(checkpoint, model_type, settings)
+                    found.setdefault(label, []).append(run(checkpoint, work, dtype, exporter))
+                    print(row, turn, label, json.dumps(found[label][-1]), file=sys.stderr)
+        results["rows"][row] = found
+        print(f"\n{row}\n{'':16}{'CPU s':>10}{'peak MiB':>12}{'bytes/ckpt':>12}{'CPU ratio':>11}")
+        first = None
+        for label, runs in found.items():
+            cpu, peak, share = (
+                statistics.median(one[key] for one in runs)
+                for key in ("cpu_seconds", "peak_mib", "bytes_over_checkpoint")
+            )
+            first = first or cpu
+            print(f"{label:16}{cpu:10.1f}{peak:12.0f}{share:12.4f}{cpu / first:11.2f}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
