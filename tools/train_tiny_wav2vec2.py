@@ -102,7 +102,7 @@ def begin_as_filter_bank(model: Wav2Vec2ForCTC) -> None:
 
 def main() -> None:
     """Train, test and write the checkpoint."""
-    arguments = parse_arguments("Wav2Vec2", OUTPUT, 3000)
+    arguments = parse_arguments("Wav2Vec2", OUTPUT, 1300)
     processor = new_processor()
     model = new_model(len(processor.tokenizer))
     if arguments.start:

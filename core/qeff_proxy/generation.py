@@ -31,7 +31,15 @@ if TYPE_CHECKING:
     from qeff_proxy.flows import Job
     from qeff_proxy.session import PartLike
 
-__all__ = ["Generated", "PerfMetrics", "ProxyForCausalLM", "generate_ids", "run_generation"]
+__all__ = [
+    "Generated",
+    "PerfMetrics",
+    "ProxyForCausalLM",
+    "arrays_of_cache",
+    "fill_cache",
+    "generate_ids",
+    "run_generation",
+]
 
 
 #: New tokens where neither the user nor the checkpoint says how many.
@@ -139,7 +147,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         if attention_mask is None:
             attention_mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64)
         padding = to_array(attention_mask.to(torch.int64))
-        cache = _to_engine(past_key_values) if past else None
+        cache = arrays_of_cache(past_key_values) if past else None
         length = ids.shape[1]
         chunk = self.prefill_seq_len if past == 0 and self.prefill_seq_len else length
         logits = None
@@ -164,7 +172,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
             )
         assert cache is not None  # noqa: S101
         result = CausalLMOutputWithPast(
-            logits=to_tensor(logits).float(), past_key_values=_from_engine(cache, past_key_values)
+            logits=to_tensor(logits).float(), past_key_values=fill_cache(cache, past_key_values)
         )
         self.step_times.append(time.perf_counter())
         return result
@@ -177,7 +185,8 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         return StepId("prefill", self._chunks - 1)
 
 
-def _to_engine(cache: DynamicCache | None) -> Cache:
+def arrays_of_cache(cache: DynamicCache | None) -> Cache:
+    """What a cache of transformers' holds, as the engine takes it."""
     arrays: Cache = {}
     for index, layer in enumerate(cache.layers if cache is not None else ()):
         arrays[f"past_key_values.{index}.key"] = to_array(layer.keys)
@@ -185,7 +194,7 @@ def _to_engine(cache: DynamicCache | None) -> Cache:
     return arrays
 
 
-def _from_engine(arrays: Cache, cache: DynamicCache | None) -> DynamicCache:
+def fill_cache(arrays: Cache, cache: DynamicCache | None) -> DynamicCache:
     """Put the arrays into ``cache``, so that beams are reordered by transformers' own code."""
     cache = cache if cache is not None else DynamicCache()
     for index in range(len(arrays) // 2):

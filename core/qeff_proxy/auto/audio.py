@@ -214,7 +214,9 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
             "return_timestamps": return_timestamps,
             **settings,
         }
-        beams = int(settings.get("num_beams") or 1)
+        beams = settings.get("num_beams", 1)
+        if beams is not None and (type(beams) is not int or beams < 1):
+            raise UsageError(f"num_beams is {beams!r}", "It must be a whole number above 0.")
         result = self._recognize(
             inputs,
             processor,
@@ -223,7 +225,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
             write_io=write_io,
             io_dir=io_dir,
             # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
-            io_options=DumpOptions(io_steps, tuple(io_tensors), "full" if beams > 1 else kv),
+            io_options=DumpOptions(io_steps, tuple(io_tensors), "full" if (beams or 1) > 1 else kv),
         )
         outputs = result.outputs
         decoded = result.decoded or {}

@@ -18,7 +18,7 @@ from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.sites import Absent, Site
 from torch import nn
 
-from qeff_proxy_audio.sound import load_sound
+from qeff_proxy_audio.sound import feature_extractor_of, sounds_of, tensor_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,13 +79,10 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     """``input_values [sounds, samples]``, zeros behind the shorter ones, and ``lengths``."""
     if request.inputs is not None:
         return _given(request.inputs)
-    if processor is None or not request.audio:
-        return None
-    extractor = getattr(processor, "feature_extractor", processor)
+    extractor = feature_extractor_of(processor)
     rate = int(extractor.sampling_rate)
     rows = []
-    for sound in request.audio:
-        samples = load_sound(sound, rate, request.options.get("sampling_rate"))
+    for samples in sounds_of(request, rate):
         values = extractor(samples, sampling_rate=rate, return_tensors="np")["input_values"]
         rows.append(np.asarray(values[0], dtype=np.float32))
     values = np.zeros((len(rows), max(len(row) for row in rows)), np.float32)
@@ -100,6 +97,11 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
     """Transcripts: repeated tokens become one, blanks are left out."""
     if processor is None or "predicted_ids" not in outputs:
         return None
+    if not hasattr(processor, "decode"):
+        raise UsageError(
+            f"a {type(processor).__name__} has no tokenizer to turn token ids into text",
+            "Put vocab.json and tokenizer_config.json beside the checkpoint, or pass processor=.",
+        )
     return [processor.decode(ids) for ids in outputs["predicted_ids"]]
 
 
@@ -154,21 +156,17 @@ def _settings(model: PreTrainedModel, vocabulary: int) -> dict[str, int]:
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Ready-made tensors, with the lengths that their mask says."""
-    if "input_values" not in inputs:
-        raise UsageError(
-            f"there are no input_values among {', '.join(inputs) or 'the inputs'}",
-            "Give what the processor gave, samples, or a sound file.",
-        )
-    values = torch.as_tensor(inputs["input_values"])
-    if values.dim() != 2 or 0 in values.shape:
-        raise UsageError(
-            f"input_values has shape {list(values.shape)}", "Give [sounds, samples], neither zero."
-        )
-    if not torch.isfinite(values).all():
-        raise UsageError("input_values has NaN or infinite elements", "Repair the sound.")
-    mask = inputs.get("attention_mask")
-    if mask is None:
+    values = tensor_of(inputs, "input_values", ("sounds", "samples"))
+    if inputs.get("attention_mask") is None:
         lengths = torch.full((values.shape[0],), values.shape[1])
     else:
-        lengths = torch.as_tensor(mask).to(torch.int64).sum(dim=-1)
+        mask = tensor_of(inputs, "attention_mask", ("sounds", "samples")).to(torch.int64)
+        lengths = mask.sum(dim=-1)
+        behind = torch.arange(mask.shape[1]) >= lengths[:, None]
+        if mask.shape != values.shape or (mask != (~behind).to(torch.int64)).any():
+            raise UsageError(
+                f"attention_mask {list(mask.shape)} is not ones before zeros for each of "
+                f"input_values {list(values.shape)}",
+                "Pad sounds behind (padding_side='right'), or leave the mask out.",
+            )
     return {"input_values": values, "lengths": lengths}

@@ -10,22 +10,88 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from qeff_proxy.arrays import Array, to_array
 from qeff_proxy.errors import UsageError
 
-__all__ = ["SoundWarning", "load_sound"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-#: Peaks below this (-80 dB of full scale) are silence.
+    from qeff_proxy.request import Request
+
+__all__ = ["SoundWarning", "feature_extractor_of", "load_sound", "sounds_of", "tensor_of"]
+
+#: Sounds that swing less than this (-80 dB of full scale) are silence …
 SILENCE = 1e-4
+#: … less than this (-40 dB) very quiet, and more than this no samples of floating point.
+QUIET, LOUDEST = 1e-2, 4.0
+#: Seconds that a recognizer looks at to tell one sound from another: less holds no speech.
+SHORTEST = 0.025
+#: Rates of recordings, in Hz.
+LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000
 #: An array of samples has at most this many channels; more rows than that are samples.
 MAX_CHANNELS = 8
 
 
 class SoundWarning(UserWarning):
     """The sound was changed to fit the model."""
+
+
+def feature_extractor_of(processor: Any) -> Any:
+    """What turns samples into a model's input: the processor's part for it, or itself.
+
+    Raises:
+        UsageError: There is none.
+    """
+    extractor = getattr(processor, "feature_extractor", processor)
+    if not hasattr(extractor, "sampling_rate"):
+        what = "no processor" if processor is None else f"a {type(processor).__name__}"
+        raise UsageError(
+            f"sound needs a processor with a feature extractor, and there is {what}",
+            "Put preprocessor_config.json beside the checkpoint, or pass processor=.",
+        )
+    return extractor
+
+
+def tensor_of(inputs: Mapping[str, Any], name: str, axes: Sequence[str]) -> torch.Tensor:
+    """A ready-made tensor of ``inputs``, checked: it has these axes, and finite numbers.
+
+    Raises:
+        UsageError: It is missing, or cannot be right.
+    """
+    if name not in inputs:
+        raise UsageError(
+            f"there are no {name} among {', '.join(map(str, inputs)) or 'the inputs'}",
+            "Give what the processor gave, samples, or a sound file.",
+        )
+    shape = f"Give [{', '.join(axes)}], none of them zero."
+    try:
+        tensor = torch.as_tensor(inputs[name])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{name} is no tensor ({error})", shape) from error
+    if tensor.dim() != len(axes) or 0 in tensor.shape:
+        raise UsageError(f"{name} has shape {list(tensor.shape)}", shape)
+    if tensor.is_complex() or not torch.isfinite(tensor).all():
+        raise UsageError(f"{name} has NaN or infinite elements", "Repair the sound.")
+    return tensor
+
+
+def sounds_of(request: Request, rate: int) -> list[Array]:
+    """The sounds of a request, ``[samples]`` float32 each.
+
+    Raises:
+        UsageError: There is none, or one cannot be used (`load_sound`).
+    """
+    if request.prompts or not request.audio:
+        raise UsageError(
+            f"a speech recognizer takes sound, not {'text' if request.prompts else 'nothing'}",
+            "Give a sound file or samples, from Python: model.generate(inputs='speech.wav').",
+        )
+    said = request.options.get("sampling_rate")
+    return [load_sound(sound, rate, said) for sound in request.audio]
 
 
 def load_sound(sound: Any, rate: int, sampling_rate: int | None = None) -> Array:
@@ -60,13 +126,34 @@ def load_sound(sound: Any, rate: int, sampling_rate: int | None = None) -> Array
         raise UsageError(f"{name} holds no samples", "Give a sound that is not empty.")
     if not np.isfinite(mono).all():
         raise UsageError(f"{name} has samples that are NaN or infinite", "Repair the sound.")
-    peak = float(np.abs(mono).max())
-    if peak < SILENCE:
+    _check_loudness(mono, name)
+    if mono.size < SHORTEST * own_rate:
         raise UsageError(
-            f"{name} holds only silence (its peak is {peak:.2g} of full scale)",
-            "Check the recording; a recognizer would make words of nothing.",
+            f"{name} is too short to be speech: {mono.size} samples at {own_rate} Hz",
+            "Give a longer sound.",
         )
     return _resampled(mono, own_rate, rate, name)
+
+
+def _check_loudness(samples: Array, name: str) -> None:
+    least, most = float(samples.min()), float(samples.max())
+    swing = (most - least) / 2  # a constant is silence, however large
+    if swing < SILENCE:
+        raise UsageError(
+            f"{name} holds only silence (it swings by {swing:.2g} of full scale)",
+            "Check the recording; a recognizer would make words of nothing.",
+        )
+    if max(most, -least) > LOUDEST:
+        raise UsageError(
+            f"{name} has samples as large as {max(most, -least):.3g}, and full scale is 1",
+            "Divide them by what full scale is: 32768 for samples of 16 bits.",
+        )
+    if swing < QUIET:
+        warnings.warn(
+            f"{name} is very quiet (it swings by {swing:.2g} of full scale): words may be misheard",
+            SoundWarning,
+            4,
+        )
 
 
 def _read(path: Path) -> tuple[Array, int]:
@@ -89,11 +176,11 @@ def _read(path: Path) -> tuple[Array, int]:
 
 def _samples_of(sound: Any) -> Array:
     try:
-        array = to_array(sound) if hasattr(sound, "detach") else np.asarray(sound)
+        array = to_array(sound) if isinstance(sound, torch.Tensor) else np.asarray(sound)
     except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"{type(sound).__name__} is no sound", "Give a path or samples."
-        ) from error
+        raise _no_sound(sound) from error
+    if array.dtype.kind not in "biufc":
+        raise _no_sound(sound)
     if array.dtype.kind == "i" and array.dtype.itemsize in (2, 4):
         return array.astype(np.float32) / float(-np.iinfo(array.dtype).min)
     if array.dtype.kind != "f" or array.ndim not in (1, 2):
@@ -104,9 +191,15 @@ def _samples_of(sound: Any) -> Array:
     return array.astype(np.float32)
 
 
+def _no_sound(sound: Any) -> UsageError:
+    return UsageError(f"{type(sound).__name__} is no sound", "Give a path or samples.")
+
+
 def _check_rate(rate: Any, name: str) -> None:
-    if not isinstance(rate, int | np.integer) or rate < 1:
-        raise UsageError(f"the sampling rate of {name} is {rate!r}", "It is a number of Hz.")
+    if not isinstance(rate, int | np.integer) or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise UsageError(
+            f"the sampling rate of {name} is {rate!r}", "It is a whole number of Hz, such as 16000."
+        )
 
 
 def _mono(samples: Array, name: str) -> Array:
@@ -129,10 +222,12 @@ def _resampled(samples: Array, own_rate: int, rate: int, name: str) -> Array:
         return samples
     import soxr  # type: ignore[import-untyped]
 
+    lost = f"; above {own_rate // 2} Hz it holds nothing, so words may be misheard"
     warnings.warn(
-        f"{name} is resampled from {own_rate} to {rate} Hz, which the model needs", SoundWarning, 3
+        f"{name} is resampled from {own_rate} to {rate} Hz, which the model needs"
+        f"{lost if own_rate < rate else ''}",
+        SoundWarning,
+        3,
     )
     result: Array = soxr.resample(samples, own_rate, rate, quality="HQ")
-    if result.size == 0:
-        raise UsageError(f"{name} is too short to be resampled", "Give a longer sound.")
     return result.astype(np.float32, copy=False)

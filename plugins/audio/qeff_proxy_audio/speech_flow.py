@@ -19,7 +19,7 @@ from qeff_proxy.backends.torch_backend import TorchSession
 from qeff_proxy.engine import Cache, CausalEngine, StepId, position_ids_of
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.check import check_equal, parts_must_run
-from qeff_proxy.generation import PerfMetrics
+from qeff_proxy.generation import PerfMetrics, arrays_of_cache, fill_cache
 from torch import nn
 from transformers import EncoderDecoderCache, GenerationConfig, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
@@ -91,10 +91,14 @@ class SpeechFlow:
         frames = job.export.settings["frames"]
         settings = {name: value for name, value in job.settings.items() if value is not None}
         if features.shape[-1] < frames:
-            features = torch.nn.functional.pad(features, (0, frames - features.shape[-1]))
+            raise UsageError(
+                f"input_features has {features.shape[-1]} frames, and a window has {frames}",
+                "Let the processor fill it up with silence: padding='max_length'.",
+            )
         if features.shape[-1] > frames:
             settings.setdefault("return_timestamps", True)
         model = ProxyWhisper(job)
+        _check_timestamps(model, settings, features.shape[-1] > frames)
         begin = time.perf_counter()
         try:
             with _quiet_generation():
@@ -182,10 +186,10 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
             if decoder_attention_mask is not None
             else np.ones((len(decoder_input_ids), past + decoder_input_ids.shape[1]), np.int64),
             to_array(encoder_outputs[0].reshape(-1).to(torch.int64)),
-            _to_arrays(cache) if past else {},
+            arrays_of_cache(cache) if past else {},
         )
         if cache is not None:
-            _fill(cache, arrays)
+            fill_cache(arrays, cache)
         return Seq2SeqLMOutput(logits=to_tensor(logits).float(), past_key_values=past_key_values)
 
 
@@ -252,29 +256,6 @@ class _EncoderRunner(nn.Module):
         return BaseModelOutput(last_hidden_state=torch.arange(batch).float()[:, None, None])
 
 
-def _to_arrays(cache: Any) -> Cache:
-    arrays: Cache = {}
-    for index, layer in enumerate(cache.layers):
-        arrays[f"past_key_values.{index}.key"] = to_array(layer.keys)
-        arrays[f"past_key_values.{index}.value"] = to_array(layer.values)
-    return arrays
-
-
-def _fill(cache: Any, arrays: Mapping[str, Array]) -> None:
-    """Put the arrays into ``cache``, so that beams are reordered by transformers' own code."""
-    from transformers.cache_utils import DynamicLayer
-
-    for index in range(len(arrays) // 2):
-        while len(cache.layers) <= index:
-            cache.layers.append(DynamicLayer())
-        layer = cache.layers[index]
-        keys = to_tensor(arrays[f"past_key_values.{index}.key"])
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, keys)
-        layer.keys = keys
-        layer.values = to_tensor(arrays[f"past_key_values.{index}.value"])
-
-
 @contextmanager
 def _quiet_generation() -> Iterator[None]:
     """Leave out transformers' notes to itself on settings that its own code gives twice."""
@@ -291,6 +272,20 @@ def _generation_config(job: Job) -> GenerationConfig:
     if (job.folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(job.folder)
     return GenerationConfig.from_model_config(job.config)
+
+
+def _check_timestamps(model: ProxyWhisper, settings: Mapping[str, Any], long: bool) -> None:
+    """Refuse what needs timestamp tokens of a model that has none: it would make up tokens."""
+    marker = getattr(model.generation_config, "no_timestamps_token_id", None)
+    vocabulary = int(model.config.vocab_size)
+    if not settings.get("return_timestamps") or (marker is not None and marker + 1 < vocabulary):
+        return
+    seconds = int(model.config.max_source_positions) / 50
+    raise UsageError(
+        "this model has no timestamp tokens"
+        + (f", so it takes at most {seconds:g} s of sound at once" if long else ""),
+        "Give the sound in pieces." if long else "Leave out return_timestamps.",
+    )
 
 
 def _perf(begin: float, end: float, times: list[float], tokens: int) -> PerfMetrics:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from qeff_proxy.decoder import EmbeddingPart, EmbeddingStub, HeadStub
 from qeff_proxy.errors import UsageError
@@ -19,7 +18,7 @@ from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
 from qeff_proxy.sites import Absent, Site
 
 from qeff_proxy_audio.ctc import HeadPart
-from qeff_proxy_audio.sound import load_sound
+from qeff_proxy_audio.sound import feature_extractor_of, sounds_of, tensor_of
 from qeff_proxy_audio.whisper_parts import CrossKeysPart, DecoderBody
 
 if TYPE_CHECKING:
@@ -95,13 +94,9 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     """``input_features [sounds, mel, frames]`` and, of long sounds, which frames are sound."""
     if request.inputs is not None:
         return _given(request.inputs)
-    if processor is None or not request.audio:
-        return None
-    extractor = getattr(processor, "feature_extractor", processor)
+    extractor = feature_extractor_of(processor)
     rate = int(extractor.sampling_rate)
-    sounds = [
-        load_sound(sound, rate, request.options.get("sampling_rate")) for sound in request.audio
-    ]
+    sounds = sounds_of(request, rate)
     arguments: dict[str, Any] = {"sampling_rate": rate, "return_tensors": "pt"}
     if max(len(sound) for sound in sounds) > extractor.n_samples:
         arguments |= {"truncation": False, "padding": "longest", "return_attention_mask": True}
@@ -164,22 +159,14 @@ def _cache(
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Ready-made tensors, checked."""
-    if "input_features" not in inputs:
-        raise UsageError(
-            f"there are no input_features among {', '.join(inputs) or 'the inputs'}",
-            "Give what the processor gave, samples, or a sound file.",
-        )
-    tensors = {
-        name: torch.as_tensor(inputs[name])
-        for name in ("input_features", "attention_mask")
-        if inputs.get(name) is not None
-    }
-    features = tensors["input_features"]
-    if features.dim() != 3 or 0 in features.shape:
-        raise UsageError(
-            f"input_features has shape {list(features.shape)}",
-            "Give [sounds, mel, frames], none of them zero.",
-        )
-    if not np.isfinite(features.float().numpy()).all():
-        raise UsageError("input_features has NaN or infinite elements", "Repair the sound.")
+    tensors = {"input_features": tensor_of(inputs, "input_features", ("sounds", "mel", "frames"))}
+    if inputs.get("attention_mask") is not None:
+        mask = tensor_of(inputs, "attention_mask", ("sounds", "frames"))
+        sounds, _, frames = tensors["input_features"].shape
+        if mask.shape != (sounds, frames):
+            raise UsageError(
+                f"attention_mask has shape {list(mask.shape)}",
+                f"These features need [{sounds}, {frames}].",
+            )
+        tensors["attention_mask"] = mask
     return tensors

@@ -34,6 +34,7 @@ def test_eight_kilohertz_stereo_is_resampled_and_mixed_with_a_warning(tmp_path):
         samples = load_sound(str(path), RATE)
     assert ["2 channels" in str(one.message) for one in said] == [True, False]
     assert "8000 to 16000" in str(said[1].message)
+    assert "above 4000 Hz it holds nothing" in str(said[1].message)
     inner = slice(800, -800)
     expected = (tone() + tone(hertz=880.0)) / 2
     assert np.abs(samples[inner] - expected[inner]).max() < 1e-2
@@ -69,6 +70,11 @@ def test_the_rate_of_an_array_can_be_said():
         assert len(load_sound(tone(48_000), RATE, 48_000)) == len(tone())
 
 
+def test_a_very_quiet_sound_is_heard_with_a_warning():
+    with pytest.warns(SoundWarning, match="very quiet"):
+        assert len(load_sound(tone() * 1e-3, RATE)) == len(tone())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -99,6 +105,12 @@ def test_a_file_without_samples_is_refused(tmp_path):
         (np.zeros(0, "f4"), "no samples"),
         (np.zeros(RATE, "f4"), "silence"),
         (np.full(RATE, 3e-5, "f4"), "silence"),
+        (np.full(RATE, 0.5, "f4"), "silence"),
+        (tone() * 30_000, "Divide them"),
+        (tone()[:200], "too short"),
+        (b"RIFF", "bytes is no sound"),
+        (open, "is no sound"),
+        ({"array": tone(), "sampling_rate": 16}, "16000"),
         (np.array([0.1, np.nan], "f4"), "NaN"),
         (np.array([0.1, np.inf], "f4"), "NaN or infinite"),
         (np.zeros((20, 2_000), "f4"), "several lengths"),

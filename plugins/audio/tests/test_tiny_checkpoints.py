@@ -2,40 +2,103 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import qeff_proxy_audio
+import soundfile
+import soxr
 from qeff_proxy import QEFFAutoModelForCTC, QEFFAutoModelForSpeechSeq2Seq
+from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
+from qeff_proxy.errors import UsageError
+from qeff_proxy_audio.sound import SoundWarning
 
+ROOT = Path(__file__).parents[3]
 CHECKPOINTS = Path(qeff_proxy_audio.__file__).parent / "checkpoints"
 RECORDINGS = sorted((CHECKPOINTS / "recordings").glob("*.flac"))
 FACES = {
     "tiny-whisper": QEFFAutoModelForSpeechSeq2Seq,
     "tiny-wav2vec2": QEFFAutoModelForCTC,
 }
-PRESENT = [name for name in FACES if (CHECKPOINTS / name).is_dir()]
 
 
 def said(path):
     return path.stem.replace("-", " ")
 
 
-def test_there_are_recordings_and_checkpoints():
+def recognizer(name):
+    return FACES[name].from_pretrained(CHECKPOINTS / name, enable_proxy=True)
+
+
+def test_there_are_recordings():
     assert len(RECORDINGS) == 6
-    assert PRESENT
 
 
-@pytest.mark.parametrize("name", PRESENT)
+@pytest.mark.parametrize("name", FACES)
 def test_a_checkpoint_is_small(name):
     assert sum(file.stat().st_size for file in (CHECKPOINTS / name).iterdir()) < 2_000_000
 
 
-@pytest.mark.parametrize("name", PRESENT)
+@pytest.mark.parametrize("name", FACES)
 def test_recordings_of_held_out_voices_are_heard(name, tmp_path):
-    model = FACES[name].from_pretrained(CHECKPOINTS / name, enable_proxy=True)
+    model = recognizer(name)
     heard = {path.stem: str(model.generate(inputs=str(path))) for path in RECORDINGS}
     assert heard == {path.stem: said(path) for path in RECORDINGS}
-    result = model.generate(inputs=str(RECORDINGS[0]), io_dir=tmp_path / "io")
+    samples, rate = soundfile.read(RECORDINGS[0], dtype="float32")
+    stereo = tmp_path / "stereo.mp3"
+    soundfile.write(stereo, np.stack([soxr.resample(samples, rate, 44_100)] * 2, 1), 44_100)
+    with pytest.warns(SoundWarning, match=r"resampled|channels"):
+        result = model.generate(inputs=str(stereo), io_dir=tmp_path / "io")
+    assert str(result) == said(RECORDINGS[0])
     assert "lm_head.out.logits" in read_dump(result.io_folder).names()
+
+
+def test_a_long_sound_is_heard_in_windows_or_refused_never_made_up():
+    pieces = [soundfile.read(path, dtype="float32")[0] for path in RECORDINGS]
+    long = np.concatenate(pieces)
+    heard = recognizer("tiny-wav2vec2").generate(
+        inputs=long, chunk_length_s=4.0, stride_length_s=1.0
+    )
+    # It was trained on one recording at a time, and puts no space between two.
+    assert str(heard).replace(" ", "") == "".join(map(said, RECORDINGS)).replace(" ", "")
+    whisper = recognizer("tiny-whisper")
+    with pytest.raises(UsageError, match="at most 5 s of sound"):
+        whisper.generate(inputs=long)
+    with pytest.raises(UsageError, match="no timestamp tokens"):
+        whisper.generate(inputs=pieces[0], return_timestamps=True)
+
+
+def test_text_for_a_recognizer_is_refused(capsys):
+    assert main(["generate", str(CHECKPOINTS / "tiny-wav2vec2"), "hello"]) == 2
+    assert "a speech recognizer takes sound, not text" in capsys.readouterr().err
+
+
+def test_the_demo_prints_what_both_heard(capsys):
+    assert main(["demo", "whisper", "wav2vec2", "--json"]) == 0
+    demos = json.loads(capsys.readouterr().out)["demos"]
+    for one in demos.values():
+        assert one["text"].endswith("\ntwo zero nine four")
+        assert one["parity"]["passed"]
+        assert one["parity"]["max_difference"] < 1e-4
+        assert (Path(one["io_folder"]) / "manifest.json").is_file()
+    assert demos["whisper"]["parity"]["steps"] == 5
+
+
+def test_the_example_transcribes_with_both():
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "audio_model.py", "--tiny"],
+        env={**os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in FACES:
+        assert f"{name}: seven three one\n" in done.stdout
+    assert len([line for line in done.stdout.splitlines() if "inputs and outputs" in line]) == 2

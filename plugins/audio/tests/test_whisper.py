@@ -166,6 +166,9 @@ def test_a_stub_gives_no_transcript(whisper, features):
         ({}, "no input_features"),
         ({"input_features": np.zeros((2, 16))}, "sounds, mel, frames"),
         ({"input_features": np.full((1, 16, 100), np.nan)}, "NaN"),
+        ({"input_features": [[1, 2], [3]]}, "is no tensor"),
+        ({"input_features": np.zeros((1, 16, 20))}, "20 frames, and a window has 100"),
+        ({"input_features": np.zeros((1, 16, 100)), "attention_mask": np.ones((2, 3))}, "1, 100"),
     ],
 )
 def test_inputs_that_cannot_be_right_are_refused(proxy, inputs, message):
@@ -176,5 +179,7 @@ def test_inputs_that_cannot_be_right_are_refused(proxy, inputs, message):
 def test_settings_that_transformers_refuses_are_refused(proxy, features):
     with pytest.raises(UsageError, match="refuses"):
         proxy.generate(inputs={"input_features": features}, no_such_setting=1)
+    with pytest.raises(UsageError, match="num_beams is 0"):
+        proxy.generate(inputs={"input_features": features}, num_beams=0)
     with pytest.raises(UsageError, match="say the same"):
         proxy.generate(inputs={"input_features": features}, generation_len=1, max_new_tokens=1)
