@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from qeff_proxy.cli import main
 from qeff_proxy.plugin_template import KINDS
 from qeff_proxy.plugins import Plugins
 
+#: The package that the plugin page shows: an architecture of its own.
+EXAMPLE = Path(__file__).parents[2] / "examples" / "acme-models"
 DEFAULTS = json.loads((files("qeff_proxy") / "templates/plugin/kinds.json").read_text("utf-8"))
 
 
@@ -29,7 +32,7 @@ def test_each_kind_passes_its_suite_at_once(tmp_path, monkeypatch):
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--target", site]
-    run([*pip, *options, *(tmp_path / f"acme-{kind}" for kind in KINDS)])
+    run([*pip, *options, *(tmp_path / f"acme-{kind}" for kind in KINDS), EXAMPLE])
     environ = {**os.environ, "PYTHONPATH": str(site), "QEFF_HOME": str(tmp_path / "home")}
 
     listing = json.loads(
@@ -42,11 +45,11 @@ def test_each_kind_passes_its_suite_at_once(tmp_path, monkeypatch):
         assert report["model_types"] == [DEFAULTS[kind]["model_type"]]
 
     options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-W", "error"]
-    tests = [tmp_path / f"acme-{kind}" / "tests" for kind in KINDS]
+    tests = [tmp_path / f"acme-{kind}" / "tests" for kind in KINDS] + [EXAMPLE / "tests"]
     said = run([sys.executable, "-m", "pytest", *options, *tests], env=environ, cwd=tmp_path)
     assert "skipped" not in said
     passed = int(said.split(" passed")[0].split()[-1])
-    assert passed > 30 * len(KINDS)
+    assert passed > 30 * len(tests)
 
 
 def test_the_defaults_are_claimed_by_no_installed_package():
