@@ -103,7 +103,9 @@ folder, output, dtype, weights = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sy
 stages = []
 def stage(name):
     used = resource.getrusage(resource.RUSAGE_SELF)
-    stages.append([name, round(used.ru_utime + used.ru_stime, 2), round(used.ru_maxrss / 1024)])
+    # The kernel's ru_maxrss is that of the process that started this one, where that is larger.
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    stages.append([name, round(used.ru_utime + used.ru_stime, 2), int(peak.split()[1]) // 1024])
 start = time.perf_counter()
 {code}
 stage("done")
