@@ -40,8 +40,14 @@ CONFIGS = {
     ),
     "nomic_bert": lambda: transformers.NomicBertConfig(**SIZES),
     "qwen3": lambda: transformers.Qwen3Config(**DECODER),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **{name: size for name, size in DECODER.items() if name != "head_dim"}
+    ),
+    "llama": lambda: transformers.LlamaConfig(**DECODER),
+    "gemma2": lambda: transformers.Gemma2Config(**DECODER, sliding_window=6),
     "mistral": lambda: transformers.MistralConfig(**DECODER, sliding_window=6),
 }
+DECODERS = {"gemma2", "llama", "mistral", "qwen2", "qwen3"}
 LENGTHS = (5, 17, 150, 2, 41)
 
 
@@ -114,7 +120,7 @@ def bert():
 @pytest.mark.parametrize("family", CONFIGS)
 def test_padded_batches_give_what_pytorch_gives_for_each_row_alone(family):
     model = random_model(CONFIGS[family]())
-    pooling = "last" if family in {"qwen3", "mistral"} else "mean"
+    pooling = "last" if family in DECODERS else "mean"
     proxy = embedder(model, pooling)
     proxy.compile(batch_size=2, seq_len=[32, 200])
     inputs = random_inputs(model)
