@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.clone_layers import expand
 from qeff_proxy.cut import cut_model, site_weights
-from qeff_proxy.errors import CheckpointError, CutError, ExportError
+from qeff_proxy.errors import CheckpointError, CutError, ExportError, PluginError
 from qeff_proxy.layer_kinds import describe_kinds, find_layer_list, prefix_with_every_kind
 from qeff_proxy.repeat import deepen, plan_repeat, trace_repeated
 from qeff_proxy.sampling import NotSampled
@@ -81,7 +81,12 @@ def graphs_of_sample(
     sampled = loaded.sample(enough_layers)
     sampled.check_alike()
     short = replace(loaded, read=sampled.short)
-    cut = _cut(short, hooks, kind, taps, sampled, progress)
+    try:
+        cut = _cut(short, hooks, kind, taps, sampled, progress)
+    except PluginError as error:
+        # What a plugin says of a layer by its number may not be there; a defect of its own shows
+        # again with the whole model.
+        raise NotSampled(f"its first layers cannot be cut alone: {error}") from error
     tensors = dict([*sampled.model.named_buffers(), *sampled.model.named_parameters()])
     names = {id(tensor): name for name, tensor in tensors.items()}
     graphs = Graphs(sampled.model, cut, [], [], sources=sampled.sources)

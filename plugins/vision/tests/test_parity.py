@@ -17,7 +17,9 @@ from qeff_proxy.compile import open_sessions
 from qeff_proxy.flows import Job, load_flow
 from qeff_proxy_vision.tiny import FAMILIES
 
-TOLERANCE = 1e-4
+# Logits go up to 6. In float32 the models themselves are up to 5e-5 from what they give in float64,
+# depending on threads, and so are the graphs.
+TOLERANCE = 2e-4
 
 NEW_TOKENS = 16
 GREEDY = {
@@ -93,15 +95,19 @@ def actual(face, sessions, compiled, prompt, steps=None):
 
 
 def compile_face(model, folder, kind="split", **options):
-    face = QEFFAutoModelForImageTextToText(model, proxy=kind, options=options)
-    face.export(folder)
+    """From a checkpoint on disk, as users have it: its weights need not all be loaded."""
+    model.save_pretrained(folder / "checkpoint")
+    face = QEFFAutoModelForImageTextToText.from_pretrained(
+        folder / "checkpoint", proxy=kind, **options
+    )
+    face.export(folder / "export")
     face.compile()
     return face, face._compiled
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graphs_give_what_the_uncut_model_gives(family, make_model, prompt_for, tmp_path):
-    face, compiled = compile_face(make_model(family), tmp_path / "export")
+    face, compiled = compile_face(make_model(family), tmp_path)
     # A chunk shorter than an image: tokens that see each other must still run together.
     in_chunks = replace(compiled, options=replace(compiled.options, prefill_seq_len=7))
     seen = set()
@@ -142,7 +148,7 @@ class Logits(Steps):
 def test_one_graph_gives_the_same_and_sees_images_once(
     family, kind, options, make_model, prompt_for, tmp_path
 ):
-    face, compiled = compile_face(make_model(family), tmp_path / "export", kind, **options)
+    face, compiled = compile_face(make_model(family), tmp_path, kind, **options)
     in_chunks = replace(compiled, options=replace(compiled.options, prefill_seq_len=7))
     with open_sessions(compiled) as sessions:
         for name, images_per_row in PROMPTS.items():
