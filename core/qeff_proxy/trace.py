@@ -26,6 +26,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from qeff_proxy.errors import ExportError
 from qeff_proxy.parts import TensorSpec
+from qeff_proxy.torchlib import operators_read_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -80,7 +81,7 @@ def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -
     samples = sample_inputs(part, sizes)
     shapes = {name: _dynamic_axes(spec) for name, spec in _mangled(part)}
     config = OnnxConfig(dynamic_shapes=shapes, optimize=False, opset_version=opset)
-    with _quiet():
+    with _quiet(), operators_read_once():
         try:
             program = OnnxExporter().export(part.module, samples, config=config).program
         except Exception as error:  # whatever torch.export meets in a model's code

@@ -1,0 +1,51 @@
+"""PyTorch's table of ONNX operators, made once in a process instead of once in every trace.
+
+``torch.onnx.export`` reads and parses the source of some 500 operators whenever it is called, about
+a CPU second that says the same each time. Within `operators_read_once` it is given a copy of the
+table that the first call made.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["operators_read_once"]
+
+_ORIGINAL = ONNXRegistry.__dict__["from_torchlib"]
+_make_table = _ORIGINAL.__func__
+
+
+@functools.cache
+def _table(opset: int) -> ONNXRegistry:
+    table: ONNXRegistry = _make_table(ONNXRegistry, opset)
+    return table
+
+
+@contextmanager
+def operators_read_once() -> Iterator[None]:
+    """Let traces of this thread share the table; what one adds to its copy, no other sees."""
+    thread = threading.get_ident()
+
+    def from_torchlib(cls: type[ONNXRegistry], opset_version: int | None = None) -> Any:
+        given = () if opset_version is None else (opset_version,)
+        if threading.get_ident() != thread or cls is not ONNXRegistry:
+            return _ORIGINAL.__get__(None, cls)(*given)
+        made = _table(*(given or _make_table.__defaults__))
+        copy = cls()
+        copy.__dict__.update(made.__dict__)
+        copy.functions = {target: list(found) for target, found in made.functions.items()}
+        return copy
+
+    ONNXRegistry.from_torchlib = classmethod(from_torchlib)
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = _ORIGINAL
