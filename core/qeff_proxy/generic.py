@@ -25,6 +25,7 @@ from qeff_proxy.decoder import (
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.request import refuse_others
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.surgery import replace_modules
 
@@ -116,6 +117,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     """Token ids as given, or a tokenizer's, padded on the left."""
     if request.inputs is not None:
         return {name: torch.as_tensor(value) for name, value in request.inputs.items()}
+    refuse_others(request, "prompts")
     if processor is None or not request.prompts:
         return None
     from qeff_proxy.text import tokenize

@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Request"]
+__all__ = ["Request", "refuse_others"]
+
+_CALLED = {"prompts": "text", "audio": "sound", "images": "images"}
+_GIVEN_BY = {
+    "prompts": "Give prompts.",
+    "audio": "Give a sound file or samples: inputs='speech.wav' in Python, --audio FILE to verify.",
+    "images": "Give prompts and images.",
+}
 
 
 @dataclass(frozen=True)
@@ -28,3 +37,21 @@ class Request:
     images: Sequence[Any] = ()
     inputs: Mapping[str, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def refuse_others(request: Request, *takes: str) -> None:
+    """Refuse what a model would otherwise leave out in silence, for a ``preprocess`` hook.
+
+    Args:
+        request: What the user gave; ready-made tensors pass, whatever stands beside them.
+        takes: Which of ``"prompts"``, ``"audio"`` and ``"images"`` the model takes.
+
+    Raises:
+        UsageError: There is something that it does not take.
+    """
+    if request.inputs is not None:
+        return
+    for name, called in _CALLED.items():
+        if name not in takes and len(getattr(request, name)):
+            wanted = " and ".join(_CALLED[one] for one in takes)
+            raise UsageError(f"this model takes {wanted}, not {called}", _GIVEN_BY[takes[-1]])

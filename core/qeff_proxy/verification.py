@@ -146,13 +146,18 @@ class Verification:
             "reference": str(self.reference),
             "reference_weights": self.weights,
             "input": self.input,
-            "decoded": self.decoded if _is_texts(self.decoded) else None,
+            "decoded": self.decoded if _is_plain(self.decoded) else None,
             "backends": [result.to_json() for result in self.results],
         }
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` is made of what JSON has."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(one) for name, one in value.items())
+    if isinstance(value, list):
+        return all(_is_plain(one) for one in value)
+    return value is None or isinstance(value, str | bool | int | float)
 
 
 def _error(tensor: TensorComparison) -> float:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -25,8 +26,9 @@ from qeff_proxy.compare import Tolerances, compare_dumps
 from qeff_proxy.compile import Compiled, compile_export, fixed_lengths
 from qeff_proxy.dump import DumpOptions, read_dump
 from qeff_proxy.errors import CheckpointError, ProxyError, UsageError
+from qeff_proxy.example import DEFAULT_PROMPT, DEFAULT_QUESTION, example_request
+from qeff_proxy.forced import count_equal_tokens, keep_tokens, replay_tokens
 from qeff_proxy.load import LoadedModel, load_model, load_processor
-from qeff_proxy.request import Request
 from qeff_proxy.run import RunResult, new_run_name, run_compiled
 from qeff_proxy.taps import normalize_taps
 from qeff_proxy.verification import BackendResult, Verification
@@ -36,17 +38,16 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qeff_proxy.dump import Dump
-    from qeff_proxy.parts import Kind
+    from qeff_proxy.parts import Kind, Proxy
     from qeff_proxy.plugin_hooks import Hooks
+    from qeff_proxy.request import Request
     from qeff_proxy.session import Session
 
 __all__ = ["DEFAULT_PROMPT", "REFERENCE", "VerifyOptions", "verify_model"]
 
-DEFAULT_PROMPT = "One morning, Anna went to the market and"
 #: The folder of the reference's dump, beside those of the backends.
 REFERENCE = "reference"
-_RANDOM_IDS = 16
+_STUB = "a stub's outputs mean nothing, so there is nothing to verify"
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ def verify_model(
     Args:
         model: A checkpoint (folder, hub id, or loaded), or an export (its folder, or read).
         backends: Their names.
-        request: The input; by default `DEFAULT_PROMPT`, or random token ids where the model has no
-            tokenizer.
+        request: The input; by default what the model's flow gives as an example
+            (`qeff_proxy.example.example_request`): a line of text, a recording of speech, a
+            drawing and a question, or random numbers where there is no processor for these.
         options: How.
         hooks: Of its model type, where the installed plugins are not meant.
         trust_remote_code: Run Python code that comes with the checkpoint.
@@ -108,27 +110,32 @@ def verify_model(
 
     Raises:
         UsageError: There is nothing to verify, or the input cannot be right.
+        BackendError: None of the backends can be used.
         ProxyError: The model cannot be loaded, cut, exported or run by PyTorch. What fails on a
             backend is no exception but stands in its result.
     """
     options = options or VerifyOptions()
     names = tuple(dict.fromkeys(backends))
-    if not names:
-        raise UsageError("no backend is named", "Name one or several, such as onnxruntime.")
+    _check_names(names, options)
     if isinstance(model, str | Path):
         model = _opened(Path(model).expanduser(), str(model), trust_remote_code)
     hooks = hooks or _installed_hooks(model)
     loaded = model if isinstance(model, LoadedModel) else None
+    if request is not None:
+        request = _checked(request, model, hooks, trust_remote_code)
     export = _export_of(model, hooks, options, progress)
     if export.kind == "stub":
-        raise UsageError("a stub's outputs mean nothing, so there is nothing to verify")
+        raise UsageError(_STUB, "Export with proxy='split' to verify.")
     if any(_is_static(options, name) for name in names):
         # Every run has the same chunks and lengths then, so that its steps can be compared.
         options = replace(options, compile=fixed_lengths(export, options.compile))
-    processor = _processor(export, trust_remote_code)
-    run = _Runs(export, hooks, request or _default_request(export, processor), processor, options)
+    processor = _processor(export.processor_folder, trust_remote_code)
+    live = cache(partial(_live_proxy, loaded, hooks, export))
+    if request is None:
+        request = example_request(export, processor, live)
+    run = _Runs(export, hooks, request, processor, options)
     progress("running PyTorch, the reference")
-    reference = run.reference(loaded)
+    reference = run.reference(live() if loaded is not None else None)
     return Verification(
         source=export.model["source"],
         export=export.folder,
@@ -184,24 +191,49 @@ def _export_of(
     )
 
 
-def _processor(export: Export, trust_remote_code: bool) -> Any:
+def _processor(folder: Path, trust_remote_code: bool) -> Any:
     try:
-        return load_processor(export.processor_folder, trust_remote_code=trust_remote_code)
+        return load_processor(folder, trust_remote_code=trust_remote_code)
     except CheckpointError:
         return None
 
 
-def _default_request(export: Export, processor: Any) -> Request:
-    if processor is not None:
-        return Request(prompts=(DEFAULT_PROMPT,))
-    rows = export.settings.get("embedding_rows")
-    if rows is None:
-        raise UsageError(
-            f"{export.model['source']} has no tokenizer, and no input was given",
-            "Give token ids or tensors.",
-        )
-    ids = np.random.default_rng(0).integers(0, rows, (1, _RANDOM_IDS))
-    return Request(inputs={"input_ids": ids})
+def _checked(
+    request: Request, model: LoadedModel | Export, hooks: Hooks, trust_remote_code: bool
+) -> Request:
+    """The request, complete; what the model does not take is refused before anything is made."""
+    if any(not str(prompt).strip() for prompt in request.prompts):
+        raise UsageError("a prompt is empty", "Give some text, or token ids.")
+    if request.images and not request.prompts and request.inputs is None:
+        request = replace(request, prompts=(DEFAULT_QUESTION,))
+    folder = model.processor_folder if isinstance(model, Export) else model.folder
+    processor = _processor(folder, trust_remote_code) if folder is not None else None
+    hooks.preprocess(processor=processor, request=request)
+    return request
+
+
+def _check_names(names: Sequence[str], options: VerifyOptions) -> None:
+    """Refuse what leaves nothing to verify."""
+    if not names:
+        raise UsageError("no backend is named", "Name one or several, such as onnxruntime.")
+    if options.kind == "stub":
+        raise UsageError(_STUB, "Verify with proxy='split'.")
+    missing = []
+    for name in names:
+        try:
+            load_backend(name)
+        except ProxyError as error:
+            missing.append(error)
+    if len(missing) == len(names):
+        raise missing[0]
+
+
+def _described(given: Any) -> Any:
+    """A file's name, or the shape of an array."""
+    if isinstance(given, str | Path):
+        return str(given)
+    shape = getattr(given, "shape", None)
+    return list(shape) if shape is not None else type(given).__name__
 
 
 class _Runs:
@@ -225,15 +257,19 @@ class _Runs:
         outputs = [spec.name for part in export.parts for spec in part.outputs]
         self.generates = any(name.startswith("present.") for name in outputs)
 
-    def reference(self, loaded: LoadedModel | None) -> RunResult:
-        """Run PyTorch, and keep the tokens that it chose."""
+    def reference(self, live: Proxy | None) -> RunResult:
+        """Run PyTorch, on live parts or on the export's, and keep the tokens that it chose."""
         compiled = compile_export(self.export, "torch", self.options.compile)
-        sessions = _live_sessions(loaded, self.hooks, self.export) if loaded is not None else None
-        return self._run(compiled, REFERENCE, _keep(self.tokens), sessions)
+        sessions = None
+        if live is not None:
+            from qeff_proxy.backends.torch_backend import TorchSession
+
+            sessions = {part.name: TorchSession(part) for part in live.parts}
+        return self._run(compiled, REFERENCE, keep_tokens(self.tokens), sessions)
 
     def candidate(self, compiled: Compiled) -> Path:
         """Run a backend on the tokens that PyTorch chose; give its dump."""
-        self._run(compiled, compiled.backend, _replay(self.tokens))
+        self._run(compiled, compiled.backend, replay_tokens(self.tokens))
         return self.folder / compiled.backend
 
     def _run(
@@ -267,6 +303,9 @@ class _Runs:
         """What was run, as JSON values."""
         request = self.request
         found: dict[str, Any] = {"prompts": [str(prompt) for prompt in request.prompts]}
+        for kind in ("audio", "images"):
+            if given := getattr(request, kind):
+                found[kind] = [_described(one) for one in given]
         for name, value in (request.inputs or {}).items():
             array = np.asarray(value)
             found[name] = array.tolist() if name == "input_ids" else list(array.shape)
@@ -275,41 +314,17 @@ class _Runs:
         return found
 
 
-def _live_sessions(loaded: LoadedModel, hooks: Hooks, export: Export) -> dict[str, Session]:
-    """PyTorch on the parts of the model that was loaded."""
-    from typing import cast
+def _live_proxy(loaded: LoadedModel | None, hooks: Hooks, export: Export) -> Proxy:
+    """The parts with PyTorch's modules: of the model that was loaded, else of the export."""
+    if loaded is None:
+        from qeff_proxy.backends.torch_backend import proxy_of_export
 
-    from qeff_proxy.backends.torch_backend import TorchSession
+        return proxy_of_export(export, hooks)
     from qeff_proxy.cut import cut_model
     from qeff_proxy.taps import tap_proxy
 
     cut = cut_model(loaded, hooks, cast("Kind", export.kind), verify=False)
-    proxy = tap_proxy(cut.proxy, export.settings.get("taps", ()))
-    return {part.name: TorchSession(part) for part in proxy.parts}
-
-
-def _keep(tokens: list[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A logits processor that notes the best token of each step in ``tokens``."""
-
-    def keep(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        tokens.append(scores.argmax(-1))
-        return scores
-
-    return keep
-
-
-def _replay(tokens: Sequence[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A logits processor that leaves no choice but ``tokens``, one step after another."""
-    left = iter(tokens)
-
-    def replay(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        wanted = next(left, None)
-        if wanted is None or wanted.shape[0] != scores.shape[0]:
-            return scores
-        only = scores.new_full(scores.shape, -float("inf"))
-        return only.scatter(1, wanted[:, None], 0.0)
-
-    return replay
+    return tap_proxy(cut.proxy, export.settings.get("taps", ()))
 
 
 def _options_of(options: VerifyOptions, name: str) -> CompileOptions:
@@ -341,7 +356,7 @@ def _tried(run: _Runs, name: str, count: int, progress: Callable[[str], None]) -
             options.tolerances or Tolerances(), precision=precision_of(load_backend(name), chosen)
         )
         comparison = compare_dumps(reference, candidate, tolerances=tolerances)
-        equal, tokens = _equal_tokens(reference, candidate, last_only=run.generates)
+        equal, tokens = count_equal_tokens(reference, candidate, generates=run.generates)
         report = _report_path(options.html, name, several=count > 1)
     except ProxyError as error:
         return _failed(name, str(error), folder, start)
@@ -356,26 +371,6 @@ def _tried(run: _Runs, name: str, count: int, progress: Callable[[str], None]) -
 
 def _failed(name: str, reason: str, folder: Path | None, start: float) -> BackendResult:
     return BackendResult(name, reason, folder, None, 0, 0, time.perf_counter() - start, None)
-
-
-def _equal_tokens(reference: Dump, candidate: Dump, *, last_only: bool) -> tuple[int, int]:
-    """How many tokens, and of how many, the two would choose alike: in each step, or position."""
-    equal = count = 0
-    prefills = [step for step in reference.steps if step.phase == "prefill"]
-    decodes = [step for step in reference.steps if step.phase == "decode"]
-    deciding = [*prefills[-1 if last_only else 0 :], *decodes]
-    for step in deciding:
-        for phase, name in reference.tensors:
-            if phase != step.phase or (name.direction, name.tensor) != ("out", "logits"):
-                continue
-            logits = (d.array(phase, step.index, str(name)) for d in (reference, candidate))
-            one, two = (
-                (each[..., -1:, :] if last_only else each).astype(np.float32).argmax(-1)
-                for each in logits
-            )
-            equal += int((one == two).sum()) if one.shape == two.shape else 0
-            count += one.size
-    return equal, count
 
 
 def _report_path(html: Path | None, name: str, *, several: bool) -> Path | None:

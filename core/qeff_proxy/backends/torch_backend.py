@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from qeff_proxy.parts import Kind, Part, Proxy
     from qeff_proxy.plugin_hooks import Hooks
 
-__all__ = ["ExportedPartSession", "TorchBackend", "TorchSession", "model_of_export"]
+__all__ = [
+    "ExportedPartSession",
+    "TorchBackend",
+    "TorchSession",
+    "model_of_export",
+    "proxy_of_export",
+]
 
 #: While a part runs, transformers' functions that make masks are exchanged, for all threads.
 _ONE_AT_A_TIME = threading.Lock()
@@ -64,7 +70,7 @@ class TorchBackend:
     ) -> ExportedPartSession:
         """A session on the part of a model built from the export's config and weights."""
         if self._proxy is None:
-            self._proxy = _proxy_of_export(export, self._hooks)
+            self._proxy = proxy_of_export(export, self._hooks)
         return ExportedPartSession(self._proxy.part(part.name), part)
 
 
@@ -186,7 +192,16 @@ def _fill(
     return [name for name in weights if name not in places and not name.startswith(parts)]
 
 
-def _proxy_of_export(export: Export, hooks: Hooks | None) -> Proxy:
+def proxy_of_export(export: Export, hooks: Hooks | None = None) -> Proxy:
+    """The parts of an export with PyTorch's modules, made from its config and its own weights.
+
+    Args:
+        export: The export.
+        hooks: Of its model type, where the installed plugins are not meant.
+
+    Raises:
+        BackendError: The model cannot be built (`model_of_export`).
+    """
     from qeff_proxy.locate import locate_sites
     from qeff_proxy.plugins import Plugins
     from qeff_proxy.taps import tap_proxy

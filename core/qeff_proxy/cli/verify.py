@@ -19,6 +19,7 @@ from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
     from rich.console import RenderableType
 
@@ -46,12 +47,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a backend to verify; may be given again (default: onnxruntime)",
     )
-    given = parser.add_argument_group("input")
+    given = parser.add_argument_group(
+        "input", "Without any, an example of what the model takes: text, speech, or a drawing."
+    )
     given.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given again"
     )
     given.add_argument(
         "--ids", action="append", default=[], metavar="N,N,…", help="token ids instead of a prompt"
+    )
+    given.add_argument(
+        "--audio", action="append", default=[], metavar="FILE", help="a sound; may be given again"
+    )
+    given.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image that --prompt is about; may be given again",
     )
     given.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
     judged = parser.add_argument_group("verdict")
@@ -130,16 +143,19 @@ def _model(args: argparse.Namespace) -> LoadedModel | Export:
 def _request(args: argparse.Namespace) -> Request | None:
     from qeff_proxy.request import Request
 
-    if args.prompt and args.ids:
-        raise UsageError("--prompt and --ids exclude each other")
     if args.ids:
+        for name in ("prompt", "audio", "image"):
+            if getattr(args, name):
+                raise UsageError(f"--{name} and --ids exclude each other")
         rows = [_ids(text) for text in args.ids]
         if len({len(row) for row in rows}) > 1:
             raise UsageError("rows of --ids differ in length", "Give rows of one length.")
         import numpy as np
 
         return Request(inputs={"input_ids": np.array(rows, np.int64)})
-    return Request(prompts=tuple(args.prompt)) if args.prompt else None
+    if not args.prompt and not args.audio and not args.image:
+        return None
+    return Request(tuple(args.prompt), audio=tuple(args.audio), images=tuple(args.image))
 
 
 def _ids(text: str) -> list[int]:
@@ -180,6 +196,7 @@ def _rendered(verification: Verification) -> list[RenderableType]:
     for result in verification.results:
         table.add_row(*_row(result))
     lines: list[RenderableType] = [table, ""]
+    lines += [Text(line) for line in _described_run(verification)]
     for result in verification.results:
         if result.comparison is None:
             said = [f"ERROR: {printable(result.error)}"]
@@ -192,6 +209,32 @@ def _rendered(verification: Verification) -> list[RenderableType]:
     return lines
 
 
+def _described_run(verification: Verification) -> Iterator[str]:
+    """What was run, and what PyTorch made of it, a line each."""
+    from qeff_proxy.compare.verdict import printable
+
+    given = verification.input
+    shown = [repr(prompt) for prompt in given["prompts"]]
+    shown += [*given.get("audio", ()), *given.get("images", ())]
+    others = [name for name in given if name not in {"prompts", "audio", "images", "new_tokens"}]
+    yield f"input: {printable(', '.join(map(str, shown + others)))}"
+    if texts := list(_texts_in(verification.decoded)):
+        yield f"PyTorch says: {printable(', '.join(map(repr, texts)))}"
+    if not verification.taps:
+        yield (
+            "Note: this export has no layer taps, so that only caches tell layers apart; name the "
+            "checkpoint to export it with them."
+        )
+
+
+def _texts_in(decoded: Any) -> Iterator[str]:
+    """The texts among what a model said: a list of them, or by the name of ``texts``."""
+    if isinstance(decoded, dict):
+        decoded = decoded.get("texts")
+    if isinstance(decoded, list):
+        yield from (one for one in decoded if isinstance(one, str))
+
+
 def _row(result: BackendResult) -> list[str]:
     from qeff_proxy.compare.verdict import format_share
 
@@ -201,7 +244,10 @@ def _row(result: BackendResult) -> list[str]:
     where = ""
     if first is not None:
         layer = "no layer" if first.layer is None else f"layer {first.layer}"
-        where = f"{layer} in {first.step}"
+        part = first.tensor.partition(".")[0]
+        # Of a model with several stacks of layers, the body's are what "layer" means.
+        named = layer if first.layer is None or part in {"body", "model"} else f"{part} {layer}"
+        where = f"{named} in {first.step}"
     worst = result.worst
     sqnr, cosine = result.sqnr, result.cosine
     return [

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from qeff_proxy.errors import PluginError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -23,10 +23,19 @@ if TYPE_CHECKING:
     from qeff_proxy.backends import CompileOptions
     from qeff_proxy.engine import Recorder
     from qeff_proxy.parts import Proxy
+    from qeff_proxy.request import Request
     from qeff_proxy.session import Session
     from qeff_proxy.sites import Absent, Site
 
-__all__ = ["BUILTIN_FLOWS", "ENTRY_POINT_GROUP", "CutReport", "Flow", "Job", "load_flow"]
+__all__ = [
+    "BUILTIN_FLOWS",
+    "ENTRY_POINT_GROUP",
+    "CutReport",
+    "ExampleFlow",
+    "Flow",
+    "Job",
+    "load_flow",
+]
 
 ENTRY_POINT_GROUP = "qeff_proxy.flows"
 BUILTIN_FLOWS = {"causal-lm": "qeff_proxy.flows.causal_lm:CausalFlow"}
@@ -99,6 +108,25 @@ class Flow(Protocol):
 
         Returns:
             What the ``decode`` hook gets; for ``causal-lm`` the key ``generated_ids``.
+        """
+
+
+@runtime_checkable
+class ExampleFlow(Flow, Protocol):
+    """A flow whose models take something else than text: it gives an example of that.
+
+    A flow need not be one. `qeff_proxy.example.example_request` asks those that are.
+    """
+
+    def example_request(
+        self, export: Export, processor: Any, proxy: Callable[[], Proxy]
+    ) -> Request:
+        """Something that the model can be run on where a user gave nothing, the same each time.
+
+        Args:
+            export: Of the model.
+            processor: Its tokenizer or processor; ``None`` where it has none.
+            proxy: Makes its parts, live.
         """
 
 

@@ -15,11 +15,15 @@ from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
 from qeff_proxy.backends.torch_backend import TorchSession
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.check import check_equal, parts_must_run
+from qeff_proxy.request import Request
+
+from qeff_proxy_audio.sound import EXAMPLE, load_sound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from qeff_proxy.arrays import Array
+    from qeff_proxy.artifact import Export
     from qeff_proxy.engine import Recorder
     from qeff_proxy.flows import CutReport, Job
     from qeff_proxy.parts import Proxy
@@ -59,6 +63,18 @@ class CtcFlow:
         with parts_must_run(model, sites):
             actual = _run_parts(proxy.parts, sessions, values, None, 0)
         return check_equal(model, sites, expected, actual, output="logit")
+
+    def example_request(
+        self,
+        export: Export,  # noqa: ARG002 (part of the protocol)
+        processor: Any,
+        proxy: Callable[[], Proxy],  # noqa: ARG002
+    ) -> Request:
+        """A recording of speech, or its bare samples where there is no processor."""
+        if processor is None:
+            samples = load_sound(EXAMPLE, _RATE)
+            return Request(inputs={"input_values": samples[None]})
+        return Request(audio=(EXAMPLE,))
 
     def run(self, job: Job) -> dict[str, Any]:
         """Recognize.

@@ -11,6 +11,8 @@ from qeff_proxy.demos import Demo
 from qeff_proxy.parity import Parity, parity_of_dump, parity_of_logits
 from qeff_proxy.request import Request
 
+from qeff_proxy_audio.sound import EXAMPLE
+
 if TYPE_CHECKING:
     from qeff_proxy.dump import Dump
     from transformers import PreTrainedModel
@@ -18,16 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["wav2vec2", "whisper"]
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
-#: A real sound file. The voice is none that the recognizers were trained on.
-_RECORDING = _CHECKPOINTS / "recordings" / "two-zero-nine-four.flac"
-_GIVEN = f"{_RECORDING.name}, read by a voice that was not trained on"
+_GIVEN = f"{EXAMPLE.name}, read by a voice that was not trained on"
 
 
 def whisper() -> Demo:
     """Whisper: encoder, then greedy decode steps."""
     return Demo(
         checkpoint=_CHECKPOINTS / "tiny-whisper",
-        request=Request(audio=(_RECORDING,)),
+        request=Request(audio=(EXAMPLE,)),
         given=_GIVEN,
         parity=_whisper_parity,
         shown=lambda result: _heard(result.decoded["texts"][0]),
@@ -38,7 +38,7 @@ def wav2vec2() -> Demo:
     """Wav2Vec2: one pass, then CTC decoding."""
     return Demo(
         checkpoint=_CHECKPOINTS / "tiny-wav2vec2",
-        request=Request(audio=(_RECORDING,)),
+        request=Request(audio=(EXAMPLE,)),
         given=_GIVEN,
         parity=_ctc_parity,
         shown=lambda result: _heard(result.decoded[0]),

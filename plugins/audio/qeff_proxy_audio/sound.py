@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
     from qeff_proxy.request import Request
 
-__all__ = ["SoundWarning", "feature_extractor_of", "load_sound", "sounds_of", "tensor_of"]
+__all__ = [
+    "EXAMPLE",
+    "SoundWarning",
+    "feature_extractor_of",
+    "load_sound",
+    "sounds_of",
+    "tensor_of",
+]
+
+#: A recording of speech that comes with the package: two seconds at 16 kHz.
+EXAMPLE = Path(__file__).parent / "checkpoints" / "recordings" / "two-zero-nine-four.flac"
 
 #: Sounds that swing less than this (-80 dB of full scale) are silence …
 SILENCE = 1e-4
@@ -85,10 +95,12 @@ def sounds_of(request: Request, rate: int) -> list[Array]:
     Raises:
         UsageError: There is none, or one cannot be used (`load_sound`).
     """
-    if request.prompts or not request.audio:
+    if request.prompts or request.images or not request.audio:
+        given = "text" if request.prompts else "images" if request.images else "nothing"
         raise UsageError(
-            f"a speech recognizer takes sound, not {'text' if request.prompts else 'nothing'}",
-            "Give a sound file or samples, from Python: model.generate(inputs='speech.wav').",
+            f"a speech recognizer takes sound, not {given}",
+            "Give a sound file or samples: model.generate(inputs='speech.wav') in Python, --audio "
+            "FILE to verify.",
         )
     said = request.options.get("sampling_rate")
     return [load_sound(sound, rate, said) for sound in request.audio]

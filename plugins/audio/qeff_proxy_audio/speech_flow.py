@@ -20,14 +20,18 @@ from qeff_proxy.engine import Cache, CausalEngine, StepId, position_ids_of
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.check import check_equal, parts_must_run
 from qeff_proxy.generation import PerfMetrics, arrays_of_cache, fill_cache
+from qeff_proxy.request import Request
 from torch import nn
 from transformers import EncoderDecoderCache, GenerationConfig, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from qeff_proxy_audio.sound import EXAMPLE, feature_extractor_of, load_sound
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from qeff_proxy.arrays import Array
+    from qeff_proxy.artifact import Export
     from qeff_proxy.engine import Recorder
     from qeff_proxy.flows import CutReport, Job
     from qeff_proxy.parts import Proxy
@@ -71,6 +75,22 @@ class SpeechFlow:
         with parts_must_run(model, sites):
             actual = _proxy_logits(proxy, features, ids, padding)
         return check_equal(model, sites, expected, actual, padding, output="logit")
+
+    def example_request(
+        self,
+        export: Export,
+        processor: Any,
+        proxy: Callable[[], Proxy],  # noqa: ARG002 (part of the protocol)
+    ) -> Request:
+        """A recording of speech, cut to a window; noise where there is no processor."""
+        if processor is None:
+            shape = (1, *map(int, export.parts[0].inputs[0].shape[1:]))
+            noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+            return Request(inputs={"input_features": noise})
+        extractor = feature_extractor_of(processor)
+        rate, most = int(extractor.sampling_rate), int(extractor.n_samples)
+        samples = load_sound(EXAMPLE, rate)
+        return Request(audio=(EXAMPLE if len(samples) <= most else samples[:most],))
 
     def run(self, job: Job) -> dict[str, Any]:
         """Generate.

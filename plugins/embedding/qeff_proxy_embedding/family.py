@@ -14,6 +14,7 @@ from qeff_proxy.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.request import refuse_others
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.surgery import replace_modules
 
@@ -102,6 +103,7 @@ class EmbeddingFamily:
         """Token ids of the texts with the tokenizer's own special tokens, padded on the right."""
         if request.inputs is not None:
             return {name: torch.as_tensor(value) for name, value in request.inputs.items()}
+        refuse_others(request, "prompts")
         if processor is None or not request.prompts:
             return None
         return _tokenize(processor, request)

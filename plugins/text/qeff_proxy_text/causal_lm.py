@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.request import refuse_others
 from qeff_proxy.text import tokenize
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     No chat template or other text is added. ``None`` where the user made the tensors, gave no
     prompts, or there is no tokenizer.
     """
+    refuse_others(request, "prompts")
     if request.inputs is not None or not request.prompts or processor is None:
         return None
     return tokenize(processor, request.prompts)

@@ -20,6 +20,7 @@ from qeff_proxy.demos import Demo
 from qeff_proxy.parity import Parity, parity_of_logits
 from qeff_proxy.request import Request
 
+from qeff_proxy_vision.images import DRAWING, QUESTION
 from qeff_proxy_vision.reference import model_logits
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["gemma3", "granite4_vision", "internvl", "llava", "llava_next", "molmo2"]
 
 _CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny-llava"
-_DRAWING = Path(__file__).parent / "checkpoints" / "drawings" / "drawing.png"
-_QUESTION = "What is this ?"
 _NEW_TOKENS = 8
 
 
@@ -42,10 +41,10 @@ def llava() -> Demo:
     """LLaVA 1.5: an image file and a question in, a sentence out."""
     return Demo(
         checkpoint=_CHECKPOINT,
-        request=Request(prompts=(_QUESTION,), images=(_DRAWING,)),
-        given=f"{_DRAWING.name}: {_QUESTION}",
+        request=Request(prompts=(QUESTION,), images=(DRAWING,)),
+        given=f"{DRAWING.name}: {QUESTION}",
         parity=_drawing_parity,
-        shown=lambda result: f"{_DRAWING}\n{_QUESTION} {result.decoded[0]}",
+        shown=lambda result: f"{DRAWING}\n{QUESTION} {result.decoded[0]}",
         settings={"max_new_tokens": 12, "do_sample": False},
     )
 
@@ -81,11 +80,11 @@ def _drawing_parity(model: PreTrainedModel, dump: Dump) -> Parity:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(_CHECKPOINT)
-    content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    with Image.open(_DRAWING) as image:
+    with Image.open(DRAWING) as image:
         tensors = processor(text=prompt, images=image, return_tensors="pt")
     return _parity(tensors, model, dump)
 

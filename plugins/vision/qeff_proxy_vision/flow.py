@@ -15,19 +15,22 @@ import torch
 from qeff_proxy.arrays import Array, to_array
 from qeff_proxy.backends.torch_backend import TorchSession
 from qeff_proxy.engine import CausalEngine, StepId
-from qeff_proxy.errors import CutError
+from qeff_proxy.errors import CutError, UsageError
 from qeff_proxy.flows.causal_lm import shrunk_windows
 from qeff_proxy.flows.check import check_equal, parts_must_run
 from qeff_proxy.generation import generate_ids
+from qeff_proxy.request import Request
 
+from qeff_proxy_vision.images import DRAWING, QUESTION
 from qeff_proxy_vision.merge import ImagePrompt, ImageSettings
 from qeff_proxy_vision.proxy import VisionProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from qeff_proxy.artifact import Export
     from qeff_proxy.flows import CutReport, Job
-    from qeff_proxy.parts import Part
+    from qeff_proxy.parts import Part, Proxy
     from qeff_proxy.session import PartLike
     from qeff_proxy.sites import Absent, Site
     from transformers import PreTrainedModel
@@ -65,6 +68,23 @@ class ImageTextFlow:
         ones = np.ones_like(new)
         padding = np.concatenate([sample["attention_mask"], ones], axis=1)
         return check_equal(model, sites, expected, actual, padding, output="logit")
+
+    def example_request(
+        self,
+        export: Export,  # noqa: ARG002 (part of the protocol)
+        processor: Any,
+        proxy: Callable[[], Proxy],
+    ) -> Request:
+        """A drawing and a question; noise among random tokens where no processor takes images."""
+        if any(hasattr(processor, name) for name in ("image_processor", "process")):
+            return Request(prompts=(QUESTION,), images=(DRAWING,))
+        live = proxy()
+        if not isinstance(live, VisionProxy):
+            raise UsageError(
+                "this model has no processor for images, and no input was given",
+                "Give what a processor would make: inputs={'input_ids': …, 'pixel_values': …}.",
+            )
+        return Request(inputs=live.sample())
 
     def run(self, job: Job) -> dict[str, Any]:
         """Generate.

@@ -14,7 +14,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from qeff_proxy.errors import UsageError
 
-__all__ = ["MAX_PIXELS", "open_image"]
+__all__ = ["DRAWING", "MAX_PIXELS", "QUESTION", "open_image"]
+
+#: A drawing that comes with the package, a green triangle on white, and what to ask about it.
+DRAWING = Path(__file__).parent / "checkpoints" / "drawings" / "drawing.png"
+QUESTION = "What is this ?"
 
 #: Larger images are refused before they are decoded: no processor keeps more than a few million
 #: pixels, and a small file can hold billions.

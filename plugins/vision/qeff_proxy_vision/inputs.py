@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.request import refuse_others
 
 from qeff_proxy_vision.images import open_image
 
@@ -38,6 +39,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     """
     if request.inputs is not None:
         return given_tensors(request.inputs)
+    refuse_others(request, "prompts", "images")
     if not request.prompts or processor is None:
         return None
     token = getattr(processor, "image_token", None) or "<image>"

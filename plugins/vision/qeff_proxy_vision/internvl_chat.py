@@ -16,6 +16,7 @@ from qeff_proxy.checkpoint import find_checkpoint, read_config_file
 from qeff_proxy.engine import position_ids_of
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.request import refuse_others
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.surgery import replace_modules
 from qeff_proxy.text import tokenize
@@ -206,6 +207,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     """
     if request.inputs is not None:
         return given_tensors(request.inputs)
+    refuse_others(request, "prompts", "images")
     if not request.prompts or processor is None:
         return None
     config = read_config_file(

@@ -18,6 +18,7 @@ from qeff_proxy.engine import position_ids_of
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import MaskSpec, Part, Proxy, TensorSpec
+from qeff_proxy.request import refuse_others
 from qeff_proxy.sites import Site
 from torch import nn
 from torch.nn import functional
@@ -291,6 +292,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
         rows = given_tensors(request.inputs)
         rows.setdefault("attention_mask", torch.ones_like(rows["input_ids"]))
         return rows
+    refuse_others(request, "prompts", "images")
     if not request.prompts or processor is None:
         return None
     if not hasattr(processor, "process"):
