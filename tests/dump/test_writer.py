@@ -250,7 +250,7 @@ def test_files_that_lie_among_those_of_a_dump_are_not_lost(make_run, tmp_path, n
     file = make_run(tmp_path / "d").folder / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"mine")
-    with pytest.raises(DumpError, match="holds other things than a dump: (decode|prefill)/m"):
+    with pytest.raises(DumpError, match=r"holds other things than a dump: (decode|prefill)/m"):
         make_run(tmp_path / "d")
     assert file.read_bytes() == b"mine"
 

@@ -295,6 +295,27 @@ def test_compiling_again_is_a_lookup_and_other_options_are_not(demo_export: Path
     assert (first.folder / "body.onnx").is_file()
 
 
+def test_what_was_compiled_and_then_changed_is_compiled_again(demo_export: Path) -> None:
+    from qeff_proxy.artifact import read_export
+
+    export = read_export(demo_export)
+    options = CompileOptions(ctx_len=63)
+    weights = compile_export(export, options=options).folder / "body.data"
+    whole = weights.read_bytes()
+    weights.write_bytes(bytes(len(whole)))
+    assert not compile_export(export, options=options).was_there
+    assert weights.read_bytes() == whole
+
+
+def test_a_context_beyond_the_models_positions_is_cut_to_them(demo_export: Path) -> None:
+    from qeff_proxy.artifact import read_export
+
+    options = CompileOptions(ctx_len=2048, prefill_seq_len=300)
+    with pytest.warns(UserWarning, match="2048 is more than the 256 positions that .* has; 256 a"):
+        compiled = compile_export(read_export(demo_export), options=options)
+    assert (compiled.options.ctx_len, compiled.options.prefill_seq_len) == (256, 256)
+
+
 class TestFace:
     """The calls of QEfficient, with only the import line changed."""
 

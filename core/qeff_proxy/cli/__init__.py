@@ -14,7 +14,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Protocol, cast
 
-from qeff_proxy.cli.output import report_error
+from qeff_proxy.cli.output import plain_warnings, report_error
 from qeff_proxy.errors import ProxyError
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return _load_command(args.command).run(args)
+        with plain_warnings():
+            return _load_command(args.command).run(args)
     except ProxyError as error:
         if args.debug:
             raise
