@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.engine import Cache, CausalEngine, StepId
 from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.generation_settings import check_settings, generation_config_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -235,6 +236,7 @@ def generate_ids(
             "a stub's outputs mean nothing, so no text can be generated from it",
             "Export with proxy='split' to generate.",
         )
+    check_settings(job.settings)
     text_config = job.config.get_text_config(decoder=True)
     context = job.options.ctx_len or getattr(text_config, "max_position_embeddings", None)
     engine = CausalEngine(parts or job.export.parts, job.sessions, context, supplier)
@@ -245,9 +247,12 @@ def generate_ids(
         prefill_seq_len=job.options.prefill_seq_len,
         recorder=job.recorder,
     )
-    settings = dict(job.settings)
+    settings = {n: v for n, v in job.settings.items() if n != "generation_config"}
     _check_ids(job)
     length = int(job.tensors["input_ids"].shape[-1])
+    given = job.settings.get("generation_config")
+    if given is not None and given.max_new_tokens is None:
+        settings.setdefault("max_length", given.max_length)
     if settings.get("max_length") is not None and settings.get("max_new_tokens") is None:
         settings["max_new_tokens"] = settings.pop("max_length") - length
     new = _new_tokens(settings, model.generation_config, length, context)
@@ -307,11 +312,8 @@ def _check_rotary_limit(
 
 
 def _generation_config(job: Job) -> GenerationConfig:
-    """The checkpoint's own settings, with a pad token where it has none."""
-    if (job.folder / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(job.folder)
-    else:
-        config = GenerationConfig.from_model_config(job.config)
+    """The settings of a run, with a pad token where there is none."""
+    config = generation_config_of(job)
     if config.pad_token_id is None:
         end = config.eos_token_id
         config.pad_token_id = end[0] if isinstance(end, list) else (0 if end is None else end)
