@@ -13,6 +13,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
+from qeff_proxy.static.hygiene import constants_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
@@ -121,12 +123,14 @@ def bound_masks(
 
 
 def _floating(graph: ir.Graph) -> list[ir.Value]:
-    """The floating tensors that a graph takes or computes, in order."""
+    """The floating tensors that a graph takes or computes of what it takes, in order."""
+    constants = constants_of(graph)
     values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
     return [
         value
         for value in values
         if value.name
+        and value not in constants
         and value.dtype == ir.DataType.FLOAT
         and (value.shape is None or 0 not in value.shape.numpy())
     ]
