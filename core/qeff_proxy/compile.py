@@ -91,6 +91,8 @@ def compile_export(
         "parts": {part.name: part.sha256 for part in export.parts},
         "weights": {name: _state_of(export.folder / name) for name in export.files},
     }
+    if hasattr(implementation, "fingerprint"):
+        key["inputs"] = dict(implementation.fingerprint(options))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     target = export.folder / "compiled" / f"{backend}-{digest}"
     there = Compiled(export, backend, options, target, was_there=True)

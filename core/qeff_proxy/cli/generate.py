@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         args.io_steps, tuple(args.io_tensors or ("*",)), "full" if beams > 1 else args.kv
     )
     export, hooks = export_of(args, with_processor=not rows)
-    compiled = compiled_of(args, export)
+    compiled = compiled_of(args, export, hooks)
     from qeff_proxy.load import load_processor
     from qeff_proxy.request import Request
     from qeff_proxy.run import run_compiled

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.cli.options import (
+    add_calibration_option,
     add_model_options,
     add_shape_options,
     compile_options_of,
@@ -81,6 +82,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
     dump.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
     add_shape_options(parser)
+    add_calibration_option(parser)
     parser.add_argument(
         "-O",
         "--backend-option",
@@ -118,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
                 tolerances=tolerances,
                 compile=compile_options_of(args),
                 backends=by_backend,
+                calibration=args.calibrate and args.calibrate.expanduser(),
                 io=DumpOptions(args.io_steps, tuple(args.io_tensors or ("*",))),
                 io_folder=args.io_dir,
                 html=args.html,
