@@ -28,7 +28,7 @@ COMMANDS = {
     "inspect": "show what would be cut: sites, tied weights, bytes in body and vocabulary",
     "export": "cut a model and export its parts to ONNX",
     "compile": "prepare the exported parts for a backend",
-    "generate": "generate text from the proxy, and dump every tensor with --write-io",
+    "generate": "run the proxy on text, sound or images, and dump every tensor with --write-io",
     "verify": "run a model on several backends and name the first layer that differs from PyTorch",
     "compare": "hold one dump against another and name the first layer that differs",
     "convert": "convert a dump to or from other tools' formats",

@@ -127,7 +127,17 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
         "--prefill-seq-len", type=int, metavar="N", help="run prompts in chunks of N tokens"
     )
     parser.add_argument("--ctx-len", type=int, metavar="N", help="most positions in all")
+    parser.add_argument(
+        "--seq-len",
+        type=_lengths,
+        metavar="N,N,…",
+        help="lengths that inputs of a single pass are padded to, each to the nearest",
+    )
     parser.add_argument("--num-cores", type=int, metavar="N", help="cores to use")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
 
 def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
@@ -211,6 +221,7 @@ def compile_options_of(args: argparse.Namespace) -> CompileOptions:
         batch_size=args.batch_size,
         prefill_seq_len=args.prefill_seq_len,
         ctx_len=args.ctx_len,
+        seq_len=args.seq_len,
         num_cores=args.num_cores,
         backend=dict(parse_option(text) for text in getattr(args, "backend_option", ())),
     )

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.cli.inputs import add_image_option, parse_rows
 from qeff_proxy.cli.options import (
     add_calibration_option,
     add_model_options,
@@ -60,13 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     given.add_argument(
         "--audio", action="append", default=[], metavar="FILE", help="a sound; may be given again"
     )
-    given.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="an image that --prompt is about; may be given again",
-    )
+    add_image_option(given)
     given.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
     judged = parser.add_argument_group("verdict")
     judged.add_argument(
@@ -150,22 +145,13 @@ def _request(args: argparse.Namespace) -> Request | None:
         for name in ("prompt", "audio", "image"):
             if getattr(args, name):
                 raise UsageError(f"--{name} and --ids exclude each other")
-        rows = [_ids(text) for text in args.ids]
-        if len({len(row) for row in rows}) > 1:
-            raise UsageError("rows of --ids differ in length", "Give rows of one length.")
+        rows = parse_rows(args.ids)
         import numpy as np
 
         return Request(inputs={"input_ids": np.array(rows, np.int64)})
     if not args.prompt and not args.audio and not args.image:
         return None
     return Request(tuple(args.prompt), audio=tuple(args.audio), images=tuple(args.image))
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.replace(",", " ").split()]
-    except ValueError:
-        raise UsageError(f"--ids {text!r} are no numbers", "Write --ids 5,17,3.") from None
 
 
 def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:

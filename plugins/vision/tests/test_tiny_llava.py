@@ -49,6 +49,10 @@ def test_the_demo_names_what_a_png_shows(tmp_path, monkeypatch, capsys):
     assert parity["max_difference"] < 1e-4 < parity["largest_logit"]
     names = {str(name) for name in read_dump(Path(report["io_folder"])).names()}
     assert "vision.out.image_features" in names
+    drawing = CHECKPOINT.parent / "drawings" / "drawing.png"
+    question = ["generate", str(CHECKPOINT), "What is this ?", "--image", str(drawing)]
+    assert main(question) == 0
+    assert capsys.readouterr().out == "a green triangle on the right\n"
 
 
 def test_the_drawing_of_the_demo_is_made_as_those_the_model_was_trained_on(tool):
