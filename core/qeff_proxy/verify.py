@@ -210,6 +210,8 @@ def _checked(
         request = replace(request, prompts=(DEFAULT_QUESTION,))
     folder = model.processor_folder if isinstance(model, Export) else model.folder
     processor = _processor(folder, trust_remote_code) if folder is not None else None
+    if processor is None and folder is not None and request.prompts and request.inputs is None:
+        load_processor(folder, trust_remote_code=trust_remote_code)  # says what is missing
     hooks.preprocess(processor=processor, request=request)
     return request
 
@@ -219,7 +221,7 @@ def _check_names(names: Sequence[str], options: VerifyOptions) -> None:
     if not names:
         raise UsageError("no backend is named", "Name one or several, such as onnxruntime.")
     if options.kind == "stub":
-        raise UsageError(_STUB, "Verify with proxy='split'.")
+        raise UsageError(_STUB, "Verify the split proxy, or the whole model.")
     missing = []
     for name in names:
         try:

@@ -93,7 +93,7 @@ def sounds_of(request: Request, rate: int) -> list[Array]:
         UsageError: There is none, or one cannot be used (`load_sound`).
     """
     if request.prompts or request.images or not request.audio:
-        given = "text" if request.prompts else "images" if request.images else "nothing"
+        given = "images" if request.images else "text" if request.prompts else "nothing"
         raise UsageError(
             f"a speech recognizer takes sound, not {given}",
             "Give a sound file or samples: model.generate(inputs='speech.wav') in Python, --audio "

@@ -17,7 +17,7 @@ from qeff_proxy import QEFFAutoModelForCTC, QEFFAutoModelForSpeechSeq2Seq
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UsageError
-from qeff_proxy_audio.sound import SoundWarning
+from qeff_proxy_audio.sound import EXAMPLE, SoundWarning
 
 ROOT = Path(__file__).parents[3]
 CHECKPOINTS = Path(qeff_proxy_audio.__file__).parent / "checkpoints"
@@ -94,6 +94,40 @@ def test_the_command_line_takes_sound_files(name, capsys):
 def test_what_a_recognizer_does_not_take_is_refused(arguments, message, capsys):
     assert main(["generate", str(CHECKPOINTS / "tiny-wav2vec2"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_verify_lets_it_hear_a_recording_and_openvino_passes(name, capsys):
+    export = recognizer(name).export()
+    assert main(["verify", str(export), "--backend", "openvino", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    heard = found["decoded"]
+    assert (heard["texts"] if name == "tiny-whisper" else heard) == ["two zero nine four"]
+    assert found["input"]["audio"] == [str(EXAMPLE)]
+    (result,) = found["backends"]
+    assert result["equal_tokens"] == result["tokens"] > 4
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_what_verify_cannot_let_it_hear_is_said_before_anything_is_made(name, capsys, tmp_path):
+    given = ["verify", str(CHECKPOINTS / name), "--output", str(tmp_path / "export")]
+    assert main([*given, "--prompt", "hello"]) == 2
+    assert main([*given, "--audio", "none.wav"]) == 2
+    assert main([*given, "--image", "none.png"]) == 2
+    assert main([*given, "--ids", "5,6"]) == 2
+    assert main([*given, "--audio", str(EXAMPLE), "--ids", "5"]) == 2
+    assert main([*given, "--proxy", "stub"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    told = (
+        "sound, not text",
+        "no sound file 'none.wav'",
+        "sound, not images",
+        "there are no input",
+    )
+    told += ("--audio and --ids", "stub's outputs")
+    for message, error in zip(told, errors, strict=True):
+        assert message in error
+    assert not (tmp_path / "export").exists()
 
 
 def test_the_demo_prints_what_both_heard(capsys):

@@ -14,6 +14,7 @@ from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UsageError
 from qeff_proxy.plugins import Plugins
 from qeff_proxy.sites import Absent, Site
+from qeff_proxy.verify import verify_model
 from safetensors import safe_open
 
 SIZES = {
@@ -153,6 +154,14 @@ def test_positions_and_token_types_stay_in_the_body(bert):
     assert "embeddings.word_embeddings.weight" not in names
     with safe_open(folder / "vocabulary.safetensors", "numpy") as file:
         assert list(file.keys()) == ["embeddings.word_embeddings.weight"]
+
+
+def test_openvino_passes_verify_on_tokens_that_verify_chose(bert):
+    found = verify_model(embedder(bert).export(), ["openvino"])
+    (result,) = found.results
+    assert result.passed, result.error or result.comparison.first_divergence
+    assert len(found.input["input_ids"][0]) == 16
+    assert result.cosine == pytest.approx(1)
 
 
 def test_a_decoder_as_a_causal_lm_is_still_served_by_its_own_package():

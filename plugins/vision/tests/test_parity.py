@@ -15,6 +15,7 @@ import torch
 from qeff_proxy import QEFFAutoModelForImageTextToText
 from qeff_proxy.compile import open_sessions
 from qeff_proxy.flows import Job, load_flow
+from qeff_proxy.verify import VerifyOptions, verify_model
 from qeff_proxy_vision.tiny import FAMILIES
 
 # Logits go up to 6. In float32 the models themselves are up to 5e-5 from what they give in float64,
@@ -105,9 +106,14 @@ def compile_face(model, folder, kind="split", **options):
     return face, face._compiled
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_graphs_give_what_the_uncut_model_gives(family, make_model, prompt_for, tmp_path):
-    face, compiled = compile_face(make_model(family), tmp_path)
+@pytest.fixture(scope="module", params=FAMILIES)
+def split(request, make_model, tmp_path_factory):
+    """A family's name, its face and what was compiled: exported once for all tests of it."""
+    return request.param, *compile_face(make_model(request.param), tmp_path_factory.mktemp("split"))
+
+
+def test_graphs_give_what_the_uncut_model_gives(split, prompt_for):
+    family, face, compiled = split
     # A chunk shorter than an image: tokens that see each other must still run together.
     in_chunks = replace(compiled, options=replace(compiled.options, prefill_seq_len=7))
     seen = set()
@@ -128,6 +134,17 @@ def test_graphs_give_what_the_uncut_model_gives(family, make_model, prompt_for, 
         _, got_logits, _ = actual(face, shifted, compiled, prompt)
         assert np.abs(got_logits[0] - logits[0]).max() > 100 * TOLERANCE
     assert len(seen) > 8, "the model repeats itself, so that equal tokens say little"
+
+
+def test_verify_chooses_an_input_with_an_image_and_openvino_passes(split):
+    """These checkpoints have no processor: noise stands among random tokens."""
+    _, _, compiled = split
+    found = verify_model(compiled.export, ["openvino"], options=VerifyOptions(max_new_tokens=2))
+    (result,) = found.results
+    assert result.passed, result.error or result.comparison.first_divergence
+    assert result.equal_tokens == result.tokens == 4  # two rows, the first without an image
+    assert "pixel_values" in found.input
+    assert any(str(one.name).startswith("vision.out.") for one in result.comparison.tensors)
 
 
 class Logits(Steps):

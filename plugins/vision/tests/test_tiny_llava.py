@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
+import io
 import json
 import random
 from pathlib import Path
@@ -13,8 +15,9 @@ import qeff_proxy_vision
 from PIL import Image
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
+from qeff_proxy.example import DEFAULT_QUESTION
 from qeff_proxy.load import load_model
-from qeff_proxy_vision import demo
+from qeff_proxy_vision import demo, images
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 CHECKPOINT = Path(qeff_proxy_vision.__file__).parent / "checkpoints" / "tiny-llava"
@@ -39,10 +42,17 @@ def test_it_is_right_on_95_of_100_drawings_that_it_has_not_seen(tool):
     assert tool.measure(model, processor, 200) >= 0.95
 
 
-def test_the_demo_names_what_a_png_shows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("QEFF_HOME", str(tmp_path))
-    assert main(["demo", "llava", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)["demos"]["llava"]
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What the demo says; its export is there for the other tests."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setenv("QEFF_HOME", str(tmp_path_factory.mktemp("home")))
+        assert main(["demo", "llava", "--json"]) == 0
+    return json.loads(said.getvalue())["demos"]["llava"]
+
+
+def test_the_demo_names_what_a_png_shows(report, capsys):
     assert report["text"].endswith("a green triangle on the right")
     parity = report["parity"]
     assert parity["equal_tokens"] == parity["steps"] == 7
@@ -50,9 +60,29 @@ def test_the_demo_names_what_a_png_shows(tmp_path, monkeypatch, capsys):
     names = {str(name) for name in read_dump(Path(report["io_folder"])).names()}
     assert "vision.out.image_features" in names
     drawing = CHECKPOINT.parent / "drawings" / "drawing.png"
-    question = ["generate", str(CHECKPOINT), "What is this ?", "--image", str(drawing)]
+    question = ["generate", report["export"], "What is this ?", "--image", str(drawing)]
     assert main(question) == 0
     assert capsys.readouterr().out == "a green triangle on the right\n"
+
+
+def test_verify_shows_it_the_drawing_and_openvino_passes(report, capsys):
+    assert main(["verify", report["export"], "--backend", "openvino", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["decoded"] == ["a green triangle on the right"]
+    assert found["input"]["images"] == [str(images.DRAWING)]
+    (result,) = found["backends"]
+    assert result["equal_tokens"] == result["tokens"] == 7
+
+
+def test_verify_asks_about_an_image_and_refuses_a_sound(report, capsys):
+    given = ["verify", report["export"], "--backend", "torch", "--max-new-tokens", "1"]
+    assert main([*given, "--image", str(images.DRAWING), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["input"]["prompts"] == [DEFAULT_QUESTION]
+    assert main([*given, "--image", "none.png"]) == 2
+    assert main([*given, "--audio", "none.wav"]) == 2
+    missing, sound = capsys.readouterr().err.splitlines()
+    assert "there is no image file 'none.png'" in missing
+    assert "takes text and images, not sound" in sound
 
 
 def test_the_drawing_of_the_demo_is_made_as_those_the_model_was_trained_on(tool):
