@@ -58,6 +58,7 @@ def with_calibration(
     options: CompileOptions,
     given: Any,
     *,
+    processor: Any = None,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda _stage: None,
 ) -> CompileOptions:
@@ -71,6 +72,7 @@ def with_calibration(
         given: The folder of a dump, or of dumps; a file of prompts, one a line; an image or a
             sound, or a folder of such files; a `Request`; or a list of prompts or requests.
             ``None``: nothing.
+        processor: The checkpoint's, where it is loaded already.
         trust_remote_code: Run Python code that comes with the checkpoint.
         progress: Told what happens as it begins.
 
@@ -97,7 +99,9 @@ def with_calibration(
     folder = export.folder / "io" / f"calibration-{digest.hexdigest()[:16]}"
     if not (folder / _DONE).is_file():
         progress("running the calibration inputs")
-        _run(export, hooks, context, requests, folder, trust_remote_code)
+        if processor is None:
+            processor = _processor_of(export, trust_remote_code)
+        _run(export, hooks, context, requests, folder, processor)
     return _with_folder(options, folder)
 
 
@@ -154,19 +158,22 @@ def _with_folder(options: CompileOptions, folder: Path) -> CompileOptions:
     return replace(options, backend={**options.backend, OPTION: str(folder.absolute())})
 
 
+def _processor_of(export: Export, trust_remote_code: bool) -> Any:
+    try:
+        return load_processor(export.processor_folder, trust_remote_code=trust_remote_code)
+    except CheckpointError:
+        return None  # what needs one says so
+
+
 def _run(
     export: Export,
     hooks: Hooks,
     context: int | None,
     requests: Iterable[Request],
     folder: Path,
-    trust_remote_code: bool,
+    processor: Any,
 ) -> None:
     """Run the requests in float32 and dump each; the folder is there whole or not at all."""
-    try:
-        processor = load_processor(export.processor_folder, trust_remote_code=trust_remote_code)
-    except CheckpointError:
-        processor = None  # what needs one says so
     outputs = [spec.name for part in export.parts for spec in part.outputs]
     settings: dict[str, Any] = {}
     if any(name.startswith("present.") for name in outputs):

@@ -342,8 +342,9 @@ def _calibrated(run: _Runs, name: str, progress: Callable[[str], None]) -> Compi
     chosen = _options_of(run.options, name)
     if not takes_calibration(name):
         return chosen
+    given, processor = run.options.calibration, run.processor
     return with_calibration(
-        run.export, run.hooks, name, chosen, run.options.calibration, progress=progress
+        run.export, run.hooks, name, chosen, given, processor=processor, progress=progress
     )
 
 
