@@ -52,12 +52,14 @@ def to_tensor(array: Array) -> torch.Tensor:
     """``array`` as a CPU tensor, sharing its memory where that is possible."""
     import torch
 
-    array = np.ascontiguousarray(array)
     name = array.dtype.name
     if name not in _BIT_TYPES:
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        shared = array.flags.writeable and min(array.strides, default=0) >= 0
+        return torch.from_numpy(array if shared else array.copy())
     bits = _BIT_TYPES[name][1]
-    return torch.from_numpy(array.view(bits).copy()).view(getattr(torch, name))
+    return torch.from_numpy(np.ascontiguousarray(array).view(bits).copy()).view(
+        getattr(torch, name)
+    )
 
 
 def given_tensor(

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qeff_proxy.arrays import to_array, to_tensor
-from qeff_proxy.engine import Cache, CausalEngine, StepId
+from qeff_proxy.engine import CausalEngine, StepId
 from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.generation_cache import StepCache, arrays_of_cache, fill_cache
 from qeff_proxy.generation_settings import check_settings, generation_config_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy.typing as npt
-    from transformers import PreTrainedConfig
+    from transformers import DynamicCache, PreTrainedConfig
 
     from qeff_proxy.engine import Recorder, Supplier
     from qeff_proxy.flows import Job
@@ -148,7 +148,8 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         if attention_mask is None:
             attention_mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64)
         padding = to_array(attention_mask.to(torch.int64))
-        cache = arrays_of_cache(past_key_values) if past else None
+        held = StepCache.of(past_key_values)
+        cache = held.arrays() if past else None
         length = ids.shape[1]
         chunk = self.prefill_seq_len if past == 0 and self.prefill_seq_len else length
         logits = None
@@ -166,15 +167,14 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
                 recorder=self.recorder,
             )
         assert logits is not None  # noqa: S101 (the loop runs at least once)
-        if not np.isfinite(logits.astype(np.float32)).all():
+        if not np.isfinite(logits.astype(np.float32, copy=False)).all():
             raise BackendError(
                 f"the logits of step {len(self.step_times)} are not finite numbers",
                 "Check the weights for NaN, or run in float32 if a half-precision run overflows.",
             )
         assert cache is not None  # noqa: S101
-        result = CausalLMOutputWithPast(
-            logits=to_tensor(logits).float(), past_key_values=fill_cache(cache, past_key_values)
-        )
+        held.hold(cache)
+        result = CausalLMOutputWithPast(logits=to_tensor(logits).float(), past_key_values=held)
         self.step_times.append(time.perf_counter())
         return result
 
@@ -184,30 +184,6 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
             return StepId("decode", self._decode_steps - 1)
         self._chunks += 1
         return StepId("prefill", self._chunks - 1)
-
-
-def arrays_of_cache(cache: DynamicCache | None) -> Cache:
-    """What a cache of transformers' holds, as the engine takes it."""
-    arrays: Cache = {}
-    for index, layer in enumerate(cache.layers if cache is not None else ()):
-        arrays[f"past_key_values.{index}.key"] = to_array(layer.keys)
-        arrays[f"past_key_values.{index}.value"] = to_array(layer.values)
-    return arrays
-
-
-def fill_cache(arrays: Cache, cache: DynamicCache | None) -> DynamicCache:
-    """Put the arrays into ``cache``, so that beams are reordered by transformers' own code."""
-    cache = cache if cache is not None else DynamicCache()
-    for index in range(len(arrays) // 2):
-        while len(cache.layers) <= index:
-            cache.layers.append(DynamicLayer())
-        layer = cache.layers[index]
-        keys = to_tensor(arrays[f"past_key_values.{index}.key"])
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, keys)
-        layer.keys = keys
-        layer.values = to_tensor(arrays[f"past_key_values.{index}.value"])
-    return cache
 
 
 @dataclass(frozen=True)
@@ -375,7 +351,7 @@ def run_generation(
         output = generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=DynamicCache(),
+            past_key_values=StepCache(),
             use_cache=True,
             **settings,
         )
