@@ -1,7 +1,7 @@
 """What mkdocs does besides.
 
-It takes pages into the navigation that are there and no others, and writes the command reference
-from the program itself.
+It writes the command reference from the program itself, and shows the files of a new plugin as the
+command writes them.
 """
 
 from __future__ import annotations
@@ -22,25 +22,6 @@ from qeff_proxy.errors import ProxyError
 from qeff_proxy.plugin_template import write_plugin
 
 KINDS = json.loads((files("qeff_proxy") / "templates/plugin/kinds.json").read_text("utf-8"))
-
-#: Pages that have a place in the navigation where they are there: title, file, after which title.
-OPTIONAL = (
-    ("Backends", "backends.md", "Comparing and verifying"),
-    ("On an NPU", "npu.md", "Backends"),
-    ("Performance", "performance.md", "Families, measured"),
-)
-
-
-def on_config(config: Any) -> Any:
-    """Complete the navigation."""
-    docs = Path(config["docs_dir"])
-    nav = config["nav"]
-    for title, file, after in OPTIONAL:
-        if (docs / file).is_file():
-            titles = [next(iter(entry)) for entry in nav]
-            place = titles.index(after) + 1 if after in titles else len(nav) - 1
-            nav.insert(place, {title: file})
-    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from qeff_proxy.errors import UsageError
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy.typing as npt
     import torch
 
-__all__ = ["Array", "numpy_dtype", "to_array", "to_tensor"]
+__all__ = ["Array", "given_tensor", "given_tensors", "numpy_dtype", "to_array", "to_tensor"]
 
 if TYPE_CHECKING:
     Array = npt.NDArray[Any]
@@ -48,9 +52,37 @@ def to_tensor(array: Array) -> torch.Tensor:
     """``array`` as a CPU tensor, sharing its memory where that is possible."""
     import torch
 
-    array = np.ascontiguousarray(array)
     name = array.dtype.name
     if name not in _BIT_TYPES:
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        shared = array.flags.writeable and min(array.strides, default=0) >= 0
+        return torch.from_numpy(array if shared else array.copy())
     bits = _BIT_TYPES[name][1]
-    return torch.from_numpy(array.view(bits).copy()).view(getattr(torch, name))
+    return torch.from_numpy(np.ascontiguousarray(array).view(bits).copy()).view(
+        getattr(torch, name)
+    )
+
+
+def given_tensor(
+    name: str, value: Any, hint: str = "Give a tensor, an array or lists."
+) -> torch.Tensor:
+    """What a user gave as an input, as a tensor.
+
+    Args:
+        name: The input's name, for the error.
+        value: A tensor, an array, or lists of numbers of one length.
+        hint: What to do, for the error.
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    import torch
+
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UsageError(f"the input {name!r} is no tensor: {error}", hint) from error
+
+
+def given_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The same of all inputs; ``None`` stands for one that is not there."""
+    return {name: given_tensor(name, one) for name, one in inputs.items() if one is not None}

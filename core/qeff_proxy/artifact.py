@@ -36,12 +36,17 @@ __all__ = [
     "cache_home",
     "check_weights_of",
     "export_folder",
+    "hash_weights_file",
+    "name_digest",
+    "new_digest",
     "read_export",
     "sha256_of",
 ]
 
 SCHEMA = 1
 MANIFEST = "export.json"
+_ALGORITHM = "blake3:"
+_PIECE = 1 << 20  # bytes; what stays in a processor's cache is read and hashed faster
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,8 @@ class Export:
         cut: The sites, and what was verified of the cut.
         settings: What the flow needs besides.
         made_by: Versions of what made it, and the plugin that did.
-        hashes: Weights file → SHA-256; checked when it is compiled, not when it is opened.
+        hashes: Weights file → algorithm and hash, ``"blake3:…"``; checked when it is compiled, not
+            when it is opened.
     """
 
     folder: Path
@@ -200,13 +206,18 @@ def read_export(folder: Path) -> Export:
 
 
 def check_weights_of(export: Export) -> None:
-    """Hold every weights file of an export against its SHA-256.
+    """Hold every weights file of an export against its hash.
 
     Raises:
-        ArtifactError: One of them is not what was exported.
+        ArtifactError: One of them is not what was exported, or its hash is none that is known.
     """
     for name, digest in export.hashes.items():
-        if sha256_of(export.folder / name) != digest:
+        if not digest.startswith(_ALGORITHM):
+            raise ArtifactError(
+                f"{export.folder / MANIFEST} has a hash of {name} that is not {_ALGORITHM}…",
+                "Export the model again.",
+            )
+        if hash_weights_file(export.folder / name) != digest:
             raise ArtifactError(
                 f"{export.folder / name} is not what was exported: its bytes have changed",
                 "Export the model again.",
@@ -235,6 +246,28 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def new_digest() -> Any:
+    """A BLAKE3 hash to be fed: as hard to forge as SHA-256, at several times its speed."""
+    from blake3 import blake3
+
+    return blake3()
+
+
+def name_digest(digest: Any) -> str:
+    """How a hash of `new_digest` stands in ``export.json``."""
+    return f"{_ALGORITHM}{digest.hexdigest()}"
+
+
+def hash_weights_file(path: Path) -> str:
+    """A weights file's hash as it stands in ``export.json``: ``"blake3:"``, 64 hex digits."""
+    digest = new_digest()
+    buffer = memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return name_digest(digest)
 
 
 def _plain_name(name: str) -> str:

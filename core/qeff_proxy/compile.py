@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact import check_weights_of
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Compiled", "compile_export", "fixed_lengths", "open_sessions"]
 
 _MANIFEST = "compile.json"
+#: What configs call the number of positions of a decoder.
+_POSITIONS = ("max_position_embeddings", "max_target_positions")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def compile_export(
         UsageError: It has no such option.
         ArtifactError: The folder is in use, or cannot be written.
     """
-    options = options or CompileOptions()
+    options = _within_positions(export, options or CompileOptions())
     implementation = load_backend(backend)
     unknown = sorted(set(options.backend) - set(implementation.options))
     if unknown:
@@ -88,6 +91,8 @@ def compile_export(
         "parts": {part.name: part.sha256 for part in export.parts},
         "weights": {name: _state_of(export.folder / name) for name in export.files},
     }
+    if hasattr(implementation, "fingerprint"):
+        key["inputs"] = dict(implementation.fingerprint(options))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     target = export.folder / "compiled" / f"{backend}-{digest}"
     there = Compiled(export, backend, options, target, was_there=True)
@@ -104,8 +109,8 @@ def compile_export(
                 progress(f"compiling {part.name}")
                 implementation.compile(export, part, options, folder)
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-            value = {**key, "files": sizes}
+            states = {str(path.relative_to(folder)): _state_of(path) for path in files}
+            value = {**key, "files": states}
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
             (folder / _MANIFEST).write_text(text, encoding="utf-8")
     return Compiled(export, backend, options, target)
@@ -113,15 +118,48 @@ def compile_export(
 
 def fixed_lengths(export: Export, options: CompileOptions) -> CompileOptions:
     """The options as a backend of fixed shapes needs them: with the lengths that nobody said."""
-    from qeff_proxy.load import load_config
-    from qeff_proxy.static import axes_of, with_fixed_shapes
+    from qeff_proxy.static import with_fixed_shapes
 
-    if not any("past" in axes_of(part) for part in export.parts):
+    if not _has_cache(export):
         return options
+    return with_fixed_shapes(options, _positions_of(export))
+
+
+def _has_cache(export: Export) -> bool:
+    from qeff_proxy.static import axes_of
+
+    return any("past" in axes_of(part) for part in export.parts)
+
+
+def _positions_of(export: Export) -> int | None:
+    """How many positions the model has; ``None`` where it has no limit."""
+    from qeff_proxy.load import load_config
+
     config = load_config(export.processor_folder).get_text_config(decoder=True)
-    names = ("max_position_embeddings", "max_target_positions")
-    most = next((one for name in names if (one := getattr(config, name, None))), None)
-    return with_fixed_shapes(options, most)
+    found = (getattr(config, name, None) for name in _POSITIONS)
+    return next((count for count in found if isinstance(count, int) and count > 0), None)
+
+
+def _within_positions(export: Export, options: CompileOptions) -> CompileOptions:
+    """The options with a ``ctx_len`` that the model has positions for.
+
+    Beyond them some backends fail in the middle of a run, and others go on with wrong numbers.
+    """
+    if options.ctx_len is None or not _has_cache(export):
+        return options
+    most = _positions_of(export)
+    if most is None or options.ctx_len <= most:
+        return options
+    warnings.warn(
+        f"ctx_len {options.ctx_len} is more than the {most} positions that "
+        f"{export.model['source']} has; {most} are used",
+        UserWarning,
+        stacklevel=3,
+    )
+    chunk = options.prefill_seq_len
+    return replace(
+        options, ctx_len=most, prefill_seq_len=None if chunk is None else min(chunk, most)
+    )
 
 
 def _is_whole(folder: Path, key: dict[str, Any]) -> bool:
@@ -131,10 +169,10 @@ def _is_whole(folder: Path, key: dict[str, Any]) -> bool:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         files = found.pop("files")
-        sizes = {name: (folder / name).stat().st_size for name in files}
+        states = {name: _state_of(folder / name) for name in files}
     except (ValueError, AttributeError, KeyError, TypeError, OSError):
         return False
-    return bool(found == key and files == sizes)
+    return bool(found == key and files == states)
 
 
 def _state_of(path: Path) -> list[int]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import CutError, PluginError
 from qeff_proxy.flows import CutReport, load_flow
+from qeff_proxy.flows.check import NEEDS_PLUGIN
 from qeff_proxy.locate import locate_sites, site_to_json
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.unchanged import changes_between, snapshot_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qeff_proxy.load import LoadedModel
     from qeff_proxy.parts import Kind, Proxy
     from qeff_proxy.plugin_hooks import Hooks
@@ -76,7 +81,8 @@ def cut_model(loaded: LoadedModel, hooks: Hooks, kind: Kind, *, verify: bool = T
         _check_body(loaded, proxy, sites)
     report = None
     if verify and kind != "stub":
-        report = load_flow(proxy.flow).verify(model, proxy, sites)
+        with _sites_run_in_their_parts(loaded, proxy, sites), _blame(hooks):
+            report = load_flow(proxy.flow).verify(model, proxy, sites)
     return Cut(proxy, sites, report)
 
 
@@ -102,3 +108,61 @@ def _check_body(loaded: LoadedModel, proxy: Proxy, sites: dict[str, Site | Absen
                 f"{type(loaded.model).__name__} was cut at its {name} ({site.module}), but the "
                 f"plugin gave no {name} part, only {', '.join(names)}"
             )
+
+
+@contextmanager
+def _sites_run_in_their_parts(
+    loaded: LoadedModel, proxy: Proxy, sites: dict[str, Site | Absent]
+) -> Iterator[None]:
+    """Refuse a split in which a site's module runs in the body: whatever equals, it is not cut."""
+    if proxy.kind != "split":
+        yield
+        return
+    running: list[str] = []  # the part that runs, where one does
+    wrong: list[tuple[str, str, str]] = []
+    own = {part.name for part in proxy.parts if part.weights == "vocabulary"} | set(sites)
+
+    def begin(part_name: str, *_: Any) -> None:
+        running.append(part_name)
+
+    def end(*_: Any) -> None:
+        running.clear()
+
+    def note(name: str, path: str, *_: Any) -> None:
+        wrong.extend((one, name, path) for one in running if one not in own)
+
+    with ExitStack() as handles:
+        for part in proxy.parts:
+            before = part.module.register_forward_pre_hook(partial(begin, part.name))
+            after = part.module.register_forward_hook(end, always_call=True)
+            handles.callback(before.remove)
+            handles.callback(after.remove)
+        for name, site in sites.items():
+            if isinstance(site, Site):
+                module = loaded.model.get_submodule(site.module)
+                handle = module.register_forward_pre_hook(partial(note, name, site.module))
+                handles.callback(handle.remove)
+        yield
+    if wrong:
+        part_name, name, path = wrong[0]
+        raise CutError(
+            f"the {part_name} part runs {path}, which was located as the {name}",
+            f"That is not where the model's {name} is, or the plugin's build_proxy must keep it "
+            "out of that part.",
+        )
+
+
+@contextmanager
+def _blame(hooks: Hooks) -> Iterator[None]:
+    """Say who cut the model where the parts do not equal it: its author knows what to look for."""
+    try:
+        yield
+    except CutError as error:
+        if error.hint != NEEDS_PLUGIN or hooks.distribution == "qeff-proxy":
+            raise
+        raise CutError(
+            error.problem,
+            f"Plugin {hooks.plugin!r} cut it: a site is not where it says, or its build_proxy "
+            "leaves out what the model does between them, such as a scale, a bias, a soft cap or "
+            "its positions.",
+        ) from error

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.cache import PAST, PRESENT, Buffers, Cache, HeldCache, can_run_in_place
 from qeff_proxy.errors import UsageError
-from qeff_proxy.masks import build_mask
+from qeff_proxy.masks import build_mask, lengthen_mask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from qeff_proxy.arrays import Array
+    from qeff_proxy.cache import InPlaceSession
     from qeff_proxy.session import PartLike, Session
 
 __all__ = ["Cache", "CausalEngine", "Recorder", "StepId", "Supplier", "position_ids_of"]
 
-#: ``past_key_values.<layer>.key`` and ``.value`` → ``[batch, heads, past, width]``.
-Cache = dict[str, "Array"]
 Phase = Literal["prefill", "decode"]
 
 
@@ -149,6 +149,7 @@ class CausalEngine:
                 "Shorten the prompt, generate fewer tokens, or compile with a larger ctx_len.",
             )
         known: dict[str, Array] = {"input_ids": input_ids, **(cache or {})}
+        present: Cache = {}
         for part in self.parts:
             if part.name == "lm_head" and last_only:
                 known["last_hidden_state"] = known["last_hidden_state"][:, -1:]
@@ -158,17 +159,23 @@ class CausalEngine:
                 spec.name: self._feed(part, spec, known, padding, query_length)
                 for spec in part.inputs
             }
-            outputs = self.sessions[part.name].run(feeds)
+            session = self.sessions[part.name]
+            if can_run_in_place(session, part, cache):
+                outputs, held = _run_in_place(session, part, feeds, cache)
+                present = held
+            else:
+                outputs = session.run(feeds)
             if recorder is not None:
                 recorder.step(
                     step.phase, step.index, part.name, feeds, outputs, past_length=past_length
                 )
             known.update(outputs)
-        present = {
-            name.replace("present.", "past_key_values.", 1): value
-            for name, value in known.items()
-            if name.startswith("present.")
-        }
+        if not present:
+            present = {
+                name.replace(PRESENT, PAST, 1): value
+                for name, value in known.items()
+                if name.startswith(PRESENT)
+            }
         logits = known["logits"]
         return (logits[:, -1:] if last_only else logits), present
 
@@ -186,10 +193,36 @@ class CausalEngine:
             return np.ascontiguousarray(padding, dtype=np.int64)
         if name == "position_ids":
             return position_ids_of(padding, query)
-        if name.startswith("past_key_values."):
+        if name.startswith(PAST):
             shape = (padding.shape[0], spec.shape[1], 0, spec.shape[3])
             return np.zeros(shape, numpy_dtype(spec.dtype))
         raise UsageError(
             f"the {part.name} part needs an input {name!r} that nothing supplies",
             "Its plugin must give it in preprocess, or as an output of an earlier part.",
         )
+
+
+def _run_in_place(
+    session: InPlaceSession, part: PartLike, feeds: Mapping[str, Array], cache: Cache | None
+) -> tuple[dict[str, Array], HeldCache]:
+    """Run a part on buffers; its outputs as ``run`` would give them, and the longer cache."""
+    specs = {spec.name: spec for spec in part.inputs if spec.name.startswith(PAST)}
+    masks = {mask.name for mask in part.masks}
+    entry = part.inputs[0]
+    batch, query = feeds[entry.name].shape[:2]
+    if isinstance(cache, HeldCache):
+        buffers = cache.room_for(query, specs)
+    else:
+        buffers = Buffers(specs, batch, room=query)
+    given = {
+        name: lengthen_mask(array, buffers.capacity) if name in masks else array
+        for name, array in feeds.items()
+        if name not in specs
+    }
+    found = session.run_in_place(given, buffers)
+    buffers.filled += query
+    held = HeldCache(buffers)
+    for spec in part.outputs:
+        if spec.name.startswith(PRESENT):
+            found[spec.name] = held[spec.name.replace(PRESENT, PAST, 1)]
+    return {spec.name: found[spec.name] for spec in part.outputs}, held

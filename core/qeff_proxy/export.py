@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WEIGHTS", "export_key", "export_model"]
 
-_CHECKED = "SHA-256 of the files taken, no NaN found"
+_CHECKED = "BLAKE3 of the files taken, no NaN found"
 #: How an export holds its weights.
 WEIGHTS = ("copy", "reference")
 #: Subfolders that a new export of the same folder takes over from the old one.

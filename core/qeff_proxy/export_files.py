@@ -45,7 +45,7 @@ def write_weights(folder: Path, graphs: Graphs, *, reference: bool = False) -> P
 
 
 def hash_weights(places: Places, graphs: Graphs) -> dict[str, str]:
-    """SHA-256 of each weights file, in which no weight may be NaN."""
+    """The hash of each weights file, in which no weight may be NaN."""
     files: dict[Path, dict[str, StoredTensor]] = {}
     for name, stored in places.items():
         files.setdefault(stored.path, {})[name] = stored.place

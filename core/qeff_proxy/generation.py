@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qeff_proxy.arrays import to_array, to_tensor
-from qeff_proxy.engine import Cache, CausalEngine, StepId
+from qeff_proxy.engine import CausalEngine, StepId
 from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.generation_cache import StepCache, arrays_of_cache, fill_cache
+from qeff_proxy.generation_settings import check_settings, generation_config_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy.typing as npt
-    from transformers import PreTrainedConfig
+    from transformers import DynamicCache, PreTrainedConfig
 
     from qeff_proxy.engine import Recorder, Supplier
     from qeff_proxy.flows import Job
@@ -147,7 +148,8 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         if attention_mask is None:
             attention_mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64)
         padding = to_array(attention_mask.to(torch.int64))
-        cache = arrays_of_cache(past_key_values) if past else None
+        held = StepCache.of(past_key_values)
+        cache = held.arrays() if past else None
         length = ids.shape[1]
         chunk = self.prefill_seq_len if past == 0 and self.prefill_seq_len else length
         logits = None
@@ -165,15 +167,14 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
                 recorder=self.recorder,
             )
         assert logits is not None  # noqa: S101 (the loop runs at least once)
-        if not np.isfinite(logits.astype(np.float32)).all():
+        if not np.isfinite(logits.astype(np.float32, copy=False)).all():
             raise BackendError(
                 f"the logits of step {len(self.step_times)} are not finite numbers",
                 "Check the weights for NaN, or run in float32 if a half-precision run overflows.",
             )
         assert cache is not None  # noqa: S101
-        result = CausalLMOutputWithPast(
-            logits=to_tensor(logits).float(), past_key_values=fill_cache(cache, past_key_values)
-        )
+        held.hold(cache)
+        result = CausalLMOutputWithPast(logits=to_tensor(logits).float(), past_key_values=held)
         self.step_times.append(time.perf_counter())
         return result
 
@@ -183,30 +184,6 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
             return StepId("decode", self._decode_steps - 1)
         self._chunks += 1
         return StepId("prefill", self._chunks - 1)
-
-
-def arrays_of_cache(cache: DynamicCache | None) -> Cache:
-    """What a cache of transformers' holds, as the engine takes it."""
-    arrays: Cache = {}
-    for index, layer in enumerate(cache.layers if cache is not None else ()):
-        arrays[f"past_key_values.{index}.key"] = to_array(layer.keys)
-        arrays[f"past_key_values.{index}.value"] = to_array(layer.values)
-    return arrays
-
-
-def fill_cache(arrays: Cache, cache: DynamicCache | None) -> DynamicCache:
-    """Put the arrays into ``cache``, so that beams are reordered by transformers' own code."""
-    cache = cache if cache is not None else DynamicCache()
-    for index in range(len(arrays) // 2):
-        while len(cache.layers) <= index:
-            cache.layers.append(DynamicLayer())
-        layer = cache.layers[index]
-        keys = to_tensor(arrays[f"past_key_values.{index}.key"])
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, keys)
-        layer.keys = keys
-        layer.values = to_tensor(arrays[f"past_key_values.{index}.value"])
-    return cache
 
 
 @dataclass(frozen=True)
@@ -235,6 +212,7 @@ def generate_ids(
             "a stub's outputs mean nothing, so no text can be generated from it",
             "Export with proxy='split' to generate.",
         )
+    check_settings(job.settings)
     text_config = job.config.get_text_config(decoder=True)
     context = job.options.ctx_len or getattr(text_config, "max_position_embeddings", None)
     engine = CausalEngine(parts or job.export.parts, job.sessions, context, supplier)
@@ -245,9 +223,12 @@ def generate_ids(
         prefill_seq_len=job.options.prefill_seq_len,
         recorder=job.recorder,
     )
-    settings = dict(job.settings)
+    settings = {n: v for n, v in job.settings.items() if n != "generation_config"}
     _check_ids(job)
     length = int(job.tensors["input_ids"].shape[-1])
+    given = job.settings.get("generation_config")
+    if given is not None and given.max_new_tokens is None:
+        settings.setdefault("max_length", given.max_length)
     if settings.get("max_length") is not None and settings.get("max_new_tokens") is None:
         settings["max_new_tokens"] = settings.pop("max_length") - length
     new = _new_tokens(settings, model.generation_config, length, context)
@@ -307,11 +288,8 @@ def _check_rotary_limit(
 
 
 def _generation_config(job: Job) -> GenerationConfig:
-    """The checkpoint's own settings, with a pad token where it has none."""
-    if (job.folder / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(job.folder)
-    else:
-        config = GenerationConfig.from_model_config(job.config)
+    """The settings of a run, with a pad token where there is none."""
+    config = generation_config_of(job)
     if config.pad_token_id is None:
         end = config.eos_token_id
         config.pad_token_id = end[0] if isinstance(end, list) else (0 if end is None else end)
@@ -373,7 +351,7 @@ def run_generation(
         output = generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=DynamicCache(),
+            past_key_values=StepCache(),
             use_cache=True,
             **settings,
         )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qeff_proxy.arrays import given_tensors
 from qeff_proxy.decoder import (
     DecoderLayout,
     DecoderPart,
@@ -116,7 +117,7 @@ def build_proxy(
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
     """Token ids as given, or a tokenizer's, padded on the left."""
     if request.inputs is not None:
-        return {name: torch.as_tensor(value) for name, value in request.inputs.items()}
+        return given_tensors(request.inputs)
     refuse_others(request, "prompts")
     if processor is None or not request.prompts:
         return None

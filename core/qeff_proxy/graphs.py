@@ -244,5 +244,6 @@ def _check_separate(loaded: LoadedModel, graphs: Graphs) -> None:
             if part.weights != "vocabulary" and left:
                 raise CutError(
                     f"the {part.name} part still holds {min(left)}, which belongs to the {name}",
-                    "The plugin's build_proxy must keep it out of that part.",
+                    f"That is not where the model's {name} is, or the plugin's build_proxy must "
+                    "keep it out of that part.",
                 )

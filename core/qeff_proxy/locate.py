@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
 from qeff_proxy.errors import PluginError
 from qeff_proxy.sites import Absent, Site
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel
 
     from qeff_proxy.plugin_hooks import Hooks
@@ -48,16 +51,30 @@ def site_to_json(site: Site | Absent) -> dict[str, object]:
 
 
 def _check(model: PreTrainedModel, plugin: str, name: str, site: Site) -> None:
-    paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    modules = dict(model.named_modules(remove_duplicate=False))
     where = f"the {name} of {type(model).__name__}"
-    if site.module not in paths:
+    if site.module not in modules:
         raise PluginError(
-            f"plugin {plugin} locates {where} at {site.module!r}, where there is no module"
+            f"plugin {plugin} locates {where} at {site.module!r}, where there is no module",
+            _near(site.module, modules),
         )
-    parameters = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     unknown = [table for table in site.tables if table not in parameters]
     if unknown:
         raise PluginError(
             f"plugin {plugin} names {unknown[0]!r} as part of {where}, where there is no such "
-            "parameter"
+            "parameter",
+            _near(unknown[0], parameters),
         )
+    module = modules[site.module]
+    if not site.tables and not any(one.dim() > 1 for one in module.parameters()):
+        raise PluginError(
+            f"plugin {plugin} locates {where} at {site.module!r}, a {type(module).__name__}, which "
+            "holds no table",
+            "Name the module with a row for each token.",
+        )
+
+
+def _near(wanted: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(wanted, [path for path in known if path], n=3, cutoff=0.6)
+    return f"Near it are {', '.join(near)}." if near else "Its paths are those of named_modules()."

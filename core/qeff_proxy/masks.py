@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["MASK_NAMES", "build_mask", "provide_masks", "record_masks"]
+__all__ = ["MASK_NAMES", "build_mask", "lengthen_mask", "provide_masks", "record_masks"]
 
 #: The graph input of each kind of mask; the commonest kind of a model has the plain name.
 MASK_NAMES: dict[MaskKind, str] = {
@@ -99,6 +99,15 @@ def build_mask(
     visible = (visible & (padding[:, None, :] != 0)) | (keys == queries)
     lowest = _lowest(dtype)
     return np.where(visible, np.zeros((), dtype), lowest)[:, None]
+
+
+def lengthen_mask(mask: npt.NDArray[Any], total: int) -> npt.NDArray[Any]:
+    """A mask ``[batch, 1, query, past + query]`` with keys that nobody sees, up to ``total``."""
+    if mask.shape[-1] == total:
+        return mask
+    longer = np.full((*mask.shape[:-1], total), _lowest(mask.dtype), mask.dtype)
+    longer[..., : mask.shape[-1]] = mask
+    return longer
 
 
 def _lowest(dtype: np.dtype[Any]) -> Any:

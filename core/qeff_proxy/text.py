@@ -35,6 +35,11 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
             f"a {type(tokenizer).__name__} is no tokenizer",
             "Pass a tokenizer of transformers, or leave it out for the checkpoint's own.",
         )
+    for prompt in prompts:
+        if not isinstance(prompt, str) or any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UsageError(
+                f"the prompt {prompt!r} is no text", "Give text without halves of surrogate pairs."
+            )
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:

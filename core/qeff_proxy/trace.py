@@ -25,6 +25,7 @@ import torch
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from qeff_proxy.errors import ExportError
+from qeff_proxy.lowering import lowered_in_place
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.torchlib import operators_read_once
 
@@ -83,7 +84,7 @@ def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -
     config = OnnxConfig(dynamic_shapes=shapes, optimize=False, opset_version=opset)
     with _quiet(), operators_read_once():
         try:
-            program = OnnxExporter().export(part.module, samples, config=config).program
+            program = _trace(part, samples, config)
         except Exception as error:  # whatever torch.export meets in a model's code
             first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ExportError(
@@ -107,6 +108,16 @@ def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -
         tuple(kept),
         tuple(_spec_of(value, spec) for value, spec in outputs),
     )
+
+
+def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:
+    with lowered_in_place() as lowered:
+        try:
+            return OnnxExporter().export(part.module, samples, config=config).program
+        except Exception:  # what it is, the other way will say
+            if not lowered:
+                raise
+    return OnnxExporter().export(part.module, samples, config=config).program
 
 
 def _check_opset(program: ir.Model, part: Part, opset: int | None) -> None:

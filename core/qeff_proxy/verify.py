@@ -65,6 +65,7 @@ class VerifyOptions:
         tolerances: How far each tensor may be off; by dtype unless given.
         compile: Shapes and cores, for every backend.
         backends: What only one backend understands, by its name.
+        calibration: What backends that quantize are calibrated on (`qeff_proxy.calibration`).
         io: Which steps and tensors are dumped and compared.
         io_folder: Where the dumps go; by default a new folder below ``io/`` of the export.
         html: Write a report for each backend: to this file, or with several backends to one beside
@@ -80,6 +81,7 @@ class VerifyOptions:
     tolerances: Tolerances | None = None
     compile: CompileOptions = field(default_factory=CompileOptions)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calibration: Any = None
     io: DumpOptions = field(default_factory=DumpOptions)
     io_folder: Path | None = None
     html: Path | None = None
@@ -333,6 +335,19 @@ def _options_of(options: VerifyOptions, name: str) -> CompileOptions:
     return replace(options.compile, backend=dict(options.backends.get(name, {})))
 
 
+def _calibrated(run: _Runs, name: str, progress: Callable[[str], None]) -> CompileOptions:
+    """A backend's options, with what it is calibrated on where it can be."""
+    from qeff_proxy.calibration import takes_calibration, with_calibration
+
+    chosen = _options_of(run.options, name)
+    if not takes_calibration(name):
+        return chosen
+    given, processor = run.options.calibration, run.processor
+    return with_calibration(
+        run.export, run.hooks, name, chosen, given, processor=processor, progress=progress
+    )
+
+
 def _is_static(options: VerifyOptions, name: str) -> bool:
     """Whether a backend needs fixed shapes; one that cannot be used says so in its own row."""
     try:
@@ -348,7 +363,7 @@ def _tried(run: _Runs, name: str, count: int, progress: Callable[[str], None]) -
     folder = None
     try:
         progress(f"compiling for {name}")
-        chosen = _options_of(options, name)
+        chosen = _calibrated(run, name, progress)
         compiled = compile_export(run.export, name, chosen, force=options.force)
         progress(f"running {name}")
         folder = run.candidate(compiled)

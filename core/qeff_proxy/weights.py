@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import torch
 
+from qeff_proxy.artifact import name_digest, new_digest
 from qeff_proxy.errors import ArtifactError, CheckpointError
 from qeff_proxy.safetensors_file import TORCH_DTYPES, StoredTensor
 from qeff_proxy.weight_sources import StoredWeight, WeightSources, map_tensor
@@ -45,6 +46,7 @@ _IR_DTYPES = {
 }
 _CODES = {name: code for code, name in TORCH_DTYPES.items()}
 _PIECE = 1 << 22  # elements, or bytes, that are in memory at a time
+_READ = 1 << 20  # bytes that are read, hashed and looked at while the processor has them at hand
 #: Of ``copy_file_range``: another file system, or one that cannot.
 _UNABLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
@@ -216,7 +218,7 @@ def _copy_range(source: int, begin: int, target: int, offset: int, count: int) -
 def check_and_hash(
     path: Path, places: Mapping[str, StoredTensor], sources: WeightSources | None = None
 ) -> str:
-    """Read a weights file once, in small pieces: its SHA-256, and whether any weight is NaN.
+    """Read a weights file once, in small pieces: its hash, and whether any weight is NaN.
 
     Args:
         path: The file.
@@ -226,10 +228,8 @@ def check_and_hash(
     Raises:
         CheckpointError: A weight has NaN elements; names it and the file it came from.
     """
-    import hashlib
-
-    digest = hashlib.sha256()
-    buffer = torch.empty(_PIECE, dtype=torch.uint8)
+    digest = new_digest()
+    buffer = torch.empty(_READ, dtype=torch.uint8)
     view = buffer.numpy().data
     spans = sorted((place.offset, place.length, name) for name, place in places.items())
     with path.open("rb", buffering=0) as file:
@@ -251,24 +251,25 @@ def check_and_hash(
             if offset < position:  # a tied weight, seen already
                 continue
             while position < offset:
-                take(min(_PIECE, offset - position))
+                take(min(_READ, offset - position))
             dtype = getattr(torch, TORCH_DTYPES[places[name].dtype])
             while position < offset + length:
-                piece = take(min(_PIECE, offset + length - position))
+                piece = take(min(_READ, offset + length - position))
                 if dtype.is_floating_point and _has_nan(piece.view(dtype)):
                     source = (sources.file_of(name) if sources is not None else None) or "the model"
                     raise CheckpointError(
                         f"{name} of {source} has NaN elements",
                         "Download the checkpoint again; a model with such weights gives only NaN.",
                     )
-    return digest.hexdigest()
+    return name_digest(digest)
 
 
 def _has_nan(piece: torch.Tensor) -> bool:
     if piece.dtype.itemsize == 1:
         piece = piece.float()
     # A sum is one fast pass, and finite unless something is not; only then is it worth a look.
-    total = piece.sum(dtype=torch.float32)
+    # (Narrow types are summed in float32, but the total may be too large for them: a look, too.)
+    total = piece.sum()
     return not bool(torch.isfinite(total)) and bool(torch.isnan(piece).any())
 
 

@@ -245,6 +245,25 @@ def test_what_is_not_a_dump_is_never_replaced(make_run, tmp_path):
     assert (run.folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["decode/minutes.txt", "decode/mine.npy", "prefill/more/x.npy"])
+def test_files_that_lie_among_those_of_a_dump_are_not_lost(make_run, tmp_path, name):
+    file = make_run(tmp_path / "d").folder / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"mine")
+    with pytest.raises(DumpError, match=r"holds other things than a dump: (decode|prefill)/m"):
+        make_run(tmp_path / "d")
+    assert file.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("text", ['{"name": "an app"}', "{", "[]", '{"format": "qeff-proxy-dump"}'])
+def test_a_manifest_of_something_else_is_not_replaced(make_run, tmp_path, text):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text(text)
+    with pytest.raises(DumpError, match=r"a manifest\.json of something else"):
+        make_run(tmp_path / "app")
+    assert (tmp_path / "app" / "manifest.json").read_text() == text
+
+
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -181,6 +181,56 @@ def test_a_site_that_is_not_there_is_the_plugins_error(make_model: Any) -> None:
         cut_model(wrap_model(make_model("llama")), plugins.hooks_for("llama"), "split")
 
 
+class Elsewhere:
+    """A plugin that knows one site wrong."""
+
+    def __init__(self, **sites: str) -> None:
+        self.sites = sites
+
+    @hookimpl
+    def locate_embedding(self) -> Site:
+        return Site(self.sites.get("embedding", "model.embed_tokens"))
+
+    @hookimpl
+    def locate_lm_head(self) -> Site:
+        return Site(self.sites.get("lm_head", "lm_head"))
+
+
+@pytest.mark.parametrize(
+    ("sites", "error", "message"),
+    [
+        (
+            {"lm_head": "model.layers.0.mlp.down_proj"},
+            CutError,
+            r"body part runs .*down_proj, which was located as the lm_head",
+        ),
+        ({"embedding": "model.norm"}, PluginError, "a LlamaRMSNorm, which holds no table"),
+        ({"embedding": "model.embed_token"}, PluginError, r"Near it are model\.embed_tokens"),
+    ],
+)
+def test_a_site_elsewhere_is_refused(sites: Any, error: Any, message: str, make_model: Any) -> None:
+    plugins = Plugins()
+    plugins.register(Elsewhere(**sites), ["llama"], name="elsewhere")
+    with pytest.raises(error, match=message):
+        cut_model(wrap_model(make_model("llama")), plugins.hooks_for("llama"), "split")
+
+
+def test_a_plugins_cut_that_is_not_equal_is_laid_to_the_plugin(make_model: Any) -> None:
+    generic = Plugins.discover().hooks_for("none-such")
+
+    class Unscaled:
+        @hookimpl
+        def build_proxy(self, model: Any, embedding: Any, lm_head: Any, kind: Any) -> Proxy:
+            proxy = generic.build_proxy(model, embedding, lm_head, kind)
+            table = nn.Embedding.from_pretrained(model.model.embed_tokens.weight * 0.5)
+            return exchange(proxy, "embedding", module=EmbeddingPart(table))
+
+    plugins = Plugins()
+    plugins.register(Unscaled(), ["llama"], name="unscaled")
+    with pytest.raises(CutError, match=r"Plugin 'unscaled' cut it: .* such as a scale"):
+        cut_model(wrap_model(make_model("llama")), plugins.hooks_for("llama"), "split")
+
+
 def test_absent_needs_a_reason() -> None:
     with pytest.raises(ValueError, match="reason"):
         Absent(" ")

@@ -17,7 +17,7 @@ from qeff_proxy.parity import parity_of_dump
 from qeff_proxy.plugins import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.run import run_compiled
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -240,6 +240,27 @@ def test_parity_notices_another_model(demo_export: Path, eager: Any, tmp_path: P
         ),
         (Request(prompts=PROMPTS), {}, {"max_new_tokens": 0}, "max_new_tokens is 0"),
         (Request(prompts=PROMPTS), {}, {"no_such_setting": 1}, "no_such_setting"),
+        (Request(prompts=PROMPTS), {}, {"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tok"),
+        (Request(prompts=PROMPTS), {}, {"guidance_scale": 1.5}, "guidance_scale cannot be used"),
+        (Request(prompts=PROMPTS), {}, {"return_dict_in_generate": True}, "return_dict_in_gener"),
+        (Request(prompts=PROMPTS), {}, {"use_cache": False}, "always uses its cache"),
+        (Request(prompts=PROMPTS), {}, {"num_beams": 0}, "num_beams is 0"),
+        (Request(prompts=PROMPTS), {}, {"num_beams": 10**8}, "from 1 to 1024"),
+        (Request(prompts=PROMPTS), {}, {"do_sample": True, "temperature": 1e-300}, "temperature"),
+        (Request(prompts=PROMPTS), {}, {"seed": 10**23}, "seed is 1000000"),
+        (Request(prompts=PROMPTS), {}, {"stop_strings": ""}, "a stop string is empty"),
+        (Request(prompts=PROMPTS), {}, {"generation_config": {}}, "generation_config is a dict"),
+        (
+            Request(prompts=PROMPTS),
+            {},
+            {"generation_config": GenerationConfig(penalty_alpha=0.6, top_k=4)},
+            "penalty_alpha cannot be used",
+        ),
+        (Request(prompts=["\ud800"]), {}, {}, "is no text"),
+        (Request(prompts=[5]), {}, {}, "the prompt 5 is no text"),
+        (Request(inputs={"input_ids": [[5, 2**70]]}), {}, {}, "'input_ids' is no tensor"),
+        (Request(inputs={"input_ids": [[5], [5, 6]]}), {}, {}, "'input_ids' is no tensor"),
+        (Request(inputs={"input_ids": "no"}), {}, {}, "'input_ids' is no tensor"),
         (
             Request(inputs={"input_ids": torch.zeros(1, 0, dtype=torch.int64)}),
             {},
@@ -264,6 +285,18 @@ def test_a_request_that_cannot_be_served_is_one_clear_line(
     with pytest.raises(UsageError, match=message) as caught:
         generate(demo_export, request_, options=CompileOptions(**options), **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_generation_config_is_followed(demo_export: Path) -> None:
+    request = Request(inputs={"input_ids": [[5, 6, 7]]})
+    config = GenerationConfig(max_new_tokens=5, suppress_tokens=list(range(900)))
+    ids = generate(demo_export, request, generation_config=config).outputs["generated_ids"]
+    assert ids.shape == (1, 5)
+    assert ids.min() >= 900
+    longer = generate(demo_export, request, generation_config=config, max_new_tokens=6)
+    assert longer.outputs["generated_ids"][0, :5].tolist() == ids[0].tolist()
+    short = generate(demo_export, request, generation_config=GenerationConfig(max_length=5))
+    assert short.outputs["generated_ids"].shape == (1, 2)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "prefill_seq_len", "ctx_len", "num_cores"])
@@ -293,6 +326,27 @@ def test_compiling_again_is_a_lookup_and_other_options_are_not(demo_export: Path
     assert (again.folder, again.was_there) == (first.folder, True)
     assert compile_export(export, options=CompileOptions(ctx_len=65)).folder != first.folder
     assert (first.folder / "body.onnx").is_file()
+
+
+def test_what_was_compiled_and_then_changed_is_compiled_again(demo_export: Path) -> None:
+    from qeff_proxy.artifact import read_export
+
+    export = read_export(demo_export)
+    options = CompileOptions(ctx_len=63)
+    weights = compile_export(export, options=options).folder / "body.data"
+    whole = weights.read_bytes()
+    weights.write_bytes(bytes(len(whole)))
+    assert not compile_export(export, options=options).was_there
+    assert weights.read_bytes() == whole
+
+
+def test_a_context_beyond_the_models_positions_is_cut_to_them(demo_export: Path) -> None:
+    from qeff_proxy.artifact import read_export
+
+    options = CompileOptions(ctx_len=2048, prefill_seq_len=300)
+    with pytest.warns(UserWarning, match="2048 is more than the 256 positions that .* has; 256 a"):
+        compiled = compile_export(read_export(demo_export), options=options)
+    assert (compiled.options.ctx_len, compiled.options.prefill_seq_len) == (256, 256)
 
 
 class TestFace:

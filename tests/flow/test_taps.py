@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from qeff_proxy import QEFFAutoModelForCausalLM
-from qeff_proxy.artifact import read_export, sha256_of
+from qeff_proxy.artifact import hash_weights_file, read_export
 from qeff_proxy.backends import CompileOptions
 from qeff_proxy.cli import main
 from qeff_proxy.compare import Tolerances, compare_dumps
@@ -197,7 +197,7 @@ def flip_bit(export: Path, weight: str, bit: int) -> None:
         file.write(bits.astype("<u4").tobytes())
     # As if the fault had been there when it was exported: a changed file would be refused.
     manifest = json.loads((export / "export.json").read_text())
-    manifest["hashes"][path.name] = sha256_of(path)
+    manifest["hashes"][path.name] = hash_weights_file(path)
     (export / "export.json").write_text(json.dumps(manifest))
 
 

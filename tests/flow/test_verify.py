@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from qeff_proxy.artifact import read_export, sha256_of
+from qeff_proxy.artifact import hash_weights_file, read_export
 from qeff_proxy.backends import BUILTIN_BACKENDS
 from qeff_proxy.backends.torch_backend import TorchBackend
 from qeff_proxy.cli import main
@@ -238,7 +238,7 @@ def test_a_wrong_bit_in_the_stored_weights_is_found_against_the_checkpoint(
         file.write(bits.astype("<u4").tobytes())
     # As if the fault had been there when it was exported: a changed file would be refused.
     manifest = json.loads((copy / "export.json").read_text())
-    manifest["hashes"]["body.safetensors"] = sha256_of(copy / "body.safetensors")
+    manifest["hashes"]["body.safetensors"] = hash_weights_file(copy / "body.safetensors")
     (copy / "export.json").write_text(json.dumps(manifest))
     options = VerifyOptions(max_new_tokens=2, output=copy)
     against_checkpoint = verify_model(demo_checkpoint, options=options)

@@ -181,6 +181,7 @@ class ProxyModel:
         batch_size: int = 1,
         num_cores: int | None = None,
         force: bool = False,
+        calibration: Any = None,
         **backend_options: Any,
     ) -> Path:
         """Compile the parts (`qeff_proxy.compile.compile_export`); exports first where needed.
@@ -193,6 +194,8 @@ class ProxyModel:
             batch_size: Rows of the batch, for backends of static shapes.
             num_cores: Cores to use.
             force: Compile again even where the same was compiled already.
+            calibration: Inputs to calibrate a quantized precision on: a list of prompts or
+                requests, a file of prompts, or the folder of a dump (`qeff_proxy.calibration`).
             backend_options: What this backend understands. QEfficient's options for its own
                 hardware (``mxfp6_matmul``, ``num_devices`` …) are ignored by other backends, with a
                 warning where they ask for something.
@@ -227,6 +230,17 @@ class ProxyModel:
                 if name in understood or name not in _HARDWARE_OPTIONS
             },
         )
+        if calibration is not None:
+            from qeff_proxy.calibration import with_calibration
+
+            options = with_calibration(
+                self._export,
+                self._hooks,
+                backend,
+                options,
+                calibration,
+                trust_remote_code=self._loaded.trust_remote_code,
+            )
         self._compiled = compile_export(self._export, backend, options, force=force)
         return self._compiled.folder
 

@@ -93,7 +93,10 @@ class Backend(Protocol):
       shapes (see `qeff_proxy.static`), so ``ctx_len`` and ``prefill_seq_len`` are always set when
       `compile` and `open` are called.
     - ``precision``: the dtype (or a method, likewise) that it computes in, whatever that of the
-      tensors (``"float16"``); `qeff_proxy.verify` holds it to what that dtype allows.
+      tensors (``"float16"``, ``"a16w8"``); `qeff_proxy.verify` holds it to what that allows.
+    - ``fingerprint(options)``: hashes of the files that its options name, by what they are. They
+      go into the key of what was compiled. An option ``calibration`` takes a folder of dumps
+      (`qeff_proxy.calibration`).
     - ``use_hooks(hooks)``: called before `open` with the hooks of the model's family, for a
       backend that cuts the model itself.
     """
@@ -126,7 +129,7 @@ def is_static(backend: Backend, options: CompileOptions) -> bool:
 
 
 def precision_of(backend: Backend, options: CompileOptions) -> str | None:
-    """The dtype that a backend computes in, with these options; ``None``: that of the tensors."""
+    """What a backend computes in, with these options; ``None``: the dtype of the tensors."""
     precision = getattr(backend, "precision", None)
     found: str | None = precision(options) if callable(precision) else precision
     return found

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnxruntime
 
-from qeff_proxy.backends.feeds import check_feeds
+from qeff_proxy.backends.onnxruntime_prepare import Prepared, prepare_part, prepared_part
+from qeff_proxy.backends.onnxruntime_quantize import OPTIONS as WEIGHT_OPTIONS
+from qeff_proxy.backends.onnxruntime_quantize import WEIGHT_NAMES
+from qeff_proxy.backends.onnxruntime_session import OnnxRuntimeSession, first_line
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from qeff_proxy.arrays import Array
     from qeff_proxy.artifact import Export, ExportedPart
     from qeff_proxy.backends import CompileOptions
 
@@ -30,11 +32,18 @@ _WARNINGS_AND_BELOW_OFF = 3
 
 
 class OnnxRuntimeBackend:
-    """Optimizes each part once, saves it, and runs it on the CPU."""
+    """Optimizes each part once, saves it, and runs it on the CPU.
+
+    A part is prepared before it is optimized: its weights are quantized where that is asked for
+    (`qeff_proxy.backends.onnxruntime_quantize`), and a decoder's cache is written in place where
+    its graph allows it (`qeff_proxy.backends.onnxruntime_cache`).
+    """
 
     options: Mapping[str, str] = {
         "optimization": "graph optimization level: none, basic, extended or all (default)",
         "save_optimized": "write the optimized graphs, so that opening is quick (default: true)",
+        "in_place": "write a decoder's cache in place, where its graph allows it (default: true)",
+        **WEIGHT_OPTIONS,
     }
 
     def versions(self) -> dict[str, str]:
@@ -45,69 +54,47 @@ class OnnxRuntimeBackend:
         """The one that it uses."""
         return ["CPU"]
 
+    def precision(self, options: CompileOptions) -> str | None:
+        """What the weights were cut to, of the part that lost most."""
+        kinds = [str(options.backend.get(name, "float")).lower() for name in WEIGHT_NAMES]
+        return next((f"{kind}_weights" for kind in ("int4", "int8") if kind in kinds), None)
+
     def compile(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> None:
-        """Optimize the part and write it to ``folder``."""
+        """Prepare and optimize the part and write it to ``folder``."""
         if any(spec.dtype == "bfloat16" for spec in (*part.inputs, *part.outputs)):
             raise BackendError(
                 f"ONNX Runtime's CPU kernels do not take bfloat16, which the {part.name} part has",
                 "Export in float32 or float16.",
             )
+        prepared = prepare_part(export, part, options, folder)
+        if not options.backend.get("save_optimized", True):
+            _open(prepared, _session_options(options), part.name)
+            return
         session_options = _session_options(options)
-        if options.backend.get("save_optimized", True):
-            target = folder / f"{part.name}.onnx"
-            session_options.optimized_model_filepath = str(target)
-            session_options.add_session_config_entry(
-                "session.optimized_model_external_initializers_file_name", f"{part.name}.data"
-            )
-            session_options.add_session_config_entry(
-                "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
-            )
-        _open(export.folder / part.file, session_options, part.name)
+        session_options.optimized_model_filepath = str(folder / f"{part.name}.onnx")
+        session_options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{part.name}.data"
+        )
+        session_options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+        )
+        _open(prepared, session_options, part.name)
+        prepared.remove()
 
     def open(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> OnnxRuntimeSession:
-        """A session on the optimized graph, or on the export where none was saved."""
+        """A session on the optimized graph, or on the prepared one where none was saved."""
         session_options = _session_options(options)
         path = folder / f"{part.name}.onnx"
         if path.is_file():
             session_options.graph_optimization_level = _LEVELS["none"]
+            prepared = Prepared(path)
         else:
-            path = export.folder / part.file
-        return OnnxRuntimeSession(_open(path, session_options, part.name), part)
-
-
-class OnnxRuntimeSession:
-    """A part on ONNX Runtime's CPU.
-
-    Args:
-        session: The runtime's own session.
-        part: What it runs, for messages.
-    """
-
-    def __init__(self, session: onnxruntime.InferenceSession, part: ExportedPart) -> None:
-        self._session: onnxruntime.InferenceSession | None = session
-        self._part = part
-        self._names = [spec.name for spec in part.outputs]
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the part once (see `qeff_proxy.session.Session.run`)."""
-        if self._session is None:
-            raise BackendError(f"the session of the {self._part.name} part is closed")
-        check_feeds(self._part.name, self._part.inputs, feeds)
-        try:
-            outputs = self._session.run(self._names, dict(feeds))
-        except Exception as error:  # the runtime's exceptions share no public base class
-            raise BackendError(
-                f"ONNX Runtime failed on the {self._part.name} part: {_first_line(error)}"
-            ) from error
-        return dict(zip(self._names, outputs, strict=True))
-
-    def close(self) -> None:
-        """Release the runtime's session and the weights it maps."""
-        self._session = None
+            prepared = prepared_part(export, part, folder)
+        return OnnxRuntimeSession(_open(prepared, session_options, part.name), part)
 
 
 def _session_options(options: CompileOptions) -> onnxruntime.SessionOptions:
@@ -124,18 +111,20 @@ def _session_options(options: CompileOptions) -> onnxruntime.SessionOptions:
 
 
 def _open(
-    path: Path, options: onnxruntime.SessionOptions, name: str
+    prepared: Prepared, options: onnxruntime.SessionOptions, name: str
 ) -> onnxruntime.InferenceSession:
+    source: str | bytes = str(prepared.graph)
+    if prepared.weights is not None:
+        # A graph may point into files of its own folder alone, unless it comes as bytes.
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(prepared.weights)
+        )
+        source = prepared.graph.read_bytes()
     try:
         return onnxruntime.InferenceSession(
-            str(path), sess_options=options, providers=["CPUExecutionProvider"]
+            source, sess_options=options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # the runtime's exceptions share no public base class
         if "No space left" in str(error):
             raise OSError(28, "No space left on device") from error
-        raise BackendError(f"ONNX Runtime refuses the {name} part: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    text: Any = str(error).strip()
-    return next(iter(text.splitlines()), type(error).__name__)
+        raise BackendError(f"ONNX Runtime refuses the {name} part: {first_line(error)}") from error

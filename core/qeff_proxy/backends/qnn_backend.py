@@ -7,7 +7,10 @@ that hold the vocabulary run on the host in ONNX Runtime, since a proxy is made 
 1. `qeff_proxy.static.specialize` fixes the shapes.
 2. `qeff_proxy.static.host.split_host` leaves to the host what depends on positions alone.
 3. `qeff_proxy.static.hygiene.clean_graph` rewrites what the compiler refuses.
-4. A process of its own compiles (`qnn_worker`); what it leaves on the CPU is an error, unless
+4. For ``precision=a16w8`` or ``a8w8``, the inputs of ``calibration`` run once in float32
+   (`qnn_calibration`), and ONNX Runtime's quantizer turns the graph into one of whole numbers
+   (`qnn_quantize`).
+5. A process of its own compiles (`qnn_worker`); what it leaves on the CPU is an error, unless
    ``strict=false``.
 """
 
@@ -17,30 +20,32 @@ import json
 import shutil
 import uuid
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import onnxruntime_qnn  # noqa: F401 (its absence is told when the backend is chosen)
 from importlib_metadata import version
 
 from qeff_proxy.backends.onnxruntime_backend import OnnxRuntimeBackend
+from qeff_proxy.backends.qnn_calibration import Calibrator, calibration_digest, prepared
 from qeff_proxy.backends.qnn_compile import compile_graph
 from qeff_proxy.backends.qnn_options import OPTIONS, QnnOptions
 from qeff_proxy.backends.qnn_process import Worker
+from qeff_proxy.backends.qnn_quantize import WEIGHTS, quantize_graph
 from qeff_proxy.errors import ArtifactError, BackendError
-from qeff_proxy.static import Plan, Sizes, StaticSession, name_of, runs_on_host, specialize
-from qeff_proxy.static.host import HostSplit, split_host
-from qeff_proxy.static.hygiene import clean_graph
+from qeff_proxy.static import Plan, Sizes, StaticSession, name_of, runs_on_host
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact import Export, ExportedPart
     from qeff_proxy.backends import CompileOptions
     from qeff_proxy.session import Session
+    from qeff_proxy.static.host import HostSplit
 
 __all__ = ["QnnBackend", "QnnSession"]
 
@@ -56,7 +61,15 @@ class QnnBackend:
 
     options: Mapping[str, str] = OPTIONS
     static = True
-    precision = "float16"
+
+    def precision(self, options: CompileOptions) -> str:
+        """What the option ``precision`` says."""
+        return QnnOptions.of(options.backend).precision
+
+    def fingerprint(self, options: CompileOptions) -> dict[str, str]:
+        """A hash of the inputs that are calibrated on."""
+        digest = calibration_digest(QnnOptions.of(options.backend))
+        return {} if digest is None else {"calibration": digest}
 
     def versions(self) -> dict[str, str]:
         """Versions of ONNX Runtime, the provider, and of what is done to graphs before."""
@@ -75,8 +88,9 @@ class QnnBackend:
             OnnxRuntimeBackend().compile(export, part, replace(options, backend={}), folder)
             return
         _check_dtypes(part)
+        calibrator = _calibrator(export, options, chosen)
         for sizes in Plan.of(part, options).specializations():
-            self._compile_one(export, part, sizes, chosen, folder)
+            self._compile_one(export, part, sizes, chosen, folder, calibrator)
 
     def open(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
@@ -86,43 +100,52 @@ class QnnBackend:
         if runs_on_host(part):
             return OnnxRuntimeBackend().open(export, part, replace(options, backend={}), folder)
         _check_dtypes(part)
+        calibrator = _calibrator(export, options, chosen)
 
         def ensure(sizes: Sizes) -> Path:
             path = folder / f"{part.name}.{name_of(sizes)}.json"
             if not path.is_file():
-                self._compile_one(export, part, sizes, chosen, folder)
+                self._compile_one(export, part, sizes, chosen, folder, calibrator)
             return path
 
         return QnnSession(part, options, chosen, ensure, _log_path(export, part), self.versions())
 
     def _compile_one(
-        self, export: Export, part: ExportedPart, sizes: Sizes, chosen: QnnOptions, folder: Path
+        self,
+        export: Export,
+        part: ExportedPart,
+        sizes: Sizes,
+        chosen: QnnOptions,
+        folder: Path,
+        calibrator: Calibrator | None,
     ) -> None:
         """Compile one specialization, aside, and move its files into ``folder``, the JSON last."""
         _check_space(export, part, folder)
-        split = split_host(specialize(export.folder / part.file, part, sizes))
-        clean_graph(split.body)
+        split = prepared(export, part, sizes)
         name = f"{part.name}.{name_of(sizes)}"
         aside = folder / f".{name}.{uuid.uuid4().hex[:8]}"
         aside.mkdir()
         try:
-            report = compile_graph(
-                split.body,
-                export.folder,
-                aside / f"{name}.onnx",
-                chosen,
-                _log_path(export, part),
-                part.name,
-            )
+            body, weights, lowest = split.body, export.folder, _LOWEST_MASK
+            if calibrator is not None:
+                ranges = calibrator.ranges_of(export, part)
+                masks = [mask.name for mask in part.masks]
+                body, lowest = quantize_graph(body, weights, ranges, masks, chosen.precision, aside)
+                weights = aside
+            log = _log_path(export, part)
+            report = compile_graph(body, weights, aside / f"{name}.onnx", chosen, log, part.name)
+            (aside / WEIGHTS).unlink(missing_ok=True)
             _write_host(split, aside / f"{name}.host.onnx")
             found = {
                 "sizes": sizes,
                 "versions": self.versions(),
                 "soc": chosen.soc,
                 "htp_arch": chosen.htp_arch,
+                "precision": chosen.precision,
                 **report.to_json(),
                 "on_host": list(split.reasons),
-                "inputs": [value.name for value in split.body.graph.inputs],
+                "inputs": [value.name for value in body.graph.inputs],
+                "lowest_mask": lowest,
             }
             (aside / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
             for path in sorted(aside.iterdir(), key=lambda one: one.suffix == ".json"):
@@ -182,7 +205,7 @@ class QnnSession:
             )
         if self._worker is None:
             self._worker = Worker(self._log, self._chosen.timeout, self._chosen.memory_mb)
-        return _Specialization(self._worker, path, self._part, self._chosen, found["inputs"])
+        return _Specialization(self._worker, path, self._part, self._chosen, found)
 
 
 class _Specialization:
@@ -194,12 +217,13 @@ class _Specialization:
         path: Path,
         part: ExportedPart,
         chosen: QnnOptions,
-        inputs: list[str],
+        found: Mapping[str, Any],
     ) -> None:
         self._worker = worker
         self._key = path.stem
         self._part = part
-        self._inputs = inputs
+        self._inputs: list[str] = found["inputs"]
+        self._lowest_mask: float = found["lowest_mask"]
         self._host: onnxruntime.InferenceSession | None = None
         host = path.with_suffix(".host.onnx")
         if host.is_file():
@@ -220,6 +244,9 @@ class _Specialization:
             taken = {one.name: known[one.name] for one in self._host.get_inputs()}
             names = [one.name for one in self._host.get_outputs()]
             known.update(zip(names, self._host.run(names, taken), strict=True))
+        if self._lowest_mask > _LOWEST_MASK:
+            for mask in self._part.masks:
+                known[mask.name] = np.maximum(known[mask.name], np.float32(self._lowest_mask))
         return self._worker.ask(
             "run",
             {name: known[name] for name in self._inputs},
@@ -244,6 +271,17 @@ def _log_path(export: Export, part: ExportedPart) -> Path:
 
 def _described(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in versions.items())
+
+
+def _calibrator(export: Export, options: CompileOptions, chosen: QnnOptions) -> Calibrator | None:
+    if calibration_digest(chosen) is None or chosen.calibration is None:
+        return None
+    if export.dtype != "float32":
+        raise BackendError(
+            f"precision {chosen.precision} is made of float32, and the export is {export.dtype}",
+            "Export in float32.",
+        )
+    return Calibrator(options, Path(chosen.calibration), _LOWEST_MASK)
 
 
 def _check_dtypes(part: ExportedPart) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import UsageError
@@ -25,14 +26,16 @@ SOCS: dict[str, tuple[int, int]] = {
 }
 DEFAULT_SOC = "SC8380XP"
 ARCHITECTURES = tuple(sorted({architecture for _, architecture in SOCS.values()}))
-#: What activations and weights are computed in.
-PRECISIONS = ("float16",)
+#: What is computed in: half precision, or activations and weights of so many bits.
+PRECISIONS = ("float16", "a16w8", "a8w8")
 
 OPTIONS: dict[str, str] = {
     "soc": f"the chip: {', '.join(SOCS)} (default: {DEFAULT_SOC})",
     "htp_arch": "version of the HTP, where it is not the chip's own: "
     + ", ".join(map(str, ARCHITECTURES)),
     "precision": f"what is computed in: {', '.join(PRECISIONS)} (default: {PRECISIONS[0]})",
+    "calibration": "dump, or folder of dumps, whose inputs a quantized precision is calibrated on "
+    "(--calibrate makes one of prompts)",
     "strict": "fail where a node would stay on the CPU (default: true)",
     "optimization": "effort of the compiler, 0 to 3 (default: the compiler's own)",
     "vtcm_mb": "fast memory a graph may use, in MB (default: the compiler's own)",
@@ -49,6 +52,7 @@ class QnnOptions:
         soc: The chip's name.
         htp_arch: Version of its HTP.
         precision: Of `PRECISIONS`.
+        calibration: The folder of the dumps to calibrate on, or ``None``.
         strict: Whether a node that stays on the CPU is an error.
         optimization: 0 to 3, or ``None``.
         vtcm_mb: In MB, or ``None``.
@@ -59,6 +63,7 @@ class QnnOptions:
     soc: str = DEFAULT_SOC
     htp_arch: int = SOCS[DEFAULT_SOC][1]
     precision: str = PRECISIONS[0]
+    calibration: str | None = None
     strict: bool = True
     optimization: int | None = None
     vtcm_mb: int | None = None
@@ -94,12 +99,18 @@ class QnnOptions:
             soc,
             architecture,
             precision,
+            _folder(given.get("calibration"), precision),
             strict,
             optimization,
             numbers["vtcm_mb"],
             numbers["timeout"] or 3600,
             numbers["memory_mb"],
         )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the precision is one of whole numbers."""
+        return self.precision != PRECISIONS[0]
 
     def provider(self) -> dict[str, str]:
         """What ONNX Runtime's QNN provider is told."""
@@ -111,11 +122,29 @@ class QnnOptions:
             "soc_model": str(SOCS[self.soc][0]),
             "htp_arch": str(self.htp_arch),
         }
+        if self.quantized:
+            # Inputs and outputs are float32; by default the CPU turns them into whole numbers.
+            result["offload_graph_io_quantization"] = "0"
         if self.optimization is not None:
             result["htp_graph_finalization_optimization_mode"] = str(self.optimization)
         if self.vtcm_mb is not None:
             result["vtcm_mb"] = str(self.vtcm_mb)
         return result
+
+
+def _folder(given: Any, precision: str) -> str | None:
+    if given is None:
+        return None
+    if not isinstance(given, str | Path) or not Path(given).is_dir():
+        raise UsageError(
+            f"calibration is {str(given)!r}, which is no folder", "Give the folder of a dump."
+        )
+    if precision == PRECISIONS[0]:
+        raise UsageError(
+            f"precision {precision} needs no calibration",
+            f"Say precision={' or precision='.join(PRECISIONS[1:])}, or leave calibration out.",
+        )
+    return str(Path(given).absolute())
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:

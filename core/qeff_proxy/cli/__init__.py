@@ -14,7 +14,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Protocol, cast
 
-from qeff_proxy.cli.output import report_error
+from qeff_proxy.cli.output import plain_warnings, report_error
 from qeff_proxy.errors import ProxyError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ COMMANDS = {
     "inspect": "show what would be cut: sites, tied weights, bytes in body and vocabulary",
     "export": "cut a model and export its parts to ONNX",
     "compile": "prepare the exported parts for a backend",
-    "generate": "generate text from the proxy, and dump every tensor with --write-io",
+    "generate": "run the proxy on text, sound or images, and dump every tensor with --write-io",
     "verify": "run a model on several backends and name the first layer that differs from PyTorch",
     "compare": "hold one dump against another and name the first layer that differs",
     "convert": "convert a dump to or from other tools' formats",
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return _load_command(args.command).run(args)
+        with plain_warnings():
+            return _load_command(args.command).run(args)
     except ProxyError as error:
         if args.debug:
             raise

@@ -21,8 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile every part; export first where needed."""
-    export, _ = export_of(args)
-    compiled = compiled_of(args, export, force=args.force)
+    export, hooks = export_of(args)
+    compiled = compiled_of(args, export, hooks, force=args.force)
     if args.json:
         print_json(
             {

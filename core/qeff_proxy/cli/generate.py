@@ -1,4 +1,4 @@
-"""``qeff-proxy generate MODEL PROMPT …``."""
+"""``qeff-proxy generate MODEL INPUT …``."""
 
 from __future__ import annotations
 
@@ -6,36 +6,56 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.cli.inputs import add_image_option, parse_rows
 from qeff_proxy.cli.options import add_compile_options, add_model_options, compiled_of, export_of
 from qeff_proxy.cli.output import print_json, print_text
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
+    from qeff_proxy.artifact import Export
+    from qeff_proxy.request import Request
     from qeff_proxy.run import RunResult
 
 __all__ = ["configure", "run"]
+
+#: What models of sound call their input: features of it, or its samples.
+_SOUND_INPUTS = {"input_features", "input_values"}
+#: Numbers of a vector that a person is shown; ``--json`` has all.
+_SHOWN = 4
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_model_options(parser, exports=True)
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to go on from")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a text to go on from, or to embed; for a model of speech a sound file",
+    )
+    add_image_option(parser)
     parser.add_argument(
         "--ids",
         action="store_true",
-        help="each PROMPT is a list of token ids such as 464,3290; no tokenizer is needed",
+        help="each INPUT is a list of token ids such as 464,3290; no tokenizer is needed",
     )
-    parser.add_argument("--max-new-tokens", type=int, metavar="N")
-    parser.add_argument("--stream", action="store_true", help="print text as it comes (one prompt)")
-    parser.add_argument("--num-beams", type=int, metavar="N")
-    parser.add_argument("--sample", action="store_true", help="sample instead of taking the best")
-    parser.add_argument("--temperature", type=float, metavar="T")
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text")
+    search = parser.add_argument_group("generation")
+    search.add_argument("--max-new-tokens", type=int, metavar="N")
+    search.add_argument("--stream", action="store_true", help="print text as it comes (one INPUT)")
+    search.add_argument("--num-beams", type=int, metavar="N")
+    search.add_argument("--sample", action="store_true", help="sample instead of taking the best")
+    search.add_argument("--temperature", type=float, metavar="T")
+    search.add_argument("--top-k", type=int, metavar="K")
+    search.add_argument("--top-p", type=float, metavar="P")
+    search.add_argument("--seed", type=int, metavar="N", help="of the sampling")
+    search.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text")
+    speech = parser.add_argument_group("speech, where the model knows of it")
+    speech.add_argument("--language", metavar="NAME", help="of the speech, such as en")
+    speech.add_argument("--task", choices=("transcribe", "translate"))
+    speech.add_argument("--timestamps", action="store_true", help="say when each piece was said")
     dump = parser.add_argument_group("dump")
     dump.add_argument("--write-io", action="store_true", help="dump every tensor of every step")
     dump.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
@@ -48,9 +68,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate, and print texts and timings."""
+    """Run the model, and print what it gives, with timings where it generates."""
     _check(args)
-    rows = [_parse_ids(text) for text in args.prompts] if args.ids else []
+    rows = parse_rows(args.inputs) if args.ids else []
     settings = _settings(args)
     from qeff_proxy.dump import DumpOptions
 
@@ -59,9 +79,15 @@ def run(args: argparse.Namespace) -> int:
         args.io_steps, tuple(args.io_tensors or ("*",)), "full" if beams > 1 else args.kv
     )
     export, hooks = export_of(args, with_processor=not rows)
-    compiled = compiled_of(args, export)
+    if _generates(export):
+        settings["do_sample"] = args.sample
+    elif settings or args.sample or args.stream:
+        raise UsageError(
+            f"{export.model['source']} generates no tokens one by one",
+            "Leave out the options of generation.",
+        )
+    compiled = compiled_of(args, export, hooks)
     from qeff_proxy.load import load_processor
-    from qeff_proxy.request import Request
     from qeff_proxy.run import run_compiled
 
     processor = None
@@ -69,44 +95,58 @@ def run(args: argparse.Namespace) -> int:
         processor = load_processor(
             export.processor_folder, trust_remote_code=args.trust_remote_code
         )
+    request = _request(args, rows, export, settings)
+    # The output of a text alone goes on from it; what is said of sounds and images stands alone.
+    goes_on = not request.audio and not request.images
     if args.stream:
         from transformers import TextStreamer
 
-        settings["streamer"] = TextStreamer(processor, skip_special_tokens=True)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        settings["streamer"] = TextStreamer(
+            tokenizer, skip_prompt=not goes_on, skip_special_tokens=True
+        )
     result = run_compiled(
         compiled,
         hooks,
-        Request(prompts=tuple(args.prompts), inputs={"input_ids": rows} if rows else None),
+        request,
         processor=processor,
         settings=settings,
         write_io=args.write_io or _asks_for_dump(args),
         io_folder=args.io_dir,
         io_options=io_options,
     )
-    _report(args, result)
+    _report(args, result, goes_on=goes_on)
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other, before anything heavy is imported."""
-    if args.ids and len({text.count(",") for text in args.prompts}) > 1:
-        raise UsageError("the lists of token ids differ in length", "Run them one by one.")
-    if args.stream and len(args.prompts) > 1:
-        raise UsageError("--stream takes one prompt")
-    if args.stream and args.ids:
-        raise UsageError("--stream and --ids exclude each other")
+    for option in ("stream", "image"):
+        if getattr(args, option) and args.ids:
+            raise UsageError(f"--{option} and --ids exclude each other")
+    if args.stream and len(args.inputs) > 1:
+        raise UsageError("--stream takes one INPUT")
     if args.stream and args.json:
         raise UsageError("--stream and --json exclude each other")
 
 
-def _parse_ids(text: str) -> list[int]:
-    try:
-        ids = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{text!r} is no list of token ids", "Such as 464,3290.") from None
-    if min(ids) < 0:
-        raise UsageError(f"{text!r} has a negative token id")
-    return ids
+def _generates(export: Export) -> bool:
+    outputs = (spec.name for part in export.parts for spec in part.outputs)
+    return export.kind == "stub" or any(name.startswith("present.") for name in outputs)
+
+
+def _request(
+    args: argparse.Namespace, rows: list[list[int]], export: Export, settings: dict[str, Any]
+) -> Request:
+    from qeff_proxy.request import Request
+
+    if rows:
+        return Request(inputs={"input_ids": rows})
+    given = tuple(args.inputs)
+    names = {spec.name for part in export.parts for spec in part.inputs}
+    if names & _SOUND_INPUTS:
+        return Request(audio=given, images=tuple(args.image), options=settings)
+    return Request(prompts=given, images=tuple(args.image))
 
 
 def _asks_for_dump(args: argparse.Namespace) -> bool:
@@ -122,41 +162,80 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "top_k": args.top_k,
         "top_p": args.top_p,
         "stop_strings": args.stop,
+        "language": args.language,
+        "task": args.task,
+        "return_timestamps": args.timestamps or None,
+        "seed": args.seed,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     sampling = {"temperature", "top_k", "top_p"} & set(settings)
     if sampling and not args.sample:
         raise UsageError(f"--{min(sampling).replace('_', '-')} needs --sample")
-    settings["do_sample"] = args.sample
-    if args.seed is not None:
-        settings["seed"] = args.seed
     return settings
 
 
-def _report(args: argparse.Namespace, result: RunResult) -> None:
-    perf = result.outputs["perf_metrics"]
-    ids = result.outputs["generated_ids"]
+def _report(args: argparse.Namespace, result: RunResult, *, goes_on: bool) -> None:
+    perf = result.outputs.get("perf_metrics")
+    ids = result.outputs.get("generated_ids")
     folder = str(result.io_folder) if result.io_folder is not None else None
+    texts, segments, vectors = _decoded(result.decoded)
     if args.json:
-        print_json(
-            {
-                "prompts": list(args.prompts),
-                "generated_texts": result.decoded,
-                "generated_ids": ids.tolist(),
-                "perf_metrics": perf.to_json(),
-                "io_folder": folder,
-            }
-        )
+        found = {
+            "inputs": list(args.inputs),
+            "generated_texts": texts,
+            "segments": segments,
+            "embeddings": vectors,
+            "generated_ids": None if ids is None else ids.tolist(),
+            "perf_metrics": None if perf is None else perf.to_json(),
+        }
+        found = {name: value for name, value in found.items() if value is not None}
+        print_json({**found, "io_folder": folder})
         return
     if not args.stream:
-        # Without a tokenizer there is no text, and the ids themselves are what was asked for.
-        texts = result.decoded or ["," + ",".join(map(str, row)) for row in ids.tolist()]
-        rows = len(texts) // len(args.prompts)
-        for index, text in enumerate(texts):
-            sys.stdout.write(f"{args.prompts[index // rows]}{text}\n")
-    rate = f", {perf.decode_perf:.1f} tokens/s after it" if perf.decode_perf else ""
-    sys.stderr.write(
-        f"{ids.shape[1]} tokens per prompt; first after {perf.prefill_time:.3f} s{rate}\n"
-    )
+        for line in _lines(args.inputs if goes_on else (), texts, segments, vectors, ids):
+            sys.stdout.write(line + "\n")
+    if perf is not None and ids is not None:
+        rate = f", {perf.decode_perf:.1f} tokens/s after it" if perf.decode_perf else ""
+        sys.stderr.write(
+            f"{ids.shape[1]} tokens per input; first after {perf.prefill_time:.3f} s{rate}\n"
+        )
     if folder is not None:
         print_text(f"dump: {folder}")
+
+
+def _decoded(decoded: Any) -> tuple[list[str] | None, Any, list[Any] | None]:
+    """Texts, timed segments and vectors, each where the ``decode`` hook made them."""
+    if isinstance(decoded, dict):
+        return decoded.get("texts"), decoded.get("segments"), None
+    if decoded is None or (isinstance(decoded, list) and all(isinstance(x, str) for x in decoded)):
+        return decoded, None, None
+    return None, None, [one.tolist() for one in decoded]
+
+
+def _lines(
+    inputs: Sequence[str], texts: list[str] | None, segments: Any, vectors: Any, ids: Any
+) -> list[str]:
+    """What a person reads: a line for each output, behind its input where there is one to show."""
+    if vectors is not None:
+        shown = [_shown(vector) for vector in vectors]
+        return [f"{text}: {line}" for text, line in zip(inputs, shown, strict=True)]
+    if segments:
+        return [
+            f"{piece['start']:.2f} to {piece['end']:.2f} s: {piece['text'].strip()}"
+            for pieces in segments
+            for piece in pieces
+        ]
+    # Without a tokenizer there is no text, and the ids themselves are what was asked for.
+    outputs = texts if texts is not None else ["," + ",".join(map(str, row)) for row in ids]
+    if not inputs:
+        return outputs
+    each = len(outputs) // len(inputs)
+    return [f"{inputs[index // each]}{text}" for index, text in enumerate(outputs)]
+
+
+def _shown(vector: list[Any]) -> str:
+    """The beginning of a vector; of hidden states, how many there are."""
+    if vector and isinstance(vector[0], list):
+        return f"{len(vector)} x {len(vector[0])} hidden states"
+    numbers = ", ".join(f"{number:.4f}" for number in vector[:_SHOWN])
+    return f"[{numbers}{', …' if len(vector) > _SHOWN else ''}] of {len(vector)}"

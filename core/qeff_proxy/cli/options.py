@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qeff_proxy.plugin_hooks import Hooks
 
 __all__ = [
+    "add_calibration_option",
     "add_compile_options",
     "add_model_options",
     "add_shape_options",
@@ -97,6 +98,7 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
     """Backend, shapes, cores."""
     parser.add_argument("--backend", default="onnxruntime", help="default: onnxruntime")
     add_shape_options(parser)
+    add_calibration_option(parser)
     parser.add_argument(
         "-O",
         "--backend-option",
@@ -107,6 +109,17 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_calibration_option(parser: argparse.ArgumentParser) -> None:
+    """What a backend that quantizes is calibrated on."""
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="PATH",
+        help="inputs to calibrate a quantized precision on: prompts, one a line; an image or a "
+        "sound, or a folder of them; a dump, or a folder of dumps",
+    )
+
+
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
     """Shapes and cores, which mean the same for every backend."""
     parser.add_argument("--batch-size", type=int, default=1, metavar="N")
@@ -114,7 +127,17 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
         "--prefill-seq-len", type=int, metavar="N", help="run prompts in chunks of N tokens"
     )
     parser.add_argument("--ctx-len", type=int, metavar="N", help="most positions in all")
+    parser.add_argument(
+        "--seq-len",
+        type=_lengths,
+        metavar="N,N,…",
+        help="lengths that inputs of a single pass are padded to, each to the nearest",
+    )
     parser.add_argument("--num-cores", type=int, metavar="N", help="cores to use")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
 
 def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
@@ -167,14 +190,27 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
     return export, hooks
 
 
-def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False) -> Compiled:
+def compiled_of(
+    args: argparse.Namespace, export: Export, hooks: Hooks, *, force: bool = False
+) -> Compiled:
     """The export, compiled as the arguments say."""
     from qeff_proxy.compile import compile_export
 
+    options = compile_options_of(args)
     with stage_display("compiling", quiet=args.json) as progress:
-        return compile_export(
-            export, args.backend, compile_options_of(args), force=force, progress=progress
-        )
+        if args.calibrate is not None:
+            from qeff_proxy.calibration import with_calibration
+
+            options = with_calibration(
+                export,
+                hooks,
+                args.backend,
+                options,
+                args.calibrate.expanduser(),
+                trust_remote_code=args.trust_remote_code,
+                progress=progress,
+            )
+        return compile_export(export, args.backend, options, force=force, progress=progress)
 
 
 def compile_options_of(args: argparse.Namespace) -> CompileOptions:
@@ -185,6 +221,7 @@ def compile_options_of(args: argparse.Namespace) -> CompileOptions:
         batch_size=args.batch_size,
         prefill_seq_len=args.prefill_seq_len,
         ctx_len=args.ctx_len,
+        seq_len=args.seq_len,
         num_cores=args.num_cores,
         backend=dict(parse_option(text) for text in getattr(args, "backend_option", ())),
     )

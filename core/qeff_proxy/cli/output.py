@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import argparse
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_json_option",
     "format_bytes",
+    "plain_warnings",
     "print_json",
     "print_text",
     "report_error",
@@ -54,6 +56,25 @@ def print_text(renderable: RenderableType) -> None:
 def report_error(message: str) -> None:
     """Print ``message`` as one line on stderr."""
     sys.stderr.write("qeff-proxy: error: " + " ".join(message.split()) + "\n")
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings as one line on stderr, without the place in the code they came from."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],  # noqa: ARG001 (the signature is that of the warnings module)
+        filename: str,  # noqa: ARG001
+        lineno: int,  # noqa: ARG001
+        file: TextIO | None = None,  # noqa: ARG001
+        line: str | None = None,  # noqa: ARG001
+    ) -> None:
+        sys.stderr.write("qeff-proxy: warning: " + " ".join(str(message).split()) + "\n")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

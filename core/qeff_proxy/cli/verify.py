@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.cli.inputs import add_image_option, parse_rows
 from qeff_proxy.cli.options import (
+    add_calibration_option,
     add_model_options,
     add_shape_options,
     compile_options_of,
@@ -59,13 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     given.add_argument(
         "--audio", action="append", default=[], metavar="FILE", help="a sound; may be given again"
     )
-    given.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="an image that --prompt is about; may be given again",
-    )
+    add_image_option(given)
     given.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
     judged = parser.add_argument_group("verdict")
     judged.add_argument(
@@ -81,6 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
     dump.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
     add_shape_options(parser)
+    add_calibration_option(parser)
     parser.add_argument(
         "-O",
         "--backend-option",
@@ -118,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
                 tolerances=tolerances,
                 compile=compile_options_of(args),
                 backends=by_backend,
+                calibration=args.calibrate and args.calibrate.expanduser(),
                 io=DumpOptions(args.io_steps, tuple(args.io_tensors or ("*",))),
                 io_folder=args.io_dir,
                 html=args.html,
@@ -147,22 +145,13 @@ def _request(args: argparse.Namespace) -> Request | None:
         for name in ("prompt", "audio", "image"):
             if getattr(args, name):
                 raise UsageError(f"--{name} and --ids exclude each other")
-        rows = [_ids(text) for text in args.ids]
-        if len({len(row) for row in rows}) > 1:
-            raise UsageError("rows of --ids differ in length", "Give rows of one length.")
+        rows = parse_rows(args.ids)
         import numpy as np
 
         return Request(inputs={"input_ids": np.array(rows, np.int64)})
     if not args.prompt and not args.audio and not args.image:
         return None
     return Request(tuple(args.prompt), audio=tuple(args.audio), images=tuple(args.image))
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.replace(",", " ").split()]
-    except ValueError:
-        raise UsageError(f"--ids {text!r} are no numbers", "Write --ids 5,17,3.") from None
 
 
 def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:

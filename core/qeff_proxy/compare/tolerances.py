@@ -61,12 +61,17 @@ DEFAULTS: dict[str, Tolerance] = {
 }
 EXACT = Tolerance(0.0, 0.0)
 
-# Of a run that computes in a narrower dtype than its tensors have: dtype computed in → tolerance.
-# Elements are not checked one by one, since each carries the rounding of all layers before it.
+# Of a run that computes in less than its tensors' dtype: what it computes in → tolerance. a16w8 and
+# a8w8 are activations and weights of so many bits. Elements are not checked one by one, since each
+# carries the rounding of all layers before it.
 COMPUTED_IN: dict[str, Tolerance] = {
     "float16": Tolerance(peak=0.03, sqnr=40.0),
     "bfloat16": Tolerance(peak=0.1, sqnr=25.0),
+    "a16w8": Tolerance(peak=0.1, sqnr=25.0),
+    "a8w8": Tolerance(peak=0.5, sqnr=12.0),
 }
+# How coarse the quantized ones are beside dtypes: eight bits of a weight.
+_EPSILONS = {"a16w8": 2.0**-7, "a8w8": 2.0**-7}
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class Tolerances:
     Attributes:
         overrides: (glob over ``part.direction.tensor[.layer-NN]``, tolerance); the last that
             matches replaces the default of the dtype whole.
-        precision: The dtype that the candidate computes in, where that is narrower than its
-            tensors' own: floating tensors are held to what that dtype allows (`COMPUTED_IN`).
+        precision: What the candidate computes in (`COMPUTED_IN`), where that is narrower than its
+            tensors' own dtype: floating tensors are held to what it allows.
     """
 
     overrides: tuple[tuple[str, Tolerance], ...] = ()
@@ -99,9 +104,13 @@ class Tolerances:
                 return tolerance
         coarser = max((reference_dtype, candidate_dtype), key=lambda d: DTYPES[d].epsilon)
         narrow = self.precision
-        if narrow in COMPUTED_IN and DTYPES[narrow].epsilon >= DTYPES[coarser].epsilon > 0:
+        if narrow in COMPUTED_IN and _epsilon(narrow) >= DTYPES[coarser].epsilon > 0:
             return COMPUTED_IN[narrow]
         return DEFAULTS.get(coarser, EXACT)
+
+
+def _epsilon(precision: str) -> float:
+    return _EPSILONS[precision] if precision in _EPSILONS else DTYPES[precision].epsilon
 
 
 def parse_tolerance(text: str) -> tuple[str, Tolerance]:

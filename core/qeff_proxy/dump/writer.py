@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_proxy.dump.cache_rows import CONSTANT_INPUTS, PAST, PRESENT, cut_rows, locate_rows
 from qeff_proxy.dump.format import FORMAT, MANIFEST, PHASES, VERSION, name_tensor, step_label
+from qeff_proxy.dump.place import check_replaceable, move_into_place, write_error
 from qeff_proxy.dump.selection import DumpOptions, StepSelection, matches_any
 from qeff_proxy.dump.streams import TensorStream
 from qeff_proxy.errors import DumpError, ProxyError
@@ -78,7 +79,7 @@ class DumpWriter:
         self._selection = StepSelection.parse(self._options.steps)
         self._provenance = _check_provenance(provenance)
         self._folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() follows a link
-        _check_replaceable(self._folder)
+        check_replaceable(self._folder)
         self._streams: dict[tuple[Phase, str, Direction, str], TensorStream | None] = {}
         self._names: dict[tuple[str, TensorName], str] = {}
         self._parts: list[str] = []
@@ -93,7 +94,7 @@ class DumpWriter:
             prefix = f"{self._folder.name}.incomplete-"
             self._work = Path(tempfile.mkdtemp(prefix=prefix, dir=self._folder.parent))
         except OSError as error:
-            raise _write_error(self._folder, error) from error
+            raise write_error(self._folder, error) from error
 
     def __enter__(self) -> DumpWriter:
         return self
@@ -145,7 +146,7 @@ class DumpWriter:
                 step.records += [_Record(r.stream, r.tensor.copy(), r.true_dtype) for r in fresh]
         except OSError as error:
             self._discard("failed")
-            raise _write_error(self._folder, error) from error
+            raise write_error(self._folder, error) from error
         except ProxyError:
             self._discard("failed")
             raise
@@ -268,7 +269,7 @@ class DumpWriter:
             self._finish()
         except OSError as problem:
             self._discard("failed")
-            raise _write_error(self._folder, problem) from problem
+            raise write_error(self._folder, problem) from problem
         except BaseException:
             self._discard("failed")
             raise
@@ -308,7 +309,7 @@ class DumpWriter:
             file.write(_one_entry_a_line(manifest))
             file.flush()
             os.fsync(file.fileno())
-        _move_into_place(self._work, self._folder)
+        move_into_place(self._work, self._folder)
 
     def _discard(self, state: Literal["failed", "closed"]) -> None:
         self._state = state
@@ -336,60 +337,3 @@ def _check_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
         raise DumpError(f"the provenance is not plain JSON: {error}") from error
     value: dict[str, Any] = json.loads(text)
     return value
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace anything but an earlier dump."""
-    try:
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise DumpError(f"{folder} is not a folder", "Choose another place for the dump.")
-        present = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-    except OSError as error:
-        raise _write_error(folder, error) from error
-    if present and (MANIFEST not in present or not present <= {MANIFEST, *PHASES}):
-        raise DumpError(
-            f"{folder} holds other things than a dump",
-            "Choose a new or empty folder, or one that holds a dump to replace.",
-        )
-
-
-def _move_into_place(work: Path, folder: Path) -> None:
-    for inner in (*work.iterdir(), work):
-        if inner.is_dir():
-            _sync_folder(inner)
-    _check_replaceable(folder)
-    work.chmod(0o777 & ~_umask())
-    replaced: Path | None = None
-    if folder.exists():
-        replaced = Path(tempfile.mkdtemp(prefix=f"{folder.name}.replaced-", dir=folder.parent))
-        folder.rename(replaced)
-    try:
-        work.rename(folder)
-    except BaseException:
-        if replaced is not None:
-            replaced.rename(folder)
-        raise
-    _sync_folder(folder.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_error(folder: Path, error: OSError) -> DumpError:
-    return DumpError(
-        f"the dump {folder} cannot be written: {error.strerror or error}",
-        "Free space or choose another folder; keep fewer steps or tensors, or kv='delta'.",
-    )

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.sites import Site
 
-__all__ = ["TOLERANCES", "check_equal", "parts_must_run"]
+__all__ = ["NEEDS_PLUGIN", "TOLERANCES", "check_equal", "parts_must_run"]
 
 #: Largest allowed difference of an element, over the largest element, by the model's dtype. Model
 #: and parts run the same operations, so that only the order of sums may differ.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
-_NEEDS_PLUGIN = "This architecture needs a plugin of its own."
+#: What to do where the generic plugin does not serve.
+NEEDS_PLUGIN = "This architecture needs a plugin of its own."
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def parts_must_run(model: PreTrainedModel, sites: Mapping[str, Site | Absent]) -
         raise CutError(
             f"the parts of {type(model).__name__} cannot be run ({_where(sites)}): "
             f"{type(error).__name__}: {error}",
-            _NEEDS_PLUGIN,
+            NEEDS_PLUGIN,
         ) from error
 
 
@@ -72,7 +73,7 @@ def check_equal(
         raise CutError(
             f"the parts of {name} give {output}s {list(actual.shape)}, the model "
             f"{list(expected.shape)} ({where})",
-            _NEEDS_PLUGIN,
+            NEEDS_PLUGIN,
         )
     counts = np.ones(expected.shape[:1], bool) if valid is None else valid.astype(bool)
     if not np.isfinite(expected[counts]).all():
@@ -93,7 +94,7 @@ def check_equal(
             f"the parts of {name} do not equal the uncut model ({where}): {output} {list(worst)} "
             f"is {actual[worst]:.6g} instead of {expected[worst]:.6g}, off by "
             f"{difference[worst]:.3g} with at most {tolerance * largest:.3g} allowed in {dtype}",
-            _NEEDS_PLUGIN,
+            NEEDS_PLUGIN,
         )
     return report
 

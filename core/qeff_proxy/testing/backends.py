@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pytest
 
-from qeff_proxy.artifact import sha256_of
+from qeff_proxy.artifact import hash_weights_file, sha256_of
 from qeff_proxy.backends import Backend, CompileOptions, load_backend
 from qeff_proxy.errors import BackendError, ProxyError
 from qeff_proxy.testing.backend_parts import feeds_of, make_export, unknown_operator
@@ -114,7 +114,7 @@ class BackendSuite:
         named = {*export.files, *(part.file for part in export.parts), "export.json"}
         assert written == named
         for name, digest in export.hashes.items():
-            assert sha256_of(export.folder / name) == digest
+            assert hash_weights_file(export.folder / name) == digest
 
     def test_outputs_are_right(self, subject: BackendSubject) -> None:
         """Names, dtypes, shapes and values, for prefill and decode steps, one session for all."""

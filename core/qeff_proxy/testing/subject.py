@@ -118,7 +118,7 @@ class Subject:
     @cached_property
     def plugins(self) -> Plugins:
         """The installed plugins and, where the suite names one, the plugin at hand."""
-        plugins = Plugins.discover({})
+        plugins = Plugins.discover()
         if self.suite.plugin is not None:
             plugins.register(self.suite.plugin, [self.suite.model_type])
         return plugins
@@ -131,6 +131,7 @@ class Subject:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The uncut model, with eager attention."""
+        _ = self.hooks  # imports the plugin, which may bring the architecture
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self.suite.make_model().eval()

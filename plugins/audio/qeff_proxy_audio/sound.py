@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from qeff_proxy.arrays import Array, to_array
+from qeff_proxy.arrays import Array, given_tensor, to_array
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,10 +78,7 @@ def tensor_of(inputs: Mapping[str, Any], name: str, axes: Sequence[str]) -> torc
             "Give what the processor gave, samples, or a sound file.",
         )
     shape = f"Give [{', '.join(axes)}], none of them zero."
-    try:
-        tensor = torch.as_tensor(inputs[name])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{name} is no tensor ({error})", shape) from error
+    tensor = given_tensor(name, inputs[name], shape)
     if tensor.dim() != len(axes) or 0 in tensor.shape:
         raise UsageError(f"{name} has shape {list(tensor.shape)}", shape)
     if tensor.is_complex() or not torch.isfinite(tensor).all():

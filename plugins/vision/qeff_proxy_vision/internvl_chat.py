@@ -24,7 +24,7 @@ from torch import nn
 
 from qeff_proxy_vision import internlm2
 from qeff_proxy_vision.images import open_image
-from qeff_proxy_vision.inputs import decode, given_tensors, prompts_and_images
+from qeff_proxy_vision.inputs import checked_tensors, decode, prompts_and_images
 from qeff_proxy_vision.merge import ImageSettings
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, pixel_sample
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
@@ -206,7 +206,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
         width]``.
     """
     if request.inputs is not None:
-        return given_tensors(request.inputs)
+        return checked_tensors(request.inputs)
     refuse_others(request, "prompts", "images")
     if not request.prompts or processor is None:
         return None

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from qeff_proxy_vision.images import open_image
-from qeff_proxy_vision.inputs import decode, given_tensors, prompts_and_images
+from qeff_proxy_vision.inputs import checked_tensors, decode, prompts_and_images
 from qeff_proxy_vision.merge import ImageSettings, Merge
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, language_proxy, marked_text
 from qeff_proxy_vision.remote import load_adapted
@@ -289,7 +289,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
         ``image_input_idx``, ``[batch, crops, …]``, padded with crops that are placed nowhere.
     """
     if request.inputs is not None:
-        rows = given_tensors(request.inputs)
+        rows = checked_tensors(request.inputs)
         rows.setdefault("attention_mask", torch.ones_like(rows["input_ids"]))
         return rows
     refuse_others(request, "prompts", "images")

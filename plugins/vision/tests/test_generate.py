@@ -86,7 +86,8 @@ def test_the_example_runs_on_a_folder(folder, home, monkeypatch, capsys):
     monkeypatch.setenv("QEFF_HOME", str(home))
     example = Path(__file__).parents[3] / "examples" / "image_model.py"
     monkeypatch.setattr(sys, "argv", [str(example), "standard", str(folder), "--prompt", "w5"])
-    runpy.run_path(str(example), run_name="__main__")
+    with pytest.warns(UserWarning, match="ctx_len 2048 is more than the 256 positions"):
+        runpy.run_path(str(example), run_name="__main__")
     answer, told = capsys.readouterr().out.strip().splitlines()
     assert len(answer.split()) == 10
     assert read_dump(Path(told.split(": ")[1])).names()
@@ -95,7 +96,8 @@ def test_the_example_runs_on_a_folder(folder, home, monkeypatch, capsys):
 def test_qefficients_calls_give_what_the_uncut_model_gives(face, picture):
     processor = face.processor()
     inputs = processor(images=picture, text="USER: <image> w5 ASSISTANT:", return_tensors="pt")
-    face.compile(num_devices=1, prefill_seq_len=128, ctx_len=2048, num_patches=1)
+    with pytest.warns(UserWarning, match="ctx_len 2048 is more than the 256 positions"):
+        face.compile(num_devices=1, prefill_seq_len=128, ctx_len=2048, num_patches=1)
     result = face.generate(inputs=inputs, generation_len=10, write_io=True)
     with torch.no_grad():
         output = face.model.generate(**inputs, max_new_tokens=10, do_sample=False)

@@ -52,13 +52,17 @@ def report(tmp_path_factory):
     return json.loads(said.getvalue())["demos"]["llava"]
 
 
-def test_the_demo_names_what_a_png_shows(report):
+def test_the_demo_names_what_a_png_shows(report, capsys):
     assert report["text"].endswith("a green triangle on the right")
     parity = report["parity"]
     assert parity["equal_tokens"] == parity["steps"] == 7
     assert parity["max_difference"] < 1e-4 < parity["largest_logit"]
     names = {str(name) for name in read_dump(Path(report["io_folder"])).names()}
     assert "vision.out.image_features" in names
+    drawing = CHECKPOINT.parent / "drawings" / "drawing.png"
+    question = ["generate", report["export"], "What is this ?", "--image", str(drawing)]
+    assert main(question) == 0
+    assert capsys.readouterr().out == "a green triangle on the right\n"
 
 
 def test_verify_shows_it_the_drawing_and_openvino_passes(report, capsys):

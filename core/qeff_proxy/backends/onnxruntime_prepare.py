@@ -1,0 +1,91 @@
+"""What ONNX Runtime is given in place of an exported graph: a rewritten one, and its weights."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from qeff_proxy.backends.onnxruntime_cache import write_in_place
+from qeff_proxy.backends.onnxruntime_quantize import WeightOptions, quantize_weights
+from qeff_proxy.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from qeff_proxy.artifact import Export, ExportedPart
+    from qeff_proxy.backends import CompileOptions
+
+__all__ = ["Prepared", "prepare_part", "prepared_part"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A graph, ready to be read.
+
+    Attributes:
+        graph: Its file.
+        weights: The folder that its weights lie in; ``None``: its own.
+        own: The files that were written for it.
+    """
+
+    graph: Path
+    weights: Path | None = None
+    own: tuple[Path, ...] = ()
+
+    def remove(self) -> None:
+        """Delete what was written for it."""
+        for path in self.own:
+            path.unlink(missing_ok=True)
+
+
+def prepare_part(
+    export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+) -> Prepared:
+    """Rewrite a part's graph as the options ask; the exported one, where there is nothing to do.
+
+    Raises:
+        BackendError: The graph is damaged, or its weights cannot be quantized.
+        UsageError: An option is none of its values.
+    """
+    weights = WeightOptions.of(part.name, options.backend)
+    source = export.folder / part.file
+    try:
+        model = ir.load(source)
+    except Exception as error:  # protobuf's exceptions share no public base class
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BackendError(f"the graph of the {part.name} part is damaged: {line}") from error
+    graph, data = folder / f"{part.name}.prepared.onnx", folder / f"{part.name}.prepared.data"
+    with _quiet():
+        in_place = options.backend.get("in_place", True) and write_in_place(model, part)
+        quantized = weights.bits is not None and quantize_weights(model, data, weights)
+    if not in_place and not quantized:
+        return Prepared(source)
+    ir.save(model, graph)
+    return prepared_part(export, part, folder)
+
+
+def prepared_part(export: Export, part: ExportedPart, folder: Path) -> Prepared:
+    """What `prepare_part` left in ``folder``, or the export."""
+    graph, data = folder / f"{part.name}.prepared.onnx", folder / f"{part.name}.prepared.data"
+    if not graph.is_file():
+        return Prepared(export.folder / part.file)
+    if data.is_file():
+        return Prepared(graph, None, (graph, data))
+    return Prepared(graph, export.folder, (graph,))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep onnx_ir from telling what it removes."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
