@@ -205,15 +205,14 @@ def _described_run(verification: Verification) -> Iterator[str]:
     given = verification.input
     shown = [repr(prompt) for prompt in given["prompts"]]
     shown += [*given.get("audio", ()), *given.get("images", ())]
-    others = [name for name in given if name not in {"prompts", "audio", "images", "new_tokens"}]
-    yield f"input: {printable(', '.join(map(str, shown + others)))}"
+    for name in sorted(given.keys() - {"prompts", "audio", "images", "new_tokens"}):
+        value = given[name]
+        shown.append(f"{name} {[len(value), len(value[0])] if name == 'input_ids' else value}")
+    yield f"input: {printable(', '.join(map(str, shown)))}"
     if texts := list(_texts_in(verification.decoded)):
         yield f"PyTorch says: {printable(', '.join(map(repr, texts)))}"
     if not verification.taps:
-        yield (
-            "Note: this export has no layer taps, so that only caches tell layers apart; name the "
-            "checkpoint to export it with them."
-        )
+        yield "Note: there are no layer taps; name the checkpoint to have every layer compared."
 
 
 def _texts_in(decoded: Any) -> Iterator[str]:

@@ -74,6 +74,15 @@ def test_verify_shows_it_the_drawing_and_openvino_passes(report, capsys):
     assert result["equal_tokens"] == result["tokens"] == 7
 
 
+def test_verify_says_what_went_in_and_that_no_layers_are_tapped(report, capsys):
+    given = ["--backend", "torch", "--max-new-tokens", "1", "--ids", "5,6,7"]
+    assert main(["verify", report["export"], *given]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "input: input_ids [1, 3]" in lines
+    assert [line for line in lines if line.startswith("PyTorch says: '")]
+    assert [line for line in lines if line.startswith("Note: there are no layer taps")]
+
+
 def test_verify_asks_about_an_image_and_refuses_a_sound(report, capsys):
     given = ["verify", report["export"], "--backend", "torch", "--max-new-tokens", "1"]
     assert main([*given, "--image", str(images.DRAWING), "--json"]) == 0
