@@ -66,17 +66,17 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
         "model", metavar="MODEL", help=f"{what}, or an export's folder" if exports else what
     )
     parser.add_argument(
-        "--proxy",
-        choices=sorted(_KINDS),
-        help="split: embedding, body and LM head as graphs of their own (default); stub: one graph "
-        "with weightless ends; none: the whole model as one graph",
-    )
-    parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="dtype of weights and activations (default: float32)",
     )
     if exports:
+        parser.add_argument(
+            "--proxy",
+            choices=sorted(_KINDS),
+            help="split: embedding, body and LM head as graphs of their own (default); stub: one "
+            "graph with weightless ends; none: the whole model as one graph",
+        )
         parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the export")
         parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
         parser.add_argument("--force", action="store_true", help="do it again even if it is there")
