@@ -26,10 +26,15 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         token, the end-of-sequence token pads, hidden by the mask as any padding is.
 
     Raises:
-        UsageError: A prompt is empty, or gives no token.
+        UsageError: A prompt is empty, or gives no token; or it is no tokenizer.
     """
     import torch
 
+    if not callable(tokenizer):
+        raise UsageError(
+            f"a {type(tokenizer).__name__} is no tokenizer",
+            "Pass a tokenizer of transformers, or leave it out for the checkpoint's own.",
+        )
     for prompt in prompts:
         if not isinstance(prompt, str) or any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise UsageError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,10 @@ class QEFFAutoModel(ProxyModel):
         given = inputs if isinstance(inputs, Mapping) else None
         texts: list[Any] = []
         if given is None:
+            if not isinstance(inputs, str | Iterable):
+                raise UsageError(
+                    f"a {type(inputs).__name__} is no text", "Give a text or a list of texts."
+                )
             texts = [inputs] if isinstance(inputs, str) else list(inputs)
             if not texts:
                 raise UsageError("there is no text to embed", "Give at least one.")

@@ -95,8 +95,14 @@ class EmbeddingFamily:
             whole = EncoderPart(model, masks, pooling, "input_ids")
             outputs = (whole.output(width),)
             parts = (Part("model", whole, whole.inputs(ids), outputs, "model", masks),)
-        longest = options.get("max_length") or _longest(self.longest(model.config), folder)
-        settings = {**pooling.to_json(), "max_length": longest, "hidden_size": width}
+        positions = self.longest(model.config)
+        settings = {
+            **pooling.to_json(),
+            "max_length": options.get("max_length") or _longest(positions, folder),
+            "positions": positions,
+            "hidden_size": width,
+            "embedding_rows": int(table.weight.shape[0]),
+        }
         return Proxy(kind, "encoder", parts, settings)
 
     @hookimpl
@@ -135,6 +141,11 @@ def _longest(model_limit: int, folder: Path | None) -> int:
 
 
 def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
+    if not callable(tokenizer):
+        raise UsageError(
+            f"a {type(tokenizer).__name__} is no tokenizer",
+            "Pass a tokenizer of transformers, or leave it out for the checkpoint's own.",
+        )
     texts = list(request.prompts)
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:

@@ -99,6 +99,7 @@ class EncoderFlow:
         lengths = job.options.seq_len
         limit = min(job.export.settings["max_length"], max(lengths or (2**31,)))
         _check_lengths(rows, limit)
+        _check_ids(rows, job.export.settings.get("embedding_rows"))
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
         size = int(job.settings.get("batch_size") or job.options.batch_size)
         results: list[Any] = [None] * len(rows)
@@ -108,6 +109,7 @@ class EncoderFlow:
             batch = [rows[index] for index in chosen]
             longest = max(len(row.ids) for row in batch)
             padded = min(one for one in lengths or (longest,) if one >= longest)
+            _check_positions(padded, job.export.settings.get("positions"))
             output = run_rows(job.export.parts, job.sessions, batch, padded, job.recorder, step)
             for index, result in zip(chosen, _unpadded(output, batch), strict=True):
                 results[index] = result
@@ -131,6 +133,10 @@ def rows_of(tensors: Mapping[str, torch.Tensor]) -> list[Row]:
         raise UsageError(
             f"there are no input_ids among {', '.join(tensors) or 'the inputs'}",
             "Give what the tokenizer gave, or texts.",
+        )
+    if tensors["input_ids"].is_floating_point():
+        raise UsageError(
+            f"input_ids are {tensors['input_ids'].dtype}", "Token ids are whole numbers."
         )
     ids = to_array(tensors["input_ids"].to(torch.int64))
     if ids.ndim != 2 or 0 in ids.shape:
@@ -169,6 +175,25 @@ def _check_lengths(rows: Sequence[Row], limit: int) -> None:
                 "Shorten it, give truncation=True to leave out what does not fit, or compile "
                 "with a larger seq_len where the model allows it.",
             )
+
+
+def _check_ids(rows: Sequence[Row], table: int | None) -> None:
+    """Refuse what is no token: a negative id would be looked up from the end of the table."""
+    for row in rows if table is not None else ():
+        wrong = row.ids[(row.ids < 0) | (row.ids >= table)]
+        if wrong.size:
+            raise UsageError(
+                f"{wrong[0]} is no token of this model",
+                f"Its token ids go from 0 to {(table or 0) - 1}; use its own tokenizer.",
+            )
+
+
+def _check_positions(length: int, positions: int | None) -> None:
+    if positions is not None and length > positions:
+        raise UsageError(
+            f"the compiled seq_len {length} is longer than the {positions} positions of this model",
+            f"Compile with a seq_len of at most {positions}.",
+        )
 
 
 def run_rows(

@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.errors import UsageError
 from qeff_proxy.masks import provide_masks, record_masks
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 from torch import nn
@@ -77,7 +78,20 @@ class EncoderPart(nn.Module):
         if self.pooling.function is None:
             return self.pooling.truncate_dim or width
         hidden = torch.zeros(1, 2, width, dtype=self.model.dtype)
-        vector = self.pooling(hidden, torch.ones(1, 2, dtype=torch.int64))
+        asked = "It is to make [batch, width] of [batch, sequence, hidden] and [batch, sequence]."
+        try:
+            vector = self.pooling(hidden, torch.ones(1, 2, dtype=torch.int64))
+        except Exception as error:
+            raise UsageError(
+                f"the pooling {self.pooling.name} fails: {type(error).__name__}: {error}", asked
+            ) from error
+        if not isinstance(vector, torch.Tensor) or vector.dim() != 2 or vector.shape[0] != 1:
+            shape = list(getattr(vector, "shape", ()))
+            raise UsageError(
+                f"the pooling {self.pooling.name} gives a {type(vector).__name__} of shape {shape} "
+                "for one text",
+                asked,
+            )
         return int(vector.shape[-1])
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:

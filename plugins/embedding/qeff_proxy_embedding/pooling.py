@@ -117,6 +117,8 @@ def pooling_of_options(options: Mapping[str, Any], folder: Path | None, width: i
     """
     wanted = options.get("pooling")
     normalize = options.get("normalize")
+    if normalize is not None and not isinstance(normalize, bool):
+        raise UsageError(f"normalize is {normalize!r}", "It must be True or False.")
     if wanted is None:
         own = pooling_of_checkpoint(folder) if folder is not None else Pooling("none")
         normalize = own.normalize if normalize is None else normalize

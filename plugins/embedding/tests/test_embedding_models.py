@@ -266,6 +266,9 @@ def test_a_dump_holds_both_parts_at_the_compiled_length(bert, tmp_path):
         ({"pooling": "mean", "truncate_dim": 33}, "1 to 32"),
         ({"pooling": "mean", "truncate_dim": 0}, "1 to 32"),
         ({"normalize": True}, "no vector to normalize"),
+        ({"pooling": "mean", "normalize": "yes"}, "normalize is 'yes'"),
+        ({"pooling": lambda hidden, mask: hidden / mask.no}, "fails: AttributeError: .*is to make"),
+        ({"pooling": lambda hidden, mask: hidden}, r"shape \[1, 2, 32\] for one text"),
         ({"poling": "mean"}, "no option 'poling'"),
     ],
 )
@@ -285,6 +288,10 @@ def test_an_option_that_cannot_be_right_is_refused(bert, options, message):
         ({"input_ids": np.ones((1, 3), int), "attention_mask": np.zeros((1, 3), int)}, "no token"),
         ({"input_ids": np.ones((1, 3), int), "attention_mask": np.array([[1, 0, 1]])}, "between"),
         ({"input_ids": np.ones((1, 301), int)}, "300 fit"),
+        ({"input_ids": np.array([[1, -4, 2]])}, "-4 is no token"),
+        ({"input_ids": np.array([[1, 99]])}, "99 is no token.*0 to 98"),
+        ({"input_ids": np.array([[1.5, 2.0]])}, "whole numbers"),
+        (None, "a NoneType is no text"),
     ],
 )
 def test_inputs_that_cannot_be_right_are_refused(bert, inputs, message):
@@ -299,6 +306,13 @@ def test_a_text_longer_than_every_compiled_length_is_refused(bert):
         proxy.generate({"input_ids": np.ones((1, 17), int)})
 
 
+def test_a_compiled_length_beyond_the_models_positions_is_refused(bert):
+    proxy = embedder(bert)
+    proxy.compile(seq_len=301)
+    with pytest.raises(UsageError, match="301 is longer than the 300 positions"):
+        proxy.generate({"input_ids": np.ones((1, 3), int)})
+
+
 @pytest.mark.parametrize("lengths", [[], [0], ["8"]])
 def test_lengths_that_cannot_be_right_are_refused(bert, lengths):
     with pytest.raises(UsageError, match="seq_len"):
@@ -308,3 +322,5 @@ def test_lengths_that_cannot_be_right_are_refused(bert, lengths):
 def test_texts_without_a_tokenizer_say_what_to_pass(bert):
     with pytest.raises(UsageError, match="tokenizer"):
         embedder(bert).generate("a text")
+    with pytest.raises(UsageError, match="a str is no tokenizer"):
+        embedder(bert).generate("a text", "bert-base")
