@@ -61,11 +61,14 @@ DEFAULTS: dict[str, Tolerance] = {
 }
 EXACT = Tolerance(0.0, 0.0)
 
-# Of a run that computes in a narrower dtype than its tensors have: dtype computed in → tolerance.
+# Of a run that computes in a narrower dtype than its tensors have: dtype computed in, or what its
+# weights were cut to → tolerance.
 # Elements are not checked one by one, since each carries the rounding of all layers before it.
 COMPUTED_IN: dict[str, Tolerance] = {
     "float16": Tolerance(peak=0.03, sqnr=40.0),
     "bfloat16": Tolerance(peak=0.1, sqnr=25.0),
+    "int8_weights": Tolerance(peak=0.15, sqnr=20.0),
+    "int4_weights": Tolerance(peak=0.8, sqnr=5.0),
 }
 
 
@@ -99,9 +102,14 @@ class Tolerances:
                 return tolerance
         coarser = max((reference_dtype, candidate_dtype), key=lambda d: DTYPES[d].epsilon)
         narrow = self.precision
-        if narrow in COMPUTED_IN and DTYPES[narrow].epsilon >= DTYPES[coarser].epsilon > 0:
+        if narrow in COMPUTED_IN and _epsilon(narrow) >= DTYPES[coarser].epsilon > 0:
             return COMPUTED_IN[narrow]
         return DEFAULTS.get(coarser, EXACT)
+
+
+def _epsilon(precision: str) -> float:
+    """Of a dtype; quantized weights are coarser than any."""
+    return DTYPES[precision].epsilon if precision in DTYPES else math.inf
 
 
 def parse_tolerance(text: str) -> tuple[str, Tolerance]:
