@@ -193,6 +193,7 @@ def run(checkpoint: Path, work: Path, dtype: str, exporter: str) -> dict[str, An
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     if line is None:
