@@ -119,7 +119,7 @@ def _lower(program: ExportedProgram, registry: ONNXRegistry) -> bool:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
-    with symbolic_config.patch(backed_size_oblivious=True):
+    with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         _fx_passes.insert_type_promotion_nodes(module)
     module.recompile()
     return True
