@@ -17,6 +17,7 @@ from qeff_proxy.checkpoint import (
     read_config_file,
 )
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
+from qeff_proxy.parts import DTYPES
 from qeff_proxy.reading import (
     REMOTE_CODE_GROUP,
     quiet_loading,
@@ -47,9 +48,6 @@ __all__ = [
 
 _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "*.tiktoken", "*.jsonl", "merges.txt")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-
-#: The dtypes a model can be exported in.
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass

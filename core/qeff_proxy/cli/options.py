@@ -159,12 +159,11 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
 
     ``with_processor`` refuses a checkpoint without tokenizer before the work begins.
     """
-    from qeff_proxy.artifact import MANIFEST, read_export
+    from qeff_proxy.artifact import find_export
     from qeff_proxy.plugins import Plugins
 
-    folder = Path(args.model).expanduser()
-    if (folder / MANIFEST).is_file():
-        export = read_export(folder)
+    export = find_export(Path(args.model).expanduser())
+    if export is not None:
         _check_agrees(args, export)
         return export, Plugins.discover().hooks_for(export.model["model_type"])
     loaded, hooks = loaded_of(args)

@@ -62,8 +62,8 @@ DEFAULTS: dict[str, Tolerance] = {
 EXACT = Tolerance(0.0, 0.0)
 
 # Of a run that computes in less than its tensors' dtype: what it computes in → tolerance. a16w8 and
-# a8w8 are activations and weights of so many bits; of the others only the weights were cut. Elements
-# are not checked one by one, since each carries the rounding of all layers before it.
+# a8w8 are activations and weights of so many bits; of the last two only the weights were cut.
+# Elements are not checked one by one, since each carries the rounding of all layers before it.
 COMPUTED_IN: dict[str, Tolerance] = {
     "float16": Tolerance(peak=0.03, sqnr=40.0),
     "bfloat16": Tolerance(peak=0.1, sqnr=25.0),
