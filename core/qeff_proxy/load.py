@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "REMOTE_CODE_GROUP",
+    "UNUSED_WEIGHTS",
     "LoadedModel",
     "load_config",
     "load_model",
@@ -48,6 +49,10 @@ __all__ = [
 
 _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "*.tiktoken", "*.jsonl", "merges.txt")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+#: Weights that no flow uses, and that checkpoints often lack: a pooler made for a pretraining task,
+#: and what stands in for the sound that training hides.
+UNUSED_WEIGHTS = ("pooler.*", "*.masked_spec_embed")
 
 
 @dataclass
@@ -105,7 +110,7 @@ def load_model(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    unused: tuple[str, ...] = (),
+    unused: tuple[str, ...] = UNUSED_WEIGHTS,
 ) -> LoadedModel:
     """Find a checkpoint and check its files; `LoadedModel.model` reads the weights.
 
@@ -116,7 +121,7 @@ def load_model(
         dtype: One of `DTYPES`: the dtype to load the weights in.
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read pickled weights, which can run code.
-        unused: Globs of weights that the task does not use, so that a checkpoint may lack them.
+        unused: Globs of weights that are not used, so that a checkpoint may lack them.
 
     Raises:
         CheckpointError: It cannot be found, read or trusted, or it lacks weights.

@@ -15,7 +15,7 @@ __all__ = ["Request", "refuse_others"]
 _CALLED = {"prompts": "text", "audio": "sound", "images": "images"}
 _GIVEN_BY = {
     "prompts": "Give prompts.",
-    "audio": "Give a sound file or samples: inputs='speech.wav' in Python, --audio FILE to verify.",
+    "audio": "Give a sound file or samples.",
     "images": "Give prompts and images.",
 }
 

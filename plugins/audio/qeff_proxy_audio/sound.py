@@ -96,8 +96,8 @@ def sounds_of(request: Request, rate: int) -> list[Array]:
         given = "images" if request.images else "text" if request.prompts else "nothing"
         raise UsageError(
             f"a speech recognizer takes sound, not {given}",
-            "Give a sound file or samples: model.generate(inputs='speech.wav') in Python, --audio "
-            "FILE to verify.",
+            "Give a sound file: qeff-proxy generate MODEL speech.wav, verify MODEL --audio "
+            "speech.wav, or model.generate(inputs='speech.wav') in Python.",
         )
     said = request.options.get("sampling_rate")
     return [load_sound(sound, rate, said) for sound in request.audio]

@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers
 from qeff_proxy import QEFFAutoModel
+from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UsageError
 from qeff_proxy.plugins import Plugins
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.verify import verify_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 SIZES = {
     "vocab_size": 99,
@@ -154,6 +156,18 @@ def test_positions_and_token_types_stay_in_the_body(bert):
     assert "embeddings.word_embeddings.weight" not in names
     with safe_open(folder / "vocabulary.safetensors", "numpy") as file:
         assert list(file.keys()) == ["embeddings.word_embeddings.weight"]
+
+
+def test_commands_take_a_checkpoint_without_the_pooler_that_nothing_uses(tmp_path, capsys):
+    transformers.BertModel(CONFIGS["bert"](), add_pooling_layer=False).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["encoder.layer.0.output.dense.bias"]
+    save_file(weights, path, {"format": "pt"})
+    assert main(["inspect", str(tmp_path)]) == 3
+    said = capsys.readouterr().err
+    assert "lacks 1 of the weights of BertModel, among them encoder.layer.0" in said
 
 
 def test_openvino_passes_verify_on_tokens_that_verify_chose(bert):
