@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -193,3 +195,17 @@ def test_weights_that_are_no_numbers_are_refused_by_name(export: Export) -> None
     with pytest.raises(BackendError, match=r"layers\.0\.k\.weight holds numbers"):
         compile_export(export, options=CompileOptions(backend={"weights": "int4"}))
     assert not list(export.folder.glob("compiled/*/compile.json"))
+
+
+def test_compiling_again_what_is_there_imports_no_family(trained: Export) -> None:
+    compile_export(trained)
+    code = (
+        "import sys\n"
+        "from qeff_proxy.cli import main\n"
+        f"assert main(['compile', {str(trained.folder)!r}]) == 0\n"
+        "print([name for name in ('onnx', 'torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "was compiled already" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qeff_proxy.backends.onnxruntime_cache import write_in_place
-from qeff_proxy.backends.onnxruntime_quantize import WeightOptions, quantize_weights
+from qeff_proxy.backends.onnxruntime_options import WeightOptions
+from qeff_proxy.backends.onnxruntime_quantize import quantize_weights
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ __all__ = [
     "add_shape_options",
     "compile_options_of",
     "compiled_of",
+    "existing_export_of",
     "export_of",
     "kind_of",
     "loaded_of",
@@ -131,18 +132,27 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
     return loaded, Plugins.discover().hooks_for(loaded.model_type)
 
 
+def existing_export_of(args: argparse.Namespace) -> Export | None:
+    """The export whose folder ``MODEL`` is, read without importing its family; else ``None``."""
+    from qeff_proxy.artifact import MANIFEST, read_export
+
+    folder = Path(args.model).expanduser()
+    if not (folder / MANIFEST).is_file():
+        return None
+    export = read_export(folder)
+    _check_agrees(args, export)
+    return export
+
+
 def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tuple[Export, Hooks]:
     """The export that ``MODEL`` names, or that of the checkpoint it names, made where needed.
 
     ``with_processor`` refuses a checkpoint without tokenizer before the work begins.
     """
-    from qeff_proxy.artifact import MANIFEST, read_export
-    from qeff_proxy.plugins import Plugins
+    export = existing_export_of(args)
+    if export is not None:
+        from qeff_proxy.plugins import Plugins
 
-    folder = Path(args.model).expanduser()
-    if (folder / MANIFEST).is_file():
-        export = read_export(folder)
-        _check_agrees(args, export)
         return export, Plugins.discover().hooks_for(export.model["model_type"])
     loaded, hooks = loaded_of(args)
     if with_processor and loaded.folder is not None:
