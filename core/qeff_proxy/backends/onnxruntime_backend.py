@@ -29,6 +29,8 @@ _LEVELS = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _WARNINGS_AND_BELOW_OFF = 3
+#: Counted up with each change of `onnxruntime_prepare`, so that parts are compiled anew.
+_REWRITING = "1"
 
 
 class OnnxRuntimeBackend:
@@ -49,8 +51,8 @@ class OnnxRuntimeBackend:
     }
 
     def versions(self) -> dict[str, str]:
-        """ONNX Runtime's version."""
-        return {"onnxruntime": onnxruntime.__version__}
+        """ONNX Runtime's version, and that of how graphs are rewritten for it."""
+        return {"onnxruntime": onnxruntime.__version__, "rewriting": _REWRITING}
 
     def devices(self) -> list[str]:
         """The one that it uses."""
