@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from qeff_proxy.artifact import read_export, sha256_of
 from qeff_proxy.backends import CompileOptions, load_backend, precision_of
+from qeff_proxy.backends.onnxruntime_norms import divide_in_norms
 from qeff_proxy.cache import HeldCache
 from qeff_proxy.compile import compile_export, open_sessions
 from qeff_proxy.engine import CausalEngine, StepId
@@ -135,6 +142,41 @@ def test_the_loop_may_reorder_and_take_back_what_it_carries() -> None:
     assert not isinstance(cache.arrays(), HeldCache)
 
 
+# Norms
+
+
+def test_a_norm_that_multiplies_by_a_reciprocal_becomes_one_kernel() -> None:
+    text = """<ir_version: 10, opset_import: ["": 20]>
+    norm (float[b, 8] x) => (float[b, 8] y) <float[8] weight = {1, 2, 3, 4, 5, 6, 7, 8},
+        float two = {2}, float epsilon = {0.00001}, int64[1] last = {-1}> {
+        square = Pow(x, two)
+        mean = ReduceMean(square, last)
+        sum = Add(mean, epsilon)
+        root = Sqrt(sum)
+        share = Reciprocal(root)
+        normed = Mul(x, share)
+        y = Mul(weight, normed)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    model = ir.from_proto(proto)
+    assert divide_in_norms(model)
+    assert not divide_in_norms(model)
+    assert [node.op_type for node in model.graph].count("Div") == 1
+    x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    outputs, kernels = run_graph(ir.to_proto(model), x)
+    np.testing.assert_allclose(outputs, run_graph(proto, x)[0], rtol=1e-5)
+    assert kernels == ["SimplifiedLayerNormalization"]
+
+
+def run_graph(proto: onnx.ModelProto, x: Array) -> tuple[Array, list[str]]:
+    options = onnxruntime.SessionOptions()
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = f"{folder}/optimized.onnx"
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+        kernels = [node.op_type for node in onnx.load(f"{folder}/optimized.onnx").graph.node]
+    return session.run(None, {"x": x})[0], kernels
+
+
 # Quantized weights
 
 
@@ -193,3 +235,17 @@ def test_weights_that_are_no_numbers_are_refused_by_name(export: Export) -> None
     with pytest.raises(BackendError, match=r"layers\.0\.k\.weight holds numbers"):
         compile_export(export, options=CompileOptions(backend={"weights": "int4"}))
     assert not list(export.folder.glob("compiled/*/compile.json"))
+
+
+def test_compiling_again_what_is_there_imports_no_family(trained: Export) -> None:
+    compile_export(trained)
+    code = (
+        "import sys\n"
+        "from qeff_proxy.cli import main\n"
+        f"assert main(['compile', {str(trained.folder)!r}]) == 0\n"
+        "print([name for name in ('onnx', 'torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "was compiled already" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qeff_proxy.backends.feeds import check_feeds
-from qeff_proxy.backends.onnxruntime_cache import PLACES, places_of
 from qeff_proxy.cache import PAST, PRESENT, Buffers
 from qeff_proxy.errors import BackendError
 
@@ -19,7 +18,10 @@ if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact import ExportedPart
 
-__all__ = ["OnnxRuntimeSession", "first_line"]
+__all__ = ["PLACES", "OnnxRuntimeSession", "first_line", "places_of"]
+
+#: Inputs ``[batch, heads, query, 3]`` int64: row, head and position of each new key or value.
+PLACES = "cache_places."
 
 
 class OnnxRuntimeSession:
@@ -121,6 +123,15 @@ class OnnxRuntimeSession:
         return BackendError(
             f"ONNX Runtime failed on the {self._part.name} part: {first_line(error)}"
         )
+
+
+def places_of(batch: int, heads: int, start: int, query: int) -> Array:
+    """``[batch, heads, query, 3]`` int64: row, head and position of ``query`` new positions."""
+    places = np.empty((batch, heads, query, 3), np.int64)
+    places[..., 0] = np.arange(batch)[:, None, None]
+    places[..., 1] = np.arange(heads)[None, :, None]
+    places[..., 2] = np.arange(start, start + query)
+    return places
 
 
 def _bind(bind: Any, name: str, array: Array) -> None:
