@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["lowered_in_place"]
 
+_PREPARE = _core._prepare_exported_program_for_export  # noqa: SLF001 (the one place to step in)
+_RUN_NODE = _TypePromotionInterpreter.run_node
 _ATEN = torch.ops.aten
 #: Checks of a trace's assumptions, which PyTorch drops from a graph to export, too.
 _ASSERTIONS = frozenset(
@@ -72,19 +74,17 @@ def lowered_in_place() -> Iterator[list[ExportedProgram]]:
     """
     done: list[ExportedProgram] = []
     thread = threading.get_ident()
-    prepare = _core._prepare_exported_program_for_export  # noqa: SLF001 (the one place to step in)
-    run_node = _TypePromotionInterpreter.run_node
 
     def prepared(program: ExportedProgram, *, registry: ONNXRegistry) -> ExportedProgram:
         if threading.get_ident() == thread and _lower(program, registry):
             done.append(program)
             return program
-        lowered: ExportedProgram = prepare(program, registry=registry)
+        lowered: ExportedProgram = _PREPARE(program, registry=registry)
         return lowered
 
     def noted(self: _TypePromotionInterpreter, node: Node) -> Any:
         if threading.get_ident() != thread:
-            return run_node(self, node)
+            return _RUN_NODE(self, node)
         if node.op != "call_function" or "val" not in node.meta:
             return torch.fx.Interpreter.run_node(self, node)
         rule = get_type_promotion_rule(node, self.type_promotion_table)
@@ -98,8 +98,8 @@ def lowered_in_place() -> Iterator[list[ExportedProgram]]:
     try:
         yield done
     finally:
-        _core._prepare_exported_program_for_export = prepare  # noqa: SLF001
-        _TypePromotionInterpreter.run_node = run_node
+        _core._prepare_exported_program_for_export = _PREPARE  # noqa: SLF001
+        _TypePromotionInterpreter.run_node = _RUN_NODE
 
 
 def _lower(program: ExportedProgram, registry: ONNXRegistry) -> bool:
