@@ -21,10 +21,7 @@ import torch
 from torch._export.utils import _check_valid_to_preserve, _is_cia_op
 from torch.fx.experimental import _config as symbolic_config
 from torch.onnx._internal.exporter import _core, _fx_passes
-from torch.onnx._internal.exporter._decomp import (
-    create_onnx_friendly_decomposition_table,
-    get_onnx_implemented_overloads,
-)
+from torch.onnx._internal.exporter._decomp import get_onnx_implemented_overloads
 from torch.onnx._internal.fx.passes.type_promotion import (
     _TypePromotionInterpreter,
     get_type_promotion_rule,
@@ -128,7 +125,6 @@ def _lower(program: ExportedProgram, registry: ONNXRegistry) -> bool:
 def _plan(graph: Graph, registry: ONNXRegistry) -> list[tuple[Node, Callable[[Node], None]]] | None:
     """What to do to which node; ``None`` where a node is none that is known."""
     registered = set(get_onnx_implemented_overloads(registry))
-    decomposed = create_onnx_friendly_decomposition_table(registered)
     order = {node: index for index, node in enumerate(graph.nodes)}
     plan: list[tuple[Node, Callable[[Node], None]]] = []
     for node in graph.nodes:
@@ -150,7 +146,7 @@ def _plan(graph: Graph, registry: ONNXRegistry) -> list[tuple[Node, Callable[[No
             if _functional(target) not in registered or not _owns_its_memory(node, order):
                 return None
             plan.append((node, _make_functional))
-        elif target not in registered or target in decomposed or _is_decomposed(target):
+        elif target not in registered or _is_decomposed(target):
             return None
     return plan
 
