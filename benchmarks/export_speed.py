@@ -207,6 +207,7 @@ def run(checkpoint: Path, work: Path, dtype: str, exporter: str) -> dict[str, An
         for (name, used, *_), later in itertools.pairwise(found["stages"])
         if name in AFTERWARDS
     }
+    shutil.rmtree(output / "compiled", ignore_errors=True)
     own = apparent_bytes(output, linked=False)
     found["bytes_over_checkpoint"] = own / apparent_bytes(checkpoint, linked=True)
     shutil.rmtree(output)
