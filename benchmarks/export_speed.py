@@ -121,6 +121,7 @@ PROCESS = """
 import json, resource, sys, time
 from pathlib import Path
 folder, output, dtype, weights = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+#: name, CPU seconds, peak memory, memory that is no file's (MiB), seconds of those in the kernel
 stages = []
 def stage(name):
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -129,7 +130,7 @@ def stage(name):
     own = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     stages.append([
         name, round(used.ru_utime + used.ru_stime, 3), int(peak.split()[1]) // 1024,
-        int(own.split()[1]) // 1024,
+        int(own.split()[1]) // 1024, round(used.ru_stime, 3),
     ])
 start = time.perf_counter()
 {code}
@@ -206,6 +207,7 @@ def run(checkpoint: Path, work: Path, dtype: str, exporter: str) -> dict[str, An
         for (name, used, *_), later in itertools.pairwise(found["stages"])
         if name in AFTERWARDS
     }
+    shutil.rmtree(output / "compiled", ignore_errors=True)
     own = apparent_bytes(output, linked=False)
     found["bytes_over_checkpoint"] = own / apparent_bytes(checkpoint, linked=True)
     shutil.rmtree(output)
