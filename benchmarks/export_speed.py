@@ -10,6 +10,7 @@ a sparse file of zeros. Rows that compare are interleaved, and medians are print
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -59,7 +60,7 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any], str, str]]] = {
     ],
     "gpt2": [
         ("transformers", "gpt2", {}, "float32", "transformers"),
-        ("qeff-proxy", "gpt2", {}, "float32", "qeff-proxy"),
+        ("qeff-proxy", "gpt2", {}, "float32", "qeff-proxy-compile"),
     ],
     "1b": [
         ("transformers", "llama", LLAMA_1B, "float32", "transformers"),
@@ -79,33 +80,58 @@ from qeff_proxy.load import load_model
 from qeff_proxy.plugins import Plugins
 loaded = load_model(folder, dtype=dtype)
 hooks = Plugins.discover().hooks_for(loaded.model_type)
-export_model(loaded, hooks, output=output, weights=weights, progress=stage)
+export = export_model(loaded, hooks, output=output, weights=weights, progress=stage)
+stage("exported")
 """,
     "transformers": """
 import torch
 from transformers import AutoModelForCausalLM, AutoConfig
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-stage("exporting")
+stage("tracing")
 ids = torch.ones(2, 5, dtype=torch.long)
 exported = OnnxExporter().export_for_generation(
     model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, OnnxConfig(dynamic=True)
 )
 stage("writing")
 exported.save_pretrained(output)
+stage("exported")
 """,
 }
+
+#: What a new shape and a second compilation cost, beside a new export.
+AFTERWARDS = ("specializing", "compiling again")
+#: After an export: every part at one set of fixed shapes, and `compile`, a second time, too.
+AFTER = """
+from qeff_proxy.compile import compile_export
+from qeff_proxy.static import axes_of, specialize
+stage("specializing")
+sizes = {"batch": 1, "query": 32, "past": 96}
+for part in export.parts:
+    specialize(output / part.file, part, {axis: sizes[axis] for axis in axes_of(part)})
+stage("compiling")
+compile_export(export, "onnxruntime")
+stage("compiling again")
+assert compile_export(export, "onnxruntime").was_there
+"""
+
+EXPORTERS["qeff-proxy-compile"] = EXPORTERS["qeff-proxy"] + AFTER
 
 PROCESS = """
 import json, resource, sys, time
 from pathlib import Path
 folder, output, dtype, weights = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+#: name, CPU seconds, peak memory, memory that is no file's (MiB), seconds of those in the kernel
 stages = []
 def stage(name):
     used = resource.getrusage(resource.RUSAGE_SELF)
     # The kernel's ru_maxrss is that of the process that started this one, where that is larger.
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    stages.append([name, round(used.ru_utime + used.ru_stime, 2), int(peak.split()[1]) // 1024])
+    own = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    stages.append([
+        name, round(used.ru_utime + used.ru_stime, 3), int(peak.split()[1]) // 1024,
+        int(own.split()[1]) // 1024, round(used.ru_stime, 3),
+    ])
 start = time.perf_counter()
 {code}
 stage("done")
@@ -163,22 +189,25 @@ def run(checkpoint: Path, work: Path, dtype: str, exporter: str) -> dict[str, An
     kind = exporter.removesuffix("-reference")
     reference = "reference" if exporter.endswith("-reference") else "copy"
     program = PROCESS.format(code=EXPORTERS[kind])
-    before = os.times()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, checkpoint, output, dtype, reference],
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    after = os.times()
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     if line is None:
         raise SystemExit(f"{exporter} failed: {done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(line.removeprefix("RESULT"))
-    found["cpu_seconds"] = (
-        after.children_user + after.children_system - before.children_user - before.children_system
-    )
-    found["peak_mib"] = found["stages"][-1][2]
+    end = next(stage for stage in found["stages"] if stage[0] == "exported")
+    found["cpu_seconds"], found["peak_mib"] = end[1], end[2]
+    found["after"] = {
+        name: round(later[1] - used, 3)
+        for (name, used, *_), later in itertools.pairwise(found["stages"])
+        if name in AFTERWARDS
+    }
+    shutil.rmtree(output / "compiled", ignore_errors=True)
     own = apparent_bytes(output, linked=False)
     found["bytes_over_checkpoint"] = own / apparent_bytes(checkpoint, linked=True)
     shutil.rmtree(output)
@@ -219,6 +248,11 @@ def main() -> None:
             )
             first = first or cpu
             print(f"{label:16}{cpu:10.1f}{peak:12.0f}{share:12.4f}{cpu / first:11.2f}", flush=True)
+            for name in AFTERWARDS:
+                times = [one["after"][name] for one in runs if name in one["after"]]
+                if times:
+                    one = statistics.median(times)
+                    print(f"  {name:14}{one:10.3f}{'':35}{one / cpu:.4f} of the export")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 

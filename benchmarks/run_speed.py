@@ -53,7 +53,13 @@ DECODERS = [
     "qeff-proxy",
     "qeff-proxy-openvino",
 ]
-QUANTIZED = ["qeff-proxy", "qeff-proxy-int8", "qeff-proxy-int4", "genai-int4"]
+QUANTIZED = [
+    "qeff-proxy",
+    "qeff-proxy-int8",
+    "qeff-proxy-int4",
+    "qeff-proxy-int4-head",
+    "genai-int4",
+]
 #: Row → checkpoint, contenders, and what they run: (batch, tokens of the prompt, new tokens).
 #: A prompt of 991 tokens and 33 new ones fill GPT-2's 1,024 positions.
 ROWS: dict[str, tuple[str, list[str], tuple[int, int, int]]] = {

@@ -262,6 +262,9 @@ CONTENDERS: dict[str, Any] = {
     "qeff-proxy": lambda folder, threads: Proxy(folder, threads, "onnxruntime"),
     "qeff-proxy-int8": lambda f, threads: Proxy(f, threads, "onnxruntime", weights="int8"),
     "qeff-proxy-int4": lambda f, threads: Proxy(f, threads, "onnxruntime", weights="int4"),
+    "qeff-proxy-int4-head": lambda f, threads: Proxy(
+        f, threads, "onnxruntime", weights="int4", head_weights="int4"
+    ),
     "qeff-proxy-openvino": lambda folder, threads: Proxy(folder, threads, "openvino"),
     "encoder-transformers": lambda folder, threads: Encoder(folder, threads, None),
     "encoder-onnxruntime": lambda folder, threads: Encoder(folder, threads, "onnxruntime"),

@@ -211,7 +211,9 @@ def test_a_package_of_ones_own_is_installed_used_and_uninstalled(environment, tm
     run([*pip, "install", *quiet, "--no-index", "--no-deps", "--no-compile", wheel])
 
     listing = json.loads(environment.run("qeff-proxy", "plugins", "--check", "--json"))
-    (report,) = [one for one in listing["plugins"] if one["distribution"] == "acme-models"]
+    acme = {one["plugin"]: one for one in listing["plugins"] if "acme" in one["distribution"]}
+    assert acme["acme_models.scaled"]["state"] == "ok"
+    report = acme["acme_models.acme"]
     assert report == {
         "distribution": "acme-models",
         "version": "1.0",

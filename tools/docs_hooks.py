@@ -1,44 +1,23 @@
-"""What mkdocs does besides.
-
-It writes the command reference from the program itself, and shows the files of a new plugin as the
-command writes them.
-"""
+"""What mkdocs does besides: it writes the command reference from the program itself."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-import tempfile
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 os.environ["COLUMNS"] = "88"  # argparse wraps by it
 
 from qeff_proxy.cli import COMMANDS, build_parser
 from qeff_proxy.errors import ProxyError
-from qeff_proxy.plugin_template import write_plugin
-
-KINDS = json.loads((files("qeff_proxy") / "templates/plugin/kinds.json").read_text("utf-8"))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the command reference, and files of a new plugin, where a page asks for them."""
+    """Put the command reference where a page asks for it."""
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", command_pages())
-    return re.sub(r"<!-- plugin new: (\w+) (\S+) -->\n", file_of_new_plugin, markdown)
-
-
-def file_of_new_plugin(match: re.Match[str]) -> str:
-    """The file that ``plugin new acme-MODEL_TYPE --like KIND`` writes: ``KIND PATH``."""
-    kind, path = match.groups()
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "package"
-        name = KINDS[kind]["model_type"].partition("-")[0]
-        write_plugin(f"acme-{name}", kind, target)
-        return (target / path).read_text(encoding="utf-8")
+    return markdown
 
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -30,6 +31,7 @@ _BIT_TYPES = {
 }
 
 
+@functools.cache  # asked for at every step, for every tensor
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype called ``name``; ``bfloat16`` and 8-bit floats come from ml_dtypes."""
     return np.dtype(_BIT_TYPES[name][0] if name in _BIT_TYPES else name)

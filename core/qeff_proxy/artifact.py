@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 from dataclasses import dataclass, field
@@ -25,7 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import ArtifactError
+from qeff_proxy.export_manifest import SCHEMA, read_manifest
 from qeff_proxy.parts import MaskSpec, TensorSpec
+from qeff_proxy.staging import settle_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +38,9 @@ __all__ = [
     "ExportedPart",
     "cache_home",
     "check_weights_of",
+    "enclosing_export",
     "export_folder",
+    "find_export",
     "hash_weights_file",
     "name_digest",
     "new_digest",
@@ -43,10 +48,11 @@ __all__ = [
     "sha256_of",
 ]
 
-SCHEMA = 1
 MANIFEST = "export.json"
 _ALGORITHM = "blake3:"
 _PIECE = 1 << 20  # bytes; what stays in a processor's cache is read and hashed faster
+#: Subfolders that a new export of the same folder takes over from the old one.
+KEPT = ("io",)
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,11 @@ class ExportedPart:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ExportedPart:
-        """The part that `to_json` wrote."""
+        """The part that `to_json` wrote, once checked (`qeff_proxy.export_manifest`)."""
         return cls(
             value["name"],
-            _plain_name(value["file"]),
-            _plain_name(value["weights"]) if value["weights"] is not None else None,
+            value["file"],
+            value["weights"],
             value["sha256"],
             tuple(TensorSpec.from_json(spec) for spec in value["inputs"]),
             tuple(TensorSpec.from_json(spec) for spec in value["outputs"]),
@@ -114,6 +120,7 @@ class Export:
         made_by: Versions of what made it, and the plugin that did.
         hashes: Weights file → algorithm and hash, ``"blake3:…"``; checked when it is compiled, not
             when it is opened.
+        processor: Names of the files that were written to `processor_folder`.
     """
 
     folder: Path
@@ -127,6 +134,7 @@ class Export:
     settings: dict[str, Any]
     made_by: dict[str, Any]
     hashes: dict[str, str] = field(default_factory=dict)
+    processor: tuple[str, ...] = ()
 
     @property
     def processor_folder(self) -> Path:
@@ -151,10 +159,29 @@ class Export:
             "parts": [part.to_json() for part in self.parts],
             "files": self.files,
             "hashes": self.hashes,
+            "processor": list(self.processor),
             "cut": self.cut,
             "settings": self.settings,
             "made_by": self.made_by,
         }
+
+    @classmethod
+    def from_json(cls, folder: Path, value: Mapping[str, Any]) -> Export:
+        """The export in ``folder`` that `to_json` wrote, once checked."""
+        return cls(
+            folder,
+            value["kind"],
+            value["flow"],
+            value["dtype"],
+            value["model"],
+            tuple(ExportedPart.from_json(part) for part in value["parts"]),
+            value["files"],
+            value["cut"],
+            value["settings"],
+            value["made_by"],
+            value["hashes"],
+            tuple(value["processor"]),
+        )
 
     def write_manifest(self) -> None:
         """Write ``export.json`` into the folder."""
@@ -162,12 +189,21 @@ class Export:
         (self.folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
+def find_export(folder: Path) -> Export | None:
+    """The export in a folder that may hold one, or ``None``; as `read_export`."""
+    settle_folder(folder, KEPT)
+    return read_export(folder) if (folder / MANIFEST).is_file() else None
+
+
 def read_export(folder: Path) -> Export:
     """Read an export and check that it is whole.
+
+    What an interrupted export left beside it is recovered first.
 
     Raises:
         ArtifactError: There is no export, it is damaged, or this version cannot read it.
     """
+    settle_folder(folder, KEPT)
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise ArtifactError(
@@ -175,34 +211,38 @@ def read_export(folder: Path) -> Export:
         )
     again = "Export the model again."
     try:
-        value = json.loads(manifest.read_text(encoding="utf-8"))
-        if value["schema"] != SCHEMA:
-            raise ArtifactError(f"{manifest} has schema {value['schema']}, not {SCHEMA}", again)
-        export = Export(
-            folder,
-            value["kind"],
-            value["flow"],
-            value["dtype"],
-            value["model"],
-            tuple(ExportedPart.from_json(part) for part in value["parts"]),
-            {_plain_name(name): int(size) for name, size in value["files"].items()},
-            value["cut"],
-            value["settings"],
-            value["made_by"],
-            {_plain_name(name): str(digest) for name, digest in value["hashes"].items()},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ArtifactError(f"{manifest} is damaged ({reason})", again) from error
+        export = Export.from_json(folder, read_manifest(manifest))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{manifest} is damaged: {error}", again) from error
     for part in export.parts:
         path = folder / part.file
         if not path.is_file() or sha256_of(path) != part.sha256:
             raise ArtifactError(f"{path} is missing or damaged", again)
+        if part.weights is not None and not _mentions(path, part.weights):
+            raise ArtifactError(
+                f"{manifest} is damaged: 'weights' of the {part.name} part is {part.weights!r}, "
+                f"which {part.file} does not point into",
+                again,
+            )
     for name, size in export.files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise ArtifactError(f"{path} is missing or does not have its {size} bytes", again)
     return export
+
+
+def _mentions(graph: Path, weights: str) -> bool:
+    """Whether a graph names the weights file that it is said to point into."""
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(weights.encode()) >= 0
+
+
+def enclosing_export(folder: Path) -> Path | None:
+    """The export that ``folder`` is, or lies in; ``None`` where there is none."""
+    for place in (folder, *folder.parents):
+        if (place / MANIFEST).is_file() and any(True for _ in place.glob("*.onnx")):
+            return place
+    return None
 
 
 def check_weights_of(export: Export) -> None:
@@ -268,10 +308,3 @@ def hash_weights_file(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return name_digest(digest)
-
-
-def _plain_name(name: str) -> str:
-    """``name`` if it is a file's name and not a path out of the folder."""
-    if not isinstance(name, str) or Path(name).name != name or name in {"", ".", ".."}:
-        raise ValueError(f"{name!r} is not a file name")
-    return name

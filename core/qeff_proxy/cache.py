@@ -73,6 +73,8 @@ class Buffers:
             )
             for name, spec in specs.items()
         }
+        #: What a session keeps with the buffers from step to step.
+        self.bound: dict[object, Any] = {}
 
     def views(self, length: int) -> Cache:
         """The first ``length`` positions of each array."""

@@ -43,7 +43,8 @@ class ProxyError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, hint: str | None = None) -> None:
-        super().__init__(f"{problem.rstrip('.')}. {hint}" if hint else problem)
+        stop = "" if problem.endswith("?") else "."
+        super().__init__(f"{problem.rstrip('.')}{stop} {hint}" if hint else problem)
         self.problem = problem
         self.hint = hint
 

@@ -20,13 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from importlib_metadata import version
 
-from qeff_proxy.artifact import (
-    MANIFEST,
-    Export,
-    export_folder,
-    read_export,
-)
+from qeff_proxy.artifact import KEPT, MANIFEST, Export, export_folder, read_export
 from qeff_proxy.errors import ArtifactError, ExportError, UsageError
+from qeff_proxy.export_place import check_not_another, check_place, existing_export
 from qeff_proxy.staging import locked, recover_folder, staged_folder
 
 if TYPE_CHECKING:
@@ -42,8 +38,6 @@ __all__ = ["WEIGHTS", "export_key", "export_model"]
 _CHECKED = "BLAKE3 of the files taken, no NaN found"
 #: How an export holds its weights.
 WEIGHTS = ("copy", "reference")
-#: Subfolders that a new export of the same folder takes over from the old one.
-_KEPT = ("io",)
 _PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 _VERSIONS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
@@ -102,15 +96,16 @@ def export_model(
     wanted = normalize_taps(taps)
     key = export_key(loaded, hooks, kind, opset, wanted, weights)
     target = (output or export_folder(loaded.source, key)).resolve()
-    _check_target(target)
-    if not force and (found := _existing(target, key)) is not None:
+    if not force and (found := existing_export(target, key)) is not None:
         return found  # without the lock, so that what is whole can be used side by side
+    check_place(target)
     with locked(target):
-        recover_folder(target, _KEPT)
-        if not force and (found := _existing(target, key)) is not None:
+        recover_folder(target, KEPT)
+        if not force and (found := existing_export(target, key)) is not None:
             return found
+        check_place(target)
         if not force and output is not None:
-            _check_not_another(target, key)
+            check_not_another(target, key)
         return _write(loaded, hooks, kind, opset, wanted, key, target, progress)
 
 
@@ -170,7 +165,7 @@ def _write_folder(
 
     taps = key["taps"]
     cut = graphs.cut
-    with staged_folder(target, MANIFEST, _KEPT) as folder:
+    with staged_folder(target, MANIFEST, KEPT) as folder:
         progress("writing weights")
         places = write_weights(folder, graphs, reference=key["weights"] == "reference")
         progress("checking weights")
@@ -179,7 +174,7 @@ def _write_folder(
         parts = write_graphs(folder, graphs, places)
         progress("checking graphs")
         differences = check_graphs(folder, graphs, parts, places)
-        _write_processor(folder / "processor", loaded, graphs)
+        processor = _write_processor(folder / "processor", loaded, graphs)
         export = Export(
             folder,
             cut.proxy.kind,
@@ -202,8 +197,10 @@ def _write_folder(
             {**cut.proxy.settings, **({"taps": taps} if taps else {})},
             key,
             hashes,
+            processor,
         )
         export.write_manifest()
+        check_place(target)  # again: it took a while
     return read_export(target)
 
 
@@ -252,54 +249,8 @@ def _plugin_digest(hooks: Hooks) -> str | None:
     return _code_digest(Path(next(iter(folders)))) if folders else None
 
 
-def _existing(target: Path, key: dict[str, Any]) -> Export | None:
-    """The export in ``target``, if it is whole and what was asked for."""
-    if not (target / MANIFEST).is_file():
-        return None
-    try:
-        found = read_export(target)
-    except ArtifactError:
-        return None  # damaged: export again
-    return found if found.made_by == key else None
-
-
-def _check_not_another(target: Path, key: dict[str, Any]) -> None:
-    """Refuse to replace an export of something else."""
-    try:
-        found = read_export(target)
-    except ArtifactError:
-        return  # none, or a damaged one
-    what = ("identity", "kind", "dtype", "opset", "taps", "weights")
-    if any(found.made_by.get(name) != key[name] for name in what):
-        raise ArtifactError(
-            f"{target} holds another export ({found.model['source']}, {found.kind}, {found.dtype})",
-            "Name another folder, or pass --force (force=True) to replace it.",
-        )
-
-
-def _check_target(target: Path) -> None:
-    """Refuse to replace a folder that is something else than an export."""
-    if target.exists() and not target.is_dir():
-        raise ArtifactError(f"{target} is a file", "Name a folder.")
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise ArtifactError(
-            f"{target} is not empty and holds no export", "Name a new or empty folder."
-        )
-    known = {MANIFEST, "processor", "compiled", *_KEPT}
-    foreign = [
-        path.name
-        for path in (sorted(target.iterdir()) if target.is_dir() else ())
-        if path.name not in known and path.suffix not in {".onnx", ".safetensors"}
-    ]
-    if foreign:
-        raise ArtifactError(
-            f"{target} also holds {foreign[0]}, which is no part of an export",
-            "Move it elsewhere, or name another folder.",
-        )
-
-
-def _write_processor(folder: Path, loaded: LoadedModel, graphs: Graphs) -> None:
-    """Put beside the parts what is needed to use them without the checkpoint."""
+def _write_processor(folder: Path, loaded: LoadedModel, graphs: Graphs) -> tuple[str, ...]:
+    """Put beside the parts what is needed to use them without the checkpoint; give its names."""
     folder.mkdir()
     if loaded.folder is not None:
         for pattern in _PROCESSOR_FILES:
@@ -308,7 +259,8 @@ def _write_processor(folder: Path, loaded: LoadedModel, graphs: Graphs) -> None:
                     shutil.copyfile(path, folder / path.name)
         if loaded.notes:  # another depth than the checkpoint's config says
             graphs.model.config.to_json_file(folder / "config.json", use_diff=False)
-        return
-    loaded.model.config.save_pretrained(folder)
-    if getattr(loaded.model, "generation_config", None) is not None:
-        loaded.model.generation_config.save_pretrained(folder)
+    else:
+        loaded.model.config.save_pretrained(folder)
+        if getattr(loaded.model, "generation_config", None) is not None:
+            loaded.model.generation_config.save_pretrained(folder)
+    return tuple(sorted(path.name for path in folder.iterdir()))

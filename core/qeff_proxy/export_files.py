@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qeff_proxy.artifact import ExportedPart, sha256_of
 from qeff_proxy.check_graph import check_graph
 from qeff_proxy.errors import ExportError
+from qeff_proxy.resident import few_pages
 from qeff_proxy.weights import check_and_hash, point_into, save_weights
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def check_graphs(
         if check is not None:
             path, inputs = folder / f"check-{exported.file}", check.inputs
             _write_graph(path, check, places)
-        found[part.name] = check_graph(part, inputs, path)
+        with few_pages(graphs.sources.windows, folder):
+            found[part.name] = check_graph(part, inputs, path)
         if check is not None:
             path.unlink()
     return found

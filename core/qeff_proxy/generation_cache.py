@@ -57,9 +57,9 @@ class StepCache(DynamicCache):  # type: ignore[misc]
         """Put the rows in the order of ``beam_idx``."""
         self._to_tensors().reorder_cache(beam_idx)
 
-    def crop(self, max_length: int) -> None:
-        """Forget all positions from ``max_length`` on; the last ones, where it is negative."""
-        self._to_tensors().crop(max_length)
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions: as many as the negative number says."""
+        self._to_tensors().crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""

@@ -15,6 +15,7 @@ from qeff_proxy.cut import cut_model, site_weights
 from qeff_proxy.errors import CheckpointError, CutError, ExportError, PluginError
 from qeff_proxy.layer_kinds import describe_kinds, find_layer_list, prefix_with_every_kind
 from qeff_proxy.repeat import deepen, plan_repeat, trace_repeated
+from qeff_proxy.resident import few_pages
 from qeff_proxy.sampling import NotSampled
 from qeff_proxy.taps import tap_proxy
 from qeff_proxy.trace import TracedPart, trace_part
@@ -82,7 +83,8 @@ def graphs_of_sample(
     sampled.check_alike()
     short = replace(loaded, read=sampled.short)
     try:
-        cut = _cut(short, hooks, kind, taps, sampled, progress)
+        with few_pages(sampled.sources.windows):
+            cut = _cut(short, hooks, kind, taps, sampled, progress)
     except PluginError as error:
         # What a plugin says of a layer by its number may not be there; a defect of its own shows
         # again with the whole model.

@@ -17,6 +17,7 @@ from qeff_proxy.checkpoint import (
     read_config_file,
 )
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
+from qeff_proxy.parts import DTYPES
 from qeff_proxy.reading import (
     REMOTE_CODE_GROUP,
     quiet_loading,
@@ -52,9 +53,6 @@ _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 #: Weights that no flow uses, and that checkpoints often lack: a pooler made for a pretraining task,
 #: and what stands in for the sound that training hides.
 UNUSED_WEIGHTS = ("pooler.*", "*.masked_spec_embed")
-
-#: The dtypes a model can be exported in.
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass

@@ -21,10 +21,7 @@ import torch
 from torch._export.utils import _check_valid_to_preserve, _is_cia_op
 from torch.fx.experimental import _config as symbolic_config
 from torch.onnx._internal.exporter import _core, _fx_passes
-from torch.onnx._internal.exporter._decomp import (
-    create_onnx_friendly_decomposition_table,
-    get_onnx_implemented_overloads,
-)
+from torch.onnx._internal.exporter._decomp import get_onnx_implemented_overloads
 from torch.onnx._internal.fx.passes.type_promotion import (
     _TypePromotionInterpreter,
     get_type_promotion_rule,
@@ -41,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["lowered_in_place"]
 
+_PREPARE = _core._prepare_exported_program_for_export  # noqa: SLF001 (the one place to step in)
+_RUN_NODE = _TypePromotionInterpreter.run_node
 _ATEN = torch.ops.aten
 #: Checks of a trace's assumptions, which PyTorch drops from a graph to export, too.
 _ASSERTIONS = frozenset(
@@ -72,19 +71,17 @@ def lowered_in_place() -> Iterator[list[ExportedProgram]]:
     """
     done: list[ExportedProgram] = []
     thread = threading.get_ident()
-    prepare = _core._prepare_exported_program_for_export  # noqa: SLF001 (the one place to step in)
-    run_node = _TypePromotionInterpreter.run_node
 
     def prepared(program: ExportedProgram, *, registry: ONNXRegistry) -> ExportedProgram:
         if threading.get_ident() == thread and _lower(program, registry):
             done.append(program)
             return program
-        lowered: ExportedProgram = prepare(program, registry=registry)
+        lowered: ExportedProgram = _PREPARE(program, registry=registry)
         return lowered
 
     def noted(self: _TypePromotionInterpreter, node: Node) -> Any:
         if threading.get_ident() != thread:
-            return run_node(self, node)
+            return _RUN_NODE(self, node)
         if node.op != "call_function" or "val" not in node.meta:
             return torch.fx.Interpreter.run_node(self, node)
         rule = get_type_promotion_rule(node, self.type_promotion_table)
@@ -98,8 +95,8 @@ def lowered_in_place() -> Iterator[list[ExportedProgram]]:
     try:
         yield done
     finally:
-        _core._prepare_exported_program_for_export = prepare  # noqa: SLF001
-        _TypePromotionInterpreter.run_node = run_node
+        _core._prepare_exported_program_for_export = _PREPARE  # noqa: SLF001
+        _TypePromotionInterpreter.run_node = _RUN_NODE
 
 
 def _lower(program: ExportedProgram, registry: ONNXRegistry) -> bool:
@@ -119,7 +116,7 @@ def _lower(program: ExportedProgram, registry: ONNXRegistry) -> bool:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
-    with symbolic_config.patch(backed_size_oblivious=True):
+    with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         _fx_passes.insert_type_promotion_nodes(module)
     module.recompile()
     return True
@@ -128,7 +125,6 @@ def _lower(program: ExportedProgram, registry: ONNXRegistry) -> bool:
 def _plan(graph: Graph, registry: ONNXRegistry) -> list[tuple[Node, Callable[[Node], None]]] | None:
     """What to do to which node; ``None`` where a node is none that is known."""
     registered = set(get_onnx_implemented_overloads(registry))
-    decomposed = create_onnx_friendly_decomposition_table(registered)
     order = {node: index for index, node in enumerate(graph.nodes)}
     plan: list[tuple[Node, Callable[[Node], None]]] = []
     for node in graph.nodes:
@@ -150,7 +146,7 @@ def _plan(graph: Graph, registry: ONNXRegistry) -> list[tuple[Node, Callable[[No
             if _functional(target) not in registered or not _owns_its_memory(node, order):
                 return None
             plan.append((node, _make_functional))
-        elif target not in registered or target in decomposed or _is_decomposed(target):
+        elif target not in registered or _is_decomposed(target):
             return None
     return plan
 

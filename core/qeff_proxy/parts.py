@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Kind", "MaskKind", "MaskSpec", "Part", "Proxy", "TensorSpec"]
+__all__ = ["DTYPES", "TAPS", "Kind", "MaskKind", "MaskSpec", "Part", "Proxy", "TensorSpec"]
 
 Kind = Literal["split", "stub", "whole"]
 MaskKind = Literal["causal", "sliding", "chunked", "bidirectional", "bidirectional_sliding"]
+
+#: The dtypes a model can be exported in.
+DTYPES = ("float32", "float16", "bfloat16")
+#: What a layer can give as an extra output (`qeff_proxy.taps`), and how its name then ends.
+TAPS = {"layers": "", "attention": ".attention", "mlp": ".mlp"}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import keyword
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -36,15 +36,20 @@ class NewPlugin:
         folder: Where.
         model_type: What it serves.
         files: What was written, relative to the folder.
+        note: What its author must fill in; ``None`` where all of it is known.
     """
 
     folder: Path
     model_type: str
     files: tuple[str, ...]
+    note: str | None = None
 
 
 def write_plugin(name: str, like: str, folder: Path, model_type: str | None = None) -> NewPlugin:
     """Write a plugin package that passes its own conformance suite.
+
+    Where transformers does not know the model type, or makes no tiny model of it, the places of the
+    two ends are a guess for the author to correct, and `NewPlugin.note` says so.
 
     Args:
         name: Of the distribution, such as ``acme-models``.
@@ -55,7 +60,7 @@ def write_plugin(name: str, like: str, folder: Path, model_type: str | None = No
 
     Raises:
         UsageError: A name cannot be used, the folder exists, another package serves the model
-            type, or transformers does not know it.
+            type, or transformers knows it as a model for another task.
     """
     source = files("qeff_proxy") / "templates" / "plugin"
     kind = json.loads((source / "kinds.json").read_text(encoding="utf-8"))[like]
@@ -64,8 +69,10 @@ def write_plugin(name: str, like: str, folder: Path, model_type: str | None = No
     _check_model_type(served)
     if folder.exists():
         raise UsageError(f"{folder} exists already", "Name another folder with --output.")
+    note = None
     if served != kind["model_type"]:
-        kind |= _sites_of(served, kind)
+        sites, note = _sites_of(served, kind)
+        kind |= sites
     module = re.sub(r"\W", "_", served)
     if module[0].isdigit() or keyword.iskeyword(module):
         module = f"model_{module}"
@@ -86,7 +93,9 @@ def write_plugin(name: str, like: str, folder: Path, model_type: str | None = No
         f"{package}/{module}.py": f"{like}.py",
         "tests/test_conformance.py": f"{like}_test.py",
     }
-    return _write(source, folder, targets, words)
+    if note is not None:
+        note = f"{note} Set the sites in {package}/{module}.py."
+    return replace(_write(source, folder, targets, words), note=note)
 
 
 def _write(
@@ -129,30 +138,39 @@ def _check_model_type(model_type: str) -> None:
             )
 
 
-def _sites_of(model_type: str, kind: dict[str, Any]) -> dict[str, str]:
-    """Where the ends of a model type that transformers knows are."""
+def _sites_of(model_type: str, kind: dict[str, Any]) -> tuple[dict[str, str], str | None]:
+    """Where the ends of a model type are; or those of the kind, and why that is a guess."""
     import torch
     import transformers
 
     from qeff_proxy.testing.tiny import tiny_config
 
+    found = {"embedding": kind["embedding"], "lm_head": kind["lm_head"]}
+    if model_type not in transformers.CONFIG_MAPPING:
+        return found, (
+            f"transformers knows no model type {model_type!r}: register your classes with its auto "
+            "classes in a module of the package, which the module of the hooks imports."
+        )
+    if transformers.CONFIG_MAPPING[model_type] not in getattr(transformers, kind["mapping"]):
+        raise UsageError(
+            f"transformers makes no {kind['auto_class']} for model type {model_type!r}",
+            "Choose another --like, or name a model type of that kind.",
+        )
     try:
         config = tiny_config(model_type)
         with torch.device("meta"):
             model = getattr(transformers, kind["auto_class"]).from_config(config)
-    except UsageError:
-        raise
-    except Exception as error:  # configs refuse sizes in many ways
-        raise UsageError(
-            f"transformers makes no {kind['auto_class']} for model type {model_type!r}",
-            "Choose another --like, or name a model type of that kind.",
-        ) from error
+    except Exception as error:  # noqa: BLE001 (configs refuse sizes in many ways)
+        line = " ".join(str(error).split())[:150]
+        return found, (
+            f"transformers made no tiny {model_type} ({type(error).__name__}: {line}): give sizes "
+            "that it takes in the test."
+        )
     paths = {id(module): path for path, module in model.named_modules()}
-    found = {"embedding": kind["embedding"], "lm_head": kind["lm_head"]}
     for site, getter in (
         ("embedding", model.get_input_embeddings),
         ("lm_head", model.get_output_embeddings),
     ):
         path = paths.get(id(getter())) if found[site] else None
         found[site] = path or found[site]
-    return found
+    return found, None

@@ -193,7 +193,7 @@ def _state_dict(
             dtype = getattr(torch, TORCH_DTYPES[stored.place.dtype])
             state[key] = _Elsewhere(stored.place.shape, dtype)
         else:
-            state[key] = map_tensor(stored)
+            state[key] = map_tensor(stored, sampler.sources.windows)
     sampler.sources.make = converter_of(model, load_config)
     return state
 

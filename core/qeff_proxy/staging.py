@@ -1,17 +1,19 @@
 """Folders that are there whole or not at all.
 
 Everything is written to a hidden folder beside the target and moved into place at the end. A
-process that dies leaves the target as it was; the next one clears away what it left.
+process that dies leaves the target as it was, or set aside beside it; whoever writes or reads the
+target next brings that back and clears away what was left.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import shutil
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 _SYSTEM_ERROR = re.compile(r"os error (\d+)|No space left on device")
 
-__all__ = ["locked", "recover_folder", "staged_folder", "writing"]
+__all__ = ["locked", "recover_folder", "settle_folder", "staged_folder", "writing"]
 
 
 @contextmanager
@@ -52,6 +54,7 @@ def _refusal(path: Path, error: OSError) -> ArtifactError:
         errno.ENOSPC: "Free space there, or set QEFF_HOME (or --output) to another disk.",
         errno.EFBIG: "The system's limit on file sizes is too low; see ulimit -f.",
         errno.EDQUOT: "Free space there, or set QEFF_HOME (or --output) to another disk.",
+        errno.ENOENT: "Choose a folder that can be written to.",
         errno.EACCES: "Set QEFF_HOME (or --output) to a folder you may write to.",
         errno.EPERM: "Set QEFF_HOME (or --output) to a folder you may write to.",
         errno.EROFS: "Set QEFF_HOME (or --output) to a folder you may write to.",
@@ -71,7 +74,10 @@ def locked(target: Path) -> Iterator[None]:
     """
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target.parent / f".{target.name}.lock", timeout=0)
+        path = target.parent / f".{target.name}.lock"
+        # FileLock would wait for a file that cannot be made, as if another run held it.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+        lock = FileLock(path, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
@@ -95,15 +101,43 @@ def recover_folder(target: Path, keep: Sequence[str] = ()) -> None:
         target: The folder.
         keep: As in `staged_folder`.
     """
-    set_aside = target.parent / f".{target.name}.old"
+    set_aside = _set_aside(target)
     with writing(target):
         if set_aside.exists():
             if target.exists():
                 _take_over(set_aside, target, keep)
             else:
                 set_aside.rename(target)
-        for leftover in target.parent.glob(f".{target.name}.partial-*"):
+        for leftover in _partial(target):
             shutil.rmtree(leftover)
+
+
+def settle_folder(target: Path, keep: Sequence[str] = ()) -> None:
+    """Recover ``target`` for who only reads it, if an interrupted run left something.
+
+    Where nothing was left, this is one look at the parent's names. Where another run holds the
+    lock, or nothing can be written there, what stands there is read as it is.
+
+    Args:
+        target: The folder. The caller does not hold its lock.
+        keep: As in `staged_folder`.
+    """
+    target = target.resolve()
+    if not _set_aside(target).exists() and not _partial(target):
+        return
+    with suppress(ArtifactError), locked(target):
+        recover_folder(target, keep)
+
+
+def _set_aside(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
+
+
+def _partial(target: Path) -> list[Path]:
+    prefix = f".{target.name}.partial-"
+    if not target.parent.is_dir():
+        return []
+    return [path for path in target.parent.iterdir() if path.name.startswith(prefix)]
 
 
 @contextmanager
@@ -130,6 +164,8 @@ def staged_folder(target: Path, last: str, keep: Sequence[str] = ()) -> Iterator
             _flush(staging, last)
             _exchange(staging, target, keep)
     except BaseException:
+        if not target.exists() and _set_aside(target).exists():  # between the two renames
+            _set_aside(target).rename(target)
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
@@ -146,7 +182,7 @@ def _flush(folder: Path, last: str) -> None:
 
 
 def _exchange(staging: Path, target: Path, keep: Sequence[str]) -> None:
-    set_aside = target.parent / f".{target.name}.old"
+    set_aside = _set_aside(target)
     if target.exists():
         target.rename(set_aside)
     staging.rename(target)
@@ -155,8 +191,23 @@ def _exchange(staging: Path, target: Path, keep: Sequence[str]) -> None:
 
 
 def _take_over(old: Path, new: Path, keep: Sequence[str]) -> None:
-    """Move what is kept from the old folder to the new one, and remove the old one."""
+    """Move what is kept from the old folder to the new one, and remove the old one.
+
+    Both have it where something was written to the new one before it took over; then entries move
+    one by one, under a free name where theirs is taken.
+    """
     for name in keep:
-        if (old / name).exists() and not (new / name).exists():
+        if not (old / name).exists():
+            continue
+        if not (new / name).exists():
             (old / name).rename(new / name)
+            continue
+        for entry in sorted((old / name).iterdir()):
+            entry.rename(_free_name(new / name / entry.name))
     shutil.rmtree(old)
+
+
+def _free_name(path: Path) -> Path:
+    """``path``, or where that is taken, a name beside it that is not."""
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(one for one in names if not one.exists())

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.parts import TensorSpec
+from qeff_proxy.parts import TAPS, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from qeff_proxy.parts import Part, Proxy
 
 __all__ = ["TAPS", "TappedPart", "find_layers", "find_tapped", "normalize_taps", "tap_proxy"]
-
-#: What can be tapped, and what its name carries behind the layer's number.
-TAPS = {"layers": "", "attention": ".attention", "mlp": ".mlp"}
 
 _NAMES = {
     "attention": re.compile(r"attn|attention", re.IGNORECASE),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from qeff_proxy.artifact import MANIFEST, Export, read_export
+from qeff_proxy.artifact import Export, find_export
 from qeff_proxy.backends import CompileOptions, is_static, load_backend, precision_of
 from qeff_proxy.compare import Tolerances, compare_dumps
 from qeff_proxy.compile import Compiled, compile_export, fixed_lengths
@@ -151,9 +151,7 @@ def verify_model(
 
 
 def _opened(folder: Path, source: str, trust_remote_code: bool) -> LoadedModel | Export:
-    if (folder / MANIFEST).is_file():
-        return read_export(folder)
-    return load_model(source, trust_remote_code=trust_remote_code)
+    return find_export(folder) or load_model(source, trust_remote_code=trust_remote_code)
 
 
 def _installed_hooks(model: LoadedModel | Export) -> Hooks:

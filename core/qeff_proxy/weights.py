@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from qeff_proxy.safetensors_file import TORCH_DTYPES, StoredTensor
 from qeff_proxy.weight_sources import StoredWeight, WeightSources, map_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from qeff_proxy.trace import TracedPart
@@ -228,6 +229,13 @@ def check_and_hash(
     Raises:
         CheckpointError: A weight has NaN elements; names it and the file it came from.
     """
+    with _one_thread():
+        return _check_and_hash(path, places, sources)
+
+
+def _check_and_hash(
+    path: Path, places: Mapping[str, StoredTensor], sources: WeightSources | None
+) -> str:
     digest = new_digest()
     buffer = torch.empty(_READ, dtype=torch.uint8)
     view = buffer.numpy().data
@@ -262,6 +270,17 @@ def check_and_hash(
                         "Download the checkpoint again; a model with such weights gives only NaN.",
                     )
     return name_digest(digest)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch sum small pieces in this thread: waiting for others would take longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _has_nan(piece: torch.Tensor) -> bool:

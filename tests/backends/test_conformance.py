@@ -21,6 +21,19 @@ class TestOnnxRuntime(BackendSuite):
     backend = "onnxruntime"
 
 
+class TestOnnxRuntimeWithoutItsRewriting(BackendSuite):
+    """The cache goes in and comes out, and the prepared graph is kept."""
+
+    backend = "onnxruntime"
+    options = {"in_place": False, "save_optimized": False}  # noqa: RUF012 (as the suite has it)
+
+
+class TestOnnxRuntimeOfQuantizedWeights(BackendSuite):
+    backend = "onnxruntime"
+    options = {"weights": "int8", "block_size": 16}  # noqa: RUF012 (as the suite has it)
+    tolerances = {"float32": 0.05, "float16": 0.05}  # noqa: RUF012 (as the suite has it)
+
+
 class TestOpenVino(BackendSuite):
     backend = "openvino"
     integer_bits = 32  # the CPU's plugin computes int64 as int32

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import qeff_proxy
 from qeff_proxy.cli import main
+from qeff_proxy.plugin_template import write_plugin
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,10 +30,21 @@ BEFORE = {
         f"qeff-proxy generate {HUB_ID} 'One day' --max-new-tokens 3 --io-dir CANDIDATE",
     ]
 }
-#: Where pages may take code from: what other tests run.
-SNIPPETS = "examples/acme-models/"
+ACME = ROOT / "examples" / "acme-models"
+#: Blocks that show a file which other tests run: title → it, or kind and path of a new plugin.
+SHOWN = {
+    "acme_olmo/olmo.py": ("text", "acme_olmo/olmo.py"),
+    "tests/test_conformance.py": ("text", "tests/test_conformance.py"),
+    "tests/test_conformance.py of a recognizer": ("audio", "tests/test_conformance.py"),
+    "pyproject.toml": ("text", "pyproject.toml"),
+    "acme_models/acme.py": ACME / "acme_models" / "acme.py",
+    "acme_models/model.py": ACME / "acme_models" / "model.py",
+    "acme_models/scaled.py": ACME / "acme_models" / "scaled.py",
+    "tests/test_conformance.py of Acme": ACME / "tests" / "test_conformance.py",
+}
 FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
+    r'^(?P<indent> *)```(?P<language>\w*)(?: title="(?P<title>[^"]*)")?[^\n]*\n'
+    r"(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -41,10 +53,12 @@ FENCE = re.compile(
 class Block:
     language: str
     code: str
+    title: str | None = None
 
 
 def blocks_of(text: str) -> list[Block]:
-    return [Block(match["language"], match["code"]) for match in FENCE.finditer(text)]
+    found = FENCE.finditer(text)
+    return [Block(match["language"], match["code"], match["title"]) for match in found]
 
 
 def lines_of(block: Block) -> list[str]:
@@ -90,15 +104,24 @@ def test_the_blocks_of_a_page_run(page, home, tmp_path, monkeypatch, capsys):
                     run_line(line)
                 else:
                     assert line.startswith((*ELSEWHERE, "#")), f"nobody runs {line!r}"
-        elif block.language == "python" and block.code.startswith("<!-- plugin new:"):
-            pass  # what the command writes: tests/plugins/test_new.py runs it
-        elif block.language == "python" and "--8<--" in block.code:
-            (path,) = re.findall(r'--8<-- "([^"]+)"', block.code)
-            assert path.startswith(SNIPPETS), path
-            assert (ROOT / path).is_file(), path
+        elif block.title is not None:
+            assert block.title in SHOWN  # the test below
         elif block.language == "python":
             code = with_model(block.code)
             exec(compile(code, f"{page.name} (a block)", "exec"), names)
+
+
+def test_the_files_that_a_page_shows_are_those_that_are_written_or_run(tmp_path):
+    written = {}
+    for kind in {one[0] for one in SHOWN.values() if isinstance(one, tuple)}:
+        written[kind] = tmp_path / kind
+        write_plugin({"text": "acme-olmo"}.get(kind, f"acme-{kind}"), kind, written[kind])
+    blocks = [block for page in PAGES for block in blocks_of(page.read_text(encoding="utf-8"))]
+    shown = {block.title: block.code for block in blocks if block.title is not None}
+    assert set(shown) == set(SHOWN)
+    for title, source in SHOWN.items():
+        path = source if isinstance(source, Path) else written[source[0]] / source[1]
+        assert shown[title] == path.read_text(encoding="utf-8"), title
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

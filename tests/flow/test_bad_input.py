@@ -144,6 +144,7 @@ def escaping_index(folder: Path) -> None:
         (lying_index, 3, "says that no.such.weight is in"),
         (escaping_index, 3, "is not a file name"),
         (drop_a_tensor, 3, "transformer.h.1.mlp.c_fc.weight"),
+        (change_a_shape, 3, "model.safetensors has shape"),
         (change_a_shape, 3, "transformer.h.1.ln_1.weight"),
         (add_a_tensor("transformer.h.1.ln_1.scale"), 3, "does not use"),
         (edit_config(n_layer=1), 3, "transformer.h.1."),

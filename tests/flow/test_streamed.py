@@ -226,3 +226,14 @@ def test_a_tensor_in_two_shards_is_named(make_model: Any, tmp_path: Path) -> Non
         load_model(str(folder))
     for word in (name, other, shard):
         assert word in str(caught.value)
+
+
+def test_a_kind_of_layer_that_exists_once_is_run(make_model: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    make_model("gemma2", layers=4, layer_types=kinds).save_pretrained(folder)
+    found = export(folder, tmp_path / "out")
+    assert [kind["layers"] for kind in found.cut["layers"]["kinds"]] == [[0, 2, 3], [1]]
+    assert found.cut["layers"]["verified"] == 2
+    assert found.cut["traced_layers"] == {"body": 2}
+    check_all_layers(folder, found)

@@ -67,6 +67,29 @@ def test_the_sites_of_another_model_type_are_filled_in(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("model_type", "note"),
+    [
+        ("mine", "transformers knows no model type 'mine': register your classes"),
+        ("xlnet", "transformers made no tiny xlnet (NotImplementedError: The model xlnet is one"),
+    ],
+)
+def test_what_the_author_must_fill_in_is_said(model_type, note, tmp_path, capsys):
+    folder = tmp_path / "new"
+    arguments = ["--model-type", model_type, "--output", str(folder)]
+    assert main(["plugin", "new", "acme", *arguments]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"Before that: {note}")
+    assert last.endswith(f"Set the sites in acme/{model_type}.py.")
+    assert 'Site("lm_head")' in (folder / "acme" / f"{model_type}.py").read_text("utf-8")
+
+
+def test_a_recognizer_whose_config_names_no_vocabulary_is_known(tmp_path, capsys):
+    arguments = ["--like", "audio", "--model-type", "wav2vec2-conformer"]
+    assert main(["plugin", "new", "acme", *arguments, "--output", str(tmp_path / "new")]) == 0
+    assert "Before that" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["acme models"], "'acme models' is no name of a package"),
@@ -77,8 +100,8 @@ def test_the_sites_of_another_model_type_are_filled_in(tmp_path):
         (["qeff-proxy"], "is the name of a package that is there already"),
         (["acme", "--model-type", "llama"], "served by qeff-proxy-text already"),
         (["acme", "--model-type", "no such"], "is no model type"),
-        (["acme", "--model-type", "no-such-type"], "transformers knows no model type"),
         (["acme", "--model-type", "segformer"], "transformers makes no AutoModelForCausalLM"),
+        (["acme", "--model-type", "t5"], "transformers makes no AutoModelForCausalLM"),
         (["there"], "there exists already"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from qeff_proxy.backends import CompileOptions
@@ -18,7 +19,7 @@ from qeff_proxy.calibration import requests_of, with_calibration
 from qeff_proxy.cli import main
 from qeff_proxy.compare import Tolerance, Tolerances
 from qeff_proxy.compile import compile_export
-from qeff_proxy.dump import read_dump
+from qeff_proxy.dump import DumpOptions, DumpWriter, read_dump
 from qeff_proxy.dump.format import name_tensor
 from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.plugins import Plugins
@@ -189,6 +190,34 @@ def test_dumps_of_another_part_or_beyond_the_context_are_refused(calibrated: Any
         list(samples_of(folder, part, short))
 
 
+def test_rms_norms_of_small_embeddings_keep_their_precision(
+    make_export: Any, feeds_of: Any, tmp_path: Path
+) -> None:
+    export = make_export("llama")
+    part = export.part("body")
+    plain = onnxruntime.InferenceSession(
+        export.folder / part.file, providers=["CPUExecutionProvider"]
+    )
+    names = [spec.name for spec in part.outputs]
+    runs = []
+    for seed in range(4):
+        feeds = feeds_of(part, {"batch": 1, "query": 1, "past": 3}, seed)
+        feeds["inputs_embeds"] *= np.float32(0.02)  # as untrained embeddings are
+        outputs = dict(zip(names, plain.run(None, feeds), strict=True))
+        with DumpWriter(tmp_path / "dumps" / str(seed), {}, DumpOptions(kv="full")) as writer:
+            writer.step("decode", 0, "body", feeds, outputs, past_length=3)
+        runs.append((feeds, outputs))
+    backend = {"precision": "a16w8", "calibration": str(tmp_path / "dumps")}
+    options = CompileOptions(prefill_seq_len=4, ctx_len=8, backend=backend)
+    session = QnnBackend().open(export, part, options, tmp_path)
+    feeds, outputs = runs[-1]
+    found = session.run(feeds)
+    session.close()
+    assert min(sqnr(outputs[name], found[name]) for name in names) > 30
+    (report,) = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert report["on_cpu"] == []
+
+
 def attention(tmp_path: Path, width: int = 8) -> ir.Model:
     """Scores of ``x [1, 8]`` under a mask, and a weight that is shared, turned."""
     weight = np.random.default_rng(0).standard_normal((width, width)).astype(np.float32)
@@ -233,8 +262,6 @@ def test_a_mask_goes_just_low_enough_and_leaves_the_range_to_the_scores(tmp_path
 
 
 def run_quantized(tmp_path: Path, ranges: Any, masks: list[str]) -> np.ndarray:
-    import onnxruntime
-
     tmp_path.mkdir(exist_ok=True)
     model, lowest = quantize_graph(attention(tmp_path), tmp_path, ranges, masks, "a16w8", tmp_path)
     ir.save(model, tmp_path / "quantized.onnx")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def check_feeds(part: str, inputs: Iterable[TensorSpec], feeds: Mapping[str, Arr
         array = feeds.get(spec.name)
         if array is None:
             raise BackendError(f"the {part} part needs the input {spec.name!r}, which is missing")
-        if array.dtype.name != spec.dtype:
+        if array.dtype != numpy_dtype(spec.dtype):
             raise BackendError(
                 f"the input {spec.name!r} of the {part} part is {array.dtype.name}, "
                 f"not {spec.dtype}"

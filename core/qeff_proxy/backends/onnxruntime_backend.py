@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import onnxruntime
 
-from qeff_proxy.backends.onnxruntime_prepare import Prepared, prepare_part, prepared_part
-from qeff_proxy.backends.onnxruntime_quantize import OPTIONS as WEIGHT_OPTIONS
-from qeff_proxy.backends.onnxruntime_quantize import WEIGHT_NAMES
+from qeff_proxy.backends.onnxruntime_options import OPTIONS as WEIGHT_OPTIONS
+from qeff_proxy.backends.onnxruntime_options import WEIGHT_NAMES
 from qeff_proxy.backends.onnxruntime_session import OnnxRuntimeSession, first_line
 from qeff_proxy.errors import BackendError
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from qeff_proxy.artifact import Export, ExportedPart
     from qeff_proxy.backends import CompileOptions
+    from qeff_proxy.backends.onnxruntime_prepare import Prepared
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeSession"]
 
@@ -29,6 +29,8 @@ _LEVELS = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _WARNINGS_AND_BELOW_OFF = 3
+#: Counted up with each change of `onnxruntime_prepare`, so that parts are compiled anew.
+_REWRITING = "1"
 
 
 class OnnxRuntimeBackend:
@@ -43,12 +45,14 @@ class OnnxRuntimeBackend:
         "optimization": "graph optimization level: none, basic, extended or all (default)",
         "save_optimized": "write the optimized graphs, so that opening is quick (default: true)",
         "in_place": "write a decoder's cache in place, where its graph allows it (default: true)",
+        "spinning": "let threads wait busily between operators: quicker where nothing else runs on "
+        "their cores, and slow where anything does (default: false)",
         **WEIGHT_OPTIONS,
     }
 
     def versions(self) -> dict[str, str]:
-        """ONNX Runtime's version."""
-        return {"onnxruntime": onnxruntime.__version__}
+        """ONNX Runtime's version, and that of how graphs are rewritten for it."""
+        return {"onnxruntime": onnxruntime.__version__, "rewriting": _REWRITING}
 
     def devices(self) -> list[str]:
         """The one that it uses."""
@@ -68,6 +72,8 @@ class OnnxRuntimeBackend:
                 f"ONNX Runtime's CPU kernels do not take bfloat16, which the {part.name} part has",
                 "Export in float32 or float16.",
             )
+        from qeff_proxy.backends.onnxruntime_prepare import prepare_part
+
         prepared = prepare_part(export, part, options, folder)
         if not options.backend.get("save_optimized", True):
             _open(prepared, _session_options(options), part.name)
@@ -87,6 +93,8 @@ class OnnxRuntimeBackend:
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> OnnxRuntimeSession:
         """A session on the optimized graph, or on the prepared one where none was saved."""
+        from qeff_proxy.backends.onnxruntime_prepare import Prepared, prepared_part
+
         session_options = _session_options(options)
         path = folder / f"{part.name}.onnx"
         if path.is_file():
@@ -104,6 +112,10 @@ def _session_options(options: CompileOptions) -> onnxruntime.SessionOptions:
     result = onnxruntime.SessionOptions()
     result.graph_optimization_level = _LEVELS[level]
     result.log_severity_level = _WARNINGS_AND_BELOW_OFF
+    if not options.backend.get("spinning", False):
+        # Parts take turns, each with threads of its own: those of one that waits would keep the
+        # cores from the next.
+        result.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if options.num_cores is not None:
         # More threads than cores only wait for each other.
         result.intra_op_num_threads = min(options.num_cores, len(os.sched_getaffinity(0)))

@@ -15,19 +15,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
 
+from qeff_proxy.backends.onnxruntime_session import PLACES
 from qeff_proxy.cache import PAST
 
 if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
     from qeff_proxy.artifact import ExportedPart
 
-__all__ = ["PLACES", "places_of", "write_in_place"]
+__all__ = ["write_in_place"]
 
-#: Inputs ``[batch, heads, query, 3]`` int64: row, head and position of each new key or value.
-PLACES = "cache_places."
 _POSITIONS = 2  # the axis of a cache that grows
 
 
@@ -66,15 +63,6 @@ def write_in_place(model: ir.Model, part: ExportedPart) -> bool:
         graph.outputs[place] = new
         ir.convenience.replace_nodes_and_values(graph, join, [join], [scatter], [output], [new])
     return True
-
-
-def places_of(batch: int, heads: int, start: int, query: int) -> Array:
-    """``[batch, heads, query, 3]`` int64: row, head and position of ``query`` new positions."""
-    places = np.empty((batch, heads, query, 3), np.int64)
-    places[..., 0] = np.arange(batch)[:, None, None]
-    places[..., 1] = np.arange(heads)[None, :, None]
-    places[..., 2] = np.arange(start, start + query)
-    return places
 
 
 def _joins_of(graph: ir.Graph, part: ExportedPart) -> list[tuple[ir.Value, ir.Node]]:

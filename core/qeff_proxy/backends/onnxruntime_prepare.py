@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qeff_proxy.backends.onnxruntime_cache import write_in_place
-from qeff_proxy.backends.onnxruntime_quantize import WeightOptions, quantize_weights
+from qeff_proxy.backends.onnxruntime_norms import divide_in_norms
+from qeff_proxy.backends.onnxruntime_options import WeightOptions
+from qeff_proxy.backends.onnxruntime_quantize import quantize_weights
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
@@ -62,8 +64,9 @@ def prepare_part(
     graph, data = folder / f"{part.name}.prepared.onnx", folder / f"{part.name}.prepared.data"
     with _quiet():
         in_place = options.backend.get("in_place", True) and write_in_place(model, part)
+        divided = divide_in_norms(model)
         quantized = weights.bits is not None and quantize_weights(model, data, weights)
-    if not in_place and not quantized:
+    if not (in_place or divided or quantized):
         return Prepared(source)
     ir.save(model, graph)
     return prepared_part(export, part, folder)

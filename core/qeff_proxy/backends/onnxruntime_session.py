@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qeff_proxy.backends.feeds import check_feeds
-from qeff_proxy.backends.onnxruntime_cache import PLACES, places_of
 from qeff_proxy.cache import PAST, PRESENT, Buffers
 from qeff_proxy.errors import BackendError
 
@@ -19,7 +18,10 @@ if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact import ExportedPart
 
-__all__ = ["OnnxRuntimeSession", "first_line"]
+__all__ = ["PLACES", "OnnxRuntimeSession", "first_line", "places_of"]
+
+#: Inputs ``[batch, heads, query, 3]`` int64: row, head and position of each new key or value.
+PLACES = "cache_places."
 
 
 class OnnxRuntimeSession:
@@ -59,7 +61,10 @@ class OnnxRuntimeSession:
         query = feeds[self._part.inputs[0].name].shape[1]
         shortened = {name: array[:, :, query:] for name, array in buffers.arrays.items()}
         check_feeds(self._part.name, self._part.inputs, {**feeds, **shortened})
-        return self._run_bound(feeds, buffers.arrays, buffers.filled)
+        binding = buffers.bound.get(self)
+        if binding is None:  # the first step on these buffers
+            binding = buffers.bound[self] = self._bind_cache(buffers.arrays)
+        return self._run_bound(binding, feeds, buffers.filled)
 
     def close(self) -> None:
         """Release the runtime's session and the weights it maps."""
@@ -77,24 +82,28 @@ class OnnxRuntimeSession:
             arrays[name][:, :, :past] = array
             arrays[name][:, :, past:] = 0
         others = {name: array for name, array in feeds.items() if name not in arrays}
-        outputs = self._run_bound(others, arrays, past)
+        outputs = self._run_bound(self._bind_cache(arrays), others, past)
         outputs |= {PRESENT + name.removeprefix(PAST): array for name, array in arrays.items()}
         return {name: outputs[name] for name in self._names}
 
+    def _bind_cache(self, cache: Mapping[str, Array]) -> onnxruntime.IOBinding:
+        """Have each array of the cache for an input and for an output."""
+        binding = self._opened().io_binding()
+        for name, array in cache.items():
+            _bind(binding.bind_input, name, array)
+            _bind(binding.bind_output, PRESENT + name.removeprefix(PAST), array)
+        return binding
+
     def _run_bound(
-        self, feeds: Mapping[str, Array], cache: Mapping[str, Array], start: int
+        self, binding: onnxruntime.IOBinding, feeds: Mapping[str, Array], start: int
     ) -> dict[str, Array]:
-        """Run with each array of the cache bound as an input and as an output."""
+        """Run with the cache that is bound, from the position ``start`` on."""
         session = self._opened()
         batch, query = feeds[self._part.inputs[0].name].shape[:2]
-        binding = session.io_binding()
         given = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         given |= {f"{PLACES}{h}": places_of(batch, h, start, query) for h in self._heads}
         for name, array in given.items():
             _bind(binding.bind_input, name, array)
-        for name, array in cache.items():
-            _bind(binding.bind_input, name, array)
-            _bind(binding.bind_output, PRESENT + name.removeprefix(PAST), array)
         others = [name for name in self._names if not name.startswith(PRESENT)]
         for name in others:
             binding.bind_output(name)
@@ -102,7 +111,7 @@ class OnnxRuntimeSession:
             session.run_with_iobinding(binding)
         except Exception as error:  # the runtime's exceptions share no public base class
             raise self._failed(error) from error
-        outputs = binding.get_outputs()[-len(others) :]
+        outputs = binding.get_outputs()[-len(others) :]  # the cache's were bound before
         return {name: value.numpy() for name, value in zip(others, outputs, strict=True)}
 
     def _opened(self) -> onnxruntime.InferenceSession:
@@ -114,6 +123,15 @@ class OnnxRuntimeSession:
         return BackendError(
             f"ONNX Runtime failed on the {self._part.name} part: {first_line(error)}"
         )
+
+
+def places_of(batch: int, heads: int, start: int, query: int) -> Array:
+    """``[batch, heads, query, 3]`` int64: row, head and position of ``query`` new positions."""
+    places = np.empty((batch, heads, query, 3), np.int64)
+    places[..., 0] = np.arange(batch)[:, None, None]
+    places[..., 1] = np.arange(heads)[None, :, None]
+    places[..., 2] = np.arange(start, start + query)
+    return places
 
 
 def _bind(bind: Any, name: str, array: Array) -> None:

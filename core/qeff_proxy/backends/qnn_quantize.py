@@ -68,7 +68,8 @@ def quantize_graph(
     fold_weights(model, weights)
     _check_ranges(model.graph, ranges)
     axes = _row_axes(model.graph)
-    quantized = ir.from_proto(_quantized(_with_weights(model), ranges, precision, axes))
+    kept = _in_half_precision(model.graph)
+    quantized = ir.from_proto(_quantized(_with_weights(model), ranges, precision, axes, kept))
     quantized = ir.external_data.unload_from_model(
         quantized, folder, WEIGHTS, size_threshold_bytes=_INLINE
     )
@@ -76,7 +77,11 @@ def quantize_graph(
 
 
 def _quantized(
-    proto: onnx.ModelProto, ranges: Ranges, precision: str, axes: Mapping[str, int]
+    proto: onnx.ModelProto,
+    ranges: Ranges,
+    precision: str,
+    axes: Mapping[str, int],
+    kept: list[str],
 ) -> onnx.ModelProto:
     from onnxruntime.quantization import CalibrationMethod, QuantType
     from onnxruntime.quantization.calibrate import TensorData, TensorsData
@@ -95,6 +100,7 @@ def _quantized(
         activation_type=QuantType.QUInt16 if wide else QuantType.QUInt8,
         weight_type=QuantType.QUInt8,
         init_overrides=rows,
+        nodes_to_exclude=kept or None,
     )
     add_infer_metadata(proto)  # every shape is known: it need not write the model to infer them
     found = {
@@ -109,7 +115,7 @@ def _quantized(
         config.activation_type,
         TensorsData(CalibrationMethod.MinMax, found),
         [],
-        [],
+        kept,
         config.op_types_to_quantize,
         config.extra_options,
     )
@@ -159,6 +165,31 @@ def _row_axis(node: ir.Node, index: int) -> int | None:
         return None
     transposed = node.op_type == "Gemm" and node.attributes.get_int("transB")
     return 0 if transposed else 1
+
+
+def _in_half_precision(graph: ir.Graph) -> list[str]:
+    """Names of the nodes of RMSNorms, which are not quantized.
+
+    A mean of squares, and one over its root, take values of many magnitudes. In 16 bits the
+    Qualcomm compiler's emulator gives nothing like them (0 dB for embeddings of 0.02), though the
+    same graph on a CPU is right.
+    """
+    found: dict[ir.Node, None] = {}
+    inner: set[ir.Value] = set()  # what the norm computes and has not applied yet
+    for node in graph:
+        square = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if node.op_type == "ReduceMean" and square is not None and _squares(square):
+            found[square] = None
+        elif not any(value in inner for value in node.inputs):
+            continue
+        found[node] = None
+        if node.op_type not in ("Mul", "Div"):
+            inner.update(node.outputs)
+    return [str(node.name) for node in found]
+
+
+def _squares(node: ir.Node) -> bool:
+    return node.op_type == "Pow" or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1])
 
 
 def _check_ranges(graph: ir.Graph, ranges: Ranges) -> None:

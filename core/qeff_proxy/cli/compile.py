@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qeff_proxy.cli.options import add_compile_options, add_model_options, compiled_of, export_of
+from qeff_proxy.cli.options import (
+    add_compile_options,
+    add_model_options,
+    compiled_of,
+    existing_export_of,
+    export_of,
+)
 from qeff_proxy.cli.output import print_json, print_text
 
 if TYPE_CHECKING:
@@ -21,8 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile every part; export first where needed."""
-    export, hooks = export_of(args)
-    compiled = compiled_of(args, export, hooks, force=args.force)
+    export = existing_export_of(args) or export_of(args)[0]
+    compiled = compiled_of(args, export, force=args.force)
     if args.json:
         print_json(
             {

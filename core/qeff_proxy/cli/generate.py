@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             f"{export.model['source']} generates no tokens one by one",
             "Leave out the options of generation.",
         )
-    compiled = compiled_of(args, export, hooks)
+    compiled = compiled_of(args, export)
     from qeff_proxy.load import load_processor
     from qeff_proxy.run import run_compiled
 

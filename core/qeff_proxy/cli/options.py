@@ -25,6 +25,7 @@ __all__ = [
     "add_shape_options",
     "compile_options_of",
     "compiled_of",
+    "existing_export_of",
     "export_of",
     "kind_of",
     "loaded_of",
@@ -66,17 +67,17 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
         "model", metavar="MODEL", help=f"{what}, or an export's folder" if exports else what
     )
     parser.add_argument(
-        "--proxy",
-        choices=sorted(_KINDS),
-        help="split: embedding, body and LM head as graphs of their own (default); stub: one graph "
-        "with weightless ends; none: the whole model as one graph",
-    )
-    parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="dtype of weights and activations (default: float32)",
     )
     if exports:
+        parser.add_argument(
+            "--proxy",
+            choices=sorted(_KINDS),
+            help="split: embedding, body and LM head as graphs of their own (default); stub: one "
+            "graph with weightless ends; none: the whole model as one graph",
+        )
         parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the export")
         parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
         parser.add_argument("--force", action="store_true", help="do it again even if it is there")
@@ -154,19 +155,30 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
     return loaded, Plugins.discover().hooks_for(loaded.model_type)
 
 
+def existing_export_of(args: argparse.Namespace) -> Export | None:
+    """The export whose folder ``MODEL`` is, read without importing its family; else ``None``."""
+    from qeff_proxy.artifact import find_export
+
+    export = find_export(Path(args.model).expanduser())
+    if export is not None:
+        _check_agrees(args, export)
+    return export
+
+
+def _hooks_of(export: Export) -> Hooks:
+    from qeff_proxy.plugins import Plugins
+
+    return Plugins.discover().hooks_for(export.model["model_type"])
+
+
 def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tuple[Export, Hooks]:
     """The export that ``MODEL`` names, or that of the checkpoint it names, made where needed.
 
     ``with_processor`` refuses a checkpoint without tokenizer before the work begins.
     """
-    from qeff_proxy.artifact import MANIFEST, read_export
-    from qeff_proxy.plugins import Plugins
-
-    folder = Path(args.model).expanduser()
-    if (folder / MANIFEST).is_file():
-        export = read_export(folder)
-        _check_agrees(args, export)
-        return export, Plugins.discover().hooks_for(export.model["model_type"])
+    export = existing_export_of(args)
+    if export is not None:
+        return export, _hooks_of(export)
     loaded, hooks = loaded_of(args)
     if with_processor and loaded.folder is not None:
         from qeff_proxy.load import load_processor
@@ -190,9 +202,7 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
     return export, hooks
 
 
-def compiled_of(
-    args: argparse.Namespace, export: Export, hooks: Hooks, *, force: bool = False
-) -> Compiled:
+def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False) -> Compiled:
     """The export, compiled as the arguments say."""
     from qeff_proxy.compile import compile_export
 
@@ -203,7 +213,7 @@ def compiled_of(
 
             options = with_calibration(
                 export,
-                hooks,
+                _hooks_of(export),
                 args.backend,
                 options,
                 args.calibrate.expanduser(),

@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     for file in written.files:
         print_text(str(written.folder / file))
     print_text(f"It serves {written.model_type} models. Next, in {written.folder}:")
-    print_text("  pip install -e . --group test")
+    print_text("  pip install -e . 'qeff-proxy[testing]'")
     print_text("  qeff-proxy plugins --check")
     print_text("  pytest")
+    if written.note is not None:
+        print_text(f"Before that: {written.note}")
     return 0

@@ -132,10 +132,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> LoadedModel | Export:
-    from qeff_proxy.artifact import MANIFEST, read_export
+    from qeff_proxy.artifact import find_export
 
-    folder = Path(args.model).expanduser()
-    return read_export(folder) if (folder / MANIFEST).is_file() else loaded_of(args)[0]
+    return find_export(Path(args.model).expanduser()) or loaded_of(args)[0]
 
 
 def _request(args: argparse.Namespace) -> Request | None:

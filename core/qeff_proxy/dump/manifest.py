@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.checked_json import FieldError, anything, fields, of_type
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import (
     DTYPES,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Manifest", "OmittedTensor", "StepInfo", "TensorIndex", "check_manifest"]
 
 MAX_ELEMENTS = 2**48
-_KINDS: dict[type, str] = {str: "a string", int: "an integer", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -135,14 +135,13 @@ class Manifest:
 
 def _fields(value: Any, where: str, **kinds: type) -> list[Any]:
     """Return the fields of an object that has exactly those named, each of its type."""
-    if not isinstance(value, dict):
-        refuse("FIELDS", f"{where} is not an object")
-    if value.keys() != kinds.keys():
-        wrong = sorted(value.keys() ^ kinds.keys())[0]
-        refuse("FIELDS", f"{where} {'has an unknown' if wrong in value else 'lacks the'} {wrong!r}")
-    for key, kind in kinds.items():
-        if kind is not object and type(value[key]) is not kind:
-            refuse("FIELDS", f"{key!r} of {where} is not {_KINDS[kind]}")
+    check = fields(
+        {key: anything if kind is object else of_type(kind) for key, kind in kinds.items()}
+    )
+    try:
+        check(value, where)
+    except FieldError as error:
+        refuse("FIELDS", str(error))
     return [value[key] for key in kinds]
 
 

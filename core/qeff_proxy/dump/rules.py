@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from qeff_proxy.checked_json import parse_strictly
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
@@ -50,24 +50,6 @@ def refuse(rule: str, problem: str) -> NoReturn:
     raise BrokenRuleError(rule, problem)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return fields
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text} is too large")
-    return value
-
-
 def parse_json(data: bytes, path: Path) -> Any:
     """Return the JSON document in ``data``, read strictly.
 
@@ -75,14 +57,6 @@ def parse_json(data: bytes, path: Path) -> Any:
         BrokenRuleError: It is not UTF-8, not JSON, or repeats a key (rule ``JSON``).
     """
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-        )
-        if b"\\ud" in data or b"\\uD" in data:  # an escaped half of a surrogate pair has no UTF-8
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
+        return parse_strictly(data)
+    except ValueError as error:
         refuse("JSON", f"{path} is not strict JSON: {error}")
-    return value

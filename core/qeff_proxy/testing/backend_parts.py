@@ -75,6 +75,7 @@ def make_export(folder: Path, dtype: str = "float32", *, integer_bits: int = 64)
         {"embedding_rows": _VOCABULARY},
         {"qeff-proxy": "testing"},
         {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
+        ("config.json",),
     )
     export.write_manifest()
     export.processor_folder.mkdir()

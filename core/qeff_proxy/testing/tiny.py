@@ -78,6 +78,8 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
         for name, value in _SIZES.items()
         if getattr(default, name, None) is not None or name.endswith("_token_id")
     }
+    if hasattr(default, "vocab_size"):  # recognizers leave it to the checkpoint: None
+        sizes["vocab_size"] = VOCABULARY
     if layer_types:  # the kinds in turn
         kinds = list(dict.fromkeys(layer_types))
         sizes["layer_types"] = (kinds * 2)[: max(2, len(kinds))]

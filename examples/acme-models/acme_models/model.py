@@ -1,7 +1,7 @@
 """Acme: a small decoder of its own, registered with transformers when it is imported.
 
-Attention and MLP run side by side on one norm. The token table has two names that no other model
-uses, the LM head is shared with it, and logits are capped.
+Attention and MLP run side by side on one norm. The token table has a name that no other model
+uses, and logits are capped. Acme Scaled multiplies the table's rows by a learned number.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = ["AcmeConfig", "AcmeForCausalLM"]
 
 class AcmeConfig(PreTrainedConfig):
     model_type = "acme"
+    scaled = False
 
     def __init__(
         self,
@@ -44,11 +45,19 @@ class AcmeConfig(PreTrainedConfig):
         super().__init__(**rest)
 
 
+class AcmeScaledConfig(AcmeConfig):
+    model_type = "acme-scaled"
+    scaled = True
+
+    def __init__(self, **values):
+        super().__init__(**values)
+
+
 class AcmeLayer(nn.Module):
-    def __init__(self, config, index):
+    def __init__(self, config, layer_idx):
         super().__init__()
         width = config.hidden_size
-        self.index, self.heads = index, config.num_attention_heads
+        self.layer_idx, self.heads = layer_idx, config.num_attention_heads
         self.norm = nn.LayerNorm(width)
         self.queries, self.keys, self.values = (nn.Linear(width, width) for _ in range(3))
         self.attention_out = nn.Linear(width, width)
@@ -63,7 +72,7 @@ class AcmeLayer(nn.Module):
             for one in (self.queries, self.keys, self.values)
         )
         if cache is not None:
-            keys, values = cache.update(keys, values, self.index)
+            keys, values = cache.update(keys, values, self.layer_idx)
         scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
         if mask is not None:
             scores = scores + mask
@@ -83,6 +92,7 @@ class AcmeModel(AcmePreTrainedModel):
         self.places = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(AcmeLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size)
+        self.scale = nn.Parameter(torch.ones(1)) if config.scaled else 1
         self.post_init()
 
     def get_input_embeddings(self):
@@ -99,7 +109,7 @@ class AcmeModel(AcmePreTrainedModel):
         **_,
     ):
         if inputs_embeds is None:
-            inputs_embeds = self.words(input_ids)
+            inputs_embeds = self.words(input_ids) * self.scale
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -132,5 +142,11 @@ class AcmeForCausalLM(AcmePreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
 
 
+class AcmeScaledForCausalLM(AcmeForCausalLM):
+    config_class = AcmeScaledConfig
+
+
 AutoConfig.register("acme", AcmeConfig)
+AutoConfig.register("acme-scaled", AcmeScaledConfig)
 AutoModelForCausalLM.register(AcmeConfig, AcmeForCausalLM)
+AutoModelForCausalLM.register(AcmeScaledConfig, AcmeScaledForCausalLM)

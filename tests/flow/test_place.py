@@ -1,0 +1,186 @@
+"""What an export replaces is what an export wrote; what an interrupted one left is recovered."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from qeff_proxy import staging
+from qeff_proxy.artifact import find_export, read_export
+from qeff_proxy.cli import main
+from qeff_proxy.errors import ArtifactError
+from qeff_proxy.export import export_model
+from qeff_proxy.export_place import check_place
+from qeff_proxy.load import load_model
+from qeff_proxy.plugins import Plugins
+from qeff_proxy.staging import locked, staged_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HOOKS = Plugins.discover().hooks_for("gpt2")
+
+
+@pytest.fixture
+def target(demo_export: Path, tmp_path: Path) -> Path:
+    """An export with a dump, which a test may damage."""
+    folder = tmp_path / "o"
+    shutil.copytree(demo_export, folder, ignore=shutil.ignore_patterns("compiled", "io"))
+    (folder / "io" / "old-run").mkdir(parents=True)
+    return folder
+
+
+def replace_until(target: Path, stop: Callable[[], None], when: str, count: int = 1) -> None:
+    """Replace the folder by a copy of itself, in a child that stops as it comes to a step.
+
+    Args:
+        target: The folder.
+        stop: What happens then.
+        when: Name of a function of `pathlib.Path` or `qeff_proxy.staging`.
+        count: At which call of it.
+    """
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    owner: Any = staging if hasattr(staging, when) else Path
+    original = getattr(owner, when)
+    calls = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            stop()
+        return original(*arguments)
+
+    try:
+        with locked(target), staged_folder(target, "export.json", ("io",)) as folder:
+            shutil.copytree(target, folder, ignore=shutil.ignore_patterns("io"), dirs_exist_ok=True)
+            setattr(owner, when, counted)
+    finally:
+        os._exit(0)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+#: Where the exchange can stop: before its second rename, or as the new folder takes over.
+STOPS = [(kill, "rename", 2), (interrupt, "rename", 2), (kill, "_take_over", 1)]
+STOPS += [(interrupt, "_take_over", 1), (kill, "rename", 3)]
+
+
+@pytest.mark.parametrize(("stop", "when", "count"), STOPS)
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_reader_finds_export_and_dumps_after_an_interruption(
+    target: Path, stop: Callable[[], None], when: str, count: int
+) -> None:
+    replace_until(target, stop, when, count)
+    assert find_export(target) is not None
+    assert (target / "io" / "old-run").is_dir()
+    assert [path.name for path in target.parent.iterdir() if ".old" in path.name] == []
+
+
+def test_a_lookup_clears_what_a_killed_export_left(saved_gpt2: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o"
+    export_model(load_model(str(saved_gpt2)), HOOKS, output=target)
+    (tmp_path / ".o.partial-0123456789ab").mkdir()
+    (tmp_path / ".o.old" / "io" / "old-run").mkdir(parents=True)
+    export_model(load_model(str(saved_gpt2)), HOOKS, output=target)
+    assert (target / "io" / "old-run").is_dir()
+    assert {path.name for path in tmp_path.iterdir()} <= {"o", ".o.lock", "home"}
+
+
+def test_dumps_of_both_folders_are_kept(target: Path) -> None:
+    older = target.parent / ".o.old"
+    for name in ("older-run", "old-run"):
+        (older / "io" / name).mkdir(parents=True)
+    (older / "io" / "old-run" / "note").write_text("of the older folder")
+    read_export(target)
+    assert sorted(path.name for path in (target / "io").iterdir()) == [
+        "old-run",
+        "old-run-2",
+        "older-run",
+    ]
+    assert (target / "io" / "old-run-2" / "note").is_file()
+    assert not older.exists()
+
+
+def test_what_a_living_run_set_aside_is_left_to_it(target: Path) -> None:
+    older = target.parent / ".o.old"
+    (older / "io" / "older-run").mkdir(parents=True)
+    with locked(target):
+        read_export(target)
+    assert (older / "io" / "older-run").is_dir()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mine.safetensors",
+        "mine.onnx",
+        "notes.txt",
+        "processor/notes.txt",
+        "processor/mine/x",
+        "compiled/notes.txt",
+    ],
+)
+def test_a_file_that_the_export_did_not_write_is_named(target: Path, name: str) -> None:
+    path = target / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(ArtifactError, match=f"also holds {name.removesuffix('/x')}"):
+        check_place(target)
+
+
+def test_what_an_export_wrote_may_be_replaced(target: Path) -> None:
+    (target / "compiled" / "onnxruntime-0123456789ab").mkdir(parents=True)
+    (target / "compiled" / ".onnxruntime-0123456789ab.lock").touch()
+    check_place(target)
+
+
+def test_files_of_a_linked_checkpoint_belong_to_the_export(
+    saved_gpt2: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(saved_gpt2, tmp_path / "checkpoint")
+    for force in (False, True):
+        loaded = load_model(str(checkpoint))
+        made = export_model(loaded, HOOKS, output=tmp_path / "o", weights="reference", force=force)
+    assert "model.safetensors" in made.files
+
+
+def test_nothing_is_replaced_where_the_manifest_says_nothing(target: Path) -> None:
+    (target / "export.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="nothing says which files beside it may be replaced"):
+        check_place(target)
+
+
+def test_a_manifest_that_is_wrong_elsewhere_still_says_what_may_be_replaced(target: Path) -> None:
+    manifest = json.loads((target / "export.json").read_text())
+    (target / "export.json").write_text(json.dumps({**manifest, "kind": "nope"}))
+    check_place(target)
+
+
+def test_a_place_within_an_export_is_refused(
+    target: Path, demo_checkpoint: Path, capsys: Any
+) -> None:
+    for place in ("x", "io/x"):
+        command = ["export", str(demo_checkpoint), "--output", str(target / place)]
+        assert main(command) == 7
+        assert f"lies in the export {target}" in capsys.readouterr().err
+        assert not (target / place).exists()
+
+
+def test_a_place_that_takes_no_files_is_not_said_to_be_in_use() -> None:
+    with pytest.raises(ArtifactError, match="cannot write /proc"), locked(Path("/proc/x")):
+        pass

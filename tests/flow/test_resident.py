@@ -1,0 +1,79 @@
+"""Pages of mapped weights are given back, and what they hold is not lost."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from qeff_proxy.resident import _LIMIT, _file_bytes, few_pages
+from qeff_proxy.safetensors_file import read_header
+from qeff_proxy.weight_sources import StoredWeight, map_tensor
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    import mmap
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
+
+_ROWS, _WIDTH = 24, 1 << 20  # 96 MiB of float32, more than the limit
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> StoredWeight:
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file({"w": torch.arange(_ROWS * _WIDTH, dtype=torch.float32).view(_ROWS, _WIDTH)}, path)
+    return StoredWeight(path, "w", read_header(path)["w"])
+
+
+def test_pages_above_the_limit_are_given_back_meanwhile(weights: StoredWeight) -> None:
+    windows: list[mmap.mmap] = []
+    tensor = map_tensor(weights, windows)
+    before = _file_bytes()
+    with few_pages(windows):
+        total = float(tensor.double().sum())
+        until = time.monotonic() + 20
+        while _file_bytes() > before + _LIMIT and time.monotonic() < until:
+            time.sleep(0.01)
+        assert _file_bytes() <= before + _LIMIT
+        assert float(tensor.double().sum()) == total  # read again
+    assert _file_bytes() < before + (8 << 20)
+
+
+def test_pages_that_onnxruntime_maps_are_given_back(weights: StoredWeight) -> None:
+    place = weights.place
+    outside = ir.ExternalTensor(
+        weights.path.name,
+        place.offset,
+        place.length,
+        ir.DataType.FLOAT,
+        shape=ir.Shape(place.shape),
+        name="w",
+        base_dir=weights.path.parent,
+    )
+    x = ir.Value(name="x", shape=ir.Shape([1, _ROWS]), type=ir.TensorType(ir.DataType.FLOAT))
+    w = ir.Value(name="w", const_value=outside)
+    product = ir.node("MatMul", [x, w])
+    graph = ir.Graph(
+        [x], product.outputs, nodes=[product], initializers=[w], opset_imports={"": 20}
+    )
+    product.outputs[0].name = "y"
+    product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    path = weights.path.parent / "model.onnx"
+    ir.save(ir.Model(graph, ir_version=10), path)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    before = _file_bytes()
+    ones = {"x": np.ones((1, _ROWS), np.float32)}
+    with few_pages([], path.parent):
+        (first,) = session.run(None, ones)
+    assert _file_bytes() < before + (8 << 20)
+    (second,) = session.run(None, ones)
+    assert _file_bytes() > before + (64 << 20)  # they were pages of the file
+    np.testing.assert_array_equal(first, second)
