@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -293,16 +294,16 @@ def test_a_model_without_a_tokenizer_gets_random_ids(
     assert found.decoded is None
 
 
-def test_what_cannot_be_verified_is_said(
-    first_run: dict[str, Any], tapped: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_verified_is_said(first_run: dict[str, Any], tapped: Path) -> None:
     with pytest.raises(UsageError, match="no backend is named"):
         verify_model(tapped, [])
     with pytest.raises(UsageError, match=r"has the taps layers, not layers, mlp.*checkpoint"):
         verify_model(tapped, options=VerifyOptions(taps="layers,mlp"))
-    copy = tmp_path / "stub"
-    shutil.copytree(tapped, copy, ignore=shutil.ignore_patterns("compiled", "io"))
-    manifest = json.loads((copy / "export.json").read_text())
-    (copy / "export.json").write_text(json.dumps({**manifest, "kind": "stub"}))
     with pytest.raises(UsageError, match="nothing to verify"):
-        verify_model(copy)
+        verify_model(replace(read_export(tapped), kind="stub"))
+    with pytest.raises(UsageError, match="a prompt is empty"):
+        verify_model(tapped, request=Request(prompts=(" ",)))
+    with pytest.raises(UsageError, match="takes text, not sound"):
+        verify_model(tapped, request=Request(audio=("speech.wav",)))
+    with pytest.raises(BackendError, match="no backend 'nonesuch'"):
+        verify_model(tapped, ["nonesuch"])
