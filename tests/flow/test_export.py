@@ -325,3 +325,15 @@ def test_weights_of_the_same_size_and_time_are_told_apart(make_model: Any, tmp_p
         os.utime(tmp_path / "model" / "model.safetensors", ns=(1, 1))
         identities.append(checkpoint_identity(tmp_path / "model"))
     assert identities[0] != identities[1]
+
+
+def test_a_hash_of_another_kind_is_refused(demo_export: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from qeff_proxy.artifact import check_weights_of, read_export
+
+    found = read_export(demo_export)
+    check_weights_of(found)
+    plain = {name: digest.removeprefix("blake3:") for name, digest in found.hashes.items()}
+    with pytest.raises(ArtifactError, match=r"is not blake3:.* Export the model again"):
+        check_weights_of(replace(found, hashes=plain))
