@@ -61,6 +61,15 @@ LLAMA = {
 }
 
 
+LONG_GPT2 = {
+    "n_embd": 64,
+    "n_head": 4,
+    "n_layer": 1,
+    "n_positions": 2048,
+    "vocab_size": 131,
+}
+
+
 def _llava() -> transformers.PreTrainedModel:
     return transformers.LlavaForConditionalGeneration(
         transformers.LlavaConfig(
@@ -73,6 +82,7 @@ def _llava() -> transformers.PreTrainedModel:
 
 
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
+    "long-gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**LONG_GPT2)),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)),
     "bert": lambda: transformers.BertModel(
         transformers.BertConfig(**WIDTHS, num_hidden_layers=1, vocab_size=99)

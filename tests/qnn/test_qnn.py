@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 CASES = [
     ("gpt2", "body", {"batch": 1, "query": 3, "past": 5}),
-    ("gpt2", "body", {"batch": 1, "query": 1, "past": 250}),
+    ("gpt2", "body", {"batch": 1, "query": 1, "past": 5}),
+    ("long-gpt2", "body", {"batch": 1, "query": 1, "past": 2000}),
     ("llama", "body", {"batch": 2, "query": 3, "past": 5}),
     ("llama", "body", {"batch": 1, "query": 1, "past": 2000}),
     ("bert", "body", {"batch": 1, "sequence": 9}),

@@ -14,13 +14,13 @@ import onnx_ir as ir
 from qeff_proxy.backends.qnn_diagnosis import (
     LeftNode,
     first_failing_node,
-    layer_of,
     nodes_left,
     reasons_in,
 )
 from qeff_proxy.backends.qnn_process import CrashError, RefusalError, Worker
 from qeff_proxy.errors import ArtifactError, BackendError
 from qeff_proxy.static.hygiene import constants_of
+from qeff_proxy.static.layers import layer_of
 
 if TYPE_CHECKING:
     from qeff_proxy.backends.qnn_options import QnnOptions

@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from qeff_proxy.trace import NAME_SCOPES
+from qeff_proxy.static.layers import layer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["LeftNode", "first_failing_node", "layer_of", "nodes_left", "reasons_in"]
+__all__ = ["LeftNode", "first_failing_node", "nodes_left", "reasons_in"]
 
 _REFUSED = re.compile(
     r"Validation FAILED for \d+ nodes.*?\n(?P<nodes>(?:\s+Operator type: .*\n)+)"
     r"\s*REASON : (?P<why>[^\n]*)"
 )
 _NODE = re.compile(r"Operator type: (\S+) Node name: (\S+)")
-_LAYER = re.compile(r"\.(\d+)(?![\w])")
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,6 @@ class LeftNode:
     def to_json(self) -> dict[str, object]:
         """The node as a JSON object."""
         return dict(vars(self))
-
-
-def layer_of(node: ir.Node) -> int | None:
-    """The layer a node comes from, as its module path says."""
-    found = _LAYER.search(node.metadata_props.get(NAME_SCOPES, ""))
-    return int(found[1]) if found else None
 
 
 def nodes_left(context: ir.Model, graph: ir.Graph, reasons: dict[str, str]) -> list[LeftNode]:

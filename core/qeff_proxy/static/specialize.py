@@ -20,6 +20,7 @@ import onnxscript.optimizer
 
 from qeff_proxy.errors import BackendError
 from qeff_proxy.static.axes import is_sum, size_of
+from qeff_proxy.static.layers import layer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -118,9 +119,11 @@ def _check_static(model: ir.Model, part: str) -> None:
     """Make sure that every tensor of the graph has a fixed shape."""
     for node, value in _produced(model.graph):
         if value.shape is None or not value.shape.is_static():
+            layer = layer_of(node)
+            where = "" if layer is None else f" of layer {layer}"
             raise BackendError(
                 f"the shape of {value.name} in the {part} part hangs on values, not on shapes "
-                f"({node.op_type} node {node.name})",
+                f"({node.op_type} node {node.name}{where})",
                 "This part has no fixed shapes; use a backend of dynamic shapes.",
             )
 
