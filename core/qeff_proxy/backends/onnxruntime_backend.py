@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 
 from qeff_proxy.backends.feeds import check_feeds
 from qeff_proxy.errors import BackendError
+from qeff_proxy.staging import try_writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact import Export, ExportedPart
@@ -131,8 +132,8 @@ def _open(
             str(path), sess_options=options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # the runtime's exceptions share no public base class
-        if "No space left" in str(error):
-            raise OSError(28, "No space left on device") from error
+        if options.optimized_model_filepath:  # it was to be saved, and the runtime says no reason
+            try_writing(Path(options.optimized_model_filepath).parent)
         raise BackendError(f"ONNX Runtime refuses the {name} part: {_first_line(error)}") from error
 
 
