@@ -84,7 +84,8 @@ def number(value: Any, where: str) -> float:
 
 def file_name(value: Any, where: str) -> str:
     """The name of a file, and not a path to elsewhere."""
-    if type(value) is not str or PurePosixPath(value).name != value or "\0" in value:
+    plain = type(value) is str and PurePosixPath(value).name == value and "\0" not in value
+    if not plain or value in {"", ".."}:
         raise FieldError(f"{where} is not a file name")
     return value
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qeff_proxy.artifact import check_weights_of
 from qeff_proxy.backends import CompileOptions, is_static, load_backend
 from qeff_proxy.errors import UsageError
-from qeff_proxy.staging import locked, recover_folder, staged_folder
+from qeff_proxy.staging import locked, opening, recover_folder, staged_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -190,9 +190,10 @@ def open_sessions(compiled: Compiled, hooks: Hooks | None = None) -> Iterator[di
     sessions: dict[str, Session] = {}
     try:
         for part in compiled.export.parts:
-            sessions[part.name] = backend.open(
-                compiled.export, part, compiled.options, compiled.folder
-            )
+            with opening(compiled.folder if compiled.was_there else None):
+                sessions[part.name] = backend.open(
+                    compiled.export, part, compiled.options, compiled.folder
+                )
         yield sessions
     finally:
         for session in sessions.values():

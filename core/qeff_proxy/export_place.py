@@ -64,7 +64,9 @@ def check_place(target: Path) -> None:
         return
     if not target.is_dir():
         raise ArtifactError(f"{target} is a file", "Name a folder.")
-    if any(target.iterdir()) and not (target / MANIFEST).is_file():
+    if not any(target.iterdir()):
+        return
+    if not (target / MANIFEST).is_file():
         raise ArtifactError(
             f"{target} is not empty and holds no export", "Name a new or empty folder."
         )

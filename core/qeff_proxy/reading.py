@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.checkpoint import file_of_tensor
 from qeff_proxy.errors import CheckpointError, PluginError, ProxyError, UnsupportedModelError
+from qeff_proxy.safetensors_file import TORCH_DTYPES, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,9 +76,28 @@ def read_model(
             f"{type(model).__name__} has {list(wanted)}",
             "Check that config.json and the weights belong together.",
         )
+    _check_kinds(folder, model)
     _check_left_over(folder, model, sorted(notes.get("unexpected_keys", ())))
     _check_missing(folder, model, sorted(notes.get("missing_keys", ())), unused)
     return model
+
+
+def _check_kinds(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse integers where the model has floating point weights: their bits would mean nothing.
+
+    A quantized model, which holds integers, has parameters of integers.
+    """
+    wanted = {name for name, one in model.named_parameters() if one.is_floating_point()}
+    prefix = f"{model.base_model_prefix}."
+    for path in sorted(folder.glob("*.safetensors")):
+        for key, stored in read_header(path).items():
+            names = {key, prefix + key, key.removeprefix(prefix)}
+            if not TORCH_DTYPES[stored.dtype].startswith(("float", "bfloat")) and names & wanted:
+                raise CheckpointError(
+                    f"{key} in {path} is said to be of {TORCH_DTYPES[stored.dtype]}, where "
+                    f"{type(model).__name__} has floating point numbers",
+                    "Download the checkpoint again.",
+                )
 
 
 def _check_left_over(folder: Path, model: PreTrainedModel, unexpected: list[str]) -> None:

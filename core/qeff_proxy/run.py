@@ -8,8 +8,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.artifact import KEPT, enclosing_export
 from qeff_proxy.compile import open_sessions
 from qeff_proxy.dump import DumpOptions, DumpWriter
+from qeff_proxy.dump.leftovers import clear_leftovers
+from qeff_proxy.dump.place import write_error
+from qeff_proxy.errors import DumpError
 from qeff_proxy.flows import Job, load_flow
 from qeff_proxy.load import load_config
 
@@ -17,12 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from qeff_proxy.artifact import Export
     from qeff_proxy.compile import Compiled
     from qeff_proxy.plugin_hooks import Hooks
     from qeff_proxy.request import Request
     from qeff_proxy.session import Session
 
-__all__ = ["RunResult", "new_run_name", "run_compiled"]
+__all__ = ["RunResult", "check_io_folder", "new_run_name", "run_compiled"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def run_compiled(
     settings = dict(settings or {})
     folder = None
     if write_io:
-        folder = io_folder or export.folder / "io" / new_run_name()
+        folder = _io_folder(export, io_folder)
     provenance = _provenance(compiled, settings)
     writer = DumpWriter(folder, provenance, io_options) if folder is not None else None
     opened = open_sessions(compiled, hooks) if sessions is None else nullcontext(sessions)
@@ -93,6 +98,37 @@ def run_compiled(
         )
         outputs = load_flow(export.flow).run(job)
     return RunResult(outputs, hooks.decode(processor=processor, outputs=outputs), folder)
+
+
+def _io_folder(export: Export, asked_for: Path | None) -> Path:
+    """Where a dump goes: as asked for, or to a new folder below ``io/`` of the export."""
+    if asked_for is not None:
+        check_io_folder(asked_for)
+        return asked_for
+    folder = export.folder / "io" / new_run_name()
+    try:
+        clear_leftovers(folder.parent)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return folder
+
+
+def check_io_folder(folder: Path) -> None:
+    """Refuse to dump into an export, except below its ``io/``, which is for dumps.
+
+    Raises:
+        DumpError: The folder is an export, or lies in one.
+    """
+    place = folder.resolve()
+    export = enclosing_export(place)
+    if export is None:
+        return
+    inside = place.relative_to(export).parts
+    if len(inside) < 2 or inside[0] not in KEPT:
+        raise DumpError(
+            f"{folder} is a place in the export {export}, where no dump can be kept",
+            f"Name a folder below {export / KEPT[0]}, or outside of the export.",
+        )
 
 
 def new_run_name() -> str:

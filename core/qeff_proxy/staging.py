@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from qeff_proxy.errors import ArtifactError
+from qeff_proxy.errors import ArtifactError, BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 
 _SYSTEM_ERROR = re.compile(r"os error (\d+)|No space left on device")
 
-__all__ = ["locked", "recover_folder", "settle_folder", "staged_folder", "writing"]
+__all__ = [
+    "locked",
+    "opening",
+    "recover_folder",
+    "settle_folder",
+    "staged_folder",
+    "try_writing",
+    "writing",
+]
 
 
 @contextmanager
@@ -47,6 +55,36 @@ def writing(path: Path) -> Iterator[None]:
             raise
         code = int(number[1]) if number[1] else errno.ENOSPC
         raise _refusal(path, OSError(code, os.strerror(code))) from error
+
+
+@contextmanager
+def opening(folder: Path | None) -> Iterator[None]:
+    """Say what to do where files that were compiled before cannot be opened now.
+
+    Args:
+        folder: Where they lie; ``None`` where they were compiled just now.
+    """
+    try:
+        yield
+    except BackendError as error:
+        if folder is None:
+            raise
+        again = f"If {folder} was damaged, compile again (qeff-proxy compile --force)."
+        hint = f"{error.hint.rstrip('.')}. {again}" if error.hint else again
+        raise BackendError(error.problem, hint) from error
+
+
+def try_writing(folder: Path) -> None:
+    """Write a mebibyte to a folder and remove it: for libraries that do not say why they cannot.
+
+    Raises:
+        OSError: The system refuses that, too; says why.
+    """
+    probe = folder / f"probe-{uuid.uuid4().hex[:12]}"
+    try:
+        probe.write_bytes(bytes(1 << 20))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _refusal(path: Path, error: OSError) -> ArtifactError:

@@ -23,13 +23,14 @@ import numpy as np
 from qeff_proxy.artifact import Export, find_export
 from qeff_proxy.backends import CompileOptions, is_static, load_backend, precision_of
 from qeff_proxy.compare import Tolerances, compare_dumps
+from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.compile import Compiled, compile_export, fixed_lengths
 from qeff_proxy.dump import DumpOptions, read_dump
 from qeff_proxy.errors import CheckpointError, ProxyError, UsageError
 from qeff_proxy.example import DEFAULT_PROMPT, DEFAULT_QUESTION, example_request
 from qeff_proxy.forced import count_equal_tokens, keep_tokens, replay_tokens
 from qeff_proxy.load import LoadedModel, load_model, load_processor
-from qeff_proxy.run import RunResult, new_run_name, run_compiled
+from qeff_proxy.run import RunResult, check_io_folder, new_run_name, run_compiled
 from qeff_proxy.taps import normalize_taps
 from qeff_proxy.verification import BackendResult, Verification
 
@@ -119,6 +120,10 @@ def verify_model(
     options = options or VerifyOptions()
     names = tuple(dict.fromkeys(backends))
     _check_names(names, options)
+    if options.io_folder is not None:
+        check_io_folder(options.io_folder / REFERENCE)
+    if options.html is not None:
+        check_report_place(options.html)
     if isinstance(model, str | Path):
         model = _opened(Path(model).expanduser(), str(model), trust_remote_code)
     hooks = hooks or _installed_hooks(model)

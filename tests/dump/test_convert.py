@@ -355,3 +355,21 @@ def test_the_command_converts_there_and_back(delta_run, tmp_path, capsys, kind):
     assert main(["convert", dump, there, "--to", kind]) == 9
     assert "is not empty" in capsys.readouterr().err
     assert main(["convert", dump, str(tmp_path / "x"), "--to", kind, "--part", "head"]) == 9
+
+
+@pytest.mark.parametrize("kind", ["qaic", "onnx", "polygraphy"])
+def test_a_part_without_tensors_is_refused(make_run, tmp_path, kind, capsys):
+    make_run(tmp_path / "d", tensors=("embedding.*",))
+    command = ["convert", str(tmp_path / "d"), str(tmp_path / "out"), "--to", kind]
+    assert main(command) == 9
+    assert "holds no tensor of the body part" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--part", "embedding"]) == 0
+
+
+def test_onnx_test_data_that_lacks_a_file_is_refused(source, tmp_path):
+    export_onnx(source, tmp_path / "data")
+    (tmp_path / "data" / "test_data_set_1" / "input_0.pb").unlink()
+    with pytest.raises(DumpError, match=r"lacks input_0\.pb and has input_"):
+        import_onnx(tmp_path / "data", tmp_path / "back")
+    assert not (tmp_path / "back").exists()

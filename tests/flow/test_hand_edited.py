@@ -55,7 +55,10 @@ EDITS = [
     (duplicate_a_part, "'name' of 'parts' has 'embedding' twice"),
     *((put("parts", n, value=DELETED), "'parts' and 'graphs' of 'cut'") for n in range(3)),
     *((put("parts", 0, "name", value=value), "'name' of 'parts'") for value in (None, 3, [])),
-    (put("parts", 0, "file", value="../x"), "'file' of 'parts' of the document[0]"),
+    *(
+        (put("parts", 0, "file", value=value), "'file' of 'parts' of the document[0]")
+        for value in ("../x", "", ".", "..", "a\0b", 3)
+    ),
     (put("parts", 1, "outputs", value=[]), "'outputs' of 'parts' of the document[1] is empty"),
     (put("parts", 1, "masks", 0, "size", value="x"), "'size'"),
     (put("parts", 1, "masks", 0, "kind", value="nope"), "'kind'"),

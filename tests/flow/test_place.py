@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,12 +95,16 @@ def test_a_reader_finds_export_and_dumps_after_an_interruption(
 
 def test_a_lookup_clears_what_a_killed_export_left(saved_gpt2: Path, tmp_path: Path) -> None:
     target = tmp_path / "o"
-    export_model(load_model(str(saved_gpt2)), HOOKS, output=target)
-    (tmp_path / ".o.partial-0123456789ab").mkdir()
-    (tmp_path / ".o.old" / "io" / "old-run").mkdir(parents=True)
-    export_model(load_model(str(saved_gpt2)), HOOKS, output=target)
+    checkpoint = shutil.copytree(saved_gpt2, tmp_path / "checkpoint")
+    for _ in range(2):
+        made = export_model(load_model(str(checkpoint)), HOOKS, output=target, weights="reference")
+        (tmp_path / ".o.partial-0123456789ab").mkdir(exist_ok=True)
+        (tmp_path / ".o.old" / "io" / "old-run").mkdir(parents=True, exist_ok=True)
+    made = export_model(load_model(str(checkpoint)), HOOKS, output=target, weights="reference")
     assert (target / "io" / "old-run").is_dir()
-    assert {path.name for path in tmp_path.iterdir()} <= {"o", ".o.lock", "home"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".o.p", ".o.old"))]
+    assert "model.safetensors" in made.files  # linked, and so the export's own
+    check_place(target)
 
 
 def test_dumps_of_both_folders_are_kept(target: Path) -> None:
@@ -149,16 +155,6 @@ def test_what_an_export_wrote_may_be_replaced(target: Path) -> None:
     check_place(target)
 
 
-def test_files_of_a_linked_checkpoint_belong_to_the_export(
-    saved_gpt2: Path, tmp_path: Path
-) -> None:
-    checkpoint = shutil.copytree(saved_gpt2, tmp_path / "checkpoint")
-    for force in (False, True):
-        loaded = load_model(str(checkpoint))
-        made = export_model(loaded, HOOKS, output=tmp_path / "o", weights="reference", force=force)
-    assert "model.safetensors" in made.files
-
-
 def test_nothing_is_replaced_where_the_manifest_says_nothing(target: Path) -> None:
     (target / "export.json").write_text("{}")
     with pytest.raises(ArtifactError, match="nothing says which files beside it may be replaced"):
@@ -184,3 +180,48 @@ def test_a_place_within_an_export_is_refused(
 def test_a_place_that_takes_no_files_is_not_said_to_be_in_use() -> None:
     with pytest.raises(ArtifactError, match="cannot write /proc"), locked(Path("/proc/x")):
         pass
+
+
+def test_a_dump_is_kept_in_an_export_only_below_io(target: Path, capsys: Any) -> None:
+    for place in (target, target / "x", target / "processor" / "x", target / "io"):
+        command = ["generate", str(target), "--ids", "5,6", "--max-new-tokens", "1"]
+        assert main([*command, "--io-dir", str(place)]) == 9
+        assert "where no dump can be kept" in capsys.readouterr().err
+    assert main([*command, "--io-dir", str(target / "io" / "mine")]) == 0
+    assert main(["verify", str(target), "--ids", "5,6", "--io-dir", str(target)]) == 9
+    assert {path.name for path in (target / "io").iterdir()} == {"old-run", "mine"}
+
+
+def test_the_next_run_clears_what_killed_ones_left_in_the_export(target: Path, capsys: Any) -> None:
+    (target / "io" / "20260101T000000-abcdef.incomplete-abcdefgh" / "decode").mkdir(parents=True)
+    command = ["generate", str(target), "--ids", "5,6", "--max-new-tokens", "1", "--write-io"]
+    assert main([*command, "--json"]) == 0
+    names = [path.name for path in (target / "io").iterdir()]
+    assert len(names) == 2
+    assert not any("incomplete" in name for name in names), capsys.readouterr()
+
+
+def test_a_full_disk_while_compiling_is_said(target: Path) -> None:
+    script = (
+        "import resource, signal, sys\n"
+        "from qeff_proxy.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, "compile", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 7
+    assert "cannot write" in done.stderr
+    assert "File too large" in done.stderr
+    assert [path.name for path in (target / "compiled").iterdir() if path.is_dir()] == []
+
+
+def test_compiled_files_that_were_damaged_unseen_say_what_to_do(target: Path, capsys: Any) -> None:
+    assert main(["compile", str(target)]) == 0
+    (path,) = (target / "compiled").glob("*/body.onnx")
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert main(["generate", str(target), "--ids", "5,6", "--max-new-tokens", "1"]) == 8
+    assert "compile again (qeff-proxy compile --force)" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnxruntime
@@ -11,10 +12,10 @@ from qeff_proxy.backends.onnxruntime_options import OPTIONS as WEIGHT_OPTIONS
 from qeff_proxy.backends.onnxruntime_options import WEIGHT_NAMES
 from qeff_proxy.backends.onnxruntime_session import OnnxRuntimeSession, first_line
 from qeff_proxy.errors import BackendError
+from qeff_proxy.staging import try_writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from qeff_proxy.artifact import Export, ExportedPart
     from qeff_proxy.backends import CompileOptions
@@ -137,6 +138,6 @@ def _open(
             source, sess_options=options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # the runtime's exceptions share no public base class
-        if "No space left" in str(error):
-            raise OSError(28, "No space left on device") from error
+        if options.optimized_model_filepath:  # it was to be saved, and the runtime says no reason
+            try_writing(Path(options.optimized_model_filepath).parent)
         raise BackendError(f"ONNX Runtime refuses the {name} part: {first_line(error)}") from error

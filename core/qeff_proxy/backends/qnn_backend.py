@@ -36,6 +36,7 @@ from qeff_proxy.backends.qnn_options import OPTIONS, QnnOptions
 from qeff_proxy.backends.qnn_process import Worker
 from qeff_proxy.backends.qnn_quantize import WEIGHTS, quantize_graph
 from qeff_proxy.errors import ArtifactError, BackendError
+from qeff_proxy.staging import opening
 from qeff_proxy.static import Plan, Sizes, StaticSession, name_of, runs_on_host
 
 if TYPE_CHECKING:
@@ -205,7 +206,8 @@ class QnnSession:
             )
         if self._worker is None:
             self._worker = Worker(self._log, self._chosen.timeout, self._chosen.memory_mb)
-        return _Specialization(self._worker, path, self._part, self._chosen, found)
+        with opening(path.parent):
+            return _Specialization(self._worker, path, self._part, self._chosen, found)
 
 
 class _Specialization:

@@ -55,8 +55,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from qeff_proxy.compare import Tolerances, compare_dumps
+    from qeff_proxy.compare.report_file import check_report_place
     from qeff_proxy.compare.tables import render_comparison
 
+    if args.html:
+        check_report_place(args.html)
     comparison = compare_dumps(
         args.reference,
         args.candidate,

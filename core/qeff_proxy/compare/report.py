@@ -6,11 +6,11 @@ import html
 import json
 import math
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.compare.report_file import check_report_place, write_whole
 from qeff_proxy.compare.verdict import describe_verdict, format_error, printable, rank_worst
 from qeff_proxy.errors import DumpError
 
@@ -30,10 +30,12 @@ def write_report(comparison: Comparison, path: str | PathLike[str]) -> None:
     """Write the report of ``comparison`` to ``path``.
 
     Raises:
-        DumpError: It cannot be written.
+        DumpError: It cannot be written, or would replace a file of a dump or of an export. What
+            stood there is as it was.
     """
+    check_report_place(path)
     try:
-        Path(path).write_text(build_report(comparison), encoding="utf-8")
+        write_whole(path, build_report(comparison))
     except OSError as error:
         raise DumpError(f"the report {path} cannot be written: {error.strerror}") from error
 

@@ -1,19 +1,22 @@
 """The place of a dump: what may be replaced there, and how a new dump gets there.
 
 A dump is written beside its place and moved in when it is complete; what stood there is removed
-after that, and only if it was an earlier dump and nothing else.
+after that, and only if it was an earlier dump and nothing else. What a run that died left there is
+cleared by the next (`qeff_proxy.dump.leftovers`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qeff_proxy.dump.format import FORMAT, MANIFEST, PHASES
+from qeff_proxy.dump.format import MANIFEST, PHASES
+from qeff_proxy.dump.leftovers import held, listed_files, make_replaced
 from qeff_proxy.errors import DumpError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["check_replaceable", "move_into_place", "write_error"]
 
@@ -44,7 +47,7 @@ def _foreign_file(folder: Path) -> str | None:
         return None
     if MANIFEST not in present:
         return present[0]
-    files = _listed_files(folder / MANIFEST)
+    files = listed_files(folder / MANIFEST)
     if files is None:
         return f"a {MANIFEST} of something else"
     for name in present:
@@ -59,19 +62,6 @@ def _foreign_file(folder: Path) -> str | None:
     return None
 
 
-def _listed_files(manifest: Path) -> set[str] | None:
-    """The files that a manifest lists; ``None`` where it is no dump's."""
-    if not manifest.is_file():
-        return None
-    try:
-        value = json.loads(manifest.read_bytes())
-        if value["format"] != FORMAT:
-            return None
-        return {str(entry["file"]) for entry in value["tensors"]}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-
-
 def move_into_place(work: Path, folder: Path) -> None:
     """Make ``work`` the dump at ``folder``; what stood there is removed, or back on an error.
 
@@ -84,18 +74,20 @@ def move_into_place(work: Path, folder: Path) -> None:
             _sync_folder(inner)
     check_replaceable(folder)
     work.chmod(0o777 & ~_umask())
-    replaced: Path | None = None
-    if folder.exists():
-        replaced = Path(tempfile.mkdtemp(prefix=f"{folder.name}.replaced-", dir=folder.parent))
-        folder.rename(replaced)
-    try:
+    if not folder.exists():
         work.rename(folder)
-    except BaseException:
-        if replaced is not None:
-            replaced.rename(folder)
-        raise
-    _sync_folder(folder.parent)
-    if replaced is not None:
+        _sync_folder(folder.parent)
+        return
+    with held(folder):  # so that no other run takes the older dump for a leftover meanwhile
+        replaced = make_replaced(folder)
+        try:
+            folder.rename(replaced)
+            work.rename(folder)
+        except BaseException:
+            if not folder.exists():
+                replaced.rename(folder)
+            raise
+        _sync_folder(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_proxy.dump.cache_rows import CONSTANT_INPUTS, PAST, PRESENT, cut_rows, locate_rows
 from qeff_proxy.dump.format import FORMAT, MANIFEST, PHASES, VERSION, name_tensor, step_label
+from qeff_proxy.dump.leftovers import clear_leftovers, make_work_folder, release
 from qeff_proxy.dump.place import check_replaceable, move_into_place, write_error
 from qeff_proxy.dump.selection import DumpOptions, StepSelection, matches_any
 from qeff_proxy.dump.streams import TensorStream
@@ -58,7 +58,8 @@ class DumpWriter:
     """A dump being written; use it as a context manager around the run.
 
     On success the dump appears at ``folder``, replacing an earlier dump there. On an exception
-    nothing of it is left, and an earlier dump stays as it was.
+    nothing of it is left, and an earlier dump stays as it was. What a run that was killed left of a
+    dump at the same place is put back or removed as this one begins.
 
     Args:
         folder: Where the complete dump will stand.
@@ -90,9 +91,8 @@ class DumpWriter:
         self._open_files = 0
         self._state: Literal["open", "failed", "closed"] = "open"
         try:
-            self._folder.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f"{self._folder.name}.incomplete-"
-            self._work = Path(tempfile.mkdtemp(prefix=prefix, dir=self._folder.parent))
+            clear_leftovers(self._folder.parent, self._folder.name)
+            self._work, self._lock = make_work_folder(self._folder)
         except OSError as error:
             raise write_error(self._folder, error) from error
 
@@ -310,12 +310,18 @@ class DumpWriter:
             file.flush()
             os.fsync(file.fileno())
         move_into_place(self._work, self._folder)
+        self._release()
 
     def _discard(self, state: Literal["failed", "closed"]) -> None:
         self._state = state
         self._held.clear()
         self._close_files()
         shutil.rmtree(self._work, ignore_errors=True)
+        self._release()
+
+    def _release(self) -> None:
+        release(self._lock)
+        self._lock = None
 
 
 def _one_entry_a_line(manifest: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ import io
 import math
 import os
 import shutil
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.dump.leftovers import make_work_folder, release
 from qeff_proxy.dump.selection import DumpOptions
 from qeff_proxy.dump.writer import DumpWriter
 from qeff_proxy.errors import DumpError, ProxyError
@@ -69,6 +69,9 @@ class ConversionSource:
     Args:
         dump: What to convert.
         part: Which part of it; see `choose_part`.
+
+    Raises:
+        DumpError: There is no such part, or none of its tensors was dumped.
     """
 
     def __init__(self, dump: Dump, part: str | None = None) -> None:
@@ -85,6 +88,12 @@ class ConversionSource:
                 if rows is not None:
                     graph = rows.index.graph_name.replace("present.", "past_key_values.", 1)
                     self._names.setdefault((omitted.phase, "in"), {})[graph] = omitted.name
+        if not self._names:
+            have = sorted({name.part for _, name in dump.tensors})
+            raise DumpError(
+                f"{dump.folder} holds no tensor of the {self.part} part",
+                f"Choose a part of which it does: {', '.join(have)}.",
+            )
 
     def steps(self) -> list[StepInfo]:
         """Return the steps in which the part has tensors."""
@@ -128,8 +137,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         if folder.exists() and any(folder.iterdir()):
             raise DumpError(f"{folder} is not empty", "Choose a new folder.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.incomplete-", dir=folder.parent))
+        work, lock = make_work_folder(folder)
     except OSError as error:
         raise DumpError(f"{folder} cannot be written: {error.strerror}") from error
     try:
@@ -140,6 +148,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise DumpError(f"{folder} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        release(lock)
 
 
 def write_steps(

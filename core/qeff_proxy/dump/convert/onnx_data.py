@@ -127,6 +127,7 @@ def import_onnx(
                 for entry in place.iterdir()
                 if (match := _FILE.match(entry.name))
             )
+            _check_numbers(place, files)
             for stem, k, file in files:
                 names = order["in" if stem == "input" else "out"]
                 name, array = _read_tensor(file, path, names[k] if k < len(names) else "")
@@ -139,6 +140,18 @@ def import_onnx(
     write_steps(
         folder, steps(), {"converted_from": "ONNX test data"}, like=like, part=part, labels=labels
     )
+
+
+def _check_numbers(place: Path, files: list[tuple[str, int, Path]]) -> None:
+    """Refuse a set that lacks a file: the numbers are the graph's order, so none is left out."""
+    for stem in ("input", "output"):
+        numbers = {k for kind, k, _ in files if kind == stem}
+        missing = next((k for k in range(max(numbers, default=-1)) if k not in numbers), None)
+        if missing is not None:
+            raise DumpError(
+                f"{place} lacks {stem}_{missing}.pb and has {stem}_{max(numbers)}.pb",
+                "Add the file, or remove the folder.",
+            )
 
 
 def _read_tensor(file: Path, root: Path, name: str) -> tuple[str, NDArray[Any]]:

@@ -1,0 +1,63 @@
+"""The file of a report: where it may be written, and how it gets there whole."""
+
+from __future__ import annotations
+
+import os
+import stat
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qeff_proxy.artifact import enclosing_export
+from qeff_proxy.dump.format import MANIFEST
+from qeff_proxy.dump.leftovers import listed_files
+from qeff_proxy.errors import DumpError
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+__all__ = ["check_report_place", "write_whole"]
+
+_ENDINGS = {".html", ".htm"}
+
+
+def check_report_place(path: str | PathLike[str]) -> None:
+    """Refuse to write a report over a file of a dump or of an export.
+
+    Raises:
+        DumpError: The file lies in one, and its name does not end in ``.html``.
+    """
+    place = Path(path).resolve()
+    if place.suffix.lower() in _ENDINGS:
+        return
+    owner = enclosing_export(place.parent) or next(
+        (one for one in place.parents if listed_files(one / MANIFEST) is not None), None
+    )
+    if owner is not None:
+        raise DumpError(
+            f"the report {path} would be written into {owner}, which is a dump or an export",
+            "Give it a name that ends in .html, or another place.",
+        )
+
+
+def write_whole(path: str | PathLike[str], text: str) -> None:
+    """Write a file beside its place and move it there, so that what stood there stays until then.
+
+    A place that is no file, such as ``/dev/stdout``, is written to as it is.
+
+    Raises:
+        OSError: It cannot be written. What stood there is as it was.
+    """
+    place = Path(path).resolve()
+    if place.exists() and not stat.S_ISREG(place.stat().st_mode):
+        place.write_text(text, encoding="utf-8")
+        return
+    aside = place.with_name(f".{place.name}.partial-{uuid.uuid4().hex[:12]}")
+    try:
+        with aside.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(place)
+    finally:
+        aside.unlink(missing_ok=True)
