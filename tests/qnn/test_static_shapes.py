@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -252,3 +253,27 @@ def test_lengths_that_nobody_said() -> None:
     assert with_fixed_shapes(CompileOptions(), most_positions=20).ctx_len == 20
     assert with_fixed_shapes(CompileOptions(prefill_seq_len=256)).ctx_len == 256
     assert with_fixed_shapes(OPTIONS) == OPTIONS
+
+
+def test_a_shape_that_hangs_on_values_is_refused_with_node_and_layer(tmp_path: Path) -> None:
+    nodes = [
+        onnx.helper.make_node("NonZero", ["x"], ["chosen"], name="route"),
+        onnx.helper.make_node("Cast", ["chosen"], ["y"], name="widen", to=1),
+    ]
+    entry = nodes[0].metadata_props.add()
+    entry.key = "pkg.torch.onnx.name_scopes"
+    entry.value = "['', 'model', 'model.layers.5', 'model.layers.5.experts']"
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [onnx.helper.make_tensor_value_info("x", 1, [1, 8])],
+        [onnx.helper.make_tensor_value_info("y", 1, [2, None])],
+    )
+    opset = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "body.onnx"
+    )
+    spec = TensorSpec("x", "float32", ("batch", 8))
+    part = type("Routed", (), {"name": "body", "inputs": (spec,)})()
+    with pytest.raises(BackendError, match=r"chosen .* hangs on values.*NonZero node route of lay"):
+        specialize(tmp_path / "body.onnx", part, {"batch": 1})
