@@ -111,13 +111,17 @@ def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -
 
 
 def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:
+    program: ir.Model
     with lowered_in_place() as lowered:
         try:
-            return OnnxExporter().export(part.module, samples, config=config).program
+            program = OnnxExporter().export(part.module, samples, config=config).program
         except Exception:  # what it is, the other way will say
             if not lowered:
                 raise
-    return OnnxExporter().export(part.module, samples, config=config).program
+        else:
+            return program
+    program = OnnxExporter().export(part.module, samples, config=config).program
+    return program
 
 
 def _check_opset(program: ir.Model, part: Part, opset: int | None) -> None:
