@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["DTYPES", "TAPS", "Kind", "MaskKind", "MaskSpec", "Part", "Proxy", "TensorSpec"]
+__all__ = ["Kind", "MaskKind", "MaskSpec", "Part", "Proxy", "TensorSpec"]
 
 Kind = Literal["split", "stub", "whole"]
 MaskKind = Literal["causal", "sliding", "chunked", "bidirectional", "bidirectional_sliding"]

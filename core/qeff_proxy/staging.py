@@ -173,9 +173,10 @@ def _set_aside(target: Path) -> Path:
 
 def _partial(target: Path) -> list[Path]:
     prefix = f".{target.name}.partial-"
-    if not target.parent.is_dir():
-        return []
-    return [path for path in target.parent.iterdir() if path.name.startswith(prefix)]
+    try:
+        return [path for path in target.parent.iterdir() if path.name.startswith(prefix)]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []  # where names cannot even be listed, no run of this user left any
 
 
 @contextmanager

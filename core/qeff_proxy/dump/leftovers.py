@@ -100,7 +100,8 @@ def clear_leftovers(parent: Path, name: str | None = None) -> None:
     """Put back or remove what runs that died left in ``parent``.
 
     An older dump whose place is empty goes back there. Other folders are removed, if nothing is in
-    them but what a dump has. Those that a living process holds are left alone.
+    them but what a dump has. Those that a living process holds, or that another user made, are left
+    alone.
 
     Args:
         parent: Where dumps lie; it may be missing.
@@ -115,6 +116,8 @@ def clear_leftovers(parent: Path, name: str | None = None) -> None:
         match = _NAME.match(path.name)
         if match is None or name not in (None, match["dump"]):
             continue
+        if path.lstat().st_uid != os.getuid():
+            continue  # another user's run will see to it
         with held(path) as is_dead:
             place = parent / match["dump"]
             if not is_dead:
