@@ -84,10 +84,10 @@ def number(value: Any, where: str) -> float:
 
 def file_name(value: Any, where: str) -> str:
     """The name of a file, and not a path to elsewhere."""
-    plain = type(value) is str and PurePosixPath(value).name == value and "\0" not in value
-    if not plain or value in {"", ".."}:
+    name = value if type(value) is str else ""
+    if PurePosixPath(name).name != name or "\0" in name or name in {"", ".."}:
         raise FieldError(f"{where} is not a file name")
-    return value
+    return name
 
 
 def one_of(names: Iterable[str]) -> Check:
