@@ -84,8 +84,9 @@ def number(value: Any, where: str) -> float:
 
 def file_name(value: Any, where: str) -> str:
     """The name of a file, and not a path to elsewhere."""
-    plain = type(value) is str and PurePosixPath(value).name == value and "\0" not in value
-    if not plain or value in {"", ".."}:
+    if type(value) is not str or value in {"", ".."} or "\0" in value:
+        raise FieldError(f"{where} is not a file name")
+    if PurePosixPath(value).name != value:
         raise FieldError(f"{where} is not a file name")
     return value
 
