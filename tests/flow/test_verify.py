@@ -303,6 +303,7 @@ def test_what_cannot_be_verified_is_said(
     copy = tmp_path / "stub"
     shutil.copytree(tapped, copy, ignore=shutil.ignore_patterns("compiled", "io"))
     manifest = json.loads((copy / "export.json").read_text())
-    (copy / "export.json").write_text(json.dumps({**manifest, "kind": "stub"}))
+    manifest["kind"] = manifest["made_by"]["kind"] = "stub"
+    (copy / "export.json").write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="nothing to verify"):
         verify_model(copy)
