@@ -22,6 +22,7 @@ import numpy as np
 
 from qeff_proxy.artifact import MANIFEST, Export, read_export
 from qeff_proxy.backends import CompileOptions, is_static, load_backend, precision_of
+from qeff_proxy.checkpoint import folder_named
 from qeff_proxy.compare import Tolerances, compare_dumps
 from qeff_proxy.compile import Compiled, compile_export, fixed_lengths
 from qeff_proxy.dump import DumpOptions, read_dump
@@ -29,6 +30,7 @@ from qeff_proxy.errors import CheckpointError, ProxyError, UsageError
 from qeff_proxy.example import DEFAULT_PROMPT, DEFAULT_QUESTION, example_request
 from qeff_proxy.forced import count_equal_tokens, keep_tokens, replay_tokens
 from qeff_proxy.load import LoadedModel, load_model, load_processor
+from qeff_proxy.reading import quiet_loading
 from qeff_proxy.run import RunResult, new_run_name, run_compiled
 from qeff_proxy.taps import normalize_taps
 from qeff_proxy.verification import BackendResult, Verification
@@ -120,7 +122,7 @@ def verify_model(
     names = tuple(dict.fromkeys(backends))
     _check_names(names, options)
     if isinstance(model, str | Path):
-        model = _opened(Path(model).expanduser(), str(model), trust_remote_code)
+        model = _opened(folder_named(str(model)), str(model), trust_remote_code)
     hooks = hooks or _installed_hooks(model)
     loaded = model if isinstance(model, LoadedModel) else None
     if request is not None:
@@ -138,6 +140,8 @@ def verify_model(
     run = _Runs(export, hooks, request, processor, options)
     progress("running PyTorch, the reference")
     reference = run.reference(live() if loaded is not None else None)
+    if options.tolerances is not None:
+        options.tolerances.check_used(read_dump(run.folder / REFERENCE).names())
     return Verification(
         source=export.model["source"],
         export=export.folder,
@@ -210,7 +214,8 @@ def _checked(
         request = replace(request, prompts=(DEFAULT_QUESTION,))
     folder = model.processor_folder if isinstance(model, Export) else model.folder
     processor = _processor(folder, trust_remote_code) if folder is not None else None
-    hooks.preprocess(processor=processor, request=request)
+    with quiet_loading():
+        hooks.preprocess(processor=processor, request=request)
     return request
 
 

@@ -355,3 +355,18 @@ def test_the_command_converts_there_and_back(delta_run, tmp_path, capsys, kind):
     assert main(["convert", dump, there, "--to", kind]) == 9
     assert "is not empty" in capsys.readouterr().err
     assert main(["convert", dump, str(tmp_path / "x"), "--to", kind, "--part", "head"]) == 9
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--to", "qaic", "--dtype", "x=float32"),
+        ("--to", "onnx", "--runner", "x"),
+        ("--to", "polygraphy", "--model", "x.onnx"),
+        ("--from", "onnx", "--dtype", "x=int8"),
+        ("--to", "qaic", "--like", "dump"),
+    ],
+)
+def test_an_option_that_a_format_has_no_use_for_is_refused(arguments, tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), *arguments]) == 2
+    assert f"has no use for {arguments[2]}" in capsys.readouterr().err

@@ -26,7 +26,7 @@ _LEVELS = {
     "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-_WARNINGS_AND_BELOW_OFF = 3
+_ONLY_FATAL = 4  # an error is raised, so that it need not be printed too
 
 
 class OnnxRuntimeBackend:
@@ -36,6 +36,8 @@ class OnnxRuntimeBackend:
         "optimization": "graph optimization level: none, basic, extended or all (default)",
         "save_optimized": "write the optimized graphs, so that opening is quick (default: true)",
     }
+
+    values: Mapping[str, Any] = {"optimization": tuple(_LEVELS), "save_optimized": bool}
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version."""
@@ -111,12 +113,9 @@ class OnnxRuntimeSession:
 
 
 def _session_options(options: CompileOptions) -> onnxruntime.SessionOptions:
-    level = options.backend.get("optimization", "all")
-    if level not in _LEVELS:
-        raise BackendError(f"optimization {level!r} is none of {', '.join(_LEVELS)}")
     result = onnxruntime.SessionOptions()
-    result.graph_optimization_level = _LEVELS[level]
-    result.log_severity_level = _WARNINGS_AND_BELOW_OFF
+    result.graph_optimization_level = _LEVELS[options.backend.get("optimization", "all")]
+    result.log_severity_level = _ONLY_FATAL
     if options.num_cores is not None:
         # More threads than cores only wait for each other.
         result.intra_op_num_threads = min(options.num_cores, len(os.sched_getaffinity(0)))

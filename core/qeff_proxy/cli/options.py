@@ -160,9 +160,10 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
     ``with_processor`` refuses a checkpoint without tokenizer before the work begins.
     """
     from qeff_proxy.artifact import MANIFEST, read_export
+    from qeff_proxy.checkpoint import folder_named
     from qeff_proxy.plugins import Plugins
 
-    folder = Path(args.model).expanduser()
+    folder = folder_named(args.model)
     if (folder / MANIFEST).is_file():
         export = read_export(folder)
         _check_agrees(args, export)

@@ -133,8 +133,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace) -> LoadedModel | Export:
     from qeff_proxy.artifact import MANIFEST, read_export
+    from qeff_proxy.checkpoint import folder_named
 
-    folder = Path(args.model).expanduser()
+    folder = folder_named(args.model)
     return read_export(folder) if (folder / MANIFEST).is_file() else loaded_of(args)[0]
 
 

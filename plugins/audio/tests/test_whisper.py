@@ -165,6 +165,7 @@ def test_a_stub_gives_no_transcript(whisper, features):
         ([], "no sound"),
         ({}, "no input_features"),
         ({"input_features": np.zeros((2, 16))}, "sounds, mel, frames"),
+        ({"input_features": np.zeros((1, 16, 100)), "labels": [[1]]}, "nothing uses .* 'labels'"),
         ({"input_features": np.full((1, 16, 100), np.nan)}, "NaN"),
         ({"input_features": [[1, 2], [3]]}, "is no tensor"),
         ({"input_features": np.zeros((1, 16, 20))}, "20 frames, and a window has 100"),

@@ -276,6 +276,8 @@ def test_an_option_that_cannot_be_right_is_refused(bert, options, message):
         ({"input_ids": np.ones((1, 3), int), "attention_mask": np.zeros((1, 3), int)}, "no token"),
         ({"input_ids": np.ones((1, 3), int), "attention_mask": np.array([[1, 0, 1]])}, "between"),
         ({"input_ids": np.ones((1, 301), int)}, "300 fit"),
+        ({"input_ids": [[1, 2]], "position_ids": [[4, 5]]}, "nothing uses .* 'position_ids'"),
+        (5, "inputs is 5"),
     ],
 )
 def test_inputs_that_cannot_be_right_are_refused(bert, inputs, message):
