@@ -177,6 +177,16 @@ def test_inputs_that_cannot_be_right_are_refused(proxy, inputs, message):
         proxy.generate(inputs=inputs)
 
 
+def test_sampling_follows_its_seed(proxy, features):
+    ids = [
+        proxy.generate(
+            inputs={"input_features": features}, generation_len=8, temperature=1.0, seed=seed
+        ).generated_ids.tolist()
+        for seed in (3, 3, 4)
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
 def test_settings_that_transformers_refuses_are_refused(proxy, features):
     with pytest.raises(UsageError, match="refuses"):
         proxy.generate(inputs={"input_features": features}, no_such_setting=1)
