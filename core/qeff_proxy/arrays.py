@@ -75,14 +75,20 @@ def given_tensor(
         hint: What to do, for the error.
 
     Raises:
-        UsageError: It is none of these.
+        UsageError: It is none of these, or a tensor without elements to read.
     """
     import torch
 
+    if not isinstance(name, str):
+        raise UsageError(f"an input is called {name!r}", "Names are text, such as 'input_ids'.")
     try:
-        return torch.as_tensor(value)
+        tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UsageError(f"the input {name!r} is no tensor: {error}", hint) from error
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested:
+        kind = "on the meta device" if tensor.is_meta else "a sparse or nested tensor"
+        raise UsageError(f"the input {name!r} is {kind}", "Give a dense tensor with values.")
+    return tensor
 
 
 def given_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

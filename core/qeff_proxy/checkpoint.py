@@ -20,9 +20,11 @@ __all__ = [
     "checkpoint_identity",
     "file_of_tensor",
     "find_checkpoint",
+    "folder_named",
     "read_config_file",
 ]
 
+_SHOWN = 60  # characters of a name in an error
 _SAMPLE = 4096  # bytes
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -40,7 +42,7 @@ def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool)
     Raises:
         CheckpointError: There is no such folder and no such hub id, or the hub is out of reach.
     """
-    folder = Path(source).expanduser()
+    folder = folder_named(source)
     if source.strip() and folder.is_dir():
         return folder
     if folder.is_file():
@@ -63,6 +65,25 @@ def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool)
             f"({_first_line(error)})",
             "Check the name and the network, or download the checkpoint and name its folder.",
         ) from error
+
+
+def folder_named(source: str) -> Path:
+    """The path that ``source`` would be of, whether or not anything is there.
+
+    Raises:
+        CheckpointError: It can be no path: it is too long, or names a user that is not there.
+    """
+    try:
+        folder = Path(source).expanduser()
+        folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        shown = source if len(source) <= _SHOWN else f"{source[:_SHOWN]}…"
+        raise CheckpointError(
+            f"{shown!r} can be no folder or hub id: {reason}",
+            "Check the path, or give a hub id (name/model).",
+        ) from error
+    return folder
 
 
 @contextmanager
@@ -93,7 +114,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no JSON: {_first_line(error)}", "Download the checkpoint again."
         ) from error

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact import check_weights_of
-from qeff_proxy.backends import CompileOptions, is_static, load_backend
-from qeff_proxy.errors import UsageError
+from qeff_proxy.backends import CompileOptions, check_options, is_static, load_backend
 from qeff_proxy.staging import locked, opening, recover_folder, staged_folder
 
 if TYPE_CHECKING:
@@ -76,12 +75,7 @@ def compile_export(
     """
     options = _within_positions(export, options or CompileOptions())
     implementation = load_backend(backend)
-    unknown = sorted(set(options.backend) - set(implementation.options))
-    if unknown:
-        known = ", ".join(sorted(implementation.options)) or "none"
-        raise UsageError(
-            f"backend {backend!r} has no option {unknown[0]!r}", f"Its options: {known}."
-        )
+    check_options(backend, implementation, options)
     if is_static(implementation, options):
         options = fixed_lengths(export, options)
     key: dict[str, Any] = {

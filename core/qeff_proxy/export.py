@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from importlib_metadata import version
+from onnx.defs import onnx_opset_version
 
+from qeff_proxy.arguments import one_of, whole_number
 from qeff_proxy.artifact import KEPT, MANIFEST, Export, export_folder, read_export
-from qeff_proxy.errors import ArtifactError, ExportError, UsageError
+from qeff_proxy.errors import ArtifactError, ExportError
 from qeff_proxy.export_place import check_not_another, check_place, existing_export
 from qeff_proxy.staging import locked, recover_folder, staged_folder
 
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
     from qeff_proxy.parts import Kind
     from qeff_proxy.plugin_hooks import Hooks
 
-__all__ = ["WEIGHTS", "export_key", "export_model"]
+__all__ = ["LEAST_OPSET", "WEIGHTS", "export_key", "export_model"]
 
 _CHECKED = "BLAKE3 of the files taken, no NaN found"
+#: The exporter writes the operators of this opset, and can only convert them to later ones.
+LEAST_OPSET = 18
 #: How an export holds its weights.
 WEIGHTS = ("copy", "reference")
 _PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -63,7 +67,7 @@ def export_model(
         kind: ``"split"``, ``"stub"``, or ``"whole"`` for the uncut model as one graph.
         output: The folder to write; by default one below `qeff_proxy.artifact.cache_home`, named
             by model and a hash of all that shapes the export.
-        opset: ONNX opset; ``None`` takes the exporter's own choice.
+        opset: ONNX opset, 18 or later; ``None`` takes the exporter's own choice.
         taps: What each layer gives as extra outputs: ``"layers"``, ``"attention"``, ``"mlp"``, or
             several (`qeff_proxy.taps`).
         num_layers: Export the first layers only: so many, or with ``"auto"`` the shortest prefix
@@ -87,8 +91,9 @@ def export_model(
     """
     from qeff_proxy.taps import normalize_taps
 
-    if weights not in WEIGHTS:
-        raise UsageError(f"weights is {weights!r}", f"It must be one of {', '.join(WEIGHTS)}.")
+    one_of("weights", weights, WEIGHTS)
+    if opset is not None:
+        whole_number("opset", opset, LEAST_OPSET, onnx_opset_version())
     if num_layers is not None:
         from qeff_proxy.representative import with_depth
 

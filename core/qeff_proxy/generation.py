@@ -20,7 +20,10 @@ from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.engine import CausalEngine, StepId
 from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.generation_cache import StepCache, arrays_of_cache, fill_cache
+from qeff_proxy.generation_inputs import checked_ids, checked_mask
 from qeff_proxy.generation_settings import check_settings, generation_config_of
+from qeff_proxy.request import refuse_unused
+from qeff_proxy.seeding import draws_seeded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -224,8 +227,9 @@ def generate_ids(
         recorder=job.recorder,
     )
     settings = {n: v for n, v in job.settings.items() if n != "generation_config"}
-    _check_ids(job)
-    length = int(job.tensors["input_ids"].shape[-1])
+    if supplier is None:
+        refuse_unused(job.tensors, ("input_ids", "attention_mask"))
+    length = checked_ids(job.tensors, job.export.settings.get("embedding_rows")).shape[1]
     given = job.settings.get("generation_config")
     if given is not None and given.max_new_tokens is None:
         settings.setdefault("max_length", given.max_length)
@@ -234,35 +238,10 @@ def generate_ids(
     new = _new_tokens(settings, model.generation_config, length, context)
     settings["max_new_tokens"] = new
     _check_rotary_limit(model, text_config, length, new)
-    if settings.get("stop_strings") is not None:
-        settings["tokenizer"] = job.processor
-    seed = settings.pop("seed", None)
-    if seed is None:
+    if (settings.get("stop_strings") or model.generation_config.stop_strings) is not None:
+        settings["tokenizer"] = getattr(job.processor, "tokenizer", job.processor)
+    with draws_seeded(settings.pop("seed", None)):
         return run_generation(model, job.tensors, **settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return run_generation(model, job.tensors, **settings)
-
-
-def _check_ids(job: Job) -> None:
-    """Refuse token ids that are none of the model's."""
-    ids = job.tensors.get("input_ids")
-    if ids is None:
-        raise UsageError(
-            f"the inputs are {', '.join(job.tensors) or 'none'}", "Token ids go by input_ids."
-        )
-    rows = job.export.settings.get("embedding_rows")
-    if rows is None:
-        return
-    if ids.is_floating_point():
-        raise UsageError(f"input_ids are {ids.dtype}", "Token ids are whole numbers.")
-    ids = ids.to(torch.int64)
-    wrong = ids[(ids < 0) | (ids >= rows)]
-    if wrong.numel():
-        raise UsageError(
-            f"{int(wrong[0])} is no token of this model",
-            f"Its token ids go from 0 to {rows - 1}; use its own tokenizer.",
-        )
 
 
 def _check_rotary_limit(
@@ -300,9 +279,7 @@ def _new_tokens(
     settings: dict[str, Any], config: GenerationConfig, length: int, context: int | None
 ) -> int:
     """How many tokens to generate; what was not asked for is cut to the context."""
-    asked = settings.pop("max_new_tokens", None)
-    if asked is not None and (not isinstance(asked, int) or asked < 1):
-        raise UsageError(f"max_new_tokens is {asked!r}", "It must be a whole number above 0.")
+    asked: int | None = settings.pop("max_new_tokens", None)
     if context is not None and length + (asked or 1) > context + 1:
         wanted = f" and {asked} new ones" if asked else ""
         raise UsageError(
@@ -329,22 +306,8 @@ def run_generation(
     Raises:
         UsageError: The inputs are empty, or transformers refuses the settings.
     """
-    ids = tensors["input_ids"].to(torch.int64)
-    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
-        raise UsageError(
-            f"input_ids has shape {list(ids.shape)}", "Give [batch, sequence], neither zero."
-        )
-    mask = tensors.get("attention_mask", torch.ones_like(ids))
-    if mask.shape != ids.shape:
-        raise UsageError(
-            f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}",
-            "They must be alike.",
-        )
-    if not torch.isin(mask, torch.tensor([0, 1])).all() or not mask[:, -1].all():
-        raise UsageError(
-            "attention_mask must hold 0 and 1, and end with 1 in each row",
-            "Pad on the left (tokenizer.padding_side = 'left'), as generation needs it.",
-        )
+    ids = checked_ids(tensors)
+    mask = checked_mask(tensors, ids)
     start = time.perf_counter()
     try:
         generate: Any = model.generate  # typed as a submodule, since transformers is untyped

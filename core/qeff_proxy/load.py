@@ -16,6 +16,7 @@ from qeff_proxy.checkpoint import (
     find_checkpoint,
     read_config_file,
 )
+from qeff_proxy.config_checks import check_architectures, check_sizes
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.parts import DTYPES
 from qeff_proxy.reading import (
@@ -133,6 +134,9 @@ def load_model(
     config_file = read_config_file(folder)
     check_weights(folder, allow_pickle=allow_pickle)
     _check_architecture(config_file, source, trust_remote_code)
+    check_architectures(folder / "config.json", config_file)
+    if not config_file.get("auto_map"):
+        check_sizes(folder, load_config(folder))
     digest = hashlib.sha256(f"{checkpoint_identity(folder)}\0{auto_class}".encode())
 
     def read() -> PreTrainedModel:
@@ -211,13 +215,22 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """The config in ``folder``, without running code that a checkpoint brought.
 
     A model type that transformers does not know gives a plain config with the file's values.
+
+    Raises:
+        CheckpointError: It is missing, or transformers refuses its values.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     values = read_config_file(folder)
-    if values.get("model_type") in CONFIG_MAPPING:
-        return AutoConfig.from_pretrained(folder)
-    return PreTrainedConfig.from_dict(values)
+    try:
+        if values.get("model_type") in CONFIG_MAPPING:
+            return AutoConfig.from_pretrained(folder)
+        return PreTrainedConfig.from_dict(values)
+    except Exception as error:  # configs check, and reckon with, their values in many ways
+        raise CheckpointError(
+            f"{folder / 'config.json'} cannot be used: {type(error).__name__}: {error}",
+            "Correct it, or download it again.",
+        ) from error
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:

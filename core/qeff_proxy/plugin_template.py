@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import keyword
 import re
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import HOOK_API_VERSION
 from qeff_proxy.plugins import Plugins
-from qeff_proxy.staging import staged_folder
+from qeff_proxy.staging import staged_folder, writing
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -25,6 +26,7 @@ __all__ = ["KINDS", "NewPlugin", "write_plugin"]
 KINDS = ("text", "embedding", "audio", "vision")
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_LONGEST_NAME = 100
 _MODEL_TYPE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
@@ -67,7 +69,9 @@ def write_plugin(name: str, like: str, folder: Path, model_type: str | None = No
     package = _package_of(name)
     served = model_type or kind["model_type"]
     _check_model_type(served)
-    if folder.exists():
+    with writing(folder):
+        exists = folder.exists()
+    if exists:
         raise UsageError(f"{folder} exists already", "Name another folder with --output.")
     note = None
     if served != kind["model_type"]:
@@ -101,7 +105,8 @@ def write_plugin(name: str, like: str, folder: Path, model_type: str | None = No
 def _write(
     source: Traversable, folder: Path, targets: dict[str, str], words: dict[str, Any]
 ) -> NewPlugin:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with staged_folder(folder, "pyproject.toml") as staged:
         for target, template in targets.items():
             path = staged / target
@@ -121,6 +126,12 @@ def _package_of(name: str) -> str:
         raise UsageError(f"{name!r} gives no name that Python can import ({package})", hint)
     if package in sys.stdlib_module_names or package in ("tests", "qeff_proxy", "transformers"):
         raise UsageError(f"{name!r} is the name of a package that is there already", hint)
+    if len(name) > _LONGEST_NAME:
+        raise UsageError(f"{name[:20]!r}… has {len(name)} characters", "Choose a shorter name.")
+    spec = importlib.util.find_spec(package)
+    # A folder of that name, such as the one to be written, is not a package yet.
+    if spec is not None and spec.origin is not None:
+        raise UsageError(f"{package!r} is the name of a package that is installed here", hint)
     return package
 
 

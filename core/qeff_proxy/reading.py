@@ -24,6 +24,7 @@ __all__ = ["REMOTE_CODE_GROUP", "quiet_loading", "read_model", "remote_code_adap
 #: have a ``load_processor(folder)``, too, which gives None where it has nothing to give. They are
 #: asked only when the user trusts that code.
 REMOTE_CODE_GROUP = "qeff_proxy.remote_code"
+_LONGEST_REASON = 300
 _REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
 
 
@@ -191,7 +192,6 @@ def remote_code_adapter(model_type: str) -> Any:
 def _loading_error(
     folder: Path, config: dict[str, Any], loader: Any, error: Exception
 ) -> ProxyError:
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if "Unrecognized configuration class" in str(error):
         return UnsupportedModelError(
             f"{folder} holds a {config.get('model_type')!r} model, which {loader.__name__} "
@@ -200,7 +200,18 @@ def _loading_error(
         )
     if isinstance(error, ProxyError):
         return error
+    if "weights_only" in str(error):  # torch advises to run whatever the pickle holds
+        return CheckpointError(
+            f"the pickled weights in {folder} are damaged, or hold more than tensors",
+            "Download them again, as safetensors where there are any.",
+        )
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]}…"
+    said = [name for name, value in config.items() if error.args and value == error.args[0]]
+    if isinstance(error, KeyError) and said:
+        reason = f"config.json says {said[0]} {error}, which transformers does not know"
     return CheckpointError(
-        f"{folder} cannot be loaded: {type(error).__name__}: {line}",
+        f"{folder} cannot be loaded by its config.json: {reason}",
         "Check that its files belong together; run with --debug for the whole trace.",
     )

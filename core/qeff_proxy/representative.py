@@ -44,7 +44,7 @@ def parse_depth(text: str | int) -> Depth:
     if text == "auto":
         return "auto"
     try:
-        number = int(text)
+        number = int(text) if isinstance(text, str) or type(text) is int else 0
     except ValueError:
         number = 0
     if number < 1:

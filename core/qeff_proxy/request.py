@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Request", "refuse_others"]
+__all__ = ["Request", "refuse_others", "refuse_unused"]
 
 _CALLED = {"prompts": "text", "audio": "sound", "images": "images"}
 _GIVEN_BY = {
@@ -55,3 +55,33 @@ def refuse_others(request: Request, *takes: str) -> None:
         if name not in takes and len(getattr(request, name)):
             wanted = " and ".join(_CALLED[one] for one in takes)
             raise UsageError(f"this model takes {wanted}, not {called}", _GIVEN_BY[takes[-1]])
+
+
+def refuse_unused(inputs: Mapping[str, Any], takes: Iterable[str]) -> None:
+    """Refuse what would change nothing, for a flow or a ``preprocess`` hook.
+
+    Args:
+        inputs: Tensors by name; ``None`` stands for one that is not there. ``token_type_ids`` of
+            zeros, which tokenizers give for models that have no token types, pass.
+        takes: The names that something uses.
+
+    Raises:
+        UsageError: Names the input that nothing uses.
+    """
+    takes = tuple(takes)
+    for name, value in inputs.items():
+        if name in takes or value is None:
+            continue
+        if name == "token_type_ids" and _all_zero(value):
+            continue
+        raise UsageError(
+            f"nothing uses the input {name!r}",
+            f"Leave it out: this model takes {', '.join(takes)}"
+            + (", and counts positions from the mask." if name == "position_ids" else "."),
+        )
+
+
+def _all_zero(value: Any) -> bool:
+    import numpy as np
+
+    return not np.any(np.asarray(value))

@@ -16,6 +16,7 @@ from qeff_proxy.dump.place import write_error
 from qeff_proxy.errors import DumpError
 from qeff_proxy.flows import Job, load_flow
 from qeff_proxy.load import load_config
+from qeff_proxy.reading import quiet_loading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,7 +77,8 @@ def run_compiled(
         DumpError: The dump cannot be written. What stood in its place is kept.
     """
     export = compiled.export
-    tensors = hooks.preprocess(processor=processor, request=request)
+    with quiet_loading():  # tokenizers warn of texts that are then refused
+        tensors = hooks.preprocess(processor=processor, request=request)
     settings = dict(settings or {})
     folder = None
     if write_io:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qeff_proxy.arguments import texts
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.parts import TAPS, TensorSpec
 
@@ -52,7 +53,9 @@ def normalize_taps(taps: str | Iterable[str] | None) -> tuple[str, ...]:
     Raises:
         UsageError: There is no such tap.
     """
-    names = taps.split(",") if isinstance(taps, str) else list(taps or ())
+    names = texts("taps", () if taps is None else taps)
+    if isinstance(taps, str):
+        names = taps.split(",")
     names = [name.strip() for name in names if name.strip()]
     for name in names:
         if name not in TAPS:

@@ -22,17 +22,19 @@ import numpy as np
 
 from qeff_proxy.artifact import Export, find_export
 from qeff_proxy.backends import CompileOptions, is_static, load_backend, precision_of
+from qeff_proxy.checkpoint import folder_named
 from qeff_proxy.compare import Tolerances, compare_dumps
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.compile import Compiled, compile_export, fixed_lengths
 from qeff_proxy.dump import DumpOptions, read_dump
-from qeff_proxy.errors import CheckpointError, ProxyError, UsageError
-from qeff_proxy.example import DEFAULT_PROMPT, DEFAULT_QUESTION, example_request
+from qeff_proxy.errors import ProxyError, UsageError
+from qeff_proxy.example import DEFAULT_PROMPT, example_request
 from qeff_proxy.forced import count_equal_tokens, keep_tokens, replay_tokens
-from qeff_proxy.load import LoadedModel, load_model, load_processor
+from qeff_proxy.load import LoadedModel, load_model
 from qeff_proxy.run import RunResult, check_io_folder, new_run_name, run_compiled
 from qeff_proxy.taps import normalize_taps
 from qeff_proxy.verification import BackendResult, Verification
+from qeff_proxy.verify_input import check_request, describe_given, processor_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -125,24 +127,26 @@ def verify_model(
     if options.html is not None:
         check_report_place(options.html)
     if isinstance(model, str | Path):
-        model = _opened(Path(model).expanduser(), str(model), trust_remote_code)
+        model = _opened(folder_named(str(model)), str(model), trust_remote_code)
     hooks = hooks or _installed_hooks(model)
     loaded = model if isinstance(model, LoadedModel) else None
     if request is not None:
-        request = _checked(request, model, hooks, trust_remote_code)
+        request = check_request(request, model, hooks, trust_remote_code)
     export = _export_of(model, hooks, options, progress)
     if export.kind == "stub":
         raise UsageError(_STUB, "Export with proxy='split' to verify.")
     if any(_is_static(options, name) for name in names):
         # Every run has the same chunks and lengths then, so that its steps can be compared.
         options = replace(options, compile=fixed_lengths(export, options.compile))
-    processor = _processor(export.processor_folder, trust_remote_code)
+    processor = processor_in(export.processor_folder, trust_remote_code)
     live = cache(partial(_live_proxy, loaded, hooks, export))
     if request is None:
         request = example_request(export, processor, live)
     run = _Runs(export, hooks, request, processor, options)
     progress("running PyTorch, the reference")
     reference = run.reference(live() if loaded is not None else None)
+    if options.tolerances is not None:
+        options.tolerances.check_used(read_dump(run.folder / REFERENCE).names())
     return Verification(
         source=export.model["source"],
         export=export.folder,
@@ -196,29 +200,6 @@ def _export_of(
     )
 
 
-def _processor(folder: Path, trust_remote_code: bool) -> Any:
-    try:
-        return load_processor(folder, trust_remote_code=trust_remote_code)
-    except CheckpointError:
-        return None
-
-
-def _checked(
-    request: Request, model: LoadedModel | Export, hooks: Hooks, trust_remote_code: bool
-) -> Request:
-    """The request, complete; what the model does not take is refused before anything is made."""
-    if any(not str(prompt).strip() for prompt in request.prompts):
-        raise UsageError("a prompt is empty", "Give some text, or token ids.")
-    if request.images and not request.prompts and request.inputs is None:
-        request = replace(request, prompts=(DEFAULT_QUESTION,))
-    folder = model.processor_folder if isinstance(model, Export) else model.folder
-    processor = _processor(folder, trust_remote_code) if folder is not None else None
-    if processor is None and folder is not None and request.prompts and request.inputs is None:
-        load_processor(folder, trust_remote_code=trust_remote_code)  # says what is missing
-    hooks.preprocess(processor=processor, request=request)
-    return request
-
-
 def _check_names(names: Sequence[str], options: VerifyOptions) -> None:
     """Refuse what leaves nothing to verify."""
     if not names:
@@ -233,14 +214,6 @@ def _check_names(names: Sequence[str], options: VerifyOptions) -> None:
             missing.append(error)
     if len(missing) == len(names):
         raise missing[0]
-
-
-def _described(given: Any) -> Any:
-    """A file's name, or the shape of an array."""
-    if isinstance(given, str | Path):
-        return str(given)
-    shape = getattr(given, "shape", None)
-    return list(shape) if shape is not None else type(given).__name__
 
 
 class _Runs:
@@ -312,7 +285,7 @@ class _Runs:
         found: dict[str, Any] = {"prompts": [str(prompt) for prompt in request.prompts]}
         for kind in ("audio", "images"):
             if given := getattr(request, kind):
-                found[kind] = [_described(one) for one in given]
+                found[kind] = [describe_given(one) for one in given]
         for name, value in (request.inputs or {}).items():
             array = np.asarray(value)
             found[name] = array.tolist() if name == "input_ids" else list(array.shape)

@@ -79,3 +79,8 @@ def test_words_of_a_dump_are_not_obeyed(stack, tmp_path, capsys, model):
     out = capsys.readouterr().out
     assert "\x1b[2J" not in out
     assert "[bold]x[/]" in out or "\\x1b[2J" in out
+
+
+def test_a_tolerance_that_holds_nothing_is_a_mistake(good, capsys):
+    assert main(["compare", str(good), str(good), "--tol", "nomatch=peak:1"]) == 2
+    assert "the tolerance nomatch=peak:1 holds no tensor" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_every_dtype_has_a_default(dtype):
     "text",
     [
         *("", "x", "=atol:1", "x=", "x=atol", "x=atol:", "x=atol:a", "x=atol:-1", "x=atol:nan"),
-        *("x=size:1", "x=atol:1,atol:2", "x=atol:inf", "x=atol:1,"),
+        *("x=size:1", "x=atol:1,atol:2", "x=atol:inf", "x=atol:1,", "x=cosine:5"),
     ],
 )
 def test_what_is_no_tolerance_is_refused(text):

@@ -373,3 +373,18 @@ def test_onnx_test_data_that_lacks_a_file_is_refused(source, tmp_path):
     with pytest.raises(DumpError, match=r"lacks input_0\.pb and has input_"):
         import_onnx(tmp_path / "data", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--to", "qaic", "--dtype", "x=float32"),
+        ("--to", "onnx", "--runner", "x"),
+        ("--to", "polygraphy", "--model", "x.onnx"),
+        ("--from", "onnx", "--dtype", "x=int8"),
+        ("--to", "qaic", "--like", "dump"),
+    ],
+)
+def test_an_option_that_a_format_has_no_use_for_is_refused(arguments, tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), *arguments]) == 2
+    assert f"has no use for {arguments[2]}" in capsys.readouterr().err

@@ -138,6 +138,16 @@ def escaping_index(folder: Path) -> None:
         (lambda f: (f / "config.json").unlink(), 3, "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), 3, "is no JSON"),
         (lambda f: (f / "config.json").write_text("[1]"), 3, "is no JSON object"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), 3, "config.json is no JSON"),
+        (edit_config(n_layer=10**9), 3, "n_layer 1000000000, and the weights are of 2 layers"),
+        (edit_config(n_layer=2**40), 3, "n_layer 1099511627776. It must be from 1 to"),
+        (edit_config(n_head=-1), 3, "n_head -1. It must be from 1"),
+        (edit_config(vocab_size=0), 3, "vocab_size 0. It must be from 1"),
+        (edit_config(n_embd="x"), 3, "config.json cannot be used: StrictDataclassFieldValidat"),
+        (edit_config(n_embd="x"), 3, "Field 'n_embd' expected int, got str"),
+        (edit_config(activation_function="nope"), 3, "says activation_function 'nope'"),
+        (edit_config(model_type="llama"), 3, "model_type 'llama' and architecture GPT2LMHeadMo"),
+        (edit_config(architectures="GPT2LMHeadModel"), 3, "It must be a list of names"),
         (edit_config(model_type="gpt22"), 4, "nearest is 'gpt2'. A plugin package"),
         (edit_config(model_type=None), 4, "model type None"),
         (
@@ -173,6 +183,36 @@ def test_a_bad_checkpoint(
     damage(checkpoint)
     assert words in fails(capsys, "export", str(checkpoint), code=code)
     assert not list(home.rglob("*.onnx"))
+
+
+def test_a_pickle_that_cannot_be_read_brings_no_bad_advice(checkpoint: Path, capsys: Any) -> None:
+    import torch
+
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"weight": print}, checkpoint / "pytorch_model.bin")
+    message = fails(capsys, "inspect", str(checkpoint), "--allow-pickle", code=3)
+    assert "damaged, or hold more than tensors" in message
+    assert "weights_only" not in message
+
+
+@pytest.mark.parametrize("opset", ["99", "17", "-1"])
+def test_an_opset_that_cannot_be_written(opset: str, saved_gpt2: Path, capsys: Any) -> None:
+    message = fails(capsys, "export", str(saved_gpt2), "--opset", opset, code=2)
+    assert message.startswith(f"opset is {opset}. It must be a whole number from 18 to ")
+
+
+@pytest.mark.parametrize("command", [("export",), ("verify",), ("generate", "x")])
+def test_a_name_that_can_be_no_path(command: tuple[str, ...], capsys: Any) -> None:
+    name, *rest = command
+    assert "File name too long" in fails(capsys, name, "a" * 5000, *rest, code=3)
+
+
+def test_a_tokenizer_does_not_speak_beside_the_error(demo_export: Path) -> None:
+    command = [sys.executable, "-m", "qeff_proxy", "generate", str(demo_export), "word " * 1500]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "do not fit into a context of 256" in done.stderr
 
 
 def test_leftovers_that_change_nothing_are_no_error(checkpoint: Path, capsys: Any) -> None:
@@ -231,6 +271,10 @@ def test_an_empty_prompt(demo_export: Path, capsys: Any) -> None:
         (("--ctx-len", "3", "--max-new-tokens", "1"), "do not fit into a context of 3"),
         (("-O", "optimization"), "is not NAME=VALUE"),
         (("-O", "speed=1"), "has no option 'speed'"),
+        (("-O", "save_optimized=maybe"), "save_optimized is 'maybe'. It must be true or false"),
+        (("-O", "optimization=nope"), "must be one of none, basic, extended, all"),
+        (("--backend", "openvino", "-O", "static_shapes=x"), "static_shapes is 'x'"),
+        (("--backend", "openvino", "-O", "save_compiled=1"), "save_compiled is 1"),
         (("--temperature", "0.5"), "--temperature needs --sample"),
         (("--stream", "--json"), "exclude each other"),
         (("--write-io", "--io-steps", "often"), "often"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,6 +99,34 @@ def test_transformers_other_ways_to_generate_work(
     assert np.array_equal(
         result.outputs["generated_ids"], expected_ids(eager, tokenizer, PROMPTS, **settings)
     )
+
+
+def test_sampling_follows_its_seed_beside_other_threads(demo_export: Path) -> None:
+    settings = {"do_sample": True, "max_new_tokens": 12}
+
+    def sample(seed: int | None, beams: int) -> Any:
+        request = Request(prompts=PROMPTS[:1])
+        result = generate(demo_export, request, seed=seed, num_beams=beams, **settings)
+        return result.outputs["generated_ids"].tolist()
+
+    wanted = [(5, 1), (5, 1), (None, 1), (5, 2), (6, 1)]
+    alone = [sample(*one) for one in wanted]
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        together = list(pool.map(lambda one: sample(*one), wanted))
+    assert alone[0] == alone[1] != alone[4]
+    del alone[2], together[2]  # without a seed each is another
+    assert together == alone
+
+
+def test_a_seed_gives_transformers_own_tokens(
+    demo_export: Path, eager: Any, tokenizer: Any
+) -> None:
+    settings = {"do_sample": True, "max_new_tokens": 12}
+    result = generate(demo_export, Request(prompts=PROMPTS), seed=11, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        expected = expected_ids(eager, tokenizer, PROMPTS, **settings)
+    assert np.array_equal(result.outputs["generated_ids"], expected)
 
 
 def test_sampling_follows_its_seed_and_leaves_the_global_one_alone(demo_export: Path) -> None:
@@ -269,7 +298,8 @@ def test_parity_notices_another_model(demo_export: Path, eager: Any, tmp_path: P
         ),
         (Request(inputs={"input_ids": [[5, 4000]]}), {}, {}, "4000 is no token of this model"),
         (Request(inputs={"input_ids": [[5, -1]]}), {}, {}, "-1 is no token of this model"),
-        (Request(inputs={"ids": [[5]]}), {}, {}, "input_ids"),
+        (Request(inputs={"ids": [[5]]}), {}, {}, "nothing uses the input 'ids'"),
+        (Request(), {}, {}, "makes no tensors"),
         (Request(inputs={"input_ids": [[5.0]]}), {}, {}, "Token ids are whole numbers"),
         (
             Request(inputs={"input_ids": [[5, 6]], "attention_mask": [[1]]}),

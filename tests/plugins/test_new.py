@@ -98,6 +98,9 @@ def test_a_recognizer_whose_config_names_no_vocabulary_is_known(tmp_path, capsys
         (["class"], "gives no name that Python can import"),
         (["json"], "is the name of a package that is there already"),
         (["qeff-proxy"], "is the name of a package that is there already"),
+        (["qeff_proxy_text"], "'qeff_proxy_text' is the name of a package that is installed here"),
+        (["torch"], "'torch' is the name of a package that is installed here"),
+        (["a" * 300], "has 300 characters"),
         (["acme", "--model-type", "llama"], "served by qeff-proxy-text already"),
         (["acme", "--model-type", "no such"], "is no model type"),
         (["acme", "--model-type", "segformer"], "transformers makes no AutoModelForCausalLM"),
@@ -119,3 +122,9 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(
     assert message in said.err
     assert said.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert main(["plugin", "new", "acme", "--output", str(tmp_path / "file" / "x")]) == 7
+    assert "cannot write" in capsys.readouterr().err

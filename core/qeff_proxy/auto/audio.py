@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from qeff_proxy import arguments
 from qeff_proxy.auto.base import ProxyModel
+from qeff_proxy.auto.causal_lm import new_tokens
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.request import Request
@@ -85,7 +87,7 @@ class _Recognizer(ProxyModel):
     ) -> RunResult:
         given = inputs if _is_tensors(inputs) else None
         sounds = [] if given is not None else _sounds(inputs)
-        if processor is None:
+        if arguments.processor("processor", processor) is None:
             processor = self._own_processor(needed=given is None)
         return self.run_request(
             Request(
@@ -126,7 +128,7 @@ class QEFFAutoModelForCTC(_Recognizer):
         stride_length_s: float | None = None,
         write_io: bool = False,
         io_dir: str | Path | None = None,
-        io_tensors: Sequence[str] = ("*",),
+        io_tensors: str | Sequence[str] = ("*",),
     ) -> Transcript:
         """Transcribe.
 
@@ -139,7 +141,7 @@ class QEFFAutoModelForCTC(_Recognizer):
             stride_length_s: By so many seconds the windows overlap at each end (default 5).
             write_io: Dump inputs and outputs of every part.
             io_dir: Where to (implies ``write_io``).
-            io_tensors: Which tensors to dump, as globs.
+            io_tensors: Which tensors to dump: a glob, or several.
 
         Raises:
             UsageError: There is no sound, or it holds none; an argument cannot be right.
@@ -151,7 +153,7 @@ class QEFFAutoModelForCTC(_Recognizer):
             sampling_rate=sampling_rate,
             write_io=write_io,
             io_dir=io_dir,
-            io_options=DumpOptions("all", tuple(io_tensors)),
+            io_options=DumpOptions("all", io_tensors),
         )
         outputs = result.outputs
         return Transcript(
@@ -179,7 +181,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
         write_io: bool = False,
         io_dir: str | Path | None = None,
         io_steps: str = "all",
-        io_tensors: Sequence[str] = ("*",),
+        io_tensors: str | Sequence[str] = ("*",),
         kv: Literal["delta", "full"] = "delta",
         **settings: Any,
     ) -> SpeechResult:
@@ -198,25 +200,24 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
             write_io: Dump inputs and outputs of every part at every step.
             io_dir: Where to (implies ``write_io``).
             io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
-            io_tensors: Which tensors to dump, as globs.
+            io_tensors: Which tensors to dump: a glob, or several.
             kv: Dump the cache rows that a step added, or the whole cache.
             settings: Further arguments of transformers' ``generate``.
 
         Raises:
             UsageError: There is no sound, or it holds none; an argument cannot be right.
         """
-        if generation_len is not None and max_new_tokens is not None:
-            raise UsageError("generation_len and max_new_tokens say the same; give one of them")
+        from qeff_proxy.generation_settings import check_settings
+
         asked = {
-            "max_new_tokens": max_new_tokens if generation_len is None else generation_len,
+            "max_new_tokens": new_tokens(generation_len, max_new_tokens),
             "language": language,
             "task": task,
             "return_timestamps": return_timestamps,
             **settings,
         }
-        beams = settings.get("num_beams", 1)
-        if beams is not None and (type(beams) is not int or beams < 1):
-            raise UsageError(f"num_beams is {beams!r}", "It must be a whole number above 0.")
+        check_settings(asked)
+        beams = settings.get("num_beams") or 1
         result = self._recognize(
             inputs,
             processor,
@@ -225,7 +226,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
             write_io=write_io,
             io_dir=io_dir,
             # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
-            io_options=DumpOptions(io_steps, tuple(io_tensors), "full" if (beams or 1) > 1 else kv),
+            io_options=DumpOptions(io_steps, io_tensors, "full" if beams > 1 else kv),
         )
         outputs = result.outputs
         decoded = result.decoded or {}

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from qeff_proxy import arguments
 from qeff_proxy.backends import CompileOptions
 from qeff_proxy.compile import Compiled, compile_export
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.export import export_model
-from qeff_proxy.load import load_model, load_processor, with_options, wrap_model
+from qeff_proxy.load import LoadedModel, load_model, load_processor, with_options, wrap_model
 from qeff_proxy.plugins import Plugins
 from qeff_proxy.run import RunResult, run_compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from qeff_proxy.artifact import Export
     from qeff_proxy.dump import DumpOptions
-    from qeff_proxy.load import LoadedModel
     from qeff_proxy.parts import Kind
     from qeff_proxy.request import Request
 
@@ -84,16 +85,22 @@ class ProxyModel:
             plugins: Where plugins are looked up; by default the installed ones.
             options: What the family's ``build_proxy`` is told besides.
         """
-        unknown = sorted(set(options or {}) - self.option_names)
+        if options is not None and not isinstance(options, Mapping):
+            raise UsageError(f"options are a {type(options).__name__}", "Give values by name.")
+        unknown = sorted(set(options or {}) - self.option_names, key=str)
         if unknown:
             known = ", ".join(sorted(self.option_names)) or "none"
             raise UsageError(
                 f"{type(self).__name__} has no option {unknown[0]!r}", f"Its own options: {known}."
             )
-        loaded = model if not hasattr(model, "config") else wrap_model(model)
         kind = KIND_NAMES.get(str(proxy).lower())
         if kind is None:
             raise UsageError(f"proxy is {proxy!r}", "It must be 'split', 'stub' or None.")
+        if plugins is not None and not isinstance(plugins, Plugins):
+            raise UsageError(
+                f"plugins are a {type(plugins).__name__}", "Give qeff_proxy.Plugins, or nothing."
+            )
+        loaded = model if isinstance(model, LoadedModel) else _wrapped(model)
         self._loaded = with_options(loaded, options or {})
         self._kind: Kind = kind
         self._plugins = plugins or Plugins.discover()
@@ -130,15 +137,16 @@ class ProxyModel:
             CheckpointError: It cannot be found, read or trusted.
             UnsupportedModelError: Its architecture is unknown, or of another task.
         """
+        folder = arguments.path("the model's folder or hub id", pretrained_model_name_or_path)
         loaded = load_model(
-            str(pretrained_model_name_or_path),
+            "" if folder is None else str(pretrained_model_name_or_path),
             auto_class=cls.auto_class,
             dtype=str(dtype).removeprefix("torch."),
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             unused=cls.unused,
         )
-        kind: Kind = proxy or ("split" if enable_proxy else "whole")
+        kind: Kind = proxy if proxy is not None else "split" if enable_proxy else "whole"
         return cls(loaded, proxy=kind, plugins=plugins, options=options)
 
     @property
@@ -161,7 +169,7 @@ class ProxyModel:
             self._loaded,
             self._hooks,
             self._kind,
-            output=Path(export_dir) if export_dir is not None else None,
+            output=arguments.path("export_dir", export_dir),
             opset=opset,
             taps=taps,
             num_layers=num_layers,
@@ -271,8 +279,8 @@ class ProxyModel:
             request,
             processor=processor,
             settings=settings,
-            write_io=write_io or io_dir is not None,
-            io_folder=Path(io_dir) if io_dir is not None else None,
+            write_io=arguments.flag("write_io", write_io) or io_dir is not None,
+            io_folder=arguments.path("io_dir", io_dir),
             io_options=io_options,
         )
 
@@ -289,10 +297,21 @@ class ProxyModel:
         return load_processor(self._loaded.folder, trust_remote_code=self._loaded.trust_remote_code)
 
 
-def _lengths(seq_len: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    if seq_len is None or isinstance(seq_len, int):
-        return None if seq_len is None else (seq_len,)
-    return tuple(seq_len)
+def _wrapped(model: Any) -> LoadedModel:
+    """A transformers model, as what `qeff_proxy.load.load_model` gives."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise UsageError(
+            f"{what} is no transformers model",
+            "Give one, or load a checkpoint with from_pretrained.",
+        )
+    return wrap_model(model)
+
+
+def _lengths(seq_len: Any) -> tuple[int, ...] | None:
+    if seq_len is None:
+        return None
+    return tuple(seq_len) if isinstance(seq_len, list | tuple) else (seq_len,)
 
 
 class NeedsPlugins(ProxyModel):

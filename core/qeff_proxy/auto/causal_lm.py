@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from qeff_proxy.arguments import processor, texts
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
@@ -72,7 +73,7 @@ class QEFFAutoModelForCausalLM(ProxyModel):
         write_io: bool = False,
         io_dir: str | Path | None = None,
         io_steps: str = "all",
-        io_tensors: Sequence[str] = ("*",),
+        io_tensors: str | Sequence[str] = ("*",),
         kv: Literal["delta", "full"] = "delta",
         **settings: Any,
     ) -> GenerationResult:
@@ -91,7 +92,7 @@ class QEFFAutoModelForCausalLM(ProxyModel):
             write_io: Dump inputs and outputs of every part at every step.
             io_dir: Where to (implies ``write_io``).
             io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
-            io_tensors: Which tensors to dump, as globs.
+            io_tensors: Which tensors to dump: a glob, or several.
             kv: Dump the cache rows that a step added, or the whole cache.
             settings: Further arguments of transformers' ``generate``: ``do_sample``,
                 ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …; and ``seed``.
@@ -99,17 +100,17 @@ class QEFFAutoModelForCausalLM(ProxyModel):
         Raises:
             UsageError: The prompt is empty or too long, or an argument cannot be right.
         """
-        texts = check_prompts(prompts, inputs)
+        given = check_prompts(prompts, inputs)
         return generate_text(
             self,
-            Request(prompts=texts, inputs=inputs),
-            self.processor() if texts and tokenizer is None else tokenizer,
+            Request(prompts=given, inputs=inputs),
+            self.processor() if given and tokenizer is None else processor("tokenizer", tokenizer),
             {
                 **settings,
                 "max_new_tokens": new_tokens(generation_len, max_new_tokens),
                 "streamer": streamer,
             },
-            DumpOptions(io_steps, tuple(io_tensors), kv),
+            DumpOptions(io_steps, io_tensors, kv),
             io_dir=io_dir,
             write_io=write_io,
         )
@@ -123,14 +124,14 @@ def check_prompts(
     Raises:
         UsageError: There are neither, or both, or the inputs have no names.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-    if (not texts) == (inputs is None):
+    given = [] if prompts is None else texts("prompts", prompts)
+    if (not given) == (inputs is None):
         raise UsageError("give either prompts or inputs, and not an empty list of them")
     if inputs is not None and not isinstance(inputs, Mapping):
         raise UsageError(
             f"inputs are a {type(inputs).__name__}", "Give tensors by name, as a processor does."
         )
-    return texts
+    return given
 
 
 def new_tokens(generation_len: int | None, max_new_tokens: int | None) -> int | None:
@@ -147,7 +148,7 @@ def new_tokens(generation_len: int | None, max_new_tokens: int | None) -> int | 
 def generate_text(
     face: ProxyModel,
     request: Request,
-    processor: Any,
+    tokenizer: Any,
     settings: Mapping[str, Any],
     dump: DumpOptions,
     *,
@@ -159,21 +160,24 @@ def generate_text(
     Args:
         face: The model.
         request: What the user gave.
-        processor: For prompts, and to make text of the tokens.
+        tokenizer: For prompts, and to make text of the tokens.
         settings: Arguments of transformers' ``generate``, ``max_new_tokens`` and ``streamer`` among
             them, ``None`` where there is none.
         dump: What to dump.
         io_dir: Where to (implies ``write_io``).
         write_io: Whether to dump.
     """
+    from qeff_proxy.generation_settings import check_settings
+
+    check_settings(settings)
     settings = {**settings}
     if settings["streamer"] is None:
         del settings["streamer"]
-    if int(settings.get("num_beams") or 1) > 1:
+    if (settings.get("num_beams") or 1) > 1:
         # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
         dump = replace(dump, kv="full")
     result = face.run_request(
-        request, processor, settings, write_io=write_io, io_dir=io_dir, io_options=dump
+        request, tokenizer, settings, write_io=write_io, io_dir=io_dir, io_options=dump
     )
     return GenerationResult(
         result.outputs["generated_ids"],

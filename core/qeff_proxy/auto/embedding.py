@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy import arguments
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
@@ -64,7 +65,7 @@ class QEFFAutoModel(ProxyModel):
         progress: bool | None = None,
         write_io: bool = False,
         io_dir: str | Path | None = None,
-        io_tensors: Sequence[str] = ("*",),
+        io_tensors: str | Sequence[str] = ("*",),
     ) -> EmbeddingResult:
         """Embed texts.
 
@@ -77,25 +78,22 @@ class QEFFAutoModel(ProxyModel):
             progress: Show how many are done; by default on a terminal, and for many texts.
             write_io: Dump inputs and outputs of every part.
             io_dir: Where to (implies ``write_io``).
-            io_tensors: Which tensors to dump, as globs.
+            io_tensors: Which tensors to dump: a glob, or several.
 
         Raises:
             UsageError: There is no text, a text is too long, or an argument cannot be right.
         """
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise UsageError(f"batch_size is {batch_size!r}", "It must be a whole number above 0.")
+        if batch_size is not None:
+            arguments.whole_number("batch_size", batch_size)
+        arguments.flag("truncation", truncation)
         given = inputs if isinstance(inputs, Mapping) else None
-        texts: list[Any] = []
+        texts: list[str] = []
         if given is None:
-            if not isinstance(inputs, str | Iterable):
-                raise UsageError(
-                    f"a {type(inputs).__name__} is no text", "Give a text or a list of texts."
-                )
-            texts = [inputs] if isinstance(inputs, str) else list(inputs)
+            texts = arguments.texts("inputs", inputs)
             if not texts:
                 raise UsageError("there is no text to embed", "Give at least one.")
-            if tokenizer is None:
-                tokenizer = self.processor()
+        if arguments.processor("tokenizer", tokenizer) is None and given is None:
+            tokenizer = self.processor()
         options = {"truncation": truncation, "max_length": self._most_tokens()}
         request = Request(prompts=texts, inputs=given, options=options)
         with _progress(len(texts), progress) as tell:
@@ -105,7 +103,7 @@ class QEFFAutoModel(ProxyModel):
                 {"batch_size": batch_size, "progress": tell},
                 write_io=write_io,
                 io_dir=io_dir,
-                io_options=DumpOptions("all", tuple(io_tensors)),
+                io_options=DumpOptions("all", io_tensors),
             )
         return EmbeddingResult(result.decoded, result.io_folder)
 

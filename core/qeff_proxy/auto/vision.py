@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from qeff_proxy import arguments
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.causal_lm import (
     GenerationResult,
@@ -48,7 +49,7 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
         write_io: bool = False,
         io_dir: str | Path | None = None,
         io_steps: str = "all",
-        io_tensors: Sequence[str] = ("*",),
+        io_tensors: str | Sequence[str] = ("*",),
         kv: Literal["delta", "full"] = "delta",
         **settings: Any,
     ) -> GenerationResult:
@@ -70,7 +71,7 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
             write_io: Dump inputs and outputs of every part at every step.
             io_dir: Where to (implies ``write_io``).
             io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
-            io_tensors: Which tensors to dump, as globs.
+            io_tensors: Which tensors to dump: a glob, or several.
             kv: Dump the cache rows that a step added, or the whole cache.
             settings: Further arguments of transformers' ``generate``.
 
@@ -89,13 +90,15 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
                 inputs=None if inputs is None else dict(inputs),
                 options={} if chat is None else {"chat": chat},
             ),
-            self.processor() if texts and processor is None else processor,
+            self.processor()
+            if texts and processor is None
+            else arguments.processor("processor", processor),
             {
                 **settings,
                 "max_new_tokens": new_tokens(generation_len, max_new_tokens),
                 "streamer": streamer,
             },
-            DumpOptions(io_steps, tuple(io_tensors), kv),
+            DumpOptions(io_steps, io_tensors, kv),
             io_dir=io_dir,
             write_io=write_io,
         )

@@ -10,6 +10,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from qeff_proxy.arguments import flag, one_of, whole_number
 from qeff_proxy.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "Backend",
     "CompileOptions",
+    "check_options",
     "is_static",
     "load_backend",
     "precision_of",
@@ -65,11 +67,10 @@ class CompileOptions:
     def __post_init__(self) -> None:
         for name in ("batch_size", "prefill_seq_len", "ctx_len", "num_cores"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UsageError(f"{name} is {value!r}", "It must be a whole number above 0.")
-        for length in self.seq_len if self.seq_len is not None else (1,):
-            if not isinstance(length, int) or length < 1:
-                raise UsageError(f"seq_len has {length!r}", "Lengths are whole numbers above 0.")
+            if value is not None or name == "batch_size":
+                whole_number(name, value)
+        for length in self.seq_len if self.seq_len is not None else ():
+            whole_number("a length of seq_len", length)
         if self.seq_len == ():
             raise UsageError("seq_len is empty", "Name a length or several, or leave it out.")
         if self.ctx_len and self.prefill_seq_len and self.prefill_seq_len > self.ctx_len:
@@ -97,6 +98,8 @@ class Backend(Protocol):
     - ``fingerprint(options)``: hashes of the files that its options name, by what they are. They
       go into the key of what was compiled. An option ``calibration`` takes a folder of dumps
       (`qeff_proxy.calibration`).
+    - ``values``: what each of its options takes: ``bool``, ``int`` (above 0), ``str``, or a tuple
+      of the values that there are. Others are refused before anything is compiled.
     - ``use_hooks(hooks)``: called before `open` with the hooks of the model's family, for a
       backend that cuts the model itself.
     """
@@ -122,6 +125,34 @@ class Backend(Protocol):
         """A session on what `compile` wrote into ``folder``."""
 
 
+def check_options(name: str, backend: Backend, options: CompileOptions) -> None:
+    """Refuse options that a backend does not have, and values that its options do not take.
+
+    Args:
+        name: Of the backend.
+        backend: It.
+        options: What a user gave.
+
+    Raises:
+        UsageError: Names the option.
+    """
+    unknown = sorted(set(options.backend) - set(backend.options), key=str)
+    if unknown:
+        known = ", ".join(sorted(backend.options)) or "none"
+        raise UsageError(f"backend {name!r} has no option {unknown[0]!r}", f"Its options: {known}.")
+    values: Mapping[str, Any] = getattr(backend, "values", {})
+    for option, value in options.backend.items():
+        takes = values.get(option)
+        if isinstance(takes, tuple):
+            one_of(option, value, takes)
+        elif takes is bool:
+            flag(option, value)
+        elif takes is int:
+            whole_number(option, value)
+        elif takes is not None and not isinstance(value, takes):
+            raise UsageError(f"{option} is {value!r}", "It must be text.")
+
+
 def is_static(backend: Backend, options: CompileOptions) -> bool:
     """Whether a backend compiles fixed shapes, with these options."""
     static = getattr(backend, "static", False)
@@ -141,6 +172,8 @@ def load_backend(name: str) -> Backend:
     Raises:
         BackendError: There is none of that name, or what it needs is not installed.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"backend is {name!r}", "Give the name of a backend.")
     target = BUILTIN_BACKENDS.get(name)
     if target is None:
         return _registered_backend(name)

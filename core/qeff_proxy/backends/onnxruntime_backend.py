@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 
@@ -29,7 +29,7 @@ _LEVELS = {
     "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-_WARNINGS_AND_BELOW_OFF = 3
+_ONLY_FATAL = 4  # an error is raised, so that it need not be printed too
 #: Counted up with each change of `onnxruntime_prepare`, so that parts are compiled anew.
 _REWRITING = "1"
 
@@ -49,6 +49,13 @@ class OnnxRuntimeBackend:
         "spinning": "let threads wait busily between operators: quicker where nothing else runs on "
         "their cores, and slow where anything does (default: false)",
         **WEIGHT_OPTIONS,
+    }
+
+    values: Mapping[str, Any] = {
+        "optimization": tuple(_LEVELS),
+        "save_optimized": bool,
+        "in_place": bool,
+        "spinning": bool,
     }
 
     def versions(self) -> dict[str, str]:
@@ -107,12 +114,9 @@ class OnnxRuntimeBackend:
 
 
 def _session_options(options: CompileOptions) -> onnxruntime.SessionOptions:
-    level = options.backend.get("optimization", "all")
-    if level not in _LEVELS:
-        raise BackendError(f"optimization {level!r} is none of {', '.join(_LEVELS)}")
     result = onnxruntime.SessionOptions()
-    result.graph_optimization_level = _LEVELS[level]
-    result.log_severity_level = _WARNINGS_AND_BELOW_OFF
+    result.graph_optimization_level = _LEVELS[options.backend.get("optimization", "all")]
+    result.log_severity_level = _ONLY_FATAL
     if not options.backend.get("spinning", False):
         # Parts take turns, each with threads of its own: those of one that waits would keep the
         # cores from the next.

@@ -66,6 +66,13 @@ class OpenVinoBackend:
         "CPU, which compiles as fast as it would read them)",
     }
 
+    values: Mapping[str, Any] = {
+        "device": str,
+        "precision": str,
+        "static_shapes": bool,
+        "save_compiled": bool,
+    }
+
     def versions(self) -> dict[str, str]:
         """OpenVINO's version and build."""
         return {"openvino": str(openvino.__version__)}

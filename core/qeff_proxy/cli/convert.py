@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["configure", "run"]
 
 _FORMATS = ("qaic", "onnx", "polygraphy")
+#: Which conversions an option is for.
+_USED_BY = {
+    "dtype": ("--from qaic",),
+    "like": tuple(f"--from {name}" for name in _FORMATS),
+    "model": ("--from onnx", "--to onnx"),
+    "runner": ("--from polygraphy",),
+}
 _EPILOG = """\
 Formats: qaic is aic_batch_io.json with .raw files, onnx is test_data_set_N/{input,output}_K.pb,
 polygraphy is inputs.json and outputs.json. Each holds one graph, so one part is converted.
@@ -54,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     from qeff_proxy.dump import read_dump
 
+    _check(args)
     if args.to:
         _export(args)
         report = {"written": str(args.target), "format": args.to}
@@ -71,6 +79,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_text(Text(f"Wrote {args.target} ({report['format']})"))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that this conversion has no use for."""
+    chosen = f"--to {args.to}" if args.to else f"--from {args.origin}"
+    for option, uses in _USED_BY.items():
+        if getattr(args, option) and chosen not in uses:
+            from qeff_proxy.errors import UsageError
+
+            raise UsageError(f"{chosen} has no use for --{option}", f"Use it with {uses[0]}.")
 
 
 def _export(args: argparse.Namespace) -> None:

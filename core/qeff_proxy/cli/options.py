@@ -158,8 +158,9 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
 def existing_export_of(args: argparse.Namespace) -> Export | None:
     """The export whose folder ``MODEL`` is, read without importing its family; else ``None``."""
     from qeff_proxy.artifact import find_export
+    from qeff_proxy.checkpoint import folder_named
 
-    export = find_export(Path(args.model).expanduser())
+    export = find_export(folder_named(args.model))
     if export is not None:
         _check_agrees(args, export)
     return export

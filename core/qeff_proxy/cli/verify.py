@@ -133,8 +133,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace) -> LoadedModel | Export:
     from qeff_proxy.artifact import find_export
+    from qeff_proxy.checkpoint import folder_named
 
-    return find_export(Path(args.model).expanduser()) or loaded_of(args)[0]
+    return find_export(folder_named(args.model)) or loaded_of(args)[0]
 
 
 def _request(args: argparse.Namespace) -> Request | None:

@@ -58,6 +58,7 @@ def compare_dumps(
 
     Raises:
         DumpError: A dump is damaged or incomplete, or the two have no tensor in common.
+        UsageError: A tolerance is for no tensor that is compared.
     """
     one = reference if isinstance(reference, Dump) else read_dump(reference)
     two = candidate if isinstance(candidate, Dump) else read_dump(candidate)
@@ -65,6 +66,7 @@ def compare_dumps(
     if not pairing.pairs:
         raise DumpError(_nothing_in_common(one, two))
     limits = tolerances if tolerances is not None else Tolerances()
+    limits.check_used(dict.fromkeys(str(pair.name) for pair in pairing.pairs))
     # Tensors are independent: while one waits for the disk, another is reckoned with.
     executor = ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1))
     try:

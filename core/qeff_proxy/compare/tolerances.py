@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from qeff_proxy.dump.format import DTYPES
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["COMPUTED_IN", "DEFAULTS", "Tolerance", "Tolerances", "parse_tolerance"]
 
@@ -97,6 +98,21 @@ class Tolerances:
         """
         return cls(tuple(parse_tolerance(text) for text in texts))
 
+    def check_used(self, names: Iterable[str]) -> None:
+        """Refuse an override that holds none of these tensors: a limit that nobody is held to.
+
+        Raises:
+            UsageError: Names the glob, and some of the tensors.
+        """
+        names = list(names)
+        for glob, tolerance in self.overrides:
+            if not any(fnmatchcase(name, glob) for name in names):
+                shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+                raise UsageError(
+                    f"the tolerance {glob}={tolerance} holds no tensor",
+                    f"There are {shown}.",
+                )
+
     def of(self, name: str, reference_dtype: str, candidate_dtype: str) -> Tolerance:
         """Return what the tensor ``name`` is held to: integers and booleans must be equal."""
         for glob, tolerance in reversed(self.overrides):
@@ -114,6 +130,10 @@ def _epsilon(precision: str) -> float:
     return DTYPES[precision].epsilon if precision in DTYPES else math.inf
 
 
+#: The least and the most of a limit that is not just above 0; a cosine beyond 1 nothing can reach.
+_LIMITS = {"cosine": (-1.0, 1.0), "sqnr": (-sys.float_info.max, sys.float_info.max)}
+
+
 def parse_tolerance(text: str) -> tuple[str, Tolerance]:
     """Read one ``GLOB=limit:value,...`` option.
 
@@ -129,8 +149,8 @@ def parse_tolerance(text: str) -> tuple[str, Tolerance]:
             value = float(number)
         except ValueError:
             value = math.nan
-        low = -math.inf if key in ("sqnr", "cosine") else 0.0
-        if key not in known or key in values or not colon or not (low <= value < math.inf):
+        low, high = _LIMITS.get(key, (0.0, sys.float_info.max))
+        if key not in known or key in values or not colon or not (low <= value <= high):
             glob = ""
         values[key] = value
     if not equals or not glob:

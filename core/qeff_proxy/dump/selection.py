@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
+from qeff_proxy.arguments import texts
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class DumpOptions:
         steps: ``all``, ``first``, ``last``, ``every:N``, or ``A:B``, a Python-like range over the
             steps of the run, counted from 0 over prefill chunks and decode steps alike. Steps
             counted from the end (``last``, ``-3:``) are copied and held until the run ends.
-        tensors: Globs over ``part.direction.tensor[.layer-NN]``; a tensor matching one is kept.
+        tensors: A glob, or several, over ``part.direction.tensor[.layer-NN]``; a tensor matching
+            one is kept.
         kv: ``delta`` keeps the cache rows that each step added, ``full`` the whole cache.
 
     Raises:
@@ -36,14 +38,16 @@ class DumpOptions:
     """
 
     steps: str = "all"
-    tensors: Sequence[str] = ("*",)
+    tensors: str | Sequence[str] = ("*",)
     kv: Literal["delta", "full"] = "delta"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.steps, str):
+            raise UsageError(
+                f"io_steps is {self.steps!r}", "Use all, first, last, every:N or a range A:B."
+            )
         StepSelection.parse(self.steps)
-        if isinstance(self.tensors, str):  # a lone string would be taken letter by letter
-            object.__setattr__(self, "tensors", (self.tensors,))
-        object.__setattr__(self, "tensors", tuple(self.tensors))
+        object.__setattr__(self, "tensors", tuple(texts("io_tensors", self.tensors)))
         if not self.tensors or not all(self.tensors):
             raise UsageError("no glob says which tensors to keep", "Use '*' for all of them.")
         if self.kv not in ("delta", "full"):

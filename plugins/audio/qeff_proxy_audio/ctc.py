@@ -15,6 +15,7 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.masks import provide_masks
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.request import refuse_unused
 from qeff_proxy.sites import Absent, Site
 from torch import nn
 
@@ -156,6 +157,7 @@ def _settings(model: PreTrainedModel, vocabulary: int) -> dict[str, int]:
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Ready-made tensors, with the lengths that their mask says."""
+    refuse_unused(inputs, ("input_values", "attention_mask"))
     values = tensor_of(inputs, "input_values", ("sounds", "samples"))
     if inputs.get("attention_mask") is None:
         lengths = torch.full((values.shape[0],), values.shape[1])

@@ -22,6 +22,7 @@ from qeff_proxy.flows.check import check_equal, parts_must_run
 from qeff_proxy.generation import PerfMetrics, arrays_of_cache, fill_cache
 from qeff_proxy.generation_settings import check_settings, generation_config_of
 from qeff_proxy.request import Request
+from qeff_proxy.seeding import draws_seeded
 from torch import nn
 from transformers import EncoderDecoderCache, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
@@ -127,7 +128,7 @@ class SpeechFlow:
         _check_timestamps(model, settings, features.shape[-1] > frames)
         begin = time.perf_counter()
         try:
-            with _quiet_generation():
+            with _quiet_generation(), draws_seeded(settings.pop("seed", None)):
                 output = model.generate(
                     features,
                     attention_mask=job.tensors.get("attention_mask"),

@@ -15,6 +15,7 @@ from qeff_proxy.decoder import EmbeddingPart, EmbeddingStub, HeadStub
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
+from qeff_proxy.request import refuse_unused
 from qeff_proxy.sites import Absent, Site
 
 from qeff_proxy_audio.ctc import HeadPart
@@ -159,6 +160,7 @@ def _cache(
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Ready-made tensors, checked."""
+    refuse_unused(inputs, ("input_features", "attention_mask"))
     tensors = {"input_features": tensor_of(inputs, "input_features", ("sounds", "mel", "frames"))}
     if inputs.get("attention_mask") is not None:
         mask = tensor_of(inputs, "attention_mask", ("sounds", "frames"))

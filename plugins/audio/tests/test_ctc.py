@@ -176,6 +176,7 @@ def test_a_sound_in_windows_gives_nearly_what_it_gives_at_once(ctc_model):
             "ones before zeros",
         ),
         ({"input_values": np.full((1, 900), np.nan)}, {}, "NaN"),
+        ({"input_values": noise(900), "labels": [[1]]}, {}, "nothing uses the input 'labels'"),
         ({"input_values": noise(20)}, {}, "at least"),
         ({"input_values": noise(900)}, {"chunk_length_s": 1, "stride_length_s": 0.5}, "leaves"),
         ({"input_values": noise(900)}, {"chunk_length_s": -1}, "number of seconds"),

@@ -165,6 +165,7 @@ def test_a_stub_gives_no_transcript(whisper, features):
         ([], "no sound"),
         ({}, "no input_features"),
         ({"input_features": np.zeros((2, 16))}, "sounds, mel, frames"),
+        ({"input_features": np.zeros((1, 16, 100)), "labels": [[1]]}, "nothing uses .* 'labels'"),
         ({"input_features": np.full((1, 16, 100), np.nan)}, "NaN"),
         ({"input_features": [[1, 2], [3]]}, "is no tensor"),
         ({"input_features": np.zeros((1, 16, 20))}, "20 frames, and a window has 100"),
@@ -174,6 +175,16 @@ def test_a_stub_gives_no_transcript(whisper, features):
 def test_inputs_that_cannot_be_right_are_refused(proxy, inputs, message):
     with pytest.raises(UsageError, match=message):
         proxy.generate(inputs=inputs)
+
+
+def test_sampling_follows_its_seed(proxy, features):
+    ids = [
+        proxy.generate(
+            inputs={"input_features": features}, generation_len=8, temperature=1.0, seed=seed
+        ).generated_ids.tolist()
+        for seed in (3, 3, 4)
+    ]
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_settings_that_transformers_refuses_are_refused(proxy, features):

@@ -19,6 +19,7 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.causal_lm import shrunk_windows
 from qeff_proxy.flows.check import check_equal, parts_must_run
 from qeff_proxy.masks import build_mask
+from qeff_proxy.request import refuse_unused
 
 from qeff_proxy_embedding.part import EncoderPart
 
@@ -95,6 +96,9 @@ class EncoderFlow:
                 "a stub's outputs mean nothing, so no vectors can be had from it",
                 "Export with proxy='split' to embed.",
             )
+        inputs = {spec.name for part in job.export.parts for spec in part.inputs}
+        types = ["token_type_ids"] if "token_type_ids" in inputs else []
+        refuse_unused(job.tensors, ["input_ids", "attention_mask", *types])
         rows = rows_of(job.tensors)
         lengths = job.options.seq_len
         limit = min(job.export.settings["max_length"], max(lengths or (2**31,)))

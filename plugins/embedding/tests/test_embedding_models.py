@@ -305,7 +305,8 @@ def test_an_option_that_cannot_be_right_is_refused(bert, options, message):
         ({"input_ids": np.array([[1, -4, 2]])}, "-4 is no token"),
         ({"input_ids": np.array([[1, 99]])}, "99 is no token.*0 to 98"),
         ({"input_ids": np.array([[1.5, 2.0]])}, "whole numbers"),
-        (None, "a NoneType is no text"),
+        ({"input_ids": [[1, 2]], "position_ids": [[4, 5]]}, "nothing uses .* 'position_ids'"),
+        (5, "inputs is 5"),
     ],
 )
 def test_inputs_that_cannot_be_right_are_refused(bert, inputs, message):

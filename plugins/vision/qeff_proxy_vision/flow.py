@@ -19,7 +19,7 @@ from qeff_proxy.errors import CutError, UsageError
 from qeff_proxy.flows.causal_lm import shrunk_windows
 from qeff_proxy.flows.check import check_equal, parts_must_run
 from qeff_proxy.generation import generate_ids
-from qeff_proxy.request import Request
+from qeff_proxy.request import Request, refuse_unused
 
 from qeff_proxy_vision.images import DRAWING, QUESTION
 from qeff_proxy_vision.merge import ImagePrompt, ImageSettings
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageTextFlow"]
 
+_TEXT_INPUTS = ("input_ids", "attention_mask")
 _NEW_TOKENS = 2  # decode steps of the verification
 _WINDOW = 5  # a sliding window short enough to hide something within them
 
@@ -106,6 +107,8 @@ class ImageTextFlow:
 
         tensors = {name: to_array(torch.as_tensor(value)) for name, value in job.tensors.items()}
         settings = ImageSettings.from_json(job.export.settings["image"])
+        takes = [*_TEXT_INPUTS, *_pixels(settings, job.export.parts)]
+        refuse_unused({n: v for n, v in tensors.items() if not _tells_of_images(n)}, takes)
         prompt = ImagePrompt(settings, tensors, _takes_pixels(job.export.parts), run_vision)
         generated = generate_ids(job, steps, prompt)
         return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
@@ -137,6 +140,22 @@ def _takes_pixels(parts: Iterable[PartLike]) -> PartLike:
     """The part that images go into: ``vision``, or what it was put into."""
     by_name = {part.name: part for part in parts}
     return next(by_name[name] for name in ("vision", "body", "model") if name in by_name)
+
+
+def _pixels(settings: ImageSettings, parts: Iterable[PartLike]) -> list[str]:
+    """The inputs that images come by, and what says where they belong."""
+    names = [spec.name for spec in _takes_pixels(parts).inputs]
+    if settings.inputs:
+        names = list(settings.inputs)
+    blocks = settings.blocks.tensor if settings.blocks is not None else None
+    return [*names, *(name for name in (settings.index, blocks) if name is not None)]
+
+
+def _tells_of_images(name: str) -> bool:
+    """Whether this is what processors say of images besides, whatever the model needs of it."""
+    return (name.startswith(("image_", "pixel_")) and not name.endswith("_videos")) or (
+        name == "mm_token_type_ids"
+    )
 
 
 def _steps(prompt: int, total: int) -> Iterable[tuple[int, int]]:

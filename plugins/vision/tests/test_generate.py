@@ -127,6 +127,12 @@ def test_qefficients_calls_give_what_the_uncut_model_gives(face, picture):
     two = {**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
     with pytest.raises(UsageError, match="16 image tokens, and its images need 32"):
         face.generate(inputs=two, generation_len=5)
+    with pytest.raises(UsageError, match="nothing uses the input 'pixel_values_videos'"):
+        face.generate(inputs={**inputs, "pixel_values_videos": inputs["pixel_values"]})
+    said = {**inputs, "image_sizes": [[8, 8]], "token_type_ids": 0 * inputs["input_ids"]}
+    assert face.generate(inputs=said, generation_len=2).generated_ids.tolist() == [
+        expected[0, :2].tolist()
+    ]
     no_token = {**inputs, "input_ids": inputs["input_ids"].clamp(max=50)}
     with pytest.raises(UsageError, match="no image token"):
         face.generate(inputs=no_token, generation_len=5)

@@ -1,0 +1,70 @@
+"""Token ids and masks that generation can start from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qeff_proxy.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["checked_ids", "checked_mask"]
+
+
+def checked_ids(tensors: Mapping[str, torch.Tensor], rows: int | None = None) -> torch.Tensor:
+    """The token ids of a run, ``[batch, sequence]`` int64.
+
+    Args:
+        tensors: What ``preprocess`` made.
+        rows: How many tokens the model has; ``None``: not known.
+
+    Raises:
+        UsageError: There are none, or they are not the model's.
+    """
+    ids = tensors.get("input_ids")
+    if ids is None:
+        raise UsageError(
+            f"the inputs are {', '.join(tensors) or 'none'}", "Token ids go by input_ids."
+        )
+    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise UsageError(
+            f"input_ids has shape {list(ids.shape)}", "Give [batch, sequence], neither zero."
+        )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = str(ids.dtype).removeprefix("torch.")
+        raise UsageError(f"input_ids are {kind}", "Token ids are whole numbers.")
+    ids = ids.to(torch.int64)
+    wrong = ids[ids < 0 if rows is None else (ids < 0) | (ids >= rows)]
+    if wrong.numel():
+        known = "" if rows is None else f" to {rows - 1}"
+        raise UsageError(
+            f"{int(wrong[0])} is no token of this model",
+            f"Its token ids go from 0{known}; use its own tokenizer.",
+        )
+    return ids
+
+
+def checked_mask(tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """The padding of ``ids``, ``[batch, sequence]`` int64, 1 for a token; without one, all 1.
+
+    Raises:
+        UsageError: It is of another shape, holds something else, or a row ends with padding.
+    """
+    mask = tensors.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise UsageError(
+            f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}",
+            "They must be alike.",
+        )
+    # As numbers of the mask's own kind, so that 0.5 does not become 0; masks may be booleans.
+    if not ((mask == 0) | (mask == 1)).all() or not mask[:, -1].bool().all():
+        raise UsageError(
+            "attention_mask must hold 0 and 1, and end with 1 in each row",
+            "Pad on the left (tokenizer.padding_side = 'left'), as generation needs it.",
+        )
+    return mask.to(torch.int64)

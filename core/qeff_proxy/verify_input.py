@@ -1,0 +1,56 @@
+"""What goes into a model that is verified."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.artifact import Export
+from qeff_proxy.errors import CheckpointError, UsageError
+from qeff_proxy.example import DEFAULT_QUESTION
+from qeff_proxy.reading import quiet_loading
+
+if TYPE_CHECKING:
+    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.plugin_hooks import Hooks
+    from qeff_proxy.request import Request
+
+__all__ = ["check_request", "describe_given", "processor_in"]
+
+
+def processor_in(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer or processor in a folder; ``None`` where it has none that can be loaded."""
+    try:
+        return load_processor(folder, trust_remote_code=trust_remote_code)
+    except CheckpointError:
+        return None
+
+
+def check_request(
+    request: Request, model: LoadedModel | Export, hooks: Hooks, trust_remote_code: bool
+) -> Request:
+    """The request, complete; what the model does not take is refused before anything is made.
+
+    Raises:
+        UsageError: The model does not take it.
+    """
+    if any(not str(prompt).strip() for prompt in request.prompts):
+        raise UsageError("a prompt is empty", "Give some text, or token ids.")
+    if request.images and not request.prompts and request.inputs is None:
+        request = replace(request, prompts=(DEFAULT_QUESTION,))
+    folder = model.processor_folder if isinstance(model, Export) else model.folder
+    processor = processor_in(folder, trust_remote_code) if folder is not None else None
+    if processor is None and folder is not None and request.prompts and request.inputs is None:
+        load_processor(folder, trust_remote_code=trust_remote_code)  # says what is missing
+    with quiet_loading():
+        hooks.preprocess(processor=processor, request=request)
+    return request
+
+
+def describe_given(given: Any) -> Any:
+    """A file's name, or the shape of an array."""
+    if isinstance(given, str | Path):
+        return str(given)
+    shape = getattr(given, "shape", None)
+    return list(shape) if shape is not None else type(given).__name__
