@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qeff_proxy.artifact import Export
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.example import DEFAULT_QUESTION
+from qeff_proxy.load import load_processor
 from qeff_proxy.reading import quiet_loading
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime
 
 from qeff_proxy.backends.onnxruntime_options import OPTIONS as WEIGHT_OPTIONS
+from qeff_proxy.backends.onnxruntime_options import VALUES as WEIGHT_VALUES
 from qeff_proxy.backends.onnxruntime_options import WEIGHT_NAMES
 from qeff_proxy.backends.onnxruntime_session import OnnxRuntimeSession, first_line
 from qeff_proxy.errors import BackendError
@@ -56,6 +57,7 @@ class OnnxRuntimeBackend:
         "save_optimized": bool,
         "in_place": bool,
         "spinning": bool,
+        **WEIGHT_VALUES,
     }
 
     def versions(self) -> dict[str, str]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.errors import UsageError
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["OPTIONS", "WEIGHT_NAMES", "WeightOptions"]
+__all__ = ["OPTIONS", "VALUES", "WEIGHT_NAMES", "WeightOptions"]
 
 #: The options that say what weights are kept in.
 WEIGHT_NAMES = ("weights", "head_weights")
@@ -24,6 +22,12 @@ OPTIONS: dict[str, str] = {
     "block_size": f"weights that share a scale: {', '.join(map(str, _BLOCKS))} (default: 32)",
     "activations": "what products with such weights are computed in: int8 (default) or float, "
     "which loses less; with int8 weights it is slow",
+}
+#: What each of them takes (`qeff_proxy.backends.check_options`); the first, or 32, is the default.
+VALUES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(WEIGHT_NAMES, ("float", *_BITS)),
+    "block_size": _BLOCKS,
+    "activations": ("int8", "float"),
 }
 
 
@@ -43,28 +47,7 @@ class WeightOptions:
 
     @classmethod
     def of(cls, part: str, options: Mapping[str, Any]) -> WeightOptions:
-        """Read a part's options.
-
-        Raises:
-            UsageError: One of them is none of its values.
-        """
-        kinds = {name: _choice(options, name, "float", *_BITS) for name in WEIGHT_NAMES}
-        activations = _choice(options, "activations", "int8", "float")
-        block_size = options.get("block_size", 32)
-        if block_size not in _BLOCKS or isinstance(block_size, bool):
-            raise UsageError(
-                f"block_size is {block_size!r}",
-                f"Choose one of {', '.join(map(str, _BLOCKS))}.",
-            )
-        kind = kinds["head_weights" if part == "lm_head" else "weights"]
-        return cls(_BITS.get(kind), int(block_size), activations == "int8")
-
-
-def _choice(options: Mapping[str, Any], name: str, *values: str) -> str:
-    value = str(options.get(name, values[0])).lower()
-    if value not in values:
-        raise UsageError(
-            f"{name} is {options[name]!r}",
-            f"Choose one of {', '.join(values)}.",
-        )
-    return value
+        """Read a part's options, each of them one of `VALUES`."""
+        kind = options.get("head_weights" if part == "lm_head" else "weights", "float")
+        integers = options.get("activations", "int8") == "int8"
+        return cls(_BITS.get(kind), int(options.get("block_size", 32)), integers)
