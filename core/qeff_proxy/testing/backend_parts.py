@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
 
 from qeff_proxy.arrays import numpy_dtype
-from qeff_proxy.artifact import Export, ExportedPart
+from qeff_proxy.artifact import Export, ExportedPart, hash_weights_file
 from qeff_proxy.parts import MaskSpec, TensorSpec
 from qeff_proxy.safetensors_file import read_header
 from qeff_proxy.trace import NAME_SCOPES
@@ -74,7 +74,7 @@ def make_export(folder: Path, dtype: str = "float32", *, integer_bits: int = 64)
         {},
         {"embedding_rows": _VOCABULARY},
         {"qeff-proxy": "testing"},
-        {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
+        {name: hash_weights_file(folder / name) for name in files},
         ("config.json",),
     )
     export.write_manifest()
