@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qeff_proxy.compare.report_file import check_report_place, write_whole
-from qeff_proxy.compare.verdict import describe_verdict, format_error, printable, rank_worst
+from qeff_proxy.compare.verdict import (
+    describe_verdict,
+    format_error,
+    made_by,
+    model_named,
+    printable,
+    rank_worst,
+)
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
@@ -42,7 +49,7 @@ def write_report(comparison: Comparison, path: str | PathLike[str]) -> None:
 
 def build_report(comparison: Comparison) -> str:
     """Return the page."""
-    model = comparison.reference_provenance.get("model")
+    model = model_named(comparison.reference_provenance)
     data = {
         **_layer_series(comparison),
         "heat": _heat_map(comparison),
@@ -53,7 +60,7 @@ def build_report(comparison: Comparison) -> str:
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     package = files("qeff_proxy.compare")
     page = package.joinpath("report.html").read_text(encoding="utf-8")
-    title = "Dump comparison" + (f": {printable(model)}" if model else "")
+    title = "Dump comparison" + (f": {model}" if model else "")
     for mark, value in (
         ("@TITLE@", html.escape(title)),
         ("@SUBTITLE@", html.escape(f"{len(comparison.steps)} steps held against each other")),
@@ -75,8 +82,7 @@ def _verdict(comparison: Comparison) -> str:
         ("reference", comparison.reference, comparison.reference_provenance),
         ("candidate", comparison.candidate, comparison.candidate_provenance),
     ):
-        made = ", ".join(f"{key} {value}" for key, value in provenance.items() if value is not None)
-        text = f"{printable(folder)} · {printable(made)[:400]}"
+        text = " · ".join(one for one in (printable(folder), made_by(provenance)) if one)
         out.append(f"<dt>{label}</dt><dd>{html.escape(text)}</dd>")
     out.append("</dl></section>")
     return "".join(out)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qeff_proxy.compare.verdict import (
     describe_verdict,
     format_error,
     format_share,
+    made_by,
     printable,
     rank_worst,
 )
@@ -40,7 +41,7 @@ def render_comparison(comparison: Comparison, *, rows: int = 12) -> list[Rendera
         ("reference", comparison.reference, comparison.reference_provenance),
         ("candidate", comparison.candidate, comparison.candidate_provenance),
     ):
-        dumps.add_row(label, Text(printable(folder)), Text(_made_by(provenance)))
+        dumps.add_row(label, Text(printable(folder)), Text(made_by(provenance)))
     ranked = rank_worst(comparison)
     shown = ranked[:rows] if rows else ranked
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -61,14 +62,6 @@ def render_comparison(comparison: Comparison, *, rows: int = 12) -> list[Rendera
         style = ("bold green" if comparison.passed else "bold red") if number == 0 else ""
         out.append(Text(line, style=style))
     return out
-
-
-def _made_by(provenance: dict[str, Any]) -> str:
-    model = provenance.get("model")
-    if isinstance(model, dict) and "source" in model:
-        model = f"{model['source']} ({model.get('architecture', 'unknown architecture')})"
-    known = (model, provenance.get("backend"))
-    return printable(", ".join(str(value) for value in known if value is not None))
 
 
 def _row(tensor: TensorComparison) -> list[str]:

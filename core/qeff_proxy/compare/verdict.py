@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from qeff_proxy.compare.results import Comparison, Divergence, TensorComparison
 
-__all__ = ["describe_verdict", "format_error", "format_share", "printable", "rank_worst"]
+__all__ = [
+    "describe_verdict",
+    "format_error",
+    "format_share",
+    "made_by",
+    "model_named",
+    "printable",
+    "rank_worst",
+]
 
 _SHOWN_LAYERS = 8
 
@@ -30,6 +42,21 @@ def format_share(value: float) -> str:
 def printable(text: object) -> str:
     """Return ``text`` with what is not printable escaped: a dump's words are not to be trusted."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def model_named(provenance: Mapping[str, Any]) -> str:
+    """The model that a dump says it is of; empty where it says none."""
+    model = provenance.get("model")
+    if isinstance(model, dict) and "source" in model:
+        model = f"{model['source']} ({model.get('architecture', 'unknown architecture')})"
+    return "" if model is None else printable(model)
+
+
+def made_by(provenance: Mapping[str, Any]) -> str:
+    """What made a dump: model and backend, where it says them."""
+    backend = provenance.get("backend")
+    known = (model_named(provenance), "" if backend is None else printable(backend))
+    return ", ".join(one for one in known if one)
 
 
 def rank_worst(comparison: Comparison) -> list[TensorComparison]:
@@ -95,11 +122,19 @@ def _describe_divergence(first: Divergence, failed: list[TensorComparison]) -> l
         grown = " → ".join(f"{at} {format_share(e)}" for at, e in shown)
         lines.append(f"  Error over the reference's peak, from there: {grown}.")
     if what.problem is None:
-        lines.append(
-            f"  Held to {what.tolerance}; to accept more: "
-            f"--tol '{what.name}=peak:{_round_up(first.error)}'."
-        )
+        lines.append(f"  Held to {what.tolerance}; to accept more: --tol '{_accepting(failed)}'.")
     return lines
+
+
+def _accepting(failed: list[TensorComparison]) -> str:
+    """A tolerance that all of these pass: for the one tensor, or for all."""
+    glob = str(failed[0].name) if len({str(t.name) for t in failed}) == 1 else "*"
+    errors = [float(np.nanmax(t.step_error)) for t in failed if np.isfinite(t.step_error).any()]
+    limits = [f"peak:{_round_up(max(errors, default=1.0))}"]
+    ratios = [float(np.nanmin(t.step_sqnr)) for t in failed if t.tolerance.sqnr is not None]
+    if ratios and math.isfinite(min(ratios)):
+        limits.append(f"sqnr:{math.floor(min(ratios))}")
+    return f"{glob}={','.join(limits)}"
 
 
 def _round_up(value: float) -> str:
