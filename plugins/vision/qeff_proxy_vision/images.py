@@ -6,13 +6,17 @@ import io
 import os
 import urllib.request
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from qeff_proxy.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["DRAWING", "MAX_PIXELS", "QUESTION", "open_image"]
 
@@ -45,7 +49,8 @@ def open_image(source: Any) -> Image.Image:
             than `MAX_PIXELS` pixels.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
+        with _reading("the image"):  # it may not have been read yet
+            return _to_rgb(source, "the image")
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(source), "the image")
     if isinstance(source, str | os.PathLike):
@@ -80,18 +85,28 @@ def _download(url: str) -> bytes:
 
 
 def _decode(file: Any, name: str) -> Image.Image:
+    with _reading(name):
+        with Image.open(file, formats=_FORMATS) as image:
+            _check_size(image.width, image.height, name)
+            image.verify()  # checksums, which loading passes over
+        file.seek(0)
+        with Image.open(file, formats=_FORMATS) as image:
+            image.load()
+            return _to_rgb(image, name)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Say in one line what is wrong with an image, whatever its decoder raises."""
     try:
         with warnings.catch_warnings():
-            # Of sizes, which are checked below, and of metadata, which do not matter.
+            # Of sizes, which are checked, and of metadata, which do not matter.
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=_FORMATS) as image:
-                _check_size(image.width, image.height, name)
-                image.load()
-                return _to_rgb(image, name)
+            yield
     except UsageError:
         raise
     except Image.DecompressionBombError as error:
-        raise UsageError(f"{name} is too large: {error}", "Shrink it.") from error
+        raise UsageError(f"{name} has more than {MAX_PIXELS} pixels", "Shrink it.") from error
     except UnidentifiedImageError as error:
         raise UsageError(
             f"{name} is no image that can be read", "Give a PNG, JPEG, WebP, GIF, BMP or TIFF file."

@@ -208,3 +208,16 @@ def test_what_is_no_source():
         open_image("no/such/file.png")
     with pytest.raises(UsageError, match="cannot be a"):
         open_image(5)
+
+
+def test_a_flipped_byte_and_an_image_that_is_not_read_yet_are_seen(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)
+    good = encoded(Image.fromarray(noise))
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 0x10
+    with pytest.raises(UsageError, match="the image is damaged"):
+        open_image(bytes(flipped))
+    path = tmp_path / "cut.png"
+    path.write_bytes(good[: len(good) // 2])
+    with Image.open(path) as image, pytest.raises(UsageError, match="the image is damaged"):
+        open_image(image)
