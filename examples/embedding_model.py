@@ -46,7 +46,9 @@ def main() -> None:
     model.compile(seq_len=[32, 128, 512], num_cores=16)
     result = model.generate(args.texts, write_io=True)
 
-    vectors = np.stack(result.embeddings)
+    if isinstance(result.embeddings, list):
+        parser.error("the checkpoint says no pooling: give --pooling mean, cls, max or last")
+    vectors = np.array(result.embeddings)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for text, row in zip(args.texts, vectors @ vectors.T, strict=True):
         print(" ".join(f"{similarity:6.3f}" for similarity in row), text)

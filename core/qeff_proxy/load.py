@@ -21,6 +21,7 @@ from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.parts import DTYPES
 from qeff_proxy.reading import (
     REMOTE_CODE_GROUP,
+    class_named,
     quiet_loading,
     read_model,
     remote_code_adapter,
@@ -137,7 +138,8 @@ def load_model(
     check_architectures(folder / "config.json", config_file)
     if not config_file.get("auto_map"):
         check_sizes(folder, load_config(folder))
-    digest = hashlib.sha256(f"{checkpoint_identity(folder)}\0{auto_class}".encode())
+    loaded_as = class_named(config_file, auto_class)
+    digest = hashlib.sha256(f"{checkpoint_identity(folder)}\0{loaded_as}".encode())
 
     def read() -> PreTrainedModel:
         return read_model(

@@ -12,12 +12,12 @@ from qeff_proxy.errors import CheckpointError, PluginError, ProxyError, Unsuppor
 from qeff_proxy.safetensors_file import TORCH_DTYPES, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
-__all__ = ["REMOTE_CODE_GROUP", "quiet_loading", "read_model", "remote_code_adapter"]
+__all__ = ["REMOTE_CODE_GROUP", "class_named", "quiet_loading", "read_model", "remote_code_adapter"]
 
 #: Entry points by model type: objects whose ``from_pretrained``, called as that of a transformers
 #: auto class, loads checkpoints whose own code needs help on the transformers of today; they may
@@ -171,6 +171,28 @@ def _loader(
     known = [getattr(transformers, str(name), None) for name in architectures]
     loader = next((found for found in known if found is not None), None)
     return loader or transformers.AutoModelForCausalLM
+
+
+def class_named(config: Mapping[str, Any], auto_class: str | None) -> str:
+    """The class that a checkpoint is loaded as: the same, whoever asks for it by whatever name.
+
+    Args:
+        config: What its ``config.json`` says.
+        auto_class: As in `qeff_proxy.load.load_model`.
+    """
+    import transformers
+
+    architectures = config.get("architectures") or [None]
+    model_type = config.get("model_type")
+    if config.get("auto_map") or model_type not in transformers.CONFIG_MAPPING:
+        return str(auto_class)
+    if auto_class is None:
+        return str(architectures[0])
+    mapping = getattr(transformers, auto_class)._model_mapping  # noqa: SLF001 (it has no other name)
+    found = mapping.get(transformers.CONFIG_MAPPING[model_type], None)
+    classes = found if isinstance(found, list | tuple) else [found]
+    names: list[str] = [one.__name__ for one in classes if one is not None]
+    return next((name for name in names if name == architectures[0]), (names or [auto_class])[0])
 
 
 def remote_code_adapter(model_type: str) -> Any:

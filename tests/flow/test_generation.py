@@ -403,6 +403,25 @@ class TestFace:
         assert result.io_folder is not None
         assert (result.io_folder / "manifest.json").is_file()
 
+    def test_options_of_qefficient_for_elsewhere_say_where(self, demo_checkpoint: Path) -> None:
+        with pytest.raises(UsageError, match=r"num_hidden_layers.*export\(num_layers=…\)"):
+            QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, num_hidden_layers=2)
+        model = QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, enable_proxy=True)
+        ids = {"input_ids": [[5, 6, 7]]}
+        with pytest.warns(UserWarning, match="device_ids is for QEfficient's hardware"):
+            result = model.generate(inputs=ids, generation_len=2, device_ids=[0, 1])
+        assert result.generated_ids.shape == (1, 2)
+
+    def test_the_command_line_finds_the_export_that_python_made(
+        self, demo_checkpoint: Path, monkeypatch: Any, tmp_path: Path, capsys: Any
+    ) -> None:
+        monkeypatch.setenv("QEFF_HOME", str(tmp_path))
+        model = QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, enable_proxy=True)
+        folder = model.export()
+        assert main(["export", str(demo_checkpoint), "--json"]) == 0
+        assert str(folder) in capsys.readouterr().out
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder.name]
+
     def test_a_stub_refuses_to_generate(self, make_model: Any) -> None:
         model = QEFFAutoModelForCausalLM(make_model("gpt2"), proxy="stub")
         with pytest.raises(UsageError, match="stub's outputs mean nothing"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qeff_proxy import arguments
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.causal_lm import new_tokens
+from qeff_proxy.auto.qefficient import only_runtime, without_runtime
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.request import Request
@@ -129,6 +130,7 @@ class QEFFAutoModelForCTC(_Recognizer):
         write_io: bool = False,
         io_dir: str | Path | None = None,
         io_tensors: str | Sequence[str] = ("*",),
+        **runtime: Any,
     ) -> Transcript:
         """Transcribe.
 
@@ -142,10 +144,12 @@ class QEFFAutoModelForCTC(_Recognizer):
             write_io: Dump inputs and outputs of every part.
             io_dir: Where to (implies ``write_io``).
             io_tensors: Which tensors to dump: a glob, or several.
+            runtime: QEfficient's options for its hardware, which are ignored with a warning.
 
         Raises:
             UsageError: There is no sound, or it holds none; an argument cannot be right.
         """
+        only_runtime(runtime)
         result = self._recognize(
             inputs,
             processor,
@@ -214,7 +218,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
             "language": language,
             "task": task,
             "return_timestamps": return_timestamps,
-            **settings,
+            **without_runtime(settings),
         }
         check_settings(asked)
         beams = settings.get("num_beams") or 1

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qeff_proxy import arguments
+from qeff_proxy.auto.qefficient import ELSEWHERE, HARDWARE_OPTIONS
 from qeff_proxy.backends import CompileOptions
 from qeff_proxy.compile import Compiled, compile_export
 from qeff_proxy.errors import UnsupportedModelError, UsageError
@@ -27,25 +28,6 @@ if TYPE_CHECKING:
     from qeff_proxy.request import Request
 
 __all__ = ["NeedsPlugins", "ProxyModel"]
-
-#: Arguments of QEfficient's ``compile`` that only mean something on its hardware. They are
-#: handed to backends that have such an option and otherwise ignored.
-_HARDWARE_OPTIONS = frozenset(
-    {
-        "aic_enable_depth_first",
-        "mdp_ts_num_devices",
-        "mos",
-        "mxfp6_matmul",
-        "mxint8_kv_cache",
-        "num_devices",
-        "num_speculative_tokens",
-        "full_batch_size",
-        "kv_cache_batch_size",
-        "num_patches",
-        "img_size",
-    }
-)
-
 
 #: What ``proxy=`` may say: the kinds, and the words for no proxy at all.
 KIND_NAMES: dict[str, Kind] = {
@@ -91,7 +73,8 @@ class ProxyModel:
         if unknown:
             known = ", ".join(sorted(self.option_names)) or "none"
             raise UsageError(
-                f"{type(self).__name__} has no option {unknown[0]!r}", f"Its own options: {known}."
+                f"{type(self).__name__} has no option {unknown[0]!r}",
+                ELSEWHERE.get(str(unknown[0]), f"Its own options: {known}."),
             )
         kind = KIND_NAMES.get(str(proxy).lower())
         if kind is None:
@@ -217,7 +200,7 @@ class ProxyModel:
         from qeff_proxy.backends import load_backend
 
         understood = set(load_backend(backend).options)
-        for name in sorted(_HARDWARE_OPTIONS & set(backend_options) - understood):
+        for name in sorted(HARDWARE_OPTIONS & set(backend_options) - understood):
             value = backend_options[name]
             if value is True or value not in (None, False, 1, -1):  # 1 device, -1 for no effort
                 warnings.warn(
@@ -235,7 +218,7 @@ class ProxyModel:
             backend={
                 name: value
                 for name, value in backend_options.items()
-                if name in understood or name not in _HARDWARE_OPTIONS
+                if name in understood or name not in HARDWARE_OPTIONS
             },
         )
         if calibration is not None:

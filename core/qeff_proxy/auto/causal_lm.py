@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_proxy.arguments import processor, texts
 from qeff_proxy.auto.base import ProxyModel
+from qeff_proxy.auto.qefficient import without_runtime
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
@@ -169,8 +170,8 @@ def generate_text(
     """
     from qeff_proxy.generation_settings import check_settings
 
+    settings = without_runtime(settings)
     check_settings(settings)
-    settings = {**settings}
     if settings["streamer"] is None:
         del settings["streamer"]
     if (settings.get("num_beams") or 1) > 1:

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qeff_proxy import arguments
 from qeff_proxy.auto.base import ProxyModel
+from qeff_proxy.auto.qefficient import only_runtime
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
@@ -17,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    import numpy as np
     import numpy.typing as npt
 
 __all__ = ["EmbeddingResult", "QEFFAutoModel"]
@@ -28,7 +30,7 @@ _MANY = 64
 
 @dataclass(frozen=True)
 class EmbeddingResult:
-    """What ``generate`` gives.
+    """What ``generate`` gives; numpy takes it for its vectors.
 
     Attributes:
         embeddings: ``[texts, width]`` float32, in the order of the texts; without a pooling, a list
@@ -38,6 +40,20 @@ class EmbeddingResult:
 
     embeddings: npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]
     io_folder: Path | None = None
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        """The vectors, ``[texts, width]``.
+
+        Raises:
+            UsageError: There are hidden states of texts of several lengths instead.
+        """
+        if isinstance(self.embeddings, list):
+            raise UsageError(
+                "without a pooling there is no vector of a text", "Load the model with pooling=."
+            )
+        return np.array(self.embeddings, dtype=dtype, copy=copy is not False)
 
 
 class QEFFAutoModel(ProxyModel):
@@ -66,6 +82,7 @@ class QEFFAutoModel(ProxyModel):
         write_io: bool = False,
         io_dir: str | Path | None = None,
         io_tensors: str | Sequence[str] = ("*",),
+        **runtime: Any,
     ) -> EmbeddingResult:
         """Embed texts.
 
@@ -79,10 +96,12 @@ class QEFFAutoModel(ProxyModel):
             write_io: Dump inputs and outputs of every part.
             io_dir: Where to (implies ``write_io``).
             io_tensors: Which tensors to dump: a glob, or several.
+            runtime: QEfficient's options for its hardware, which are ignored with a warning.
 
         Raises:
             UsageError: There is no text, a text is too long, or an argument cannot be right.
         """
+        only_runtime(runtime)
         if batch_size is not None:
             arguments.whole_number("batch_size", batch_size)
         arguments.flag("truncation", truncation)

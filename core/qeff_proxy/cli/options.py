@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qeff_proxy.plugin_hooks import Hooks
 
 __all__ = [
+    "CUT_OPTIONS",
     "add_calibration_option",
     "add_compile_options",
     "add_model_options",
@@ -34,6 +35,8 @@ __all__ = [
 
 _KINDS: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
 _DEFAULT_DTYPE = "float32"
+#: What ``build_proxy`` may be told, as in Python: of embedders, and of models that take images.
+CUT_OPTIONS = ("pooling", "normalize", "truncate_dim", "kv_offload")
 
 
 def kind_of(args: argparse.Namespace) -> Kind:
@@ -50,6 +53,7 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
         "--opset": (args.opset, export.made_by.get("opset")),
         "--taps": (getattr(args, "taps", None), taps),
         "--output": (args.output, None),
+        "-C": (", ".join(args.cut_option) or None, None),
     }
     for option, (wanted, found) in asked.items():
         if wanted is not None and wanted != found:
@@ -86,6 +90,14 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
             metavar="WHAT",
             help="also give what each layer gives: layers, attention, mlp, or several with commas",
         )
+    parser.add_argument(
+        "-C",
+        "--cut-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"what the family is told besides: {', '.join(CUT_OPTIONS)}; may be given again",
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code of the checkpoint"
     )
@@ -141,9 +153,20 @@ def _lengths(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
+def _cut_options(args: argparse.Namespace) -> dict[str, Any]:
+    given = dict(parse_option(text, "-C") for text in args.cut_option)
+    for name in given:
+        if name not in CUT_OPTIONS:
+            raise UsageError(
+                f"-C {name} is no option of a cut", f"Known: {', '.join(CUT_OPTIONS)}."
+            )
+    return given
+
+
 def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
     """The checkpoint that ``MODEL`` names, and the hooks of its model type."""
-    from qeff_proxy.load import load_model
+    options = _cut_options(args)
+    from qeff_proxy.load import load_model, with_options
     from qeff_proxy.plugins import Plugins
 
     loaded = load_model(
@@ -152,7 +175,7 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
     )
-    return loaded, Plugins.discover().hooks_for(loaded.model_type)
+    return with_options(loaded, options), Plugins.discover().hooks_for(loaded.model_type)
 
 
 def existing_export_of(args: argparse.Namespace) -> Export | None:
@@ -238,11 +261,11 @@ def compile_options_of(args: argparse.Namespace) -> CompileOptions:
     )
 
 
-def parse_option(text: str) -> tuple[str, Any]:
+def parse_option(text: str, option: str = "-O") -> tuple[str, Any]:
     """``name=value``; true, false and numbers become what they are."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise UsageError(f"-O {text} is not NAME=VALUE")
+        raise UsageError(f"{option} {text} is not NAME=VALUE")
     if value.lower() in {"true", "false"}:
         return name, value.lower() == "true"
     try:

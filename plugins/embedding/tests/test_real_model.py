@@ -50,6 +50,23 @@ def test_the_command_line_gives_the_same_vectors(model, expected, tmp_path, caps
     assert capsys.readouterr().out.startswith(f"{TEXTS[0]}: [{found[0][0]:.4f}, ")
 
 
+def test_a_result_is_an_array_and_options_for_hardware_are_ignored(model, expected):
+    with pytest.warns(UserWarning, match="runtime_ai100 is for QEfficient's hardware"):
+        result = model.generate(TEXTS[:2], runtime_ai100=True)
+    assert np.abs(np.asarray(result) - expected[:2]).max() < 1e-5
+    with pytest.raises(UsageError, match="takes no poling"):
+        model.generate(TEXTS[:2], poling="mean")
+
+
+def test_the_command_line_is_told_of_a_pooling(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path))
+    command = ["generate", str(FOLDER), TEXTS[0], "-C", "pooling=cls", "-C", "truncate_dim=8"]
+    assert main([*command, "--json"]) == 0
+    assert np.array(json.loads(capsys.readouterr().out)["embeddings"]).shape == (1, 8)
+    assert main([*command, "-C", "poling=mean"]) == 2
+    assert "-C poling is no option of a cut" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def expected():
     """Mean of the tokens' hidden states, divided by its norm, each text by itself."""
