@@ -7,6 +7,7 @@ words of it.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,10 +45,13 @@ SHORTEST = 0.025
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000
 #: An array of samples has at most this many channels; more rows than that are samples.
 MAX_CHANNELS = 8
+#: Of the frames that a header promises (of an MP3 an estimate), so many must be there.
+_WHOLE = 0.98
+_UNKNOWN_LENGTH = 2**31 - 1
 
 
 class SoundWarning(UserWarning):
-    """The sound was changed to fit the model."""
+    """The sound was changed to fit the model, or is not what it should be."""
 
 
 def feature_extractor_of(processor: Any) -> Any:
@@ -173,14 +177,29 @@ def _read(path: Path) -> tuple[Array, int]:
     if path.stat().st_size == 0:
         raise UsageError(f"{path} is empty", "Record or copy it again.")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            samples = file.read(dtype="float32", always_2d=True)
+            promised, rate, notes = file.frames, file.samplerate, file.extra_info
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise UsageError(
             f"{path} is no sound file that can be read ({error})",
             "WAV, FLAC, OGG and MP3 are; take the sound out of a video or another format with "
             "ffmpeg -i FILE -ac 1 -ar 16000 sound.wav",
         ) from error
+    if len(samples) < promised * _WHOLE or _lacks_data(notes):
+        warnings.warn(
+            f"{path} ends before its header says: it may have been cut off, and words be missing",
+            SoundWarning,
+            4,
+        )
     return samples, int(rate)
+
+
+def _lacks_data(notes: str) -> bool:
+    """Whether a WAV file holds less than it says, by what libsndfile noted of it."""
+    found = re.search(r"^data : (\d+) \(should be (\d+)\)", notes, flags=re.MULTILINE)
+    # What was written to a pipe says the most that there can be.
+    return found is not None and int(found[2]) < int(found[1]) < _UNKNOWN_LENGTH
 
 
 def _samples_of(sound: Any) -> Array:
