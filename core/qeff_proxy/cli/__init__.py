@@ -12,7 +12,7 @@ import argparse
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 from qeff_proxy.cli.output import plain_warnings, report_error
 from qeff_proxy.errors import ProxyError
@@ -44,13 +44,21 @@ class _Command(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses arguments in one line, as everything else is refused."""
+
+    def error(self, message: str) -> NoReturn:
+        report_error(f"{message}. See {self.prog} --help.")
+        self.exit(2)
+
+
 def _load_command(name: str) -> _Command:
     return cast("_Command", importlib.import_module(f"qeff_proxy.cli.{name}"))
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     """The parser of the program, with the arguments of the command ``chosen`` only."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qeff-proxy",
         description="Cut the token embedding and LM head out of a transformer, export its body, "
         "run it anywhere, and dump and compare every tensor.",
