@@ -122,7 +122,7 @@ def test_what_verify_cannot_let_it_hear_is_said_before_anything_is_made(name, ca
         "sound, not text",
         "no sound file 'none.wav'",
         "sound, not images",
-        "there are no input",
+        "nothing uses the input 'input_ids'",
     )
     told += ("--audio and --ids", "stub's outputs")
     for message, error in zip(told, errors, strict=True):

@@ -337,5 +337,5 @@ def test_lengths_that_cannot_be_right_are_refused(bert, lengths):
 def test_texts_without_a_tokenizer_say_what_to_pass(bert):
     with pytest.raises(UsageError, match="tokenizer"):
         embedder(bert).generate("a text")
-    with pytest.raises(UsageError, match="a str is no tokenizer"):
+    with pytest.raises(UsageError, match="tokenizer is 'bert-base'"):
         embedder(bert).generate("a text", "bert-base")
