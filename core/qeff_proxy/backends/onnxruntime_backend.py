@@ -47,8 +47,8 @@ class OnnxRuntimeBackend:
         "optimization": "graph optimization level: none, basic, extended or all (default)",
         "save_optimized": "write the optimized graphs, so that opening is quick (default: true)",
         "in_place": "write a decoder's cache in place, where its graph allows it (default: true)",
-        "spinning": "let threads wait busily between operators: quicker where nothing else runs on "
-        "their cores, and slow where anything does (default: false)",
+        "spinning": "let threads wait busily between operators: a little quicker where nothing "
+        "else runs on their cores, and slow where anything does (default: false)",
         **WEIGHT_OPTIONS,
     }
 
@@ -119,9 +119,11 @@ def _session_options(options: CompileOptions) -> onnxruntime.SessionOptions:
     result = onnxruntime.SessionOptions()
     result.graph_optimization_level = _LEVELS[options.backend.get("optimization", "all")]
     result.log_severity_level = _ONLY_FATAL
-    if not options.backend.get("spinning", False):
-        # Parts take turns, each with threads of its own: those of one that waits would keep the
-        # cores from the next.
+    if options.backend.get("spinning", False):
+        # Parts take turns, each with threads of its own: those of one that has run must not keep
+        # the cores from the next.
+        result.add_session_config_entry("session.force_spinning_stop", "1")
+    else:
         result.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if options.num_cores is not None:
         # More threads than cores only wait for each other.
