@@ -20,6 +20,7 @@ import torch
 from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
 from qeff_proxy.errors import ExportError
 from qeff_proxy.masks import build_mask
+from qeff_proxy.reasons import first_line
 from qeff_proxy.trace import axis_size
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def check_graph(
     except ExportError:
         raise
     except Exception as error:  # the runtime's exceptions share no public base class
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        line = first_line(error)
         raise ExportError(
             f"the graph of the {part.name} part does not run in ONNX Runtime: {line}",
             "The trace may have frozen a size; a plugin can build this part in another way.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import CheckpointError
+from qeff_proxy.reasons import first_line
 from qeff_proxy.safetensors_file import read_header
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source!r} is no local folder, and the model hub does not give it "
-            f"({_first_line(error)})",
+            f"({first_line(error)})",
             "Check the name and the network, or download the checkpoint and name its folder.",
         ) from error
 
@@ -97,10 +98,6 @@ def _without_retry_notes() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def read_config_file(folder: Path) -> dict[str, Any]:
     """The checkpoint's ``config.json``.
 
@@ -116,7 +113,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is no JSON: {_first_line(error)}", "Download the checkpoint again."
+            f"{path} is no JSON: {first_line(error)}", "Download the checkpoint again."
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object", "Download the checkpoint again.")
@@ -163,7 +160,7 @@ def _check_shards(folder: Path, index: Path) -> None:
             shards.setdefault(shard, []).append(tensor)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is damaged ({_first_line(error)})", "Download the checkpoint again."
+            f"{index} is damaged ({first_line(error)})", "Download the checkpoint again."
         ) from error
     for shard, tensors in shards.items():
         path = folder / shard
@@ -207,7 +204,7 @@ def _header(path: Path) -> set[str]:
         return set(read_header(path))
     except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is damaged: {_first_line(error)}", "Download the checkpoint again."
+            f"{path} is damaged: {first_line(error)}", "Download the checkpoint again."
         ) from error
 
 

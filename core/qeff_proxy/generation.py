@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.engine import CausalEngine, StepId
 from qeff_proxy.errors import BackendError, UsageError
-from qeff_proxy.generation_cache import StepCache, arrays_of_cache, fill_cache
+from qeff_proxy.generation_cache import StepCache
 from qeff_proxy.generation_inputs import checked_ids, checked_mask
 from qeff_proxy.generation_settings import check_settings, generation_config_of
 from qeff_proxy.request import refuse_unused
@@ -39,8 +39,6 @@ __all__ = [
     "Generated",
     "PerfMetrics",
     "ProxyForCausalLM",
-    "arrays_of_cache",
-    "fill_cache",
     "generate_ids",
     "run_generation",
 ]

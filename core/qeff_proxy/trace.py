@@ -27,6 +27,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from qeff_proxy.errors import ExportError
 from qeff_proxy.lowering import lowered_in_place
 from qeff_proxy.parts import TensorSpec
+from qeff_proxy.reasons import first_line
 from qeff_proxy.torchlib import operators_read_once
 
 if TYPE_CHECKING:
@@ -86,9 +87,9 @@ def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -
         try:
             program = _trace(part, samples, config)
         except Exception as error:  # whatever torch.export meets in a model's code
-            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            line = first_line(error)
             raise ExportError(
-                f"the {part.name} part cannot be traced: {type(error).__name__}: {first_line}",
+                f"the {part.name} part cannot be traced: {type(error).__name__}: {line}",
                 "Run with --debug for the trace; a plugin can build this part in another way.",
             ) from error
         weights = _detach_weights(program, part, names)

@@ -11,8 +11,9 @@ import onnxruntime
 from qeff_proxy.backends.onnxruntime_options import OPTIONS as WEIGHT_OPTIONS
 from qeff_proxy.backends.onnxruntime_options import VALUES as WEIGHT_VALUES
 from qeff_proxy.backends.onnxruntime_options import WEIGHT_NAMES
-from qeff_proxy.backends.onnxruntime_session import OnnxRuntimeSession, first_line
+from qeff_proxy.backends.onnxruntime_session import OnnxRuntimeSession
 from qeff_proxy.errors import BackendError
+from qeff_proxy.reasons import first_line
 from qeff_proxy.staging import try_writing
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from qeff_proxy.backends.onnxruntime_norms import divide_in_norms
 from qeff_proxy.backends.onnxruntime_options import WeightOptions
 from qeff_proxy.backends.onnxruntime_quantize import quantize_weights
 from qeff_proxy.errors import BackendError
+from qeff_proxy.reasons import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +60,7 @@ def prepare_part(
     try:
         model = ir.load(source)
     except Exception as error:  # protobuf's exceptions share no public base class
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        line = first_line(error)
         raise BackendError(f"the graph of the {part.name} part is damaged: {line}") from error
     graph, data = folder / f"{part.name}.prepared.onnx", folder / f"{part.name}.prepared.data"
     with _quiet():

@@ -9,6 +9,7 @@ import numpy as np
 from qeff_proxy.backends.feeds import check_feeds
 from qeff_proxy.cache import PAST, PRESENT, Buffers
 from qeff_proxy.errors import BackendError
+from qeff_proxy.reasons import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact import ExportedPart
 
-__all__ = ["PLACES", "OnnxRuntimeSession", "first_line", "places_of"]
+__all__ = ["PLACES", "OnnxRuntimeSession", "places_of"]
 
 #: Inputs ``[batch, heads, query, 3]`` int64: row, head and position of each new key or value.
 PLACES = "cache_places."
@@ -137,9 +138,3 @@ def places_of(batch: int, heads: int, start: int, query: int) -> Array:
 def _bind(bind: Any, name: str, array: Array) -> None:
     """Bind an array's own memory."""
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, or what it is."""
-    text = str(error).strip()
-    return next(iter(text.splitlines()), type(error).__name__)

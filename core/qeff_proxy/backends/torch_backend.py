@@ -14,6 +14,7 @@ import torch
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.backends.feeds import check_feeds
 from qeff_proxy.errors import BackendError
+from qeff_proxy.reasons import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -125,7 +126,7 @@ class ExportedPartSession(TorchSession):
             with _ONE_AT_A_TIME:
                 return super().run(feeds)
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            line = first_line(error)
             raise BackendError(
                 f"PyTorch failed on the {self._exported.name} part: {line}"
             ) from error

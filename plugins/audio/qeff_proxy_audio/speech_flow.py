@@ -19,7 +19,8 @@ from qeff_proxy.backends.torch_backend import TorchSession
 from qeff_proxy.engine import Cache, CausalEngine, StepId, position_ids_of
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.check import check_equal, parts_must_run
-from qeff_proxy.generation import PerfMetrics, arrays_of_cache, fill_cache
+from qeff_proxy.generation import PerfMetrics
+from qeff_proxy.generation_cache import arrays_of_cache, fill_cache
 from qeff_proxy.generation_settings import check_settings, generation_config_of
 from qeff_proxy.request import Request
 from qeff_proxy.seeding import draws_seeded
