@@ -62,6 +62,15 @@ class Graphs:
     sources: WeightSources = field(default_factory=WeightSources)
     report: dict[str, Any] = field(default_factory=dict)
 
+    def add(self, traced: TracedPart, check: TracedPart | None = None) -> None:
+        """Take the graph of the next part, and what is to be run in its place."""
+        self.traced.append(traced)
+        self.checks.append(check)
+        if traced.layers:
+            self.layers[traced.name] = traced.layers
+        if traced.reason is not None:
+            self.report.setdefault("traced_whole", {})[traced.name] = traced.reason
+
 
 def graphs_of_sample(
     loaded: LoadedModel,
@@ -97,14 +106,11 @@ def graphs_of_sample(
     for part in cut.proxy.parts:
         progress(f"tracing {part.name}")
         if whole or not any(id(p) in own for p in part.module.parameters()):
-            graphs.traced.append(trace_part(part, names, opset))
-            graphs.checks.append(None)
+            graphs.add(trace_part(part, names, opset, repeat=True))
         else:
             traced, check, count = _traced_sample(part, sampled, names, tensors, opset)
-            graphs.traced.append(traced)
-            graphs.checks.append(check)
-            graphs.layers[part.name] = count
-    graphs.report = {
+            graphs.add(replace(traced, layers=count), check)
+    graphs.report |= {
         "layers": {
             "count": len(sampled.layers.layers),
             "verified": sampled.count,
@@ -145,12 +151,10 @@ def graphs_of_whole(
     for part in cut.proxy.parts:
         progress(f"tracing {part.name}")
         found = trace_repeated(part, names, tensors, opset) if repeat else None
-        graphs.checks.append(None)
         if found is None:
-            graphs.traced.append(trace_part(part, names, opset))
+            graphs.add(trace_part(part, names, opset, repeat=repeat))
         else:
-            graphs.traced.append(found[0])
-            graphs.layers[part.name] = found[1]
+            graphs.add(replace(found[0], layers=found[1]))
     layers = find_layer_list(model)
     if layers is not None:
         count = len(layers.layers)

@@ -22,13 +22,14 @@ from qeff_proxy.arrays import to_array
 from qeff_proxy.surgery import replace_modules
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = [
     "INDEX",
     "LayerList",
     "describe_kinds",
     "find_layer_list",
+    "layer_lists",
     "prefix_with_every_kind",
     "shorten",
     "uses_index",
@@ -40,6 +41,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 INDEX = "layer_idx"
 #: What may be looked up by that index: it holds something for each layer, weights or not.
 _CACHE = re.compile(r"past_key_value|cache|is_updated", re.IGNORECASE)
+
+
+#: Fewer layers than these are not worth telling apart.
+_FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,24 @@ def find_layer_list(module: nn.Module, depth: int | None = None) -> LayerList | 
         return None
     path, layers = max(lists, key=lambda item: _size(item[1]))
     return LayerList(path, layers, _kinds(layers, _config_around(module, path)))
+
+
+def layer_lists(module: nn.Module) -> Iterator[LayerList]:
+    """The lists in ``module`` of which some members are alike; none of them within another.
+
+    Lists whose members calculate with their index are left out.
+    """
+    taken: list[str] = []
+    for path, one in module.named_modules():
+        if not isinstance(one, nn.ModuleList | nn.Sequential) or len(one) < _FEWEST:
+            continue
+        if any(path.startswith(f"{outer}.") for outer in taken):
+            continue
+        layers = tuple(one)
+        kinds = _kinds(layers, _config_around(module, path))
+        if len(set(kinds)) < len(kinds) and not uses_index(layers):
+            taken.append(path)
+            yield LayerList(path, layers, kinds)
 
 
 def _kinds(layers: Sequence[nn.Module], config: Any) -> tuple[int, ...]:

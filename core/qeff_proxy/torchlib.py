@@ -10,16 +10,18 @@ from __future__ import annotations
 import functools
 import threading
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["operators_read_once"]
 
 _ORIGINAL = ONNXRegistry.__dict__["from_torchlib"]
+_NONE: Mapping[Any, Callable[..., Any]] = MappingProxyType({})
 _make_table = _ORIGINAL.__func__
 
 
@@ -30,8 +32,12 @@ def _table(opset: int) -> ONNXRegistry:
 
 
 @contextmanager
-def operators_read_once() -> Iterator[None]:
-    """Let traces of this thread share the table; what one adds to its copy, no other sees."""
+def operators_read_once(more: Mapping[Any, Callable[..., Any]] = _NONE) -> Iterator[None]:
+    """Let traces of this thread share the table; what one adds to its copy, no other sees.
+
+    Args:
+        more: Operators of one's own → how each is written.
+    """
     thread = threading.get_ident()
 
     def from_torchlib(cls: type[ONNXRegistry], opset_version: int | None = None) -> Any:
@@ -42,6 +48,8 @@ def operators_read_once() -> Iterator[None]:
         copy = cls()
         copy.__dict__.update(made.__dict__)
         copy.functions = {target: list(found) for target, found in made.functions.items()}
+        for target, function in more.items():
+            copy.register_op(target, function)
         return copy
 
     ONNXRegistry.from_torchlib = classmethod(from_torchlib)

@@ -16,15 +16,19 @@ import io
 import logging
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from qeff_proxy.errors import ExportError
+from qeff_proxy.layer_calls import MarkedLayers, NotRepeatable, marked_layers
+from qeff_proxy.layer_graphs import expand_layers
+from qeff_proxy.layer_marks import TRANSLATIONS
 from qeff_proxy.lowering import lowered_in_place
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.reasons import first_line
@@ -58,6 +62,8 @@ class TracedPart:
         weights: Initializer name → tensor. The tensors are the model's own, not copies.
         inputs: What the graph takes.
         outputs: What it gives.
+        layers: How many layers were traced, where others were cloned from them; 0 for none.
+        reason: Why layers that are alike were all traced; ``None`` where they were not, or are not.
     """
 
     name: str
@@ -65,9 +71,13 @@ class TracedPart:
     weights: dict[str, torch.Tensor]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    layers: int = 0
+    reason: str | None = None
 
 
-def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -> TracedPart:
+def trace_part(
+    part: Part, names: Mapping[int, str], opset: int | None = None, *, repeat: bool = False
+) -> TracedPart:
     """Trace one part.
 
     Args:
@@ -75,17 +85,36 @@ def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -
         names: ``id`` of each parameter and buffer of the uncut model → its name there; weights
             are called by it.
         opset: ONNX opset, or ``None`` for the exporter's own choice.
+        repeat: Trace one layer of each kind and clone its nodes for the others, where that can be
+            (`qeff_proxy.layer_calls`).
 
     Raises:
         ExportError: The part cannot be traced, or the trace froze a dynamic axis.
     """
+    if not repeat:
+        return _traced(part, names, opset, None)
+    try:
+        with marked_layers(part.module) as marked, _axes_known(part):
+            return _traced(part, names, opset, marked)
+    except NotRepeatable as error:
+        reason = str(error)
+    except ExportError as error:  # what fails with marks may do without them
+        reason = error.problem
+    return replace(_traced(part, names, opset, None), reason=reason)
+
+
+def _traced(
+    part: Part, names: Mapping[int, str], opset: int | None, marked: MarkedLayers | None
+) -> TracedPart:
     sizes = {**TRACE_SIZES, **part.trace_sizes}
     samples = sample_inputs(part, sizes)
     shapes = {name: _dynamic_axes(spec) for name, spec in _mangled(part)}
     config = OnnxConfig(dynamic_shapes=shapes, optimize=False, opset_version=opset)
-    with _quiet(), operators_read_once():
+    with _quiet(), operators_read_once(TRANSLATIONS if marked is not None else {}):
         try:
             program = _trace(part, samples, config)
+        except NotRepeatable:
+            raise
         except Exception as error:  # whatever torch.export meets in a model's code
             line = first_line(error)
             raise ExportError(
@@ -96,6 +125,8 @@ def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -
         onnxscript.optimizer.optimize(program, input_size_limit=INLINE_BYTES)
     _check_opset(program, part, opset)
     _attach_weights(program, weights)
+    if marked is not None and marked.calls:
+        _expand(program, part, names, weights, marked)
     inputs = _restore_inputs(program, part)
     outputs = _restore_outputs(program, part)
     _name_axes(program, part)
@@ -108,7 +139,57 @@ def trace_part(part: Part, names: Mapping[int, str], opset: int | None = None) -
         {name: tensor for name, tensor in weights.items() if name in program.graph.initializers},
         tuple(kept),
         tuple(_spec_of(value, spec) for value, spec in outputs),
+        len(marked.repeated) if marked is not None else 0,
     )
+
+
+@contextlib.contextmanager
+def _axes_known(part: Part) -> Iterator[None]:
+    """Let a trace know from the start that axes of one name are equal.
+
+    It would find out as it meets them, one layer's cache after the other, and so would not see that
+    layers are called alike.
+    """
+
+    def note(_module: Any, _args: Any, given: dict[str, torch.Tensor]) -> None:
+        if not torch.compiler.is_compiling():
+            return
+        sizes: dict[str, Any] = {}
+        axes = [
+            (axis, given[name].shape[index])
+            for name, spec in _mangled(part)
+            for index, axis in enumerate(spec.shape)
+            if isinstance(axis, str)
+        ]
+        for axis, size in sorted(axes, key=lambda one: "+" in one[0]):
+            terms = axis.replace(" ", "").split("+")
+            known = all(term.isdigit() or term in sizes for term in terms)
+            if known:
+                torch._check(size == sum(int(t) if t.isdigit() else sizes[t] for t in terms))
+            elif len(terms) == 1:
+                sizes[axis] = size
+
+    handle = part.module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _expand(
+    program: ir.Model,
+    part: Part,
+    names: Mapping[int, str],
+    weights: dict[str, torch.Tensor],
+    marked: MarkedLayers,
+) -> None:
+    """Put the nodes of each layer where but a mark stands for it."""
+
+    def name_of(tensor: torch.Tensor, path: str) -> str:
+        return names.get(id(tensor), f"{part.name}.{path}")
+
+    expand_layers(program, marked.calls, weights, name_of, NAME_SCOPES)
+    RemoveUnusedNodesPass()(program)
 
 
 def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:
@@ -119,6 +200,8 @@ def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> 
     with lowered_in_place() as lowered:
         try:
             return export()
+        except NotRepeatable:
+            raise
         except Exception:  # what it is, the other way will say
             if not lowered:
                 raise

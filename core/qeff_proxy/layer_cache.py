@@ -1,0 +1,89 @@
+"""What a layer reads and writes in a cache beside its arguments.
+
+A cache of transformers holds an object for each layer, with tensors for attributes. Within
+`LayerCache` those of one layer can be taken for arguments and results of the layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["LayerCache"]
+
+
+class LayerCache:
+    """The tensors that a cache holds for one layer.
+
+    Args:
+        cache: The cache, or one of several caches.
+        index: The layer's index; ``None`` where it has none.
+    """
+
+    def __init__(self, cache: Cache, index: int | None) -> None:
+        self.cache = cache
+        self.index = index
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of this layer, by place."""
+        return {
+            place: value
+            for place, holder, name in self._own()
+            if isinstance(value := vars(holder)[name], torch.Tensor)
+        }
+
+    def put(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set tensors at places of this layer."""
+        for place, holder, name in list(self._own()):
+            if place in tensors:
+                setattr(holder, name, tensors[place])
+
+    def plain(self) -> str:
+        """All else that the cache says of this layer."""
+        said = [
+            (place, repr(vars(holder)[name]))
+            for place, holder, name in self._own()
+            if not isinstance(vars(holder)[name], torch.Tensor)
+        ]
+        for path, one in _caches(self.cache, ""):
+            for name, value in sorted(vars(one).items()):
+                if isinstance(value, dict):
+                    said.append((f"{path}{name}", repr(value.get(self.index))))
+                elif isinstance(value, bool | int | float | str | type(None)):
+                    said.append((f"{path}{name}", repr(value)))
+        return repr(said)
+
+    def others(self) -> list[tuple[str, int]]:
+        """What tells whether anything of another layer was written."""
+        return [
+            (f"{path}{index}.{name}", id(value))
+            for path, one in _caches(self.cache, "")
+            for index, holder in enumerate(_layers(one))
+            if index != self.index
+            for name, value in vars(holder).items()
+            if isinstance(value, torch.Tensor)
+        ]
+
+    def _own(self) -> Iterator[tuple[str, Any, str]]:
+        for path, one in _caches(self.cache, ""):
+            layers = _layers(one)
+            if self.index is not None and self.index < len(layers):
+                for name in sorted(vars(layers[self.index])):
+                    yield f"{path}{name}", layers[self.index], name
+
+
+def _layers(cache: Cache) -> Sequence[Any]:
+    return vars(cache).get("layers") or ()
+
+
+def _caches(cache: Cache, path: str) -> Iterator[tuple[str, Cache]]:
+    """A cache and those it is made of, as of an encoder's and a decoder's."""
+    yield path, cache
+    for name, value in sorted(vars(cache).items()):
+        if isinstance(value, Cache):
+            yield from _caches(value, f"{path}{name}.")
