@@ -8,6 +8,7 @@ and the two stubs. They hold the model's own submodules and change nothing in it
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +199,9 @@ class DecoderPart(nn.Module):
 
     def _cache(self, tensors: dict[str, torch.Tensor]) -> DynamicCache:
         cache = DynamicCache()
-        for index in range(len(self.layout.cache)):
+        for index in itertools.count():
+            if f"past_key_values__{index}__key" not in tensors:
+                break
             layer = DynamicLayer()
             keys = tensors[f"past_key_values__{index}__key"]
             values = tensors[f"past_key_values__{index}__value"]

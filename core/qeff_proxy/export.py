@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,35 +125,58 @@ def _write(
     target: Path,
     progress: Callable[[str], None],
 ) -> Export:
-    from qeff_proxy.graphs import graphs_of_sample, graphs_of_whole
+    from qeff_proxy.graphs import all_layers, enough_layers, graphs_of_sample, graphs_of_whole
     from qeff_proxy.sampling import NotSampled
 
-    reason = None
+    given = (loaded, hooks, kind, opset, taps, progress)
+    write = partial(_write_folder, loaded, key=key, target=target, progress=progress)
+    reasons: list[str] = []
     if loaded.sample is not None and not loaded.is_read:
-        try:
-            graphs = graphs_of_sample(loaded, hooks, kind, opset, taps, progress)
-            how = "linked to" if key["weights"] == "reference" else "streamed from"
-            graphs.report["weights"] = f"{how} the checkpoint; {_CHECKED}"
-            return _write_folder(loaded, graphs, key, target, progress)
-        except NotSampled as why:
-            reason = str(why)
-        except ExportError as why:
-            reason = f"its first layers, exported alone, failed: {why}"
-        progress("loading the whole model")
+        verb = "linked to" if key["weights"] == "reference" else "streamed from"
+        for choose in (enough_layers, all_layers):
+            make = partial(graphs_of_sample, *given, choose=choose)
+            since = f"; all layers were run, since {reasons[0]}" if reasons else ""
+            try:
+                return _write_graphs(make, write, f"{verb} the checkpoint{since}", progress)
+            except NotSampled as why:
+                reasons.append(str(why))
+            except ExportError as why:
+                if choose is all_layers:
+                    raise
+                reasons.append(f"its first layers, exported alone, failed: {why}")
+            progress("loading the whole model")
     if key["weights"] == "reference":
         raise ArtifactError(
             f"the weights of {loaded.source} cannot be referred to: "
-            f"{reason or 'the model is in memory'}",
+            f"{reasons[-1] if reasons else 'the model is in memory'}",
             "Copy them (--weights copy).",
         )
+    since = f", since {reasons[-1]}" if reasons else ""
+    make = partial(graphs_of_whole, *given)
+    return _write_graphs(make, write, f"loaded whole{since}", progress)
+
+
+def _write_graphs(
+    make: Callable[..., Graphs],
+    write: Callable[[Graphs], Export],
+    how: str,
+    progress: Callable[[str], None],
+) -> Export:
+    """Make the graphs and write them; where repeated layers differ, make them without.
+
+    Args:
+        make: Makes the graphs; takes ``repeat``.
+        write: Writes and checks them.
+        how: Where their weights come from, for ``export.json``.
+        progress: As in `export_model`.
+    """
     for repeat in (True, False):
-        graphs = graphs_of_whole(loaded, hooks, kind, opset, taps, progress, repeat=repeat)
-        how = "loaded whole" if reason is None else f"loaded whole, since {reason}"
+        graphs = make(repeat=repeat)
         graphs.report["weights"] = f"{how}; {_CHECKED}"
         try:
-            return _write_folder(loaded, graphs, key, target, progress)
+            return write(graphs)
         except ExportError:
-            if not graphs.layers:
+            if not graphs.layers or any(check is not None for check in graphs.checks):
                 raise
             progress("the repeated layers differ: tracing all of them")
     raise AssertionError("the second turn repeats no layers, so it ends above")

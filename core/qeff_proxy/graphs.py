@@ -10,21 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.clone_layers import expand
 from qeff_proxy.cut import cut_model, site_weights
 from qeff_proxy.errors import CheckpointError, CutError, ExportError, PluginError
+from qeff_proxy.layer_calls import NotRepeatable
 from qeff_proxy.layer_kinds import describe_kinds, find_layer_list, prefix_with_every_kind
-from qeff_proxy.repeat import deepen, plan_repeat, trace_repeated
+from qeff_proxy.lengthen import lengthen
 from qeff_proxy.resident import few_pages
 from qeff_proxy.sampling import NotSampled
 from qeff_proxy.taps import tap_proxy
-from qeff_proxy.trace import TracedPart, trace_part
+from qeff_proxy.trace import TracedPart, trace_part, trace_sample
 from qeff_proxy.weight_sources import WeightSources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import torch
+    from transformers import PreTrainedModel
 
     from qeff_proxy.cut import Cut
     from qeff_proxy.layer_kinds import LayerList
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qeff_proxy.plugin_hooks import Hooks
     from qeff_proxy.sampling import SampledModel
 
-__all__ = ["Graphs", "enough_layers", "graphs_of_sample", "graphs_of_whole"]
+__all__ = ["Graphs", "all_layers", "enough_layers", "graphs_of_sample", "graphs_of_whole"]
 
 #: Layers that are loaded at least: two, so that what one hands to the next is run too.
 _FEWEST = 2
@@ -79,8 +79,21 @@ def graphs_of_sample(
     opset: int | None,
     taps: Sequence[str],
     progress: Callable[[str], None],
+    *,
+    choose: Callable[[LayerList], int],
+    repeat: bool = True,
 ) -> Graphs:
-    """The graphs of a checkpoint, of which only the first layers are loaded.
+    """The graphs of a checkpoint, of which only the first layers are there.
+
+    Args:
+        loaded: The checkpoint.
+        hooks: Of its model type.
+        kind: How to cut it.
+        opset: As in `qeff_proxy.trace.trace_part`.
+        taps: What each layer gives besides.
+        progress: Told what happens as it begins.
+        choose: How many layers are to be there: `enough_layers`, or `all_layers`.
+        repeat: As in `graphs_of_whole`; all layers must be there to do without.
 
     Raises:
         NotSampled: It cannot be known by them; says why.
@@ -88,7 +101,7 @@ def graphs_of_sample(
     """
     if loaded.sample is None or loaded.is_read:
         raise NotSampled("it is in memory")
-    sampled = loaded.sample(enough_layers)
+    sampled = loaded.sample(choose)
     sampled.check_alike()
     short = replace(loaded, read=sampled.short)
     try:
@@ -98,24 +111,21 @@ def graphs_of_sample(
         # What a plugin says of a layer by its number may not be there; a defect of its own shows
         # again with the whole model.
         raise NotSampled(f"its first layers cannot be cut alone: {error}") from error
-    tensors = dict([*sampled.model.named_buffers(), *sampled.model.named_parameters()])
-    names = {id(tensor): name for name, tensor in tensors.items()}
+    tensors = [*sampled.model.named_buffers(), *sampled.model.named_parameters()]
+    names = {id(tensor): name for name, tensor in tensors}
     graphs = Graphs(sampled.model, cut, [], [], sources=sampled.sources)
     own = {id(p) for layer in sampled.layers.layers for p in layer.parameters()}
     whole = sampled.count == len(sampled.layers.layers)
     for part in cut.proxy.parts:
         progress(f"tracing {part.name}")
         if whole or not any(id(p) in own for p in part.module.parameters()):
-            graphs.add(trace_part(part, names, opset, repeat=True))
+            graphs.add(trace_part(part, names, opset, repeat=repeat))
         else:
-            traced, check, count = _traced_sample(part, sampled, names, tensors, opset)
-            graphs.add(replace(traced, layers=count), check)
-    graphs.report |= {
-        "layers": {
-            "count": len(sampled.layers.layers),
-            "verified": sampled.count,
-            "kinds": describe_kinds(sampled.layers),
-        }
+            graphs.add(*_traced_sample(part, short.model, sampled, names, opset))
+    graphs.report["layers"] = {
+        "count": len(sampled.layers.layers),
+        "verified": sampled.count,
+        "kinds": describe_kinds(sampled.layers),
     }
     if kind == "split":
         _check_separate(short, graphs)
@@ -145,16 +155,13 @@ def graphs_of_whole(
     """
     cut = _cut(loaded, hooks, kind, taps, None, progress)
     model = loaded.model
-    tensors = dict([*model.named_buffers(), *model.named_parameters()])
-    names = {id(tensor): name for name, tensor in tensors.items()}
+    names = {
+        id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]
+    }
     graphs = Graphs(model, cut, [], [])
     for part in cut.proxy.parts:
         progress(f"tracing {part.name}")
-        found = trace_repeated(part, names, tensors, opset) if repeat else None
-        if found is None:
-            graphs.add(trace_part(part, names, opset, repeat=repeat))
-        else:
-            graphs.add(replace(found[0], layers=found[1]))
+        graphs.add(trace_part(part, names, opset, repeat=repeat))
     layers = find_layer_list(model)
     if layers is not None:
         count = len(layers.layers)
@@ -171,6 +178,11 @@ def graphs_of_whole(
 def enough_layers(found: LayerList) -> int:
     """How many layers to load: every kind among them."""
     return min(len(found.layers), max(_FEWEST, prefix_with_every_kind(found.kinds)))
+
+
+def all_layers(found: LayerList) -> int:
+    """Load all layers: map them, that is, and run them."""
+    return len(found.layers)
 
 
 def _cut(
@@ -203,26 +215,23 @@ def _check_finite(loaded: LoadedModel, sampled: SampledModel | None) -> None:
 
 def _traced_sample(
     part: Part,
+    short: PreTrainedModel,
     sampled: SampledModel,
     names: Mapping[int, str],
-    tensors: Mapping[str, torch.Tensor],
     opset: int | None,
-) -> tuple[TracedPart, TracedPart, int]:
-    """The graph of a part with all layers, that with those that are there, and how many traced."""
-    plan = plan_repeat(part, names, sampled.layers)
-    if plan is None:
+) -> tuple[TracedPart, TracedPart]:
+    """The graph of a part with all layers, and that with those that are there."""
+    whole = lengthen(part, short, sampled.model, sampled.layers)
+    if whole is None:
         raise NotSampled(f"the layers of the {part.name} part cannot be found in its module")
     try:
-        short = trace_part(plan.part, names, opset)
+        traced, check = trace_sample(whole, part, names, opset)
+    except NotRepeatable as error:
+        raise NotSampled(str(error)) from error
     except ExportError as error:
-        raise NotSampled(f"one layer of a kind cannot be traced alone: {error}") from error
-    copied = replace(short, model=short.model.clone(), weights=dict(short.weights))
-    traced = expand(short, plan, deepen(part, sampled.layers.kinds), tensors)
-    check = expand(copied, plan.first(sampled.count), part, tensors)
-    if traced is None or check is None:
-        raise NotSampled(f"the nodes of the layers of the {part.name} part cannot be told apart")
+        raise NotSampled(f"its layers cannot be traced alone: {error}") from error
     _check_own_weights(traced, part, sampled)
-    return traced, check, len(set(plan.kinds))
+    return traced, check
 
 
 def _check_own_weights(traced: TracedPart, part: Part, sampled: SampledModel) -> None:

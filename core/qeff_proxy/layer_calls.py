@@ -1,10 +1,10 @@
 """Trace one layer of each kind, where a module runs many.
 
-While a part is traced within `marked_layers`, each of its layers is looked at when it is called. The
-first of a kind that is called with such arguments is traced between marks (`qeff_proxy.layer_marks`);
-each later one that is called likewise is but one operator that stands for it. What lies around the
-layers is traced as it is, so that it does not matter how a model goes through them, nor which of
-their results it uses.
+While a part is traced within `marked_layers`, each of its layers is looked at when it is called.
+The first of a kind that is called with such arguments is traced between marks
+(`qeff_proxy.layer_marks`); each later one that is called likewise is but one operator that stands
+for it. What lies around the layers is traced as it is, so that it does not matter how a model goes
+through them, nor which of their results it uses.
 
 Called likewise means: with tensors of the same shapes and dtypes in the same places, and all else
 equal. What a layer reads and writes in a cache counts as arguments and results, and so does what

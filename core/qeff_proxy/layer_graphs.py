@@ -1,7 +1,7 @@
 """Put nodes where operators stand for layers in a graph.
 
-A graph that was traced within `qeff_proxy.layer_calls.marked_layers` has nodes between marks for one
-layer of each kind. `expand_layers` clones them for every layer that is but one node, with that
+A graph that was traced within `qeff_proxy.layer_calls.marked_layers` has nodes between marks for
+one layer of each kind. `expand_layers` clones them for every layer that is but one node, with that
 layer's weights and names, and takes the marks out.
 
 Nodes are a layer's own where they depend on what it is given, or on its weights. All else that they
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from qeff_proxy.layer_calls import LayerCall
 
-__all__ = ["expand_layers"]
+__all__ = ["expand_layers", "marks_of"]
 
 #: What shapes, positions and their comparisons are made of.
 _COUNTS = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
@@ -52,10 +52,7 @@ def expand_layers(
     """
     graph = model.graph
     repeated = {call.template for number, call in enumerate(calls) if call.template != number}
-    marks = {
-        kind: {node.attributes["number"].as_int(): node for node in _nodes(graph, kind)}
-        for kind in ("enter", "leave", "layer")
-    }
+    marks = {kind: marks_of(graph, kind) for kind in ("enter", "leave", "layer")}
     shared = _share(graph, marks, calls)
     templates = {
         number: _Template(graph, marks["enter"].get(number), node, calls[number], name_of, shared)
@@ -88,8 +85,13 @@ def _share(
     return shared
 
 
-def _nodes(graph: ir.Graph, kind: str) -> list[ir.Node]:
-    return [node for node in graph if node.domain == DOMAIN and node.op_type == kind]
+def marks_of(graph: ir.Graph, kind: str) -> dict[int, ir.Node]:
+    """The marks of a kind (``enter``, ``leave`` or ``layer``), by the number of the call."""
+    return {
+        node.attributes["number"].as_int(): node
+        for node in graph
+        if node.domain == DOMAIN and node.op_type == kind
+    }
 
 
 def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
@@ -158,7 +160,9 @@ class _Template:
                 if not _is_shared(value, self.shared):
                     raise NotRepeatable(f"{path} uses {value.name}, which it is not given")
             for value in node.outputs:
-                leaks = any(use.node not in inside and use.node is not leave for use in value.uses())
+                leaks = any(
+                    use.node not in inside and use.node is not leave for use in value.uses()
+                )
                 if (leaks or value.is_graph_output()) and not _is_count(value):
                     raise NotRepeatable(f"{value.name} of {path} is used without it")
 

@@ -1,8 +1,8 @@
 """Operators that mark layers in a trace, and stand for layers that are not traced.
 
-`enter` and `leave` give what they are given: what lies between the two of one number was traced for
-one layer. `layer` stands for a layer that would trace like that one. None of them is left in a graph
-that is written: `qeff_proxy.layer_graphs` puts nodes in their place.
+`enter` and `leave` give what they are given: what lies between the two of one number was traced
+for one layer. `layer` stands for a layer that would trace like that one. None of them is left in a
+graph that is written: `qeff_proxy.layer_graphs` puts nodes in their place.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def leave(values: list[torch.Tensor], number: int) -> list[torch.Tensor]:  # noq
 def layer(
     values: list[torch.Tensor],
     like: list[torch.Tensor],
-    number: int,  # noqa: ARG001
-    template: int,  # noqa: ARG001
+    number: int,
+    template: int,
 ) -> list[torch.Tensor]:
     """Stands for a layer in a trace: it gives tensors of the shapes of ``like``.
 

@@ -4,9 +4,8 @@
 2. transformers' ``OnnxExporter`` traces the part, unoptimized.
 3. `_detach_weights` takes the weights out of the graph, so that nothing folds or copies them.
 4. onnxscript's optimizer folds the rest.
-5. `_name_axes` gives the dynamic axes the names of the specs, and `_check_axes` makes sure that
-   none of them was frozen by the trace.
-6. Inputs that reach no output are dropped, and so are traces of the machine that traced.
+5. Layers that were not traced are cloned from those that were (`qeff_proxy.layer_graphs`).
+6. `qeff_proxy.graph_edges` gives inputs, outputs and dynamic axes the names of the specs.
 """
 
 from __future__ import annotations
@@ -19,27 +18,29 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from qeff_proxy.errors import ExportError
+from qeff_proxy.graph_edges import NAME_SCOPES, set_edges
 from qeff_proxy.layer_calls import MarkedLayers, NotRepeatable, marked_layers
 from qeff_proxy.layer_graphs import expand_layers
 from qeff_proxy.layer_marks import TRANSLATIONS
+from qeff_proxy.leave_out import leave_out
 from qeff_proxy.lowering import lowered_in_place
-from qeff_proxy.parts import TensorSpec
 from qeff_proxy.reasons import first_line
 from qeff_proxy.torchlib import operators_read_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from qeff_proxy.parts import Part
+    import onnx_ir as ir
 
-__all__ = ["NAME_SCOPES", "TRACE_SIZES", "TracedPart", "trace_part"]
+    from qeff_proxy.parts import Part, TensorSpec
+
+__all__ = ["TRACE_SIZES", "TracedPart", "trace_part", "trace_sample"]
 
 #: Sizes of dynamic axes during the trace. None of them is 1, which a trace would bake in, and no
 #: two are alike, so that no two axes are taken for one.
@@ -47,9 +48,6 @@ TRACE_SIZES = {"batch": 2, "query": 3, "past": 5, "sequence": 7}
 
 #: Tensors smaller than this, in bytes, stay inside the ONNX file.
 INLINE_BYTES = 1024
-
-#: Node metadata that is kept: the module paths a node comes from, outermost first.
-NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass
@@ -91,26 +89,57 @@ def trace_part(
     Raises:
         ExportError: The part cannot be traced, or the trace froze a dynamic axis.
     """
-    if not repeat:
-        return _traced(part, names, opset, None)
-    try:
-        with marked_layers(part.module) as marked, _axes_known(part):
-            return _traced(part, names, opset, marked)
-    except NotRepeatable as error:
-        reason = str(error)
-    except ExportError as error:  # what fails with marks may do without them
-        reason = error.problem
-    return replace(_traced(part, names, opset, None), reason=reason)
+    reason = None
+    if repeat:
+        try:
+            with marked_layers(part.module) as marked, _axes_known(part):
+                program, weights = _graph_of(part, names, opset, TRANSLATIONS)
+            return _finished(program, part, names, weights, marked)
+        except NotRepeatable as error:
+            reason = str(error)
+        except ExportError as error:  # what fails with marks may do without them
+            reason = error.problem
+    program, weights = _graph_of(part, names, opset, {})
+    return replace(_finished(program, part, names, weights, MarkedLayers()), reason=reason)
 
 
-def _traced(
-    part: Part, names: Mapping[int, str], opset: int | None, marked: MarkedLayers | None
-) -> TracedPart:
+def trace_sample(
+    whole: Part, part: Part, names: Mapping[int, str], opset: int | None = None
+) -> tuple[TracedPart, TracedPart]:
+    """Trace a part of which only the first layers are there.
+
+    Args:
+        whole: The part with all layers; weights of those that are not there are on the meta device.
+        part: The part with those that are there alone.
+        names: As in `trace_part`, of all layers.
+        opset: As in `trace_part`.
+
+    Returns:
+        The graph of ``whole``, and that of ``part``.
+
+    Raises:
+        NotRepeatable: Layers cannot be cloned, or left out.
+        ExportError: As in `trace_part`.
+    """
+    with marked_layers(whole.module) as marked, _axes_known(whole):
+        program, weights = _graph_of(whole, names, opset, TRANSLATIONS)
+    shorter = program.clone()
+    leave_out(shorter, marked.calls, whole, part)
+    return (
+        _finished(program, whole, names, weights, marked),
+        _finished(shorter, part, names, dict(weights), marked),
+    )
+
+
+def _graph_of(
+    part: Part, names: Mapping[int, str], opset: int | None, marks: Mapping[Any, Any]
+) -> tuple[ir.Model, dict[str, torch.Tensor]]:
+    """The graph as it was traced, with marks where layers were marked, and its weights."""
     sizes = {**TRACE_SIZES, **part.trace_sizes}
     samples = sample_inputs(part, sizes)
     shapes = {name: _dynamic_axes(spec) for name, spec in _mangled(part)}
     config = OnnxConfig(dynamic_shapes=shapes, optimize=False, opset_version=opset)
-    with _quiet(), operators_read_once(TRANSLATIONS if marked is not None else {}):
+    with _quiet(), operators_read_once(marks):
         try:
             program = _trace(part, samples, config)
         except NotRepeatable:
@@ -125,21 +154,33 @@ def _traced(
         onnxscript.optimizer.optimize(program, input_size_limit=INLINE_BYTES)
     _check_opset(program, part, opset)
     _attach_weights(program, weights)
-    if marked is not None and marked.calls:
-        _expand(program, part, names, weights, marked)
-    inputs = _restore_inputs(program, part)
-    outputs = _restore_outputs(program, part)
-    _name_axes(program, part)
-    _check_axes(program, part)
-    _clean(program)
-    kept = [spec for value, spec in inputs if value.is_graph_input()]
+    return program, weights
+
+
+def _finished(
+    program: ir.Model,
+    part: Part,
+    names: Mapping[int, str],
+    weights: dict[str, torch.Tensor],
+    marked: MarkedLayers,
+) -> TracedPart:
+    """The part's graph, from the one that was traced."""
+
+    def name_of(tensor: torch.Tensor, path: str) -> str:
+        return names.get(id(tensor), f"{part.name}.{path}")
+
+    if marked.calls:
+        expand_layers(program, marked.calls, weights, name_of, NAME_SCOPES)
+        RemoveUnusedNodesPass()(program)
+    inputs, outputs = set_edges(program, part)
+    used = program.graph.initializers
     return TracedPart(
         part.name,
         program,
-        {name: tensor for name, tensor in weights.items() if name in program.graph.initializers},
-        tuple(kept),
-        tuple(_spec_of(value, spec) for value, spec in outputs),
-        len(marked.repeated) if marked is not None else 0,
+        {name: tensor for name, tensor in weights.items() if name in used},
+        inputs,
+        outputs,
+        len(marked.repeated),
     )
 
 
@@ -165,7 +206,8 @@ def _axes_known(part: Part) -> Iterator[None]:
             terms = axis.replace(" ", "").split("+")
             known = all(term.isdigit() or term in sizes for term in terms)
             if known:
-                torch._check(size == sum(int(t) if t.isdigit() else sizes[t] for t in terms))
+                whole = sum(int(term) if term.isdigit() else sizes[term] for term in terms)
+                torch._check(size == whole)  # type: ignore[no-untyped-call] # noqa: SLF001
             elif len(terms) == 1:
                 sizes[axis] = size
 
@@ -174,22 +216,6 @@ def _axes_known(part: Part) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _expand(
-    program: ir.Model,
-    part: Part,
-    names: Mapping[int, str],
-    weights: dict[str, torch.Tensor],
-    marked: MarkedLayers,
-) -> None:
-    """Put the nodes of each layer where but a mark stands for it."""
-
-    def name_of(tensor: torch.Tensor, path: str) -> str:
-        return names.get(id(tensor), f"{part.name}.{path}")
-
-    expand_layers(program, marked.calls, weights, name_of, NAME_SCOPES)
-    RemoveUnusedNodesPass()(program)
 
 
 def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:
@@ -228,10 +254,8 @@ def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
 
 def sample_inputs(part: Part, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Zeros (ones for the padding mask) with the part's dtypes, dots as double underscores."""
-    try:
-        device = next(part.module.parameters()).device
-    except StopIteration:
-        device = torch.device("cpu")
+    devices = (one.device for one in part.module.parameters() if not one.is_meta)
+    device = next(devices, torch.device("cpu"))
     samples = {}
     for name, spec in _mangled(part):
         shape = [axis_size(axis, sizes) for axis in spec.shape]
@@ -309,125 +333,3 @@ def _attach_weights(program: ir.Model, weights: Mapping[str, torch.Tensor]) -> N
             graph.inputs.remove(value)
             if value.uses() or value.is_graph_output():
                 graph.initializers[value.name] = value
-
-
-def _restore_inputs(program: ir.Model, part: Part) -> list[tuple[ir.Value, TensorSpec]]:
-    """Give inputs their own names, in the spec's order, and drop those that nothing uses."""
-    graph = program.graph
-    values = list(graph.inputs)
-    if len(values) != len(part.inputs):
-        raise ExportError(
-            f"the {part.name} part was traced with {len(values)} inputs instead of "
-            f"{len(part.inputs)}"
-        )
-    pairs = list(zip(values, part.inputs, strict=True))
-    for value, spec in pairs:
-        value.name = spec.name
-    return pairs
-
-
-def _restore_outputs(program: ir.Model, part: Part) -> list[tuple[ir.Value, TensorSpec]]:
-    values = list(program.graph.outputs)
-    if len(values) != len(part.outputs):
-        raise ExportError(
-            f"the {part.name} part was traced with {len(values)} outputs instead of "
-            f"{len(part.outputs)}"
-        )
-    pairs = list(zip(values, part.outputs, strict=True))
-    for value, spec in pairs:
-        value.name = spec.name
-    return pairs
-
-
-def _name_axes(program: ir.Model, part: Part) -> None:
-    """Rename torch's symbols (``s17``) to the specs' axis names, everywhere in the graph."""
-    graph = program.graph
-    mapping: dict[str, str] = {}
-    for value, spec in zip(graph.inputs, part.inputs, strict=True):
-        for dim, axis in zip(value.shape or (), spec.shape, strict=True):
-            symbol = getattr(dim, "value", None)
-            if isinstance(axis, str) and isinstance(symbol, str) and symbol.isidentifier():
-                mapping.setdefault(symbol, axis)
-    for value in _values(graph):
-        if value.shape is not None:
-            value.shape = ir.Shape([_renamed(dim, mapping) for dim in value.shape])
-    for value, spec in zip(graph.inputs, part.inputs, strict=True):
-        if value.shape is not None:
-            dims = [
-                axis if not isinstance(dim, int) else dim
-                for dim, axis in zip(value.shape, spec.shape, strict=True)
-            ]
-            value.shape = ir.Shape(dims)
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    for node in graph.all_nodes():
-        yield from node.outputs
-
-
-def _renamed(dim: int | ir.SymbolicDim, mapping: Mapping[str, str]) -> int | str | None:
-    if isinstance(dim, int):
-        return dim
-    if dim.value is None:
-        return None
-    name = re.sub(
-        r"[A-Za-z_]\w*", lambda match: mapping.get(match.group(), match.group()), dim.value
-    )
-    return "past + query" if name == "query + past" else name
-
-
-def _check_axes(program: ir.Model, part: Part) -> None:
-    """Make sure that a dynamic axis of an input that is used did not become a constant."""
-    for value, spec in zip(program.graph.inputs, part.inputs, strict=True):
-        if not value.uses():
-            continue
-        for index, (dim, axis) in enumerate(zip(value.shape or (), spec.shape, strict=True)):
-            if isinstance(axis, str) and isinstance(dim, int):
-                raise ExportError(
-                    f"the trace froze axis {index} ({axis}) of {spec.name} in the {part.name} "
-                    f"part at {dim}",
-                    "The model's code depends on that size; its plugin must trace it otherwise.",
-                )
-    for value, spec in zip(program.graph.outputs, part.outputs, strict=True):
-        dims = list(value.shape or ())
-        for index, axis in enumerate(spec.shape):
-            if index < len(dims) and isinstance(axis, str) and isinstance(dims[index], int):
-                raise ExportError(
-                    f"the trace froze axis {index} ({axis}) of the output {spec.name} of the "
-                    f"{part.name} part at {dims[index]}",
-                    "The model's code depends on that size; its plugin must trace it otherwise.",
-                )
-
-
-def _clean(program: ir.Model) -> None:
-    """Drop unused inputs, and what tells of the machine and code that traced."""
-    graph = program.graph
-    for value in list(graph.inputs):
-        if not value.uses() and not value.is_graph_output():
-            graph.inputs.remove(value)
-    for value in _values(graph):
-        value.metadata_props.clear()
-    for node in graph.all_nodes():
-        scopes = node.metadata_props.get(NAME_SCOPES)
-        node.metadata_props.clear()
-        node.doc_string = None
-        if scopes is not None:
-            node.metadata_props[NAME_SCOPES] = scopes
-    program.metadata_props.clear()
-    graph.metadata_props.clear()
-    graph.doc_string = None
-    graph.name = "graph"
-    program.producer_name = "qeff-proxy"
-    program.producer_version = None
-
-
-def _spec_of(value: ir.Value, spec: TensorSpec) -> TensorSpec:
-    """The output's spec with the axes that the trace found."""
-    if value.shape is None:
-        return spec
-    dims = (dim if isinstance(dim, int) else dim.value for dim in value.shape)
-    shape = tuple(
-        dim if dim is not None else axis for dim, axis in zip(dims, spec.shape, strict=True)
-    )
-    return TensorSpec(spec.name, spec.dtype, shape)

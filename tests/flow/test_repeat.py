@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,19 +84,21 @@ def test_a_wrong_clone_is_found(
     make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two layers' weights exchanged while cloning: nothing else than the numbers tells."""
-    from qeff_proxy import repeat
+    from qeff_proxy import layer_graphs
 
-    original = repeat._weight_names
-    seen: list[Any] = []
+    model = make_model("llama", layers=4)
+    tensors = dict(model.named_parameters())
+    original = layer_graphs._weights
 
-    def exchanged(representative: Any, layer: Any, names: Any) -> Any:
-        seen.append(layer)
-        other = seen[1] if len(seen) == 3 else seen[2] if len(seen) == 4 else layer
-        return original(representative, other, names)
+    def exchanged(call: Any, name_of: Any) -> Any:
+        places = {".1.": ".2.", ".2.": ".1."}
+        for path, name, tensor in original(call, name_of):
+            other = re.sub(r"\.[12]\.", lambda match: places[match.group()], name)
+            yield path, other, tensors.get(other, tensor)
 
-    monkeypatch.setattr(repeat, "_weight_names", exchanged)
+    monkeypatch.setattr(layer_graphs, "_weights", exchanged)
     stages: list[str] = []
-    found = export(make_model("llama", layers=4), tmp_path / "out", stages)
+    found = export(model, tmp_path / "out", stages)
     assert "the repeated layers differ: tracing all of them" in stages
     assert found.cut["graphs"]["body"] < 1e-5
 

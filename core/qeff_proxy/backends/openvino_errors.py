@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from qeff_proxy.errors import BackendError
-from qeff_proxy.trace import NAME_SCOPES
+from qeff_proxy.graph_edges import NAME_SCOPES
 
 if TYPE_CHECKING:
     from pathlib import Path

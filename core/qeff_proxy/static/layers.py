@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from qeff_proxy.trace import NAME_SCOPES
+from qeff_proxy.graph_edges import NAME_SCOPES
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 
 from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.artifact import Export, ExportedPart, hash_weights_file
+from qeff_proxy.graph_edges import NAME_SCOPES
 from qeff_proxy.parts import MaskSpec, TensorSpec
 from qeff_proxy.safetensors_file import read_header
-from qeff_proxy.trace import NAME_SCOPES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
