@@ -238,17 +238,19 @@ def shorten(module: ModuleT, found: LayerList, chosen: Sequence[int]) -> ModuleT
     if owner is None:
         return short
     try:
-        _set_depth(owner, len(found.layers), chosen)
+        _set_depth(owner, found, chosen)
     except (ValueError, TypeError, AttributeError):
         return None
     return short
 
 
-def _set_depth(config: Any, depth: int, chosen: Sequence[int]) -> None:
+def _set_depth(config: Any, found: LayerList, chosen: Sequence[int]) -> None:
     """Let a config say the chosen layers, in every list that has an entry for each."""
-    for name, value in _per_layer(config, depth).items():
+    for name, value in _per_layer(config, len(found.layers)).items():
         setattr(config, name, type(value)(value[index] for index in chosen))
-    config.num_hidden_layers = len(chosen)
+    # An encoder and a decoder in one config each have a depth of their own.
+    own = [f"{one}_layers" for one in found.path.split(".") if f"{one}_layers" in vars(config)]
+    setattr(config, own[-1] if own else "num_hidden_layers", len(chosen))
 
 
 def _size(layers: Sequence[nn.Module]) -> int:

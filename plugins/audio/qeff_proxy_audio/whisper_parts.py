@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from qeff_proxy.masks import provide_masks
+from qeff_proxy.surgery import replace_modules
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
@@ -22,19 +24,38 @@ class CrossKeysPart(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.encoder = model.model.encoder
-        attentions = [layer.encoder_attn for layer in model.model.decoder.layers]
-        self.keys = nn.ModuleList([attention.k_proj for attention in attentions])
-        self.values = nn.ModuleList([attention.v_proj for attention in attentions])
         self.heads = int(model.config.decoder_attention_heads)
+        self.cross = self._cross(model.model.decoder.layers)
 
     def forward(self, input_features: torch.Tensor) -> dict[str, torch.Tensor]:
         """``[batch, mel, frames]`` to ``[batch, heads, positions, width]`` each."""
         hidden = self.encoder(input_features).last_hidden_state
         result = {}
-        for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            result[f"cross_key_values.{index}.key"] = self._split(keys(hidden))
-            result[f"cross_key_values.{index}.value"] = self._split(values(hidden))
+        for index, cross in enumerate(self.cross):
+            keys, values = cross(hidden)
+            result[f"cross_key_values.{index}.key"] = keys
+            result[f"cross_key_values.{index}.value"] = values
         return result
+
+    def lengthened(self, layers: nn.ModuleList) -> nn.Module:
+        """The part for these layers of the decoder (`qeff_proxy.lengthen.Lengthens`)."""
+        return replace_modules(self, {"cross": self._cross(layers)})
+
+    def _cross(self, layers: nn.ModuleList) -> nn.ModuleList:
+        return nn.ModuleList(_CrossKeys(layer.encoder_attn, self.heads) for layer in layers)
+
+
+class _CrossKeys(nn.Module):
+    """The keys and values of one layer."""
+
+    def __init__(self, attention: Any, heads: int) -> None:
+        super().__init__()
+        self.keys = attention.k_proj
+        self.values = attention.v_proj
+        self.heads = heads
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._split(self.keys(hidden)), self._split(self.values(hidden))
 
     def _split(self, states: torch.Tensor) -> torch.Tensor:
         batch, positions, width = states.shape
@@ -57,7 +78,6 @@ class DecoderBody(nn.Module):
         self.decoder = model.model.decoder
         self.table = table
         self.head = head
-        self.layers = int(model.config.decoder_layers)
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the decoder.
@@ -75,7 +95,7 @@ class DecoderBody(nn.Module):
         )
         cross = self._cache(tensors, "cross_key_values")
         cache = EncoderDecoderCache(self._cache(tensors, "past_key_values"), cross)
-        cache.is_updated = dict.fromkeys(range(self.layers), True)
+        cache.is_updated = dict.fromkeys(range(len(cross.layers)), True)
         with provide_masks(self.decoder, {"causal": tensors["attention_mask"]}):
             outputs = self.decoder(
                 inputs_embeds=embeds,
@@ -96,7 +116,9 @@ class DecoderBody(nn.Module):
 
     def _cache(self, tensors: dict[str, torch.Tensor], prefix: str) -> DynamicCache:
         cache = DynamicCache()
-        for index in range(self.layers):
+        for index in itertools.count():
+            if f"{prefix}__{index}__key" not in tensors:
+                break
             layer = DynamicLayer()
             keys = tensors[f"{prefix}__{index}__key"]
             values = tensors[f"{prefix}__{index}__value"]
