@@ -8,6 +8,7 @@ layers that are there. Where a model cannot be known so, it is loaded whole, and
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.cut import cut_model, site_weights
@@ -101,16 +102,7 @@ def graphs_of_sample(
     """
     if loaded.sample is None or loaded.is_read:
         raise NotSampled("it is in memory")
-    sampled = loaded.sample(choose)
-    sampled.check_alike()
-    short = replace(loaded, read=sampled.short)
-    try:
-        with few_pages(sampled.sources.windows):
-            cut = _cut(short, hooks, kind, taps, sampled, progress)
-    except PluginError as error:
-        # What a plugin says of a layer by its number may not be there; a defect of its own shows
-        # again with the whole model.
-        raise NotSampled(f"its first layers cannot be cut alone: {error}") from error
+    short, sampled, cut = _cut_sample(loaded, hooks, kind, taps, progress, choose)
     tensors = [*sampled.model.named_buffers(), *sampled.model.named_parameters()]
     names = {id(tensor): name for name, tensor in tensors}
     graphs = Graphs(sampled.model, cut, [], [], sources=sampled.sources)
@@ -183,6 +175,35 @@ def enough_layers(found: LayerList) -> int:
 def all_layers(found: LayerList) -> int:
     """Load all layers: map them, that is, and run them."""
     return len(found.layers)
+
+
+def _at_most(count: int, found: LayerList) -> int:
+    return min(count, len(found.layers))
+
+
+def _cut_sample(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    taps: Sequence[str],
+    progress: Callable[[str], None],
+    choose: Callable[[LayerList], int],
+) -> tuple[LoadedModel, SampledModel, Cut]:
+    """The model with its first layers, cut: more of them where a plugin cannot cut so few."""
+    assert loaded.sample is not None  # noqa: S101 (whoever calls has looked)
+    sampled = loaded.sample(choose)
+    while True:
+        sampled.check_alike()
+        short = replace(loaded, read=sampled.short)
+        try:
+            with few_pages(sampled.sources.windows):
+                return short, sampled, _cut(short, hooks, kind, taps, sampled, progress)
+        except PluginError as error:
+            # It may speak of a layer by a number that is not there. A defect of its own shows
+            # again with the whole model.
+            if sampled.count == len(sampled.layers.layers):
+                raise NotSampled(f"its first layers cannot be cut alone: {error}") from error
+        sampled = loaded.sample(partial(_at_most, 2 * sampled.count))
 
 
 def _cut(

@@ -176,10 +176,8 @@ def _is_shared(value: ir.Value, shared: set[ir.Value]) -> bool:
     """Whether a value is the same for all layers: made of constants, shapes and what all get."""
     if value.dtype is not None and _is_count(value):
         return True
-    if value in shared:
-        return True
-    sources = [value, *_sources([value], shared)]
-    return not any(one.is_graph_input() for one in sources if one not in shared)
+    sources = {value, *_sources(value, shared)} if value not in shared else set()
+    return not any(one.is_graph_input() for one in sources - shared)
 
 
 def _ancestors(values: Iterable[ir.Value], stop: set[ir.Value]) -> set[ir.Node]:
@@ -195,12 +193,20 @@ def _ancestors(values: Iterable[ir.Value], stop: set[ir.Value]) -> set[ir.Node]:
     return found
 
 
-def _sources(values: Sequence[ir.Value], stop: set[ir.Value]) -> Iterator[ir.Value]:
-    """The values without a node that others are made of, back to where it stops."""
-    for node in _ancestors(values, stop):
-        for value in node.inputs:
-            if value is not None and value.producer() is None:
-                yield value
+def _sources(value: ir.Value, stop: set[ir.Value]) -> Iterator[ir.Value]:
+    """The values whose elements a value is made of: those that no node makes, or where it stops."""
+    seen: set[ir.Value] = set()
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        node = one.producer()
+        if node is None or one in stop:
+            yield one
+        elif node.op_type != "Shape":  # which asks for no element
+            waiting += [given for given in node.inputs if given is not None]
 
 
 def _weights(

@@ -6,13 +6,14 @@ states before its layer.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, TensorSpec
-from qeff_proxy.surgery import replace_modules
 from torch import nn
 
 from qeff_proxy_vision.inputs import decode, preprocess
@@ -69,29 +70,10 @@ class LayeredTower(nn.Module):
         return features
 
 
-class _Handover:
-    """The features of one forward pass; an object, and no dict, which a trace would copy."""
-
-    def __init__(self) -> None:
-        self.by_layer: dict[int, torch.Tensor] = {}
-
-
-class _LayerWithFeatures(nn.Module):
-    """A layer before which its features are added."""
-
-    def __init__(self, layer: nn.Module, number: int, handover: _Handover) -> None:
-        super().__init__()
-        self.layer = layer
-        self.number = number
-        self.handover = handover
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> Any:
-        """Add, and run the layer."""
-        return self.layer(hidden_states + self.handover.by_layer[self.number], **arguments)
-
-
 class LayeredBody(nn.Module):
     """A body with an input of features for some of its layers.
+
+    They are added before a layer runs, outside of it, so that all layers are alike.
 
     Args:
         body: Its ``decoder`` has ``layers``.
@@ -100,28 +82,31 @@ class LayeredBody(nn.Module):
 
     def __init__(self, body: nn.Module, targets: list[int]) -> None:
         super().__init__()
-        self.handover = _Handover()
-        decoder: Any = body.decoder
-        self.body = replace_modules(
-            body,
-            {
-                f"decoder.layers.{number}": _LayerWithFeatures(
-                    decoder.layers[number], number, self.handover
-                )
-                for number in targets
-            },
-        )
+        self.body = body
         self.targets = targets
+        count = len(self._layers())
+        if max(targets) >= count:
+            raise IndexError(f"layer {max(targets)} is to get features, and there are {count}")
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """As the body, with ``layer_features.<layer> [batch, query, hidden]`` besides."""
-        for number in self.targets:
-            self.handover.by_layer[number] = tensors.pop(f"layer_features__{number}")
-        try:
+        layers = self._layers()
+        with ExitStack() as hooks:
+            for number in self.targets:
+                add = partial(_add, tensors.pop(f"layer_features__{number}"))
+                hooks.callback(layers[number].register_forward_pre_hook(add).remove)
             outputs: dict[str, torch.Tensor] = self.body(**tensors)
-            return outputs
-        finally:
-            self.handover.by_layer.clear()
+        return outputs
+
+    def _layers(self) -> nn.ModuleList:
+        decoder: Any = self.body.decoder
+        layers: nn.ModuleList = decoder.layers
+        return layers
+
+
+def _add(features: torch.Tensor, _layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a layer is given, with the features in its hidden states."""
+    return (given[0] + features, *given[1:])
 
 
 @hookimpl
