@@ -68,6 +68,7 @@ _CUT = fields(
         "verified": optional(_VERIFIED),
         "graphs": entries(optional(number)),
         "traced_layers": entries(count),
+        "traced_whole": entries(text),
         "layers": _LAYERS,
         "stands_for": fields({"layers": count, "kept": count}, open_=True),
         "weights": text,

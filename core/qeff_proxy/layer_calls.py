@@ -15,6 +15,7 @@ repeated, and `NotRepeatable` says so.
 from __future__ import annotations
 
 import functools
+import re
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["LayerCall", "MarkedLayers", "NotRepeatable", "marked_layers"]
+__all__ = ["LayerCall", "MarkedLayers", "NotRepeatable", "is_absent", "marked_layers"]
+
+
+_SYMBOL = re.compile(r"\b[a-z]\w*\d\b")
 
 
 class NotRepeatable(Exception):  # noqa: N818 (no error: the part is traced as it is)
@@ -57,9 +61,15 @@ class LayerCall:
 
 @dataclass
 class MarkedLayers:
-    """The calls of layers that were seen, by number, in order."""
+    """What was seen.
+
+    Attributes:
+        calls: The calls of layers, by number, in order.
+        axes: Symbol of a size → the name of the axis; symbols of one name are taken for equal.
+    """
 
     calls: list[LayerCall] = field(default_factory=list)
+    axes: dict[str, str] = field(default_factory=dict)
 
     @property
     def repeated(self) -> set[int]:
@@ -77,6 +87,7 @@ def marked_layers(module: nn.Module) -> Iterator[MarkedLayers]:
     marked = MarkedLayers()
     templates: dict[Any, list[_Template]] = {}
     changed: list[tuple[nn.Module, Any]] = []
+    stripped: list[tuple[nn.Module, Any]] = []
     try:
         for found in layer_lists(module):
             for index, (one, kind) in enumerate(zip(found.layers, found.kinds, strict=True)):
@@ -85,13 +96,24 @@ def marked_layers(module: nn.Module) -> Iterator[MarkedLayers]:
                 call = _Call(path, one, (found.path, kind), templates, marked)
                 vars(one)["forward"] = functools.wraps(one.forward)(call)
                 changed.append((one, before))
+                for inner in one.modules() if is_absent(one) else ():
+                    # A trace takes a while for each weight, and needs none of these.
+                    stripped.append((inner, inner._parameters))  # noqa: SLF001
+                    inner._parameters = {}  # noqa: SLF001 (no way to take them back is public)
         yield marked
     finally:
+        for inner, parameters in stripped:
+            inner._parameters = parameters  # noqa: SLF001
         for one, before in reversed(changed):
             if before is None:
                 del vars(one)["forward"]
             else:
                 vars(one)["forward"] = before
+
+
+def is_absent(layer_module: nn.Module) -> bool:
+    """Whether a layer's weights are not there."""
+    return any(parameter.is_meta for parameter in layer_module.parameters())
 
 
 @dataclass(frozen=True)
@@ -170,11 +192,19 @@ class _Call:
     def _alike(self, key: Any, tensors: Sequence[torch.Tensor]) -> _Template | None:
         """The call that was traced with tensors of the same shapes and dtypes."""
         # A trace comes to know that sizes are equal as it goes on, so they are compared anew.
-        shapes = [_shape(tensor) for tensor in tensors]
+        shapes = [self._shape(tensor) for tensor in tensors]
         for template in self.templates.get(key, ()):
-            if [_shape(tensor) for tensor in template.given] == shapes:
+            if [self._shape(tensor) for tensor in template.given] == shapes:
                 return template
         return None
+
+    def _shape(self, tensor: torch.Tensor) -> tuple[str, ...]:
+        return (str(tensor.dtype), *(self._size(str(size)) for size in tensor.shape))
+
+    def _size(self, size: str) -> str:
+        names = self.marked.axes
+        named = _SYMBOL.sub(lambda match: names.get(match.group(), match.group()), size)
+        return " + ".join(sorted(named.split(" + ")))
 
     def _trace(
         self,
@@ -302,10 +332,6 @@ def _made(recipe: Sequence[Any], left: Sequence[torch.Tensor], given: Sequence[A
         else one
         for one in recipe
     ]
-
-
-def _shape(tensor: torch.Tensor) -> tuple[str, ...]:
-    return (str(tensor.dtype), *(str(size) for size in tensor.shape))
 
 
 def _is_cache(value: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qeff_proxy.layer_calls import NotRepeatable
+from qeff_proxy.layer_calls import NotRepeatable, is_absent
 from qeff_proxy.layer_graphs import marks_of
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _pass_by(graph: ir.Graph, calls: Sequence[LayerCall]) -> dict[int, ir.Node]:
     for number, node in sorted(marks.items()):
         call = calls[number]
         layers = call.path.rpartition(".")[0]
-        if not any(parameter.is_meta for parameter in call.module.parameters()):
+        if not is_absent(call.module):
             last[layers] = node
             continue
         absent[number] = node

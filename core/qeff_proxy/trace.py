@@ -92,7 +92,7 @@ def trace_part(
     reason = None
     if repeat:
         try:
-            with marked_layers(part.module) as marked, _axes_known(part):
+            with _marked(part) as marked:
                 program, weights = _graph_of(part, names, opset, TRANSLATIONS)
             return _finished(program, part, names, weights, marked)
         except NotRepeatable as error:
@@ -121,7 +121,7 @@ def trace_sample(
         NotRepeatable: Layers cannot be cloned, or left out.
         ExportError: As in `trace_part`.
     """
-    with marked_layers(whole.module) as marked, _axes_known(whole):
+    with _marked(whole) as marked:
         program, weights = _graph_of(whole, names, opset, TRANSLATIONS)
     shorter = program.clone()
     leave_out(shorter, marked.calls, whole, part)
@@ -185,37 +185,25 @@ def _finished(
 
 
 @contextlib.contextmanager
-def _axes_known(part: Part) -> Iterator[None]:
-    """Let a trace know from the start that axes of one name are equal.
+def _marked(part: Part) -> Iterator[MarkedLayers]:
+    """Trace one layer of each kind of a part, and know the axes of its inputs by their names.
 
-    It would find out as it meets them, one layer's cache after the other, and so would not see that
-    layers are called alike.
+    Symbols for axes that are equal become one only as a trace meets them, so that layers with
+    caches of their own would not be seen to be called alike.
     """
+    with marked_layers(part.module) as marked:
 
-    def note(_module: Any, _args: Any, given: dict[str, torch.Tensor]) -> None:
-        if not torch.compiler.is_compiling():
-            return
-        sizes: dict[str, Any] = {}
-        axes = [
-            (axis, given[name].shape[index])
-            for name, spec in _mangled(part)
-            for index, axis in enumerate(spec.shape)
-            if isinstance(axis, str)
-        ]
-        for axis, size in sorted(axes, key=lambda one: "+" in one[0]):
-            terms = axis.replace(" ", "").split("+")
-            known = all(term.isdigit() or term in sizes for term in terms)
-            if known:
-                whole = sum(int(term) if term.isdigit() else sizes[term] for term in terms)
-                torch._check(size == whole)  # type: ignore[no-untyped-call] # noqa: SLF001
-            elif len(terms) == 1:
-                sizes[axis] = size
+        def note(_module: Any, _args: Any, given: dict[str, torch.Tensor]) -> None:
+            for name, spec in _mangled(part):
+                for size, axis in zip(given[name].shape, spec.shape, strict=True):
+                    if isinstance(axis, str):
+                        marked.axes[str(size)] = axis
 
-    handle = part.module.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+        handle = part.module.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield marked
+        finally:
+            handle.remove()
 
 
 def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:

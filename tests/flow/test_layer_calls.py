@@ -115,7 +115,9 @@ def test_results_of_any_layer_may_be_used(tmp_path: Path) -> None:
     found = traced(part)
     assert found.layers == 1
     # The last layer reaches no output.
-    assert set(found.weights) == {f"layers.{n}.mlp.{w}" for n in range(5) for w in ("weight", "bias")}
+    assert set(found.weights) == {
+        f"layers.{n}.mlp.{w}" for n in range(5) for w in ("weight", "bias")
+    }
     check(part, found, tmp_path)
 
 

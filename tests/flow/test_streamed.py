@@ -132,7 +132,7 @@ def test_references_copy_nothing(make_model: Any, tmp_path: Path) -> None:
         export_model(loaded, hooks, output=tmp_path / "other", weights="reference")
 
 
-def test_layers_that_calculate_with_their_index_are_loaded_whole(
+def test_layers_that_calculate_with_their_index_are_all_run(
     make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qeff_proxy import sampling
@@ -142,7 +142,7 @@ def test_layers_that_calculate_with_their_index_are_loaded_whole(
     monkeypatch.setattr(sampling, "uses_index", lambda _layers: True)
     found = export(folder, tmp_path / "out")
     assert found.cut["weights"].startswith(
-        "loaded whole, since its layers calculate with their index"
+        "streamed from the checkpoint; all layers were run, since its layers calculate with their "
     )
     assert found.cut["layers"]["verified"] == 3
 
@@ -167,16 +167,15 @@ def test_an_exchanged_weight_is_noticed(
     make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer beyond those that are run gets another layer's weights: the names tell."""
-    from qeff_proxy import repeat
+    from qeff_proxy import layer_graphs
 
-    original = repeat._weight_names
-    seen: list[Any] = []
+    original = layer_graphs._weights
 
-    def exchanged(representative: Any, layer: Any, names: Any) -> Any:
-        seen.append(layer)
-        return original(representative, seen[0] if len(seen) == 4 else layer, names)
+    def exchanged(call: Any, name_of: Any) -> Any:
+        for path, name, tensor in original(call, name_of):
+            yield path, name.replace("layers.3.", "layers.0."), tensor
 
-    monkeypatch.setattr(repeat, "_weight_names", exchanged)
+    monkeypatch.setattr(layer_graphs, "_weights", exchanged)
     folder = tmp_path / "checkpoint"
     make_model("llama", layers=4).save_pretrained(folder)
     found = export(folder, tmp_path / "out")
