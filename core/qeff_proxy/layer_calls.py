@@ -72,9 +72,17 @@ class MarkedLayers:
     axes: dict[str, str] = field(default_factory=dict)
 
     @property
-    def repeated(self) -> set[int]:
-        """Numbers of the calls that were traced for others, too."""
-        return {call.template for number, call in enumerate(self.calls) if call.template != number}
+    def traced(self) -> int:
+        """How many layers were traced, of the lists of which any was not."""
+        numbered = list(enumerate(self.calls))
+        repeated = {_list_of(call) for number, call in numbered if call.template != number}
+        return sum(
+            call.template == number for number, call in numbered if _list_of(call) in repeated
+        )
+
+
+def _list_of(call: LayerCall) -> str:
+    return call.path.rpartition(".")[0]
 
 
 @contextmanager

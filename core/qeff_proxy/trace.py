@@ -180,7 +180,7 @@ def _finished(
         {name: tensor for name, tensor in weights.items() if name in used},
         inputs,
         outputs,
-        len(marked.repeated),
+        marked.traced,
     )
 
 
