@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qeff_proxy.compare import Comparison, Divergence, TensorComparison
+    from qeff_proxy.speed import Speed
 
 __all__ = ["BackendResult", "Verification"]
 
@@ -120,6 +121,7 @@ class Verification:
         input: What was run, as JSON values.
         decoded: What the reference's output means: texts, vectors …
         results: One per backend.
+        speed: How fast they are, where that was measured.
     """
 
     source: str
@@ -130,6 +132,7 @@ class Verification:
     input: dict[str, Any]
     decoded: Any
     results: tuple[BackendResult, ...]
+    speed: Speed | None = None
 
     @property
     def passed(self) -> bool:
@@ -148,6 +151,7 @@ class Verification:
             "input": self.input,
             "decoded": self.decoded if _is_plain(self.decoded) else None,
             "backends": [result.to_json() for result in self.results],
+            **({} if self.speed is None else {"speed": self.speed.to_json()}),
         }
 
 

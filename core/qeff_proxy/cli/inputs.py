@@ -8,8 +8,9 @@ from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
-__all__ = ["add_image_option", "parse_rows"]
+__all__ = ["add_image_option", "parse_rows", "read_prompts"]
 
 _LARGEST_ID = 2**63 - 1
 
@@ -23,6 +24,25 @@ def add_image_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
         metavar="FILE",
         help="an image that the text is about; may be given again",
     )
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """The prompts of a file, one a line; none where none is named.
+
+    Raises:
+        UsageError: It cannot be read, or holds none.
+    """
+    if path is None:
+        return []
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise UsageError(f"{path} cannot be read: {reason}", "Name a file of prompts.") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"{path} holds no prompt", "Write one a line.")
+    return prompts
 
 
 def parse_rows(texts: list[str]) -> list[list[int]]:

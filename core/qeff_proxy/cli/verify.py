@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.cli.inputs import add_image_option, parse_rows
+from qeff_proxy.cli.inputs import add_image_option, parse_rows, read_prompts
 from qeff_proxy.cli.options import (
     add_calibration_option,
     add_model_options,
@@ -17,6 +17,7 @@ from qeff_proxy.cli.options import (
     parse_option,
 )
 from qeff_proxy.cli.output import print_json, print_text, stage_display
+from qeff_proxy.cli.speed_table import command_for, speed_lines
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ __all__ = ["configure", "run"]
 _EPILOG = """\
 PyTorch runs the same input and is the reference. Every backend is fed the tokens that PyTorch
 chose, so that each step has the same inputs; "tokens" counts those it would have chosen too.
+--backend best verifies all backends that can run on this machine, measures their speed and names
+the quickest; --speed measures those that are named. It takes longer: the model is exported without
+layer outputs, too, and all backends run the input in turns, beside PyTorch.
 Exit status: 0 when every backend passed, else 1. Limits of --tol: see qeff-proxy compare --help.
 """
 
@@ -47,13 +51,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action="append",
         metavar="NAME",
-        help="a backend to verify; may be given again (default: onnxruntime)",
+        help="a backend to verify, or best for all that can run here, and to have the quickest "
+        "named; may be given again (default: onnxruntime)",
     )
     given = parser.add_argument_group(
         "input", "Without any, an example of what the model takes: text, speech, or a drawing."
     )
     given.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given again"
+    )
+    given.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="prompts, one a line; blank lines are not"
     )
     given.add_argument(
         "--ids", action="append", default=[], metavar="N,N,…", help="token ids instead of a prompt"
@@ -72,6 +80,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tolerance of the tensors that match, such as '*=peak:0.02' (repeatable)",
     )
     judged.add_argument("--html", type=Path, metavar="FILE", help="write a report per backend")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--speed", action="store_true", help="measure the backends that pass, and PyTorch"
+    )
+    speed.add_argument("--turns", type=int, default=5, metavar="N", help="of each (default: 5)")
     dump = parser.add_argument_group("dumps")
     dump.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
     dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
@@ -119,14 +132,22 @@ def run(args: argparse.Namespace) -> int:
                 io=DumpOptions(args.io_steps, tuple(args.io_tensors or ("*",))),
                 io_folder=args.io_dir,
                 html=args.html,
+                speed=args.speed,
+                turns=args.turns,
             ),
             trust_remote_code=args.trust_remote_code,
             progress=progress,
         )
+    speed = verification.speed
     if args.json:
-        print_json(verification.to_json())
+        found = verification.to_json()
+        if speed is not None and speed.best is not None:
+            found["speed"]["command"] = command_for(args, speed.best.name)
+        print_json(found)
     else:
         for renderable in _rendered(verification):
+            print_text(renderable)
+        for renderable in speed_lines(speed, args) if speed is not None else ():
             print_text(renderable)
     return 0 if verification.passed else 1
 
@@ -142,16 +163,18 @@ def _request(args: argparse.Namespace) -> Request | None:
     from qeff_proxy.request import Request
 
     if args.ids:
-        for name in ("prompt", "audio", "image"):
+        for name in ("prompt", "prompt_file", "audio", "image"):
             if getattr(args, name):
-                raise UsageError(f"--{name} and --ids exclude each other")
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} and --ids exclude each other")
         rows = parse_rows(args.ids)
         import numpy as np
 
         return Request(inputs={"input_ids": np.array(rows, np.int64)})
-    if not args.prompt and not args.audio and not args.image:
+    prompts = [*args.prompt, *read_prompts(args.prompt_file)]
+    if not prompts and not args.audio and not args.image:
         return None
-    return Request(tuple(args.prompt), audio=tuple(args.audio), images=tuple(args.image))
+    return Request(tuple(prompts), audio=tuple(args.audio), images=tuple(args.image))
 
 
 def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -162,8 +185,11 @@ def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             raise UsageError(f"-O {text} is not BACKEND.NAME=VALUE")
         name, value = parse_option(option)
         found.setdefault(backend, {})[name] = value
-    unused = sorted(set(found) - set(args.backend or ["onnxruntime"]))
-    if unused:
+    from qeff_proxy.backends.choice import BEST
+
+    named = set(args.backend or ["onnxruntime"])
+    unused = sorted(set(found) - named)
+    if unused and BEST not in named:
         raise UsageError(f"-O names {unused[0]}, which is not verified")
     return found
 
