@@ -41,6 +41,8 @@ the quickest; --speed measures those that are named. It takes longer: the model 
 layer outputs, too, and all backends run the input in turns, beside PyTorch.
 Exit status: 0 when every backend passed, else 1. Limits of --tol: see qeff-proxy compare --help.
 """
+#: Of many inputs so many are shown, and so many letters of a long prompt.
+_SHOWN, _SHOWN_LETTERS = 4, 200
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -229,16 +231,27 @@ def _described_run(verification: Verification) -> Iterator[str]:
     from qeff_proxy.compare.verdict import printable
 
     given = verification.input
-    shown = [repr(prompt) for prompt in given["prompts"]]
+    shown = [repr(_shortened(prompt)) for prompt in given["prompts"]]
     shown += [*given.get("audio", ()), *given.get("images", ())]
     for name in sorted(given.keys() - {"prompts", "audio", "images", "new_tokens"}):
         value = given[name]
         shown.append(f"{name} {[len(value), len(value[0])] if name == 'input_ids' else value}")
-    yield f"input: {printable(', '.join(map(str, shown)))}"
+    yield f"input: {printable(_listed(shown))}"
     if texts := list(_texts_in(verification.decoded)):
-        yield f"PyTorch says: {printable(', '.join(map(repr, texts)))}"
+        yield f"PyTorch says: {printable(_listed([repr(text) for text in texts]))}"
     if not verification.taps:
         yield "Note: there are no layer taps; name the checkpoint to have every layer compared."
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}…"
+
+
+def _listed(shown: list[Any]) -> str:
+    """The first of many, and how many more there are."""
+    more = len(shown) - _SHOWN
+    listed = ", ".join(map(str, shown[:_SHOWN]))
+    return f"{listed} and {more} more" if more > 0 else listed
 
 
 def _texts_in(decoded: Any) -> Iterator[str]:

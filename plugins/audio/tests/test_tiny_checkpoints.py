@@ -108,6 +108,20 @@ def test_verify_lets_it_hear_a_recording_and_openvino_passes(name, capsys):
     assert result["equal_tokens"] == result["tokens"] > 4
 
 
+@pytest.mark.parametrize(
+    ("name", "unit", "amount"),
+    [("tiny-whisper", "tokens", 4), ("tiny-wav2vec2", "seconds of sound", 1.72)],
+)
+def test_verify_tells_its_speed_beside_the_uncut_model(name, unit, amount, capsys):
+    export = recognizer(name).export()
+    given = ["--speed", "--turns", "1", "--num-cores", "1", "--json"]
+    assert main(["verify", str(export), *given]) == 0
+    speed = json.loads(capsys.readouterr().out)["speed"]
+    assert (speed["unit"], round(speed["amount"], 2)) == (unit, amount)
+    assert speed["best"] == "onnxruntime"
+    assert speed["pytorch"]["a_second"] > 0
+
+
 @pytest.mark.parametrize("name", FACES)
 def test_what_verify_cannot_let_it_hear_is_said_before_anything_is_made(name, capsys, tmp_path):
     given = ["verify", str(CHECKPOINTS / name), "--output", str(tmp_path / "export")]
