@@ -122,6 +122,7 @@ class Verification:
         decoded: What the reference's output means: texts, vectors …
         results: One per backend.
         speed: How fast they are, where that was measured.
+        idle: Parts that did not run on this input, so that nothing of them was compared.
     """
 
     source: str
@@ -133,6 +134,7 @@ class Verification:
     decoded: Any
     results: tuple[BackendResult, ...]
     speed: Speed | None = None
+    idle: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -149,6 +151,7 @@ class Verification:
             "reference": str(self.reference),
             "reference_weights": self.weights,
             "input": self.input,
+            "idle_parts": list(self.idle),
             "decoded": self.decoded if _is_plain(self.decoded) else None,
             "backends": [result.to_json() for result in self.results],
             **({} if self.speed is None else {"speed": self.speed.to_json()}),

@@ -181,6 +181,7 @@ def verify_model(
         decoded=reference.decoded,
         results=results,
         speed=speed,
+        idle=_idle_parts(export, run),
     )
 
 
@@ -239,6 +240,14 @@ def _export_of(
         force=options.force,
         progress=progress,
     )
+
+
+def _idle_parts(export: Export, run: Runs) -> tuple[str, ...]:
+    """The parts that the input had no use for, such as one of images without an image."""
+    if run.options.io != DumpOptions():  # a part may be left out of the dump on purpose
+        return ()
+    ran = read_dump(run.folder / REFERENCE).manifest.parts
+    return tuple(part.name for part in export.parts if part.name not in ran)
 
 
 def _without_taps(

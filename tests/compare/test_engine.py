@@ -144,7 +144,7 @@ def test_nan_and_infinity_are_judged_apart(tmp_path, reference, candidate, passe
     comparison = compare_arrays(tmp_path, np.float32(reference), np.float32(candidate))
     assert comparison.passed is passed
     if not passed:
-        assert "1 NaN or infinite elements stand against others" in comparison.tensors[0].why
+        assert "1 NaN or infinite element against others" in comparison.tensors[0].why
         assert comparison.first_divergence.error == np.inf
 
 

@@ -276,7 +276,7 @@ CUTS = [
     ),
     Fault(
         "the_verification_sees_a_fault_in_each_part",
-        "verified a embedding part that gives",
+        "verified an embedding part that gives",
         verified_by("faulty-unverified"),
     ),
     Fault("the_model_is_left_as_it_was", "ln_f.weight", cut_like(change_the_model)),

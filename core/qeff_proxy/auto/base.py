@@ -15,6 +15,7 @@ from qeff_proxy.export import export_model
 from qeff_proxy.load import LoadedModel, load_model, load_processor, with_options, wrap_model
 from qeff_proxy.plugins import Plugins
 from qeff_proxy.run import RunResult, run_compiled
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +69,7 @@ class ProxyModel:
             options: What the family's ``build_proxy`` is told besides.
         """
         if options is not None and not isinstance(options, Mapping):
-            raise UsageError(f"options are a {type(options).__name__}", "Give values by name.")
+            raise UsageError(f"options are {type_named(options)}", "Give values by name.")
         unknown = sorted(set(options or {}) - self.option_names, key=str)
         if unknown:
             known = ", ".join(sorted(self.option_names)) or "none"
@@ -81,7 +82,7 @@ class ProxyModel:
             raise UsageError(f"proxy is {proxy!r}", "It must be 'split', 'stub' or None.")
         if plugins is not None and not isinstance(plugins, Plugins):
             raise UsageError(
-                f"plugins are a {type(plugins).__name__}", "Give qeff_proxy.Plugins, or nothing."
+                f"plugins are {type_named(plugins)}", "Give qeff_proxy.Plugins, or nothing."
             )
         loaded = model if isinstance(model, LoadedModel) else _wrapped(model)
         self._loaded = with_options(loaded, options or {})
@@ -283,7 +284,7 @@ class ProxyModel:
 def _wrapped(model: Any) -> LoadedModel:
     """A transformers model, as what `qeff_proxy.load.load_model` gives."""
     if not hasattr(getattr(model, "config", None), "model_type"):
-        what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        what = repr(model) if isinstance(model, str) else type_named(model)
         raise UsageError(
             f"{what} is no transformers model",
             "Give one, or load a checkpoint with from_pretrained.",

@@ -239,6 +239,11 @@ def _described_run(verification: Verification) -> Iterator[str]:
     yield f"input: {printable(_listed(shown))}"
     if texts := list(_texts_in(verification.decoded)):
         yield f"PyTorch says: {printable(_listed([repr(text) for text in texts]))}"
+    for part in verification.idle:
+        yield (
+            f"Note: the {part} part did not run on this input, so nothing of it was compared; an "
+            "image is given with --image FILE, a sound with --audio FILE."
+        )
     if not verification.taps:
         yield "Note: there are no layer taps; name the checkpoint to have every layer compared."
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import Array, given_tensor, to_array
 from qeff_proxy.errors import UsageError
+from qeff_proxy.wording import counted, type_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +63,7 @@ def feature_extractor_of(processor: Any) -> Any:
     """
     extractor = getattr(processor, "feature_extractor", processor)
     if not hasattr(extractor, "sampling_rate"):
-        what = "no processor" if processor is None else f"a {type(processor).__name__}"
+        what = "no processor" if processor is None else type_named(processor)
         raise UsageError(
             f"sound needs a processor with a feature extractor, and there is {what}",
             "Put preprocessor_config.json beside the checkpoint, or pass processor=.",
@@ -142,7 +143,7 @@ def load_sound(sound: Any, rate: int, sampling_rate: int | None = None) -> Array
     _check_loudness(mono, name)
     if mono.size < SHORTEST * own_rate:
         raise UsageError(
-            f"{name} is too short to be speech: {mono.size} samples at {own_rate} Hz",
+            f"{name} is too short to be speech: {counted(mono.size, 'sample')} at {own_rate} Hz",
             "Give a longer sound.",
         )
     return _resampled(mono, own_rate, rate, name)
@@ -220,7 +221,7 @@ def _samples_of(sound: Any) -> Array:
 
 
 def _no_sound(sound: Any) -> UsageError:
-    return UsageError(f"{type(sound).__name__} is no sound", "Give a path or samples.")
+    return UsageError(f"{type_named(sound)} is no sound", "Give a path or samples.")
 
 
 def _check_rate(rate: Any, name: str) -> None:

@@ -88,6 +88,7 @@ def test_the_command_line_takes_sound_files(name, capsys):
     [
         (["hello"], "there is no sound file 'hello'"),
         ([str(RECORDINGS[0]), "--image", "x.png"], "takes sound, not images"),
+        (["5,6", "--ids"], "takes sound, not token ids. Give a sound file"),
         ([str(RECORDINGS[0]), "--num-beams", "3"], "generates no tokens one by one"),
     ],
 )
