@@ -12,6 +12,7 @@ from qeff_proxy.auto.qefficient import without_runtime
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
+from qeff_proxy.tasks import TASKS
 from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
@@ -58,10 +59,7 @@ class GenerationResult:
 class QEFFAutoModelForCausalLM(ProxyModel):
     """A causal LM, or a vision-language model that calls itself one and is given ``inputs``."""
 
-    auto_class = "AutoModelForCausalLM"
-    flows = frozenset({"causal-lm", "image-text-to-text"})
-    option_names = frozenset({"kv_offload"})
-    extra = "text"
+    task = TASKS["text"]
 
     def generate(
         self,

@@ -19,6 +19,8 @@ from qeff_proxy.arrays import Array, given_tensor, to_array
 from qeff_proxy.errors import UsageError
 from qeff_proxy.wording import counted, type_named
 
+from qeff_proxy_audio.ogg import is_cut_off
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -187,9 +189,9 @@ def _read(path: Path) -> tuple[Array, int]:
             "WAV, FLAC, OGG and MP3 are; take the sound out of a video or another format with "
             "ffmpeg -i FILE -ac 1 -ar 16000 sound.wav",
         ) from error
-    if len(samples) < promised * _WHOLE or _lacks_data(notes):
+    if len(samples) < promised * _WHOLE or _lacks_data(notes) or is_cut_off(path):
         warnings.warn(
-            f"{path} ends before its header says: it may have been cut off, and words be missing",
+            f"{path} ends too early: it may have been cut off, and words be missing",
             SoundWarning,
             4,
         )
