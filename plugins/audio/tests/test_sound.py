@@ -145,9 +145,9 @@ def test_an_ogg_that_was_cut_within_a_page_or_between_two_is_seen(tmp_path):
 @pytest.mark.parametrize("kind", ["wav", "mp3", "ogg"])
 def test_a_file_that_was_cut_off_is_told_from_a_whole_one(tmp_path, kind):
     path = tmp_path / f"sound.{kind}"
-    noise = np.random.default_rng(0).standard_normal(32_000).astype(np.float32) * 0.1
+    noise = np.random.default_rng(0).standard_normal(160_000).astype(np.float32) * 0.1
     soundfile.write(path, noise, 16_000)
-    assert len(load_sound(path, 16_000)) >= 31_000
+    assert len(load_sound(path, 16_000)) >= 159_000
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.warns(SoundWarning, match="it may have been cut off"):
         load_sound(path, 16_000)

@@ -13,10 +13,11 @@ import pytest
 import qeff_proxy_audio
 import soundfile
 import soxr
-from qeff_proxy import QEFFAutoModelForCTC, QEFFAutoModelForSpeechSeq2Seq
+from qeff_proxy import QEFFAutoModelForCTC, QEFFAutoModelForSpeechSeq2Seq, Request
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UsageError
+from qeff_proxy.verify import verify_model
 from qeff_proxy_audio.sound import EXAMPLE, SoundWarning
 
 ROOT = Path(__file__).parents[3]
@@ -121,6 +122,21 @@ def test_verify_tells_its_speed_beside_the_uncut_model(name, unit, amount, capsy
     assert (speed["unit"], round(speed["amount"], 2)) == (unit, amount)
     assert speed["best"] == "onnxruntime"
     assert speed["pytorch"]["a_second"] > 0
+
+
+def test_verify_says_once_what_there_is_to_say_of_a_sound(tmp_path):
+    samples, rate = soundfile.read(EXAMPLE, dtype="float32")
+    path = tmp_path / "half.wav"
+    soundfile.write(path, samples[::2], rate // 2)
+    with pytest.warns(SoundWarning) as caught:
+        found = verify_model(
+            recognizer("tiny-wav2vec2").export(),
+            ["onnxruntime", "openvino"],
+            Request(audio=(str(path),)),
+        )
+    assert found.passed
+    assert len(caught) == 1
+    assert "is resampled from 8000 to 16000 Hz" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("name", FACES)
