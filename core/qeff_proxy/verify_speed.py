@@ -98,6 +98,8 @@ def _measured(
     first = next(iter(jobs.values()))
     amount, unit = _amount(run, first)
     notes: list[str] = []
+    if first.export.settings.get("taps"):
+        notes.append("these graphs have layer taps; name the checkpoint to measure without")
     with ExitStack() as stack, quiet_loading():
         try:
             uncut = model()
@@ -109,7 +111,7 @@ def _measured(
             notes.append(f"{PYTORCH} is not measured: {reason_of(error)}")
         timings, failed = take_turns(contenders, run.options.turns, progress)
     if PYTORCH in failed:
-        notes = [f"{PYTORCH} is not measured: {reason_of(failed.pop(PYTORCH))}"]
+        notes[-1] = f"{PYTORCH} is not measured: {reason_of(failed.pop(PYTORCH))}"
     out |= {name: reason_of(error) for name, error in failed.items()}
     reference = timings.pop(PYTORCH, None)
     return Speed(amount, unit, tuple(_sorted(timings)), reference, out, tuple(notes))

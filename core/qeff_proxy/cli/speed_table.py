@@ -94,7 +94,7 @@ def _said(speed: Speed, args: argparse.Namespace) -> Iterator[str]:
                 f"Turns differ by {speed.spread:.0%}: the machine has other work, so small "
                 "differences mean nothing. Measure again, or take more --turns."
             )
-    yield from (f"{note}." for note in speed.notes)
+    yield from (f"{note[0].upper()}{note[1:]}." for note in speed.notes)
     for name, why in speed.left_out.items():
         yield f"Left out: {name}: {why.rstrip('.')}."
 

@@ -80,7 +80,8 @@ def describe_verdict(comparison: Comparison) -> list[str]:
         f"({counted(count, 'array')})"
     )
     if comparison.passed:
-        lines = [f"PASSED: all of {scope} are within tolerance."]
+        said = f"{scope} is" if len(names) == 1 else f"all of {scope} are"
+        lines = [f"PASSED: {said} within tolerance."]
     elif failed:
         bad_names = len({str(t.name) for t in failed})
         lines = [f"FAILED: of {scope}, {_differ(bad_names)}, in {counted(bad, 'array')}."]
