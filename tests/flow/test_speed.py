@@ -13,6 +13,7 @@ from qeff_proxy.backends import BUILTIN_BACKENDS, CompileOptions
 from qeff_proxy.backends.choice import backends_to_choose_from
 from qeff_proxy.backends.torch_backend import TorchBackend
 from qeff_proxy.cli import main
+from qeff_proxy.compare import Tolerances
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
 from qeff_proxy.speed import Speed, Timing, take_turns
@@ -132,8 +133,6 @@ def test_a_slow_backend_is_not_the_quickest(demo_export: Path, slow_backend: str
 
 
 def test_what_does_not_pass_is_not_measured(demo_export: Path) -> None:
-    from qeff_proxy.compare import Tolerances
-
     none = Tolerances.parse(["*.logits=atol:0"])
     found = verify_model(demo_export, ["onnxruntime"], PROMPT, quick(tolerances=none))
     assert found.speed is not None
@@ -142,7 +141,7 @@ def test_what_does_not_pass_is_not_measured(demo_export: Path) -> None:
 
 
 def test_a_graph_that_is_wrong_only_without_taps_is_not_measured(
-    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    best_run: dict[str, Any], demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graphs that are measured are held against the reference as those with taps are."""
     import numpy as np
@@ -163,14 +162,18 @@ def test_a_graph_that_is_wrong_only_without_taps_is_not_measured(
             plain = part.name == "lm_head" and not export.settings.get("taps")
             return Doubled(session) if plain else session
 
+    monkeypatch.setenv("QEFF_HOME", str(best_run["home"]))  # where it is exported already
     module = ModuleType("fused_backend")
     module.Fused = Fused  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fused_backend", module)
     monkeypatch.setitem(BUILTIN_BACKENDS, "fused", "fused_backend:Fused")
-    found = verify_model(str(demo_checkpoint), ["fused"], PROMPT, quick())
+    limits = Tolerances.parse(["*.hidden_states.*=peak:0.5"])  # of what is there with taps only
+    options = quick(tolerances=limits)
+    found = verify_model(str(demo_checkpoint), ["fused", "torch"], PROMPT, options)
     assert found.passed
     assert found.speed is not None
     assert found.speed.left_out == {"fused": "without taps it did not pass: lm_head.out.logits"}
+    assert [one.name for one in found.speed.timings] == ["torch"]
 
 
 def test_speeds_within_5_percent_are_said_to_be_equal() -> None:

@@ -63,7 +63,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given again"
     )
     given.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="prompts, one a line; blank lines are not"
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="prompts, one a line; blank lines are left out",
     )
     given.add_argument(
         "--ids", action="append", default=[], metavar="N,N,…", help="token ids instead of a prompt"
