@@ -121,6 +121,8 @@ def test_verify_tells_its_speed_beside_the_uncut_model(name, unit, amount, capsy
     speed = json.loads(capsys.readouterr().out)["speed"]
     assert (speed["unit"], round(speed["amount"], 2)) == (unit, amount)
     assert speed["best"] == "onnxruntime"
+    wanted = f"qeff-proxy generate {export} INPUT --backend onnxruntime --num-cores 1"
+    assert speed["command"] == wanted
     assert speed["pytorch"]["a_second"] > 0
 
 
