@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from qeff_proxy.plugin_hooks import Hooks
     from qeff_proxy.request import Request
     from qeff_proxy.speed import Speed
+    from qeff_proxy.verification import BackendResult
 
 __all__ = ["DEFAULT_PROMPT", "REFERENCE", "VerifyOptions", "verify_model"]
 
@@ -135,10 +136,7 @@ def verify_model(
     names, left_out = _names_of(backends, options)
     options = replace(options, speed=options.speed or BEST in backends)
     _check_names(names, options)
-    if options.io_folder is not None:
-        check_io_folder(options.io_folder / REFERENCE)
-    if options.html is not None:
-        check_report_place(options.html)
+    _check_places(options)
     if isinstance(model, str | Path):
         model = _opened(folder_named(str(model)), str(model), trust_remote_code)
     hooks = hooks or _installed_hooks(model)
@@ -165,12 +163,6 @@ def verify_model(
     if options.tolerances is not None:
         options.tolerances.check_used(read_dump(run.folder / REFERENCE).names())
     results = tuple(try_backend(run, name, progress, several=len(names) > 1) for name in names)
-    speed: Speed | None = None
-    if options.speed:
-        from qeff_proxy.verify_speed import measure_speed
-
-        uncut = partial(_uncut, loaded, export)
-        speed = measure_speed(run, plain, uncut, results, left_out, progress)
     return Verification(
         source=export.model["source"],
         export=export.folder,
@@ -180,7 +172,7 @@ def verify_model(
         input=run.described(),
         decoded=reference.decoded,
         results=results,
-        speed=speed,
+        speed=_speed_of(run, loaded, plain, results, left_out, progress),
         idle=_idle_parts(export, run),
     )
 
@@ -274,6 +266,31 @@ def _uncut(loaded: LoadedModel | None, export: Export) -> PreTrainedModel:
     from qeff_proxy.backends.torch_backend import model_of_export
 
     return model_of_export(export)
+
+
+def _speed_of(
+    run: Runs,
+    loaded: LoadedModel | None,
+    plain: Export,
+    results: Sequence[BackendResult],
+    left_out: Mapping[str, str],
+    progress: Callable[[str], None],
+) -> Speed | None:
+    """How fast the backends are, where that is asked for."""
+    if not run.options.speed:
+        return None
+    from qeff_proxy.verify_speed import measure_speed
+
+    uncut = partial(_uncut, loaded, run.export)
+    return measure_speed(run, plain, uncut, results, left_out, progress)
+
+
+def _check_places(options: VerifyOptions) -> None:
+    """Refuse places where dumps and reports cannot go."""
+    if options.io_folder is not None:
+        check_io_folder(options.io_folder / REFERENCE)
+    if options.html is not None:
+        check_report_place(options.html)
 
 
 def _check_names(names: Sequence[str], options: VerifyOptions) -> None:

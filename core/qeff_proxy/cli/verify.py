@@ -76,6 +76,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_image_option(given)
     given.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
+    _add_outcome_options(parser)
+    add_shape_options(parser)
+    add_calibration_option(parser)
+    parser.add_argument(
+        "-O",
+        "--backend-option",
+        action="append",
+        default=[],
+        dest="options_of_backends",
+        metavar="BACKEND.NAME=VALUE",
+        help="an option of one backend; may be given again",
+    )
+
+
+def _add_outcome_options(parser: argparse.ArgumentParser) -> None:
+    """Verdict, speed and dumps."""
     judged = parser.add_argument_group("verdict")
     judged.add_argument(
         "--tol",
@@ -94,17 +110,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     dump.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
     dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
     dump.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
-    add_shape_options(parser)
-    add_calibration_option(parser)
-    parser.add_argument(
-        "-O",
-        "--backend-option",
-        action="append",
-        default=[],
-        dest="options_of_backends",
-        metavar="BACKEND.NAME=VALUE",
-        help="an option of one backend; may be given again",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
