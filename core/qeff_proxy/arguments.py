@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import UsageError
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -115,5 +116,5 @@ def processor(name: str, value: Any) -> Any:
 def _shown(value: Any) -> str:
     """The value as an error shows it: in one line, and not all of what is long."""
     plain = isinstance(value, str | bytes | int | float | list | tuple | dict | None)
-    text = " ".join(repr(value).split()) if plain else f"a {type(value).__name__}"
+    text = " ".join(repr(value).split()) if plain else type_named(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -19,6 +19,7 @@ import importlib_metadata
 
 from qeff_proxy.errors import PluginError, ProxyError, UsageError
 from qeff_proxy.plugin_discovery import ENVIRONMENT_VARIABLE, FamilyEntry
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -139,8 +140,8 @@ def load(entry: DemoEntry) -> Demo:
         ) from error
     if not isinstance(demo, Demo):
         raise PluginError(
-            f"demo {entry.name!r} ({entry.value}) of package {entry.distribution} gives a "
-            f"{type(demo).__name__}",
+            f"demo {entry.name!r} ({entry.value}) of package {entry.distribution} gives "
+            f"{type_named(demo)}",
             "It is to be a function that gives a qeff_proxy.demos.Demo.",
         )
     return demo

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from qeff_proxy.arguments import callables, flag, number, texts, whole_number
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.reading import quiet_loading
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -134,9 +135,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UsageError(f"temperature is {one!r}", "It must be a number above 0.")
     streamer = settings.get("streamer")
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-        raise UsageError(
-            f"streamer is a {type(streamer).__name__}", "Give a streamer of transformers."
-        )
+        raise UsageError(f"streamer is {type_named(streamer)}", "Give a streamer of transformers.")
     stops = settings.get("stop_strings")
     if stops is not None and not all(texts("stop_strings", stops) or [""]):
         raise UsageError("a stop string is empty", "It would stop at once; give some text.")
@@ -204,7 +203,7 @@ def generation_config_of(job: Job) -> GenerationConfig:
     if given is not None:
         if not isinstance(given, GenerationConfig):
             raise UsageError(
-                f"generation_config is a {type(given).__name__}",
+                f"generation_config is {type_named(given)}",
                 "Give transformers' GenerationConfig.",
             )
         asked = {name: value for name, value in given.to_diff_dict().items() if value is not None}

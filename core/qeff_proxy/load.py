@@ -26,6 +26,7 @@ from qeff_proxy.reading import (
     read_model,
     remote_code_adapter,
 )
+from qeff_proxy.tasks import UNUSED_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "REMOTE_CODE_GROUP",
-    "UNUSED_WEIGHTS",
     "LoadedModel",
     "load_config",
     "load_model",
@@ -51,10 +51,6 @@ __all__ = [
 
 _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "*.tiktoken", "*.jsonl", "merges.txt")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-
-#: Weights that no flow uses, and that checkpoints often lack: a pooler made for a pretraining task,
-#: and what stands in for the sound that training hides.
-UNUSED_WEIGHTS = ("pooler.*", "*.masked_spec_embed")
 
 
 @dataclass

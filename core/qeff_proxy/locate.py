@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qeff_proxy.errors import PluginError
 from qeff_proxy.sites import Absent, Site
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,7 +70,7 @@ def _check(model: PreTrainedModel, plugin: str, name: str, site: Site) -> None:
     module = modules[site.module]
     if not site.tables and not any(one.dim() > 1 for one in module.parameters()):
         raise PluginError(
-            f"plugin {plugin} locates {where} at {site.module!r}, a {type(module).__name__}, which "
+            f"plugin {plugin} locates {where} at {site.module!r}, {type_named(module)}, which "
             "holds no table",
             "Name the module with a row for each token.",
         )

@@ -20,6 +20,7 @@ from qeff_proxy.errors import PluginError, ProxyError, UnsupportedModelError, Us
 from qeff_proxy.parts import Proxy
 from qeff_proxy.plugin_discovery import GENERIC
 from qeff_proxy.sites import Absent, Site
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -208,7 +209,7 @@ class Hooks:
             named = " or ".join(one.__name__ for one in get_args(expected) or (expected,))
             raise PluginError(
                 f"{self._culprit(caller, None)} answered {hook} for model type "
-                f"{self.model_type!r} with a {type(answer).__name__}, not {named}"
+                f"{self.model_type!r} with {type_named(answer)}, not {named}"
             )
         return answer
 

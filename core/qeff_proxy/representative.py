@@ -18,6 +18,7 @@ from qeff_proxy.layer_kinds import (
     prefix_with_every_kind,
     shorten,
 )
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +74,7 @@ def with_depth(loaded: LoadedModel, depth: str | int) -> LoadedModel:
         number = representative_depth(found.kinds) if wanted == "auto" else wanted
         if number > len(found.layers):
             raise UsageError(
-                f"{loaded.source} has {len(found.layers)} layers, not {number}",
+                f"{loaded.source} has {counted(len(found.layers), 'layer')}, not {number}",
                 "Ask for fewer, or for 'auto'.",
             )
         described = describe_kinds(found)

@@ -57,6 +57,7 @@ def run_compiled(
     io_folder: Path | None = None,
     io_options: DumpOptions | None = None,
     sessions: Mapping[str, Session] | None = None,
+    tensors: Mapping[str, Any] | None = None,
 ) -> RunResult:
     """Run a compiled proxy on one request.
 
@@ -70,6 +71,7 @@ def run_compiled(
         io_folder: Where to; by default a new folder below ``io/`` of the export.
         io_options: Which steps and tensors to keep.
         sessions: Run these, one per part, instead of what was compiled; they stay open.
+        tensors: What the ``preprocess`` hook made of the request, where it was asked before.
 
     Raises:
         UsageError: The request cannot be served.
@@ -77,8 +79,9 @@ def run_compiled(
         DumpError: The dump cannot be written. What stood in its place is kept.
     """
     export = compiled.export
-    with quiet_loading():  # tokenizers warn of texts that are then refused
-        tensors = hooks.preprocess(processor=processor, request=request)
+    if tensors is None:
+        with quiet_loading():  # tokenizers warn of texts that are then refused
+            tensors = hooks.preprocess(processor=processor, request=request)
     settings = dict(settings or {})
     folder = None
     if write_io:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import UsageError
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +33,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
 
     if not callable(tokenizer):
         raise UsageError(
-            f"a {type(tokenizer).__name__} is no tokenizer",
+            f"{type_named(tokenizer)} is no tokenizer",
             "Pass a tokenizer of transformers, or leave it out for the checkpoint's own.",
         )
     for prompt in prompts:

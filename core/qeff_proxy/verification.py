@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qeff_proxy.compare import Comparison, Divergence, TensorComparison
+    from qeff_proxy.speed import Speed
 
 __all__ = ["BackendResult", "Verification"]
 
@@ -120,6 +121,8 @@ class Verification:
         input: What was run, as JSON values.
         decoded: What the reference's output means: texts, vectors …
         results: One per backend.
+        speed: How fast they are, where that was measured.
+        idle: Parts that did not run on this input, so that nothing of them was compared.
     """
 
     source: str
@@ -130,6 +133,8 @@ class Verification:
     input: dict[str, Any]
     decoded: Any
     results: tuple[BackendResult, ...]
+    speed: Speed | None = None
+    idle: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -146,8 +151,10 @@ class Verification:
             "reference": str(self.reference),
             "reference_weights": self.weights,
             "input": self.input,
+            "idle_parts": list(self.idle),
             "decoded": self.decoded if _is_plain(self.decoded) else None,
             "backends": [result.to_json() for result in self.results],
+            **({} if self.speed is None else {"speed": self.speed.to_json()}),
         }
 
 

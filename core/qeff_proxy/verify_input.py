@@ -13,11 +13,15 @@ from qeff_proxy.load import load_processor
 from qeff_proxy.reading import quiet_loading
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
     from qeff_proxy.load import LoadedModel
     from qeff_proxy.plugin_hooks import Hooks
     from qeff_proxy.request import Request
 
-__all__ = ["check_request", "describe_given", "processor_in"]
+__all__ = ["check_request", "describe_given", "processor_in", "tensors_of"]
 
 
 def processor_in(folder: Path, trust_remote_code: bool) -> Any:
@@ -30,8 +34,11 @@ def processor_in(folder: Path, trust_remote_code: bool) -> Any:
 
 def check_request(
     request: Request, model: LoadedModel | Export, hooks: Hooks, trust_remote_code: bool
-) -> Request:
-    """The request, complete; what the model does not take is refused before anything is made.
+) -> tuple[Request, Mapping[str, torch.Tensor]]:
+    """The request, complete, and its tensors; what the model does not take is refused.
+
+    That is before anything is made. The tensors serve for all runs, so that what there is to say of
+    an input (a sound of another rate) is said once.
 
     Raises:
         UsageError: The model does not take it.
@@ -44,9 +51,13 @@ def check_request(
     processor = processor_in(folder, trust_remote_code) if folder is not None else None
     if processor is None and folder is not None and request.prompts and request.inputs is None:
         load_processor(folder, trust_remote_code=trust_remote_code)  # says what is missing
-    with quiet_loading():
-        hooks.preprocess(processor=processor, request=request)
-    return request
+    return request, tensors_of(request, hooks, processor)
+
+
+def tensors_of(request: Request, hooks: Hooks, processor: Any) -> Mapping[str, torch.Tensor]:
+    """What the ``preprocess`` hook makes of a request."""
+    with quiet_loading():  # tokenizers warn of texts that are then refused
+        return hooks.preprocess(processor=processor, request=request)
 
 
 def describe_given(given: Any) -> Any:

@@ -42,6 +42,13 @@ def test_a_dump_equals_itself(good):
     assert all(t.worst.sqnr == np.inf and t.worst.cosine == 1 for t in comparison.tensors)
 
 
+def test_one_tensor_of_one_step_is_told_as_one(tmp_path):
+    said = describe_verdict(compare_arrays(tmp_path / "equal", np.ones(3), np.ones(3)))
+    assert said[0] == "PASSED: 1 tensor in 1 step (1 array) is within tolerance."
+    said = describe_verdict(compare_arrays(tmp_path / "other", np.ones(3), np.zeros(3)))
+    assert said[0] == "FAILED: of 1 tensor in 1 step (1 array), 1 tensor differs, in 1 array."
+
+
 @pytest.mark.parametrize("layer", range(5))
 def test_the_first_divergence_is_the_layer_whose_weight_is_wrong(good, stack, tmp_path, layer):
     comparison = compare_dumps(good, stack(tmp_path / "c", wrong_layer=layer))
@@ -144,7 +151,7 @@ def test_nan_and_infinity_are_judged_apart(tmp_path, reference, candidate, passe
     comparison = compare_arrays(tmp_path, np.float32(reference), np.float32(candidate))
     assert comparison.passed is passed
     if not passed:
-        assert "1 NaN or infinite elements stand against others" in comparison.tensors[0].why
+        assert "1 NaN or infinite element against others" in comparison.tensors[0].why
         assert comparison.first_divergence.error == np.inf
 
 

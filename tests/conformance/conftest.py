@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+sys.path.append(str(Path(__file__).parent))  # for what both files of faults share
+
 WORDS = {word: index for index, word in enumerate(["<eos>", "a", "text", "of", "words"])}
 FLOWS = ("Unverified", "Forgetful", "Headless", "Late", "Careless", "Unsteady")
 

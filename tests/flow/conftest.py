@@ -138,3 +138,19 @@ def demo_export(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path)
     loaded = load_model(str(demo_checkpoint))
     hooks = Plugins.discover().hooks_for("gpt2")
     return export_model(loaded, hooks, output=tmp_path_factory.mktemp("demo") / "export").folder
+
+
+@pytest.fixture(scope="session")
+def eager(demo_checkpoint: Path) -> Any:
+    """The trained checkpoint in PyTorch; tests must not change it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(demo_checkpoint).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_checkpoint: Path) -> Any:
+    """Its tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo_checkpoint)

@@ -108,7 +108,7 @@ def test_inputs_of_the_wrong_kind(inputs: Any, words: str, face: Any) -> None:
         ({"io_dir": b"x"}, "io_dir is b'x'"),
         ({"io_dir": ["a"]}, "io_dir is ['a']"),
         ({"write_io": "x"}, "write_io is 'x'"),
-        ({"generation_config": 3}, "generation_config is a int"),
+        ({"generation_config": 3}, "generation_config is an int"),
         ({"logits_processor": [3]}, "logits_processor is [3]"),
         ({"forced_eos_token_id": 10**9}, "forced_eos_token_id is 1000000000"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
@@ -162,7 +162,7 @@ def test_what_is_no_model(model: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"plugins": 3}, "plugins are a int"),
+        ({"plugins": 3}, "plugins are an int"),
         ({"proxy": ""}, "proxy is ''"),
     ],
 )

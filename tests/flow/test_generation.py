@@ -13,28 +13,18 @@ from qeff_proxy.backends import CompileOptions
 from qeff_proxy.cli import main
 from qeff_proxy.compile import compile_export
 from qeff_proxy.dump import DumpOptions, read_dump
-from qeff_proxy.errors import BackendError, UnsupportedModelError, UsageError
+from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.parity import parity_of_dump
 from qeff_proxy.plugins import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.run import run_compiled
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 PROMPTS = ("Anna went to the market", "One evening, Clara")
 HOOKS = Plugins.discover().hooks_for("gpt2")
-
-
-@pytest.fixture(scope="module")
-def eager(demo_checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(demo_checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_checkpoint: Path) -> Any:
-    return AutoTokenizer.from_pretrained(demo_checkpoint)
 
 
 def generate(export: Path, request: Request, *, options: Any = None, **settings: Any) -> Any:
@@ -329,149 +319,6 @@ def test_a_generation_config_is_followed(demo_export: Path) -> None:
     assert short.outputs["generated_ids"].shape == (1, 2)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "prefill_seq_len", "ctx_len", "num_cores"])
-@pytest.mark.parametrize("value", [0, -3, 1.5])
-def test_sizes_must_be_whole_numbers_above_zero(name: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"{name} is"):
-        CompileOptions(**{name: value})
-
-
-def test_unknown_backends_and_options_name_the_known_ones(demo_export: Path) -> None:
-    from qeff_proxy.artifact import read_export
-
-    export = read_export(demo_export)
-    with pytest.raises(BackendError, match=r"no backend 'npu'.*onnxruntime.*torch"):
-        compile_export(export, "npu")
-    with pytest.raises(UsageError, match=r"no option 'level'.*optimization"):
-        compile_export(export, options=CompileOptions(backend={"level": 3}))
-
-
-def test_compiling_again_is_a_lookup_and_other_options_are_not(demo_export: Path) -> None:
-    from qeff_proxy.artifact import read_export
-
-    export = read_export(demo_export)
-    options = CompileOptions(num_cores=16, ctx_len=64)
-    first = compile_export(export, options=options)
-    again = compile_export(export, options=options)
-    assert (again.folder, again.was_there) == (first.folder, True)
-    assert compile_export(export, options=CompileOptions(ctx_len=65)).folder != first.folder
-    assert (first.folder / "body.onnx").is_file()
-
-
-def test_what_was_compiled_and_then_changed_is_compiled_again(demo_export: Path) -> None:
-    from qeff_proxy.artifact import read_export
-
-    export = read_export(demo_export)
-    options = CompileOptions(ctx_len=63)
-    weights = compile_export(export, options=options).folder / "body.data"
-    whole = weights.read_bytes()
-    weights.write_bytes(bytes(len(whole)))
-    assert not compile_export(export, options=options).was_there
-    assert weights.read_bytes() == whole
-
-
-def test_a_context_beyond_the_models_positions_is_cut_to_them(demo_export: Path) -> None:
-    from qeff_proxy.artifact import read_export
-
-    options = CompileOptions(ctx_len=2048, prefill_seq_len=300)
-    with pytest.warns(UserWarning, match="2048 is more than the 256 positions that .* has; 256 a"):
-        compiled = compile_export(read_export(demo_export), options=options)
-    assert (compiled.options.ctx_len, compiled.options.prefill_seq_len) == (256, 256)
-
-
-class TestFace:
-    """The calls of QEfficient, with only the import line changed."""
-
-    def test_the_reference_script_works(
-        self, demo_checkpoint: Path, tokenizer: Any, eager: Any
-    ) -> None:
-        model = QEFFAutoModelForCausalLM.from_pretrained(str(demo_checkpoint), enable_proxy=True)
-        model.export()
-        with pytest.warns(UserWarning, match="mxfp6_matmul means nothing to backend 'onnxruntime'"):
-            model.compile(
-                prefill_seq_len=8, ctx_len=128, num_cores=16, mxfp6_matmul=True, num_devices=1
-            )
-        result = model.generate(
-            prompts=["Hi there!! My name is"], tokenizer=tokenizer, write_io=True, generation_len=12
-        )
-        expected = expected_ids(
-            eager, tokenizer, ["Hi there!! My name is"], max_new_tokens=12, do_sample=False
-        )
-        assert np.array_equal(result.generated_ids, expected)
-        assert result.generated_texts == tokenizer.batch_decode(expected)
-        assert result.batch_size == 1
-        assert result.io_folder is not None
-        assert (result.io_folder / "manifest.json").is_file()
-
-    def test_options_of_qefficient_for_elsewhere_say_where(self, demo_checkpoint: Path) -> None:
-        with pytest.raises(UsageError, match=r"num_hidden_layers.*export\(num_layers=…\)"):
-            QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, num_hidden_layers=2)
-        model = QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, enable_proxy=True)
-        ids = {"input_ids": [[5, 6, 7]]}
-        with pytest.warns(UserWarning, match="device_ids is for QEfficient's hardware"):
-            result = model.generate(inputs=ids, generation_len=2, device_ids=[0, 1])
-        assert result.generated_ids.shape == (1, 2)
-
-    def test_the_command_line_finds_the_export_that_python_made(
-        self, demo_checkpoint: Path, monkeypatch: Any, tmp_path: Path, capsys: Any
-    ) -> None:
-        monkeypatch.setenv("QEFF_HOME", str(tmp_path))
-        model = QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, enable_proxy=True)
-        folder = model.export()
-        assert main(["export", str(demo_checkpoint), "--json"]) == 0
-        assert str(folder) in capsys.readouterr().out
-        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder.name]
-
-    def test_a_stub_refuses_to_generate(self, make_model: Any) -> None:
-        model = QEFFAutoModelForCausalLM(make_model("gpt2"), proxy="stub")
-        with pytest.raises(UsageError, match="stub's outputs mean nothing"):
-            model.generate(inputs={"input_ids": [[3, 4]]})
-
-    def test_without_proxy_the_whole_model_runs(self, make_model: Any) -> None:
-        source = make_model("gpt2")
-        model = QEFFAutoModelForCausalLM(source)
-        result = model.generate(inputs={"input_ids": [[3, 4]]}, generation_len=5, do_sample=False)
-        with torch.no_grad():
-            expected = source.generate(
-                torch.tensor([[3, 4]]), max_new_tokens=5, do_sample=False, pad_token_id=0
-            )
-        assert np.array_equal(result.generated_ids, expected[:, 2:].numpy())
-        assert [part.name for part in read_parts(model)] == ["model"]
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({}, "give either prompts or inputs"),
-            ({"prompts": []}, "give either prompts or inputs"),
-            ({"prompts": ["a"], "inputs": {"input_ids": [[1]]}}, "give either"),
-            ({"prompts": ["a"], "generation_len": 3, "max_new_tokens": 4}, "say the same"),
-        ],
-    )
-    def test_contradictions_are_refused(
-        self, arguments: Any, message: str, demo_checkpoint: Path
-    ) -> None:
-        model = QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, enable_proxy=True)
-        with pytest.raises(UsageError, match=message):
-            model.generate(**arguments)
-
-    def test_a_model_of_another_task_is_refused(self, tmp_path: Path) -> None:
-        from transformers import ViTConfig, ViTModel
-
-        config = ViTConfig(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-        )
-        ViTModel(config).save_pretrained(tmp_path / "vit")
-        model = QEFFAutoModelForCausalLM.from_pretrained(tmp_path / "vit", enable_proxy=True)
-        with pytest.raises(UnsupportedModelError, match="'vit' model, which AutoModelForCausalLM"):
-            model.export()
-
-
-def read_parts(model: Any) -> Any:
-    from qeff_proxy.artifact import read_export
-
-    return read_export(model.export()).parts
-
-
 @pytest.mark.parametrize("mask", [[1, 1, 1, 0], [0, 0, 0, 0], [2, 1, 1, 1]])
 def test_masks_that_generation_cannot_serve_are_refused(mask: Any, demo_export: Path) -> None:
     inputs = {"input_ids": [[5, 6, 7, 8]], "attention_mask": [mask]}
@@ -513,20 +360,3 @@ def test_longrope_is_kept_to_one_side_of_its_limit(make_model: Any) -> None:
             expected = source.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
         result = model.generate(inputs={"input_ids": ids}, generation_len=8, do_sample=False)
         assert np.array_equal(result.generated_ids, expected[:, length:].numpy())
-
-
-def test_changed_weights_are_not_compiled(demo_export: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from qeff_proxy.artifact import read_export
-    from qeff_proxy.errors import ArtifactError
-
-    folder = tmp_path / "copy"
-    shutil.copytree(demo_export, folder)
-    compile_export(read_export(folder))
-    with (folder / "body.safetensors").open("r+b") as file:
-        file.seek(-100, 2)
-        file.write(b"\0" * 64)
-    for backend in ("onnxruntime", "torch"):
-        with pytest.raises(ArtifactError, match="its bytes have changed"):
-            compile_export(read_export(folder), backend)

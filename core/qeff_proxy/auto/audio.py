@@ -13,6 +13,7 @@ from qeff_proxy.auto.qefficient import only_runtime, without_runtime
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.request import Request
+from qeff_proxy.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,8 +74,6 @@ class SpeechResult:
 class _Recognizer(ProxyModel):
     """What both kinds share: sounds in."""
 
-    extra = "audio"
-
     def _recognize(
         self,
         inputs: Any,
@@ -114,10 +113,7 @@ class _Recognizer(ProxyModel):
 class QEFFAutoModelForCTC(_Recognizer):
     """A speech recognizer with a CTC head."""
 
-    auto_class = "AutoModelForCTC"
-    flows = frozenset({"ctc"})
-    # Stands in for what training hides, and is often missing.
-    unused = ("*.masked_spec_embed",)
+    task = TASKS["ctc"]
 
     def generate(
         self,
@@ -168,8 +164,7 @@ class QEFFAutoModelForCTC(_Recognizer):
 class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
     """A speech recognizer with encoder and decoder."""
 
-    auto_class = "AutoModelForSpeechSeq2Seq"
-    flows = frozenset({"speech-seq2seq"})
+    task = TASKS["speech"]
 
     def generate(
         self,

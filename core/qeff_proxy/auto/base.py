@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qeff_proxy import arguments
 from qeff_proxy.auto.qefficient import ELSEWHERE, HARDWARE_OPTIONS
+from qeff_proxy.auto.right_class import with_right_class
 from qeff_proxy.backends import CompileOptions
 from qeff_proxy.compile import Compiled, compile_export
-from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.errors import ProxyError, UnsupportedModelError, UsageError
 from qeff_proxy.export import export_model
 from qeff_proxy.load import LoadedModel, load_model, load_processor, with_options, wrap_model
 from qeff_proxy.plugins import Plugins
 from qeff_proxy.run import RunResult, run_compiled
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     from qeff_proxy.dump import DumpOptions
     from qeff_proxy.parts import Kind
     from qeff_proxy.request import Request
+    from qeff_proxy.tasks import Task
 
-__all__ = ["NeedsPlugins", "ProxyModel"]
+__all__ = ["ProxyModel"]
 
 #: What ``proxy=`` may say: the kinds, and the words for no proxy at all.
 KIND_NAMES: dict[str, Kind] = {
@@ -41,15 +44,7 @@ KIND_NAMES: dict[str, Kind] = {
 class ProxyModel:
     """What all the faces share: load, export, compile."""
 
-    auto_class: ClassVar[str]
-    #: The flows that this face's ``generate`` can run.
-    flows: ClassVar[frozenset[str]]
-    #: The pip extra that brings the families of this task.
-    extra: ClassVar[str]
-    #: Globs of weights that the task does not use, so that a checkpoint may lack them.
-    unused: ClassVar[tuple[str, ...]] = ()
-    #: What the ``build_proxy`` hooks of this task may be told.
-    option_names: ClassVar[frozenset[str]] = frozenset()
+    task: ClassVar[Task]
 
     def __init__(
         self,
@@ -68,10 +63,10 @@ class ProxyModel:
             options: What the family's ``build_proxy`` is told besides.
         """
         if options is not None and not isinstance(options, Mapping):
-            raise UsageError(f"options are a {type(options).__name__}", "Give values by name.")
-        unknown = sorted(set(options or {}) - self.option_names, key=str)
+            raise UsageError(f"options are {type_named(options)}", "Give values by name.")
+        unknown = sorted(set(options or {}) - set(self.task.options), key=str)
         if unknown:
-            known = ", ".join(sorted(self.option_names)) or "none"
+            known = ", ".join(sorted(self.task.options)) or "none"
             raise UsageError(
                 f"{type(self).__name__} has no option {unknown[0]!r}",
                 ELSEWHERE.get(str(unknown[0]), f"Its own options: {known}."),
@@ -81,13 +76,13 @@ class ProxyModel:
             raise UsageError(f"proxy is {proxy!r}", "It must be 'split', 'stub' or None.")
         if plugins is not None and not isinstance(plugins, Plugins):
             raise UsageError(
-                f"plugins are a {type(plugins).__name__}", "Give qeff_proxy.Plugins, or nothing."
+                f"plugins are {type_named(plugins)}", "Give qeff_proxy.Plugins, or nothing."
             )
         loaded = model if isinstance(model, LoadedModel) else _wrapped(model)
         self._loaded = with_options(loaded, options or {})
         self._kind: Kind = kind
         self._plugins = plugins or Plugins.discover()
-        self._hooks = self._plugins.hooks_for(self._loaded.model_type, task=min(self.flows))
+        self._hooks = self._plugins.hooks_for(self._loaded.model_type, task=min(self.task.flows))
         self._export: Export | None = None
         self._compiled: Compiled | None = None
 
@@ -123,11 +118,11 @@ class ProxyModel:
         folder = arguments.path("the model's folder or hub id", pretrained_model_name_or_path)
         loaded = load_model(
             "" if folder is None else str(pretrained_model_name_or_path),
-            auto_class=cls.auto_class,
+            auto_class=cls.task.auto_class,
             dtype=str(dtype).removeprefix("torch."),
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
-            unused=cls.unused,
+            unused=cls.task.unused,
         )
         kind: Kind = proxy if proxy is not None else "split" if enable_proxy else "whole"
         return cls(loaded, proxy=kind, plugins=plugins, options=options)
@@ -147,18 +142,28 @@ class ProxyModel:
         num_layers: int | str | None = None,
         weights: str = "copy",
     ) -> Path:
-        """Export the parts to ONNX (`qeff_proxy.export.export_model`) and give their folder."""
-        self._export = export_model(
-            self._loaded,
-            self._hooks,
-            self._kind,
-            output=arguments.path("export_dir", export_dir),
-            opset=opset,
-            taps=taps,
-            num_layers=num_layers,
-            weights=weights,
-            force=force,
-        )
+        """Export the parts to ONNX (`qeff_proxy.export.export_model`) and give their folder.
+
+        Raises:
+            UnsupportedModelError: The checkpoint is of another task; names the class for it.
+        """
+        try:
+            self._export = export_model(
+                self._loaded,
+                self._hooks,
+                self._kind,
+                output=arguments.path("export_dir", export_dir),
+                opset=opset,
+                taps=taps,
+                num_layers=num_layers,
+                weights=weights,
+                force=force,
+            )
+        except ProxyError as error:
+            said = with_right_class(error, self._loaded, self.task, self._plugins)
+            if said is error:
+                raise
+            raise said from error
         self._compiled = None
         return self._export.folder
 
@@ -250,11 +255,11 @@ class ProxyModel:
             self.compile()
         assert self._compiled is not None  # noqa: S101 (compile sets it)
         flow = self._compiled.export.flow
-        if flow not in self.flows:
+        if flow not in self.task.flows:
             raise UnsupportedModelError(
                 f"{type(self).__name__} does not run {flow!r} models such as "
                 f"{self._loaded.source} (model type {self._loaded.model_type})",
-                f"Install the plugins for its task: pip install 'qeff-proxy[{self.extra}]'.",
+                f"Install the plugins for its task: pip install 'qeff-proxy[{self.task.extra}]'.",
             )
         return run_compiled(
             self._compiled,
@@ -283,7 +288,7 @@ class ProxyModel:
 def _wrapped(model: Any) -> LoadedModel:
     """A transformers model, as what `qeff_proxy.load.load_model` gives."""
     if not hasattr(getattr(model, "config", None), "model_type"):
-        what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        what = repr(model) if isinstance(model, str) else type_named(model)
         raise UsageError(
             f"{what} is no transformers model",
             "Give one, or load a checkpoint with from_pretrained.",
@@ -295,14 +300,3 @@ def _lengths(seq_len: Any) -> tuple[int, ...] | None:
     if seq_len is None:
         return None
     return tuple(seq_len) if isinstance(seq_len, list | tuple) else (seq_len,)
-
-
-class NeedsPlugins(ProxyModel):
-    """A face whose families come with a plugin package that is not there yet."""
-
-    def generate(self, *_args: Any, **_settings: Any) -> Any:
-        """Raise `UnsupportedModelError`, which says what to install."""
-        raise UnsupportedModelError(
-            f"{type(self).__name__} needs the plugins of its task",
-            f"Install them: pip install 'qeff-proxy[{self.extra}]'.",
-        )

@@ -12,6 +12,8 @@ from qeff_proxy.auto.qefficient import without_runtime
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
+from qeff_proxy.tasks import TASKS
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,10 +59,7 @@ class GenerationResult:
 class QEFFAutoModelForCausalLM(ProxyModel):
     """A causal LM, or a vision-language model that calls itself one and is given ``inputs``."""
 
-    auto_class = "AutoModelForCausalLM"
-    flows = frozenset({"causal-lm", "image-text-to-text"})
-    option_names = frozenset({"kv_offload"})
-    extra = "text"
+    task = TASKS["text"]
 
     def generate(
         self,
@@ -130,7 +129,7 @@ def check_prompts(
         raise UsageError("give either prompts or inputs, and not an empty list of them")
     if inputs is not None and not isinstance(inputs, Mapping):
         raise UsageError(
-            f"inputs are a {type(inputs).__name__}", "Give tensors by name, as a processor does."
+            f"inputs are {type_named(inputs)}", "Give tensors by name, as a processor does."
         )
     return given
 

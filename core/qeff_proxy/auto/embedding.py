@@ -15,6 +15,7 @@ from qeff_proxy.auto.qefficient import only_runtime
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
+from qeff_proxy.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -64,12 +65,7 @@ class QEFFAutoModel(ProxyModel):
     ``truncate_dim``. Without ``pooling`` the checkpoint's own counts, where it has one.
     """
 
-    auto_class = "AutoModel"
-    flows = frozenset({"encoder"})
-    extra = "embedding"
-    # Made for a pretraining task, and often missing; no vector comes from it.
-    unused = ("pooler.*",)
-    option_names = frozenset({"pooling", "normalize", "truncate_dim"})
+    task = TASKS["embedding"]
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from qeff_proxy.auto.causal_lm import (
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
+from qeff_proxy.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,10 +31,7 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
     separate graphs; ``kv_offload=False`` asks for one.
     """
 
-    auto_class = "AutoModelForImageTextToText"
-    flows = frozenset({"image-text-to-text"})
-    extra = "vision"
-    option_names = frozenset({"kv_offload"})
+    task = TASKS["vision"]
 
     def generate(
         self,

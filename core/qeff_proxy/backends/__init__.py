@@ -100,6 +100,8 @@ class Backend(Protocol):
       (`qeff_proxy.calibration`).
     - ``values``: what each of its options takes: ``bool``, ``int`` (above 0), ``str``, or a tuple
       of the values that there are. Others are refused before anything is compiled.
+    - ``untimed``: why its seconds say nothing here (it is emulated, there is no such device), or a
+      method of the `CompileOptions`; ``None``: they do. Such a backend is never the quickest.
     - ``use_hooks(hooks)``: called before `open` with the hooks of the model's family, for a
       backend that cuts the model itself.
     """

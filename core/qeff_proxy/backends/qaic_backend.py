@@ -66,6 +66,7 @@ class QaicBackend:
 
     static = True
     precision = "float16"
+    untimed = "what it compiles is run by the vendor's tools, on a machine with a card"
     options: Mapping[str, str] = {
         "mxfp6_matmul": "compress the weights of MatMul to mxfp6 (default: false)",
         "mxint8_kv_cache": "compress the cache to mxint8 (default: false: float16)",

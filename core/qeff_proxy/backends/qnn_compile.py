@@ -21,6 +21,7 @@ from qeff_proxy.backends.qnn_process import CrashError, RefusalError, Worker
 from qeff_proxy.errors import ArtifactError, BackendError
 from qeff_proxy.static.hygiene import constants_of
 from qeff_proxy.static.layers import layer_of
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from qeff_proxy.backends.qnn_options import QnnOptions
@@ -165,7 +166,8 @@ def _refused(
     shown = "; ".join(str(node) for node in left[:_SHOWN])
     more = f"; and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
     return BackendError(
-        f"{len(left)} of {count} nodes of the {part} part do not go to HTP ({options.soc}, "
+        f"{len(left)} of {counted(count, 'node')} of the {part} part "
+        f"{'does' if len(left) == 1 else 'do'} not go to HTP ({options.soc}, "
         f"v{options.htp_arch}): {shown}{more}",
         f"With strict=false they stay on the CPU. The log: {log}",
     )

@@ -16,6 +16,7 @@ from qeff_proxy.cli.output import (
     stage_display,
 )
 from qeff_proxy.errors import ProxyError, UsageError
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     import argparse
@@ -236,8 +237,8 @@ def _result_table(export: Export, parity: Parity, perf: PerfMetrics | None) -> T
     )
     table.add_row(
         "parity with PyTorch",
-        f"{parity.equal_tokens} of {parity.steps} tokens equal, largest logit difference "
-        f"{parity.max_difference:.1e} of {parity.largest_logit:.1f}",
+        f"{parity.equal_tokens} of {counted(parity.steps, 'token')} equal, "
+        f"largest logit difference {parity.max_difference:.1e} of {parity.largest_logit:.1f}",
     )
     if perf is not None:
         table.add_row(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from qeff_proxy.cli.options import add_model_options, export_of
 from qeff_proxy.cli.output import format_bytes, print_json, print_text
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     import argparse
@@ -60,14 +61,15 @@ def _notes(export: Export) -> list[str]:
     layers = export.cut.get("layers")
     if layers is not None and layers["verified"] < layers["count"]:
         lines.append(
-            f"run: {layers['verified']} of {layers['count']} layers, of "
-            f"{len(layers['kinds'])} kinds; the others repeat their graphs with their own weights"
+            f"run: {layers['verified']} of {counted(layers['count'], 'layer')}, of "
+            f"{counted(len(layers['kinds']), 'kind')}; "
+            "the others repeat their graphs with their own weights"
         )
     stands_for = export.cut.get("stands_for")
     if stands_for is not None:
         lines.append(
-            f"stands for {stands_for['layers']} layers by its {stands_for['kept']}; its outputs "
-            "are not the model's"
+            f"stands for {counted(stands_for['layers'], 'layer')} by its {stands_for['kept']}; "
+            "its outputs are not the model's"
         )
     return lines
 

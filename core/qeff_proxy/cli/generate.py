@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.cli.inputs import add_image_option, parse_rows
+from qeff_proxy.cli.inputs import add_image_option, hint_of_image, parse_rows
 from qeff_proxy.cli.options import add_compile_options, add_model_options, compiled_of, export_of
 from qeff_proxy.cli.output import print_json, print_text
 from qeff_proxy.errors import UsageError
@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
             export.processor_folder, trust_remote_code=args.trust_remote_code
         )
     request = _request(args, rows, export, settings)
+    if not rows:
+        hint_of_image(export, args.image)
     # The output of a text alone goes on from it; what is said of sounds and images stands alone.
     goes_on = not request.audio and not request.images
     if args.stream:
@@ -140,10 +142,15 @@ def _request(
 ) -> Request:
     from qeff_proxy.request import Request
 
+    names = {spec.name for part in export.parts for spec in part.inputs}
+    if rows and names & _SOUND_INPUTS:
+        raise UsageError(
+            f"{export.model['source']} takes sound, not token ids",
+            "Give a sound file: qeff-proxy generate MODEL speech.wav.",
+        )
     if rows:
         return Request(inputs={"input_ids": rows})
     given = tuple(args.inputs)
-    names = {spec.name for part in export.parts for spec in part.inputs}
     if names & _SOUND_INPUTS:
         return Request(audio=given, images=tuple(args.image), options=settings)
     return Request(prompts=given, images=tuple(args.image))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
+    from pathlib import Path
 
-__all__ = ["add_image_option", "parse_rows"]
+    from qeff_proxy.artifact import Export
 
+__all__ = ["add_image_option", "hint_of_image", "parse_rows", "read_prompts"]
+
+#: What models of images call their input.
+_IMAGE_INPUTS = {"pixel_values", "images"}
 _LARGEST_ID = 2**63 - 1
 
 
@@ -23,6 +30,35 @@ def add_image_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
         metavar="FILE",
         help="an image that the text is about; may be given again",
     )
+
+
+def hint_of_image(export: Export, images: Sequence[str]) -> None:
+    """Say on stderr how to give an image, where a model of images is given none."""
+    names = {spec.name for part in export.parts for spec in part.inputs}
+    if names & _IMAGE_INPUTS and not images:
+        sys.stderr.write(
+            "qeff-proxy: note: no image is given, so the model goes by the text alone; give one "
+            "with --image FILE\n"
+        )
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """The prompts of a file, one a line; none where none is named.
+
+    Raises:
+        UsageError: It cannot be read, or holds none.
+    """
+    if path is None:
+        return []
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise UsageError(f"{path} cannot be read: {reason}", "Name a file of prompts.") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"{path} holds no prompt", "Write one a line.")
+    return prompts
 
 
 def parse_rows(texts: list[str]) -> list[list[int]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.cli.output import add_json_option, stage_display
 from qeff_proxy.errors import UsageError
+from qeff_proxy.tasks import CUT_OPTIONS
 
 if TYPE_CHECKING:
     import argparse
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from qeff_proxy.plugin_hooks import Hooks
 
 __all__ = [
-    "CUT_OPTIONS",
     "add_calibration_option",
     "add_compile_options",
     "add_model_options",
@@ -35,8 +35,6 @@ __all__ = [
 
 _KINDS: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
 _DEFAULT_DTYPE = "float32"
-#: What ``build_proxy`` may be told, as in Python: of embedders, and of models that take images.
-CUT_OPTIONS = ("pooling", "normalize", "truncate_dim", "kv_offload")
 
 
 def kind_of(args: argparse.Namespace) -> Kind:

@@ -26,6 +26,10 @@ __all__ = [
 ]
 
 
+#: Columns of a pipe or file: more than any line has.
+_UNFOLDED = 100_000
+
+
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the ``--json`` option that every command has."""
     parser.add_argument(
@@ -39,10 +43,13 @@ def print_json(value: Any) -> None:
 
 
 def stdout_console() -> Console:
-    """A rich console on stdout; 100 columns wide when stdout is not a terminal."""
+    """A rich console on stdout; where that is no terminal, so wide that no line is folded.
+
+    Names and paths that go on in the next line are lost to whoever searches or cuts the output.
+    """
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _UNFOLDED)
 
 
 def print_text(renderable: RenderableType) -> None:

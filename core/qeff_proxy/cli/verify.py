@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.cli.inputs import add_image_option, parse_rows
+from qeff_proxy.cli.inputs import add_image_option, parse_rows, read_prompts
 from qeff_proxy.cli.options import (
     add_calibration_option,
     add_model_options,
@@ -17,6 +17,7 @@ from qeff_proxy.cli.options import (
     parse_option,
 )
 from qeff_proxy.cli.output import print_json, print_text, stage_display
+from qeff_proxy.cli.speed_table import command_for, speed_lines
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,8 +36,13 @@ __all__ = ["configure", "run"]
 _EPILOG = """\
 PyTorch runs the same input and is the reference. Every backend is fed the tokens that PyTorch
 chose, so that each step has the same inputs; "tokens" counts those it would have chosen too.
+--backend best verifies all backends that can run on this machine, measures their speed and names
+the quickest; --speed measures those that are named. It takes longer: the model is exported without
+layer outputs, too, and all backends run the input in turns, beside PyTorch.
 Exit status: 0 when every backend passed, else 1. Limits of --tol: see qeff-proxy compare --help.
 """
+#: Of many inputs so many are shown, and so many letters of a long prompt.
+_SHOWN, _SHOWN_LETTERS = 4, 200
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +53,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action="append",
         metavar="NAME",
-        help="a backend to verify; may be given again (default: onnxruntime)",
+        help="a backend to verify, or best for all that can run here, and to have the quickest "
+        "named; may be given again (default: onnxruntime)",
     )
     given = parser.add_argument_group(
         "input", "Without any, an example of what the model takes: text, speech, or a drawing."
     )
     given.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given again"
+    )
+    given.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="prompts, one a line; blank lines are left out",
     )
     given.add_argument(
         "--ids", action="append", default=[], metavar="N,N,…", help="token ids instead of a prompt"
@@ -63,19 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_image_option(given)
     given.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
-    judged = parser.add_argument_group("verdict")
-    judged.add_argument(
-        "--tol",
-        action="append",
-        default=[],
-        metavar="GLOB=LIMIT:VALUE,…",
-        help="tolerance of the tensors that match, such as '*=peak:0.02' (repeatable)",
-    )
-    judged.add_argument("--html", type=Path, metavar="FILE", help="write a report per backend")
-    dump = parser.add_argument_group("dumps")
-    dump.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
-    dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
-    dump.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
+    _add_outcome_options(parser)
     add_shape_options(parser)
     add_calibration_option(parser)
     parser.add_argument(
@@ -87,6 +88,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="BACKEND.NAME=VALUE",
         help="an option of one backend; may be given again",
     )
+
+
+def _add_outcome_options(parser: argparse.ArgumentParser) -> None:
+    """Verdict, speed and dumps."""
+    judged = parser.add_argument_group("verdict")
+    judged.add_argument(
+        "--tol",
+        action="append",
+        default=[],
+        metavar="GLOB=LIMIT:VALUE,…",
+        help="tolerance of the tensors that match, such as '*=peak:0.02' (repeatable)",
+    )
+    judged.add_argument("--html", type=Path, metavar="FILE", help="write a report per backend")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--speed", action="store_true", help="measure the backends that pass, and PyTorch"
+    )
+    speed.add_argument("--turns", type=int, default=5, metavar="N", help="of each (default: 5)")
+    dump = parser.add_argument_group("dumps")
+    dump.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
+    dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
+    dump.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,14 +142,22 @@ def run(args: argparse.Namespace) -> int:
                 io=DumpOptions(args.io_steps, tuple(args.io_tensors or ("*",))),
                 io_folder=args.io_dir,
                 html=args.html,
+                speed=args.speed,
+                turns=args.turns,
             ),
             trust_remote_code=args.trust_remote_code,
             progress=progress,
         )
+    speed = verification.speed
     if args.json:
-        print_json(verification.to_json())
+        found = verification.to_json()
+        if speed is not None and speed.best is not None:
+            found["speed"]["command"] = command_for(args, speed.best.name)
+        print_json(found)
     else:
         for renderable in _rendered(verification):
+            print_text(renderable)
+        for renderable in speed_lines(speed, args) if speed is not None else ():
             print_text(renderable)
     return 0 if verification.passed else 1
 
@@ -142,16 +173,18 @@ def _request(args: argparse.Namespace) -> Request | None:
     from qeff_proxy.request import Request
 
     if args.ids:
-        for name in ("prompt", "audio", "image"):
+        for name in ("prompt", "prompt_file", "audio", "image"):
             if getattr(args, name):
-                raise UsageError(f"--{name} and --ids exclude each other")
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} and --ids exclude each other")
         rows = parse_rows(args.ids)
         import numpy as np
 
         return Request(inputs={"input_ids": np.array(rows, np.int64)})
-    if not args.prompt and not args.audio and not args.image:
+    prompts = [*args.prompt, *read_prompts(args.prompt_file)]
+    if not prompts and not args.audio and not args.image:
         return None
-    return Request(tuple(args.prompt), audio=tuple(args.audio), images=tuple(args.image))
+    return Request(tuple(prompts), audio=tuple(args.audio), images=tuple(args.image))
 
 
 def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -162,8 +195,11 @@ def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             raise UsageError(f"-O {text} is not BACKEND.NAME=VALUE")
         name, value = parse_option(option)
         found.setdefault(backend, {})[name] = value
-    unused = sorted(set(found) - set(args.backend or ["onnxruntime"]))
-    if unused:
+    from qeff_proxy.backends.choice import BEST
+
+    named = set(args.backend or ["onnxruntime"])
+    unused = sorted(set(found) - named)
+    if unused and BEST not in named:
         raise UsageError(f"-O names {unused[0]}, which is not verified")
     return found
 
@@ -203,16 +239,32 @@ def _described_run(verification: Verification) -> Iterator[str]:
     from qeff_proxy.compare.verdict import printable
 
     given = verification.input
-    shown = [repr(prompt) for prompt in given["prompts"]]
+    shown = [repr(_shortened(prompt)) for prompt in given["prompts"]]
     shown += [*given.get("audio", ()), *given.get("images", ())]
     for name in sorted(given.keys() - {"prompts", "audio", "images", "new_tokens"}):
         value = given[name]
         shown.append(f"{name} {[len(value), len(value[0])] if name == 'input_ids' else value}")
-    yield f"input: {printable(', '.join(map(str, shown)))}"
+    yield f"input: {printable(_listed(shown))}"
     if texts := list(_texts_in(verification.decoded)):
-        yield f"PyTorch says: {printable(', '.join(map(repr, texts)))}"
+        yield f"PyTorch says: {printable(_listed([repr(text) for text in texts]))}"
+    for part in verification.idle:
+        yield (
+            f"Note: the {part} part did not run on this input, so nothing of it was compared; an "
+            "image is given with --image FILE, a sound with --audio FILE."
+        )
     if not verification.taps:
         yield "Note: there are no layer taps; name the checkpoint to have every layer compared."
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}…"
+
+
+def _listed(shown: list[Any]) -> str:
+    """The first of many, and how many more there are."""
+    more = len(shown) - _SHOWN
+    listed = ", ".join(map(str, shown[:_SHOWN]))
+    return f"{listed} and {more} more" if more > 0 else listed
 
 
 def _texts_in(decoded: Any) -> Iterator[str]:

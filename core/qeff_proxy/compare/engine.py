@@ -22,6 +22,7 @@ from qeff_proxy.compare.tolerances import Tolerances
 from qeff_proxy.dump import Dump, read_dump
 from qeff_proxy.dump.format import DTYPES
 from qeff_proxy.errors import DumpError
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,7 +97,8 @@ def compare_dumps(
 def _nothing_in_common(one: Dump, two: Dump) -> str:
     def describe(dump: Dump) -> str:
         steps = ", ".join(step.label for step in dump.steps[:2])
-        return f"{dump.folder} has {len(dump.steps)} steps ({steps}…) and {dump.names()[:2]}…"
+        held = counted(len(dump.steps), "step")
+        return f"{dump.folder} has {held} ({steps}…) and {dump.names()[:2]}…"
 
     return f"nothing to compare: {describe(one)}; {describe(two)}"
 
@@ -110,18 +112,15 @@ def _missing(pairing: Pairing) -> list[str]:
         if steps:
             labels = ", ".join(step.label for step in steps[:3])
             found.append(
-                f"only the {whose} has {_of(len(steps), 'step')} ({_cut(labels, len(steps))})"
+                f"only the {whose} has {counted(len(steps), 'step')} ({_cut(labels, len(steps))})"
             )
         if tensors:
             names = ", ".join(tensors[:3])
             found.append(
-                f"only the {whose} has {_of(len(tensors), 'tensor')} ({_cut(names, len(tensors))})"
+                f"only the {whose} has {counted(len(tensors), 'tensor')} "
+                f"({_cut(names, len(tensors))})"
             )
     return found
-
-
-def _of(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _cut(text: str, count: int) -> str:
@@ -228,13 +227,13 @@ def _explain(stats: PairStats, tolerance: Tolerance) -> str:
     """Say why a step failed."""
     if stats.unmatched:
         return (
-            f"{stats.unmatched} NaN or infinite elements stand against others, first at "
+            f"{counted(stats.unmatched, 'NaN or infinite element')} against others, first at "
             f"{list(stats.unmatched_at or ())} in {stats.step}"
         )
     return (
         f"{stats.step}: max error {stats.max_abs:.3g} at {list(stats.max_abs_at)} "
         f"({stats.reference_there:.6g} became {stats.candidate_there:.6g}), "
-        f"{stats.outside} of {stats.count} elements outside {tolerance}"
+        f"{stats.outside} of {counted(stats.count, 'element')} outside {tolerance}"
         if tolerance.elementwise is not None
         else f"{stats.step}: max error {stats.max_abs:.3g} at {list(stats.max_abs_at)} over a "
         f"peak of {stats.peak:.3g}, SQNR {stats.sqnr:.1f} dB, cosine {stats.cosine:.6f}; "

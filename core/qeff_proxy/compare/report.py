@@ -20,6 +20,7 @@ from qeff_proxy.compare.verdict import (
     rank_worst,
 )
 from qeff_proxy.errors import DumpError
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -63,7 +64,10 @@ def build_report(comparison: Comparison) -> str:
     title = "Dump comparison" + (f": {model}" if model else "")
     for mark, value in (
         ("@TITLE@", html.escape(title)),
-        ("@SUBTITLE@", html.escape(f"{len(comparison.steps)} steps held against each other")),
+        (
+            "@SUBTITLE@",
+            html.escape(f"{counted(len(comparison.steps), 'step')} held against each other"),
+        ),
         ("@VERDICT@", _verdict(comparison)),
         ("@SCRIPT@", package.joinpath("report.js").read_text(encoding="utf-8")),
         ("@DATA@", text),  # last: nothing in it is a mark

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,12 @@ class Tolerances:
                     f"the tolerance {glob}={tolerance} holds no tensor",
                     f"There are {shown}.",
                 )
+
+    def among(self, names: Iterable[str]) -> Tolerances:
+        """These, without overrides that hold none of some tensors."""
+        known = list(names)
+        used = [one for one in self.overrides if any(fnmatchcase(name, one[0]) for name in known)]
+        return replace(self, overrides=tuple(used))
 
     def of(self, name: str, reference_dtype: str, candidate_dtype: str) -> Tolerance:
         """Return what the tensor ``name`` is held to: integers and booleans must be equal."""

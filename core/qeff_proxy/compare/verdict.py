@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.wording import counted
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -73,12 +75,16 @@ def describe_verdict(comparison: Comparison) -> list[str]:
     count = sum(len(t.steps) for t in tensors)
     bad = sum(int((~t.step_passed).sum()) for t in tensors)
     names = {str(t.name) for t in tensors}
-    scope = f"{len(names)} tensors in {len(comparison.steps)} steps ({count} arrays)"
+    scope = (
+        f"{counted(len(names), 'tensor')} in {counted(len(comparison.steps), 'step')} "
+        f"({counted(count, 'array')})"
+    )
     if comparison.passed:
-        lines = [f"PASSED: all of {scope} are within tolerance."]
+        said = f"{scope} is" if len(names) == 1 else f"all of {scope} are"
+        lines = [f"PASSED: {said} within tolerance."]
     elif failed:
         bad_names = len({str(t.name) for t in failed})
-        lines = [f"FAILED: of {scope}, {bad_names} tensors differ, in {bad} arrays."]
+        lines = [f"FAILED: of {scope}, {_differ(bad_names)}, in {counted(bad, 'array')}."]
     else:
         lines = [f"FAILED: {scope} are within tolerance, but the dumps do not match."]
     if comparison.first_divergence is not None:
@@ -90,6 +96,10 @@ def describe_verdict(comparison: Comparison) -> list[str]:
     if comparison.problems:
         lines.append("To compare only what both dumps have, pass --partial.")
     return lines
+
+
+def _differ(number: int) -> str:
+    return counted(number, "tensor differs", "tensors differ")
 
 
 def _describe_origin(origin: Divergence) -> str:

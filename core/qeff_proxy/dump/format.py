@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from qeff_proxy.errors import DumpError
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -186,7 +187,7 @@ def dtype_name(array: NDArray[Any], true_dtype: str | None, where: str) -> str:
         raise DumpError(f"{where} has dtype {name}, which cannot be dumped")
     if info.itemsize != array.dtype.itemsize:
         raise DumpError(
-            f"{where} is said to be {name} ({info.itemsize} bytes an element) "
+            f"{where} is said to be {name} ({counted(info.itemsize, 'byte')} an element) "
             f"but comes as {array.dtype.name}"
         )
     if true_dtype is not None and array.dtype.name != name and array.dtype.kind not in "uiV":

@@ -20,6 +20,7 @@ from qeff_proxy.dump.format import (
     step_label,
 )
 from qeff_proxy.dump.rules import refuse
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -287,7 +288,10 @@ def _check_tensor(value: Any, where: str, steps: list[StepInfo]) -> TensorIndex:
         refuse("RECORDS", f"{where} has no records, or some of another phase")
     shapes = [_shape(s, where) for s in (value["shapes"] if varying else [value["shape"]])]
     if varying and len(shapes) != len(positions):
-        refuse("RECORDS", f"{where} has {len(positions)} records and {len(shapes)} shapes")
+        refuse(
+            "RECORDS",
+            f"{where} has {counted(len(positions), 'record')} and {counted(len(shapes), 'shape')}",
+        )
     if value["kv"] == "delta":
         _check_delta(where, shapes, [steps[p] for p in positions])
     offsets, elements, records = _locate_records(value, where, shapes, len(positions))
@@ -346,7 +350,10 @@ def _checksums(text: str, records: int, where: str) -> NDArray[np.uint32]:
     except ValueError:
         data = b""
     if len(text) != 8 * records or len(data) != 4 * records:
-        refuse("RECORDS", f"{where} has {records} records and {len(text)} digits of checksums")
+        refuse(
+            "RECORDS",
+            f"{where} has {counted(records, 'record')} and {len(text)} digits of checksums",
+        )
     return np.frombuffer(data, ">u4").astype(np.uint32)
 
 

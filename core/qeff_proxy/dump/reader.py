@@ -21,6 +21,7 @@ from qeff_proxy.dump.manifest import check_manifest
 from qeff_proxy.dump.npy import parse_header
 from qeff_proxy.dump.rules import parse_json, refuse
 from qeff_proxy.errors import DumpError
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -216,7 +217,8 @@ class Dump:
             wanted = (until.past_length or 0) + (0 if last is None else last.shape[CACHE_AXIS])
         if rows != wanted:
             raise DumpError(
-                f"{key} of {until.label} has {wanted} rows, of which {self.folder} holds {rows}",
+                f"{key} of {until.label} has {counted(wanted, 'row')}, of which "
+                f"{self.folder} holds {rows}",
                 "Dump all steps, or use kv='full'.",
             )
         if not pieces:
@@ -261,7 +263,7 @@ def _check_file(tensor: StoredTensor, path: Path) -> None:
     finally:
         os.close(descriptor)
     if size != expected:
-        refuse("SIZE", f"{path} has {size} bytes instead of {expected}")
+        refuse("SIZE", f"{path} has {counted(size, 'byte')} instead of {expected}")
     try:
         stored, shape = parse_header(header)
     except ValueError as error:

@@ -23,6 +23,7 @@ from qeff_proxy.dump.place import check_replaceable, move_into_place, write_erro
 from qeff_proxy.dump.selection import DumpOptions, StepSelection, matches_any
 from qeff_proxy.dump.streams import TensorStream
 from qeff_proxy.errors import DumpError, ProxyError
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -202,8 +203,8 @@ class DumpWriter:
         if past is not None:
             if step.past_length not in (None, past):
                 raise DumpError(
-                    f"{step_label(step.phase, step.index)} has a past of {step.past_length} "
-                    f"rows in one part and {past} in {part!r}"
+                    f"{step_label(step.phase, step.index)} has a past of "
+                    f"{counted(step.past_length, 'row')} in one part and {past} in {part!r}"
                 )
             step.past_length = past
         return records
@@ -283,8 +284,9 @@ class DumpWriter:
         written = [s for s in streams if s.started]
         if not written:
             raise DumpError(
-                f"nothing was dumped: {len(self._seen)} steps ran, and none of their tensors "
-                f"is selected by steps={self._options.steps!r}, tensors={self._options.tensors}"
+                f"nothing was dumped: {counted(len(self._seen), 'step')} ran, and none of "
+                f"their tensors is selected by steps={self._options.steps!r}, "
+                f"tensors={self._options.tensors}"
             )
         manifest = {
             "format": FORMAT,

@@ -34,6 +34,7 @@ __all__ = [
     "ExampleFlow",
     "Flow",
     "Job",
+    "TimedFlow",
     "load_flow",
 ]
 
@@ -127,6 +128,24 @@ class ExampleFlow(Flow, Protocol):
             export: Of the model.
             processor: Its tokenizer or processor; ``None`` where it has none.
             proxy: Makes its parts, live.
+        """
+
+
+@runtime_checkable
+class TimedFlow(Flow, Protocol):
+    """A flow that says how much it does, and does the same with the uncut model, for its speed.
+
+    A flow whose runs give ``generated_ids`` need not be one: their tokens are counted, and the
+    uncut model's own ``generate`` is given the same tensors and settings.
+    """
+
+    def amount(self, job: Job) -> tuple[float, str]:
+        """How much one run does, and of what, in the plural: ``(32.0, "texts")``."""
+
+    def run_model(self, model: PreTrainedModel, job: Job) -> object:
+        """Run the uncut model on the job's tensors, as its users would; what it gives is not used.
+
+        Called without gradients.
         """
 
 

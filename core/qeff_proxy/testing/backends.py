@@ -27,6 +27,7 @@ from qeff_proxy.backends import Backend, CompileOptions, load_backend
 from qeff_proxy.errors import BackendError, ProxyError
 from qeff_proxy.testing.backend_parts import feeds_of, make_export, unknown_operator
 from qeff_proxy.testing.backend_subject import BackendSubject
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -293,7 +294,7 @@ class BackendSuite:
     ) -> None:
         """Hold an output against what it must be."""
         one, two = found[name], expected[name]
-        assert isinstance(one, np.ndarray), f"{name} is a {type(one).__name__}"
+        assert isinstance(one, np.ndarray), f"{name} is {type_named(one)}"
         assert one.dtype.name == dtype, f"{name} is {one.dtype}, not {dtype}"
         assert one.shape == two.shape, f"{name} has the shape {one.shape}, not {two.shape}"
         if one.dtype.kind in "iub":

@@ -16,6 +16,7 @@ from qeff_proxy.flows import load_flow
 from qeff_proxy.load import with_options
 from qeff_proxy.testing.expectations import expect, needs
 from qeff_proxy.unchanged import changes_between, snapshot_model
+from qeff_proxy.wording import an
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,7 +95,7 @@ class PartChecks:
                 handle.remove()
             expect(
                 False,
-                f"flow {cut.proxy.flow!r} verified a {part.name} part that gives wrong numbers",
+                f"flow {cut.proxy.flow!r} verified {an(part.name)} part that gives wrong numbers",
                 "Its verify must run every part on inputs that reach its output, and compare with "
                 "qeff_proxy.flows.check.check_equal.",
             )

@@ -17,6 +17,7 @@ from qeff_proxy.masks import provide_masks
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import refuse_unused
 from qeff_proxy.sites import Absent, Site
+from qeff_proxy.wording import type_named
 from torch import nn
 
 from qeff_proxy_audio.sound import feature_extractor_of, sounds_of, tensor_of
@@ -100,7 +101,7 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
         return None
     if not hasattr(processor, "decode"):
         raise UsageError(
-            f"a {type(processor).__name__} has no tokenizer to turn token ids into text",
+            f"{type_named(processor)} has no tokenizer to turn token ids into text",
             "Put vocab.json and tokenizer_config.json beside the checkpoint, or pass processor=.",
         )
     return [processor.decode(ids) for ids in outputs["predicted_ids"]]

@@ -91,28 +91,52 @@ class CtcFlow:
                 "a stub's outputs mean nothing, so no transcript can be had from it",
                 "Export with proxy='split' to transcribe.",
             )
-        settings = job.export.settings
-        values = to_array(job.tensors["input_values"].float())
-        lengths = [int(length) for length in job.tensors["lengths"]]
-        chunk = _seconds(job.settings, "chunk_length_s", CHUNK_SECONDS)
-        stride = _seconds(job.settings, "stride_length_s", min(STRIDE_SECONDS, chunk / 6))
         logits = []
         step = 0
-        for index, length in enumerate(lengths):
-            if length < settings["shortest"]:
-                raise UsageError(
-                    f"sound {index} has {length} samples, and the model needs at least "
-                    f"{settings['shortest']}",
-                    "Give a longer sound.",
-                )
+        for windows in _sounds(job):
             pieces = []
-            for begin, end, first, last in windows_of(length, chunk, stride, settings):
-                window = values[index : index + 1, begin:end]
+            for window, first, last in windows:
                 found = _run_parts(job.export.parts, job.sessions, window, job.recorder, step)
                 pieces.append(found[0, first:last])
                 step += 1
             logits.append(np.concatenate(pieces))
         return {"predicted_ids": [one.argmax(axis=-1) for one in logits], "logits": logits}
+
+    def amount(self, job: Job) -> tuple[float, str]:
+        """How many seconds all sounds last."""
+        return float(sum(int(n) for n in job.tensors["lengths"])) / _RATE, "seconds of sound"
+
+    def run_model(self, model: PreTrainedModel, job: Job) -> object:
+        """Run the uncut model on the same windows."""
+        return [
+            model(to_tensor(window).to(model.dtype)).logits
+            for windows in _sounds(job)
+            for window, _, _ in windows
+        ]
+
+
+def _sounds(job: Job) -> list[list[tuple[Array, int, int]]]:
+    """Of each sound its windows, ``[1, samples]``, and the frames of each that count.
+
+    Raises:
+        UsageError: A sound is too short, or the settings leave nothing of a window.
+    """
+    settings = job.export.settings
+    values = to_array(job.tensors["input_values"].float())
+    chunk = _seconds(job.settings, "chunk_length_s", CHUNK_SECONDS)
+    stride = _seconds(job.settings, "stride_length_s", min(STRIDE_SECONDS, chunk / 6))
+    sounds = []
+    for index, length in enumerate(int(length) for length in job.tensors["lengths"]):
+        if length < settings["shortest"]:
+            raise UsageError(
+                f"sound {index} has {length} samples, and the model needs at least "
+                f"{settings['shortest']}",
+                "Give a longer sound.",
+            )
+        windows = windows_of(length, chunk, stride, settings)
+        row = values[index : index + 1]
+        sounds.append([(row[:, begin:end], first, last) for begin, end, first, last in windows])
+    return sounds
 
 
 def windows_of(

@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import Array, given_tensor, to_array
 from qeff_proxy.errors import UsageError
+from qeff_proxy.wording import counted, type_named
+
+from qeff_proxy_audio.ogg import is_cut_off
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +65,7 @@ def feature_extractor_of(processor: Any) -> Any:
     """
     extractor = getattr(processor, "feature_extractor", processor)
     if not hasattr(extractor, "sampling_rate"):
-        what = "no processor" if processor is None else f"a {type(processor).__name__}"
+        what = "no processor" if processor is None else type_named(processor)
         raise UsageError(
             f"sound needs a processor with a feature extractor, and there is {what}",
             "Put preprocessor_config.json beside the checkpoint, or pass processor=.",
@@ -142,7 +145,7 @@ def load_sound(sound: Any, rate: int, sampling_rate: int | None = None) -> Array
     _check_loudness(mono, name)
     if mono.size < SHORTEST * own_rate:
         raise UsageError(
-            f"{name} is too short to be speech: {mono.size} samples at {own_rate} Hz",
+            f"{name} is too short to be speech: {counted(mono.size, 'sample')} at {own_rate} Hz",
             "Give a longer sound.",
         )
     return _resampled(mono, own_rate, rate, name)
@@ -186,9 +189,9 @@ def _read(path: Path) -> tuple[Array, int]:
             "WAV, FLAC, OGG and MP3 are; take the sound out of a video or another format with "
             "ffmpeg -i FILE -ac 1 -ar 16000 sound.wav",
         ) from error
-    if len(samples) < promised * _WHOLE or _lacks_data(notes):
+    if len(samples) < promised * _WHOLE or _lacks_data(notes) or is_cut_off(path):
         warnings.warn(
-            f"{path} ends before its header says: it may have been cut off, and words be missing",
+            f"{path} ends too early: it may have been cut off, and words be missing",
             SoundWarning,
             4,
         )
@@ -220,7 +223,7 @@ def _samples_of(sound: Any) -> Array:
 
 
 def _no_sound(sound: Any) -> UsageError:
-    return UsageError(f"{type(sound).__name__} is no sound", "Give a path or samples.")
+    return UsageError(f"{type_named(sound)} is no sound", "Give a path or samples.")
 
 
 def _check_rate(rate: Any, name: str) -> None:

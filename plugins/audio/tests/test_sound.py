@@ -7,6 +7,7 @@ import pytest
 import soundfile
 import torch
 from qeff_proxy.errors import UsageError
+from qeff_proxy_audio.ogg import is_cut_off
 from qeff_proxy_audio.sound import SoundWarning, load_sound
 
 RATE = 16_000
@@ -128,12 +129,25 @@ def test_what_is_no_sound_is_refused(sound, message):
         load_sound(sound, RATE)
 
 
-@pytest.mark.parametrize("kind", ["wav", "mp3"])
+def test_an_ogg_that_was_cut_within_a_page_or_between_two_is_seen(tmp_path):
+    path = tmp_path / "sound.ogg"
+    noise = np.random.default_rng(0).standard_normal(64_000).astype(np.float32) * 0.1
+    soundfile.write(path, noise, 16_000, format="OGG", subtype="OPUS")
+    whole = path.read_bytes()
+    pages = [at for at in range(len(whole)) if whole[at : at + 4] == b"OggS"]
+    assert len(pages) > 4
+    assert not is_cut_off(path)
+    for end in (pages[-1], pages[-1] + 12, pages[-1] + 40, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        assert is_cut_off(path), end
+
+
+@pytest.mark.parametrize("kind", ["wav", "mp3", "ogg"])
 def test_a_file_that_was_cut_off_is_told_from_a_whole_one(tmp_path, kind):
     path = tmp_path / f"sound.{kind}"
-    noise = np.random.default_rng(0).standard_normal(32_000).astype(np.float32) * 0.1
+    noise = np.random.default_rng(0).standard_normal(160_000).astype(np.float32) * 0.1
     soundfile.write(path, noise, 16_000)
-    assert len(load_sound(path, 16_000)) >= 31_000
+    assert len(load_sound(path, 16_000)) >= 159_000
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.warns(SoundWarning, match="it may have been cut off"):
         load_sound(path, 16_000)

@@ -13,10 +13,11 @@ import pytest
 import qeff_proxy_audio
 import soundfile
 import soxr
-from qeff_proxy import QEFFAutoModelForCTC, QEFFAutoModelForSpeechSeq2Seq
+from qeff_proxy import QEFFAutoModelForCTC, QEFFAutoModelForSpeechSeq2Seq, Request
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UsageError
+from qeff_proxy.verify import verify_model
 from qeff_proxy_audio.sound import EXAMPLE, SoundWarning
 
 ROOT = Path(__file__).parents[3]
@@ -88,6 +89,7 @@ def test_the_command_line_takes_sound_files(name, capsys):
     [
         (["hello"], "there is no sound file 'hello'"),
         ([str(RECORDINGS[0]), "--image", "x.png"], "takes sound, not images"),
+        (["5,6", "--ids"], "takes sound, not token ids. Give a sound file"),
         ([str(RECORDINGS[0]), "--num-beams", "3"], "generates no tokens one by one"),
     ],
 )
@@ -106,6 +108,37 @@ def test_verify_lets_it_hear_a_recording_and_openvino_passes(name, capsys):
     assert found["input"]["audio"] == [str(EXAMPLE)]
     (result,) = found["backends"]
     assert result["equal_tokens"] == result["tokens"] > 4
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "amount"),
+    [("tiny-whisper", "tokens", 4), ("tiny-wav2vec2", "seconds of sound", 1.72)],
+)
+def test_verify_tells_its_speed_beside_the_uncut_model(name, unit, amount, capsys):
+    export = recognizer(name).export()
+    given = ["--speed", "--turns", "1", "--num-cores", "1", "--json"]
+    assert main(["verify", str(export), *given]) == 0
+    speed = json.loads(capsys.readouterr().out)["speed"]
+    assert (speed["unit"], round(speed["amount"], 2)) == (unit, amount)
+    assert speed["best"] == "onnxruntime"
+    wanted = f"qeff-proxy generate {export} INPUT --backend onnxruntime --num-cores 1"
+    assert speed["command"] == wanted
+    assert speed["pytorch"]["a_second"] > 0
+
+
+def test_verify_says_once_what_there_is_to_say_of_a_sound(tmp_path):
+    samples, rate = soundfile.read(EXAMPLE, dtype="float32")
+    path = tmp_path / "half.wav"
+    soundfile.write(path, samples[::2], rate // 2)
+    with pytest.warns(SoundWarning) as caught:
+        found = verify_model(
+            recognizer("tiny-wav2vec2").export(),
+            ["onnxruntime", "openvino"],
+            Request(audio=(str(path),)),
+        )
+    assert found.passed
+    assert len(caught) == 1
+    assert "is resampled from 8000 to 16000 Hz" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("name", FACES)

@@ -18,6 +18,7 @@ from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import refuse_others
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.surgery import replace_modules
+from qeff_proxy.wording import type_named
 
 from qeff_proxy_embedding.part import EncoderPart, probe_masks
 from qeff_proxy_embedding.pooling import pooling_of_options
@@ -143,7 +144,7 @@ def _longest(model_limit: int, folder: Path | None) -> int:
 def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
     if not callable(tokenizer):
         raise UsageError(
-            f"a {type(tokenizer).__name__} is no tokenizer",
+            f"{type_named(tokenizer)} is no tokenizer",
             "Pass a tokenizer of transformers, or leave it out for the checkpoint's own.",
         )
     texts = list(request.prompts)

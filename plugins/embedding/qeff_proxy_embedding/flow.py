@@ -8,6 +8,7 @@ on each row alone.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from qeff_proxy.masks import build_mask
 from qeff_proxy.request import refuse_unused
 
 from qeff_proxy_embedding.part import EncoderPart
+from qeff_proxy_embedding.pooling import pooling_of_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -104,12 +106,10 @@ class EncoderFlow:
         limit = min(job.export.settings["max_length"], max(lengths or (2**31,)))
         _check_lengths(rows, limit)
         _check_ids(rows, job.export.settings.get("embedding_rows"))
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-        size = int(job.settings.get("batch_size") or job.options.batch_size)
         results: list[Any] = [None] * len(rows)
+        done = 0
         tell = job.settings.get("progress") or (lambda _done, _all: None)
-        for step, start in enumerate(range(0, len(order), size)):
-            chosen = order[start : start + size]
+        for step, chosen in enumerate(_batches(job, rows)):
             batch = [rows[index] for index in chosen]
             longest = max(len(row.ids) for row in batch)
             padded = min(one for one in lengths or (longest,) if one >= longest)
@@ -117,10 +117,41 @@ class EncoderFlow:
             output = run_rows(job.export.parts, job.sessions, batch, padded, job.recorder, step)
             for index, result in zip(chosen, _unpadded(output, batch), strict=True):
                 results[index] = result
-            tell(min(start + size, len(order)), len(order))
+            done += len(batch)
+            tell(done, len(rows))
         if results[0].ndim == 1:
             return {"sentence_embedding": np.stack(results)}
         return {"last_hidden_state": results}
+
+    def amount(self, job: Job) -> tuple[float, str]:
+        """How many texts there are."""
+        return float(len(job.tensors["input_ids"])), "texts"
+
+    def run_model(self, model: PreTrainedModel, job: Job) -> object:
+        """Run the uncut model on the same batches, padded to the longest, and pool."""
+        settings = job.export.settings
+        pooling = pooling_of_options(settings, None, settings["hidden_size"])
+        takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        rows = rows_of(job.tensors)
+        found = []
+        for chosen in _batches(job, rows):
+            known = _filled(
+                [rows[index] for index in chosen], max(len(rows[i].ids) for i in chosen)
+            )
+            tensors = {name: to_tensor(value) for name, value in known.items()}
+            mask = tensors.pop("padding_mask")
+            if not takes_types:
+                del tensors["token_type_ids"]
+            hidden = model(**tensors, attention_mask=mask).last_hidden_state
+            found.append(pooling(hidden, mask))
+        return found
+
+
+def _batches(job: Job, rows: Sequence[Row]) -> list[list[int]]:
+    """Which rows run together: the numbers of the shortest first."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    size = int(job.settings.get("batch_size") or job.options.batch_size)
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def rows_of(tensors: Mapping[str, torch.Tensor]) -> list[Row]:
@@ -213,14 +244,8 @@ def run_rows(
     Returns:
         The last part's output: ``[batch, width]`` or ``[batch, length, hidden]``.
     """
-    shape = (len(rows), length)
-    padding = np.zeros(shape, np.int64)
-    known = {"input_ids": np.zeros(shape, np.int64), "token_type_ids": np.zeros(shape, np.int64)}
-    for index, row in enumerate(rows):
-        padding[index, : len(row.ids)] = 1
-        known["input_ids"][index, : len(row.ids)] = row.ids
-        known["token_type_ids"][index, : len(row.ids)] = row.types
-    known["padding_mask"] = padding
+    known = _filled(rows, length)
+    padding = known["padding_mask"]
     outputs: dict[str, Array] = {}
     for part in parts:
         masks = {mask.name: mask for mask in part.masks}
@@ -235,6 +260,17 @@ def run_rows(
             recorder.step("prefill", step, part.name, feeds, outputs, past_length=0)
         known.update(outputs)
     return next(iter(outputs.values()))
+
+
+def _filled(rows: Sequence[Row], length: int) -> dict[str, Array]:
+    """Ids, token types and which of them are tokens, padded on the right: ``[batch, length]``."""
+    names = ("input_ids", "token_type_ids", "padding_mask")
+    known: dict[str, Array] = {name: np.zeros((len(rows), length), np.int64) for name in names}
+    for index, row in enumerate(rows):
+        known["padding_mask"][index, : len(row.ids)] = 1
+        known["input_ids"][index, : len(row.ids)] = row.ids
+        known["token_type_ids"][index, : len(row.ids)] = row.types
+    return known
 
 
 def _unpadded(output: Array, rows: Sequence[Row]) -> list[Array]:

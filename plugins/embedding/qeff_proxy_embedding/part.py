@@ -9,6 +9,7 @@ import torch
 from qeff_proxy.errors import UsageError
 from qeff_proxy.masks import provide_masks, record_masks
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
+from qeff_proxy.wording import type_named
 from torch import nn
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class EncoderPart(nn.Module):
         if not isinstance(vector, torch.Tensor) or vector.dim() != 2 or vector.shape[0] != 1:
             shape = list(getattr(vector, "shape", ()))
             raise UsageError(
-                f"the pooling {self.pooling.name} gives a {type(vector).__name__} of shape {shape} "
+                f"the pooling {self.pooling.name} gives {type_named(vector)} of shape {shape} "
                 "for one text",
                 asked,
             )

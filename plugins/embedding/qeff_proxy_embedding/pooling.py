@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
+from qeff_proxy.wording import an
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -182,7 +183,7 @@ def pooling_of_checkpoint(folder: Path) -> Pooling:
                 normalize = True
             elif kind != "Transformer":
                 raise UnsupportedModelError(
-                    f"{modules} has a {kind} module, which is not exported",
+                    f"{modules} has {an(kind)} module, which is not exported",
                     "Give pooling= to take the vectors before it, or run it on them yourself.",
                 )
     except (OSError, ValueError, KeyError, TypeError) as error:

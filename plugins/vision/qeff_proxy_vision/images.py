@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from qeff_proxy.errors import UsageError
+from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +59,7 @@ def open_image(source: Any) -> Image.Image:
     if hasattr(source, "__array__"):
         return _to_rgb(_from_array(np.asarray(source)), "the array")
     raise UsageError(
-        f"an image cannot be a {type(source).__name__}",
+        f"an image cannot be {type_named(source)}",
         "Give a path, a URL, bytes, a PIL image or an array.",
     )
 

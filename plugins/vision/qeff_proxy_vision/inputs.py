@@ -10,6 +10,7 @@ from qeff_proxy.arrays import given_tensors
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.request import refuse_others
+from qeff_proxy.wording import counted
 
 from qeff_proxy_vision.images import open_image
 
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
     from qeff_proxy.request import Request
 
-__all__ = ["checked_tensors", "decode", "preprocess", "prompts_and_images"]
+__all__ = ["checked_tensors", "count_error", "decode", "preprocess", "prompts_and_images"]
+
+#: What to do where a prompt has a place for an image, and there is none.
+NO_IMAGE = (
+    "Give one with --image FILE (in Python images=[…]) for each place, or take the token out."
+)
 
 
 @hookimpl
@@ -141,11 +147,27 @@ def _written(processor: Any, request: Request, prompt: str, count: int, token: s
         text: str = processor.apply_chat_template(message, add_generation_prompt=True)
         return text
     if places != count:
-        raise UsageError(
-            f"the prompt {prompt!r} has {places} image tokens ({token}) and {count} images",
-            f"Write {token} once for each image, where it belongs.",
-        )
+        raise count_error(prompt, token, count, f"Write {token} once for each image.")
     return prompt
+
+
+def count_error(prompt: str, token: str, images: int, hint: str) -> UsageError:
+    """Says that a prompt's places for images and its images do not match.
+
+    Args:
+        prompt: The prompt.
+        token: What stands in it where an image belongs.
+        images: How many images there are.
+        hint: What to do where there are some.
+    """
+    places = counted(prompt.count(token), "image token")
+    if images == 0:
+        return UsageError(
+            f"the prompt {prompt!r} has {places} ({token}), and no image is given", NO_IMAGE
+        )
+    return UsageError(
+        f"the prompt {prompt!r} has {places} ({token}) and {counted(images, 'image')}", hint
+    )
 
 
 def _deal(prompts: list[str], images: list[Any], token: str) -> list[list[Any]]:
@@ -156,9 +178,10 @@ def _deal(prompts: list[str], images: list[Any], token: str) -> list[list[Any]]:
     if not any(counts) and len(images) == len(prompts):
         counts = [1] * len(prompts)
     if sum(counts) != len(images):
+        places = counted(sum(counts), "image token")
         raise UsageError(
-            f"{len(prompts)} prompts have {sum(counts)} image tokens ({token}), and there are "
-            f"{len(images)} images",
+            f"{len(prompts)} prompts have {places} ({token}), and there "
+            f"{'is' if len(images) == 1 else 'are'} {counted(len(images), 'image')}",
             "Give a list of images for each prompt.",
         )
     left = iter(images)

@@ -14,7 +14,7 @@ import torch
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.checkpoint import find_checkpoint, read_config_file
 from qeff_proxy.engine import position_ids_of
-from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.request import refuse_others
 from qeff_proxy.sites import Absent, Site
@@ -24,7 +24,7 @@ from torch import nn
 
 from qeff_proxy_vision import internlm2
 from qeff_proxy_vision.images import open_image
-from qeff_proxy_vision.inputs import checked_tensors, decode, prompts_and_images
+from qeff_proxy_vision.inputs import checked_tensors, count_error, decode, prompts_and_images
 from qeff_proxy_vision.merge import ImageSettings
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, pixel_sample
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
@@ -225,11 +225,8 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
         if images and _IMAGE not in prompt:
             prompt = f"{_IMAGE}\n" * len(images) + prompt
         if prompt.count(_IMAGE) != len(images):
-            raise UsageError(
-                f"the prompt {prompt!r} has {prompt.count(_IMAGE)} image tokens ({_IMAGE}) and "
-                f"{len(images)} images",
-                f"Write {_IMAGE} once for each image, or not at all.",
-            )
+            hint = f"Write {_IMAGE} once for each image, or not at all."
+            raise count_error(prompt, _IMAGE, len(images), hint)
         text = _in_chat(processor, prompt) if request.options.get("chat", True) else prompt
         for image in images:
             tiles = split_into_tiles(

@@ -15,6 +15,7 @@ import numpy as np
 from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.errors import UsageError
 from qeff_proxy.masks import build_mask
+from qeff_proxy.wording import counted
 
 from qeff_proxy_vision.one_graph import ROWS
 from qeff_proxy_vision.tiles import TileGrid
@@ -152,7 +153,8 @@ class ImagePrompt:
         marked = self._marked()
         if marked is not None and marked.any() and not self._has_images:
             raise UsageError(
-                f"the prompt has {int(marked.sum())} image tokens, and there is no image",
+                f"the prompt has {counted(int(marked.sum()), 'image token')}, "
+                "and there is no image",
                 "Give one image for each place in the prompt, or take the image token out.",
             )
         if marked is not None and self._has_images and not marked.any():
@@ -233,7 +235,7 @@ class ImagePrompt:
         order = self._order()
         if int(marked.sum()) != order.size:
             raise UsageError(
-                f"the prompt has {int(marked.sum())} image tokens, and its images need "
+                f"the prompt has {counted(int(marked.sum()), 'image token')}, and its images need "
                 f"{order.size}",
                 "Let the checkpoint's processor make the prompt, with one image for each place.",
             )

@@ -170,10 +170,20 @@ def test_the_processor_is_as_it_was(face, picture):
 @pytest.mark.parametrize(
     ("prompts", "count", "options", "reason"),
     [
-        (["w1 <image>"], 0, {}, "1 image tokens .* and 0 images"),
-        (["w1"], 1, {"chat": False}, "0 image tokens .* and 1 images"),
-        (["<image> <image>"], 1, {}, "2 image tokens .* and 1 images"),
-        (["<image>", "w1"], 2, {}, "2 prompts have 1 image tokens"),
+        (
+            ["w1 <image>"],
+            0,
+            {},
+            r"1 image token \(<image>\), and no image is given\. Give one with --image FILE",
+        ),
+        (["w1"], 1, {"chat": False}, r"0 image tokens .* and 1 image\."),
+        (["<image> <image>"], 1, {}, r"2 image tokens .* and 1 image\."),
+        (
+            ["<image>", "w1"],
+            2,
+            {},
+            r"2 prompts have 1 image token .*, and there are 2 images",
+        ),
         (["  "], 1, {}, "empty"),
     ],
 )

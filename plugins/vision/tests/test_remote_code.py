@@ -251,7 +251,7 @@ def test_internvls_own_code_gives_what_the_uncut_model_gives(language, tmp_path)
     assert result.generated_ids.shape == (1, 4)
     assert result.generated_texts[0].startswith("w")
     assert result.io_folder.is_dir()
-    with pytest.raises(UsageError, match=r"2 image tokens .* and 1 images"):
+    with pytest.raises(UsageError, match=r"2 image tokens .* and 1 image\."):
         prompt(["<image> <image>"], [image])
 
 

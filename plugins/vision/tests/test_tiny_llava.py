@@ -81,6 +81,19 @@ def test_verify_says_what_went_in_and_that_no_layers_are_tapped(report, capsys):
     assert "input: input_ids [1, 3]" in lines
     assert [line for line in lines if line.startswith("PyTorch says: '")]
     assert [line for line in lines if line.startswith("Note: there are no layer taps")]
+    (note,) = [line for line in lines if "the vision part did not run" in line]
+    assert "--image FILE" in note
+
+
+def test_a_question_without_an_image_gets_a_hint(report, capsys):
+    question = ["generate", report["export"], "What is this ?", "--max-new-tokens", "1"]
+    assert main(question) == 0
+    assert "give one with --image FILE" in capsys.readouterr().err
+    assert main([*question, "--image", str(images.DRAWING)]) == 0
+    assert "--image" not in capsys.readouterr().err
+    question[2] = "<image> What is this ?"
+    assert main(question) == 2
+    assert "no image is given. Give one with --image FILE" in capsys.readouterr().err
 
 
 def test_verify_asks_about_an_image_and_refuses_a_sound(report, capsys):

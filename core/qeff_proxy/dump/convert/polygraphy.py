@@ -24,6 +24,7 @@ from qeff_proxy.dump.convert.common import (
 )
 from qeff_proxy.dump.rules import parse_json
 from qeff_proxy.errors import DumpError
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,7 +117,9 @@ def import_polygraphy(
     if feeds is None and results is None:
         raise DumpError("there is nothing to convert: give inputs, outputs or both")
     if feeds is not None and results is not None and len(feeds) != len(results):
-        raise DumpError(f"{inputs} has {len(feeds)} iterations and {outputs} {len(results)}")
+        raise DumpError(
+            f"{inputs} has {counted(len(feeds), 'iteration')} and {outputs} {len(results)}"
+        )
 
     def steps() -> Iterator[StepArrays]:
         for number in range(len(feeds if feeds is not None else results or [])):

@@ -25,6 +25,7 @@ from qeff_proxy.dump.convert.common import (
 from qeff_proxy.dump.format import DTYPES, as_values
 from qeff_proxy.dump.rules import parse_json
 from qeff_proxy.errors import DumpError
+from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -201,13 +202,14 @@ def _read_raw(
         )
     info = DTYPES.get(dtype)
     if info is None or info.itemsize != size:
-        raise DumpError(f"{name!r} has elements of {size} bytes, which are not {dtype}")
+        raise DumpError(f"{name!r} has elements of {counted(size, 'byte')}, which are not {dtype}")
     data = read_limited(root / entry["path"], root)
     shape = entry.get("dims")
     if shape is None:
         shape = [len(data) // size]
     if math.prod(shape) * size != len(data):
         raise DumpError(
-            f"{entry['path']} has {len(data)} bytes, not those of {shape} elements of {size} bytes"
+            f"{entry['path']} has {counted(len(data), 'byte')}, not those of {shape} "
+            f"elements of {counted(size, 'byte')}"
         )
     return as_values(np.frombuffer(data, info.stored).reshape(shape), dtype)

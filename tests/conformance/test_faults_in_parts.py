@@ -1,62 +1,27 @@
-"""Every check of the suite fails on a plugin that is made wrong for it, and says what to do.
+"""Each check of sites, cut and export fails on a plugin that is made wrong for it.
 
-A fault is a plugin, a suite, a flow or sessions that differ from sound ones in one thing. Faults
-that show before anything is exported are not exported; those that show in a run borrow the sound
-export.
+A fault is a plugin, a suite or a flow that differs from sound ones in one thing. Faults that show
+before anything is exported are not exported.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import shutil
-import types
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from conformance_faults import Fault, checks_of, cut_like, expect_seen, run_check, subject_of
 from qeff_proxy import generic
-from qeff_proxy.errors import ProxyError
-from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.testing import CAUSAL_LM, FamilySuite, random_weights
-from qeff_proxy.testing.subject import Subject
+from qeff_proxy.testing.export_checks import ExportChecks
+from qeff_proxy.testing.part_checks import PartChecks
+from qeff_proxy.testing.site_checks import SiteChecks
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-CHECKS = {name.removeprefix("test_") for name in dir(FamilySuite) if name.startswith("test_")}
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What is wrong.
-
-    Attributes:
-        check: The check that must see it.
-        says: What the failure must say, as a regular expression.
-        hooks: Hooks in place of the sound plugin's.
-        suite: Attributes and methods in place of the sound suite's.
-        flow: A flow of `faulty_flows`, by name.
-        session: Makes faulty sessions of sound ones.
-        export: Changes a copy of the sound export.
-    """
-
-    check: str
-    says: str
-    hooks: dict[str, Any] = dataclasses.field(default_factory=dict)
-    suite: dict[str, Any] = dataclasses.field(default_factory=dict)
-    flow: str | None = None
-    session: Callable[[Any, str], Any] | None = None
-    export: Callable[[Any], Any] | None = None
-
-
-# Sites
 
 
 def where(path):
@@ -126,16 +91,6 @@ SITES = [
 
 
 # Cut
-
-
-def cut_like(change):
-    """A ``build_proxy`` that changes what the sound one gives."""
-
-    def build_proxy(model, embedding, lm_head, kind, options):
-        proxy = generic.build_proxy(model, embedding, lm_head, kind)
-        return change(proxy, model=model, kind=kind, options=options) or proxy
-
-    return {"build_proxy": build_proxy}
 
 
 def with_part(proxy, name, /, **changes):
@@ -276,7 +231,7 @@ CUTS = [
     ),
     Fault(
         "the_verification_sees_a_fault_in_each_part",
-        "verified a embedding part that gives",
+        "verified an embedding part that gives",
         verified_by("faulty-unverified"),
     ),
     Fault("the_model_is_left_as_it_was", "ln_f.weight", cut_like(change_the_model)),
@@ -405,219 +360,12 @@ EXPORTS = [
     Fault("the_manifest_names_the_plugin", "another", export=made_by_another),
 ]
 
-
-# Runs
-
-
-class Wrapped:
-    """A session that does something else than it is asked."""
-
-    def __init__(self, session, change):
-        self.session, self.change = session, change
-
-    def run(self, feeds):
-        return self.change(self.session, dict(feeds))
-
-    def close(self):
-        self.session.close()
-
-
-def on(part, change):
-    return lambda session, name: Wrapped(session, change) if name == part else session
-
-
-def scaled(session, feeds):
-    return {name: value * np.float32(1.01) for name, value in session.run(feeds).items()}
-
-
-def positions_of_decode_steps_moved(session, feeds):
-    if feeds["past_key_values.0.key"].shape[2]:
-        feeds["position_ids"] = feeds["position_ids"] + 1
-    return session.run(feeds)
-
-
-def deaf(session, feeds):
-    return {name: np.zeros_like(value) for name, value in session.run(feeds).items()}
-
-
-def blind_to_earlier_chunks(session, feeds):
-    past = feeds["past_key_values.0.key"].shape[2]
-    if past and feeds["inputs_embeds"].shape[1] > 1:
-        feeds["attention_mask"][..., :past] = np.finfo(np.float32).min
-    return session.run(feeds)
-
-
-def padding_is_seen(session, feeds):
-    total = feeds["attention_mask"].shape[-1]
-    query = feeds["attention_mask"].shape[-2]
-    later = np.triu(np.ones((query, total), bool), total - query + 1)
-    lowest = np.finfo(np.float32).min
-    feeds["attention_mask"] = np.broadcast_to(
-        np.where(later, lowest, np.float32(0)), feeds["attention_mask"].shape
-    ).astype(np.float32)
-    return session.run(feeds)
-
-
-def rows_mixed(session, feeds):
-    feeds["inputs_embeds"] = (
-        feeds["inputs_embeds"].mean(0, keepdims=True).repeat(len(feeds["inputs_embeds"]), 0)
-    )
-    return session.run(feeds)
-
-
-def noisy(session, feeds):
-    noise = np.random.default_rng().standard_normal()
-    return {name: value + np.float32(noise * 1e-3) for name, value in session.run(feeds).items()}
-
-
-def preprocess_anything(processor, request):
-    return {"input_ids": torch.ones(1, 3, dtype=torch.int64)}
-
-
-def preprocess_ever_more(processor, request):
-    """It keeps what it was asked, in the processor."""
-    processor.model_max_length -= 1
-    return {"input_ids": torch.ones(1, processor.model_max_length % 7 + 1, dtype=torch.int64)}
-
-
-def decode_with_a_processor(processor, outputs):
-    return processor.batch_decode(outputs["generated_ids"])
-
-
-def reseed(proxy, **_):
-    torch.manual_seed(torch.initial_seed() + 1)
-
-
-RUNS = [
-    Fault(
-        "onnx_runtime_gives_what_pytorch_gives",
-        "ONNX Runtime and PyTorch differ",
-        session=on("lm_head", scaled),
-    ),
-    Fault(
-        "prefill_and_decode_steps_equal_one_pass",
-        "decode steps differ from one pass",
-        session=on("body", positions_of_decode_steps_moved),
-    ),
-    Fault("the_input_matters", "two different inputs give the same", session=on("embedding", deaf)),
-    Fault(
-        "a_prompt_in_chunks_gives_the_same",
-        "in chunks gives something else",
-        session=on("body", blind_to_earlier_chunks),
-    ),
-    Fault(
-        "padding_changes_nothing",
-        "padding changes what a row gives",
-        session=on("body", padding_is_seen),
-    ),
-    Fault(
-        "a_batch_gives_what_its_rows_give_alone",
-        "row 0 gives something else in a batch",
-        session=on("body", rows_mixed),
-    ),
-    Fault(
-        "a_batch_gives_what_its_rows_give_alone",
-        "Let make_inputs give at least two",
-        suite={"make_inputs": lambda self, model: FamilySuite.make_inputs(self, model)[:1]},
-    ),
-    Fault(
-        "two_runs_give_the_same_bits",
-        "the same run again gives something else",
-        session=on("body", noisy),
-    ),
-    Fault(
-        "a_dump_is_complete_and_can_be_read",
-        "lacks .'last_hidden_state'.* of the lm_head part",
-        flow="faulty-headless",
-    ),
-    Fault(
-        "recorded_inputs_and_outputs_belong_together",
-        "does not give its recorded outputs",
-        flow="faulty-late",
-    ),
-    Fault("a_stub_is_not_decoded", "running a stub said 'nothing'", flow="faulty-careless"),
-    Fault(
-        "a_request_without_input_is_refused",
-        "a request without input was run",
-        {"preprocess": preprocess_anything},
-    ),
-    Fault(
-        "every_backend_gives_the_same",
-        "gives something else than ONNX Runtime",
-        flow="faulty-unsteady",
-    ),
-    Fault(
-        "the_processors_request_becomes_tensors",
-        "other tensors when it is called again",
-        {"preprocess": preprocess_ever_more},
-    ),
-    Fault(
-        "outputs_become_what_the_user_wanted",
-        "failed in decode.*NoneType",
-        {"decode": decode_with_a_processor},
-    ),
-    Fault("outputs_become_what_the_user_wanted", "decode gave None", suite={"silent": True}),
-    Fault("no_global_state_is_left", "torch's random seed", cut_like(reseed)),
-]
-
-FAULTS = [*SITES, *CUTS, *EXPORTS, *RUNS]
-
-
-def plugin_of(hooks):
-    """A plugin with these hooks; where it has none, the generic one answers."""
-
-    class Plugin:
-        pass
-
-    for name, function in (hooks or {"locate_embedding": lambda: None}).items():
-        setattr(Plugin, name, staticmethod(hookimpl(function)))
-    return Plugin()
-
-
-def subject_of(fault, sound, folder, suites):
-    """A subject with the fault, and with the sound family's parts where those serve."""
-    changes = {"plugin": plugin_of(fault.hooks), **fault.suite}
-    suite = type("FaultySuite", (suites,), changes)
-    subject = Subject(suite(), folder)
-    runs = fault in RUNS or "make_inputs" in fault.suite
-    if not fault.hooks.get("build_proxy") and (runs or fault.export or fault.session):
-        borrowed = {"model": sound.model, "loaded": sound.loaded, "cut": sound.cut}
-        subject.__dict__.update(borrowed, export=sound.export, sessions=sound.sessions)
-    elif fault in RUNS or fault.check.startswith("a_stub_reads"):
-        subject.__dict__.update(export=sound.export, sessions=sound.sessions)
-    if fault.export is not None:
-        copy = shutil.copytree(sound.export.folder, folder / "copy")
-        subject.__dict__["export"] = fault.export(replace(sound.export, folder=copy))
-    if fault.suite.get("silent"):  # nothing behind the plugin that would decode for it
-        silent = types.SimpleNamespace(preprocess=generic.preprocess)
-        subject.__dict__["hooks"] = subject.plugins.hooks_for("gpt2", generic=silent)
-    if fault.flow is not None:
-        subject.__dict__["export"] = replace(sound.export, flow=fault.flow)
-    if fault.session is not None:
-        subject.__dict__["sessions"] = {
-            name: fault.session(one, name) for name, one in sound.sessions.items()
-        }
-    return subject
-
-
-def run_check(name, subject, folder):
-    check = getattr(FamilySuite, f"test_{name}")
-    extra = {"tmp_path": folder} if "tmp_path" in check.__code__.co_varnames else {}
-    check(subject.suite, subject, **extra)
-
-
-def test_every_check_has_its_fault():
-    assert {fault.check for fault in FAULTS} | SEEN_IN_A_FAULTY_EXPORT == CHECKS
+FAULTS = [*SITES, *CUTS, *EXPORTS]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.check)
 def test_a_check_fails_on_its_fault(fault, sound, tmp_path):
-    subject = subject_of(fault, sound, tmp_path / "faulty", type(sound.suite))
-    (tmp_path / "dump").mkdir()
-    with pytest.raises((pytest.fail.Exception, ProxyError)) as caught:
-        run_check(fault.check, subject, tmp_path / "dump")
-    said = " ".join(str(caught.value).split())
-    assert re.search(fault.says, said), said
+    expect_seen(fault, sound, tmp_path)
 
 
 # A plugin whose parts are wrong in a way that only the files show
@@ -647,15 +395,6 @@ def test_a_check_fails_on_a_faulty_export(check, says, heavy, tmp_path):
         run_check(check, heavy, tmp_path)
 
 
-def test_a_sound_family_passes_every_check(sound, tmp_path):
-    subject = subject_of(Fault("", ""), sound, tmp_path / "sound", type(sound.suite))
-    subject.__dict__.update(
-        model=sound.model, loaded=sound.loaded, cut=sound.cut, sessions=sound.sessions
-    )
-    subject.__dict__["export"] = sound.export
-    unneeded = {"that_there_is_no_token_embedding_is_said", "that_there_is_no_lm_head_is_said"}
-    by_whom = {"the_manifest_names_the_plugin"}  # the sound export was made by the generic plugin
-    for name in sorted(CHECKS - unneeded - by_whom):
-        folder = tmp_path / name
-        folder.mkdir()
-        run_check(name, subject, folder)
+def test_every_check_has_its_fault():
+    wanted = checks_of([SiteChecks, PartChecks, ExportChecks])
+    assert {fault.check for fault in FAULTS} | SEEN_IN_A_FAULTY_EXPORT == wanted

@@ -1,0 +1,75 @@
+"""Which class a checkpoint is for, told where it was loaded with another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qeff_proxy.checkpoint import read_config_file
+from qeff_proxy.errors import CheckpointError, PluginError, ProxyError, UnsupportedModelError
+from qeff_proxy.plugin_discovery import GENERIC
+from qeff_proxy.tasks import TASKS
+from qeff_proxy.wording import an
+
+if TYPE_CHECKING:
+    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.plugins import Plugins
+    from qeff_proxy.tasks import Task
+
+__all__ = ["with_right_class"]
+
+#: What a checkpoint of another task fails with.
+_SIGNS = (CheckpointError, PluginError, UnsupportedModelError)
+
+
+def with_right_class(
+    error: ProxyError, loaded: LoadedModel, asked: Task, plugins: Plugins
+) -> ProxyError:
+    """The error, or one that names the class that the checkpoint is for.
+
+    Args:
+        error: What went wrong.
+        loaded: The checkpoint.
+        asked: The task it was loaded for.
+        plugins: Where families are looked up.
+    """
+    if not isinstance(error, _SIGNS):
+        return error
+    name = _architecture_of(loaded)
+    tasks = [] if name is None else _tasks_of(name, loaded.model_type, plugins)
+    if name is None or not tasks or asked in tasks:
+        return error
+    return UnsupportedModelError(
+        f"{loaded.source} is {an(name)}, which {asked.face} is not for ({error.problem})",
+        f"Load it with {tasks[0].face}.",
+    )
+
+
+def _architecture_of(loaded: LoadedModel) -> str | None:
+    """The architecture that a checkpoint names, or the class of a model made in memory."""
+    if loaded.folder is None:
+        return type(loaded.model).__name__
+    named = read_config_file(loaded.folder).get("architectures")
+    return str(named[0]) if named else None
+
+
+def _tasks_of(architecture: str, model_type: str, plugins: Plugins) -> list[Task]:
+    """The tasks whose models are of an architecture, the most particular first."""
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        return []
+    config = transformers.CONFIG_MAPPING[model_type]
+    found = []
+    for task in TASKS.values():
+        registered = getattr(transformers, task.auto_class)._model_mapping  # noqa: SLF001
+        classes = registered.get(config, ())
+        classes = classes if isinstance(classes, list | tuple) else (classes,)
+        # Every model has a base model; only some of these are embedders.
+        served = task.auto_class != "AutoModel" or _is_claimed(model_type, task, plugins)
+        if served and architecture in {one.__name__ for one in classes}:
+            found.append(task)
+    return found
+
+
+def _is_claimed(model_type: str, task: Task, plugins: Plugins) -> bool:
+    return plugins.hooks_for(model_type, task=task.flows[0]).plugin != GENERIC
