@@ -37,7 +37,7 @@ _BRIEFLY = "briefly"
 _BRIEFLY_US = 20
 _ONLY_FATAL = 4  # an error is raised, so that it need not be printed too
 #: Counted up with each change of `onnxruntime_prepare`, so that parts are compiled anew.
-_REWRITING = "1"
+_REWRITING = "2"
 
 
 class OnnxRuntimeBackend:
