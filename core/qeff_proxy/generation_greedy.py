@@ -49,22 +49,38 @@ class Rules:
     config: GenerationConfig
     streamer: Any = None
 
-    def ended(self, ids: torch.Tensor) -> Array:
-        """Which rows have come to their end, ``[batch]`` bool.
 
-        The criteria that nearly every run has are computed here, as calling them costs as much as
-        the rest of the loop.
-        """
-        if any(type(one) not in (MaxLengthCriteria, EosTokenCriteria) for one in self.criteria):
-            return to_array(self.criteria(ids, None))
-        ended = np.zeros(ids.shape[0], dtype=bool)
-        last = to_array(ids[:, -1])
-        for one in self.criteria:
-            if isinstance(one, MaxLengthCriteria):
-                ended |= ids.shape[1] >= one.max_length
+@dataclass(frozen=True)
+class _Ends:
+    """The stopping criteria that nearly every run has, and no others, as numbers.
+
+    To call transformers' takes as long as the rest of the loop.
+
+    Attributes:
+        length: As many tokens in all end every row.
+        tokens: Each of them ends its row.
+    """
+
+    length: int
+    tokens: Array
+
+    @classmethod
+    def of(cls, criteria: Any, most: int) -> _Ends | None:
+        """What the criteria say; ``None`` where there are others among them."""
+        tokens: list[int] = []
+        for one in criteria:
+            if type(one) is MaxLengthCriteria:
+                most = min(most, one.max_length)
+            elif type(one) is EosTokenCriteria:
+                tokens += one.eos_token_id.flatten().tolist()
             else:
-                ended |= np.isin(last, to_array(one.eos_token_id))
-        return ended
+                return None
+        return cls(most, np.array(tokens, np.int64))
+
+    def reached(self, tokens: Array, length: int) -> Array:
+        """Which rows the newest tokens ``[batch]`` end, ``[batch]`` bool."""
+        ended = (tokens[:, None] == self.tokens).any(axis=1)
+        return cast("Array", ended | (length >= self.length))
 
 
 def search_greedily(
@@ -93,27 +109,25 @@ def search_greedily(
     unfinished = np.ones(batch, dtype=bool)
     pads = any(hasattr(one, "eos_token_id") for one in rules.criteria)
     pad = int(rules.config._pad_token_tensor) if pads else 0  # noqa: SLF001 (as generate left it)
+    ends = _Ends.of(rules.criteria, most)
     cache = None
     new = written[:, :length]
     while unfinished.any():
         logits, cache = run(new, padding[:, :length], cache)
-        tokens = _likeliest(logits[:, -1], ids[:, :length], rules)
+        if rules.processors or logits.dtype != np.float32:
+            scores = to_tensor(logits[:, -1].copy()).float()  # processors may write into it
+            tokens = to_array(rules.processors(ids[:, :length], scores).argmax(dim=-1))
+        else:
+            tokens = np.argmax(logits[:, -1], axis=-1)
         written[:, length] = np.where(unfinished, tokens, pad) if pads else tokens
         new = written[:, length : length + 1]
         length += 1
-        unfinished &= ~rules.ended(ids[:, :length])
+        if ends is not None:
+            unfinished &= ~ends.reached(new[:, 0], length)
+        else:
+            unfinished &= ~to_array(rules.criteria(ids[:, :length], None))
         if rules.streamer is not None:
             rules.streamer.put(ids[:, length - 1].clone())
     if rules.streamer is not None:
         rules.streamer.end()
     return ids[:, :length]
-
-
-def _likeliest(logits: Array, ids: torch.Tensor, rules: Rules) -> Array:
-    """The likeliest token of each row, ``[batch]`` int64."""
-    if not rules.processors and logits.dtype == np.float32:
-        return cast("Array", np.argmax(logits, axis=-1))
-    scores = to_tensor(logits.copy()).float()  # processors may write into it
-    if rules.processors:
-        scores = rules.processors(ids, scores)
-    return to_array(scores.argmax(dim=-1))

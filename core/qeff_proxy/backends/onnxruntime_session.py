@@ -13,7 +13,7 @@ from qeff_proxy.errors import BackendError
 from qeff_proxy.reasons import first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import onnxruntime
 
@@ -78,11 +78,13 @@ class OnnxRuntimeSession:
         self._given = [spec for spec in part.outputs if not spec.name.startswith(PRESENT)]
         inputs = [value.name for value in session.get_inputs()]
         self._heads = [int(n.removeprefix(PLACES)) for n in inputs if n.startswith(PLACES)]
+        #: Dtypes and shapes that were checked, and the sizes found: one value, for threads.
+        self._checked: tuple[Any, Mapping[str, int]] = (None, {})
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the part once (see `qeff_proxy.session.Session.run`)."""
         session = self._opened()
-        sizes = check_feeds(self._part.name, self._part.inputs, feeds)
+        sizes = self._check(self._part.inputs, feeds, {})
         if self._heads:
             return self._run_on_copies(feeds, sizes)
         try:
@@ -99,7 +101,7 @@ class OnnxRuntimeSession:
         """Run the part on buffers (see `qeff_proxy.cache.InPlaceSession.run_in_place`)."""
         query = feeds[self._part.inputs[0].name].shape[1]
         known = self._sizes_of(buffers.arrays, query)
-        sizes = check_feeds(self._part.name, self._others, feeds, known)
+        sizes = self._check(self._others, feeds, known)
         bound = buffers.bound.get(self)
         if bound is None:  # the first step on these buffers
             bound = buffers.bound[self] = self._bind_cache(buffers.arrays)
@@ -108,6 +110,17 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """Release the runtime's session and the weights it maps."""
         self._session = None
+
+    def _check(
+        self, specs: Iterable[TensorSpec], feeds: Mapping[str, Array], known: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """The sizes of the axes (`check_feeds`); what is like the step before is not looked at."""
+        like = known, {name: (array.dtype, array.shape) for name, array in feeds.items()}
+        checked, sizes = self._checked
+        if like != checked:
+            sizes = check_feeds(self._part.name, specs, feeds, known)
+            self._checked = like, sizes
+        return sizes
 
     def _run_on_copies(
         self, feeds: Mapping[str, Array], sizes: Mapping[str, int]
