@@ -15,6 +15,7 @@ from qeff_proxy.backends.onnxruntime_norms import divide_in_norms
 from qeff_proxy.backends.onnxruntime_options import WeightOptions
 from qeff_proxy.backends.onnxruntime_quantize import quantize_weights
 from qeff_proxy.backends.onnxruntime_rotary import fuse_rotary
+from qeff_proxy.cache import PAST
 from qeff_proxy.errors import BackendError
 from qeff_proxy.reasons import first_line
 
@@ -70,9 +71,8 @@ def prepare_part(
             options.backend.get("in_place", True) and write_in_place(model, part),
             divide_in_norms(model),
             fuse_rotary(model),
-            quantize_weights(model, data, weights)
-            if weights.bits is not None
-            else options.backend.get("optimization") != "none" and merge_products(model),
+            _merges(part, options) and merge_products(model),
+            weights.bits is not None and quantize_weights(model, data, weights),
         ]
     if not any(changed):
         return Prepared(source)
@@ -88,6 +88,16 @@ def prepared_part(export: Export, part: ExportedPart, folder: Path) -> Prepared:
     if data.is_file():
         return Prepared(graph, None, (graph, data))
     return Prepared(graph, export.folder, (graph,))
+
+
+def _merges(part: ExportedPart, options: CompileOptions) -> bool:
+    """Whether products are merged: in decoders, whose steps wait more than they compute.
+
+    Not where weights are quantized one by one, nor where the runtime would join them at each step.
+    """
+    decodes = any(spec.name.startswith(PAST) for spec in part.inputs)
+    whole = WeightOptions.of(part.name, options.backend).bits is None
+    return decodes and whole and options.backend.get("optimization") != "none"
 
 
 @contextmanager
