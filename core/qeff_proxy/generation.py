@@ -1,7 +1,8 @@
 """Generate: transformers' own generation loop over the parts' sessions.
 
-Greedy search, sampling, beams, stop strings and streaming are transformers' code. What is ours is
-the forward pass, which runs the parts through `qeff_proxy.engine.CausalEngine`.
+Sampling, beams, processors of logits and stop strings are transformers' code. What is ours is the
+forward pass, which runs the parts through `qeff_proxy.engine.CausalEngine`, and a leaner loop for
+greedy search (`qeff_proxy.generation_greedy`).
 """
 
 from __future__ import annotations
