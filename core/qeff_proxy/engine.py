@@ -148,11 +148,7 @@ class CausalEngine:
         """
         query_length = input_ids.shape[1]
         past_length = padding.shape[1] - query_length
-        if self.context_length is not None and padding.shape[1] > self.context_length:
-            raise UsageError(
-                f"{padding.shape[1]} positions do not fit into a context of {self.context_length}",
-                "Shorten the prompt, generate fewer tokens, or compile with a larger ctx_len.",
-            )
+        self._check_room(padding.shape[1])
         known: dict[str, Array] = {"input_ids": input_ids, **(cache or {})}
         present: Cache = {}
         for part, takes in zip(self.parts, self._takes, strict=True):
@@ -178,14 +174,15 @@ class CausalEngine:
                     step.phase, step.index, part.name, feeds, outputs, past_length=past_length
                 )
             known.update(outputs)
-        if not present:
-            present = {
-                name.replace(PRESENT, PAST, 1): value
-                for name, value in known.items()
-                if name.startswith(PRESENT)
-            }
         logits = known["logits"]
-        return (logits[:, -1:] if last_only else logits), present
+        return (logits[:, -1:] if last_only else logits), present or _given_back(known)
+
+    def _check_room(self, positions: int) -> None:
+        if self.context_length is not None and positions > self.context_length:
+            raise UsageError(
+                f"{positions} positions do not fit into a context of {self.context_length}",
+                "Shorten the prompt, generate fewer tokens, or compile with a larger ctx_len.",
+            )
 
     def _feeds(
         self,
@@ -258,6 +255,15 @@ def _run_in_place(
     outputs = session.run_in_place(given, buffers)
     buffers.filled += query
     return outputs, HeldCache(buffers)
+
+
+def _given_back(known: Mapping[str, Array]) -> Cache:
+    """The cache that a part gave back, as the next step takes it."""
+    return {
+        name.replace(PRESENT, PAST, 1): value
+        for name, value in known.items()
+        if name.startswith(PRESENT)
+    }
 
 
 def _with_cache(outputs: Mapping[str, Array], held: Cache, part: PartLike) -> dict[str, Array]:
