@@ -17,10 +17,11 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.masks import build_mask, lengthen_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from qeff_proxy.arrays import Array
     from qeff_proxy.cache import InPlaceSession
+    from qeff_proxy.parts import TensorSpec
     from qeff_proxy.session import PartLike, Session
 
 __all__ = ["Cache", "CausalEngine", "Recorder", "StepId", "Supplier", "position_ids_of"]
@@ -89,7 +90,10 @@ def position_ids_of(padding: Array, query_length: int) -> Array:
     Returns:
         ``[batch, query]`` int64; 0 where there is padding.
     """
-    positions = np.maximum(np.cumsum(padding, axis=1) - 1, 0)
+    if query_length == 1:
+        positions = np.maximum(np.sum(padding, axis=1, keepdims=True) - 1, 0)
+    else:
+        positions = np.maximum(np.cumsum(padding, axis=1) - 1, 0)
     return np.ascontiguousarray(positions[:, -query_length:], dtype=np.int64)
 
 
@@ -111,6 +115,7 @@ class CausalEngine:
         supplier: Supplier | None = None,
     ) -> None:
         self.parts = tuple(parts)
+        self._takes = [_Takes.of(part) for part in self.parts]
         self.sessions = dict(sessions)
         self.context_length = context_length
         self.supplier = supplier
@@ -143,41 +148,52 @@ class CausalEngine:
         """
         query_length = input_ids.shape[1]
         past_length = padding.shape[1] - query_length
-        if self.context_length is not None and padding.shape[1] > self.context_length:
-            raise UsageError(
-                f"{padding.shape[1]} positions do not fit into a context of {self.context_length}",
-                "Shorten the prompt, generate fewer tokens, or compile with a larger ctx_len.",
-            )
+        self._check_room(padding.shape[1])
         known: dict[str, Array] = {"input_ids": input_ids, **(cache or {})}
         present: Cache = {}
-        for part in self.parts:
+        for part, takes in zip(self.parts, self._takes, strict=True):
             if part.name == "lm_head" and last_only:
                 known["last_hidden_state"] = known["last_hidden_state"][:, -1:]
             if self.supplier is not None:
                 known.update(self.supplier.supply(part, known, padding))
-            feeds = {
-                spec.name: self._feed(part, spec, known, padding, query_length)
-                for spec in part.inputs
-            }
             session = self.sessions[part.name]
-            if can_run_in_place(session, part, cache):
-                outputs, held = _run_in_place(session, part, feeds, cache)
+            if takes.cache and can_run_in_place(session, part, cache):
+                feeds = self._feeds(part, takes.others, known, padding, query_length)
+                outputs, held = _run_in_place(session, takes, feeds, cache)
                 present = held
+                if recorder is not None:  # as it would be without the buffers
+                    feeds = self._feeds(
+                        part, part.inputs, {**known, **feeds}, padding, query_length
+                    )
+                    outputs = _with_cache(outputs, held, part)
             else:
+                feeds = self._feeds(part, part.inputs, known, padding, query_length)
                 outputs = session.run(feeds)
             if recorder is not None:
                 recorder.step(
                     step.phase, step.index, part.name, feeds, outputs, past_length=past_length
                 )
             known.update(outputs)
-        if not present:
-            present = {
-                name.replace(PRESENT, PAST, 1): value
-                for name, value in known.items()
-                if name.startswith(PRESENT)
-            }
         logits = known["logits"]
-        return (logits[:, -1:] if last_only else logits), present
+        return (logits[:, -1:] if last_only else logits), present or _given_back(known)
+
+    def _check_room(self, positions: int) -> None:
+        if self.context_length is not None and positions > self.context_length:
+            raise UsageError(
+                f"{positions} positions do not fit into a context of {self.context_length}",
+                "Shorten the prompt, generate fewer tokens, or compile with a larger ctx_len.",
+            )
+
+    def _feeds(
+        self,
+        part: PartLike,
+        specs: Iterable[TensorSpec],
+        known: Mapping[str, Array],
+        padding: Array,
+        query: int,
+    ) -> dict[str, Array]:
+        """The arrays for some of a part's inputs."""
+        return {spec.name: self._feed(part, spec, known, padding, query) for spec in specs}
 
     def _feed(
         self, part: PartLike, spec: Any, known: Mapping[str, Array], padding: Array, query: int
@@ -202,27 +218,55 @@ class CausalEngine:
         )
 
 
+@dataclass(frozen=True)
+class _Takes:
+    """A part's inputs, sorted once and not at every step.
+
+    Attributes:
+        cache: Those of the cache, by name.
+        others: The others.
+        masks: The names of the masks among them.
+    """
+
+    cache: dict[str, TensorSpec]
+    others: tuple[TensorSpec, ...]
+    masks: frozenset[str]
+
+    @classmethod
+    def of(cls, part: PartLike) -> _Takes:
+        cache = {spec.name: spec for spec in part.inputs if spec.name.startswith(PAST)}
+        others = tuple(spec for spec in part.inputs if spec.name not in cache)
+        return cls(cache, others, frozenset(mask.name for mask in part.masks))
+
+
 def _run_in_place(
-    session: InPlaceSession, part: PartLike, feeds: Mapping[str, Array], cache: Cache | None
+    session: InPlaceSession, takes: _Takes, feeds: Mapping[str, Array], cache: Cache | None
 ) -> tuple[dict[str, Array], HeldCache]:
-    """Run a part on buffers; its outputs as ``run`` would give them, and the longer cache."""
-    specs = {spec.name: spec for spec in part.inputs if spec.name.startswith(PAST)}
-    masks = {mask.name for mask in part.masks}
-    entry = part.inputs[0]
-    batch, query = feeds[entry.name].shape[:2]
+    """Run a part on buffers; its outputs without the cache, and the longer cache."""
+    batch, query = feeds[takes.others[0].name].shape[:2]
     if isinstance(cache, HeldCache):
-        buffers = cache.room_for(query, specs)
+        buffers = cache.room_for(query, takes.cache)
     else:
-        buffers = Buffers(specs, batch, room=query)
+        buffers = Buffers(takes.cache, batch, room=query)
     given = {
-        name: lengthen_mask(array, buffers.capacity) if name in masks else array
+        name: lengthen_mask(array, buffers.capacity) if name in takes.masks else array
         for name, array in feeds.items()
-        if name not in specs
     }
-    found = session.run_in_place(given, buffers)
+    outputs = session.run_in_place(given, buffers)
     buffers.filled += query
-    held = HeldCache(buffers)
-    for spec in part.outputs:
-        if spec.name.startswith(PRESENT):
-            found[spec.name] = held[spec.name.replace(PRESENT, PAST, 1)]
-    return {spec.name: found[spec.name] for spec in part.outputs}, held
+    return outputs, HeldCache(buffers)
+
+
+def _given_back(known: Mapping[str, Array]) -> Cache:
+    """The cache that a part gave back, as the next step takes it."""
+    return {
+        name.replace(PRESENT, PAST, 1): value
+        for name, value in known.items()
+        if name.startswith(PRESENT)
+    }
+
+
+def _with_cache(outputs: Mapping[str, Array], held: Cache, part: PartLike) -> dict[str, Array]:
+    """What a part gave, as ``run`` would have given it."""
+    found = {**outputs, **{name.replace(PAST, PRESENT, 1): one for name, one in held.items()}}
+    return {spec.name: found[spec.name] for spec in part.outputs}

@@ -1,7 +1,8 @@
 """Generate: transformers' own generation loop over the parts' sessions.
 
-Greedy search, sampling, beams, stop strings and streaming are transformers' code. What is ours is
-the forward pass, which runs the parts through `qeff_proxy.engine.CausalEngine`.
+Sampling, beams, processors of logits and stop strings are transformers' code. What is ours is the
+forward pass, which runs the parts through `qeff_proxy.engine.CausalEngine`, and a leaner loop for
+greedy search (`qeff_proxy.generation_greedy`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.engine import CausalEngine, StepId
 from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.generation_cache import StepCache
+from qeff_proxy.generation_greedy import Rules, search_greedily
 from qeff_proxy.generation_inputs import checked_ids, checked_mask
 from qeff_proxy.generation_settings import check_settings, generation_config_of
 from qeff_proxy.request import refuse_unused
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import DynamicCache, PreTrainedConfig
 
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.cache import Cache
     from qeff_proxy.engine import Recorder, Supplier
     from qeff_proxy.flows import Job
     from qeff_proxy.session import PartLike
@@ -150,34 +154,71 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
             attention_mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64)
         padding = to_array(attention_mask.to(torch.int64))
         held = StepCache.of(past_key_values)
-        cache = held.arrays() if past else None
+        logits, cache = self.run(ids, padding, held.arrays() if past else None)
+        held.hold(cache)
+        return CausalLMOutputWithPast(logits=to_tensor(logits).float(), past_key_values=held)
+
+    def run(self, ids: Array, padding: Array, cache: Cache | None) -> tuple[Array, Cache]:
+        """Run the parts on new tokens: a prefill, in chunks, where there is no cache yet.
+
+        Args:
+            ids: ``[batch, query]`` int64.
+            padding: ``[batch, past + query]`` int64, 1 for a token and 0 for padding.
+            cache: What the run before gave, or ``None``.
+
+        Returns:
+            ``logits [batch, 1, vocabulary]`` of the last position, and the longer cache.
+
+        Raises:
+            BackendError: A logit is not finite.
+        """
         length = ids.shape[1]
-        chunk = self.prefill_seq_len if past == 0 and self.prefill_seq_len else length
+        past = padding.shape[1] - length
+        chunk = self.prefill_seq_len if cache is None and self.prefill_seq_len else length
+        decoding = cache is not None
         logits = None
         stop = 0
         while stop < length:
             start, stop = stop, min(stop + chunk, length)
-            if past == 0 and self.engine.supplier is not None:
+            if not decoding and self.engine.supplier is not None:
                 stop = min(self.engine.supplier.chunk_end(start, stop), length)
             logits, cache = self.engine.step(
-                self._next_step(decoding=past > 0),
+                self._next_step(decoding=decoding),
                 ids[:, start:stop],
                 padding[:, : past + stop],
                 cache,
                 last_only=True,
                 recorder=self.recorder,
             )
-        assert logits is not None  # noqa: S101 (the loop runs at least once)
-        if not np.isfinite(logits.astype(np.float32, copy=False)).all():
+        assert logits is not None and cache is not None  # noqa: S101, PT018 (it runs at least once)
+        numbers = logits.astype(np.float32, copy=False)
+        if not (np.isfinite(numbers.min()) and np.isfinite(numbers.max())):  # NaN is either, too
             raise BackendError(
                 f"the logits of step {len(self.step_times)} are not finite numbers",
                 "Check the weights for NaN, or run in float32 if a half-precision run overflows.",
             )
-        assert cache is not None  # noqa: S101
-        held.hold(cache)
-        result = CausalLMOutputWithPast(logits=to_tensor(logits).float(), past_key_values=held)
         self.step_times.append(time.perf_counter())
-        return result
+        return logits, cache
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **others: Any,
+    ) -> Any:
+        """Replace transformers' loop where it searches greedily (see `generation_greedy`)."""
+        if generation_config.do_sample or generation_config.return_dict_in_generate:
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, **others
+            )
+        return search_greedily(
+            self.run,
+            input_ids,
+            others.get("attention_mask"),
+            Rules(logits_processor, stopping_criteria, generation_config, others.get("streamer")),
+        )
 
     def _next_step(self, *, decoding: bool) -> StepId:
         if decoding:

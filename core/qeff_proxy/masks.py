@@ -7,6 +7,7 @@ functions of ``transformers.masking_utils`` that the model calls return the host
 
 from __future__ import annotations
 
+import functools
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ def build_mask(
         number of ``dtype`` elsewhere.
     """
     total = padding.shape[1]
+    if query_length == 1 and blocks is None and spec.kind != "chunked":
+        return _mask_of_one(spec, padding, dtype)
     keys = np.arange(total)[None, :]
     queries = np.arange(total - query_length, total)[:, None]
     if spec.kind.startswith("bidirectional"):
@@ -101,6 +104,18 @@ def build_mask(
     return np.where(visible, np.zeros((), dtype), lowest)[:, None]
 
 
+def _mask_of_one(
+    spec: MaskSpec, padding: npt.NDArray[np.integer[Any]], dtype: np.dtype[Any]
+) -> npt.NDArray[Any]:
+    """The mask of the last position alone, which comes after all others: one for every token."""
+    visible = padding != 0
+    if spec.size is not None and spec.kind.endswith("sliding"):
+        reach = spec.size + spec.kind.startswith("bidirectional")
+        visible[:, : max(0, visible.shape[1] - reach)] = False
+    visible[:, -1] = True
+    return np.where(visible, np.zeros((), dtype), _lowest(dtype))[:, None, None]
+
+
 def lengthen_mask(mask: npt.NDArray[Any], total: int) -> npt.NDArray[Any]:
     """A mask ``[batch, 1, query, past + query]`` with keys that nobody sees, up to ``total``."""
     if mask.shape[-1] == total:
@@ -110,6 +125,7 @@ def lengthen_mask(mask: npt.NDArray[Any], total: int) -> npt.NDArray[Any]:
     return longer
 
 
+@functools.cache  # asked for at every step
 def _lowest(dtype: np.dtype[Any]) -> Any:
     if dtype.kind == "f":
         return np.finfo(dtype).min

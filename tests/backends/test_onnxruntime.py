@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import torch
 from qeff_proxy.artifact import read_export, sha256_of
 from qeff_proxy.backends import CompileOptions, load_backend, precision_of
+from qeff_proxy.backends.onnxruntime_cache import write_in_place
 from qeff_proxy.backends.onnxruntime_norms import divide_in_norms
 from qeff_proxy.cache import HeldCache
 from qeff_proxy.compile import compile_export, open_sessions
@@ -129,6 +131,15 @@ def test_a_graph_that_asks_for_the_padding_is_left_as_it_is(export: Export) -> N
     assert "ScatterND" not in {node.op_type for node in graph_of(export, "body").graph.node}
 
 
+def test_a_graph_whose_outputs_sizes_are_not_known_before_is_left_as_it_is(export: Export) -> None:
+    body = export.part("body")
+    model = ir.load(export.folder / body.file)
+    (states, *others) = body.outputs
+    unknown = replace(states, shape=("batch", "frames", states.shape[2]))
+    assert not write_in_place(model, replace(body, outputs=(unknown, *others)))
+    assert write_in_place(model, body)
+
+
 def test_the_loop_may_reorder_and_take_back_what_it_carries() -> None:
     cache = StepCache()
     names = ("past_key_values.0.key", "past_key_values.0.value")
@@ -219,7 +230,13 @@ def test_what_it_loses_decides_what_it_is_held_to() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("weights", "int3"), ("head_weights", 4), ("block_size", 48), ("activations", "int4")],
+    [
+        ("weights", "int3"),
+        ("head_weights", 4),
+        ("block_size", 48),
+        ("activations", "int4"),
+        ("spinning", 1),
+    ],
 )
 def test_what_is_none_of_the_values_is_refused(export: Export, option: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"{option} is {value!r}"):

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["check_feeds"]
 
 
-def check_feeds(part: str, inputs: Iterable[TensorSpec], feeds: Mapping[str, Array]) -> None:
+def check_feeds(
+    part: str,
+    inputs: Iterable[TensorSpec],
+    feeds: Mapping[str, Array],
+    known: Mapping[str, int] | None = None,
+) -> dict[str, int]:
     """Hold the arrays of a run against what the part takes.
 
     Args:
@@ -28,6 +33,10 @@ def check_feeds(part: str, inputs: Iterable[TensorSpec], feeds: Mapping[str, Arr
         inputs: What it takes. Axes of one name are of one size; an axis may be a sum of names
             (``"past + query"``).
         feeds: The arrays, by name.
+        known: Sizes of axes that are known from elsewhere, by the axes' names.
+
+    Returns:
+        The size of each axis that has a name.
 
     Raises:
         BackendError: An array is missing, or none of the part's, or not of its dtype and axes.
@@ -38,7 +47,7 @@ def check_feeds(part: str, inputs: Iterable[TensorSpec], feeds: Mapping[str, Arr
         raise BackendError(
             f"the {part} part has no input {unknown[0]!r}", f"Its inputs are {', '.join(specs)}."
         )
-    sizes: dict[str, int] = {}
+    sizes = dict(known or {})
     sums: list[tuple[TensorSpec, str, int]] = []
     for spec in specs.values():
         array = feeds.get(spec.name)
@@ -66,6 +75,7 @@ def check_feeds(part: str, inputs: Iterable[TensorSpec], feeds: Mapping[str, Arr
         elif not unsolved and found != total:
             shape = feeds[spec.name].shape
             raise _wrong_shape(part, spec, shape, f"{found} instead of {axis} = {total}")
+    return sizes
 
 
 def _wrong_shape(part: str, spec: TensorSpec, shape: tuple[int, ...], what: str) -> BackendError:

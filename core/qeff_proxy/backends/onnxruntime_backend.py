@@ -31,9 +31,13 @@ _LEVELS = {
     "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+_BRIEFLY = "briefly"
+#: To wake a thread takes longer than most of a decode step's operators. Threads that wait this long
+#: before they sleep are there for the next product, and keep a core from others for no longer.
+_BRIEFLY_US = 20
 _ONLY_FATAL = 4  # an error is raised, so that it need not be printed too
 #: Counted up with each change of `onnxruntime_prepare`, so that parts are compiled anew.
-_REWRITING = "1"
+_REWRITING = "2"
 
 
 class OnnxRuntimeBackend:
@@ -48,8 +52,8 @@ class OnnxRuntimeBackend:
         "optimization": "graph optimization level: none, basic, extended or all (default)",
         "save_optimized": "write the optimized graphs, so that opening is quick (default: true)",
         "in_place": "write a decoder's cache in place, where its graph allows it (default: true)",
-        "spinning": "let threads wait busily between operators: a little quicker where nothing "
-        "else runs on their cores, and slow where anything does (default: false)",
+        "spinning": "how long threads wait busily between operators: briefly (default), true: "
+        "as long as ONNX Runtime lets them, which is slow where anything else runs, false: never",
         **WEIGHT_OPTIONS,
     }
 
@@ -57,7 +61,7 @@ class OnnxRuntimeBackend:
         "optimization": tuple(_LEVELS),
         "save_optimized": bool,
         "in_place": bool,
-        "spinning": bool,
+        "spinning": (_BRIEFLY, True, False),
         **WEIGHT_VALUES,
     }
 
@@ -120,12 +124,15 @@ def _session_options(options: CompileOptions) -> onnxruntime.SessionOptions:
     result = onnxruntime.SessionOptions()
     result.graph_optimization_level = _LEVELS[options.backend.get("optimization", "all")]
     result.log_severity_level = _ONLY_FATAL
-    if options.backend.get("spinning", False):
+    spinning = options.backend.get("spinning", _BRIEFLY)
+    if spinning is False:
+        result.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    elif spinning == _BRIEFLY:
+        result.add_session_config_entry("session.intra_op.spin_duration_us", str(_BRIEFLY_US))
+    else:
         # Parts take turns, each with threads of its own: those of one that has run must not keep
         # the cores from the next.
         result.add_session_config_entry("session.force_spinning_stop", "1")
-    else:
-        result.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if options.num_cores is not None:
         # More threads than cores only wait for each other.
         result.intra_op_num_threads = min(options.num_cores, len(os.sched_getaffinity(0)))

@@ -74,6 +74,8 @@ def _joins_of(graph: ir.Graph, part: ExportedPart) -> list[tuple[ir.Value, ir.No
         return []
     if set(specs) != {value.name for value in graph.inputs}:
         return []
+    if not _named_by_inputs(part):
+        return []
     if part.inputs[0].name != graph.inputs[0].name or part.inputs[0].shape[1:2] != ("query",):
         return []
     for value in graph.inputs:
@@ -86,6 +88,14 @@ def _joins_of(graph: ir.Graph, part: ExportedPart) -> list[tuple[ir.Value, ir.No
         elif name not in masks and any("past" in str(axis) for axis in specs[name].shape):
             return []
     return joins
+
+
+def _named_by_inputs(part: ExportedPart) -> bool:
+    """Whether the sizes of all outputs can be told from the inputs', before the part has run."""
+    axes = [axis for spec in part.outputs for axis in spec.shape if isinstance(axis, str)]
+    named = {axis for spec in part.inputs for axis in spec.shape}
+    terms = {term for axis in axes if axis not in named for term in axis.split(" + ")}
+    return all(term in named or term.isdigit() for term in terms)
 
 
 def _join_of(past: ir.Value, graph: ir.Graph) -> ir.Node | None:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qeff_proxy.backends.onnxruntime_cache import write_in_place
+from qeff_proxy.backends.onnxruntime_merge import merge_products
 from qeff_proxy.backends.onnxruntime_norms import divide_in_norms
 from qeff_proxy.backends.onnxruntime_options import WeightOptions
 from qeff_proxy.backends.onnxruntime_quantize import quantize_weights
+from qeff_proxy.backends.onnxruntime_rotary import fuse_rotary
+from qeff_proxy.cache import PAST
 from qeff_proxy.errors import BackendError
 from qeff_proxy.reasons import first_line
 
@@ -64,10 +67,14 @@ def prepare_part(
         raise BackendError(f"the graph of the {part.name} part is damaged: {line}") from error
     graph, data = folder / f"{part.name}.prepared.onnx", folder / f"{part.name}.prepared.data"
     with _quiet():
-        in_place = options.backend.get("in_place", True) and write_in_place(model, part)
-        divided = divide_in_norms(model)
-        quantized = weights.bits is not None and quantize_weights(model, data, weights)
-    if not (in_place or divided or quantized):
+        changed = [
+            options.backend.get("in_place", True) and write_in_place(model, part),
+            divide_in_norms(model),
+            fuse_rotary(model),
+            _merges(part, options) and merge_products(model),
+            weights.bits is not None and quantize_weights(model, data, weights),
+        ]
+    if not any(changed):
         return Prepared(source)
     ir.save(model, graph)
     return prepared_part(export, part, folder)
@@ -81,6 +88,16 @@ def prepared_part(export: Export, part: ExportedPart, folder: Path) -> Prepared:
     if data.is_file():
         return Prepared(graph, None, (graph, data))
     return Prepared(graph, export.folder, (graph,))
+
+
+def _merges(part: ExportedPart, options: CompileOptions) -> bool:
+    """Whether products are merged: in decoders, whose steps wait more than they compute.
+
+    Not where weights are quantized one by one, nor where the runtime would join them at each step.
+    """
+    decodes = any(spec.name.startswith(PAST) for spec in part.inputs)
+    whole = WeightOptions.of(part.name, options.backend).bits is None
+    return decodes and whole and options.backend.get("optimization") != "none"
 
 
 @contextmanager
