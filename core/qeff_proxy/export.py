@@ -166,15 +166,17 @@ def _write_folder(
     progress: Callable[[str], None],
 ) -> Export:
     """Write everything aside, check the graphs, and move the folder into place."""
-    from qeff_proxy.export_files import check_graphs, hash_weights, write_graphs, write_weights
+    from qeff_proxy.export_files import check_graphs, hash_linked, write_graphs, write_weights
 
     taps = key["taps"]
     cut = graphs.cut
     with staged_folder(target, MANIFEST, KEPT) as folder:
         progress("writing weights")
-        places = write_weights(folder, graphs, reference=key["weights"] == "reference")
-        progress("checking weights")
-        hashes = hash_weights(places, graphs)
+        linked = key["weights"] == "reference"
+        places, hashes = write_weights(folder, graphs, reference=linked)
+        if linked:
+            progress("checking weights")
+            hashes = hash_linked(places, graphs, hashes)
         progress("writing graphs")
         parts = write_graphs(folder, graphs, places)
         progress("checking graphs")
