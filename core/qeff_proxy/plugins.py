@@ -35,7 +35,7 @@ from qeff_proxy.version import installed_version
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["FamilyEntry", "LoadedPlugin", "PluginOrigin", "PluginReport", "PluginState", "Plugins"]
+__all__ = ["FamilyEntry", "LoadedPlugin", "PluginReport", "PluginState", "Plugins"]
 
 _CORE_PACKAGE = "qeff-proxy"
 _GENERIC_MODULE = "qeff_proxy.generic"
