@@ -102,8 +102,8 @@ def check_graphs(
         if check is not None:
             path, inputs = folder / f"check-{exported.file}", check.inputs
             _write_graph(path, check, places)
-        with few_pages(graphs.sources.windows, folder):
-            found[part.name] = check_graph(part, inputs, path)
+        with few_pages(graphs.sources.windows, folder) as give_back:
+            found[part.name] = check_graph(part, inputs, path, give_back=give_back)
         if check is not None:
             path.unlink()
     return found
