@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
 __all__ = ["PIECE", "FileReader", "FileWriter"]
@@ -88,7 +89,7 @@ class _Way:
 
 
 class FileReader(_Way):
-    """Reads parts of a file. While one block is used, the next is read.
+    """Reads parts of a file. While one block is used, the next is read, where that is direct.
 
     Args:
         path: The file.
@@ -135,40 +136,42 @@ class FileReader(_Way):
         """
         start = begin - begin % _ALIGNED if begin % 8 == 0 else begin
         blocks = [(at, min(_BLOCK, end - at)) for at in range(start, end, _BLOCK)]
-        coming = None
+        coming = self._read_ahead(0, *blocks[0]) if blocks else None
         for number, (at, count) in enumerate(blocks):
             view = self._buffers[number % 2]
-            if coming is None:
-                self._fill(view, at, count)
-            else:
-                coming.result()
-            coming = (
-                self._ahead.submit(self._fill, self._buffers[1 - number % 2], *blocks[number + 1])
-                if number + 1 < len(blocks)
-                else None
-            )
+            filled = 0 if coming is None else coming.result()
+            last = number + 1 == len(blocks)
+            coming = None if last else self._read_ahead(number + 1, *blocks[number + 1])
             try:
                 for first in range(0, count, PIECE):
-                    lowest = max(first, begin - at)
-                    if lowest < min(first + PIECE, count):
-                        yield view[lowest : min(first + PIECE, count)]
+                    stop = min(first + PIECE, count)
+                    self._fill(view[max(first, filled) : stop], at + max(first, filled))
+                    if stop > begin - at:
+                        yield view[max(first, begin - at) : stop]
             finally:
                 if coming is not None:
                     coming.exception()  # nobody else may use the buffers while it is filled
 
-    def _fill(self, view: memoryview, at: int, count: int) -> None:
-        """Read ``count`` bytes from ``at`` on into the beginning of a buffer."""
-        filled = self._fill_directly(view, at, count) if at % _ALIGNED == 0 else 0
-        while filled < count:
-            got = os.preadv(self.file, [view[filled:count]], at + filled)
+    def _fill(self, view: memoryview, at: int) -> None:
+        """Read what fills a buffer, through the cache."""
+        while view:
+            got = os.preadv(self.file, [view], at)
             if got == 0:
                 raise OSError(errno.EIO, f"{self.path} became shorter while it was read")
-            filled += got
+            view, at = view[got:], at + got
 
-    def _fill_directly(self, view: memoryview, at: int, count: int) -> int:
+    def _read_ahead(self, number: int, at: int, count: int) -> Future[int] | None:
+        """Begin to read a block directly; ``None`` where it is better read through the cache.
+
+        What the cache holds is best copied from there, and by the thread that uses it.
+        """
+        if self.direct is None or at % _ALIGNED or _is_cached(self.file, at, count):
+            return None
+        return self._ahead.submit(self._read_directly, self._buffers[number % 2], at, count)
+
+    def _read_directly(self, view: memoryview, at: int, count: int) -> int:
+        """Read into the beginning of a buffer; how much it read, nothing where it cannot."""
         if self.direct is None:
-            return 0
-        if _is_cached(self.file, at, count):
             return 0
         try:
             whole = -(-count // _ALIGNED) * _ALIGNED
