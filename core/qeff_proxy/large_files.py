@@ -3,7 +3,7 @@
 A file that is read or written goes through the system's cache: memory is found for each page, and
 filled. For a file that was not there before, that takes several times as long as to hash it, and
 drives out what is of more use. So a large file is read and written directly, to and from a few
-mebibytes that are used over and over, but for what the cache holds already.
+mebibytes that are used over and over, unless the cache holds all of it already.
 
 Where the system or the file system has no direct way, everything goes through the cache.
 """
@@ -36,14 +36,15 @@ _CACHESTAT = 451
 _UNABLE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def _is_cached(file: int, at: int, count: int) -> bool:
-    """Whether the system's cache holds a range of a file: as far as it says."""
+def _is_cached(path: Path, size: int) -> bool:
+    """Whether the system's cache holds all of a file: as far as it says."""
     if sys.platform != "linux":
         return False
-    asked, found = (ctypes.c_uint64 * 2)(at, count), (ctypes.c_uint64 * 5)()
-    if ctypes.CDLL(None).syscall(_CACHESTAT, file, asked, found, 0) != 0:
-        return False
-    return found[0] * mmap.PAGESIZE >= count
+    asked, found = (ctypes.c_uint64 * 2)(0, size), (ctypes.c_uint64 * 5)()
+    with path.open("rb") as file:
+        if ctypes.CDLL(None).syscall(_CACHESTAT, file.fileno(), asked, found, 0) != 0:
+            return False
+    return found[0] * mmap.PAGESIZE >= size
 
 
 class _Way:
@@ -93,12 +94,15 @@ class FileReader(_Way):
 
     Args:
         path: The file.
-        direct: Past the cache; by default where it is large.
+        direct: Past the cache; by default where it is large, and not all in the cache.
     """
 
     def __init__(self, path: Path, *, direct: bool | None = None) -> None:
         self.size = path.stat().st_size
-        super().__init__(path, os.O_RDONLY, direct=self.size > _LARGE if direct is None else direct)
+        if direct is None:
+            # All or nothing: whoever reads through the cache makes the system read on into it.
+            direct = self.size > _LARGE and not _is_cached(path, self.size)
+        super().__init__(path, os.O_RDONLY, direct=direct)
         status = os.fstat(self.file)
         self._sparse = status.st_blocks * 512 < status.st_size
         self._buffers = [memoryview(mmap.mmap(-1, _BLOCK)) for _ in range(2)]
@@ -161,11 +165,11 @@ class FileReader(_Way):
             view, at = view[got:], at + got
 
     def _read_ahead(self, number: int, at: int, count: int) -> Future[int] | None:
-        """Begin to read a block directly; ``None`` where it is better read through the cache.
+        """Begin to read a block directly; ``None`` where it is to be read through the cache.
 
-        What the cache holds is best copied from there, and by the thread that uses it.
+        What the cache holds is copied from there by the thread that uses it.
         """
-        if self.direct is None or at % _ALIGNED or _is_cached(self.file, at, count):
+        if self.direct is None or at % _ALIGNED:
             return None
         return self._ahead.submit(self._read_directly, self._buffers[number % 2], at, count)
 

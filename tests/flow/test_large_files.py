@@ -66,21 +66,36 @@ def test_pieces_are_small_and_of_whole_elements(file: Path, direct: bool) -> Non
             assert np.frombuffer(piece, np.float64).flags.aligned
 
 
-def test_what_is_large_is_not_left_in_the_cache(file: Path, monkeypatch: Any) -> None:
-    def in_cache() -> bool:
-        with file.open("rb") as opened:
-            try:
-                return os.preadv(opened.fileno(), [bytearray(100)], 4 * PIECE, os.RWF_NOWAIT) > 0
-            except BlockingIOError:
-                return False
+def in_cache(file: Path, offset: int) -> bool:
+    """Whether the system's cache holds some byte of a file."""
+    with file.open("rb") as opened:
+        try:
+            return os.preadv(opened.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
 
+
+@pytest.mark.parametrize("part", [0, 5 * PIECE])
+def test_what_is_large_is_not_left_in_the_cache(file: Path, part: int, monkeypatch: Any) -> None:
     found = []
     for limit in (SIZE, SIZE - 1):
         monkeypatch.setattr("qeff_proxy.large_files._LARGE", limit)
         forget(file)
+        with file.open("rb", buffering=0) as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            opened.read(part)
         hash_weights_file(file)
-        found.append(in_cache())
+        found.append(in_cache(file, 8 * PIECE))
     assert found == [True, False]
+
+
+def test_what_the_cache_holds_is_read_from_there(file: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("qeff_proxy.large_files._LARGE", SIZE - 1)
+    with FileReader(file) as reader:
+        assert reader.direct is None
+    forget(file)
+    with FileReader(file) as reader:
+        assert reader.direct is not None
 
 
 @WAYS
