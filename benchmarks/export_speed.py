@@ -1,7 +1,8 @@
 """What an export costs: CPU seconds, peak memory and bytes, beside transformers' own exporter.
 
 Each export runs in a process of its own. Checkpoints have random weights, but the largest, which is
-a sparse file of zeros. Rows that compare are interleaved, and medians are printed with their ratio.
+a sparse file of zeros unless --dense is given: then one block of random numbers fills it. Rows that
+compare are interleaved, and medians are printed with their ratio.
 
     python benchmarks/export_speed.py                      # all rows
     python benchmarks/export_speed.py --rows depth gpt2 --runs 3 --json export.json
@@ -139,8 +140,10 @@ print("RESULT" + json.dumps({{"seconds": time.perf_counter() - start, "stages": 
 """
 
 
-def make_checkpoint(folder: Path, model_type: str, settings: dict[str, Any]) -> None:
-    """Random weights; or, beyond what is quickly made, a sparse file of zeros."""
+def make_checkpoint(
+    folder: Path, model_type: str, settings: dict[str, Any], *, dense: bool
+) -> None:
+    """Random weights; or, beyond what is quickly made, a file of zeros, or of one block."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -165,6 +168,16 @@ def make_checkpoint(folder: Path, model_type: str, settings: dict[str, Any]) -> 
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+        file.seek(8 + len(text))
+        if dense:
+            block = (torch.randn(1 << 22) * 0.02).numpy().data.cast("B")
+            for _ in range(end // len(block)):
+                file.write(block)
+            file.write(block[: end % len(block)])
+            # Read from the disk, as one that was not just written.
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         # Zeros are no weights that a model runs on: the norms and a few rows get values.
         ones = torch.ones(settings["hidden_size"]).numpy().tobytes()
         for name, entry in header.items():
@@ -220,6 +233,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--dense", action="store_true", help="fill the largest checkpoint")
+    parser.add_argument("--only", metavar="LABEL", help="of each row only this one")
     parser.add_argument("--work", type=Path, default=None, help="a folder on a disk with space")
     args = parser.parse_args()
     results: dict[str, Any] = {
@@ -232,10 +247,12 @@ def main() -> None:
             found: dict[str, list[dict[str, Any]]] = {}
             for turn in range(args.runs):
                 for label, model_type, settings, dtype, exporter in ROWS[row]:
+                    if args.only not in (None, label):
+                        continue
                     slug = f"{model_type}-{settings.get('num_hidden_layers', 0)}"
                     checkpoint = work / slug
                     if not checkpoint.exists():
-                        make_checkpoint(checkpoint, model_type, settings)
+                        make_checkpoint(checkpoint, model_type, settings, dense=args.dense)
                     found.setdefault(label, []).append(run(checkpoint, work, dtype, exporter))
                     print(row, turn, label, json.dumps(found[label][-1]), file=sys.stderr)
         results["rows"][row] = found

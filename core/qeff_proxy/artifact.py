@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import ArtifactError
 from qeff_proxy.export_manifest import SCHEMA, read_manifest
+from qeff_proxy.large_files import FileReader
 from qeff_proxy.parts import MaskSpec, TensorSpec
 from qeff_proxy.staging import settle_folder
 
@@ -50,7 +51,6 @@ __all__ = [
 
 MANIFEST = "export.json"
 _ALGORITHM = "blake3:"
-_PIECE = 1 << 20  # bytes; what stays in a processor's cache is read and hashed faster
 #: Subfolders that a new export of the same folder takes over from the old one.
 KEPT = ("io",)
 
@@ -303,8 +303,7 @@ def name_digest(digest: Any) -> str:
 def hash_weights_file(path: Path) -> str:
     """A weights file's hash as it stands in ``export.json``: ``"blake3:"``, 64 hex digits."""
     digest = new_digest()
-    buffer = memoryview(bytearray(_PIECE))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+    with FileReader(path) as reader:
+        for piece in reader.pieces(0, reader.size):
+            digest.update(piece)
     return name_digest(digest)

@@ -24,7 +24,7 @@ from qeff_proxy.reasons import first_line
 from qeff_proxy.trace import axis_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from qeff_proxy.arrays import Array
@@ -46,7 +46,11 @@ _TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
 
 
 def check_graph(
-    part: Part, inputs: Sequence[TensorSpec], path: Path, seed: int = 0
+    part: Part,
+    inputs: Sequence[TensorSpec],
+    path: Path,
+    seed: int = 0,
+    give_back: Callable[[], None] = lambda: None,
 ) -> float | None:
     """Run the graph in ONNX Runtime and the part in PyTorch on the same random inputs.
 
@@ -55,6 +59,8 @@ def check_graph(
         inputs: What the graph takes: those of the part's inputs that matter.
         path: The ONNX file.
         seed: Of the inputs.
+        give_back: Called when PyTorch or ONNX Runtime has run, and pages of weights that it read
+            may be given back.
 
     Returns:
         The largest difference of an element over the largest element of its output, or ``None``
@@ -72,7 +78,9 @@ def check_graph(
         for sizes in _sizes(part):
             feeds = _random_inputs(part, sizes, generator)
             expected = _run_part(part, feeds)
+            give_back()
             outputs = session.run(None, {spec.name: feeds[spec.name] for spec in inputs})
+            give_back()
             for spec, actual in zip(part.outputs, outputs, strict=True):
                 worst = max(worst, _difference(part, spec, expected[spec.name], actual, sizes))
     except ExportError:

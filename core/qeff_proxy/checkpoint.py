@@ -22,6 +22,7 @@ __all__ = [
     "file_of_tensor",
     "find_checkpoint",
     "folder_named",
+    "identity_as",
     "read_config_file",
 ]
 
@@ -226,6 +227,11 @@ def checkpoint_identity(folder: Path) -> str:
             digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
             _sample(path, digest)
     return digest.hexdigest()
+
+
+def identity_as(folder: Path, loaded_as: str) -> str:
+    """The identity of a checkpoint, loaded as a class (`qeff_proxy.reading.class_named`)."""
+    return hashlib.sha256(f"{checkpoint_identity(folder)}\0{loaded_as}".encode()).hexdigest()
 
 
 def _sample(path: Path, digest: hashlib._Hash) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact import check_weights_of
 from qeff_proxy.backends import CompileOptions, check_options, is_static, load_backend
+from qeff_proxy.lengths import has_cache, with_fixed_shapes
 from qeff_proxy.staging import locked, opening, recover_folder, staged_folder
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Compiled", "compile_export", "fixed_lengths", "open_sessions"]
 
 _MANIFEST = "compile.json"
-#: What configs call the number of positions of a decoder.
-_POSITIONS = ("max_position_embeddings", "max_target_positions")
 
 
 @dataclass(frozen=True)
@@ -112,26 +111,19 @@ def compile_export(
 
 def fixed_lengths(export: Export, options: CompileOptions) -> CompileOptions:
     """The options as a backend of fixed shapes needs them: with the lengths that nobody said."""
-    from qeff_proxy.static import with_fixed_shapes
-
-    if not _has_cache(export):
+    if not has_cache(export.parts):
         return options
     return with_fixed_shapes(options, _positions_of(export))
 
 
-def _has_cache(export: Export) -> bool:
-    from qeff_proxy.static import axes_of
-
-    return any("past" in axes_of(part) for part in export.parts)
-
-
 def _positions_of(export: Export) -> int | None:
     """How many positions the model has; ``None`` where it has no limit."""
-    from qeff_proxy.load import load_config
+    if "most_positions" in export.settings:
+        found: int | None = export.settings["most_positions"]
+        return found
+    from qeff_proxy.load import load_config, most_positions
 
-    config = load_config(export.processor_folder).get_text_config(decoder=True)
-    found = (getattr(config, name, None) for name in _POSITIONS)
-    return next((count for count in found if isinstance(count, int) and count > 0), None)
+    return most_positions(load_config(export.processor_folder))  # an export of an older version
 
 
 def _within_positions(export: Export, options: CompileOptions) -> CompileOptions:
@@ -139,7 +131,7 @@ def _within_positions(export: Export, options: CompileOptions) -> CompileOptions
 
     Beyond them some backends fail in the middle of a run, and others go on with wrong numbers.
     """
-    if options.ctx_len is None or not _has_cache(export):
+    if options.ctx_len is None or not has_cache(export.parts):
         return options
     most = _positions_of(export)
     if most is None or options.ctx_len <= most:

@@ -12,24 +12,23 @@ The folder is written aside and moved into place. The same request again is a lo
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import shutil
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from importlib_metadata import version
 from onnx.defs import onnx_opset_version
 
 from qeff_proxy.arguments import one_of, whole_number
 from qeff_proxy.artifact import KEPT, MANIFEST, Export, export_folder, read_export
 from qeff_proxy.errors import ArtifactError, ExportError
+from qeff_proxy.export_key import export_key
 from qeff_proxy.export_place import check_not_another, check_place, existing_export
+from qeff_proxy.load import most_positions
 from qeff_proxy.staging import locked, recover_folder, staged_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from qeff_proxy.graphs import Graphs
     from qeff_proxy.load import LoadedModel
@@ -44,7 +43,6 @@ LEAST_OPSET = 18
 #: How an export holds its weights.
 WEIGHTS = ("copy", "reference")
 _PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-_VERSIONS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
 
 def export_model(
@@ -190,15 +188,17 @@ def _write_folder(
     progress: Callable[[str], None],
 ) -> Export:
     """Write everything aside, check the graphs, and move the folder into place."""
-    from qeff_proxy.export_files import check_graphs, hash_weights, write_graphs, write_weights
+    from qeff_proxy.export_files import check_graphs, hash_linked, write_graphs, write_weights
 
     taps = key["taps"]
     cut = graphs.cut
     with staged_folder(target, MANIFEST, KEPT) as folder:
         progress("writing weights")
-        places = write_weights(folder, graphs, reference=key["weights"] == "reference")
-        progress("checking weights")
-        hashes = hash_weights(places, graphs)
+        linked = key["weights"] == "reference"
+        places, hashes = write_weights(folder, graphs, reference=linked)
+        if linked:
+            progress("checking weights")
+            hashes = hash_linked(places, graphs, hashes)
         progress("writing graphs")
         parts = write_graphs(folder, graphs, places)
         progress("checking graphs")
@@ -223,7 +223,11 @@ def _write_folder(
                 **graphs.report,
                 **loaded.notes,
             },
-            {**cut.proxy.settings, **({"taps": taps} if taps else {})},
+            {
+                **cut.proxy.settings,
+                "most_positions": most_positions(graphs.model.config),
+                **({"taps": taps} if taps else {}),
+            },
             key,
             hashes,
             processor,
@@ -231,51 +235,6 @@ def _write_folder(
         export.write_manifest()
         check_place(target)  # again: it took a while
     return read_export(target)
-
-
-def export_key(
-    loaded: LoadedModel,
-    hooks: Hooks,
-    kind: Kind,
-    opset: int | None,
-    taps: Sequence[str] = (),
-    weights: str = "copy",
-) -> dict[str, Any]:
-    """All that shapes an export: the same key, the same folder."""
-    return {
-        "identity": loaded.identity,
-        "kind": kind,
-        "dtype": loaded.dtype,
-        "opset": opset,
-        "taps": list(taps),
-        "weights": weights,
-        "plugin": {
-            "name": hooks.plugin,
-            "distribution": hooks.distribution,
-            "version": hooks.version,
-            "code": _plugin_digest(hooks),
-        },
-        "qeff-proxy": version("qeff-proxy"),
-        "code": _code_digest(Path(__file__).parent),
-        **{name: version(name) for name in _VERSIONS},
-    }
-
-
-def _code_digest(folder: Path) -> str:
-    """A hash of a package's own code, so that an edited installation exports anew."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _plugin_digest(hooks: Hooks) -> str | None:
-    """The same for the package of an installed plugin; ``None`` for one registered from Python."""
-    if hooks.distribution is None:
-        return None
-    spec = importlib.util.find_spec(hooks.plugin.partition(":")[0].partition(".")[0])
-    folders = spec.submodule_search_locations if spec is not None else None
-    return _code_digest(Path(next(iter(folders)))) if folders else None
 
 
 def _write_processor(folder: Path, loaded: LoadedModel, graphs: Graphs) -> tuple[str, ...]:

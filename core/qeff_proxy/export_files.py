@@ -24,34 +24,45 @@ if TYPE_CHECKING:
 
     Places = Mapping[str, StoredWeight]
 
-__all__ = ["check_graphs", "hash_weights", "write_graphs", "write_weights"]
+__all__ = ["check_graphs", "hash_linked", "write_graphs", "write_weights"]
 
 
-def write_weights(folder: Path, graphs: Graphs, *, reference: bool = False) -> Places:
-    """Write one weights file per group; give where each weight lies.
+def write_weights(
+    folder: Path, graphs: Graphs, *, reference: bool = False
+) -> tuple[Places, dict[str, str]]:
+    """Write one weights file per group; give where each weight lies, and the files' hashes.
 
     Args:
         folder: Where to write them.
         graphs: Whose weights.
-        reference: Link the checkpoint's own files instead, where they serve.
+        reference: Link the checkpoint's own files instead, where they serve; `hash_linked` hashes
+            those.
+
+    Raises:
+        CheckpointError: A weight that was written is NaN.
     """
     groups: dict[str, list[TracedPart]] = {}
     for part, traced in zip(graphs.cut.proxy.parts, graphs.traced, strict=True):
         if traced.weights:
             groups.setdefault(f"{part.weights}.safetensors", []).append(traced)
     places: dict[str, StoredWeight] = {}
+    hashes: dict[str, str] = {}
     for name, group in groups.items():
-        places.update(save_weights(folder / name, group, graphs.sources, reference=reference))
-    return places
+        saved = save_weights(folder / name, group, graphs.sources, reference=reference)
+        places.update(saved.places)
+        if saved.digest is not None:
+            hashes[name] = saved.digest
+    return places, hashes
 
 
-def hash_weights(places: Places, graphs: Graphs) -> dict[str, str]:
-    """The hash of each weights file, in which no weight may be NaN."""
+def hash_linked(places: Places, graphs: Graphs, hashes: Mapping[str, str]) -> dict[str, str]:
+    """The hash of each weights file, those that were not written too; no weight may be NaN."""
     files: dict[Path, dict[str, StoredTensor]] = {}
     for name, stored in places.items():
         files.setdefault(stored.path, {})[name] = stored.place
     return {
-        path.name: check_and_hash(path, own, graphs.sources) for path, own in sorted(files.items())
+        path.name: hashes.get(path.name) or check_and_hash(path, own, graphs.sources)
+        for path, own in sorted(files.items())
     }
 
 
@@ -91,8 +102,8 @@ def check_graphs(
         if check is not None:
             path, inputs = folder / f"check-{exported.file}", check.inputs
             _write_graph(path, check, places)
-        with few_pages(graphs.sources.windows, folder):
-            found[part.name] = check_graph(part, inputs, path)
+        with few_pages(graphs.sources.windows, folder) as give_back:
+            found[part.name] = check_graph(part, inputs, path, give_back=give_back)
         if check is not None:
             path.unlink()
     return found

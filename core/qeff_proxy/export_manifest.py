@@ -78,7 +78,8 @@ _CUT = fields(
 # Of the settings, those that the core itself reads; the others are of the flow's plugin.
 _SETTINGS = fields(
     {},
-    {"taps": items(one_of(TAPS)), "embedding_rows": count, "hidden_size": count},
+    {"taps": items(one_of(TAPS)), "embedding_rows": count, "hidden_size": count}
+    | {"most_positions": optional(count)},
     open_=True,
 )
 _MADE_BY = fields(

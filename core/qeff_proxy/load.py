@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.checkpoint import (
     check_weights,
-    checkpoint_identity,
     find_checkpoint,
+    identity_as,
     read_config_file,
 )
 from qeff_proxy.config_checks import check_architectures, check_sizes
@@ -42,14 +42,18 @@ __all__ = [
     "DTYPES",
     "REMOTE_CODE_GROUP",
     "LoadedModel",
+    "identity_with",
     "load_config",
     "load_model",
     "load_processor",
+    "most_positions",
     "with_options",
     "wrap_model",
 ]
 
 _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "*.tiktoken", "*.jsonl", "merges.txt")
+#: What configs call the number of positions of a decoder.
+_POSITIONS = ("max_position_embeddings", "max_target_positions")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -135,7 +139,7 @@ def load_model(
     if not config_file.get("auto_map"):
         check_sizes(folder, load_config(folder))
     loaded_as = class_named(config_file, auto_class)
-    digest = hashlib.sha256(f"{checkpoint_identity(folder)}\0{loaded_as}".encode())
+    identity = identity_as(folder, loaded_as)
 
     def read() -> PreTrainedModel:
         return read_model(
@@ -159,7 +163,7 @@ def load_model(
     return LoadedModel(
         source,
         folder,
-        digest.hexdigest(),
+        identity,
         model_type,
         dtype,
         read,
@@ -176,11 +180,17 @@ def with_options(loaded: LoadedModel, options: Mapping[str, Any]) -> LoadedModel
         options: JSON values and functions; ``None`` values are left out.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    if not given:
-        return loaded
-    text = json.dumps(given, sort_keys=True, default=_describe_function)
-    identity = hashlib.sha256(f"{loaded.identity}\0{text}".encode()).hexdigest()
+    identity = identity_with(loaded.identity, given)
     return replace(loaded, identity=identity, options={**loaded.options, **given})
+
+
+def identity_with(identity: str, options: Mapping[str, Any]) -> str:
+    """The identity of a model with options, as `with_options` takes them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return identity
+    text = json.dumps(given, sort_keys=True, default=_describe_function)
+    return hashlib.sha256(f"{identity}\0{text}".encode()).hexdigest()
 
 
 def _describe_function(function: Any) -> str:
@@ -229,6 +239,13 @@ def load_config(folder: Path) -> PreTrainedConfig:
             f"{folder / 'config.json'} cannot be used: {type(error).__name__}: {error}",
             "Correct it, or download it again.",
         ) from error
+
+
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a decoder of this config has; ``None`` where it has no limit."""
+    text = config.get_text_config(decoder=True)
+    found = (getattr(text, name, None) for name in _POSITIONS)
+    return next((count for count in found if isinstance(count, int) and count > 0), None)
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -64,6 +64,21 @@ class LoadedPlugin:
 
 
 @dataclass(frozen=True)
+class PluginOrigin:
+    """Where a plugin comes from, as `qeff_proxy.plugin_hooks.Hooks` says it.
+
+    Attributes:
+        plugin: Its name.
+        distribution: The package; ``None`` when registered from Python.
+        version: The package's version; ``None`` likewise.
+    """
+
+    plugin: str
+    distribution: str | None
+    version: str | None
+
+
+@dataclass(frozen=True)
 class PluginReport:
     """One line of ``qeff-proxy plugins``.
 
@@ -175,6 +190,21 @@ class Plugins:
                 f"{ENVIRONMENT_VARIABLE}={model_type}={GENERIC}.",
             )
         return loaded
+
+    def origin(self, model_type: str) -> PluginOrigin:
+        """Where the hooks of ``model_type`` come from (`hooks_for`), importing no plugin.
+
+        Raises:
+            PluginError: Two packages claim it.
+        """
+        if (registered := self._registered.get(model_type)) is not None:
+            return PluginOrigin(registered.name, registered.distribution, registered.version)
+        if (rivals := self._rivals(model_type)) is not None:
+            raise rivals
+        entry = next((one for one in self.families() if one.model_type == model_type), None)
+        if entry is None:
+            return PluginOrigin(GENERIC, _CORE_PACKAGE, installed_version())
+        return PluginOrigin(entry.value, entry.distribution, entry.version)
 
     def import_for(self, model_type: str) -> None:
         """Import whatever serves ``model_type``, for any task.

@@ -1,9 +1,9 @@
 """Weights in safetensors files that ONNX graphs point into by offset.
 
 ONNX external data: a location beside the ``.onnx``, an offset and a length. A weight that is a
-tensor of the checkpoint goes from file to file within the kernel; one of another dtype is converted
-piece by piece; one that is made of several tensors is made with its layer. None is ever in memory
-longer than it takes to write it.
+tensor of the checkpoint goes from file to file in pieces; one of another dtype is converted piece
+by piece; one that is made of several tensors is made with its layer. Each piece is hashed, looked
+at for NaN and written while the processor has it at hand, so that nothing is read twice.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -20,6 +20,7 @@ import torch
 
 from qeff_proxy.artifact import name_digest, new_digest
 from qeff_proxy.errors import ArtifactError, CheckpointError
+from qeff_proxy.large_files import PIECE, FileReader, FileWriter
 from qeff_proxy.safetensors_file import TORCH_DTYPES, StoredTensor
 from qeff_proxy.weight_sources import StoredWeight, WeightSources, map_tensor
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from qeff_proxy.trace import TracedPart
 
-__all__ = ["check_and_hash", "point_into", "save_weights"]
+__all__ = ["SavedWeights", "check_and_hash", "point_into", "save_weights"]
 
 _IR_DTYPES = {
     "F64": ir.DataType.DOUBLE,
@@ -46,10 +47,22 @@ _IR_DTYPES = {
     "BOOL": ir.DataType.BOOL,
 }
 _CODES = {name: code for code, name in TORCH_DTYPES.items()}
-_PIECE = 1 << 22  # elements, or bytes, that are in memory at a time
-_READ = 1 << 20  # bytes that are read, hashed and looked at while the processor has them at hand
-#: Of ``copy_file_range``: another file system, or one that cannot.
-_UNABLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+_ELEMENTS = 1 << 18  # that are converted at a time
+_ZEROS = memoryview(bytes(PIECE))
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """What `save_weights` wrote.
+
+    Attributes:
+        places: Where each weight lies, by name; tied weights lie in the same place.
+        digest: Of the file that was written, as it stands in ``export.json``; ``None`` where all
+            weights are in files that are linked, which are not read.
+    """
+
+    places: dict[str, StoredWeight]
+    digest: str | None
 
 
 def save_weights(
@@ -58,8 +71,8 @@ def save_weights(
     sources: WeightSources | None = None,
     *,
     reference: bool = False,
-) -> dict[str, StoredWeight]:
-    """Write the weights of some parts to one file, each once.
+) -> SavedWeights:
+    """Write the weights of some parts to one file, each once; hash them, and look for NaN.
 
     Tensors that share memory (tied weights) are stored once, whatever their names.
 
@@ -70,11 +83,9 @@ def save_weights(
         reference: Do not copy weights that are tensors of the checkpoint, but link its files beside
             the one to write, which then holds what is left, if anything.
 
-    Returns:
-        Where each weight lies, by name; tied weights lie in the same place.
-
     Raises:
         ArtifactError: The checkpoint's files cannot be linked.
+        CheckpointError: A weight has NaN elements; names it and the file it came from.
     """
     sources = sources or WeightSources()
     stored, aliases = _distinct(parts)
@@ -84,34 +95,118 @@ def save_weights(
         if found is not None and _is_same(found, stored[name]):
             linked[name] = replace(found, path=_link(found.path, path.parent))
             del stored[name]
-    if not stored:
-        return {name: linked[alias] for name, alias in aliases.items()}
-    places, header = _layout(stored)
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + sum(place.length for place in places.values()))
-        absent = []
-        for name, tensor in stored.items():
-            found = sources.find(name)
+    digest = None
+    if stored:
+        places, header = _layout(stored)
+        with _one_thread():
+            digest = _write_file(path, header, places, stored, sources)
+        linked.update({name: StoredWeight(path, name, place) for name, place in places.items()})
+    return SavedWeights({name: linked[alias] for name, alias in aliases.items()}, digest)
+
+
+def _write_file(
+    path: Path,
+    header: bytes,
+    places: Mapping[str, StoredTensor],
+    stored: Mapping[str, torch.Tensor],
+    sources: WeightSources,
+) -> str:
+    """Write a weights file from its beginning to its end; give its hash."""
+    size = len(header) + sum(place.length for place in places.values())
+    made: dict[str, torch.Tensor] = {}  # of a layer's weights those that are still to be written
+    absent = [
+        name
+        for name in places
+        if stored[name].is_meta and not _has_shape(sources.find(name), stored[name])
+    ]
+    layers = sources.make_layers(absent)
+    with ExitStack() as stack:
+        sink = _Sink(stack.enter_context(FileWriter(path, size)))
+        sink.put(header)
+        readers: dict[Path, FileReader] = {}
+        for name in places:
+            tensor, found = stored[name], sources.find(name)
+            look = _NanFinder(name, sources, tensor.dtype)
             if found is not None and _is_same(found, tensor):
-                _copy(found, file.fileno(), places[name].offset)
-            elif found is not None and found.place.shape == tuple(tensor.shape):
-                _write(map_tensor(found), tensor.dtype, file.fileno(), places[name].offset)
+                if found.path not in readers:
+                    readers[found.path] = stack.enter_context(FileReader(found.path))
+                _pour(readers[found.path], found.place, sink, look)
+                continue
+            if found is not None and _has_shape(found, tensor):
+                tensor = map_tensor(found)
             elif tensor.is_meta:
-                absent.append(name)
-            else:
-                _write(tensor.detach(), tensor.dtype, file.fileno(), places[name].offset)
-        for made in sources.make_layers(absent):
-            for name, tensor in made.items():
-                _write(tensor, stored[name].dtype, file.fileno(), places[name].offset)
-    linked.update({name: StoredWeight(path, name, place) for name, place in places.items()})
-    return {name: linked[alias] for name, alias in aliases.items()}
+                while name not in made:
+                    made.update(next(layers))
+                tensor = made.pop(name)
+            _put_tensor(tensor, sink, look)
+        return sink.finish()
+
+
+class _Sink:
+    """Takes the bytes of a file in order: hashes them, and writes them where there is a writer."""
+
+    def __init__(self, writer: FileWriter | None = None) -> None:
+        self._writer = writer
+        self._digest = new_digest()
+
+    def put(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        if self._writer is not None:
+            self._writer.write(data)
+
+    def skip(self, count: int) -> None:
+        """Take zeros, which leave a hole in what is written."""
+        for begin in range(0, count, PIECE):
+            self._digest.update(_ZEROS[: count - begin])
+        if self._writer is not None:
+            self._writer.skip(count)
+
+    def finish(self) -> str:
+        if self._writer is not None:
+            self._writer.finish()
+        return name_digest(self._digest)
+
+
+@dataclass(frozen=True)
+class _NanFinder:
+    """Refuses NaN elements in pieces of a weight."""
+
+    name: str
+    sources: WeightSources
+    dtype: torch.dtype
+
+    def look(self, piece: torch.Tensor) -> None:
+        if self.dtype.is_floating_point and _has_nan(piece):
+            raise CheckpointError(
+                f"{self.name} of {self.sources.file_of(self.name) or 'the model'} has NaN elements",
+                "Download the checkpoint again; a model with such weights gives only NaN.",
+            )
+
+
+def _pour(reader: FileReader, place: StoredTensor, sink: _Sink, nan: _NanFinder) -> None:
+    """Put a tensor's bytes from one file into another; holes of the file stay holes."""
+    begin, end = place.offset, place.offset + place.length
+    aligned = begin % 8 == 0  # only then are pieces whole elements
+    for data, start, stop in reader.spans(begin, end):
+        if not data and aligned:
+            sink.skip(stop - start)
+            continue
+        for piece in reader.pieces(start, stop):
+            sink.put(piece)
+            if aligned:
+                nan.look(torch.frombuffer(piece, dtype=nan.dtype))
+    if not aligned and place.length:
+        nan.look(map_tensor(StoredWeight(reader.path, nan.name, place)))
 
 
 def _is_same(found: StoredWeight, tensor: torch.Tensor) -> bool:
     """Whether a tensor of the checkpoint is the weight, byte for byte."""
     code = _CODES[str(tensor.dtype).removeprefix("torch.")]
-    return found.place.dtype == code and found.place.shape == tuple(tensor.shape)
+    return found.place.dtype == code and _has_shape(found, tensor)
+
+
+def _has_shape(found: StoredWeight | None, tensor: torch.Tensor) -> bool:
+    return found is not None and found.place.shape == tuple(tensor.shape)
 
 
 def _link(file: Path, folder: Path) -> Path:
@@ -170,50 +265,13 @@ def _layout(stored: Mapping[str, torch.Tensor]) -> tuple[dict[str, StoredTensor]
     }, header
 
 
-def _write(tensor: torch.Tensor, dtype: torch.dtype, target: int, offset: int) -> None:
-    """Write a tensor piece by piece, converted where need be."""
-    flat = tensor.contiguous().reshape(-1)
-    for begin in range(0, flat.numel(), _PIECE):
-        piece = flat[begin : begin + _PIECE].to(dtype).contiguous()
-        left = piece.view(torch.uint8).numpy().data
-        while left:
-            written = os.pwrite(target, left, offset)
-            left, offset = left[written:], offset + written
-
-
-def _copy(stored: StoredWeight, target: int, offset: int) -> None:
-    """Copy a tensor's bytes within the kernel where it can; holes of the file stay holes."""
-    with stored.path.open("rb") as file:
-        source = file.fileno()
-        begin, end = stored.place.offset, stored.place.offset + stored.place.length
-        status = os.fstat(source)
-        sparse = status.st_blocks * 512 < status.st_size
-        position = begin
-        while position < end:
-            stop = end
-            if sparse:
-                try:
-                    position = os.lseek(source, position, os.SEEK_DATA)
-                except OSError as error:
-                    if error.errno == errno.ENXIO:  # nothing but a hole is left
-                        return
-                    raise
-                stop = min(end, os.lseek(source, position, os.SEEK_HOLE))
-            _copy_range(source, position, target, offset + position - begin, stop - position)
-            position = max(stop, position)
-
-
-def _copy_range(source: int, begin: int, target: int, offset: int, count: int) -> None:
-    while count > 0:
-        try:
-            done = os.copy_file_range(source, target, count, begin, offset)
-        except (OSError, AttributeError) as error:
-            if isinstance(error, OSError) and error.errno not in _UNABLE:
-                raise
-            done = os.pwrite(target, os.pread(source, min(count, _PIECE), begin), offset)
-        if done == 0:
-            raise OSError(errno.EIO, "the checkpoint became shorter while it was copied")
-        begin, offset, count = begin + done, offset + done, count - done
+def _put_tensor(tensor: torch.Tensor, sink: _Sink, nan: _NanFinder) -> None:
+    """Put a tensor into a file piece by piece, converted where need be."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    for begin in range(0, flat.numel(), _ELEMENTS):
+        piece = flat[begin : begin + _ELEMENTS].to(nan.dtype).contiguous()
+        sink.put(piece.view(torch.uint8).numpy().data)
+        nan.look(piece)
 
 
 def check_and_hash(
@@ -229,47 +287,23 @@ def check_and_hash(
     Raises:
         CheckpointError: A weight has NaN elements; names it and the file it came from.
     """
-    with _one_thread():
-        return _check_and_hash(path, places, sources)
-
-
-def _check_and_hash(
-    path: Path, places: Mapping[str, StoredTensor], sources: WeightSources | None
-) -> str:
-    digest = new_digest()
-    buffer = torch.empty(_READ, dtype=torch.uint8)
-    view = buffer.numpy().data
-    spans = sorted((place.offset, place.length, name) for name, place in places.items())
-    with path.open("rb", buffering=0) as file:
+    sources = sources or WeightSources()
+    sink = _Sink()
+    spans = sorted((place.offset, name) for name, place in places.items())
+    with _one_thread(), FileReader(path) as reader:
         position = 0
-
-        def take(count: int) -> torch.Tensor:
-            nonlocal position
-            filled = 0
-            while filled < count:
-                got = file.readinto(view[filled:count])
-                if not got:
-                    raise OSError(errno.EIO, f"{path} became shorter while it was read")
-                filled += got
-            digest.update(view[:count])
-            position += count
-            return buffer[:count]
-
-        for offset, length, name in spans:
+        for offset, name in spans:
             if offset < position:  # a tied weight, seen already
                 continue
-            while position < offset:
-                take(min(_READ, offset - position))
-            dtype = getattr(torch, TORCH_DTYPES[places[name].dtype])
-            while position < offset + length:
-                piece = take(min(_READ, offset + length - position))
-                if dtype.is_floating_point and _has_nan(piece.view(dtype)):
-                    source = (sources.file_of(name) if sources is not None else None) or "the model"
-                    raise CheckpointError(
-                        f"{name} of {source} has NaN elements",
-                        "Download the checkpoint again; a model with such weights gives only NaN.",
-                    )
-    return name_digest(digest)
+            for piece in reader.pieces(position, offset):
+                sink.put(piece)
+            place = places[name]
+            dtype = getattr(torch, TORCH_DTYPES[place.dtype])
+            _pour(reader, place, sink, _NanFinder(name, sources, dtype))
+            position = offset + place.length
+        for piece in reader.pieces(position, reader.size):
+            sink.put(piece)
+    return sink.finish()
 
 
 @contextmanager

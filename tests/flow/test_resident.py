@@ -45,6 +45,37 @@ def test_pages_above_the_limit_are_given_back_meanwhile(weights: StoredWeight) -
     assert _file_bytes() < before + (8 << 20)
 
 
+def test_pages_are_given_back_when_a_module_is_done(
+    weights: StoredWeight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qeff_proxy.resident._INTERVAL", 60)
+    windows: list[mmap.mmap] = []
+    layer = torch.nn.Linear(_WIDTH, _ROWS, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(map_tensor(weights, windows))
+    before = _file_bytes()
+    with few_pages(windows) as give_back, torch.no_grad():
+        layer(torch.ones(1, _WIDTH))
+        assert _file_bytes() < before + (8 << 20)
+        layer.weight.sum()
+        assert _file_bytes() > before + (64 << 20)
+        give_back()
+        assert _file_bytes() < before + (8 << 20)
+    layer(torch.ones(1, _WIDTH))
+    assert _file_bytes() > before + (64 << 20)  # nobody looks any more
+
+
+def test_what_was_written_into_a_mapping_stays(weights: StoredWeight) -> None:
+    windows: list[mmap.mmap] = []
+    written, other = map_tensor(weights, windows), map_tensor(weights, [])
+    written[3, 5] = -1
+    before = _file_bytes()
+    with few_pages([], weights.path.parent) as give_back:
+        other.sum()
+        give_back()
+        assert written[3, 5] == -1
+        assert _file_bytes() < before + (8 << 20)
+
+
 def test_pages_that_onnxruntime_maps_are_given_back(weights: StoredWeight) -> None:
     place = weights.place
     outside = ir.ExternalTensor(

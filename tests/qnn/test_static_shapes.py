@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import onnxscript.optimizer
 import pytest
 from qeff_proxy.backends import CompileOptions
 from qeff_proxy.backends.onnxruntime_backend import OnnxRuntimeSession
@@ -123,6 +125,27 @@ def test_a_body_has_these_operators_and_no_others(key: tuple[str, str], make_exp
     assert used == OPERATORS[key]
     assert not used & NEVER
     assert all(value.shape.is_static() for value in split.body.graph.outputs)
+
+
+@pytest.mark.parametrize("key", PARTS)
+def test_folding_gives_what_onnxscript_gives(
+    key: tuple[str, str], make_export: Any, monkeypatch: Any
+) -> None:
+    export = make_export(key[0])
+    part = export.part(key[1])
+    sizes = {axis: SIZES[axis] for axis in axes_of(part)}
+    ours = ir.to_proto(specialize(export.folder / part.file, part, sizes))
+    used = []
+
+    def optimize(model: ir.Model, **limits: int) -> None:
+        used.append(model)
+        onnxscript.optimizer.optimize(model, **limits)
+
+    module = sys.modules["qeff_proxy.static.specialize"]  # the package's name is the function's
+    monkeypatch.setattr(module, "fold_graph", optimize)
+    theirs = ir.to_proto(specialize(export.folder / part.file, part, sizes))
+    assert len(used) == 1
+    assert ours == theirs
 
 
 def test_what_hangs_on_positions_alone_is_left_to_the_host(make_export: Any) -> None:

@@ -8,8 +8,8 @@ from qeff_proxy.cli.options import (
     add_compile_options,
     add_model_options,
     compiled_of,
-    existing_export_of,
     export_of,
+    known_export_of,
 )
 from qeff_proxy.cli.output import print_json, print_text
 
@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile every part; export first where needed."""
-    export = existing_export_of(args) or export_of(args)[0]
+    export = known_export_of(args) or export_of(args)[0]
     compiled = compiled_of(args, export, force=args.force)
     if args.json:
         print_json(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qeff_proxy.cli.options import add_model_options, export_of
+from qeff_proxy.cli.options import add_model_options, export_of, known_export_of
 from qeff_proxy.cli.output import format_bytes, print_json, print_text
 from qeff_proxy.wording import counted
 
@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and print what lies where."""
-    export, _ = export_of(args)
+    export = known_export_of(args) or export_of(args)[0]
     if args.json:
         print_json({"folder": str(export.folder), **export.to_json()})
     else:

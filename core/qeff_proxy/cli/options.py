@@ -29,6 +29,7 @@ __all__ = [
     "existing_export_of",
     "export_of",
     "kind_of",
+    "known_export_of",
     "loaded_of",
     "parse_option",
 ]
@@ -185,6 +186,29 @@ def existing_export_of(args: argparse.Namespace) -> Export | None:
     if export is not None:
         _check_agrees(args, export)
     return export
+
+
+def known_export_of(args: argparse.Namespace) -> Export | None:
+    """The export that ``MODEL`` names, or that of the checkpoint it names, where it is there.
+
+    Neither PyTorch nor transformers is imported to find it.
+    """
+    export = existing_export_of(args)
+    if export is not None or args.force or args.taps or getattr(args, "num_layers", None):
+        return export
+    from qeff_proxy.export_key import find_known_export
+
+    return find_known_export(
+        args.model,
+        kind_of(args),
+        dtype=args.dtype or _DEFAULT_DTYPE,
+        options=_cut_options(args),
+        output=args.output,
+        opset=args.opset,
+        weights=getattr(args, "weights", "copy"),
+        allow_pickle=args.allow_pickle,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def _hooks_of(export: Export) -> Hooks:

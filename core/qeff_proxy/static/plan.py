@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qeff_proxy.errors import UsageError
+from qeff_proxy.lengths import DEFAULT_CTX_LEN, DEFAULT_PREFILL_SEQ_LEN, with_fixed_shapes
 from qeff_proxy.static.axes import Sizes, axes_of
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ __all__ = [
     "with_fixed_shapes",
 ]
 
-#: Of a decoder where the user says nothing; the values of QEfficient.
-DEFAULT_PREFILL_SEQ_LEN = 32
-DEFAULT_CTX_LEN = 128
-
 #: Axes that a static session can pad and cut: see `qeff_proxy.static.session`.
 PADDED = ("batch", "query", "past")
 
@@ -35,21 +32,6 @@ def runs_on_host(part: PartLike) -> bool:
     """Whether a part holds the vocabulary, which a proxy leaves to the host."""
     weights = getattr(part, "weights", None)
     return weights in ("vocabulary", "vocabulary.safetensors")
-
-
-def with_fixed_shapes(options: CompileOptions, most_positions: int | None = None) -> CompileOptions:
-    """The options with the lengths that a static backend needs, where the user said none.
-
-    Args:
-        options: What the user said.
-        most_positions: How many the model has; ``None`` where it has no limit.
-    """
-    ctx_len = options.ctx_len or DEFAULT_CTX_LEN
-    if options.ctx_len is None:
-        ctx_len = max(ctx_len, options.prefill_seq_len or 0)
-        ctx_len = min(ctx_len, most_positions or ctx_len)
-    prefill = options.prefill_seq_len or min(DEFAULT_PREFILL_SEQ_LEN, ctx_len)
-    return replace(options, ctx_len=ctx_len, prefill_seq_len=prefill)
 
 
 def name_of(sizes: Mapping[str, int]) -> str:

@@ -3,10 +3,10 @@
 1. The exported graph is read; its weights stay in their file.
 2. The named axes get their sizes.
 3. Weights become graph inputs for a moment, so that nothing folds or copies them.
-4. onnxscript's optimizer infers every shape, and folds what depends on shapes and constants.
+4. `qeff_proxy.folding` infers every shape, and folds what depends on shapes and constants.
 5. Weights become initializers again.
 
-Costs about 0.3 CPU seconds, whatever the size of the weights.
+Costs about 0.2 CPU seconds, whatever the size of the weights.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import logging
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-import onnxscript.optimizer
 
 from qeff_proxy.errors import BackendError
+from qeff_proxy.folding import fold_graph
 from qeff_proxy.static.axes import is_sum, size_of
 from qeff_proxy.static.layers import layer_of
 
@@ -82,9 +82,7 @@ def fold(model: ir.Model) -> None:
             value.const_value = None
             graph.inputs.append(value)
     with _quiet():
-        onnxscript.optimizer.optimize(
-            model, input_size_limit=WEIGHT_BYTES, output_size_limit=_FOLDED_BYTES
-        )
+        fold_graph(model, input_size_limit=WEIGHT_BYTES, output_size_limit=_FOLDED_BYTES)
     for value in list(graph.inputs):
         if value.name in weights and value not in own_inputs:
             graph.inputs.remove(value)
