@@ -2,18 +2,22 @@
 
 ``torch.onnx.export`` reads and parses the source of some 500 operators whenever it is called, about
 a CPU second that says the same each time. Within `operators_read_once` it is given a copy of the
-table that the first call made.
+table that the first call made, and sources are read of those operators alone that a graph has: what
+writes an operator does so by itself where the table has not.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 from contextlib import contextmanager
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from torch.onnx._internal.exporter._registration import ONNXRegistry
+from onnxscript.function_libs.torch_lib import registration
+from torch.onnx._internal.exporter import _registration
+from torch.onnx._internal.exporter._registration import OnnxDecompMeta, ONNXRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +31,39 @@ _make_table = _ORIGINAL.__func__
 
 @functools.cache
 def _table(opset: int) -> ONNXRegistry:
-    table: ONNXRegistry = _make_table(ONNXRegistry, opset)
+    with _no_sources():
+        table: ONNXRegistry = _make_table(ONNXRegistry, opset)
     return table
+
+
+@contextmanager
+def _no_sources() -> Iterator[None]:
+    """Let this thread make a table without reading what operators are written with."""
+    thread = threading.get_ident()
+    infer, apis = OnnxDecompMeta.__post_init__, _registration.onnxscript_apis
+
+    def leave(self: OnnxDecompMeta) -> None:
+        if threading.get_ident() != thread:
+            infer(self)
+
+    OnnxDecompMeta.__post_init__ = leave
+    _registration.onnxscript_apis = SimpleNamespace(get_torchlib_ops=lambda: list(_operators()))
+    try:
+        yield
+    finally:
+        OnnxDecompMeta.__post_init__ = infer
+        _registration.onnxscript_apis = apis
+
+
+def _operators() -> Iterator[Any]:
+    """As ``get_torchlib_ops`` of onnxscript, but for what only the source says."""
+    importlib.import_module("onnxscript.function_libs.torch_lib.ops")  # which registers them
+    for name, found in registration.default_registry.items():
+        if name.startswith("internal::"):
+            continue
+        for functions, is_complex in ((found.overloads, False), (found.complex, True)):
+            for one in functions:
+                yield SimpleNamespace(qualified_name=name, function=one, is_complex=is_complex)
 
 
 @contextmanager

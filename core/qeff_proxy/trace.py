@@ -3,7 +3,7 @@
 1. `sample_inputs` makes tensors of the part's dtypes and axes.
 2. transformers' ``OnnxExporter`` traces the part, unoptimized.
 3. `_detach_weights` takes the weights out of the graph, so that nothing folds or copies them.
-4. onnxscript's optimizer folds the rest.
+4. `qeff_proxy.folding` folds the rest.
 5. Layers that were not traced are cloned from those that were (`qeff_proxy.layer_graphs`).
 6. `qeff_proxy.graph_edges` gives inputs, outputs and dynamic axes the names of the specs.
 """
@@ -18,12 +18,12 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from qeff_proxy.errors import ExportError
+from qeff_proxy.folding import fold_graph
 from qeff_proxy.graph_edges import NAME_SCOPES, set_edges
 from qeff_proxy.layer_calls import MarkedLayers, NotRepeatable, marked_layers
 from qeff_proxy.layer_graphs import expand_layers
@@ -48,6 +48,8 @@ TRACE_SIZES = {"batch": 2, "query": 3, "past": 5, "sequence": 7}
 
 #: Tensors smaller than this, in bytes, stay inside the ONNX file.
 INLINE_BYTES = 1024
+#: Constants of more bytes are not folded: onnxscript's own limit.
+_FOLDED_BYTES = 262_144
 
 
 @dataclass
@@ -151,7 +153,7 @@ def _graph_of(
                 "Run with --debug for the trace; a plugin can build this part in another way.",
             ) from error
         weights = _detach_weights(program, part, names)
-        onnxscript.optimizer.optimize(program, input_size_limit=INLINE_BYTES)
+        fold_graph(program, input_size_limit=INLINE_BYTES, output_size_limit=_FOLDED_BYTES)
     _check_opset(program, part, opset)
     _attach_weights(program, weights)
     return program, weights

@@ -24,3 +24,15 @@ def test_the_table_is_made_once_and_each_trace_has_its_own() -> None:
     ]
     assert len(first.get_decomps(target)) == len(made.get_decomps(target)) + 1
     assert ONNXRegistry.__dict__["from_torchlib"] is torchlib._ORIGINAL
+
+
+def test_operators_are_those_of_pytorchs_own_table() -> None:
+    made = ONNXRegistry.from_torchlib(20)
+    torchlib._table.cache_clear()
+    with operators_read_once():
+        ours = ONNXRegistry.from_torchlib(20)
+    assert ours.functions.keys() == made.functions.keys()
+    for target, found in made.functions.items():
+        assert [(one.onnx_function, one.is_complex) for one in ours.functions[target]] == [
+            (one.onnx_function, one.is_complex) for one in found
+        ]
