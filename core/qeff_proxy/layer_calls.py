@@ -66,10 +66,18 @@ class MarkedLayers:
     Attributes:
         calls: The calls of layers, by number, in order.
         axes: Symbol of a size → the name of the axis; symbols of one name are taken for equal.
+        templates: The calls that were traced, by what calls that are alike have in common.
     """
 
     calls: list[LayerCall] = field(default_factory=list)
     axes: dict[str, str] = field(default_factory=dict)
+    templates: dict[Any, list[_Template]] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Forget what was seen: the module is traced, perhaps not for the first time."""
+        self.calls.clear()
+        self.axes.clear()
+        self.templates.clear()
 
     @property
     def traced(self) -> int:
@@ -93,7 +101,6 @@ def marked_layers(module: nn.Module) -> Iterator[MarkedLayers]:
         NotRepeatable: In the trace, from a layer that cannot be repeated.
     """
     marked = MarkedLayers()
-    templates: dict[Any, list[_Template]] = {}
     changed: list[tuple[nn.Module, Any]] = []
     stripped: list[tuple[nn.Module, Any]] = []
     try:
@@ -101,7 +108,7 @@ def marked_layers(module: nn.Module) -> Iterator[MarkedLayers]:
             for index, (one, kind) in enumerate(zip(found.layers, found.kinds, strict=True)):
                 before = vars(one).get("forward")
                 path = f"{found.path}.{index}"
-                call = _Call(path, one, (found.path, kind), templates, marked)
+                call = _Call(path, one, (found.path, kind), marked)
                 vars(one)["forward"] = functools.wraps(one.forward)(call)
                 changed.append((one, before))
                 for inner in one.modules() if is_absent(one) else ():
@@ -159,13 +166,11 @@ class _Call:
         path: str,
         module: nn.Module,
         kind: tuple[str, int],
-        templates: dict[Any, list[_Template]],
         marked: MarkedLayers,
     ) -> None:
         self.path = path
         self.module = module
         self.kind = kind
-        self.templates = templates
         self.marked = marked
         self.forward: Callable[..., Any] = module.forward
         indices = {
@@ -201,7 +206,7 @@ class _Call:
         """The call that was traced with tensors of the same shapes and dtypes."""
         # A trace comes to know that sizes are equal as it goes on, so they are compared anew.
         shapes = [self._shape(tensor) for tensor in tensors]
-        for template in self.templates.get(key, ()):
+        for template in self.marked.templates.get(key, ()):
             if [self._shape(tensor) for tensor in template.given] == shapes:
                 return template
         return None
@@ -239,7 +244,10 @@ class _Call:
             result = self.forward(*args, **kwargs)
         if [tensor._version for tensor in entered] != versions:  # noqa: SLF001
             raise NotRepeatable(f"{self.path} writes into what it is given")
-        if pytree.tree_flatten((args, kwargs), is_leaf=_is_cache)[1] != spec:
+        leaves_after, spec_after = pytree.tree_flatten((args, kwargs), is_leaf=_is_cache)
+        if spec_after != spec or any(
+            one is not other for one, other in zip(leaves_after, inner, strict=True)
+        ):
             raise NotRepeatable(f"{self.path} changes the collections it is given")
         if others != [cache.others() for cache in caches]:
             raise NotRepeatable(f"{self.path} writes the cache of another layer")
@@ -260,7 +268,7 @@ class _Call:
             noted.append((name, output_spec, recipe))
         left = leave(collected, number)
         template = _Template(number, tensors, left, result_spec, results, written, noted)
-        self.templates.setdefault(key, []).append(template)
+        self.marked.templates.setdefault(key, []).append(template)
         return self._finish(template, left, leaves, caches)
 
     def _recipe(

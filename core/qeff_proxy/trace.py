@@ -196,6 +196,7 @@ def _marked(part: Part) -> Iterator[MarkedLayers]:
     with marked_layers(part.module) as marked:
 
         def note(_module: Any, _args: Any, given: dict[str, torch.Tensor]) -> None:
+            marked.begin()
             for name, spec in _mangled(part):
                 for size, axis in zip(given[name].shape, spec.shape, strict=True):
                     if isinstance(axis, str):
