@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from transformers import Cache
 
 from qeff_proxy.layer_cache import LayerCache
-from qeff_proxy.layer_kinds import INDEX, layer_lists
+from qeff_proxy.layer_kinds import INDEX, layer_lists, lists_at
 from qeff_proxy.layer_marks import enter, layer, leave
 
 if TYPE_CHECKING:
@@ -34,7 +34,15 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["LayerCall", "MarkedLayers", "NotRepeatable", "is_absent", "marked_layers"]
+__all__ = [
+    "LayerCall",
+    "MarkedLayers",
+    "NotRepeatable",
+    "is_absent",
+    "layers_traced",
+    "list_of",
+    "marked_layers",
+]
 
 
 _SYMBOL = re.compile(r"\b[a-z]\w*\d\b")
@@ -67,11 +75,18 @@ class MarkedLayers:
         calls: The calls of layers, by number, in order.
         axes: Symbol of a size → the name of the axis; symbols of one name are taken for equal.
         templates: The calls that were traced, by what calls that are alike have in common.
+        inputs: In a run: what the module was given, by name.
+        given: In a run: what each call was given.
+        left: In a run: what it gave.
     """
 
     calls: list[LayerCall] = field(default_factory=list)
     axes: dict[str, str] = field(default_factory=dict)
     templates: dict[Any, list[_Template]] = field(default_factory=dict)
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    given: list[list[torch.Tensor]] = field(default_factory=list)
+    left: list[Sequence[torch.Tensor]] = field(default_factory=list)
+    runs: bool = False
 
     def begin(self) -> None:
         """Forget what was seen: the module is traced, perhaps not for the first time."""
@@ -79,32 +94,39 @@ class MarkedLayers:
         self.axes.clear()
         self.templates.clear()
 
-    @property
-    def traced(self) -> int:
-        """How many layers were traced, of the lists of which any was not."""
-        numbered = list(enumerate(self.calls))
-        repeated = {_list_of(call) for number, call in numbered if call.template != number}
-        return sum(
-            call.template == number for number, call in numbered if _list_of(call) in repeated
-        )
+
+def layers_traced(calls: Sequence[LayerCall]) -> int:
+    """How many layers were traced, of the lists of which any was not."""
+    numbered = list(enumerate(calls))
+    repeated = {list_of(call) for number, call in numbered if call.template != number}
+    return sum(call.template == number for number, call in numbered if list_of(call) in repeated)
 
 
-def _list_of(call: LayerCall) -> str:
+def list_of(call: LayerCall) -> str:
+    """Path of the list that the layer of a call is in."""
     return call.path.rpartition(".")[0]
 
 
 @contextmanager
-def marked_layers(module: nn.Module) -> Iterator[MarkedLayers]:
+def marked_layers(
+    module: nn.Module, paths: Sequence[str] | None = None, *, runs: bool = False
+) -> Iterator[MarkedLayers]:
     """Trace one layer of each kind of ``module`` while the context is open.
+
+    Args:
+        module: What is traced.
+        paths: Of the lists of layers; by default all lists of which some members are alike.
+        runs: It is not traced but run: one layer of each kind is, and the others give random
+            numbers.
 
     Raises:
         NotRepeatable: In the trace, from a layer that cannot be repeated.
     """
-    marked = MarkedLayers()
+    marked = MarkedLayers(runs=runs)
     changed: list[tuple[nn.Module, Any]] = []
     stripped: list[tuple[nn.Module, Any]] = []
     try:
-        for found in layer_lists(module):
+        for found in layer_lists(module) if paths is None else lists_at(module, paths):
             for index, (one, kind) in enumerate(zip(found.layers, found.kinds, strict=True)):
                 before = vars(one).get("forward")
                 path = f"{found.path}.{index}"
@@ -179,7 +201,7 @@ class _Call:
         self.index = indices.pop() if len(indices) == 1 else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() == self.marked.runs:
             return self.forward(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_cache)
         caches = [LayerCache(leaf, self.index) for leaf in leaves if isinstance(leaf, Cache)]
@@ -199,6 +221,8 @@ class _Call:
             self.marked.calls.append(LayerCall(self.path, self.module, number))
             return self._trace(key, number, leaves, spec, caches, held, tensors)
         self.marked.calls.append(LayerCall(self.path, self.module, template.number))
+        if self.marked.runs:
+            self.marked.given.append(tensors)
         left = layer(tensors, template.left, number, template.number)
         return self._finish(template, left, leaves, caches)
 
@@ -230,6 +254,8 @@ class _Call:
         tensors: list[torch.Tensor],
     ) -> Any:
         """Run the layer between marks; what it does besides is noted, or refused."""
+        if self.marked.runs:
+            self.marked.given.append(tensors)
         entered = enter(tensors, number)
         versions = [tensor._version for tensor in entered]  # noqa: SLF001 (torch's only sign of it)
         remaining = iter(entered)
@@ -299,6 +325,8 @@ class _Call:
         caches: Sequence[LayerCache],
     ) -> Any:
         """Put results together, write the cache, and let hooks see what they see of a layer."""
+        if self.marked.runs:
+            self.marked.left.append(left)
         for at, place, number in template.written:
             caches[at].put({place: left[number]})
         for name, spec, recipe in template.seen:

@@ -36,10 +36,10 @@ def leave(values: list[torch.Tensor], number: int) -> list[torch.Tensor]:  # noq
 
 @torch.library.custom_op(f"{DOMAIN}::layer", mutates_args=())
 def layer(
-    values: list[torch.Tensor],
+    values: list[torch.Tensor],  # noqa: ARG001
     like: list[torch.Tensor],
     number: int,
-    template: int,
+    template: int,  # noqa: ARG001
 ) -> list[torch.Tensor]:
     """Stands for a layer in a trace: it gives tensors of the shapes of ``like``.
 
@@ -48,8 +48,17 @@ def layer(
         like: What ``leave`` gave for ``template``.
         number: Of this call.
         template: Number of the call that was traced.
+
+    Returns:
+        In a run, random numbers that no other call gives.
     """
-    raise NotImplementedError(f"a layer that is given {len(values)} tensors is only to be traced")
+    generator = torch.Generator().manual_seed(number)
+    return [
+        torch.randn(value.shape, generator=generator).to(value.dtype)
+        if value.is_floating_point()
+        else torch.zeros_like(value)
+        for value in like
+    ]
 
 
 def _same(values: list[torch.Tensor], number: int) -> list[torch.Tensor]:  # noqa: ARG001

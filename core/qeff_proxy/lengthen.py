@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from qeff_proxy.layer_kinds import LayerList
     from qeff_proxy.parts import Part, TensorSpec
 
-__all__ = ["Lengthens", "lengthen"]
+__all__ = ["LAYER_NAME", "Lengthens", "lengthen"]
 
 #: Names of what each layer takes or gives, caches and taps: what it is, layer, and what of it.
-_LAYER_NAME = re.compile(
+LAYER_NAME = re.compile(
     r"(past_key_values|present|hidden_states|cross_key_values)\.(\d+)((?:\.\w+)?)"
 )
 
@@ -101,7 +101,7 @@ def _specs_of(specs: Sequence[TensorSpec], chosen: Sequence[int]) -> tuple[Tenso
     """The specs, with those of the chosen layers, renumbered, where those of all layers were."""
     result: list[TensorSpec] = []
     done: set[str] = set()
-    matches = [(one, _LAYER_NAME.fullmatch(one.name)) for one in specs]
+    matches = [(one, LAYER_NAME.fullmatch(one.name)) for one in specs]
     for spec, match in matches:
         if match is None:
             result.append(spec)

@@ -25,16 +25,23 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from qeff_proxy.errors import ExportError
 from qeff_proxy.folding import fold_graph
 from qeff_proxy.graph_edges import NAME_SCOPES, set_edges
-from qeff_proxy.layer_calls import MarkedLayers, NotRepeatable, marked_layers
+from qeff_proxy.layer_calls import (
+    LayerCall,
+    MarkedLayers,
+    NotRepeatable,
+    layers_traced,
+    marked_layers,
+)
 from qeff_proxy.layer_graphs import expand_layers
+from qeff_proxy.layer_kinds import layer_lists
 from qeff_proxy.layer_marks import TRANSLATIONS
-from qeff_proxy.leave_out import leave_out
 from qeff_proxy.lowering import lowered_in_place
+from qeff_proxy.put_in import put_in
 from qeff_proxy.reasons import first_line
 from qeff_proxy.torchlib import operators_read_once
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import onnx_ir as ir
 
@@ -96,13 +103,13 @@ def trace_part(
         try:
             with _marked(part) as marked:
                 program, weights = _graph_of(part, names, opset, TRANSLATIONS)
-            return _finished(program, part, names, weights, marked)
+            return _finished(program, part, names, weights, marked.calls)
         except NotRepeatable as error:
             reason = str(error)
         except ExportError as error:  # what fails with marks may do without them
             reason = error.problem
     program, weights = _graph_of(part, names, opset, {})
-    return replace(_finished(program, part, names, weights, MarkedLayers()), reason=reason)
+    return replace(_finished(program, part, names, weights, []), reason=reason)
 
 
 def trace_sample(
@@ -123,14 +130,30 @@ def trace_sample(
         NotRepeatable: Layers cannot be cloned, or left out.
         ExportError: As in `trace_part`.
     """
-    with _marked(whole) as marked:
-        program, weights = _graph_of(whole, names, opset, TRANSLATIONS)
-    shorter = program.clone()
-    leave_out(shorter, marked.calls, whole, part)
-    return (
-        _finished(program, whole, names, weights, marked),
-        _finished(shorter, part, names, dict(weights), marked),
-    )
+    paths = [found.path for found in layer_lists(whole.module)]
+    with _marked(part, paths) as marked:
+        program, weights = _graph_of(part, names, opset, TRANSLATIONS)
+    shorter = _finished(program.clone(), part, names, dict(weights), marked.calls)
+    calls = put_in(program, marked.calls, _run(whole), whole, part)
+    return _finished(program, whole, names, weights, calls), shorter
+
+
+def _run(part: Part) -> MarkedLayers:
+    """Run a part, but none of its layers that are not there, and see how they are called."""
+    samples = sample_inputs(part, {**TRACE_SIZES, **part.trace_sizes})
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in samples.items():
+        if tensor.is_floating_point():
+            samples[name] = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+    with torch.no_grad(), marked_layers(part.module, runs=True) as marked:
+        marked.inputs = {spec.name: samples[name] for name, spec in _mangled(part)}
+        try:
+            part.module(**samples)
+        except NotRepeatable:
+            raise
+        except Exception as error:  # whatever a model's code meets where layers are not there
+            raise NotRepeatable(f"it cannot be run without its layers: {error}") from error
+    return marked
 
 
 def _graph_of(
@@ -164,15 +187,15 @@ def _finished(
     part: Part,
     names: Mapping[int, str],
     weights: dict[str, torch.Tensor],
-    marked: MarkedLayers,
+    calls: list[LayerCall],
 ) -> TracedPart:
     """The part's graph, from the one that was traced."""
 
     def name_of(tensor: torch.Tensor, path: str) -> str:
         return names.get(id(tensor), f"{part.name}.{path}")
 
-    if marked.calls:
-        expand_layers(program, marked.calls, weights, name_of, NAME_SCOPES)
+    if calls:
+        expand_layers(program, calls, weights, name_of, NAME_SCOPES)
         RemoveUnusedNodesPass()(program)
     inputs, outputs = set_edges(program, part)
     used = program.graph.initializers
@@ -182,18 +205,18 @@ def _finished(
         {name: tensor for name, tensor in weights.items() if name in used},
         inputs,
         outputs,
-        marked.traced,
+        layers_traced(calls),
     )
 
 
 @contextlib.contextmanager
-def _marked(part: Part) -> Iterator[MarkedLayers]:
+def _marked(part: Part, paths: Sequence[str] | None = None) -> Iterator[MarkedLayers]:
     """Trace one layer of each kind of a part, and know the axes of its inputs by their names.
 
     Symbols for axes that are equal become one only as a trace meets them, so that layers with
     caches of their own would not be seen to be called alike.
     """
-    with marked_layers(part.module) as marked:
+    with marked_layers(part.module, paths) as marked:
 
         def note(_module: Any, _args: Any, given: dict[str, torch.Tensor]) -> None:
             marked.begin()
