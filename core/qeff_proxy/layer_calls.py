@@ -26,13 +26,15 @@ from torch.utils import _pytree as pytree
 from transformers import Cache
 
 from qeff_proxy.layer_cache import LayerCache
-from qeff_proxy.layer_kinds import INDEX, layer_lists, lists_at
+from qeff_proxy.layer_kinds import INDEX, layer_lists
 from qeff_proxy.layer_marks import enter, layer, leave
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
+
+    from qeff_proxy.layer_kinds import LayerList
 
 __all__ = [
     "LayerCall",
@@ -109,13 +111,13 @@ def list_of(call: LayerCall) -> str:
 
 @contextmanager
 def marked_layers(
-    module: nn.Module, paths: Sequence[str] | None = None, *, runs: bool = False
+    module: nn.Module, lists: Iterable[LayerList] | None = None, *, runs: bool = False
 ) -> Iterator[MarkedLayers]:
     """Trace one layer of each kind of ``module`` while the context is open.
 
     Args:
         module: What is traced.
-        paths: Of the lists of layers; by default all lists of which some members are alike.
+        lists: The lists of layers; by default all of which some members are alike.
         runs: It is not traced but run: one layer of each kind is, and the others give random
             numbers.
 
@@ -126,8 +128,8 @@ def marked_layers(
     changed: list[tuple[nn.Module, Any]] = []
     stripped: list[tuple[nn.Module, Any]] = []
     try:
-        for found in layer_lists(module) if paths is None else lists_at(module, paths):
-            for index, (one, kind) in enumerate(zip(found.layers, found.kinds, strict=True)):
+        for found in layer_lists(module) if lists is None else lists:
+            for index, (one, kind) in enumerate(zip(found.layers, found.kinds, strict=False)):
                 before = vars(one).get("forward")
                 path = f"{found.path}.{index}"
                 call = _Call(path, one, (found.path, kind), marked)

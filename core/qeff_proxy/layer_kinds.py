@@ -30,7 +30,6 @@ __all__ = [
     "describe_kinds",
     "find_layer_list",
     "layer_lists",
-    "lists_at",
     "prefix_with_every_kind",
     "shorten",
     "uses_index",
@@ -97,13 +96,6 @@ def layer_lists(module: nn.Module) -> Iterator[LayerList]:
         if len(set(kinds)) < len(kinds) and not uses_index(layers):
             taken.append(path)
             yield LayerList(path, layers, kinds)
-
-
-def lists_at(module: nn.Module, paths: Iterable[str]) -> Iterator[LayerList]:
-    """The lists at these paths, whether any of their members are alike or not."""
-    for path in paths:
-        layers = tuple(module.get_submodule(path).children())
-        yield LayerList(path, layers, _kinds(layers, _config_around(module, path)))
 
 
 def _kinds(layers: Sequence[nn.Module], config: Any) -> tuple[int, ...]:

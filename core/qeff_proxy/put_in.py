@@ -141,6 +141,8 @@ class _Layers:
         if paths != [call.path for call in calls]:
             raise NotRepeatable("layers are called otherwise where there are more of them")
         for own, number in enumerate(present):
+            if own not in layer and own not in leave:
+                continue  # nothing that is given uses what it gives
             taking, giving = (layer[own],) * 2 if own in layer else (enter[own], leave[own])
             count = len(self.seen.given[number])
             self.numbers[number] = own

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+    from qeff_proxy.layer_kinds import LayerList
     from qeff_proxy.parts import Part, TensorSpec
 
 __all__ = ["TRACE_SIZES", "TracedPart", "trace_part", "trace_sample"]
@@ -130,8 +131,11 @@ def trace_sample(
         NotRepeatable: Layers cannot be cloned, or left out.
         ExportError: As in `trace_part`.
     """
-    paths = [found.path for found in layer_lists(whole.module)]
-    with _marked(part, paths) as marked:
+    lists = [
+        replace(found, layers=tuple(part.module.get_submodule(found.path).children()))
+        for found in layer_lists(whole.module)
+    ]
+    with _marked(part, lists) as marked:
         program, weights = _graph_of(part, names, opset, TRANSLATIONS)
     shorter = _finished(program.clone(), part, names, dict(weights), marked.calls)
     calls = put_in(program, marked.calls, _run(whole), whole, part)
@@ -210,13 +214,13 @@ def _finished(
 
 
 @contextlib.contextmanager
-def _marked(part: Part, paths: Sequence[str] | None = None) -> Iterator[MarkedLayers]:
+def _marked(part: Part, lists: Sequence[LayerList] | None = None) -> Iterator[MarkedLayers]:
     """Trace one layer of each kind of a part, and know the axes of its inputs by their names.
 
     Symbols for axes that are equal become one only as a trace meets them, so that layers with
     caches of their own would not be seen to be called alike.
     """
-    with marked_layers(part.module, paths) as marked:
+    with marked_layers(part.module, lists) as marked:
 
         def note(_module: Any, _args: Any, given: dict[str, torch.Tensor]) -> None:
             marked.begin()
