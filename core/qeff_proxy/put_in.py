@@ -203,26 +203,49 @@ class _Layers:
 
     def hand_on(self) -> None:
         """Let what came after the last layer that was there come after the last one."""
-        own = self.edges.of_layers()
         for path, numbers in self.there.items():
             if self.last[path] == numbers[-1]:
                 continue  # all layers of this list are there
             for number in numbers:
                 for index, value in enumerate(self.left[number]):
-                    final = self.left[self.last[path]][index]
-                    handed = index in self.handed.get(path, ()) and number == numbers[-1]
-                    self._hand_on(value, final if handed else None, own)
+                    last = number == numbers[-1]
+                    handed = last and index in self.handed.get(path, ())
+                    final = self.left[self.last[path]][index] if handed else None
+                    self._hand_on(path, value, final)
 
-    def _hand_on(self, value: ir.Value, final: ir.Value | None, own: set[ir.Value]) -> None:
-        used = [use for use in value.uses() if not _is_mark_or_output(use.node, own)]
-        whole = value.is_graph_output() and value not in own
-        if final is None and (used or whole):
-            raise NotRepeatable(f"{value.name} of a layer is used beside the layers")
+    def _hand_on(self, path: str, value: ir.Value, final: ir.Value | None) -> None:
+        """Use another value behind the layers, or make sure that this one is not used there."""
+        own = self.edges.of_layers()
+        used = [use for use in value.uses() if not self._stays(use.node, path, own)]
+        is_output = value.is_graph_output() and value not in own
+        if final is None:
+            if is_output or not all(self._comes_back(use.node, path, own) for use in used):
+                raise NotRepeatable(f"{value.name} of a layer is used beside the layers")
+            return
         for use in used:
             use.node.replace_input_with(use.idx, final)
         for name, output in self.edges.outputs.items():
-            if whole and output is value and final is not None:
+            if is_output and output is value:
                 self.edges.outputs[name] = final
+
+    def _stays(self, node: ir.Node, path: str, own: set[ir.Value]) -> bool:
+        """Whether a node is of the layers themselves: a mark, or a copy for a layer's output."""
+        if node.domain == DOMAIN:
+            return list_of(self.calls[node.attributes["number"].as_int()]) == path
+        return node.op_type == "Identity" and node.outputs[0] in own
+
+    def _comes_back(self, node: ir.Node, path: str, own: set[ir.Value]) -> bool:
+        """Whether what a node makes only goes into layers of the same list."""
+        waiting, seen = [node], set[ir.Node]()
+        while waiting:
+            one = waiting.pop()
+            if one in seen or self._stays(one, path, own):
+                continue
+            seen.add(one)
+            if one.domain == DOMAIN or any(value.is_graph_output() for value in one.outputs):
+                return False
+            waiting += [use.node for value in one.outputs for use in value.uses()]
+        return True
 
     def output(self, name: str) -> ir.Value:
         """The output of a layer that was put in: what the layer like it gives there."""
@@ -255,11 +278,6 @@ def _behind(value: ir.Value | None) -> Iterator[ir.Value]:
         yield value
         node = value.producer()
         value = node.inputs[0] if node is not None and node.op_type == "Identity" else None
-
-
-def _is_mark_or_output(node: ir.Node, own: set[ir.Value]) -> bool:
-    """Whether a node takes what a layer gives for the next, or only for an output of that layer."""
-    return node.domain == DOMAIN or (node.op_type == "Identity" and node.outputs[0] in own)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from qeff_proxy.layer_calls import NotRepeatable
 from qeff_proxy.parts import Part, TensorSpec
 from qeff_proxy.taps import TappedPart
-from qeff_proxy.trace import TracedPart, trace_part
+from qeff_proxy.trace import TracedPart, trace_part, trace_sample
 from torch import nn
 
 if TYPE_CHECKING:
@@ -249,3 +251,64 @@ def test_a_layer_that_changes_a_collection_it_is_given(tmp_path: Path) -> None:
     found = traced(part)
     assert "changes the collections" in (found.reason or "")
     check(part, found, tmp_path)
+
+
+def sampled(run: Callable[..., torch.Tensor]) -> tuple[Part, Part, dict[int, str]]:
+    """A part of six layers of which two are there, that of these two, and the weights' names."""
+    part = part_of(Stack([Block() for _ in range(6)], run))
+    there = list(part.module.layers)[:2]
+    names = {id(tensor): name for name, tensor in part.module.named_parameters()}
+    absent = [copy.deepcopy(layer).to("meta") for layer in list(part.module.layers)[2:]]
+    whole = Stack([*there, *absent], run).eval()
+    names |= {id(tensor): name for name, tensor in whole.named_parameters()}
+    return replace(part, module=whole), replace(part, module=Stack(there, run).eval()), names
+
+
+def test_layers_that_are_not_there_are_put_in(tmp_path: Path) -> None:
+    def with_mask(layers: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            hidden = layer(hidden * 2)
+        return hidden.cos()
+
+    whole, part, names = sampled(with_mask)
+    with pytest.raises(NotRepeatable, match="given what no other layer is"):
+        trace_sample(whole, part, names)  # something is done between layers
+    whole, part, names = sampled(lambda layers, hidden: in_turn(layers, hidden).cos())
+    found, shorter = trace_sample(whole, part, names)
+    assert (found.layers, shorter.layers) == (1, 1)
+    assert operators(found)["Tanh"] == 6
+    assert set(found.weights) == {
+        f"layers.{number}.mlp.{weight}" for number in range(6) for weight in ("weight", "bias")
+    }
+    check(part, shorter, tmp_path)
+    full = part_of(Stack([Block() for _ in range(6)], whole.module.run))
+    given = dict(full.module.named_parameters())
+    check(full, replace(found, weights={name: given[name] for name in found.weights}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (lambda layers, hidden: tapped_before_the_last(layers, hidden), "used beside the layers"),
+        (lambda layers, hidden: each_with_its_own(layers, hidden), "given what no other layer is"),
+        (lambda layers, hidden: in_turn(layers[::-1], hidden), "cannot be run without"),
+    ],
+    ids=["results before the last", "an argument of its own", "another order"],
+)
+def test_layers_that_cannot_be_put_in(run: Callable[..., torch.Tensor], reason: str) -> None:
+    whole, part, names = sampled(run)
+    with pytest.raises(NotRepeatable, match=reason):
+        trace_sample(whole, part, names)
+
+
+def tapped_before_the_last(layers: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+    states = [hidden]
+    for layer in layers:
+        states.append(layer(states[-1]))
+    return states[-1] + states[-2]
+
+
+def each_with_its_own(layers: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+    for number, layer in enumerate(layers):
+        hidden = layer(hidden, hidden.new_full((1,), float(number)))
+    return hidden
