@@ -67,12 +67,10 @@ def lengthen(part: Part, short: nn.Module, whole: nn.Module, found: LayerList) -
 def _lengthened(
     inner: nn.Module, short: nn.Module, whole: nn.Module, path: str, layers: nn.ModuleList
 ) -> nn.Module | None:
-    if isinstance(inner, Lengthens):
-        return inner.lengthened(layers).eval()
     first = short.get_submodule(path)
     places = [name for name, one in inner.named_modules(remove_duplicate=False) if one is first]
     if not places:
-        return None
+        return inner.lengthened(layers).eval() if isinstance(inner, Lengthens) else None
     module = replace_modules(inner, dict.fromkeys(places, layers))
     configs = dict(_configs(short, whole, path))
     for place in places:

@@ -138,12 +138,15 @@ def trace_sample(
     with _marked(part, lists) as marked:
         program, weights = _graph_of(part, names, opset, TRANSLATIONS)
     shorter = _finished(program.clone(), part, names, dict(weights), marked.calls)
-    calls = put_in(program, marked.calls, _run(whole), whole, part)
+    seen, given = _run(whole)
+    # What is numbered by layers may be of other layers: those of a decoder, not an encoder.
+    whole = replace(whole, outputs=tuple(one for one in whole.outputs if one.name in given))
+    calls = put_in(program, marked.calls, seen, whole, part)
     return _finished(program, whole, names, weights, calls), shorter
 
 
-def _run(part: Part) -> MarkedLayers:
-    """Run a part, but none of its layers that are not there, and see how they are called."""
+def _run(part: Part) -> tuple[MarkedLayers, set[str]]:
+    """See how a part calls its layers, and what it gives, without those that are not there."""
     samples = sample_inputs(part, {**TRACE_SIZES, **part.trace_sizes})
     generator = torch.Generator().manual_seed(0)
     for name, tensor in samples.items():
@@ -152,12 +155,12 @@ def _run(part: Part) -> MarkedLayers:
     with torch.no_grad(), marked_layers(part.module, runs=True) as marked:
         marked.inputs = {spec.name: samples[name] for name, spec in _mangled(part)}
         try:
-            part.module(**samples)
+            outputs = part.module(**samples)
         except NotRepeatable:
             raise
         except Exception as error:  # whatever a model's code meets where layers are not there
             raise NotRepeatable(f"it cannot be run without its layers: {error}") from error
-    return marked
+    return marked, set(outputs)
 
 
 def _graph_of(

@@ -38,12 +38,12 @@ def wav2vec2() -> Any:
     return transformers.Wav2Vec2ForCTC(config)
 
 
-def whisper() -> Any:
+def whisper(encoder_layers: int = 4, decoder_layers: int = _LAYERS) -> Any:
     config = transformers.WhisperConfig(
         vocab_size=131,
         d_model=64,
-        encoder_layers=4,
-        decoder_layers=_LAYERS,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=96,
@@ -73,10 +73,11 @@ def llava() -> Any:
         (bert, {}, {"body": 1}),
         (wav2vec2, {}, {"body": 1}),
         (whisper, {}, {"encoder": 2, "body": 1}),
+        (lambda: whisper(_LAYERS, 2), {}, {"encoder": 1}),
         (llava, {}, {"vision": 1, "body": 1}),
         (llava, {"kv_offload": False}, {"body": 2}),
     ],
-    ids=["bert", "wav2vec2", "whisper", "llava", "llava in one graph"],
+    ids=["bert", "wav2vec2", "whisper", "distilled", "llava", "llava in one graph"],
 )
 def test_all_layers_equal_pytorch(
     make: Any, options: dict[str, Any], traced: dict[str, int], tmp_path: Path
