@@ -20,6 +20,7 @@ from onnx.defs import onnx_opset_version
 
 from qeff_proxy.arguments import one_of, whole_number
 from qeff_proxy.artifact import KEPT, MANIFEST, Export, export_folder, read_export
+from qeff_proxy.collecting import collecting_rarely
 from qeff_proxy.errors import ArtifactError, ExportError
 from qeff_proxy.export_key import export_key
 from qeff_proxy.export_place import check_not_another, check_place, existing_export
@@ -45,6 +46,7 @@ WEIGHTS = ("copy", "reference")
 _PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
+@collecting_rarely()
 def export_model(
     loaded: LoadedModel,
     hooks: Hooks,

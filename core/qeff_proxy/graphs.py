@@ -246,7 +246,8 @@ def _traced_sample(
     if whole is None:
         raise NotSampled(f"the layers of the {part.name} part cannot be found in its module")
     try:
-        traced, check = trace_sample(whole, part, names, opset)
+        with few_pages(sampled.sources.windows):
+            traced, check = trace_sample(whole, part, names, opset)
     except NotRepeatable as error:
         raise NotSampled(str(error)) from error
     except ExportError as error:

@@ -28,6 +28,7 @@ __all__ = ["PIECE", "FileReader", "FileWriter"]
 #: Bytes that are given at a time: hashed and looked at while the processor has them at hand.
 PIECE = 1 << 20
 _BLOCK = 4 << 20  # bytes that are read or written at a time
+_CACHED = 128 << 10  # bytes that are written at a time through the cache
 _ALIGNED = 4096  # what offsets, lengths and memory of direct reads and writes are multiples of
 _LARGE = 1 << 30  # bytes of a file that the cache is of no use for
 #: The number of the system call ``cachestat`` (Linux 6.5), which the C library has no name for.
@@ -237,7 +238,9 @@ class FileWriter(_Way):
             except OSError as error:
                 self.no_longer_direct(error)
         while begin < end:
-            begin += os.pwrite(self.file, self._buffer[begin:end], self._at + begin)
+            # More at a time makes the system look for memory that it has not used yet.
+            stop = min(begin + _CACHED, end)
+            begin += os.pwrite(self.file, self._buffer[begin:stop], self._at + begin)
         self._begin = self._end
         if self._end == _BLOCK:
             self._at, self._begin, self._end = self._at + _BLOCK, 0, 0

@@ -16,6 +16,7 @@ from qeff_proxy.checkpoint import (
     identity_as,
     read_config_file,
 )
+from qeff_proxy.collecting import collecting_rarely
 from qeff_proxy.config_checks import check_architectures, check_sizes
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.parts import DTYPES
@@ -105,6 +106,7 @@ class LoadedModel:
         return "model" in vars(self)
 
 
+@collecting_rarely()
 def load_model(
     source: str,
     *,

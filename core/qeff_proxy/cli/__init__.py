@@ -15,6 +15,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 from qeff_proxy.cli.output import plain_warnings, report_error
+from qeff_proxy.collecting import collecting_rarely
 from qeff_proxy.errors import ProxyError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        with plain_warnings():
+        with plain_warnings(), collecting_rarely():
             return _load_command(args.command).run(args)
     except ProxyError as error:
         if args.debug:
