@@ -239,3 +239,8 @@ def test_prompts_come_from_a_file_too(demo_export: Path, tmp_path: Path, capsys:
 def test_turns_are_a_whole_number() -> None:
     with pytest.raises(UsageError, match="turns is 0"):
         VerifyOptions(turns=0)
+
+
+def test_turns_without_speed_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "anything", "--turns", "3"]) == 2
+    assert "Ask with --speed" in capsys.readouterr().err

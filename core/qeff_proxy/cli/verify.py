@@ -105,7 +105,7 @@ def _add_outcome_options(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--speed", action="store_true", help="measure the backends that pass, and PyTorch"
     )
-    speed.add_argument("--turns", type=int, default=5, metavar="N", help="of each (default: 5)")
+    speed.add_argument("--turns", type=int, metavar="N", help="of each (default: 5)")
     dump = parser.add_argument_group("dumps")
     dump.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
     dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
@@ -116,6 +116,11 @@ def run(args: argparse.Namespace) -> int:
     """Verify, print the verdicts, and return 0 when all backends passed, else 1."""
     from qeff_proxy.compare import Tolerances
 
+    if args.turns is not None and not args.speed and "best" not in (args.backend or ()):
+        raise UsageError(
+            "--turns says how speed is measured, which nobody asked for",
+            "Ask with --speed, or with --backend best.",
+        )
     tolerances = Tolerances.parse(args.tol)
     request = _request(args)
     by_backend = _backend_options(args)
@@ -143,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
                 io_folder=args.io_dir,
                 html=args.html,
                 speed=args.speed,
-                turns=args.turns,
+                turns=VerifyOptions.turns if args.turns is None else args.turns,
             ),
             trust_remote_code=args.trust_remote_code,
             progress=progress,
