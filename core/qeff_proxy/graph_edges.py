@@ -17,7 +17,7 @@ from qeff_proxy.errors import ExportError
 from qeff_proxy.parts import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from qeff_proxy.parts import Part
 
@@ -35,8 +35,8 @@ def set_edges(
     Raises:
         ExportError: It has other inputs or outputs than the part, or an axis was frozen.
     """
-    inputs = _restore_inputs(program, part)
-    outputs = _restore_outputs(program, part)
+    inputs = _named(program.graph.inputs, part.inputs, part, "inputs")
+    outputs = _named(program.graph.outputs, part.outputs, part, "outputs")
     _name_axes(program, part)
     _check_axes(program, part)
     _clean(program)
@@ -46,29 +46,15 @@ def set_edges(
     )
 
 
-def _restore_inputs(program: ir.Model, part: Part) -> list[tuple[ir.Value, TensorSpec]]:
-    """Give inputs their own names, in the spec's order, and drop those that nothing uses."""
-    graph = program.graph
-    values = list(graph.inputs)
-    if len(values) != len(part.inputs):
+def _named(
+    values: Sequence[ir.Value], specs: Sequence[TensorSpec], part: Part, kind: str
+) -> list[tuple[ir.Value, TensorSpec]]:
+    """Give inputs or outputs their own names, in the specs' order."""
+    if len(values) != len(specs):
         raise ExportError(
-            f"the {part.name} part was traced with {len(values)} inputs instead of "
-            f"{len(part.inputs)}"
+            f"the {part.name} part was traced with {len(values)} {kind} instead of {len(specs)}"
         )
-    pairs = list(zip(values, part.inputs, strict=True))
-    for value, spec in pairs:
-        value.name = spec.name
-    return pairs
-
-
-def _restore_outputs(program: ir.Model, part: Part) -> list[tuple[ir.Value, TensorSpec]]:
-    values = list(program.graph.outputs)
-    if len(values) != len(part.outputs):
-        raise ExportError(
-            f"the {part.name} part was traced with {len(values)} outputs instead of "
-            f"{len(part.outputs)}"
-        )
-    pairs = list(zip(values, part.outputs, strict=True))
+    pairs = list(zip(values, specs, strict=True))
     for value, spec in pairs:
         value.name = spec.name
     return pairs

@@ -126,7 +126,6 @@ def marked_layers(
     """
     marked = MarkedLayers(runs=runs)
     changed: list[tuple[nn.Module, Any]] = []
-    stripped: list[tuple[nn.Module, Any]] = []
     try:
         for found in layer_lists(module) if lists is None else lists:
             for index, (one, kind) in enumerate(zip(found.layers, found.kinds, strict=False)):
@@ -135,14 +134,8 @@ def marked_layers(
                 call = _Call(path, one, (found.path, kind), marked)
                 vars(one)["forward"] = functools.wraps(one.forward)(call)
                 changed.append((one, before))
-                for inner in one.modules() if is_absent(one) else ():
-                    # A trace takes a while for each weight, and needs none of these.
-                    stripped.append((inner, inner._parameters))  # noqa: SLF001
-                    inner._parameters = {}  # noqa: SLF001 (no way to take them back is public)
         yield marked
     finally:
-        for inner, parameters in stripped:
-            inner._parameters = parameters  # noqa: SLF001
         for one, before in reversed(changed):
             if before is None:
                 del vars(one)["forward"]
@@ -217,14 +210,14 @@ class _Call:
             *((cache.plain(), *one) for cache, one in zip(caches, held, strict=True)),
             tuple(name for name, _ in self._watched()),
         )
+        if self.marked.runs:
+            self.marked.given.append(tensors)
         number = len(self.marked.calls)
         template = self._alike(key, tensors)
         if template is None:
             self.marked.calls.append(LayerCall(self.path, self.module, number))
             return self._trace(key, number, leaves, spec, caches, held, tensors)
         self.marked.calls.append(LayerCall(self.path, self.module, template.number))
-        if self.marked.runs:
-            self.marked.given.append(tensors)
         left = layer(tensors, template.left, number, template.number)
         return self._finish(template, left, leaves, caches)
 
@@ -256,8 +249,6 @@ class _Call:
         tensors: list[torch.Tensor],
     ) -> Any:
         """Run the layer between marks; what it does besides is noted, or refused."""
-        if self.marked.runs:
-            self.marked.given.append(tensors)
         entered = enter(tensors, number)
         versions = [tensor._version for tensor in entered]  # noqa: SLF001 (torch's only sign of it)
         remaining = iter(entered)

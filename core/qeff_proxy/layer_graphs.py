@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from qeff_proxy.graph_edges import NAME_SCOPES
 from qeff_proxy.layer_calls import NotRepeatable
 from qeff_proxy.layer_marks import DOMAIN
 
@@ -36,7 +37,6 @@ def expand_layers(
     calls: Sequence[LayerCall],
     weights: dict[str, torch.Tensor],
     name_of: Callable[[torch.Tensor, str], str],
-    scopes: str,
 ) -> None:
     """Expand a graph in place.
 
@@ -45,7 +45,6 @@ def expand_layers(
         calls: The calls of layers that were seen while it was traced.
         weights: Name of each weight in the graph → its tensor; those of more layers are added.
         name_of: Gives the name of a weight, from its tensor and its path in the part's module.
-        scopes: The metadata key under which nodes keep the module paths they come from.
 
     Raises:
         NotRepeatable: A layer's nodes cannot be told from others.
@@ -61,7 +60,7 @@ def expand_layers(
     }
     for number, node in marks["layer"].items():
         call = calls[number]
-        _Clone(graph, templates[call.template], call, number, weights, name_of, scopes).put(node)
+        _Clone(graph, templates[call.template], call, number, weights, name_of).put(node)
     for kind in ("leave", "enter"):
         for node in marks[kind].values():
             for given, made in zip(node.inputs, node.outputs, strict=True):
@@ -233,14 +232,12 @@ class _Clone:
         number: int,
         weights: dict[str, torch.Tensor],
         name_of: Callable[[torch.Tensor, str], str],
-        scopes: str,
     ) -> None:
         self.graph = graph
         self.template = template
         self.call = call
         self.number = number
         self.weights = weights
-        self.scopes = scopes
         self.own = {path: (name, tensor) for path, name, tensor in _weights(call, name_of)}
         self.made: dict[ir.Value, ir.Value] = {}
 
@@ -270,11 +267,11 @@ class _Clone:
             name=f"{node.name}_layer_{self.number}" if node.name else None,
         )
         clone.metadata_props.update(node.metadata_props)
-        if self.scopes in node.metadata_props:
-            clone.metadata_props[self.scopes] = re.sub(
+        if NAME_SCOPES in node.metadata_props:
+            clone.metadata_props[NAME_SCOPES] = re.sub(
                 re.escape(self.template.call.path) + r"(?=[.'])",
                 self.call.path,
-                node.metadata_props[self.scopes],
+                node.metadata_props[NAME_SCOPES],
             )
         for before, after in zip(node.outputs, clone.outputs, strict=True):
             after.name = f"{before.name}_layer_{self.number}"

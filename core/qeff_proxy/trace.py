@@ -24,7 +24,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from qeff_proxy.errors import ExportError
 from qeff_proxy.folding import fold_graph
-from qeff_proxy.graph_edges import NAME_SCOPES, set_edges
+from qeff_proxy.graph_edges import set_edges
 from qeff_proxy.layer_calls import (
     LayerCall,
     MarkedLayers,
@@ -202,7 +202,7 @@ def _finished(
         return names.get(id(tensor), f"{part.name}.{path}")
 
     if calls:
-        expand_layers(program, calls, weights, name_of, NAME_SCOPES)
+        expand_layers(program, calls, weights, name_of)
         RemoveUnusedNodesPass()(program)
     inputs, outputs = set_edges(program, part)
     used = program.graph.initializers
