@@ -23,13 +23,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from qeff_proxy.backends import CompileOptions
-from qeff_proxy.compile import compile_export, open_sessions
+from qeff_proxy.backends.compile_export import compile_export, open_sessions
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import DumpOptions, DumpWriter
-from qeff_proxy.export import export_model
-from qeff_proxy.flows import Job, load_flow
-from qeff_proxy.load import load_config, wrap_model
-from qeff_proxy.plugins import Plugins
+from qeff_proxy.export.export_model import export_model
+from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.load.load_model import load_config, wrap_model
+from qeff_proxy.plugins.manager import Plugins
 
 FORMS: tuple[Literal["delta", "full"], ...] = ("delta", "full")
 _WARM_UP = 8  # steps that don't count

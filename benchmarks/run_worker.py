@@ -143,11 +143,11 @@ class Proxy:
 
     def __init__(self, folder: Path, threads: int, backend: str, **options: Any) -> None:
         import torch
-        from qeff_proxy.backends import CompileOptions
-        from qeff_proxy.compile import compile_export, open_sessions
-        from qeff_proxy.export import export_model
-        from qeff_proxy.load import load_config, load_model
-        from qeff_proxy.plugins import Plugins
+        from qeff_proxy.backends.compile_export import compile_export, open_sessions
+        from qeff_proxy.compile_options import CompileOptions
+        from qeff_proxy.export.export_model import export_model
+        from qeff_proxy.load.load_model import load_config, load_model
+        from qeff_proxy.plugins.manager import Plugins
 
         torch.set_num_threads(threads)
         loaded = load_model(str(folder))
@@ -165,7 +165,7 @@ class Proxy:
     def run(self, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
         """Decode greedily."""
         import torch
-        from qeff_proxy.flows import Job, load_flow
+        from qeff_proxy.flows.flow import Job, load_flow
 
         clock = Clock()
         export = self.compiled.export
@@ -218,7 +218,7 @@ class Encoder:
 
     def _run_parts(self, ids: Any) -> Any:
         import numpy as np
-        from qeff_proxy.masks import build_mask
+        from qeff_proxy.flows.attention_masks import build_mask
 
         assert self.proxy is not None
         known: dict[str, Any] = {"input_ids": ids, "token_type_ids": np.zeros_like(ids)}

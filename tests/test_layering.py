@@ -1,13 +1,15 @@
 """Who may know whom.
 
 A plugin imports public names of the core and nothing of another plugin; the core imports no
-plugin and branches on no family. The rules are functions of source text, so that each is also
-shown a text that breaks it.
+plugin and branches on no family. Inside the core, packages stand in one order and import
+only what stands before them, and no modules import each other in a circle. The rules are functions
+of source text, so that each is also shown a text that breaks it.
 """
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import tomllib
 from pathlib import Path
@@ -17,6 +19,39 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "core").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").glob("*/qeff_proxy_*/**/*.py"))
+#: The packages and modules at the top of the core. Each imports only what stands before it.
+ORDER = [
+    "errors",
+    "common",
+    "arrays",
+    "parts",
+    "sites",
+    "request",
+    "hookspecs",
+    "tensor_names",
+    "compile_options",
+    "graph",
+    "session",
+    "dump",
+    "artifact",
+    "plugins",
+    "layers",
+    "load",
+    "families",
+    "flows",
+    "cut",
+    "compare",
+    "backends",
+    "export",
+    "run",
+    "verify",
+    "demo",
+    "auto",
+    "testing",
+    "cli",
+]
+#: The package's own `__init__` hands names on, when they are first used, and `__main__` starts it.
+OUTSIDE = {"", "__main__"}
 # Families whose plugins are planned; the rest is read from the entry points.
 PLANNED = ("bert", "gemma3", "internvl", "llava", "molmo", "wav2vec2", "whisper")
 # The checkpoint that comes with the program is named after what it is; /opt is a folder.
@@ -87,6 +122,51 @@ def core_import_faults(source: str) -> list[str]:
     ]
 
 
+def module_of(path: Path) -> str:
+    """The dotted name of a module below ``qeff_proxy``; empty for the package's own `__init__`."""
+    parts = path.relative_to(ROOT / "core" / "qeff_proxy").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_between(sources: dict[str, str]) -> set[tuple[str, str]]:
+    """Pairs of modules of the core, the first of which imports the second, wherever it does so."""
+    pairs = set()
+    for module, source in sources.items():
+        for target, name in imports_of(source):
+            if target.split(".")[0] != "qeff_proxy":
+                continue
+            base = target.removeprefix("qeff_proxy").lstrip(".")
+            inner = f"{base}.{name}".lstrip(".")
+            pairs.add((module, inner if inner in sources else base))
+    return {(one, other) for one, other in pairs if one != other}
+
+
+def order_faults(sources: dict[str, str]) -> list[str]:
+    """Imports of what stands later in `ORDER`, and what has no place in it."""
+    tops = {module.split(".")[0] for module in sources} - OUTSIDE
+    faults = [f"{top} has no place in ORDER" for top in sorted(tops - set(ORDER))]
+    for one, other in sorted(imports_between(sources)):
+        first, second = one.split(".")[0], other.split(".")[0]
+        if first in ORDER and second in ORDER and ORDER.index(first) < ORDER.index(second):
+            faults.append(f"{one} imports {other}, which stands after it")
+    return faults
+
+
+def circles(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle, `TYPE_CHECKING` imports and late ones included.
+
+    A package's `__init__` hands names on, so that importing from it is no circle of its own.
+    """
+    follows: dict[str, set[str]] = {}
+    for one, other in imports_between(sources):
+        follows.setdefault(one, set()).add(other)
+    try:
+        graphlib.TopologicalSorter(follows).prepare()
+    except graphlib.CycleError as error:
+        return [" -> ".join(error.args[1])]
+    return []
+
+
 def words_of(source: str) -> list[tuple[int, str]]:
     """Identifiers and string constants with their lines; docstrings and comments are prose."""
     tree = ast.parse(source)
@@ -141,6 +221,44 @@ def test_there_is_something_to_look_at():
         "qeff_proxy_vision",
     }
     assert {"gpt2", "llama", "codegen"} <= registered_families()
+
+
+def sources_of_core() -> dict[str, str]:
+    return {module_of(path): path.read_text(encoding="utf-8") for path in CORE}
+
+
+def test_packages_import_only_what_stands_before_them():
+    assert order_faults(sources_of_core()) == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles(sources_of_core()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from qeff_proxy.verify.options import VerifyOptions",
+        "import qeff_proxy.export.export_model",
+        "if TYPE_CHECKING:\n    from qeff_proxy.cut import Cut",
+        "def f():\n    from qeff_proxy import cli",
+    ],
+)
+def test_an_import_turned_round_is_seen(line):
+    sources = sources_of_core()
+    sources["dump.reader"] += f"\n{line}\n"
+    assert len(order_faults(sources)) == 1
+
+
+def test_a_circle_inside_a_package_is_seen():
+    sources = sources_of_core()
+    sources["verify.options"] += "\ndef f():\n    from qeff_proxy.verify.runs import Runs\n"
+    assert order_faults(sources) == []
+    assert len(circles(sources)) == 1
+
+
+def test_a_package_without_a_place_is_seen():
+    assert order_faults({**sources_of_core(), "extras.one": ""}) == ["extras has no place in ORDER"]
 
 
 @pytest.mark.parametrize("path", PLUGINS, ids=relative)

@@ -49,7 +49,14 @@ RELIED_ON = {
     ],
     "qeff_proxy.hookspecs": ["HOOK_API_VERSION", "PROJECT_NAME", "hookimpl", "hookspec"],
     "qeff_proxy.parts": ["Kind", "MaskKind", "MaskSpec", "Part", "Proxy", "TensorSpec"],
-    "qeff_proxy.plugins": ["FamilyEntry", "LoadedPlugin", "PluginReport", "PluginState", "Plugins"],
+    "qeff_proxy.plugins": [
+        "FamilyEntry",
+        "Hooks",
+        "LoadedPlugin",
+        "PluginReport",
+        "PluginState",
+        "Plugins",
+    ],
     "qeff_proxy.request": ["Request", "refuse_others", "refuse_unused"],
     "qeff_proxy.sites": ["Absent", "Site"],
 }

@@ -37,15 +37,18 @@ def cpu_seconds(command: list[str | Path], attempts: int = 5) -> float:
 
 @pytest.mark.parametrize(
     ("arguments", "limit"),
-    [(["--help"], 0.15), (["plugins", "--help"], 0.15), (["plugins"], 0.3)],
-    ids=["help", "help of plugins", "plugins"],
+    [(["--help"], 8), (["plugins", "--help"], 8), (["plugins"], 16), (["backends"], 16)],
+    ids=["help", "help of plugins", "plugins", "backends"],
 )
 def test_it_answers_at_once(arguments, limit):
-    assert cpu_seconds([COMMAND, *arguments]) < limit
+    """Within so many starts of a bare interpreter: seconds of a loaded machine say little."""
+    bare = cpu_seconds([sys.executable, "-c", "pass"])
+    assert cpu_seconds([COMMAND, *arguments]) < limit * bare
 
 
 def test_the_clock_would_see_a_heavy_import():
-    assert cpu_seconds([sys.executable, "-c", "import torch"], attempts=1) > 0.3
+    bare = cpu_seconds([sys.executable, "-c", "pass"])
+    assert cpu_seconds([sys.executable, "-c", "import torch"], attempts=1) > 16 * bare
 
 
 def imported_by(statement: str) -> set[str]:
@@ -67,6 +70,7 @@ def imported_by(statement: str) -> set[str]:
         "import qeff_proxy",
         "import qeff_proxy.cli",
         "import qeff_proxy.hookspecs",
+        "import qeff_proxy.plugins",
         "import qeff_proxy.cli as cli; cli.main(['plugins'])",
         "import qeff_proxy.cli as cli; cli.main(['plugins', '--json'])",
     ],
@@ -75,5 +79,11 @@ def test_nothing_heavy_is_imported(statement):
     assert imported_by(statement) == set()
 
 
+@pytest.mark.parametrize("stage", ["load", "export", "backends", "run", "compare", "auto"])
+def test_the_public_function_of_a_stage_is_light(stage):
+    heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"}
+    assert imported_by(f"import qeff_proxy.{stage}") & heavy == set()
+
+
 def test_a_heavy_import_would_be_seen():
-    assert "torch" in imported_by("import qeff_proxy.generic")
+    assert "torch" in imported_by("import qeff_proxy.families.generic")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from qeff_proxy.cli.output import print_text
-from qeff_proxy.wording import an, counted, type_named
+from qeff_proxy.common.messages import an, counted, type_named
 from rich.table import Table
 
 

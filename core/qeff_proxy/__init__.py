@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from qeff_proxy.hookspecs import hookimpl
     from qeff_proxy.parts import MaskSpec, Part, Proxy, TensorSpec
-    from qeff_proxy.plugins import Plugins
+    from qeff_proxy.plugins.manager import Plugins
     from qeff_proxy.request import Request
     from qeff_proxy.sites import Absent, Site
 

@@ -62,7 +62,7 @@ def build_proxy(
 
     Args:
         model: The uncut model, in evaluation mode. It must not be changed: a part is a new module
-            that holds the model's own submodules (see `qeff_proxy.surgery.replace_modules`).
+            that holds the model's own submodules (see `qeff_proxy.layers.replace_modules`).
         embedding: What `locate_embedding` said.
         lm_head: What `locate_lm_head` said.
         kind: ``"split"``, ``"stub"`` or ``"whole"``.

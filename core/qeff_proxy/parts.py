@@ -24,7 +24,7 @@ MaskKind = Literal["causal", "sliding", "chunked", "bidirectional", "bidirection
 
 #: The dtypes a model can be exported in.
 DTYPES = ("float32", "float16", "bfloat16")
-#: What a layer can give as an extra output (`qeff_proxy.taps`), and how its name then ends.
+#: What a layer can give as an extra output (`qeff_proxy.layers.taps`), and how its name then ends.
 TAPS = {"layers": "", "attention": ".attention", "mlp": ".mlp"}
 
 
@@ -91,9 +91,9 @@ class Part:
         weights: Stem of the file its weights go to: ``"body"``, ``"vocabulary"``, ``"model"``…
         masks: Which of the inputs are attention masks, and of what kind.
         trace_sizes: Sizes that dynamic axes have while the part is traced, where the defaults of
-            `qeff_proxy.trace.TRACE_SIZES` don't serve.
-        check_sizes: For each of `qeff_proxy.check_graph.CHECK_SIZES`, sizes of axes that are to
-            differ from them or are not among them, where the finished graph is checked.
+            `qeff_proxy.session.sample_inputs.TRACE_SIZES` don't serve.
+        check_sizes: For each of `qeff_proxy.export.check_graph.CHECK_SIZES`, sizes of axes that are
+            to differ from them or are not among them, where the finished graph is checked.
     """
 
     name: str

@@ -1,25 +1,13 @@
-"""A home for what the tests export, and the checkpoint that comes with the program."""
+"""One export of the trained checkpoint for all tests of backends."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import qeff_proxy
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `QEFF_HOME` of the test's own."""
-    path = tmp_path / "home"
-    monkeypatch.setenv("QEFF_HOME", str(path))
-    return path
-
-
-@pytest.fixture(scope="session")
-def demo_checkpoint() -> Path:
-    """The trained checkpoint that comes with the program."""
-    return Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +19,9 @@ def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_export(shared_home: Path, demo_checkpoint: Path) -> Path:
     """Its export; tests add to ``compiled`` and ``io`` alone."""
-    from qeff_proxy.export import export_model
-    from qeff_proxy.load import load_model
-    from qeff_proxy.plugins import Plugins
+    from qeff_proxy.export.export_model import export_model
+    from qeff_proxy.load.load_model import load_model
+    from qeff_proxy.plugins.manager import Plugins
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QEFF_HOME", str(shared_home))

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GOOD = """
-from qeff_proxy.backends.onnxruntime_backend import OnnxRuntimeBackend
+from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
 
 print("a backend that prints while it is imported")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -91,14 +90,7 @@ def test_it_fits_into_80_columns(command: str) -> None:
     assert not [line for line in table if "…" in line]
 
 
-def test_it_answers_at_once() -> None:
-    spent = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run()
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(spent) < 0.3
+def test_it_imports_nothing_heavy() -> None:
     code = (
         "import contextlib, os, sys\n"
         "from qeff_proxy.cli import main\n"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qeff_proxy.export import export_model
-from qeff_proxy.load import wrap_model
-from qeff_proxy.plugins import Plugins
+from qeff_proxy.export.export_model import export_model
+from qeff_proxy.load.load_model import wrap_model
+from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.testing.backends import BackendSuite
 from qeff_proxy.testing.tiny import random_weights, tiny_config
 from transformers import AutoModelForCausalLM
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qeff_proxy.artifact import Export
+    from qeff_proxy.artifact.export_folder import Export
 
 
 class TestOnnxRuntime(BackendSuite):

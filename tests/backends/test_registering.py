@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from qeff_proxy.backends import CompileOptions, load_backend
-from qeff_proxy.backends.discovery import check_backends, list_backends
-from qeff_proxy.compile import compile_export, open_sessions
+from qeff_proxy.backends.compile_export import compile_export, open_sessions
+from qeff_proxy.backends.registry import check_backends, list_backends, load_backend
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.testing.backend_parts import feeds_of, make_export
 
@@ -132,7 +132,7 @@ def test_the_names_of_ours_cannot_be_taken(site: Path) -> None:
 
 def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delitem(sys.modules, "qeff_proxy.backends.openvino_backend", raising=False)
+    monkeypatch.delitem(sys.modules, "qeff_proxy.backends.openvino.backend", raising=False)
     with pytest.raises(BackendError, match=r"pip install 'qeff-proxy\[openvino\]'"):
         load_backend("openvino")
     with pytest.raises(BackendError, match=r"no backend 'opnvino'.*Known are .*openvino"):

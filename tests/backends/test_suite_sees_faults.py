@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from qeff_proxy.backends.onnxruntime_backend import OnnxRuntimeBackend
+from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
 from qeff_proxy.errors import BackendError
 from qeff_proxy.testing.backend_subject import BackendSubject
 from qeff_proxy.testing.backends import BackendSuite

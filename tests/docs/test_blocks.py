@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import qeff_proxy
 from qeff_proxy.cli import main
-from qeff_proxy.plugin_template import write_plugin
+from qeff_proxy.testing.new_plugin import write_plugin
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

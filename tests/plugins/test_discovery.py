@@ -8,7 +8,7 @@ import types
 
 import pytest
 from qeff_proxy.errors import PluginError, UsageError
-from qeff_proxy.plugins import FamilyEntry, PluginReport, Plugins
+from qeff_proxy.plugins.manager import FamilyEntry, PluginReport, Plugins
 
 PLUGIN = """
     from qeff_proxy.hookspecs import hookimpl

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from qeff_proxy.errors import PluginError
-from qeff_proxy.plugins import Plugins
+from qeff_proxy.plugins.manager import Plugins
 
 GOOD = """
     from qeff_proxy.hookspecs import hookimpl

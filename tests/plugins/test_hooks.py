@@ -11,7 +11,7 @@ from qeff_proxy import hookspecs
 from qeff_proxy.errors import CutError, PluginError, UnsupportedModelError, UsageError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Proxy
-from qeff_proxy.plugins import Plugins
+from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.sites import Absent, Site
 

@@ -7,7 +7,7 @@ import types
 import pytest
 from qeff_proxy.errors import PluginError
 from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.plugins import Plugins
+from qeff_proxy.plugins.manager import Plugins
 
 
 def make_plugin():

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qeff_proxy import arguments
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.causal_lm import new_tokens
 from qeff_proxy.auto.qefficient import only_runtime, without_runtime
+from qeff_proxy.common import arguments
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import CheckpointError, UsageError
+from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
-from qeff_proxy.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from qeff_proxy.generation import PerfMetrics
-    from qeff_proxy.run import RunResult
+    from qeff_proxy.flows.generation.generate import PerfMetrics
+    from qeff_proxy.run.run_compiled import RunResult
 
 __all__ = ["QEFFAutoModelForCTC", "QEFFAutoModelForSpeechSeq2Seq", "SpeechResult", "Transcript"]
 
@@ -206,7 +206,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
         Raises:
             UsageError: There is no sound, or it holds none; an argument cannot be right.
         """
-        from qeff_proxy.generation_settings import check_settings
+        from qeff_proxy.flows.generation.settings import check_settings
 
         asked = {
             "max_new_tokens": new_tokens(generation_len, max_new_tokens),

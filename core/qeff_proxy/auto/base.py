@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from qeff_proxy import arguments
 from qeff_proxy.auto.qefficient import ELSEWHERE, HARDWARE_OPTIONS
 from qeff_proxy.auto.right_class import with_right_class
-from qeff_proxy.backends import CompileOptions
-from qeff_proxy.compile import Compiled, compile_export
+from qeff_proxy.backends.compile_export import Compiled, compile_export
+from qeff_proxy.common import arguments
+from qeff_proxy.common.messages import type_named
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ProxyError, UnsupportedModelError, UsageError
-from qeff_proxy.export import export_model
-from qeff_proxy.load import LoadedModel, load_model, load_processor, with_options, wrap_model
-from qeff_proxy.plugins import Plugins
-from qeff_proxy.run import RunResult, run_compiled
-from qeff_proxy.wording import type_named
+from qeff_proxy.export.export_model import export_model
+from qeff_proxy.load.load_model import LoadedModel, load_model, with_options, wrap_model
+from qeff_proxy.load.load_processor import load_processor
+from qeff_proxy.plugins.manager import Plugins
+from qeff_proxy.run.run_compiled import RunResult, run_compiled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from qeff_proxy.artifact import Export
+    from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.dump import DumpOptions
+    from qeff_proxy.load.tasks import Task
     from qeff_proxy.parts import Kind
     from qeff_proxy.request import Request
-    from qeff_proxy.tasks import Task
 
 __all__ = ["ProxyModel"]
 
@@ -180,7 +181,7 @@ class ProxyModel:
         calibration: Any = None,
         **backend_options: Any,
     ) -> Path:
-        """Compile the parts (`qeff_proxy.compile.compile_export`); exports first where needed.
+        """Compile the parts (`qeff_proxy.backends.compile_export`); exports first where needed.
 
         Args:
             backend: Which backend to compile for.
@@ -191,7 +192,7 @@ class ProxyModel:
             num_cores: Cores to use.
             force: Compile again even where the same was compiled already.
             calibration: Inputs to calibrate a quantized precision on: a list of prompts or
-                requests, a file of prompts, or the folder of a dump (`qeff_proxy.calibration`).
+                requests, a file of prompts, or the folder of a dump (`qeff_proxy.run.calibration`).
             backend_options: What this backend understands. QEfficient's options for its own
                 hardware (``mxfp6_matmul``, ``num_devices`` …) are ignored by other backends, with a
                 warning where they ask for something.
@@ -202,7 +203,7 @@ class ProxyModel:
         if self._export is None:
             self.export()
         assert self._export is not None  # noqa: S101 (export sets it)
-        from qeff_proxy.backends import load_backend
+        from qeff_proxy.backends.registry import load_backend
 
         understood = set(load_backend(backend).options)
         for name in sorted(HARDWARE_OPTIONS & set(backend_options) - understood):
@@ -227,7 +228,7 @@ class ProxyModel:
             },
         )
         if calibration is not None:
-            from qeff_proxy.calibration import with_calibration
+            from qeff_proxy.run.calibration import with_calibration
 
             options = with_calibration(
                 self._export,

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from qeff_proxy.arguments import processor, texts
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.qefficient import without_runtime
+from qeff_proxy.common.arguments import processor, texts
+from qeff_proxy.common.messages import type_named
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
+from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
-from qeff_proxy.tasks import TASKS
-from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from qeff_proxy.generation import PerfMetrics
+    from qeff_proxy.flows.generation.generate import PerfMetrics
 
 __all__ = [
     "GenerationResult",
@@ -167,7 +167,7 @@ def generate_text(
         io_dir: Where to (implies ``write_io``).
         write_io: Whether to dump.
     """
-    from qeff_proxy.generation_settings import check_settings
+    from qeff_proxy.flows.generation.settings import check_settings
 
     settings = without_runtime(settings)
     check_settings(settings)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_proxy import arguments
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.qefficient import only_runtime
+from qeff_proxy.common import arguments
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
+from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
-from qeff_proxy.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

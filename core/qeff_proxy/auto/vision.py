@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from qeff_proxy import arguments
 from qeff_proxy.auto.base import ProxyModel
-from qeff_proxy.auto.causal_lm import (
-    GenerationResult,
-    check_prompts,
-    generate_text,
-    new_tokens,
-)
+from qeff_proxy.auto.causal_lm import GenerationResult, check_prompts, generate_text, new_tokens
+from qeff_proxy.common import arguments
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
+from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
-from qeff_proxy.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

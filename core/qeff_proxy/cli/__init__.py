@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 from qeff_proxy.cli.output import plain_warnings, report_error
-from qeff_proxy.collecting import collecting_rarely
+from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.errors import ProxyError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(chosen)
     args = parser.parse_args(arguments)
     if args.version:
-        from qeff_proxy.version import installed_version
+        from qeff_proxy.common.version import installed_version
 
         sys.stdout.write(f"qeff-proxy {installed_version()}\n")
         return 0

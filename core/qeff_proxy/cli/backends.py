@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from qeff_proxy.backends.discovery import BackendReport
+    from qeff_proxy.backends.registry import BackendReport
 
 __all__ = ["configure", "run"]
 
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the backends; returns 8 when one that was imported cannot be used."""
-    from qeff_proxy.backends.discovery import check_backends, list_backends
+    from qeff_proxy.backends.registry import check_backends, list_backends
 
     checked = bool(args.check or args.name)
     reports = check_backends(args.name) if checked else list_backends()

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print, and return 0 when all passed, else 1."""
     from rich.text import Text
 
-    from qeff_proxy.compare import Tolerances, compare_dumps
+    from qeff_proxy.compare import Tolerances, compare_dumps, write_report
     from qeff_proxy.compare.report_file import check_report_place
     from qeff_proxy.compare.tables import render_comparison
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         partial=args.partial,
     )
     if args.html:
-        comparison.write_html(args.html)
+        write_report(comparison, args.html)
     if args.json:
         print_json(comparison.to_json())
     else:

@@ -15,8 +15,8 @@ from qeff_proxy.cli.output import (
     report_error,
     stage_display,
 )
+from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import ProxyError, UsageError
-from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     import argparse
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from qeff_proxy.artifact import Export
-    from qeff_proxy.demos import Demo, DemoEntry
-    from qeff_proxy.generation import PerfMetrics
-    from qeff_proxy.parity import Parity
-    from qeff_proxy.plugins import Plugins
-    from qeff_proxy.run import RunResult
+    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.demo.demos import Demo, DemoEntry
+    from qeff_proxy.demo.parity import Parity
+    from qeff_proxy.flows.generation.generate import PerfMetrics
+    from qeff_proxy.plugins.manager import Plugins
+    from qeff_proxy.run.run_compiled import RunResult
 
 __all__ = ["configure", "run"]
 
@@ -61,8 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demos one after the other; each loads, cuts, exports, compiles, runs and compares."""
-    from qeff_proxy.demos import choose, find_demos
-    from qeff_proxy.plugins import Plugins
+    from qeff_proxy.demo.demos import choose, find_demos
+    from qeff_proxy.plugins.manager import Plugins
 
     plugins = Plugins.discover()
     entries = choose(find_demos(plugins.selection), _names(args))
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(args: argparse.Namespace) -> list[str]:
-    from qeff_proxy.demos import BUILTIN_DEMO
+    from qeff_proxy.demo.demos import BUILTIN_DEMO
 
     options = {
         "--model": args.model,
@@ -100,7 +100,7 @@ def _report_of(
     args: argparse.Namespace, entry: DemoEntry, plugins: Plugins
 ) -> tuple[int, dict[str, Any]]:
     """Run one demo: its exit code and its report. An error is said, and is no end to the others."""
-    from qeff_proxy.demos import load
+    from qeff_proxy.demo.demos import load
 
     try:
         if not entry.value:
@@ -121,8 +121,8 @@ def _report_of(
 
 
 def _text_demo(args: argparse.Namespace, folder: Path) -> Demo:
-    from qeff_proxy.demos import Demo
-    from qeff_proxy.parity import parity_of_dump
+    from qeff_proxy.demo.demos import Demo
+    from qeff_proxy.demo.parity import parity_of_dump
     from qeff_proxy.request import Request
 
     prompt = _PROMPT if args.prompt is None else args.prompt
@@ -167,11 +167,12 @@ def _whole_flow(
     demo: Demo, plugins: Plugins, progress: Callable[[str], None]
 ) -> tuple[Export, RunResult, Parity]:
     progress("loading libraries")
-    from qeff_proxy.compile import compile_export
+    from qeff_proxy.backends.compile_export import compile_export
     from qeff_proxy.dump import read_dump
-    from qeff_proxy.export import export_model
-    from qeff_proxy.load import load_model, load_processor
-    from qeff_proxy.run import run_compiled
+    from qeff_proxy.export.export_model import export_model
+    from qeff_proxy.load.load_model import load_model
+    from qeff_proxy.load.load_processor import load_processor
+    from qeff_proxy.run.run_compiled import run_compiled
 
     loaded = load_model(str(demo.checkpoint))
     hooks = plugins.hooks_for(loaded.model_type)

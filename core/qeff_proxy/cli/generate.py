@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from qeff_proxy.artifact import Export
+    from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.request import Request
-    from qeff_proxy.run import RunResult
+    from qeff_proxy.run.run_compiled import RunResult
 
 __all__ = ["configure", "run"]
 
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
             "Leave out the options of generation.",
         )
     compiled = compiled_of(args, export)
-    from qeff_proxy.load import load_processor
-    from qeff_proxy.run import run_compiled
+    from qeff_proxy.load.load_processor import load_processor
+    from qeff_proxy.run.run_compiled import run_compiled
 
     processor = None
     if not rows:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from qeff_proxy.artifact import Export
+    from qeff_proxy.artifact.export_folder import Export
 
 __all__ = ["add_image_option", "hint_of_image", "parse_rows", "read_prompts"]
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from qeff_proxy.inspection import Inspection
+    from qeff_proxy.cut.inspect_model import Inspection
 
 __all__ = ["configure", "run"]
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what would be cut."""
     loaded, hooks = loaded_of(args)
     with stage_display("inspecting", quiet=args.json) as progress:
-        from qeff_proxy.inspection import inspect_model
+        from qeff_proxy.cut.inspect_model import inspect_model
 
         progress("cutting and verifying")
         inspection = inspect_model(loaded, hooks)

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.cli.output import add_json_option, stage_display
 from qeff_proxy.errors import UsageError
-from qeff_proxy.tasks import CUT_OPTIONS
+from qeff_proxy.load.tasks import CUT_OPTIONS
 
 if TYPE_CHECKING:
     import argparse
 
-    from qeff_proxy.artifact import Export
-    from qeff_proxy.backends import CompileOptions
-    from qeff_proxy.compile import Compiled
-    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.backends.compile_export import Compiled
+    from qeff_proxy.compile_options import CompileOptions
+    from qeff_proxy.load.load_model import LoadedModel
     from qeff_proxy.parts import Kind
-    from qeff_proxy.plugin_hooks import Hooks
+    from qeff_proxy.plugins.hooks import Hooks
 
 __all__ = [
     "add_calibration_option",
@@ -165,8 +165,8 @@ def _cut_options(args: argparse.Namespace) -> dict[str, Any]:
 def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
     """The checkpoint that ``MODEL`` names, and the hooks of its model type."""
     options = _cut_options(args)
-    from qeff_proxy.load import load_model, with_options
-    from qeff_proxy.plugins import Plugins
+    from qeff_proxy.load.load_model import load_model, with_options
+    from qeff_proxy.plugins.manager import Plugins
 
     loaded = load_model(
         args.model,
@@ -179,8 +179,8 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
 
 def existing_export_of(args: argparse.Namespace) -> Export | None:
     """The export whose folder ``MODEL`` is, read without importing its family; else ``None``."""
-    from qeff_proxy.artifact import find_export
-    from qeff_proxy.checkpoint import folder_named
+    from qeff_proxy.artifact.export_folder import find_export
+    from qeff_proxy.load.checkpoint_files import folder_named
 
     export = find_export(folder_named(args.model))
     if export is not None:
@@ -196,7 +196,7 @@ def known_export_of(args: argparse.Namespace) -> Export | None:
     export = existing_export_of(args)
     if export is not None or args.force or args.taps or getattr(args, "num_layers", None):
         return export
-    from qeff_proxy.export_key import find_known_export
+    from qeff_proxy.export.cache_key import find_known_export
 
     return find_known_export(
         args.model,
@@ -212,7 +212,7 @@ def known_export_of(args: argparse.Namespace) -> Export | None:
 
 
 def _hooks_of(export: Export) -> Hooks:
-    from qeff_proxy.plugins import Plugins
+    from qeff_proxy.plugins.manager import Plugins
 
     return Plugins.discover().hooks_for(export.model["model_type"])
 
@@ -227,11 +227,11 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
         return export, _hooks_of(export)
     loaded, hooks = loaded_of(args)
     if with_processor and loaded.folder is not None:
-        from qeff_proxy.load import load_processor
+        from qeff_proxy.load.load_processor import load_processor
 
         load_processor(loaded.folder, trust_remote_code=args.trust_remote_code)
     with stage_display("exporting", quiet=args.json) as progress:
-        from qeff_proxy.export import export_model
+        from qeff_proxy.export.export_model import export_model
 
         export = export_model(
             loaded,
@@ -250,12 +250,12 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
 
 def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False) -> Compiled:
     """The export, compiled as the arguments say."""
-    from qeff_proxy.compile import compile_export
+    from qeff_proxy.backends.compile_export import compile_export
 
     options = compile_options_of(args)
     with stage_display("compiling", quiet=args.json) as progress:
         if args.calibrate is not None:
-            from qeff_proxy.calibration import with_calibration
+            from qeff_proxy.run.calibration import with_calibration
 
             options = with_calibration(
                 export,
@@ -271,7 +271,7 @@ def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False
 
 def compile_options_of(args: argparse.Namespace) -> CompileOptions:
     """Shapes, cores and, where the command has one backend, its options."""
-    from qeff_proxy.backends import CompileOptions
+    from qeff_proxy.compile_options import CompileOptions
 
     return CompileOptions(
         batch_size=args.batch_size,

@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the package, and say what comes next."""
-    from qeff_proxy.plugin_template import write_plugin
+    from qeff_proxy.testing.new_plugin import write_plugin
 
     written = write_plugin(args.name, args.like, args.output or Path(args.name), args.model_type)
     if args.json:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from qeff_proxy.cli.output import add_json_option, print_json, stdout_console
 from qeff_proxy.errors import PluginError
-from qeff_proxy.plugin_discovery import ENVIRONMENT_VARIABLE
-from qeff_proxy.plugins import PluginReport, Plugins
+from qeff_proxy.plugins.entry_points import ENVIRONMENT_VARIABLE
+from qeff_proxy.plugins.manager import PluginReport, Plugins
 
 if TYPE_CHECKING:
     import argparse

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from qeff_proxy.speed import Speed, Timing
+    from qeff_proxy.verify.timing import Speed, Timing
 
 __all__ = ["command_for", "speed_lines"]
 

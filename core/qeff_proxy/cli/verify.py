@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from qeff_proxy.artifact import Export
-    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.load.load_model import LoadedModel
     from qeff_proxy.request import Request
-    from qeff_proxy.verification import BackendResult, Verification
+    from qeff_proxy.verify.results import BackendResult, Verification
 
 __all__ = ["configure", "run"]
 
@@ -127,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
     with stage_display("verifying", quiet=args.json) as progress:
         progress("loading libraries")
         from qeff_proxy.dump import DumpOptions
-        from qeff_proxy.verify import VerifyOptions, verify_model
+        from qeff_proxy.verify.options import VerifyOptions
+        from qeff_proxy.verify.verify_model import verify_model
 
         verification = verify_model(
             _model(args),
@@ -168,8 +169,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> LoadedModel | Export:
-    from qeff_proxy.artifact import find_export
-    from qeff_proxy.checkpoint import folder_named
+    from qeff_proxy.artifact.export_folder import find_export
+    from qeff_proxy.load.checkpoint_files import folder_named
 
     return find_export(folder_named(args.model)) or loaded_of(args)[0]
 
@@ -200,7 +201,7 @@ def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             raise UsageError(f"-O {text} is not BACKEND.NAME=VALUE")
         name, value = parse_option(option)
         found.setdefault(backend, {})[name] = value
-    from qeff_proxy.backends.choice import BEST
+    from qeff_proxy.verify.backend_choice import BEST
 
     named = set(args.backend or ["onnxruntime"])
     unused = sorted(set(found) - named)

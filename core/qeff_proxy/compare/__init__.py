@@ -5,7 +5,8 @@ Nothing here needs torch or transformers.
 
 from __future__ import annotations
 
-from qeff_proxy.compare.engine import compare_dumps
+from qeff_proxy.compare.compare_dumps import compare_dumps
+from qeff_proxy.compare.report import write_report
 from qeff_proxy.compare.results import Comparison, Divergence, PairStats, TensorComparison
 from qeff_proxy.compare.tolerances import Tolerance, Tolerances
 
@@ -17,4 +18,5 @@ __all__ = [
     "Tolerance",
     "Tolerances",
     "compare_dumps",
+    "write_report",
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.common.messages import counted
 from qeff_proxy.compare.report_file import check_report_place, write_whole
 from qeff_proxy.compare.verdict import (
     describe_verdict,
@@ -20,7 +21,6 @@ from qeff_proxy.compare.verdict import (
     rank_worst,
 )
 from qeff_proxy.errors import DumpError
-from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from os import PathLike

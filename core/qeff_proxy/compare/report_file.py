@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qeff_proxy.artifact import enclosing_export
+from qeff_proxy.artifact.export_folder import enclosing_export
 from qeff_proxy.dump.format import MANIFEST
 from qeff_proxy.dump.leftovers import listed_files
 from qeff_proxy.errors import DumpError

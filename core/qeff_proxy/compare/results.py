@@ -11,7 +11,6 @@ import numpy as np
 from qeff_proxy.compare.statistics import cosine, sqnr_db
 
 if TYPE_CHECKING:
-    from os import PathLike
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -297,13 +296,3 @@ class Comparison:
             "steps": [step.label for step in self.steps],
             "tensors": [tensor.to_json(self.steps) for tensor in self.tensors],
         }
-
-    def write_html(self, path: str | PathLike[str]) -> None:
-        """Write the report: one page that needs no network.
-
-        Raises:
-            DumpError: It cannot be written.
-        """
-        from qeff_proxy.compare.report import write_report
-
-        write_report(self, path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_proxy.wording import counted
+from qeff_proxy.common.messages import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import DumpError
-from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_proxy.checked_json import FieldError, anything, fields, of_type
+from qeff_proxy.common.json_schema import FieldError, anything, fields, of_type
+from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import (
     DTYPES,
@@ -20,7 +21,6 @@ from qeff_proxy.dump.format import (
     step_label,
 )
 from qeff_proxy.dump.rules import refuse
-from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES, HEADER_BYTES, MANIFEST, PHASES, TensorName, as_values
 from qeff_proxy.dump.manifest import check_manifest
 from qeff_proxy.dump.npy import parse_header
 from qeff_proxy.dump.rules import parse_json, refuse
 from qeff_proxy.errors import DumpError
-from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qeff_proxy.checked_json import parse_strictly
+from qeff_proxy.common.json_schema import parse_strictly
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
-from qeff_proxy.arguments import texts
+from qeff_proxy.common.arguments import texts
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:

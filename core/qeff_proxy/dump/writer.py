@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.cache_rows import CONSTANT_INPUTS, PAST, PRESENT, cut_rows, locate_rows
 from qeff_proxy.dump.format import FORMAT, MANIFEST, PHASES, VERSION, name_tensor, step_label
 from qeff_proxy.dump.leftovers import clear_leftovers, make_work_folder, release
@@ -23,7 +24,6 @@ from qeff_proxy.dump.place import check_replaceable, move_into_place, write_erro
 from qeff_proxy.dump.selection import DumpOptions, StepSelection, matches_any
 from qeff_proxy.dump.streams import TensorStream
 from qeff_proxy.errors import DumpError, ProxyError
-from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

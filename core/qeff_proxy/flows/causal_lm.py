@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from qeff_proxy.arrays import to_array, to_tensor
-from qeff_proxy.backends.torch_backend import TorchSession
-from qeff_proxy.engine import CausalEngine, StepId, position_ids_of
 from qeff_proxy.errors import UnsupportedModelError
-from qeff_proxy.flows.check import check_equal, parts_must_run
+from qeff_proxy.flows.causal_engine import CausalEngine, StepId, position_ids_of
+from qeff_proxy.flows.equality import check_equal, parts_must_run
+from qeff_proxy.session.torch_session import TorchSession
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qeff_proxy.arrays import Array
-    from qeff_proxy.flows import CutReport, Job
+    from qeff_proxy.flows.flow import CutReport, Job
     from qeff_proxy.parts import MaskSpec, Proxy
     from qeff_proxy.sites import Absent, Site
 
@@ -55,7 +55,7 @@ class CausalFlow:
         Raises:
             UsageError: The prompt does not fit, or the export is a stub.
         """
-        from qeff_proxy.generation import generate_ids
+        from qeff_proxy.flows.generation.generate import generate_ids
 
         generated = generate_ids(job)
         return {"generated_ids": generated.ids, "perf_metrics": generated.perf}

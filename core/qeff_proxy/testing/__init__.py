@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qeff_proxy.testing.families import (
+    from qeff_proxy.testing.families import FamilySuite
+    from qeff_proxy.testing.family import (
         CAUSAL_LM,
         CTC,
         ENCODER,
         IMAGE_TEXT_TO_TEXT,
         SPEECH_SEQ2SEQ,
         Capabilities,
-        FamilySuite,
     )
     from qeff_proxy.testing.tiny import random_ids, random_weights, tiny_config
 
@@ -34,14 +34,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "families": (
+    "families": ("FamilySuite",),
+    "family": (
         "CAUSAL_LM",
         "CTC",
         "ENCODER",
         "IMAGE_TEXT_TO_TEXT",
         "SPEECH_SEQ2SEQ",
         "Capabilities",
-        "FamilySuite",
     ),
     "tiny": ("random_ids", "random_weights", "tiny_config"),
 }

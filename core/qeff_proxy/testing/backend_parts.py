@@ -19,10 +19,11 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
 
 from qeff_proxy.arrays import numpy_dtype
-from qeff_proxy.artifact import Export, ExportedPart, hash_weights_file
-from qeff_proxy.graph_edges import NAME_SCOPES
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.hashes import hash_weights_file
+from qeff_proxy.graph.name_scopes import NAME_SCOPES
+from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.parts import MaskSpec, TensorSpec
-from qeff_proxy.safetensors_file import read_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

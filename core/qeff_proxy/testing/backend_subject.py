@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from qeff_proxy.testing.backend_parts import Reference
 
@@ -12,12 +12,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from qeff_proxy.artifact import Export, ExportedPart
-    from qeff_proxy.backends import Backend
-    from qeff_proxy.session import Session
-    from qeff_proxy.testing.backends import BackendSuite
+    from qeff_proxy.artifact.export_folder import Export, ExportedPart
+    from qeff_proxy.backends.backend import Backend
+    from qeff_proxy.compile_options import CompileOptions
+    from qeff_proxy.session.session import Session
 
 __all__ = ["BackendSubject"]
+
+
+class _Suite(Protocol):
+    """What the suite says of the backend on trial."""
+
+    @property
+    def compile_options(self) -> CompileOptions: ...
+
+    def make_backend(self) -> Backend: ...
+
+    def make_export(self, folder: Path, dtype: str) -> Export: ...
 
 
 class BackendSubject:
@@ -28,7 +39,7 @@ class BackendSubject:
         folder: New or empty.
     """
 
-    def __init__(self, suite: BackendSuite, folder: Path) -> None:
+    def __init__(self, suite: _Suite, folder: Path) -> None:
         self.suite = suite
         self.folder = folder
         self._compiled: dict[str, tuple[Export, Path]] = {}

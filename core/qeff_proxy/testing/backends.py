@@ -22,20 +22,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pytest
 
-from qeff_proxy.artifact import hash_weights_file, sha256_of
-from qeff_proxy.backends import Backend, CompileOptions, load_backend
+from qeff_proxy.artifact.hashes import hash_weights_file, sha256_of
+from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.common.messages import type_named
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, ProxyError
 from qeff_proxy.testing.backend_parts import feeds_of, make_export, unknown_operator
 from qeff_proxy.testing.backend_subject import BackendSubject
-from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from qeff_proxy.arrays import Array
-    from qeff_proxy.artifact import Export, ExportedPart
-    from qeff_proxy.session import Session
+    from qeff_proxy.artifact.export_folder import Export, ExportedPart
+    from qeff_proxy.backends.backend import Backend
+    from qeff_proxy.session.session import Session
 
 __all__ = ["BackendSuite"]
 

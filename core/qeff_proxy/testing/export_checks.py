@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import onnx
 from safetensors import safe_open
 
-from qeff_proxy.cut import site_weights
+from qeff_proxy.cut.cut_model import site_weights
 from qeff_proxy.testing.expectations import expect, needs
 
 if TYPE_CHECKING:

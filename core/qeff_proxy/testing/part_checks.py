@@ -10,13 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qeff_proxy.cut import cut_model, site_weights
+from qeff_proxy.common.messages import an
+from qeff_proxy.cut.cut_model import cut_model, site_weights
+from qeff_proxy.cut.model_snapshot import changes_between, snapshot_model
 from qeff_proxy.errors import CutError
-from qeff_proxy.flows import load_flow
-from qeff_proxy.load import with_options
+from qeff_proxy.flows.flow import load_flow
+from qeff_proxy.load.load_model import with_options
 from qeff_proxy.testing.expectations import expect, needs
-from qeff_proxy.unchanged import changes_between, snapshot_model
-from qeff_proxy.wording import an
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,7 +97,7 @@ class PartChecks:
                 False,
                 f"flow {cut.proxy.flow!r} verified {an(part.name)} part that gives wrong numbers",
                 "Its verify must run every part on inputs that reach its output, and compare with "
-                "qeff_proxy.flows.check.check_equal.",
+                "qeff_proxy.flows.equality.check_equal.",
             )
 
     def test_the_model_is_left_as_it_was(self, subject: Subject) -> None:
@@ -109,7 +109,7 @@ class PartChecks:
         expect(
             not changes,
             f"build_proxy changed the model: {', '.join(changes[:3])}",
-            "Build parts from copies: qeff_proxy.surgery.replace_modules exchanges submodules "
+            "Build parts from copies: qeff_proxy.layers.replace_modules exchanges submodules "
             "without touching the model.",
         )
 
@@ -141,7 +141,7 @@ class PartChecks:
         expect(
             not found,
             f"the stub still reads {found[:1]}",
-            "Put qeff_proxy.decoder.EmbeddingStub and HeadStub where the sites are.",
+            "Put qeff_proxy.families.decoder.EmbeddingStub and HeadStub where the sites are.",
         )
 
     def test_the_ends_have_the_standard_names(self, subject: Subject) -> None:

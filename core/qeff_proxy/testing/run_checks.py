@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qeff_proxy.arrays import to_array
-from qeff_proxy.backends import CompileOptions
-from qeff_proxy.compile import Compiled, compile_export, open_sessions
+from qeff_proxy.backends.compile_export import Compiled, compile_export, open_sessions
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
-from qeff_proxy.run import run_compiled
+from qeff_proxy.run.run_compiled import run_compiled
 from qeff_proxy.testing.expectations import expect, expect_same, needs
 from qeff_proxy.testing.subject import global_state, is_arrays
 

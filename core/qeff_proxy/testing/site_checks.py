@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+from qeff_proxy.cut.locate_sites import locate_sites
 from qeff_proxy.errors import PluginError
-from qeff_proxy.locate import locate_sites
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.testing.expectations import expect, needs
 

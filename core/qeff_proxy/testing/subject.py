@@ -18,15 +18,15 @@ import torch
 from transformers import masking_utils
 from transformers.utils import logging as transformers_logging
 
-from qeff_proxy.backends import CompileOptions
-from qeff_proxy.backends.torch_backend import TorchSession
-from qeff_proxy.compile import compile_export, open_sessions
-from qeff_proxy.cut import Cut, cut_model
-from qeff_proxy.export import export_model
-from qeff_proxy.flows import Job, load_flow
-from qeff_proxy.load import load_config, with_options, wrap_model
-from qeff_proxy.plugins import Plugins
+from qeff_proxy.backends.compile_export import compile_export, open_sessions
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.cut.cut_model import Cut, cut_model
+from qeff_proxy.export.export_model import export_model
+from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.load.load_model import load_config, with_options, wrap_model
+from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
+from qeff_proxy.session.torch_session import TorchSession
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qeff_proxy.arrays import Array
-    from qeff_proxy.artifact import Export
-    from qeff_proxy.engine import Phase
-    from qeff_proxy.load import LoadedModel
+    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.flows.causal_engine import Phase
+    from qeff_proxy.load.load_model import LoadedModel
     from qeff_proxy.parts import Kind, Proxy
-    from qeff_proxy.plugin_hooks import Hooks
-    from qeff_proxy.session import Session
-    from qeff_proxy.testing.families import FamilySuite
+    from qeff_proxy.plugins.hooks import Hooks
+    from qeff_proxy.session.session import Session
+    from qeff_proxy.testing.family import Family
 
 __all__ = ["Run", "Step", "Subject", "global_state", "is_arrays"]
 
@@ -74,7 +74,7 @@ class Run:
         *,
         past_length: int,  # noqa: ARG002 (what a recorder is told)
     ) -> None:
-        """Keep what a part took and gave (`qeff_proxy.engine.Recorder`)."""
+        """Keep what a part took and gave (`qeff_proxy.flows.causal_engine.Recorder`)."""
         self.steps.append(Step(phase, index, part, dict(inputs), dict(outputs)))
 
     @property
@@ -105,7 +105,7 @@ class Subject:
         folder: An empty folder for what is written.
     """
 
-    def __init__(self, suite: FamilySuite, folder: Path) -> None:
+    def __init__(self, suite: Family, folder: Path) -> None:
         self.suite = suite
         self.folder = folder
         self.state = global_state()

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from qeff_proxy import Site, generic, hookimpl
-from qeff_proxy.decoder import DecoderPart, EmbeddingStub
+from qeff_proxy import Site, hookimpl
+from qeff_proxy.families import generic
+from qeff_proxy.families.decoder import DecoderPart, EmbeddingStub
 from torch import nn
 
 import acme_models.model  # noqa: F401 (registers the architecture)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from qeff_proxy.decoder import HeadStub
+from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
+from qeff_proxy.families.decoder import HeadStub
+from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.masks import provide_masks
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import refuse_unused
 from qeff_proxy.sites import Absent, Site
-from qeff_proxy.wording import type_named
 from torch import nn
 
 from qeff_proxy_audio.sound import feature_extractor_of, sounds_of, tensor_of

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from qeff_proxy.arrays import to_array
-from qeff_proxy.demos import Demo
-from qeff_proxy.parity import Parity, parity_of_dump, parity_of_logits
+from qeff_proxy.demo.demos import Demo
+from qeff_proxy.demo.parity import Parity, parity_of_dump, parity_of_logits
 from qeff_proxy.request import Request
 
 from qeff_proxy_audio.sound import EXAMPLE

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, given_tensor, to_array
+from qeff_proxy.common.messages import counted, type_named
 from qeff_proxy.errors import UsageError
-from qeff_proxy.wording import counted, type_named
 
 from qeff_proxy_audio.ogg import is_cut_off
 

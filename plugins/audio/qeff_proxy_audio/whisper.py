@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from qeff_proxy.decoder import EmbeddingPart, EmbeddingStub, HeadStub
 from qeff_proxy.errors import UsageError
+from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub, HeadStub
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
 from qeff_proxy.request import refuse_unused

@@ -6,8 +6,8 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from qeff_proxy.masks import provide_masks
-from qeff_proxy.surgery import replace_modules
+from qeff_proxy.families.model_masks import provide_masks
+from qeff_proxy.layers.replace_modules import replace_modules
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
@@ -38,7 +38,7 @@ class CrossKeysPart(nn.Module):
         return result
 
     def lengthened(self, layers: nn.ModuleList) -> nn.Module:
-        """The part for these layers of the decoder (`qeff_proxy.lengthen.Lengthens`)."""
+        """The part for these layers of the decoder (see `full_depth_part.Lengthens`)."""
         return replace_modules(self, {"cross": self._cross(layers)})
 
     def _cross(self, layers: nn.ModuleList) -> nn.ModuleList:

@@ -10,7 +10,7 @@ import torch
 from qeff_proxy import QEFFAutoModelForCTC
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import CutError, UsageError
-from qeff_proxy.plugins import Plugins
+from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy_audio.ctc_flow import CtcFlow, windows_of
 from safetensors import safe_open

@@ -17,7 +17,7 @@ from qeff_proxy import QEFFAutoModelForCTC, QEFFAutoModelForSpeechSeq2Seq, Reque
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UsageError
-from qeff_proxy.verify import verify_model
+from qeff_proxy.verify.verify_model import verify_model
 from qeff_proxy_audio.sound import EXAMPLE, SoundWarning
 
 ROOT = Path(__file__).parents[3]

@@ -12,13 +12,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 import soundfile
-from qeff_proxy.artifact import read_export
-from qeff_proxy.backends import BUILTIN_BACKENDS
-from qeff_proxy.backends.torch_backend import TorchBackend
+from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.backends.registry import BUILTIN_BACKENDS
+from qeff_proxy.backends.torch.backend import TorchBackend
 from qeff_proxy.cli import main
 from qeff_proxy.compare import compare_dumps
-from qeff_proxy.example import example_request
-from qeff_proxy.verify import VerifyOptions, verify_model
+from qeff_proxy.run.example_request import example_request
+from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.verify_model import verify_model
 from qeff_proxy_audio.sound import EXAMPLE
 from transformers import GenerationConfig
 

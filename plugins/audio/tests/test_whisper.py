@@ -10,7 +10,7 @@ from qeff_proxy import QEFFAutoModelForSpeechSeq2Seq
 from qeff_proxy.compare import compare_dumps
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import CutError, UsageError
-from qeff_proxy.plugins import Plugins
+from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.sites import Site
 from qeff_proxy_audio.speech_flow import SpeechFlow
 from safetensors import safe_open

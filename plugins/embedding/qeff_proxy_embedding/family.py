@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from qeff_proxy.arrays import given_tensors
-from qeff_proxy.decoder import EmbeddingPart, EmbeddingStub
+from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
+from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import refuse_others
 from qeff_proxy.sites import Absent, Site
-from qeff_proxy.surgery import replace_modules
-from qeff_proxy.wording import type_named
 
 from qeff_proxy_embedding.part import EncoderPart, probe_masks
 from qeff_proxy_embedding.pooling import pooling_of_options

@@ -6,10 +6,10 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
-from qeff_proxy.masks import provide_masks, record_masks
+from qeff_proxy.families.model_masks import provide_masks, record_masks
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
-from qeff_proxy.wording import type_named
 from torch import nn
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.common.messages import an
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
-from qeff_proxy.wording import an
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -13,9 +13,9 @@ from qeff_proxy import QEFFAutoModel
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UsageError
-from qeff_proxy.plugins import Plugins
+from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.sites import Absent, Site
-from qeff_proxy.verify import verify_model
+from qeff_proxy.verify.verify_model import verify_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

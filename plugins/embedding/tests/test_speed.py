@@ -7,12 +7,13 @@ import pytest
 import torch
 import transformers
 from qeff_proxy import QEFFAutoModel, Request
-from qeff_proxy.artifact import read_export
-from qeff_proxy.backends import CompileOptions
-from qeff_proxy.compile import compile_export, open_sessions
-from qeff_proxy.flows import Job
-from qeff_proxy.load import load_config
-from qeff_proxy.verify import VerifyOptions, verify_model
+from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.backends.compile_export import compile_export, open_sessions
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.flows.flow import Job
+from qeff_proxy.load.load_model import load_config
+from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.verify_model import verify_model
 from qeff_proxy_embedding.flow import EncoderFlow
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.families.tokenize import tokenize
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.request import refuse_others
-from qeff_proxy.text import tokenize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,7 @@ import pytest
 import torch
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.plugins import Plugins
+from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.sites import Site
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from qeff_proxy.arrays import to_array
-from qeff_proxy.demos import Demo
-from qeff_proxy.parity import Parity, parity_of_logits
+from qeff_proxy.demo.demos import Demo
+from qeff_proxy.demo.parity import Parity, parity_of_logits
 from qeff_proxy.request import Request
 
 from qeff_proxy_vision.images import DRAWING, QUESTION
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     import torch
     from qeff_proxy.dump import Dump
-    from qeff_proxy.run import RunResult
+    from qeff_proxy.run.run_compiled import RunResult
     from transformers import PreTrainedModel
 
 __all__ = ["gemma3", "granite4_vision", "internvl", "llava", "llava_next", "molmo2"]

@@ -16,8 +16,8 @@ from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, TensorSpec
 from torch import nn
 
+from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
-from qeff_proxy_vision.merge import ImageSettings, Merge
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, grid_sample
 from qeff_proxy_vision.tiles import TileGrid
 from qeff_proxy_vision.towers import pixel_part, with_newline

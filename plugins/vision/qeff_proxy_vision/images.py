@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
-from qeff_proxy.wording import type_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

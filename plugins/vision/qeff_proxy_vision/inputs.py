@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from qeff_proxy.arrays import given_tensors
+from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.request import refuse_others
-from qeff_proxy.wording import counted
 
 from qeff_proxy_vision.images import open_image
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from qeff_proxy.decoder import CacheLayer, DecoderLayout
+from qeff_proxy.families.decoder import CacheLayer, DecoderLayout
 from qeff_proxy.parts import MaskSpec, Proxy
 from torch import nn
 
@@ -32,7 +32,7 @@ class _Body(nn.Module):
         self.norm: Any = model.norm
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `qeff_proxy.decoder.DecoderPart.forward`."""
+        """As `qeff_proxy.families.decoder.DecoderPart.forward`."""
         hidden = tensors["inputs_embeds"]
         present = {}
         for index, layer in enumerate(self.layers):

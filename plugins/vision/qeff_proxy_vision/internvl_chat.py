@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from qeff_proxy.arrays import to_array, to_tensor
-from qeff_proxy.checkpoint import find_checkpoint, read_config_file
-from qeff_proxy.engine import position_ids_of
 from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.tokenize import tokenize
+from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.layers.replace_modules import replace_modules
+from qeff_proxy.load.checkpoint_files import find_checkpoint, read_config_file
 from qeff_proxy.request import refuse_others
 from qeff_proxy.sites import Absent, Site
-from qeff_proxy.surgery import replace_modules
-from qeff_proxy.text import tokenize
 from torch import nn
 
 from qeff_proxy_vision import internlm2
+from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import checked_tensors, count_error, decode, prompts_and_images
-from qeff_proxy_vision.merge import ImageSettings
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, pixel_sample
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
 from qeff_proxy_vision.tiles import split_into_tiles

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from qeff_proxy.hookspecs import hookimpl
 
+from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.inputs import decode, preprocess
-from qeff_proxy_vision.merge import ImageSettings
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, pixel_sample
 from qeff_proxy_vision.towers import TowerPart, pixel_part
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.hookspecs import hookimpl
 
+from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.inputs import decode, preprocess
-from qeff_proxy_vision.merge import ImageSettings
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, grid_sample
 from qeff_proxy_vision.tiles import TileGrid
 from qeff_proxy_vision.towers import TowerPart, pixel_part

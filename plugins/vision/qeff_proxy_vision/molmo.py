@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from qeff_proxy.arrays import to_array, to_tensor
-from qeff_proxy.checkpoint import read_config_file
-from qeff_proxy.decoder import CacheLayer, DecoderLayout
-from qeff_proxy.engine import position_ids_of
 from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.families.decoder import CacheLayer, DecoderLayout
+from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.load.checkpoint_files import read_config_file
 from qeff_proxy.parts import MaskSpec, Part, Proxy, TensorSpec
 from qeff_proxy.request import refuse_others
 from qeff_proxy.sites import Site
 from torch import nn
 from torch.nn import functional
 
+from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import checked_tensors, decode, prompts_and_images
-from qeff_proxy_vision.merge import ImageSettings, Merge
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, language_proxy, marked_text
 from qeff_proxy_vision.remote import load_adapted
 
@@ -144,7 +144,7 @@ class _Body(nn.Module):
         return block
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `qeff_proxy.decoder.DecoderPart.forward`."""
+        """As `qeff_proxy.families.decoder.DecoderPart.forward`."""
         hidden = tensors["inputs_embeds"]
         if self.scale is not None:
             hidden = hidden * self.scale

@@ -13,8 +13,8 @@ from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, Part, TensorSpec
 from torch import nn
 
+from qeff_proxy_vision.image_settings import Blocks, ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
-from qeff_proxy_vision.merge import Blocks, ImageSettings, Merge
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
 
 if TYPE_CHECKING:

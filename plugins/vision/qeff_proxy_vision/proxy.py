@@ -7,23 +7,23 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from qeff_proxy.decoder import EmbeddingPart
 from qeff_proxy.errors import PluginError, UnsupportedModelError, UsageError
-from qeff_proxy.generic import build_proxy as build_text_proxy
+from qeff_proxy.families.decoder import EmbeddingPart
+from qeff_proxy.families.generic import build_proxy as build_text_proxy
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 
-from qeff_proxy_vision.one_graph import join_graphs, join_whole
+from qeff_proxy_vision.joined_graph import join_graphs, join_whole
 from qeff_proxy_vision.reference import model_logits
 from qeff_proxy_vision.tiles import TileGrid, sample_tiles
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
-    from qeff_proxy.decoder import DecoderLayout
+    from qeff_proxy.families.decoder import DecoderLayout
     from qeff_proxy.sites import Absent, Site
     from torch import nn
     from transformers import PreTrainedModel
 
-    from qeff_proxy_vision.merge import ImageSettings
+    from qeff_proxy_vision.image_settings import ImageSettings
 
 __all__ = [
     "FLOW",
@@ -110,7 +110,7 @@ def language_proxy(
 
     Args:
         embedding: ``input_ids`` to embeddings.
-        body: As `qeff_proxy.decoder.DecoderPart`.
+        body: As `qeff_proxy.families.decoder.DecoderPart`.
         lm_head: ``last_hidden_state`` to ``logits``.
         layout: Of the body.
         sizes: Of the hidden states and of the vocabulary.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, to_array, to_tensor
-from qeff_proxy.engine import position_ids_of
+from qeff_proxy.flows.causal_engine import position_ids_of
 from transformers import DynamicCache
 
 if TYPE_CHECKING:

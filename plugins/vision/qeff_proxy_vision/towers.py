@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Part, TensorSpec
-from qeff_proxy.surgery import replace_modules
 from torch import nn
 
 if TYPE_CHECKING:

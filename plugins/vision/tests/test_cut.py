@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 from qeff_proxy import Plugins, Site
-from qeff_proxy.cut import cut_model
+from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.errors import CutError, UsageError
-from qeff_proxy.flows import load_flow
-from qeff_proxy.load import with_options, wrap_model
+from qeff_proxy.flows.flow import load_flow
+from qeff_proxy.load.load_model import with_options, wrap_model
 from qeff_proxy_vision.tiny import FAMILIES
 
 

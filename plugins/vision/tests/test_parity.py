@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from qeff_proxy import QEFFAutoModelForImageTextToText
-from qeff_proxy.compile import open_sessions
-from qeff_proxy.flows import Job, load_flow
-from qeff_proxy.verify import VerifyOptions, verify_model
+from qeff_proxy.backends.compile_export import open_sessions
+from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.verify_model import verify_model
 from qeff_proxy_vision.tiny import FAMILIES
 
 # Logits go up to 6. In float32 the models themselves are up to 5e-5 from what they give in float64,

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 from qeff_proxy import Plugins, QEFFAutoModelForCausalLM, Request
-from qeff_proxy.compile import open_sessions
-from qeff_proxy.cut import cut_model
+from qeff_proxy.backends.compile_export import open_sessions
+from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.errors import CheckpointError, CutError, UnsupportedModelError, UsageError
-from qeff_proxy.flows import Job, load_flow
-from qeff_proxy.load import load_config, load_model, load_processor
+from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.load.load_model import load_config, load_model
+from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy_vision.molmo import Loader
 from qeff_proxy_vision.molmo import preprocess as preprocess_molmo
 from qeff_proxy_vision.remote import (

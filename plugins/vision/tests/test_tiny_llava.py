@@ -15,8 +15,8 @@ import qeff_proxy_vision
 from PIL import Image
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
-from qeff_proxy.example import DEFAULT_QUESTION
-from qeff_proxy.load import load_model
+from qeff_proxy.load.load_model import load_model
+from qeff_proxy.run.example_request import DEFAULT_QUESTION
 from qeff_proxy_vision import demo, images
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.convert.common import (
     ConversionSource,
     StepArrays,
@@ -24,7 +25,6 @@ from qeff_proxy.dump.convert.common import (
 )
 from qeff_proxy.dump.rules import parse_json
 from qeff_proxy.errors import DumpError
-from qeff_proxy.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

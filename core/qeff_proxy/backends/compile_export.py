@@ -1,0 +1,189 @@
+"""Compile: from an export to what a backend runs, and from there to sessions.
+
+What is compiled lies in ``compiled/<backend>-<hash>/`` of the export, with a ``compile.json``
+written last. The same request again is a lookup.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.backends.backend import check_options, is_static
+from qeff_proxy.backends.lengths import has_cache, with_fixed_shapes
+from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.common.atomic_folder import locked, opening, recover_folder, staged_folder
+from qeff_proxy.compile_options import CompileOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.plugins.hooks import Hooks
+    from qeff_proxy.session.session import Session
+
+__all__ = ["Compiled", "compile_export", "fixed_lengths", "open_sessions"]
+
+_MANIFEST = "compile.json"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Parts, compiled for a backend.
+
+    Attributes:
+        export: What was compiled.
+        backend: For which backend, by name.
+        options: How.
+        folder: Where the result lies.
+        was_there: Whether it was there already.
+    """
+
+    export: Export
+    backend: str
+    options: CompileOptions
+    folder: Path
+    was_there: bool = False
+
+
+def compile_export(
+    export: Export,
+    backend: str = "onnxruntime",
+    options: CompileOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> Compiled:
+    """Compile every part of an export.
+
+    Args:
+        export: What to compile.
+        backend: The backend's name.
+        options: Shapes, cores, and what only this backend understands.
+        force: Compile again even where the same was compiled already.
+        progress: Told the name of each part as its turn comes.
+
+    Raises:
+        BackendError: The backend is not there, or refuses a part.
+        UsageError: It has no such option.
+        ArtifactError: The folder is in use, or cannot be written.
+    """
+    options = _within_positions(export, options or CompileOptions())
+    implementation = load_backend(backend)
+    check_options(backend, implementation, options)
+    if is_static(implementation, options):
+        options = fixed_lengths(export, options)
+    key: dict[str, Any] = {
+        "backend": backend,
+        "versions": dict(implementation.versions()),
+        "options": options.to_json(),
+        "parts": {part.name: part.sha256 for part in export.parts},
+        "weights": {name: _state_of(export.folder / name) for name in export.files},
+    }
+    if hasattr(implementation, "fingerprint"):
+        key["inputs"] = dict(implementation.fingerprint(options))
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    target = export.folder / "compiled" / f"{backend}-{digest}"
+    there = Compiled(export, backend, options, target, was_there=True)
+    if not force and _is_whole(target, key):
+        return there  # without the lock, so that what is whole can be used side by side
+    with locked(target):
+        recover_folder(target)
+        if not force and _is_whole(target, key):
+            return there
+        from qeff_proxy.artifact.export_folder import check_weights_of
+
+        progress("checking weights")
+        check_weights_of(export)
+        with staged_folder(target, _MANIFEST) as folder:
+            for part in export.parts:
+                progress(f"compiling {part.name}")
+                implementation.compile(export, part, options, folder)
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            states = {str(path.relative_to(folder)): _state_of(path) for path in files}
+            value = {**key, "files": states}
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            (folder / _MANIFEST).write_text(text, encoding="utf-8")
+    return Compiled(export, backend, options, target)
+
+
+def fixed_lengths(export: Export, options: CompileOptions) -> CompileOptions:
+    """The options as a backend of fixed shapes needs them: with the lengths that nobody said."""
+    if not has_cache(export.parts):
+        return options
+    return with_fixed_shapes(options, _positions_of(export))
+
+
+def _positions_of(export: Export) -> int | None:
+    """How many positions the model has; ``None`` where it has no limit."""
+    if "most_positions" in export.settings:
+        found: int | None = export.settings["most_positions"]
+        return found
+    from qeff_proxy.load.load_model import load_config, most_positions
+
+    return most_positions(load_config(export.processor_folder))  # an export of an older version
+
+
+def _within_positions(export: Export, options: CompileOptions) -> CompileOptions:
+    """The options with a ``ctx_len`` that the model has positions for.
+
+    Beyond them some backends fail in the middle of a run, and others go on with wrong numbers.
+    """
+    if options.ctx_len is None or not has_cache(export.parts):
+        return options
+    most = _positions_of(export)
+    if most is None or options.ctx_len <= most:
+        return options
+    warnings.warn(
+        f"ctx_len {options.ctx_len} is more than the {most} positions that "
+        f"{export.model['source']} has; {most} are used",
+        UserWarning,
+        stacklevel=3,
+    )
+    chunk = options.prefill_seq_len
+    return replace(
+        options, ctx_len=most, prefill_seq_len=None if chunk is None else min(chunk, most)
+    )
+
+
+def _is_whole(folder: Path, key: dict[str, Any]) -> bool:
+    path = folder / _MANIFEST
+    if not path.is_file():
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        files = found.pop("files")
+        states = {name: _state_of(folder / name) for name in files}
+    except (ValueError, AttributeError, KeyError, TypeError, OSError):
+        return False
+    return bool(found == key and files == states)
+
+
+def _state_of(path: Path) -> list[int]:
+    """Size and time of change: another state is compiled, and checked, anew."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+@contextmanager
+def open_sessions(compiled: Compiled, hooks: Hooks | None = None) -> Iterator[dict[str, Session]]:
+    """A session per part, closed at the end; ``hooks`` are for backends that cut the model anew."""
+    backend = load_backend(compiled.backend)
+    if hooks is not None and hasattr(backend, "use_hooks"):
+        backend.use_hooks(hooks)
+    sessions: dict[str, Session] = {}
+    try:
+        for part in compiled.export.parts:
+            with opening(compiled.folder if compiled.was_there else None):
+                sessions[part.name] = backend.open(
+                    compiled.export, part, compiled.options, compiled.folder
+                )
+        yield sessions
+    finally:
+        for session in sessions.values():
+            session.close()

@@ -1,0 +1,1 @@
+"""ONNX Runtime on a CPU, the default backend: start with ``backend.py``."""

@@ -1,0 +1,191 @@
+"""Weights of matrix products in 8 or 4 bits, by ONNX Runtime's own quantizer.
+
+Each weight ``[K, N]`` is cut into blocks of ``block_size`` rows of a column, each with a scale and
+a zero point; the product becomes a ``MatMulNBits`` node of ONNX Runtime. One weight at a time is
+read, quantized and written, so that memory does not grow with the model. What is no weight of a
+matrix product (norms, biases, tables of positions) stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from qeff_proxy.errors import BackendError
+
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.backends.onnxruntime.options import WeightOptions
+
+__all__ = ["quantize_weights"]
+
+_ALIGNMENT = 4096  # a page, so that a runtime may map what it reads
+_IN_FLOAT, _IN_INT8 = 1, 4  # MatMulNBits' accuracy_level
+_INLINE = 1024  # bytes up to which a tensor stays in the graph's own file
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """Blocks, scales and zero points of a weight ``[rows, columns]``, as initializers."""
+
+    values: tuple[ir.Value, ...]
+    rows: int
+    columns: int
+
+
+def quantize_weights(model: ir.Model, data: Path, options: WeightOptions) -> bool:
+    """Quantize the weights of a graph's matrix products.
+
+    Args:
+        model: The graph, whose weights lie in files elsewhere. It is changed.
+        data: The file that is to hold all weights of it, beside where it will be saved.
+        options: With `WeightOptions.bits`.
+
+    Returns:
+        Whether there was such a weight. Where not, nothing was changed.
+
+    Raises:
+        BackendError: A weight holds numbers that are not finite.
+    """
+    graph = model.graph
+    products = [(node, found) for node in graph if (found := _weight_of(node)) is not None]
+    if not products:
+        return False
+    done: dict[tuple[str, bool], _Quantized] = {}
+    with data.open("wb") as file:
+        for node, (weight, turned) in products:
+            key = (str(weight.name), turned)
+            if key not in done:
+                done[key] = _quantized(graph, weight, file, options, turned=turned)
+            _replace(graph, node, done[key], options)
+        RemoveUnusedNodesPass()(model)
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.path != str(data):
+                value.const_value = _stored(tensor.numpy(), str(value.name), file)
+    model.opset_imports.setdefault("com.microsoft", 1)
+    return True
+
+
+def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
+    """The weight of a matrix product, and whether it lies as ``[N, K]``; else ``None``."""
+    if node.domain or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    value = node.inputs[1]
+    if value is None:
+        return None
+    turned = False
+    if node.op_type == "Gemm":
+        plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+        for name, default in plain.items():
+            attribute = node.attributes.get(name)
+            if attribute is not None and attribute.value != default:
+                return None
+        attribute = node.attributes.get("transB")
+        turned = attribute is not None and attribute.value == 1
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Transpose" and not producer.domain:
+        order = producer.attributes.get("perm")
+        if order is not None and list(order.value) != [1, 0]:
+            return None
+        value, turned = producer.inputs[0], not turned
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    tensor = value.const_value
+    floating = tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    return (value, turned) if floating and len(tensor.shape) == 2 else None
+
+
+def _quantized(
+    graph: ir.Graph, weight: ir.Value, file: BinaryIO, options: WeightOptions, *, turned: bool
+) -> _Quantized:
+    """Quantize a weight, and write it."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        DefaultWeightOnlyQuantizer,
+    )
+
+    assert weight.const_value is not None  # noqa: S101 (as _weight_of found it)
+    array = weight.const_value.numpy()
+    if not np.isfinite(array).all():
+        raise BackendError(
+            f"the weight {weight.name} holds numbers that are not finite, and cannot be quantized",
+            "Check the checkpoint, or leave the weights as they are with -O weights=float.",
+        )
+    array = np.ascontiguousarray(array.T if turned else array)
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=options.block_size, is_symmetric=False, bits=options.bits
+    )
+    parts = DefaultWeightOnlyQuantizer(config).qbits_block_quant(array)
+    values = []
+    for part, ending in zip(parts, ("quantized", "scales", "zero_points"), strict=True):
+        name = f"{weight.name}.{'turned.' if turned else ''}{ending}"
+        tensor = _stored(part, name, file)
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(part.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        graph.register_initializer(value)
+        values.append(value)
+    rows, columns = array.shape
+    return _Quantized(tuple(values), rows, columns)
+
+
+def _stored(array: Array, name: str, file: BinaryIO) -> ir.TensorProtocol:
+    """The array as a tensor: written to the end of ``file``, or kept where it is small."""
+    if array.nbytes <= _INLINE:
+        return ir.Tensor(array.copy(), name=name)
+    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+    offset = file.tell()
+    file.write(np.ascontiguousarray(array).data)
+    path = Path(file.name)
+    return ir.ExternalTensor(
+        path.name,
+        offset,
+        array.nbytes,
+        ir.DataType.from_numpy(array.dtype),
+        shape=ir.Shape(array.shape),
+        name=name,
+        base_dir=path.parent,
+    )
+
+
+def _replace(graph: ir.Graph, node: ir.Node, weight: _Quantized, options: WeightOptions) -> None:
+    """Put a ``MatMulNBits`` (and an addition, where there is a bias) in the place of a product.
+
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+    """
+    output = node.outputs[0]
+    product = ir.node(
+        "MatMulNBits",
+        [node.inputs[0], *weight.values],
+        attributes={
+            "K": weight.rows,
+            "N": weight.columns,
+            "bits": options.bits,
+            "block_size": options.block_size,
+            "accuracy_level": _IN_INT8 if options.integer_products else _IN_FLOAT,
+        },
+        domain="com.microsoft",
+        name=node.name,
+    )
+    nodes = [product]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        nodes.append(ir.node("Add", [product.outputs[0], bias], name=f"{node.name}_bias"))
+    for one in nodes:
+        one.metadata_props.update(node.metadata_props)
+    new = nodes[-1].outputs[0]
+    new.name, new.type, new.shape = output.name, output.type, output.shape
+    if output in graph.outputs:
+        graph.outputs[list(graph.outputs).index(output)] = new
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [output], [new])

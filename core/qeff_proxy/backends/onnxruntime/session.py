@@ -1,0 +1,208 @@
+"""Sessions of ONNX Runtime: arrays in and out, and a cache that is written in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.common.messages import first_line
+from qeff_proxy.errors import BackendError
+from qeff_proxy.session.check_feeds import check_feeds
+from qeff_proxy.tensor_names import PAST, PRESENT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import onnxruntime
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.artifact.export_folder import ExportedPart
+    from qeff_proxy.parts import TensorSpec
+    from qeff_proxy.session.cache_buffers import Buffers
+
+__all__ = ["PLACES", "OnnxRuntimeSession", "places_of"]
+
+#: Inputs ``[batch, heads, query, 3]`` int64: row, head and position of each new key or value.
+PLACES = "cache_places."
+
+
+class _Bound:
+    """What a session binds once and uses at every step: to bind takes longer than to copy.
+
+    Args:
+        binding: The runtime's own, with the cache bound.
+    """
+
+    def __init__(self, binding: onnxruntime.IOBinding) -> None:
+        self.binding = binding
+        self._inputs: dict[str, Array] = {}
+        self._outputs: dict[str, Array] = {}
+
+    def put(self, name: str, array: Array) -> None:
+        """Have the array for an input."""
+        held = self._inputs.get(name)
+        if held is None or held.shape != array.shape:
+            held = self._inputs[name] = np.array(array, order="C")
+            _bind(self.binding.bind_input, name, held)
+        else:
+            np.copyto(held, array)
+
+    def expect(self, spec: TensorSpec, sizes: Mapping[str, int]) -> None:
+        """Have room for an output."""
+        shape = tuple(_size_of(axis, sizes) for axis in spec.shape)
+        held = self._outputs.get(spec.name)
+        if held is None or held.shape != shape:
+            held = self._outputs[spec.name] = np.empty(shape, numpy_dtype(spec.dtype))
+            _bind(self.binding.bind_output, spec.name, held)
+
+    def take(self, name: str) -> Array:
+        """A copy of an output, as the next step writes over it."""
+        return self._outputs[name].copy()
+
+
+class OnnxRuntimeSession:
+    """A part on ONNX Runtime's CPU.
+
+    Args:
+        session: The runtime's own session.
+        part: What it runs, for messages.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, part: ExportedPart) -> None:
+        self._session: onnxruntime.InferenceSession | None = session
+        self._part = part
+        self._names = [spec.name for spec in part.outputs]
+        self._cache = {spec.name: spec for spec in part.inputs if spec.name.startswith(PAST)}
+        self._others = [spec for spec in part.inputs if spec.name not in self._cache]
+        self._given = [spec for spec in part.outputs if not spec.name.startswith(PRESENT)]
+        inputs = [value.name for value in session.get_inputs()]
+        self._heads = [int(n.removeprefix(PLACES)) for n in inputs if n.startswith(PLACES)]
+        #: Dtypes and shapes that were checked, and the sizes found: one value, for threads.
+        self._checked: tuple[Any, Mapping[str, int]] = (None, {})
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the part once (see `qeff_proxy.session.Session.run`)."""
+        session = self._opened()
+        sizes = self._check(self._part.inputs, feeds, {})
+        if self._heads:
+            return self._run_on_copies(feeds, sizes)
+        try:
+            outputs = session.run(self._names, dict(feeds))
+        except Exception as error:  # the runtime's exceptions share no public base class
+            raise self._failed(error) from error
+        return dict(zip(self._names, outputs, strict=True))
+
+    def runs_in_place(self) -> bool:
+        """Whether the graph writes its cache in place."""
+        return bool(self._heads)
+
+    def run_in_place(self, feeds: Mapping[str, Array], buffers: Buffers) -> dict[str, Array]:
+        """Run the part on buffers (see `qeff_proxy.session.InPlaceSession.run_in_place`)."""
+        query = feeds[self._part.inputs[0].name].shape[1]
+        known = self._sizes_of(buffers.arrays, query)
+        sizes = self._check(self._others, feeds, known)
+        bound = buffers.bound.get(self)
+        if bound is None:  # the first step on these buffers
+            bound = buffers.bound[self] = self._bind_cache(buffers.arrays)
+        return self._run_bound(bound, feeds, buffers.filled, sizes)
+
+    def close(self) -> None:
+        """Release the runtime's session and the weights it maps."""
+        self._session = None
+
+    def _check(
+        self, specs: Iterable[TensorSpec], feeds: Mapping[str, Array], known: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """The sizes of the axes (`check_feeds`); what is like the step before is not looked at."""
+        like = known, {name: (array.dtype, array.shape) for name, array in feeds.items()}
+        checked, sizes = self._checked
+        if like != checked:
+            sizes = check_feeds(self._part.name, specs, feeds, known)
+            self._checked = like, sizes
+        return sizes
+
+    def _run_on_copies(
+        self, feeds: Mapping[str, Array], sizes: Mapping[str, int]
+    ) -> dict[str, Array]:
+        """Run on copies of the past that have room for the new positions, and no more."""
+        query = feeds[self._part.inputs[0].name].shape[1]
+        arrays: dict[str, Array] = {}
+        past = 0
+        for name in self._cache:
+            array = feeds[name]
+            batch, heads, past, width = array.shape
+            arrays[name] = np.empty((batch, heads, past + query, width), array.dtype)
+            arrays[name][:, :, :past] = array
+            arrays[name][:, :, past:] = 0
+        others = {name: array for name, array in feeds.items() if name not in arrays}
+        outputs = self._run_bound(self._bind_cache(arrays), others, past, sizes)
+        outputs |= {PRESENT + name.removeprefix(PAST): array for name, array in arrays.items()}
+        return {name: outputs[name] for name in self._names}
+
+    def _sizes_of(self, cache: Mapping[str, Array], query: int) -> dict[str, int]:
+        """The sizes of the cache's axes, the past as long as the buffers less the queries."""
+        name, spec = next(iter(self._cache.items()))
+        shape = list(cache[name].shape)
+        shape[2] -= query
+        return {axis: n for axis, n in zip(spec.shape, shape, strict=True) if isinstance(axis, str)}
+
+    def _bind_cache(self, cache: Mapping[str, Array]) -> _Bound:
+        """Have each array of the cache for an input and for an output."""
+        bound = _Bound(self._opened().io_binding())
+        for name, array in cache.items():
+            _bind(bound.binding.bind_input, name, array)
+            _bind(bound.binding.bind_output, PRESENT + name.removeprefix(PAST), array)
+        return bound
+
+    def _run_bound(
+        self, bound: _Bound, feeds: Mapping[str, Array], start: int, sizes: Mapping[str, int]
+    ) -> dict[str, Array]:
+        """Run with the cache that is bound, from the position ``start`` on."""
+        session = self._opened()
+        batch, query = feeds[self._part.inputs[0].name].shape[:2]
+        for name, array in feeds.items():
+            bound.put(name, array)
+        for heads in self._heads:
+            bound.put(f"{PLACES}{heads}", places_of(batch, heads, start, query))
+        for spec in self._given:
+            bound.expect(spec, sizes)
+        try:
+            session.run_with_iobinding(bound.binding)
+        except Exception as error:  # the runtime's exceptions share no public base class
+            raise self._failed(error) from error
+        return {spec.name: bound.take(spec.name) for spec in self._given}
+
+    def _opened(self) -> onnxruntime.InferenceSession:
+        if self._session is None:
+            raise BackendError(f"the session of the {self._part.name} part is closed")
+        return self._session
+
+    def _failed(self, error: Exception) -> BackendError:
+        return BackendError(
+            f"ONNX Runtime failed on the {self._part.name} part: {first_line(error)}"
+        )
+
+
+def places_of(batch: int, heads: int, start: int, query: int) -> Array:
+    """``[batch, heads, query, 3]`` int64: row, head and position of ``query`` new positions."""
+    places = np.empty((batch, heads, query, 3), np.int64)
+    places[..., 0] = np.arange(batch)[:, None, None]
+    places[..., 1] = np.arange(heads)[None, :, None]
+    places[..., 2] = np.arange(start, start + query)
+    return places
+
+
+def _size_of(axis: int | str, sizes: Mapping[str, int]) -> int:
+    """The size of an axis: a number, a name, or a sum of both."""
+    if isinstance(axis, int):
+        return axis
+    if axis in sizes:
+        return sizes[axis]
+    return sum(int(one) if one.isdigit() else sizes[one] for one in axis.split(" + "))
+
+
+def _bind(bind: Any, name: str, array: Array) -> None:
+    """Bind an array's own memory."""
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

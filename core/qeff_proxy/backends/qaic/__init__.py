@@ -1,0 +1,1 @@
+"""Qualcomm Cloud AI, through ``qaic-compile`` where it is installed."""

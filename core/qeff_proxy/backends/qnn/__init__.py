@@ -1,0 +1,1 @@
+"""Qualcomm HTP through ONNX Runtime, in its emulator where there is no NPU."""

@@ -1,0 +1,92 @@
+"""Runs a part on calibration inputs, in float32, and notes the range of each of its tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.backends.fixed_shapes import StaticSession, specialize
+from qeff_proxy.backends.fixed_shapes.calibration_samples import digest_of, samples_of
+from qeff_proxy.backends.fixed_shapes.compiler_fixes import clean_graph
+from qeff_proxy.backends.fixed_shapes.host_split import split_host
+from qeff_proxy.backends.fixed_shapes.tensor_ranges import RangeSession
+from qeff_proxy.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qeff_proxy.artifact.export_folder import Export, ExportedPart
+    from qeff_proxy.backends.fixed_shapes import Sizes
+    from qeff_proxy.backends.fixed_shapes.host_split import HostSplit
+    from qeff_proxy.backends.fixed_shapes.tensor_ranges import Ranges
+    from qeff_proxy.backends.qnn.options import QnnOptions
+    from qeff_proxy.compile_options import CompileOptions
+
+__all__ = ["Calibrator", "calibration_digest", "prepared"]
+
+
+def prepared(export: Export, part: ExportedPart, sizes: Sizes) -> HostSplit:
+    """A part of fixed shapes as the compiler, and whoever calibrates for it, takes it."""
+    split = split_host(specialize(export.folder / part.file, part, sizes))
+    clean_graph(split.body)
+    return split
+
+
+def calibration_digest(chosen: QnnOptions) -> str | None:
+    """A hash of the calibration inputs; ``None`` where nothing is calibrated.
+
+    Raises:
+        UsageError: The precision needs such inputs and there are none.
+    """
+    if not chosen.quantized:
+        return None
+    if chosen.calibration is None:
+        raise UsageError(
+            f"precision {chosen.precision} needs inputs to calibrate on",
+            "Give --calibrate (in Python calibration=): a file of prompts, one a line, or the "
+            "folder of a dump.",
+        )
+    return digest_of(Path(chosen.calibration))
+
+
+class Calibrator:
+    """Ranges of the tensors of parts, found when they are first asked for.
+
+    Args:
+        options: Of the compilation, with all lengths.
+        folder: Of the dumps whose inputs are run.
+        lowest_mask: Masks go no lower than this.
+    """
+
+    def __init__(self, options: CompileOptions, folder: Path, lowest_mask: float) -> None:
+        self._options = options
+        self._folder = folder
+        self._lowest_mask = lowest_mask
+        self._found: dict[str, Ranges] = {}
+
+    def ranges_of(self, export: Export, part: ExportedPart) -> Ranges:
+        """The ranges of a part's tensors, over all its fixed shapes: their names are the same.
+
+        Raises:
+            UsageError: There are no inputs for it.
+            DumpError: The dumps are incomplete or damaged.
+        """
+        if part.name not in self._found:
+            ranges: Ranges = {}
+            session = StaticSession(
+                part, self._options, _opener(export, part, ranges), self._lowest_mask
+            )
+            try:
+                for feeds in samples_of(self._folder, part, self._options):
+                    session.run(feeds)
+            finally:
+                session.close()
+            self._found[part.name] = ranges
+        return self._found[part.name]
+
+
+def _opener(export: Export, part: ExportedPart, ranges: Ranges) -> Callable[[Sizes], Any]:
+    def open_specialization(sizes: Sizes) -> RangeSession:
+        return RangeSession(prepared(export, part, sizes), export.folder, ranges)
+
+    return open_specialization

@@ -1,0 +1,170 @@
+"""The ``torch`` backend: a part's own module, run eagerly. It is the reference.
+
+It runs the export's own weights: the model is built from the config beside the parts and filled
+from the weights files.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from qeff_proxy.common.messages import first_line
+from qeff_proxy.errors import BackendError
+from qeff_proxy.session.check_feeds import check_feeds
+from qeff_proxy.session.torch_session import TorchSession
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.artifact.export_folder import Export, ExportedPart
+    from qeff_proxy.compile_options import CompileOptions
+    from qeff_proxy.parts import Kind, Part, Proxy
+    from qeff_proxy.plugins.hooks import Hooks
+
+__all__ = ["ExportedPartSession", "TorchBackend", "model_of_export", "proxy_of_export"]
+
+#: While a part runs, transformers' functions that make masks are exchanged, for all threads.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class TorchBackend:
+    """Runs the parts with PyTorch."""
+
+    options: Mapping[str, str] = {}
+
+    def __init__(self) -> None:
+        self._proxy: Proxy | None = None
+        self._hooks: Hooks | None = None
+
+    def use_hooks(self, hooks: Hooks) -> None:
+        """Cut the model as these hooks do, where the installed plugins are not meant."""
+        self._hooks = hooks
+
+    def versions(self) -> dict[str, str]:
+        """PyTorch's version."""
+        return {"torch": str(torch.__version__)}
+
+    def compile(
+        self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+    ) -> None:
+        """Nothing to do: PyTorch runs the model's code."""
+
+    def open(
+        self,
+        export: Export,
+        part: ExportedPart,
+        options: CompileOptions,  # noqa: ARG002 (part of the protocol)
+        folder: Path,  # noqa: ARG002
+    ) -> ExportedPartSession:
+        """A session on the part of a model built from the export's config and weights."""
+        if self._proxy is None:
+            self._proxy = proxy_of_export(export, self._hooks)
+        return ExportedPartSession(self._proxy.part(part.name), part)
+
+
+class ExportedPartSession(TorchSession):
+    """Runs a part of an export, and refuses what the exported graph would refuse.
+
+    Args:
+        part: The live part.
+        exported: Its counterpart in the export, which may have fewer inputs.
+    """
+
+    def __init__(self, part: Part, exported: ExportedPart) -> None:
+        super().__init__(part)
+        self._exported = exported
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the part once (see `qeff_proxy.session.Session.run`)."""
+        check_feeds(self._exported.name, self._exported.inputs, feeds)
+        try:
+            with _ONE_AT_A_TIME:
+                return super().run(feeds)
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            line = first_line(error)
+            raise BackendError(
+                f"PyTorch failed on the {self._exported.name} part: {line}"
+            ) from error
+
+
+def model_of_export(export: Export) -> PreTrainedModel:
+    """Build the model of an export from its config and its own weights.
+
+    Raises:
+        BackendError: Its architecture is none that is known, or weights are missing.
+    """
+    from safetensors.torch import load_file
+
+    from qeff_proxy.load.load_model import load_config
+    from qeff_proxy.load.transformers_model import architecture_class
+
+    name = export.model["architecture"]
+    config = load_config(export.processor_folder)
+    architecture = architecture_class(name, config)
+    if architecture is None:
+        raise BackendError(
+            f"{name} is no architecture that is known, so the torch backend cannot build it",
+            "Use another backend.",
+        )
+    weights: dict[str, torch.Tensor] = {}
+    for file in export.files:
+        weights.update(load_file(export.folder / file))
+    model = architecture._from_config(  # noqa: SLF001 (what the auto classes call)
+        config, dtype=getattr(torch, export.dtype), attn_implementation="eager"
+    )
+    model.tie_weights()
+    unknown = _fill(model, weights, tuple(f"{part.name}." for part in export.parts))
+    if unknown:
+        raise BackendError(
+            f"{name} built from {export.processor_folder} has no place for {unknown[0]}",
+            "Export the model again.",
+        )
+    return cast("PreTrainedModel", model.eval())
+
+
+def _fill(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], parts: tuple[str, ...]
+) -> list[str]:
+    """Put ``weights`` into the model's own tensors; give the names it does not have."""
+    places: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    places.update(model.named_buffers(remove_duplicate=False))
+    for name, tensor in weights.items():
+        if name in places:
+            places[name].data = tensor
+    # Constants that the trace lifted out of the code are called by their part: no module has them.
+    return [name for name in weights if name not in places and not name.startswith(parts)]
+
+
+def proxy_of_export(export: Export, hooks: Hooks | None = None) -> Proxy:
+    """The parts of an export with PyTorch's modules, made from its config and its own weights.
+
+    Args:
+        export: The export.
+        hooks: Of its model type, where the installed plugins are not meant.
+
+    Raises:
+        BackendError: The model cannot be built (`model_of_export`).
+    """
+    from qeff_proxy.cut.locate_sites import locate_sites
+    from qeff_proxy.layers.taps import tap_proxy
+    from qeff_proxy.plugins.manager import Plugins
+
+    model = model_of_export(export)
+    if hooks is None:
+        hooks = Plugins.discover().hooks_for(export.model["model_type"], task=export.flow)
+    sites = locate_sites(model, hooks)
+    proxy = hooks.build_proxy(
+        model=model,
+        embedding=sites["embedding"],
+        lm_head=sites["lm_head"],
+        kind=cast("Kind", export.kind),
+        options=export.settings,
+    )
+    return tap_proxy(proxy, export.settings.get("taps", ()))

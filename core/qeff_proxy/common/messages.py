@@ -1,0 +1,37 @@
+"""Plurals and articles for what is said to people."""
+
+from __future__ import annotations
+
+__all__ = ["an", "counted", "first_line", "type_named"]
+
+#: Letters whose names begin with a vowel, as those of an abbreviation are read.
+_READ_WITH_VOWEL = "AEFHILMNORSX"
+#: Beginnings that are written with a vowel and spoken without.
+_SPOKEN_WITHOUT = ("uni", "use", "eu", "one")
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: ``1 step``, ``2 steps``; ``many`` where an ``s`` does not do."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
+def an(word: str) -> str:
+    """A word behind its article: ``an int``, ``a list``, ``an 'embedding'``, ``an RMSNorm``."""
+    said = word.lstrip("'\"`")
+    if said[:2].isupper():
+        vowel = said[0] in _READ_WITH_VOWEL
+    elif said.startswith("nd"):  # as in ndarray
+        vowel = True
+    else:
+        vowel = said[:1].lower() in set("aeiou") and not said.lower().startswith(_SPOKEN_WITHOUT)
+    return f"{'an' if vowel else 'a'} {word}"
+
+
+def type_named(value: object) -> str:
+    """What a value is, with its article: ``an int``."""
+    return an(type(value).__name__)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

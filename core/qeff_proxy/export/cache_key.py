@@ -1,0 +1,159 @@
+"""What tells one export from another, and the export of a checkpoint that is there already.
+
+An export is named by a hash of its key. All of the key can be known from the checkpoint's files and
+the installed packages, so that `find_known_export` imports neither PyTorch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from importlib_metadata import version
+
+from qeff_proxy.artifact.check_target import existing_export
+from qeff_proxy.artifact.export_folder import export_folder
+from qeff_proxy.load.checkpoint_files import (
+    check_weights,
+    find_checkpoint,
+    identity_as,
+    read_config_file,
+)
+from qeff_proxy.load.load_model import identity_with
+from qeff_proxy.plugins.manager import Plugins
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.parts import Kind
+
+__all__ = ["export_key", "find_known_export"]
+
+_VERSIONS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+
+
+class _Identified(Protocol):
+    """What a key needs to know of a model (`qeff_proxy.load.LoadedModel`)."""
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+class _Owner(Protocol):
+    """What a key needs to know of a plugin (`qeff_proxy.plugins.hooks.Hooks`)."""
+
+    @property
+    def plugin(self) -> str: ...
+
+    @property
+    def distribution(self) -> str | None: ...
+
+    @property
+    def version(self) -> str | None: ...
+
+
+def export_key(
+    loaded: _Identified,
+    hooks: _Owner,
+    kind: Kind,
+    opset: int | None,
+    taps: Sequence[str] = (),
+    weights: str = "copy",
+) -> dict[str, Any]:
+    """All that shapes an export: the same key, the same folder."""
+    return {
+        "identity": loaded.identity,
+        "kind": kind,
+        "dtype": loaded.dtype,
+        "opset": opset,
+        "taps": list(taps),
+        "weights": weights,
+        "plugin": {
+            "name": hooks.plugin,
+            "distribution": hooks.distribution,
+            "version": hooks.version,
+            "code": _plugin_digest(hooks),
+        },
+        "qeff-proxy": version("qeff-proxy"),
+        "code": _code_digest("qeff_proxy"),
+        **{name: version(name) for name in _VERSIONS},
+    }
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    identity: str
+    dtype: str
+
+
+def find_known_export(
+    source: str,
+    kind: Kind,
+    *,
+    dtype: str,
+    options: Mapping[str, Any],
+    output: Path | None = None,
+    opset: int | None = None,
+    weights: str = "copy",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Export | None:
+    """The export of a checkpoint, where it is there and was made by what is installed.
+
+    It is the one that `qeff_proxy.export.export_model` would give. Where the model brings its own
+    Python code, or does not name its class, only transformers can say what it is loaded as; then,
+    as where there is no such export, ``None``.
+
+    Args:
+        source: A local folder or a hub id.
+        kind: As for `qeff_proxy.export.export_model`, as are ``output``, ``opset``, ``weights``.
+        dtype: As for `qeff_proxy.load.load_model`, as are those of the checkpoint.
+        options: As for `qeff_proxy.load.with_options`.
+        output: The export's folder, where it is not the one by its key.
+        opset: Of ONNX.
+        weights: How the export holds its weights.
+        allow_pickle: Take a checkpoint of pickled weights.
+        trust_remote_code: Fetch Python code with a checkpoint from the hub.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or its files are damaged.
+        PluginError: Two packages claim its model type.
+        UsageError: ``QEFF_PROXY_PLUGINS`` is wrong.
+    """
+    folder = find_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    config = read_config_file(folder)
+    check_weights(folder, allow_pickle=allow_pickle)
+    architectures = config.get("architectures")
+    if config.get("auto_map") or not isinstance(architectures, list) or not architectures:
+        return None
+    # As `qeff_proxy.load.transformers_model.class_named` says of a model that transformers knows.
+    # An export by this name can only be of such a one.
+    identity = identity_with(identity_as(folder, str(architectures[0])), options)
+    owner = Plugins.discover().origin(str(config.get("model_type")))
+    key = export_key(_Checkpoint(identity, dtype), owner, kind, opset, (), weights)
+    return existing_export((output or export_folder(source, key)).resolve(), key)
+
+
+def _code_digest(package: str) -> str | None:
+    """A hash of all Python code of a package, so that an edited installation exports anew."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _plugin_digest(hooks: _Owner) -> str | None:
+    """The same for the package of an installed plugin; ``None`` for one registered from Python."""
+    if hooks.distribution is None:
+        return None
+    return _code_digest(hooks.plugin.partition(":")[0].partition(".")[0])

@@ -1,0 +1,261 @@
+"""Export: from a loaded model to a folder of ONNX parts.
+
+1. `qeff_proxy.export.model_graphs` loads the first layers of a checkpoint, cuts, verifies and
+   traces them, and expands their graphs to all layers.
+2. `qeff_proxy.export.write_weights` lets the weights go from file to file, each once, and the
+   graphs point to them.
+3. ``onnx.checker`` looks at every file, `qeff_proxy.export.check_graph` runs it at other sizes than
+   it was traced at, and ``export.json`` is written last.
+
+The folder is written aside and moved into place. The same request again is a lookup.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.artifact.check_target import check_not_another, check_place, existing_export
+from qeff_proxy.artifact.export_folder import KEPT, MANIFEST, Export, export_folder, read_export
+from qeff_proxy.common.arguments import one_of, whole_number
+from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
+from qeff_proxy.common.gc_threshold import collecting_rarely
+from qeff_proxy.errors import ArtifactError, ExportError
+from qeff_proxy.export.cache_key import export_key
+from qeff_proxy.load.load_model import most_positions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from qeff_proxy.export.model_graphs import Graphs
+    from qeff_proxy.load.load_model import LoadedModel
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.plugins.hooks import Hooks
+
+__all__ = ["LEAST_OPSET", "WEIGHTS", "export_key", "export_model"]
+
+_CHECKED = "BLAKE3 of the files taken, no NaN found"
+#: The exporter writes the operators of this opset, and can only convert them to later ones.
+LEAST_OPSET = 18
+#: How an export holds its weights.
+WEIGHTS = ("copy", "reference")
+_PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+
+
+@collecting_rarely()
+def export_model(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind = "split",
+    *,
+    output: Path | None = None,
+    opset: int | None = None,
+    taps: str | Sequence[str] = (),
+    num_layers: int | str | None = None,
+    weights: str = "copy",
+    force: bool = False,
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> Export:
+    """Export a model.
+
+    Args:
+        loaded: The model; its dtype is the export's.
+        hooks: Of its model type.
+        kind: ``"split"``, ``"stub"``, or ``"whole"`` for the uncut model as one graph.
+        output: The folder to write; by default one below `qeff_proxy.artifact.cache_home`, named
+            by model and a hash of all that shapes the export.
+        opset: ONNX opset, 18 or later; ``None`` takes the exporter's own choice.
+        taps: What each layer gives as extra outputs: ``"layers"``, ``"attention"``, ``"mlp"``, or
+            several (`qeff_proxy.layers.taps`).
+        num_layers: Export the first layers only: so many, or with ``"auto"`` the shortest prefix
+            that holds every kind of layer twice (`qeff_proxy.load.shortened_model`).
+        weights: ``"copy"``, or ``"reference"`` to link the checkpoint's own files into the export
+            where they hold weights byte for byte: nothing is copied, ONNX Runtime reads them, but
+            ``onnx.load`` refuses files that have two names; and whoever changes the checkpoint in
+            place changes the export.
+        force: Export again even where the same export is there already.
+        progress: Told the name of each stage as it begins.
+
+    Returns:
+        The export, read back from its folder.
+
+    Raises:
+        UnsupportedModelError: No plugin knows how to cut the model, or its layers cannot be
+            found.
+        CutError: The parts do not equal the model. Nothing was written.
+        ExportError: A part cannot be traced. Nothing was written.
+        ArtifactError: The folder is in use, or cannot be written. An older export in it is kept.
+    """
+    from qeff_proxy.layers.taps import normalize_taps
+
+    one_of("weights", weights, WEIGHTS)
+    if opset is not None:
+        from onnx.defs import onnx_opset_version
+
+        whole_number("opset", opset, LEAST_OPSET, onnx_opset_version())
+    if num_layers is not None:
+        from qeff_proxy.load.shortened_model import with_depth
+
+        loaded = with_depth(loaded, num_layers)
+    wanted = normalize_taps(taps)
+    key = export_key(loaded, hooks, kind, opset, wanted, weights)
+    target = (output or export_folder(loaded.source, key)).resolve()
+    if not force and (found := existing_export(target, key)) is not None:
+        return found  # without the lock, so that what is whole can be used side by side
+    check_place(target)
+    with locked(target):
+        recover_folder(target, KEPT)
+        if not force and (found := existing_export(target, key)) is not None:
+            return found
+        check_place(target)
+        if not force and output is not None:
+            check_not_another(target, key)
+        return _write(loaded, hooks, kind, opset, wanted, key, target, progress)
+
+
+def _write(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    opset: int | None,
+    taps: tuple[str, ...],
+    key: dict[str, Any],
+    target: Path,
+    progress: Callable[[str], None],
+) -> Export:
+    from qeff_proxy.export.model_graphs import graphs_of_sample, graphs_of_whole
+    from qeff_proxy.load.first_layers import NotSampled, all_layers, enough_layers
+
+    given = (loaded, hooks, kind, opset, taps, progress)
+    write = partial(_write_folder, loaded, key=key, target=target, progress=progress)
+    reasons: list[str] = []
+    if loaded.sample is not None and not loaded.is_read:
+        verb = "linked to" if key["weights"] == "reference" else "streamed from"
+        for choose in (enough_layers, all_layers):
+            make = partial(graphs_of_sample, *given, choose=choose)
+            since = f"; all layers were run, since {reasons[0]}" if reasons else ""
+            try:
+                return _write_graphs(make, write, f"{verb} the checkpoint{since}", progress)
+            except NotSampled as why:
+                reasons.append(str(why))
+            except ExportError as why:
+                if choose is all_layers:
+                    raise
+                reasons.append(f"its first layers, exported alone, failed: {why}")
+            progress("loading the whole model")
+    if key["weights"] == "reference":
+        raise ArtifactError(
+            f"the weights of {loaded.source} cannot be referred to: "
+            f"{reasons[-1] if reasons else 'the model is in memory'}",
+            "Copy them (--weights copy).",
+        )
+    since = f", since {reasons[-1]}" if reasons else ""
+    make = partial(graphs_of_whole, *given)
+    return _write_graphs(make, write, f"loaded whole{since}", progress)
+
+
+def _write_graphs(
+    make: Callable[..., Graphs],
+    write: Callable[[Graphs], Export],
+    how: str,
+    progress: Callable[[str], None],
+) -> Export:
+    """Make the graphs and write them; where repeated layers differ, make them without.
+
+    Args:
+        make: Makes the graphs; takes ``repeat``.
+        write: Writes and checks them.
+        how: Where their weights come from, for ``export.json``.
+        progress: As in `export_model`.
+    """
+    for repeat in (True, False):
+        graphs = make(repeat=repeat)
+        graphs.report["weights"] = f"{how}; {_CHECKED}"
+        try:
+            return write(graphs)
+        except ExportError:
+            if not graphs.layers or any(check is not None for check in graphs.checks):
+                raise
+            progress("the repeated layers differ: tracing all of them")
+    raise AssertionError("the second turn repeats no layers, so it ends above")
+
+
+def _write_folder(
+    loaded: LoadedModel,
+    graphs: Graphs,
+    key: dict[str, Any],
+    target: Path,
+    progress: Callable[[str], None],
+) -> Export:
+    """Write everything aside, check the graphs, and move the folder into place."""
+    from qeff_proxy.export.write_files import (
+        check_graphs,
+        hash_linked,
+        write_graphs,
+        write_weights,
+    )
+
+    taps = key["taps"]
+    cut = graphs.cut
+    with staged_folder(target, MANIFEST, KEPT) as folder:
+        progress("writing weights")
+        linked = key["weights"] == "reference"
+        places, hashes = write_weights(folder, graphs, reference=linked)
+        if linked:
+            progress("checking weights")
+            hashes = hash_linked(places, graphs, hashes)
+        progress("writing graphs")
+        parts = write_graphs(folder, graphs, places)
+        progress("checking graphs")
+        differences = check_graphs(folder, graphs, parts, places)
+        processor = _write_processor(folder / "processor", loaded, graphs)
+        export = Export(
+            folder,
+            cut.proxy.kind,
+            cut.proxy.flow,
+            loaded.dtype,
+            {
+                "source": loaded.source,
+                "model_type": loaded.model_type,
+                "architecture": type(graphs.model).__name__,
+            },
+            parts,
+            {name: (folder / name).stat().st_size for name in hashes},
+            {
+                **cut.to_json(),
+                "graphs": differences,
+                "traced_layers": graphs.layers,
+                **graphs.report,
+                **loaded.notes,
+            },
+            {
+                **cut.proxy.settings,
+                "most_positions": most_positions(graphs.model.config),
+                **({"taps": taps} if taps else {}),
+            },
+            key,
+            hashes,
+            processor,
+        )
+        export.write_manifest()
+        check_place(target)  # again: it took a while
+    return read_export(target)
+
+
+def _write_processor(folder: Path, loaded: LoadedModel, graphs: Graphs) -> tuple[str, ...]:
+    """Put beside the parts what is needed to use them without the checkpoint; give its names."""
+    folder.mkdir()
+    if loaded.folder is not None:
+        for pattern in _PROCESSOR_FILES:
+            for path in sorted(loaded.folder.glob(pattern)):
+                if not path.name.endswith(".index.json"):
+                    shutil.copyfile(path, folder / path.name)
+        if loaded.notes:  # another depth than the checkpoint's config says
+            graphs.model.config.to_json_file(folder / "config.json", use_diff=False)
+    else:
+        loaded.model.config.save_pretrained(folder)
+        if getattr(loaded.model, "generation_config", None) is not None:
+            loaded.model.generation_config.save_pretrained(folder)
+    return tuple(sorted(path.name for path in folder.iterdir()))

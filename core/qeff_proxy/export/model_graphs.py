@@ -1,0 +1,270 @@
+"""From a cut to the graphs of its parts, and what they are held against.
+
+A checkpoint is known by its first layers (`qeff_proxy.load.first_layers`): they are cut, traced and
+run, and their graph is expanded to all layers. What is run in ONNX Runtime then is the same
+expansion to the layers that are there. Where a model cannot be known so, it is loaded whole, and
+all of it is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.cut.cut_model import cut_model, site_weights
+from qeff_proxy.errors import CheckpointError, CutError, ExportError, PluginError
+from qeff_proxy.export.repeat.full_depth_part import lengthen
+from qeff_proxy.export.repeat.mark_layers import NotRepeatable
+from qeff_proxy.export.trace.trace_part import TracedPart, trace_part, trace_sample
+from qeff_proxy.layers.layer_lists import describe_kinds, find_layer_list
+from qeff_proxy.layers.taps import tap_proxy
+from qeff_proxy.load.first_layers import NotSampled, at_most
+from qeff_proxy.load.mapped_pages import few_pages
+from qeff_proxy.load.weight_sources import WeightSources
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from transformers import PreTrainedModel
+
+    from qeff_proxy.cut.cut_model import Cut
+    from qeff_proxy.layers.layer_lists import LayerList
+    from qeff_proxy.load.first_layers import SampledModel
+    from qeff_proxy.load.load_model import LoadedModel
+    from qeff_proxy.parts import Kind, Part
+    from qeff_proxy.plugins.hooks import Hooks
+
+__all__ = ["Graphs", "graphs_of_sample", "graphs_of_whole"]
+
+
+@dataclass
+class Graphs:
+    """The graphs of a model, not yet written.
+
+    Attributes:
+        model: The model; of a sampled one, layers beyond the sample are on the meta device.
+        cut: How it, or its first layers, were cut and verified.
+        traced: One graph per part, of all layers.
+        checks: For each part, the graph to run in ONNX Runtime beside the cut's part, where that
+            is not the one above.
+        layers: Of parts whose layers were repeated: how many were traced.
+        sources: Where the weights come from; empty where they are in memory.
+        report: What stands in ``export.json`` about layers and weights.
+    """
+
+    model: Any
+    cut: Cut
+    traced: list[TracedPart]
+    checks: list[TracedPart | None]
+    layers: dict[str, int] = field(default_factory=dict)
+    sources: WeightSources = field(default_factory=WeightSources)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, traced: TracedPart, check: TracedPart | None = None) -> None:
+        """Take the graph of the next part, and what is to be run in its place."""
+        self.traced.append(traced)
+        self.checks.append(check)
+        if traced.layers:
+            self.layers[traced.name] = traced.layers
+        if traced.reason is not None:
+            self.report.setdefault("traced_whole", {})[traced.name] = traced.reason
+
+
+def graphs_of_sample(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    opset: int | None,
+    taps: Sequence[str],
+    progress: Callable[[str], None],
+    *,
+    choose: Callable[[LayerList], int],
+    repeat: bool = True,
+) -> Graphs:
+    """The graphs of a checkpoint, of which only the first layers are there.
+
+    Args:
+        loaded: The checkpoint.
+        hooks: Of its model type.
+        kind: How to cut it.
+        opset: As in `qeff_proxy.export.trace.trace_part`.
+        taps: What each layer gives besides.
+        progress: Told what happens as it begins.
+        choose: How many layers are to be there: `enough_layers`, or `all_layers`.
+        repeat: As in `graphs_of_whole`; all layers must be there to do without.
+
+    Raises:
+        NotSampled: It cannot be known by them; says why.
+        CutError: The parts do not equal the model; or as `qeff_proxy.export.export_model`.
+    """
+    if loaded.sample is None or loaded.is_read:
+        raise NotSampled("it is in memory")
+    short, sampled, cut = _cut_sample(loaded, hooks, kind, taps, progress, choose)
+    tensors = [*sampled.model.named_buffers(), *sampled.model.named_parameters()]
+    names = {id(tensor): name for name, tensor in tensors}
+    graphs = Graphs(sampled.model, cut, [], [], sources=sampled.sources)
+    own = {id(p) for layer in sampled.layers.layers for p in layer.parameters()}
+    whole = sampled.count == len(sampled.layers.layers)
+    for part in cut.proxy.parts:
+        progress(f"tracing {part.name}")
+        if whole or not any(id(p) in own for p in part.module.parameters()):
+            graphs.add(trace_part(part, names, opset, repeat=repeat))
+        else:
+            graphs.add(*_traced_sample(part, short.model, sampled, names, opset))
+    graphs.report["layers"] = {
+        "count": len(sampled.layers.layers),
+        "verified": sampled.count,
+        "kinds": describe_kinds(sampled.layers),
+    }
+    if kind == "split":
+        _check_separate(short, graphs)
+    return graphs
+
+
+def graphs_of_whole(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    opset: int | None,
+    taps: Sequence[str],
+    progress: Callable[[str], None],
+    *,
+    repeat: bool,
+) -> Graphs:
+    """The graphs of a model that is in memory whole.
+
+    Args:
+        loaded: The model.
+        hooks: Of its model type.
+        kind: How to cut it.
+        opset: As in `qeff_proxy.export.trace.trace_part`.
+        taps: What each layer gives besides.
+        progress: Told what happens as it begins.
+        repeat: Trace one layer of each kind and clone it, where that is cheaper.
+    """
+    cut = _cut(loaded, hooks, kind, taps, None, progress)
+    model = loaded.model
+    names = {
+        id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]
+    }
+    graphs = Graphs(model, cut, [], [])
+    for part in cut.proxy.parts:
+        progress(f"tracing {part.name}")
+        graphs.add(trace_part(part, names, opset, repeat=repeat))
+    layers = find_layer_list(model)
+    if layers is not None:
+        count = len(layers.layers)
+        graphs.report["layers"] = {
+            "count": count,
+            "verified": count,
+            "kinds": describe_kinds(layers),
+        }
+    if kind == "split":
+        _check_separate(loaded, graphs)
+    return graphs
+
+
+def _cut_sample(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    taps: Sequence[str],
+    progress: Callable[[str], None],
+    choose: Callable[[LayerList], int],
+) -> tuple[LoadedModel, SampledModel, Cut]:
+    """The model with its first layers, cut: more of them where a plugin cannot cut so few."""
+    assert loaded.sample is not None  # noqa: S101 (whoever calls has looked)
+    sampled = loaded.sample(choose)
+    while True:
+        sampled.check_alike()
+        short = replace(loaded, read=sampled.short)
+        try:
+            with few_pages(sampled.sources.windows):
+                return short, sampled, _cut(short, hooks, kind, taps, sampled, progress)
+        except PluginError as error:
+            # It may speak of a layer by a number that is not there. A defect of its own shows
+            # again with the whole model.
+            if sampled.count == len(sampled.layers.layers):
+                raise NotSampled(f"its first layers cannot be cut alone: {error}") from error
+        sampled = loaded.sample(partial(at_most, 2 * sampled.count))
+
+
+def _cut(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    taps: Sequence[str],
+    sampled: SampledModel | None,
+    progress: Callable[[str], None],
+) -> Cut:
+    progress("cutting and verifying")
+    try:
+        cut = cut_model(loaded, hooks, kind)
+    except CutError:
+        _check_finite(loaded, sampled)
+        raise
+    return replace(cut, proxy=tap_proxy(cut.proxy, taps))
+
+
+def _check_finite(loaded: LoadedModel, sampled: SampledModel | None) -> None:
+    """Name the weight that is NaN, where that is why a cut failed."""
+    for name, parameter in loaded.model.named_parameters():
+        if not parameter.is_meta and bool(parameter.isnan().any()):
+            where = sampled.sources.file_of(name) if sampled is not None else None
+            raise CheckpointError(
+                f"{name} of {where or loaded.source} has NaN elements",
+                "Download the checkpoint again; a model with such weights gives only NaN.",
+            )
+
+
+def _traced_sample(
+    part: Part,
+    short: PreTrainedModel,
+    sampled: SampledModel,
+    names: Mapping[int, str],
+    opset: int | None,
+) -> tuple[TracedPart, TracedPart]:
+    """The graph of a part with all layers, and that with those that are there."""
+    whole = lengthen(part, short, sampled.model, sampled.layers)
+    if whole is None:
+        raise NotSampled(f"the layers of the {part.name} part cannot be found in its module")
+    try:
+        with few_pages(sampled.sources.windows):
+            traced, check = trace_sample(whole, part, names, opset)
+    except NotRepeatable as error:
+        raise NotSampled(str(error)) from error
+    except ExportError as error:
+        raise NotSampled(f"its layers cannot be traced alone: {error}") from error
+    _check_own_weights(traced, part, sampled)
+    return traced, check
+
+
+def _check_own_weights(traced: TracedPart, part: Part, sampled: SampledModel) -> None:
+    """Every layer has the weights that the layer of its kind has, and its own."""
+    path = sampled.layers.path
+    of_layer: dict[int, set[str]] = {}
+    for name in traced.weights:
+        if name.startswith(f"{path}."):
+            number, _, rest = name.removeprefix(f"{path}.").partition(".")
+            of_layer.setdefault(int(number), set()).add(rest)
+    for index, kind in enumerate(sampled.layers.kinds):
+        first = sampled.layers.kinds.index(kind)
+        if of_layer.get(index, set()) != of_layer.get(first, set()):
+            raise NotSampled(
+                f"layer {index} of the {part.name} part was given other weights than layer {first}"
+            )
+
+
+def _check_separate(loaded: LoadedModel, graphs: Graphs) -> None:
+    """Make sure that no weight of a site is left in the body."""
+    for name, site in graphs.cut.sites.items():
+        own = site_weights(loaded, site)
+        for traced_part, part in zip(graphs.traced, graphs.cut.proxy.parts, strict=True):
+            left = own & set(traced_part.weights)
+            if part.weights != "vocabulary" and left:
+                raise CutError(
+                    f"the {part.name} part still holds {min(left)}, which belongs to the {name}",
+                    f"That is not where the model's {name} is, or the plugin's build_proxy must "
+                    "keep it out of that part.",
+                )

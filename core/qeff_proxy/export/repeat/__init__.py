@@ -1,0 +1,1 @@
+"""Trace one layer of each kind and repeat it in the graph."""

@@ -1,0 +1,285 @@
+"""Put layers that are not there into the graph of a part that has the first ones.
+
+How a model goes on from there is seen by running it:
+`qeff_proxy.export.repeat.mark_layers.marked_layers` notes what each layer is given and gives, on
+random numbers, with nothing calculated in layers whose weights are not there. So each of them is
+known to be given
+
+- what the layer before it gave, which is a number that nothing else has;
+- an input of its own, as its cache;
+- or what layers that are there are given, too.
+
+Layers that are given anything else are refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+
+from qeff_proxy.export.repeat.clone_layers import marks_of
+from qeff_proxy.export.repeat.mark_layers import LayerCall, NotRepeatable, is_absent, list_of
+from qeff_proxy.export.repeat.marks import DOMAIN
+from qeff_proxy.tensor_names import LAYER_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from qeff_proxy.export.repeat.mark_layers import MarkedLayers
+    from qeff_proxy.parts import Part, TensorSpec
+
+__all__ = ["put_in"]
+
+
+def put_in(
+    model: ir.Model, calls: Sequence[LayerCall], seen: MarkedLayers, whole: Part, part: Part
+) -> list[LayerCall]:
+    """Put the layers in, in place: each as a mark, to be expanded with the others.
+
+    Args:
+        model: The graph of ``part``, with marks.
+        calls: The calls of layers that were seen while it was traced.
+        seen: Those that were seen when ``whole`` was run.
+        whole: The part with all layers.
+        part: The part with those that are there.
+
+    Returns:
+        All calls, by the numbers in the graph.
+
+    Raises:
+        NotRepeatable: A layer is given what is not known, or what it gives is used otherwise than
+            what those before it give.
+    """
+    graph = model.graph
+    edges = _Edges(graph, whole, part)
+    layers = _Layers(graph, calls, seen, edges)
+    for number, call in enumerate(seen.calls):
+        if is_absent(call.module):
+            layers.add(number, call)
+    layers.hand_on()
+    edges.finish(layers)
+    return layers.calls
+
+
+class _Edges:
+    """The inputs and outputs of the graph, by the names that they are to have."""
+
+    def __init__(self, graph: ir.Graph, whole: Part, part: Part) -> None:
+        self.graph = graph
+        self.whole = whole
+        self.inputs = {
+            spec.name: value for spec, value in zip(part.inputs, graph.inputs, strict=True)
+        }
+        self.outputs = {
+            spec.name: value for spec, value in zip(part.outputs, graph.outputs, strict=True)
+        }
+        self._specs = {spec.name: spec for spec in whole.inputs}
+
+    def input(self, name: str) -> ir.Value:
+        """The input of that name; made like another layer's where it is not there yet."""
+        if name not in self.inputs:
+            like = self.inputs[self._alike(self._specs[name])]
+            self.inputs[name] = ir.Value(name=name, shape=like.shape, type=like.type)
+        return self.inputs[name]
+
+    def _alike(self, wanted: TensorSpec) -> str:
+        parts = LAYER_NAME.fullmatch(wanted.name)
+        for name in self.inputs:
+            other = LAYER_NAME.fullmatch(name)
+            if (
+                parts is not None
+                and other is not None
+                and (parts[1], parts[3]) == (other[1], other[3])
+                and self._specs[name].shape == wanted.shape
+            ):
+                return name
+        raise NotRepeatable(f"no layer that is there has an input like {wanted.name}")
+
+    def of_layers(self) -> set[ir.Value]:
+        """The outputs that each layer has one of."""
+        return {value for name, value in self.outputs.items() if LAYER_NAME.fullmatch(name)}
+
+    def finish(self, layers: _Layers) -> None:
+        """Set inputs and outputs of all layers, in order."""
+        order = [spec.name for spec in self.whole.inputs]
+        self.graph.inputs.clear()
+        self.graph.inputs.extend(self.inputs[name] for name in order if name in self.inputs)
+        if len(self.graph.inputs) != len(order):
+            raise NotRepeatable("a layer does not use an input of its own")
+        outputs = [
+            self.outputs[spec.name] if spec.name in self.outputs else layers.output(spec.name)
+            for spec in self.whole.outputs
+        ]
+        self.graph.outputs.clear()
+        self.graph.outputs.extend(outputs)
+
+
+class _Layers:
+    """The layers of the graph, by the numbers with which they were seen in the run."""
+
+    def __init__(
+        self, graph: ir.Graph, calls: Sequence[LayerCall], seen: MarkedLayers, edges: _Edges
+    ) -> None:
+        self.graph = graph
+        self.calls = list(calls)
+        self.seen = seen
+        self.edges = edges
+        self.last: dict[str, int] = {}  # of each list: the call before
+        self.there: dict[str, list[int]] = {}  # of each list: the calls of layers that are there
+        self.handed: dict[str, set[int]] = {}  # of each list: which results go to the next layer
+        self.numbers: dict[int, int] = {}  # number in the run → number in the graph
+        self.given: dict[int, list[ir.Value]] = {}
+        self.left: dict[int, Sequence[ir.Value]] = {}
+        self._match(calls)
+
+    def _match(self, calls: Sequence[LayerCall]) -> None:
+        """Find the layers that are there in the graph: they were called alike in run and trace."""
+        enter, leave, layer = (marks_of(self.graph, kind) for kind in ("enter", "leave", "layer"))
+        present = [n for n, call in enumerate(self.seen.calls) if not is_absent(call.module)]
+        paths = [self.seen.calls[number].path for number in present]
+        if paths != [call.path for call in calls]:
+            raise NotRepeatable("layers are called otherwise where there are more of them")
+        for own, number in enumerate(present):
+            if own not in layer and own not in leave:
+                continue  # nothing that is given uses what it gives
+            taking, giving = (layer[own],) * 2 if own in layer else (enter[own], leave[own])
+            count = len(self.seen.given[number])
+            self.numbers[number] = own
+            self.given[number] = [value for value in taking.inputs[:count] if value is not None]
+            self.left[number] = giving.outputs
+            path = list_of(calls[own])
+            self.there.setdefault(path, []).append(number)
+            self.last[path] = number
+
+    def add(self, number: int, call: LayerCall) -> None:
+        """Put a mark for a layer behind the one before it."""
+        path = list_of(call)
+        if path not in self.last or call.template not in self.numbers:
+            raise NotRepeatable(f"no layer like {call.path} is there before it")
+        template = self.numbers[call.template]
+        given = [
+            self._value_of(number, call, position)
+            for position in range(len(self.seen.given[number]))
+        ]
+        like = self.left[call.template]
+        node = ir.Node(
+            DOMAIN,
+            "layer",
+            [*given, *like],
+            [ir.AttrInt64("number", len(self.calls)), ir.AttrInt64("template", template)],
+            num_outputs=len(like),
+            version=1,
+        )
+        for value, other in zip(node.outputs, like, strict=True):
+            value.name = f"{other.name}_{call.path}_{number}"
+            value.shape, value.type = other.shape, other.type
+        before = self.left[self.last[path]]
+        behind = before[0].producer()
+        assert behind is not None  # noqa: S101 (a mark)
+        self.graph.insert_after(behind, node)
+        self.numbers[number] = len(self.calls)
+        self.calls.append(LayerCall(call.path, call.module, template))
+        self.left[number] = node.outputs
+        self.last[path] = number
+
+    def _value_of(self, number: int, call: LayerCall, position: int) -> ir.Value:
+        """What a layer is given, in the graph."""
+        tensor = self.seen.given[number][position]
+        for name, given in self.seen.inputs.items():
+            if given is tensor:
+                return self.edges.input(name)
+        path = list_of(call)
+        before = self.last[path]
+        for index, left in enumerate(self.seen.left[before]):
+            if _same(left, tensor):
+                self.handed.setdefault(path, set()).add(index)
+                return self.left[before][index]
+        for other in self.there[path]:
+            alike = self.seen.calls[other].template == call.template
+            if alike and _same(self.seen.given[other][position], tensor):
+                return self.given[other][position]
+        raise NotRepeatable(f"{call.path} is given what no other layer is")
+
+    def hand_on(self) -> None:
+        """Let what came after the last layer that was there come after the last one."""
+        for path, numbers in self.there.items():
+            if self.last[path] == numbers[-1]:
+                continue  # all layers of this list are there
+            for number in numbers:
+                for index, value in enumerate(self.left[number]):
+                    last = number == numbers[-1]
+                    handed = last and index in self.handed.get(path, ())
+                    final = self.left[self.last[path]][index] if handed else None
+                    self._hand_on(path, value, final)
+
+    def _hand_on(self, path: str, value: ir.Value, final: ir.Value | None) -> None:
+        """Use another value behind the layers, or make sure that this one is not used there."""
+        own = self.edges.of_layers()
+        used = [use for use in value.uses() if not self._stays(use.node, path, own)]
+        is_output = value.is_graph_output() and value not in own
+        if final is None:
+            if is_output or not all(self._comes_back(use.node, path, own) for use in used):
+                raise NotRepeatable(f"{value.name} of a layer is used beside the layers")
+            return
+        for use in used:
+            use.node.replace_input_with(use.idx, final)
+        for name, output in self.edges.outputs.items():
+            if is_output and output is value:
+                self.edges.outputs[name] = final
+
+    def _stays(self, node: ir.Node, path: str, own: set[ir.Value]) -> bool:
+        """Whether a node is of the layers themselves: a mark, or a copy for a layer's output."""
+        if node.domain == DOMAIN:
+            return list_of(self.calls[node.attributes["number"].as_int()]) == path
+        return node.op_type == "Identity" and node.outputs[0] in own
+
+    def _comes_back(self, node: ir.Node, path: str, own: set[ir.Value]) -> bool:
+        """Whether what a node makes only goes into layers of the same list."""
+        waiting, seen = [node], set[ir.Node]()
+        while waiting:
+            one = waiting.pop()
+            if one in seen or self._stays(one, path, own):
+                continue
+            seen.add(one)
+            if one.domain == DOMAIN or any(value.is_graph_output() for value in one.outputs):
+                return False
+            waiting += [use.node for value in one.outputs for use in value.uses()]
+        return True
+
+    def output(self, name: str) -> ir.Value:
+        """The output of a layer that was put in: what the layer like it gives there."""
+        parts = LAYER_NAME.fullmatch(name)
+        for number, call in enumerate(self.seen.calls):
+            path, _, index = call.path.rpartition(".")
+            if parts is None or index != parts[2] or not is_absent(call.module):
+                continue
+            like = self.seen.calls[call.template].path.removeprefix(f"{path}.")
+            value = self.edges.outputs.get(f"{parts[1]}.{like}{parts[3]}")
+            found = list(self.left[call.template])
+            for copies, source in enumerate(_behind(value)):
+                if source in found:
+                    made = self.left[number][found.index(source)]
+                    return self._copied(made) if copies or made.is_graph_output() else made
+        raise NotRepeatable(f"what {name} is made of is not known")
+
+    def _copied(self, value: ir.Value) -> ir.Value:
+        node = ir.Node("", "Identity", [value])
+        copy, behind = node.outputs[0], value.producer()
+        assert behind is not None  # noqa: S101 (a mark)
+        copy.name, copy.shape, copy.type = f"{value.name}_copy", value.shape, value.type
+        self.graph.insert_after(behind, node)
+        return copy
+
+
+def _behind(value: ir.Value | None) -> Iterator[ir.Value]:
+    """A value, and what it is but a copy of."""
+    while value is not None:
+        yield value
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.op_type == "Identity" else None
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))

@@ -1,0 +1,1 @@
+"""Trace one part to an ONNX graph."""

@@ -1,0 +1,305 @@
+"""From a part to an ONNX graph whose weights are still elsewhere.
+
+1. `sample_inputs` makes tensors of the part's dtypes and axes.
+2. transformers' ``OnnxExporter`` traces the part, unoptimized.
+3. `_detach_weights` takes the weights out of the graph, so that nothing folds or copies them.
+4. `qeff_proxy.graph.folding` folds the rest.
+5. Layers that were not traced are cloned from those that were
+   (`qeff_proxy.export.repeat.clone_layers`).
+6. `qeff_proxy.export.trace.graph_edges` gives inputs, outputs and dynamic axes the names of the
+   specs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+from qeff_proxy.common.messages import first_line
+from qeff_proxy.common.quiet import quiet_tracers
+from qeff_proxy.errors import ExportError
+from qeff_proxy.export.repeat.clone_layers import expand_layers
+from qeff_proxy.export.repeat.insert_layers import put_in
+from qeff_proxy.export.repeat.mark_layers import (
+    LayerCall,
+    MarkedLayers,
+    NotRepeatable,
+    layers_traced,
+    marked_layers,
+)
+from qeff_proxy.export.repeat.marks import TRANSLATIONS
+from qeff_proxy.export.trace.decompose_in_place import lowered_in_place
+from qeff_proxy.export.trace.graph_edges import set_edges
+from qeff_proxy.export.trace.operator_table import operators_read_once
+from qeff_proxy.graph.folding import fold_graph
+from qeff_proxy.layers.layer_lists import layer_lists
+from qeff_proxy.session.sample_inputs import TRACE_SIZES, mangled_inputs, sample_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import onnx_ir as ir
+
+    from qeff_proxy.layers.layer_lists import LayerList
+    from qeff_proxy.parts import Part, TensorSpec
+
+__all__ = ["TracedPart", "trace_part", "trace_sample"]
+
+
+#: Tensors smaller than this, in bytes, stay inside the ONNX file.
+INLINE_BYTES = 1024
+#: Constants of more bytes are not folded: onnxscript's own limit.
+_FOLDED_BYTES = 262_144
+
+
+@dataclass
+class TracedPart:
+    """A part as an ONNX graph without its weights.
+
+    Attributes:
+        name: The part's name.
+        model: The graph; initializers that are in ``weights`` have no value yet.
+        weights: Initializer name → tensor. The tensors are the model's own, not copies.
+        inputs: What the graph takes.
+        outputs: What it gives.
+        layers: How many layers were traced, where others were cloned from them; 0 for none.
+        reason: Why layers that are alike were all traced; ``None`` where they were not, or are not.
+    """
+
+    name: str
+    model: ir.Model
+    weights: dict[str, torch.Tensor]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    layers: int = 0
+    reason: str | None = None
+
+
+def trace_part(
+    part: Part, names: Mapping[int, str], opset: int | None = None, *, repeat: bool = False
+) -> TracedPart:
+    """Trace one part.
+
+    Args:
+        part: What to trace. Its module is not changed.
+        names: ``id`` of each parameter and buffer of the uncut model → its name there; weights
+            are called by it.
+        opset: ONNX opset, or ``None`` for the exporter's own choice.
+        repeat: Trace one layer of each kind and clone its nodes for the others, where that can be
+            (`qeff_proxy.export.repeat.mark_layers`).
+
+    Raises:
+        ExportError: The part cannot be traced, or the trace froze a dynamic axis.
+    """
+    reason = None
+    if repeat:
+        try:
+            with _marked(part) as marked:
+                program, weights = _graph_of(part, names, opset, TRANSLATIONS)
+            return _finished(program, part, names, weights, marked.calls)
+        except NotRepeatable as error:
+            reason = str(error)
+        except ExportError as error:  # what fails with marks may do without them
+            reason = error.problem
+    program, weights = _graph_of(part, names, opset, {})
+    return replace(_finished(program, part, names, weights, []), reason=reason)
+
+
+def trace_sample(
+    whole: Part, part: Part, names: Mapping[int, str], opset: int | None = None
+) -> tuple[TracedPart, TracedPart]:
+    """Trace a part of which only the first layers are there.
+
+    Args:
+        whole: The part with all layers; weights of those that are not there are on the meta device.
+        part: The part with those that are there alone.
+        names: As in `trace_part`, of all layers.
+        opset: As in `trace_part`.
+
+    Returns:
+        The graph of ``whole``, and that of ``part``.
+
+    Raises:
+        NotRepeatable: Layers cannot be cloned, or left out.
+        ExportError: As in `trace_part`.
+    """
+    lists = [
+        replace(found, layers=tuple(part.module.get_submodule(found.path).children()))
+        for found in layer_lists(whole.module)
+    ]
+    with _marked(part, lists) as marked:
+        program, weights = _graph_of(part, names, opset, TRANSLATIONS)
+    shorter = _finished(program.clone(), part, names, dict(weights), marked.calls)
+    seen, given = _run(whole)
+    # What is numbered by layers may be of other layers: those of a decoder, not an encoder.
+    whole = replace(whole, outputs=tuple(one for one in whole.outputs if one.name in given))
+    calls = put_in(program, marked.calls, seen, whole, part)
+    return _finished(program, whole, names, weights, calls), shorter
+
+
+def _run(part: Part) -> tuple[MarkedLayers, set[str]]:
+    """See how a part calls its layers, and what it gives, without those that are not there."""
+    samples = sample_inputs(part, {**TRACE_SIZES, **part.trace_sizes})
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in samples.items():
+        if tensor.is_floating_point():
+            samples[name] = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+    with torch.no_grad(), marked_layers(part.module, runs=True) as marked:
+        marked.inputs = {spec.name: samples[name] for name, spec in mangled_inputs(part)}
+        try:
+            outputs = part.module(**samples)
+        except NotRepeatable:
+            raise
+        except Exception as error:  # whatever a model's code meets where layers are not there
+            raise NotRepeatable(f"it cannot be run without its layers: {error}") from error
+    return marked, set(outputs)
+
+
+def _graph_of(
+    part: Part, names: Mapping[int, str], opset: int | None, marks: Mapping[Any, Any]
+) -> tuple[ir.Model, dict[str, torch.Tensor]]:
+    """The graph as it was traced, with marks where layers were marked, and its weights."""
+    sizes = {**TRACE_SIZES, **part.trace_sizes}
+    samples = sample_inputs(part, sizes)
+    shapes = {name: _dynamic_axes(spec) for name, spec in mangled_inputs(part)}
+    config = OnnxConfig(dynamic_shapes=shapes, optimize=False, opset_version=opset)
+    with quiet_tracers(), operators_read_once(marks):
+        try:
+            program = _trace(part, samples, config)
+        except NotRepeatable:
+            raise
+        except Exception as error:  # whatever torch.export meets in a model's code
+            line = first_line(error)
+            raise ExportError(
+                f"the {part.name} part cannot be traced: {type(error).__name__}: {line}",
+                "Run with --debug for the trace; a plugin can build this part in another way.",
+            ) from error
+        weights = _detach_weights(program, part, names)
+        fold_graph(program, input_size_limit=INLINE_BYTES, output_size_limit=_FOLDED_BYTES)
+    _check_opset(program, part, opset)
+    _attach_weights(program, weights)
+    return program, weights
+
+
+def _finished(
+    program: ir.Model,
+    part: Part,
+    names: Mapping[int, str],
+    weights: dict[str, torch.Tensor],
+    calls: list[LayerCall],
+) -> TracedPart:
+    """The part's graph, from the one that was traced."""
+
+    def name_of(tensor: torch.Tensor, path: str) -> str:
+        return names.get(id(tensor), f"{part.name}.{path}")
+
+    if calls:
+        expand_layers(program, calls, weights, name_of)
+        RemoveUnusedNodesPass()(program)
+    inputs, outputs = set_edges(program, part)
+    used = program.graph.initializers
+    return TracedPart(
+        part.name,
+        program,
+        {name: tensor for name, tensor in weights.items() if name in used},
+        inputs,
+        outputs,
+        layers_traced(calls),
+    )
+
+
+@contextlib.contextmanager
+def _marked(part: Part, lists: Sequence[LayerList] | None = None) -> Iterator[MarkedLayers]:
+    """Trace one layer of each kind of a part, and know the axes of its inputs by their names.
+
+    Symbols for axes that are equal become one only as a trace meets them, so that layers with
+    caches of their own would not be seen to be called alike.
+    """
+    with marked_layers(part.module, lists) as marked:
+
+        def note(_module: Any, _args: Any, given: dict[str, torch.Tensor]) -> None:
+            marked.begin()
+            for name, spec in mangled_inputs(part):
+                for size, axis in zip(given[name].shape, spec.shape, strict=True):
+                    if isinstance(axis, str):
+                        marked.axes[str(size)] = axis
+
+        handle = part.module.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield marked
+        finally:
+            handle.remove()
+
+
+def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:
+    def export() -> ir.Model:
+        program: ir.Model = OnnxExporter().export(part.module, samples, config=config).program
+        return program
+
+    with lowered_in_place() as lowered:
+        try:
+            return export()
+        except NotRepeatable:
+            raise
+        except Exception:  # what it is, the other way will say
+            if not lowered:
+                raise
+    return export()
+
+
+def _check_opset(program: ir.Model, part: Part, opset: int | None) -> None:
+    """Make sure that the graph has the opset asked for: the converter gives up in silence."""
+    found = program.opset_imports.get("", 0)
+    if opset is not None and found != opset:
+        raise ExportError(
+            f"the {part.name} part cannot be written in opset {opset}: its operators are those of "
+            f"opset {found}",
+            f"Ask for opset {found}, or for none.",
+        )
+
+
+def _dynamic_axes(spec: TensorSpec) -> dict[int, Any]:
+    return {i: torch.export.Dim.AUTO for i, axis in enumerate(spec.shape) if isinstance(axis, str)}
+
+
+def _detach_weights(
+    program: ir.Model, part: Part, names: Mapping[int, str]
+) -> dict[str, torch.Tensor]:
+    """Turn large initializers into graph inputs; give their tensors by their final name."""
+    own: dict[str, torch.Tensor] = dict(part.module.named_parameters(remove_duplicate=False))
+    own.update(part.module.named_buffers(remove_duplicate=False))
+    graph = program.graph
+    weights: dict[str, torch.Tensor] = {}
+    for old_name, value in list(graph.initializers.items()):
+        array = value.const_value
+        if array is None:
+            continue
+        if array.nbytes < INLINE_BYTES and not isinstance(own.get(old_name), torch.nn.Parameter):
+            continue
+        tensor = own[old_name] if old_name in own else torch.from_numpy(array.numpy().copy())
+        name = names.get(id(tensor), f"{part.name}.{old_name}")
+        del graph.initializers[old_name]
+        value.const_value = None
+        if name in weights:  # one weight under two names
+            first = next(v for v in graph.inputs if v.name == name)
+            value.replace_all_uses_with(first)
+            continue
+        value.name = name
+        weights[name] = tensor
+        graph.inputs.append(value)
+    return weights
+
+
+def _attach_weights(program: ir.Model, weights: Mapping[str, torch.Tensor]) -> None:
+    """Make the inputs that stand for weights initializers again; forget those nothing uses."""
+    graph = program.graph
+    for value in list(graph.inputs):
+        if value.name is not None and value.name in weights:
+            graph.inputs.remove(value)
+            if value.uses() or value.is_graph_output():
+                graph.initializers[value.name] = value

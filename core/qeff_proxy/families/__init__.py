@@ -1,0 +1,1 @@
+"""What plugin authors build on: the generic plugin, decoders, masks, tokenizing."""

@@ -1,0 +1,275 @@
+"""The modules a decoder is cut into.
+
+``EmbeddingPart`` (token ids to embeddings), ``DecoderPart`` (the layers, with their cache as plain
+tensors) and ``HeadPart`` (hidden states to logits, with whatever the model does around its head),
+and the two stubs. They hold the model's own submodules and change nothing in it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.utils.generic import ModelOutput
+
+from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.model_masks import provide_masks, record_masks
+from qeff_proxy.layers.replace_modules import replace_modules
+from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "CacheLayer",
+    "DecoderLayout",
+    "DecoderPart",
+    "EmbeddingPart",
+    "EmbeddingStub",
+    "HeadPart",
+    "HeadStub",
+    "probe_decoder",
+]
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """The cache of one layer: heads and widths of its keys and values."""
+
+    key_heads: int
+    key_width: int
+    value_heads: int
+    value_width: int
+
+
+@dataclass(frozen=True)
+class DecoderLayout:
+    """What a decoder needs besides its embeddings, learned by running it once.
+
+    Attributes:
+        cache: One entry per layer that caches keys and values, in order.
+        masks: The attention masks it asks for.
+    """
+
+    cache: tuple[CacheLayer, ...]
+    masks: tuple[MaskSpec, ...]
+
+    def cache_inputs(self, dtype: str) -> tuple[TensorSpec, ...]:
+        """``past_key_values.<layer>.key`` and ``.value``: ``[batch, heads, past, width]``."""
+        return self._cache_specs("past_key_values", dtype, "past")
+
+    def cache_outputs(self, dtype: str) -> tuple[TensorSpec, ...]:
+        """``present.<layer>.key`` and ``.value``: ``[batch, heads, past + query, width]``."""
+        return self._cache_specs("present", dtype, "past + query")
+
+    def host_inputs(self, dtype: str) -> tuple[TensorSpec, ...]:
+        """Masks, positions and cache: what a decoder part takes besides its first input."""
+        masks = tuple(
+            TensorSpec(mask.name, dtype, ("batch", 1, "query", "past + query"))
+            for mask in self.masks
+        )
+        return (
+            *masks,
+            TensorSpec("padding_mask", "int64", ("batch", "past + query")),
+            TensorSpec("position_ids", "int64", ("batch", "query")),
+            *self.cache_inputs(dtype),
+        )
+
+    def _cache_specs(self, prefix: str, dtype: str, length: str) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(f"{prefix}.{index}.{side}", dtype, ("batch", heads, length, width))
+            for index, layer in enumerate(self.cache)
+            for side, heads, width in (
+                ("key", layer.key_heads, layer.key_width),
+                ("value", layer.value_heads, layer.value_width),
+            )
+        )
+
+
+def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> DecoderLayout:
+    """Run ``decoder`` on two embeddings and see which masks it asks for and what it caches.
+
+    Args:
+        decoder: A model that takes ``inputs_embeds`` and ``past_key_values``.
+        hidden_size: Width of the embeddings.
+        dtype: Their dtype.
+
+    Raises:
+        UnsupportedModelError: It takes no embeddings, or caches something else than keys and
+            values (a recurrent or linear-attention state).
+    """
+    name = type(decoder).__name__
+    if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
+        raise UnsupportedModelError(
+            f"{name} takes no inputs_embeds, so it cannot run without its token embedding",
+            "A plugin for this model type can build its body in another way.",
+        )
+    cache = DynamicCache()
+    masks: dict[MaskKind, MaskSpec] = {}
+    device = next(decoder.parameters()).device
+    embeddings = torch.zeros(1, 2, hidden_size, dtype=dtype, device=device)
+    with torch.no_grad(), record_masks(decoder, masks):
+        decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.dim() != 4:
+            raise UnsupportedModelError(
+                f"layer {index} of {name} caches something else than keys and values",
+                "Recurrent and linear-attention states are not supported by the generic plugin; "
+                "write a plugin for this model type.",
+            )
+        keys, values = layer.keys, layer.values
+        layers.append(CacheLayer(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
+    if not layers:
+        raise UnsupportedModelError(
+            f"{name} keeps no key/value cache", "Only models with a cache can be run as a decoder."
+        )
+    return DecoderLayout(tuple(layers), tuple(masks.values()))
+
+
+class EmbeddingPart(nn.Module):
+    """``input_ids`` to ``inputs_embeds``, by the model's own embedding module."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``input_ids [batch, sequence]`` to ``inputs_embeds [batch, sequence, hidden]``."""
+        return {"inputs_embeds": self.embedding(input_ids)}
+
+
+class DecoderPart(nn.Module):
+    """A decoder with its masks, positions and cache as plain tensors.
+
+    Args:
+        decoder: What runs: a model without its ends, or a whole causal LM.
+        layout: Its cache and masks, from `probe_decoder`.
+        entry: The name of its first input, ``"inputs_embeds"`` or ``"input_ids"``.
+        exit_name: The name of its first output, ``"last_hidden_state"`` or ``"logits"``.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, layout: DecoderLayout, entry: str, exit_name: str
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.layout = layout
+        self.entry = entry
+        self.exit_name = exit_name
+        self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the decoder.
+
+        Args:
+            tensors: ``entry``, the masks, ``padding_mask [batch, past + query]`` int64 (for models
+                that derive more than a mask from it, such as ALiBi), ``position_ids [batch,
+                query]`` int64, and the cache, dots written as double underscores.
+
+        Returns:
+            ``exit_name`` and the cache, one query longer.
+        """
+        masks: dict[MaskKind, torch.Tensor | None] = {
+            mask.kind: tensors[mask.name] for mask in self.layout.masks
+        }
+        arguments: dict[str, Any] = {
+            self.entry: tensors[self.entry],
+            "attention_mask": tensors["padding_mask"],
+            "past_key_values": self._cache(tensors),
+            "use_cache": True,
+        }
+        if self.takes_positions:
+            arguments["position_ids"] = tensors["position_ids"]
+        with provide_masks(self.decoder, masks):
+            outputs = self.decoder(**arguments)
+        result = {self.exit_name: outputs[0]}
+        for index, layer in enumerate(outputs.past_key_values.layers):
+            result[f"present.{index}.key"] = layer.keys
+            result[f"present.{index}.value"] = layer.values
+        return result
+
+    def _cache(self, tensors: dict[str, torch.Tensor]) -> DynamicCache:
+        cache = DynamicCache()
+        for index in itertools.count():
+            if f"past_key_values__{index}__key" not in tensors:
+                break
+            layer = DynamicLayer()
+            keys = tensors[f"past_key_values__{index}__key"]
+            values = tensors[f"past_key_values__{index}__value"]
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
+        return cache
+
+
+@dataclass
+class _DecoderOutput(ModelOutput):  # type: ignore[misc]
+    """What causal LMs read from their decoder's answer."""
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    router_logits: Any = None
+
+
+class _Passthrough(nn.Module):
+    """Stands where the decoder was: gives back the embeddings it gets."""
+
+    def forward(
+        self, *_args: Any, inputs_embeds: torch.Tensor | None = None, **_kwargs: Any
+    ) -> _DecoderOutput:
+        return _DecoderOutput(last_hidden_state=inputs_embeds)
+
+
+class HeadPart(nn.Module):
+    """``last_hidden_state`` to ``logits``.
+
+    It is the model itself with a passthrough for a decoder, so that whatever the model does
+    before and after its head (a scale, a soft cap) is done here too.
+
+    Args:
+        model: The causal LM.
+        decoder_path: Dotted path of the decoder in it.
+    """
+
+    def __init__(self, model: PreTrainedModel, decoder_path: str) -> None:
+        super().__init__()
+        self.model = replace_modules(model, {decoder_path: _Passthrough()})
+
+    def forward(self, last_hidden_state: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``[batch, sequence, hidden]`` to ``logits [batch, sequence, vocabulary]``."""
+        outputs = self.model(inputs_embeds=last_hidden_state, use_cache=False)
+        return {"logits": outputs.logits}
+
+
+class EmbeddingStub(nn.Module):
+    """Broadcasts a token's id over the hidden size. Has no weights and no meaning."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``[batch, sequence]`` to ``[batch, sequence, hidden]``."""
+        shape: Sequence[int] = (*input_ids.shape, self.hidden_size)
+        return input_ids.to(self.dtype).unsqueeze(-1).expand(shape)
+
+
+class HeadStub(nn.Module):
+    """Passes hidden states through. Has no weights and no meaning."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Give back what came in."""
+        return hidden_states

@@ -1,0 +1,241 @@
+"""The plugin the core ships: any causal LM that answers transformers' generic calls.
+
+It locates the ends through ``get_input_embeddings()`` and ``get_output_embeddings()`` and takes
+the base model as the body. It claims nothing of a model's insides that the verified cut would not
+notice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qeff_proxy.arrays import given_tensors
+from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.decoder import (
+    DecoderLayout,
+    DecoderPart,
+    EmbeddingPart,
+    EmbeddingStub,
+    HeadPart,
+    HeadStub,
+    probe_decoder,
+)
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.layers.replace_modules import replace_modules
+from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.request import refuse_others
+from qeff_proxy.sites import Absent, Site
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
+
+    from qeff_proxy.request import Request
+
+__all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
+
+
+@hookimpl(trylast=True)
+def locate_embedding(model: PreTrainedModel) -> Site | None:
+    """The module that ``get_input_embeddings()`` gives."""
+    try:
+        module = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    path = _path_of(model, module)
+    if path is None:
+        return None
+    scale = getattr(module, "embed_scale", None)
+    scalar = scale.item() if isinstance(scale, torch.Tensor) and not scale.is_meta else scale
+    return Site(path, scale=float(scalar) if isinstance(scalar, int | float) else None)
+
+
+@hookimpl(trylast=True)
+def locate_lm_head(model: PreTrainedModel) -> Site | Absent | None:
+    """The module that ``get_output_embeddings()`` gives, and what follows it."""
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an encoder and a decoder, which the generic plugin does "
+            "not cut",
+            f"A plugin for model type {model.config.model_type!r} can.",
+        )
+    module = model.get_output_embeddings()
+    path = _path_of(model, module)
+    if path is None or module is None:
+        return None
+    decoder_path = _decoder_path(model)
+    if decoder_path is None:
+        return Site(path)
+    hidden_size = module.weight.shape[-1]
+    return Site(path, follows=_operations_after(model, path, decoder_path, int(hidden_size)))
+
+
+@hookimpl(trylast=True)
+def build_proxy(
+    model: PreTrainedModel, embedding: Site | Absent, lm_head: Site | Absent, kind: Kind
+) -> Proxy | None:
+    """Cut a causal LM whose base model takes ``inputs_embeds``."""
+    if isinstance(embedding, Absent) or isinstance(lm_head, Absent):
+        return None
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no causal LM",
+            "Load it with the class for its task, or write a plugin for it.",
+        )
+    decoder_path = _decoder_path(model)
+    if decoder_path is None:
+        return None
+    decoder = model.get_submodule(decoder_path)
+    table = model.get_submodule(embedding.module)
+    hidden_size = int(table.weight.shape[1])
+    vocabulary = int(model.get_submodule(lm_head.module).weight.shape[0])
+    dtype = model.dtype
+    layout = probe_decoder(decoder, hidden_size, dtype)
+    if kind == "split":
+        parts = _split_parts(model, decoder_path, table, layout, hidden_size, vocabulary)
+    else:
+        whole = model
+        width = vocabulary
+        if kind == "stub":
+            width = hidden_size
+            stubs = {
+                embedding.module: EmbeddingStub(hidden_size, dtype),
+                lm_head.module: HeadStub(),
+            }
+            whole = replace_modules(model, stubs)
+        parts = (_whole_part(whole, layout, dtype, width),)
+    settings = {"embedding_rows": int(table.weight.shape[0]), "hidden_size": hidden_size}
+    return Proxy(kind, "causal-lm", parts, settings)
+
+
+@hookimpl(trylast=True)
+def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
+    """Token ids as given, or a tokenizer's, padded on the left."""
+    if request.inputs is not None:
+        return given_tensors(request.inputs)
+    refuse_others(request, "prompts")
+    if processor is None or not request.prompts:
+        return None
+    from qeff_proxy.families.tokenize import tokenize
+
+    return tokenize(processor, request.prompts)
+
+
+@hookimpl(trylast=True)
+def decode(processor: Any, outputs: Mapping[str, Any]) -> Any | None:
+    """Texts of ``generated_ids``, special tokens left out."""
+    if processor is None or "generated_ids" not in outputs:
+        return None
+    return processor.batch_decode(list(outputs["generated_ids"]), skip_special_tokens=True)
+
+
+def _path_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    if wanted is None:
+        return None
+    paths: dict[int, str] = {id(module): path for path, module in model.named_modules() if path}
+    return paths.get(id(wanted))
+
+
+def _decoder_path(model: PreTrainedModel) -> str | None:
+    """Path of the stack of layers below the model itself, where there is one."""
+    decoder = model.get_decoder()
+    if decoder is None or decoder is model:
+        decoder = model.base_model
+    return _path_of(model, decoder) if decoder is not model else None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _split_parts(
+    model: PreTrainedModel,
+    decoder_path: str,
+    table: nn.Module,
+    layout: DecoderLayout,
+    hidden_size: int,
+    vocabulary: int,
+) -> tuple[Part, ...]:
+    dtype = _dtype_name(model.dtype)
+    ids = TensorSpec("input_ids", "int64", ("batch", "query"))
+    embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", hidden_size))
+    hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", hidden_size))
+    logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
+    body = DecoderPart(
+        model.get_submodule(decoder_path), layout, "inputs_embeds", "last_hidden_state"
+    )
+    return (
+        Part("embedding", EmbeddingPart(table), (ids,), (embeddings,), "vocabulary"),
+        Part(
+            "body",
+            body,
+            (embeddings, *layout.host_inputs(dtype)),
+            (hidden, *layout.cache_outputs(dtype)),
+            "body",
+            layout.masks,
+        ),
+        Part("lm_head", HeadPart(model, decoder_path), (hidden,), (logits,), "vocabulary"),
+    )
+
+
+def _whole_part(
+    model: PreTrainedModel, layout: DecoderLayout, dtype: torch.dtype, width: int
+) -> Part:
+    name = _dtype_name(dtype)
+    return Part(
+        "model",
+        DecoderPart(model, layout, "input_ids", "logits"),
+        (TensorSpec("input_ids", "int64", ("batch", "query")), *layout.host_inputs(name)),
+        (
+            TensorSpec("logits", name, ("batch", "query", width)),
+            *layout.cache_outputs(name),
+        ),
+        "model",
+        layout.masks,
+    )
+
+
+class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the names of the operations that run once `recording` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recording = False
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.recording:
+            self.names.append(func.overloadpacket.__name__.rstrip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+def _operations_after(
+    model: PreTrainedModel, head_path: str, decoder_path: str, hidden_size: int
+) -> tuple[str, ...]:
+    """Names of the operations between the head's output and the logits."""
+    part = HeadPart(model, decoder_path)
+    head = part.model.get_submodule(head_path)
+    recorder = _OperationRecorder()
+
+    def start(*_: Any) -> None:
+        recorder.recording = True
+
+    handle = head.register_forward_hook(start)
+    try:
+        hidden = torch.zeros(1, 1, hidden_size, dtype=model.dtype, device=model.device)
+        with torch.no_grad(), recorder:
+            part(last_hidden_state=hidden)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"the LM head of {type(model).__name__} cannot be run by itself: {error}",
+            "A plugin for this model type can build the head in another way.",
+        ) from error
+    finally:
+        handle.remove()
+    silent = {"slice", "view", "detach", "alias", "_unsafe_view", "reshape"}
+    return tuple(name for name in recorder.names if name not in silent)

@@ -1,0 +1,57 @@
+"""Text in: what every family that tokenizes prompts shares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.common.messages import type_named
+from qeff_proxy.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+__all__ = ["tokenize"]
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Tokenize prompts for generation, padded on the left to one length.
+
+    Args:
+        tokenizer: A transformers tokenizer. Its own settings are left as they are.
+        prompts: One text per row; none may be empty.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, both ``[batch, sequence]`` int64. Without a pad
+        token, the end-of-sequence token pads, hidden by the mask as any padding is.
+
+    Raises:
+        UsageError: A prompt is empty, or gives no token; or it is no tokenizer.
+    """
+    import torch
+
+    if not callable(tokenizer):
+        raise UsageError(
+            f"{type_named(tokenizer)} is no tokenizer",
+            "Pass a tokenizer of transformers, or leave it out for the checkpoint's own.",
+        )
+    for prompt in prompts:
+        if not isinstance(prompt, str) or any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UsageError(
+                f"the prompt {prompt!r} is no text", "Give text without halves of surrogate pairs."
+            )
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise UsageError(f"the prompt {prompt!r} is empty", "Give at least one token of text.")
+    length = max(len(ids) for ids in encoded)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    rows = [[pad] * (length - len(ids)) + ids for ids in encoded]
+    masks = [[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded]
+    return {
+        "input_ids": torch.tensor(rows, dtype=torch.int64),
+        "attention_mask": torch.tensor(masks, dtype=torch.int64),
+    }

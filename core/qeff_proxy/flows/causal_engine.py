@@ -1,0 +1,273 @@
+"""Runs a decoder's parts, step by step, on sessions of any backend.
+
+The engine supplies what no part computes: masks, positions, the cache handed from one step to the
+next. Tensors go from part to part by name (see `qeff_proxy.parts`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.errors import UsageError
+from qeff_proxy.flows.attention_masks import build_mask, lengthen_mask
+from qeff_proxy.session.cache_buffers import Buffers, Cache, HeldCache, can_run_in_place
+from qeff_proxy.tensor_names import PAST, PRESENT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.parts import TensorSpec
+    from qeff_proxy.session.cache_buffers import InPlaceSession
+    from qeff_proxy.session.session import PartLike, Session
+
+__all__ = ["Cache", "CausalEngine", "Recorder", "StepId", "Supplier", "position_ids_of"]
+
+Phase = Literal["prefill", "decode"]
+
+
+class Recorder(Protocol):
+    """Sees every run of every part: what a dump is written from."""
+
+    def step(
+        self,
+        phase: Phase,
+        index: int,
+        part: str,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        *,
+        past_length: int,
+    ) -> None:
+        """Called once per run, with the arrays that went in and came out, by name."""
+
+
+class Supplier(Protocol):
+    """Gives a step tensors that no part computes, such as embeddings that are not of tokens."""
+
+    def supply(
+        self, part: PartLike, known: Mapping[str, Array], padding: Array
+    ) -> Mapping[str, Array]:
+        """Called before each part runs.
+
+        Args:
+            part: The part whose turn it is.
+            known: What the step has so far, by name: ``input_ids [batch, query]``, the cache, and
+                the outputs of earlier parts.
+            padding: ``[batch, past + query]`` int64, 1 for a token and 0 for padding.
+
+        Returns:
+            Arrays that this part and the later ones take, by name; they win over what is known,
+            and over the masks and positions that the engine would build.
+        """
+
+    def chunk_end(self, start: int, stop: int) -> int:
+        """Where a prefill chunk that begins at ``start`` must end so that it can end at ``stop``.
+
+        Returns:
+            ``stop``, or a later position where what lies around ``stop`` must not be parted.
+        """
+
+
+@dataclass(frozen=True)
+class StepId:
+    """Which step this is: prefill chunk or decode step, numbered from 0."""
+
+    phase: Phase
+    index: int
+
+
+def position_ids_of(padding: Array, query_length: int) -> Array:
+    """Positions of the last ``query_length`` tokens, counted from the first that is not padding.
+
+    Args:
+        padding: ``[batch, past + query]``, 1 for a token and 0 for padding.
+        query_length: How many positions to give.
+
+    Returns:
+        ``[batch, query]`` int64; 0 where there is padding.
+    """
+    if query_length == 1:
+        positions = np.maximum(np.sum(padding, axis=1, keepdims=True) - 1, 0)
+    else:
+        positions = np.maximum(np.cumsum(padding, axis=1) - 1, 0)
+    return np.ascontiguousarray(positions[:, -query_length:], dtype=np.int64)
+
+
+class CausalEngine:
+    """The parts of a causal LM, run in order.
+
+    Args:
+        parts: In order; the last one gives ``logits``.
+        sessions: One per part, by name.
+        context_length: Most positions that fit, or ``None`` for no limit.
+        supplier: Gives tensors that no part computes.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[PartLike],
+        sessions: Mapping[str, Session],
+        context_length: int | None = None,
+        supplier: Supplier | None = None,
+    ) -> None:
+        self.parts = tuple(parts)
+        self._takes = [_Takes.of(part) for part in self.parts]
+        self.sessions = dict(sessions)
+        self.context_length = context_length
+        self.supplier = supplier
+
+    def step(
+        self,
+        step: StepId,
+        input_ids: Array,
+        padding: Array,
+        cache: Cache | None = None,
+        *,
+        last_only: bool = False,
+        recorder: Recorder | None = None,
+    ) -> tuple[Array, Cache]:
+        """Run all parts once.
+
+        Args:
+            step: What the recorder is told.
+            input_ids: ``[batch, query]`` int64.
+            padding: ``[batch, past + query]`` int64, 1 for a token and 0 for padding.
+            cache: What the step before gave, or ``None`` on the first.
+            last_only: Give the logits of the last position only.
+            recorder: Sees inputs and outputs of each part.
+
+        Returns:
+            ``logits [batch, query or 1, vocabulary]`` and the cache, one query longer.
+
+        Raises:
+            UsageError: The positions do not fit into the context.
+        """
+        query_length = input_ids.shape[1]
+        past_length = padding.shape[1] - query_length
+        self._check_room(padding.shape[1])
+        known: dict[str, Array] = {"input_ids": input_ids, **(cache or {})}
+        present: Cache = {}
+        for part, takes in zip(self.parts, self._takes, strict=True):
+            if part.name == "lm_head" and last_only:
+                known["last_hidden_state"] = known["last_hidden_state"][:, -1:]
+            if self.supplier is not None:
+                known.update(self.supplier.supply(part, known, padding))
+            session = self.sessions[part.name]
+            if takes.cache and can_run_in_place(session, part, cache):
+                feeds = self._feeds(part, takes.others, known, padding, query_length)
+                outputs, held = _run_in_place(session, takes, feeds, cache)
+                present = held
+                if recorder is not None:  # as it would be without the buffers
+                    feeds = self._feeds(
+                        part, part.inputs, {**known, **feeds}, padding, query_length
+                    )
+                    outputs = _with_cache(outputs, held, part)
+            else:
+                feeds = self._feeds(part, part.inputs, known, padding, query_length)
+                outputs = session.run(feeds)
+            if recorder is not None:
+                recorder.step(
+                    step.phase, step.index, part.name, feeds, outputs, past_length=past_length
+                )
+            known.update(outputs)
+        logits = known["logits"]
+        return (logits[:, -1:] if last_only else logits), present or _given_back(known)
+
+    def _check_room(self, positions: int) -> None:
+        if self.context_length is not None and positions > self.context_length:
+            raise UsageError(
+                f"{positions} positions do not fit into a context of {self.context_length}",
+                "Shorten the prompt, generate fewer tokens, or compile with a larger ctx_len.",
+            )
+
+    def _feeds(
+        self,
+        part: PartLike,
+        specs: Iterable[TensorSpec],
+        known: Mapping[str, Array],
+        padding: Array,
+        query: int,
+    ) -> dict[str, Array]:
+        """The arrays for some of a part's inputs."""
+        return {spec.name: self._feed(part, spec, known, padding, query) for spec in specs}
+
+    def _feed(
+        self, part: PartLike, spec: Any, known: Mapping[str, Array], padding: Array, query: int
+    ) -> Array:
+        """The array for one input: handed over, or built here."""
+        name = spec.name
+        if name in known:
+            return known[name]
+        for mask in part.masks:
+            if mask.name == name:
+                return build_mask(mask, padding, query, numpy_dtype(spec.dtype))
+        if name == "padding_mask":
+            return np.ascontiguousarray(padding, dtype=np.int64)
+        if name == "position_ids":
+            return position_ids_of(padding, query)
+        if name.startswith(PAST):
+            shape = (padding.shape[0], spec.shape[1], 0, spec.shape[3])
+            return np.zeros(shape, numpy_dtype(spec.dtype))
+        raise UsageError(
+            f"the {part.name} part needs an input {name!r} that nothing supplies",
+            "Its plugin must give it in preprocess, or as an output of an earlier part.",
+        )
+
+
+@dataclass(frozen=True)
+class _Takes:
+    """A part's inputs, sorted once and not at every step.
+
+    Attributes:
+        cache: Those of the cache, by name.
+        others: The others.
+        masks: The names of the masks among them.
+    """
+
+    cache: dict[str, TensorSpec]
+    others: tuple[TensorSpec, ...]
+    masks: frozenset[str]
+
+    @classmethod
+    def of(cls, part: PartLike) -> _Takes:
+        cache = {spec.name: spec for spec in part.inputs if spec.name.startswith(PAST)}
+        others = tuple(spec for spec in part.inputs if spec.name not in cache)
+        return cls(cache, others, frozenset(mask.name for mask in part.masks))
+
+
+def _run_in_place(
+    session: InPlaceSession, takes: _Takes, feeds: Mapping[str, Array], cache: Cache | None
+) -> tuple[dict[str, Array], HeldCache]:
+    """Run a part on buffers; its outputs without the cache, and the longer cache."""
+    batch, query = feeds[takes.others[0].name].shape[:2]
+    if isinstance(cache, HeldCache):
+        buffers = cache.room_for(query, takes.cache)
+    else:
+        buffers = Buffers(takes.cache, batch, room=query)
+    given = {
+        name: lengthen_mask(array, buffers.capacity) if name in takes.masks else array
+        for name, array in feeds.items()
+    }
+    outputs = session.run_in_place(given, buffers)
+    buffers.filled += query
+    return outputs, HeldCache(buffers)
+
+
+def _given_back(known: Mapping[str, Array]) -> Cache:
+    """The cache that a part gave back, as the next step takes it."""
+    return {
+        name.replace(PRESENT, PAST, 1): value
+        for name, value in known.items()
+        if name.startswith(PRESENT)
+    }
+
+
+def _with_cache(outputs: Mapping[str, Array], held: Cache, part: PartLike) -> dict[str, Array]:
+    """What a part gave, as ``run`` would have given it."""
+    found = {**outputs, **{name.replace(PAST, PRESENT, 1): one for name, one in held.items()}}
+    return {spec.name: found[spec.name] for spec in part.outputs}

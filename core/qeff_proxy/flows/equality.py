@@ -1,0 +1,106 @@
+"""What every flow's verification shares: hold outputs against each other, and say what differs."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qeff_proxy.errors import CutError
+from qeff_proxy.flows.flow import CutReport
+from qeff_proxy.sites import Absent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from transformers import PreTrainedModel
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.sites import Site
+
+__all__ = ["NEEDS_PLUGIN", "TOLERANCES", "check_equal", "parts_must_run"]
+
+#: Largest allowed difference of an element, over the largest element, by the model's dtype. Model
+#: and parts run the same operations, so that only the order of sums may differ.
+TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
+
+#: What to do where the generic plugin does not serve.
+NEEDS_PLUGIN = "This architecture needs a plugin of its own."
+
+
+@contextmanager
+def parts_must_run(model: PreTrainedModel, sites: Mapping[str, Site | Absent]) -> Iterator[None]:
+    """Turn whatever a part raises into a `CutError` that names model and sites."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CutError(
+            f"the parts of {type(model).__name__} cannot be run ({_where(sites)}): "
+            f"{type(error).__name__}: {error}",
+            NEEDS_PLUGIN,
+        ) from error
+
+
+def check_equal(
+    model: PreTrainedModel,
+    sites: Mapping[str, Site | Absent],
+    expected: Array,
+    actual: Array,
+    valid: Array | None = None,
+    *,
+    output: str = "element",
+) -> CutReport:
+    """Hold the outputs of the parts against those of the model.
+
+    Args:
+        model: The uncut model; its dtype decides the tolerance.
+        sites: Where it was cut, for the message.
+        expected: What the model gave, float32, any shape.
+        actual: What the parts gave.
+        valid: Which positions count: the leading axes of ``expected``, non-zero where they do.
+            ``None``: all.
+        output: What an element is called in the message.
+
+    Raises:
+        CutError: Shapes differ, values differ by more than the tolerance, or the model itself
+            gives NaN or infinity.
+    """
+    name = type(model).__name__
+    dtype = str(model.dtype).removeprefix("torch.")
+    where = _where(sites)
+    if expected.shape != actual.shape:
+        raise CutError(
+            f"the parts of {name} give {output}s {list(actual.shape)}, the model "
+            f"{list(expected.shape)} ({where})",
+            NEEDS_PLUGIN,
+        )
+    counts = np.ones(expected.shape[:1], bool) if valid is None else valid.astype(bool)
+    if not np.isfinite(expected[counts]).all():
+        raise CutError(
+            f"{name} itself gives NaN or infinite {output}s in {dtype}",
+            "Check the checkpoint's weights, or export in float32.",
+        )
+    trailing = (1,) * (expected.ndim - counts.ndim)
+    difference = np.where(counts.reshape(*counts.shape, *trailing), np.abs(expected - actual), 0.0)
+    tolerance = TOLERANCES.get(dtype, TOLERANCES["float32"])
+    largest = float(np.abs(expected[counts]).max())
+    report = CutReport(float(difference.max()), largest, tolerance, dtype, int(counts.sum()))
+    # Written so that a NaN fails.
+    if not report.max_difference <= tolerance * max(largest, 1e-6):
+        flat = int(np.argmax(np.where(np.isnan(difference), np.inf, difference)))
+        worst = tuple(int(index) for index in np.unravel_index(flat, difference.shape))
+        raise CutError(
+            f"the parts of {name} do not equal the uncut model ({where}): {output} {list(worst)} "
+            f"is {actual[worst]:.6g} instead of {expected[worst]:.6g}, off by "
+            f"{difference[worst]:.3g} with at most {tolerance * largest:.3g} allowed in {dtype}",
+            NEEDS_PLUGIN,
+        )
+    return report
+
+
+def _where(sites: Mapping[str, Site | Absent]) -> str:
+    return ", ".join(
+        f"no {name}: {site.reason}" if isinstance(site, Absent) else f"{name} at {site.module}"
+        for name, site in sites.items()
+    )

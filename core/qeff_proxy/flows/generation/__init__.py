@@ -1,0 +1,1 @@
+"""Generate token ids from a compiled proxy, with the loop of transformers."""

@@ -1,0 +1,372 @@
+"""Generate: transformers' own generation loop over the parts' sessions.
+
+Sampling, beams, processors of logits and stop strings are transformers' code. What is ours is the
+forward pass, which runs the parts through `qeff_proxy.flows.causal_engine.CausalEngine`, and a
+leaner loop for greedy search (`qeff_proxy.flows.generation.greedy`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.flows.causal_engine import CausalEngine, StepId
+from qeff_proxy.flows.generation.greedy import Rules, search_greedily
+from qeff_proxy.flows.generation.inputs import checked_ids, checked_mask
+from qeff_proxy.flows.generation.seeding import draws_seeded
+from qeff_proxy.flows.generation.settings import check_settings, generation_config_of
+from qeff_proxy.flows.generation.step_cache import StepCache
+from qeff_proxy.request import refuse_unused
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+    from transformers import DynamicCache, PreTrainedConfig
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.flows.causal_engine import Recorder, Supplier
+    from qeff_proxy.flows.flow import Job
+    from qeff_proxy.session.cache_buffers import Cache
+    from qeff_proxy.session.session import PartLike
+
+__all__ = [
+    "Generated",
+    "PerfMetrics",
+    "ProxyForCausalLM",
+    "generate_ids",
+    "run_generation",
+]
+
+
+#: New tokens where neither the user nor the checkpoint says how many.
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class PerfMetrics:
+    """How long it took.
+
+    Attributes:
+        prefill_time: Seconds from the start to the first token (time to first token).
+        decode_perf: Tokens per second and prompt after the first one; 0.0 where there is none.
+        total_perf: Tokens per second over all prompts and the whole time.
+        total_time: Seconds.
+    """
+
+    prefill_time: float
+    decode_perf: float
+    total_perf: float
+    total_time: float
+
+    def to_json(self) -> dict[str, float]:
+        """The figures as a JSON object."""
+        return dict(vars(self))
+
+
+class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
+    """A causal LM whose forward pass runs sessions.
+
+    Args:
+        config: Of the uncut model.
+        engine: Runs the parts.
+        generation_config: The checkpoint's generation settings.
+        prefill_seq_len: Prompts are run in chunks of this many tokens; ``None``: at once.
+        recorder: Sees every run of every part.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = "proxy"
+    _is_stateful = False
+    _supports_cache_class = True
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        engine: CausalEngine,
+        generation_config: GenerationConfig | None = None,
+        prefill_seq_len: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.generation_config = generation_config or GenerationConfig.from_model_config(config)
+        self.engine = engine
+        self.prefill_seq_len = prefill_seq_len
+        self.recorder = recorder
+        self.step_times: list[float] = []
+        self._chunks = 0
+        self._decode_steps = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids and logits are: the host."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the logits that the generation loop sees."""
+        return torch.float32
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Yes: it is made for it."""
+        return True
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """No: this class is not a checkpoint's own code."""
+        return False
+
+    def get_experts_implementation(self) -> None:
+        """None to choose from: experts are inside the body."""
+        return
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass of the generation loop: a prefill, in chunks, or a decode step.
+
+        Args:
+            input_ids: ``[batch, query]`` int64.
+            attention_mask: ``[batch, past + query]``, 1 for a token; ``None`` for no padding.
+            past_key_values: The cache, taken over and given back longer.
+
+        Returns:
+            ``logits [batch, 1, vocabulary]`` float32 of the last position, and the cache.
+        """
+        ids = to_array(input_ids)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is None:
+            attention_mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64)
+        padding = to_array(attention_mask.to(torch.int64))
+        held = StepCache.of(past_key_values)
+        logits, cache = self.run(ids, padding, held.arrays() if past else None)
+        held.hold(cache)
+        return CausalLMOutputWithPast(logits=to_tensor(logits).float(), past_key_values=held)
+
+    def run(self, ids: Array, padding: Array, cache: Cache | None) -> tuple[Array, Cache]:
+        """Run the parts on new tokens: a prefill, in chunks, where there is no cache yet.
+
+        Args:
+            ids: ``[batch, query]`` int64.
+            padding: ``[batch, past + query]`` int64, 1 for a token and 0 for padding.
+            cache: What the run before gave, or ``None``.
+
+        Returns:
+            ``logits [batch, 1, vocabulary]`` of the last position, and the longer cache.
+
+        Raises:
+            BackendError: A logit is not finite.
+        """
+        length = ids.shape[1]
+        past = padding.shape[1] - length
+        chunk = self.prefill_seq_len if cache is None and self.prefill_seq_len else length
+        decoding = cache is not None
+        logits = None
+        stop = 0
+        while stop < length:
+            start, stop = stop, min(stop + chunk, length)
+            if not decoding and self.engine.supplier is not None:
+                stop = min(self.engine.supplier.chunk_end(start, stop), length)
+            logits, cache = self.engine.step(
+                self._next_step(decoding=decoding),
+                ids[:, start:stop],
+                padding[:, : past + stop],
+                cache,
+                last_only=True,
+                recorder=self.recorder,
+            )
+        assert logits is not None and cache is not None  # noqa: S101, PT018 (it runs at least once)
+        numbers = logits.astype(np.float32, copy=False)
+        if not (np.isfinite(numbers.min()) and np.isfinite(numbers.max())):  # NaN is either, too
+            raise BackendError(
+                f"the logits of step {len(self.step_times)} are not finite numbers",
+                "Check the weights for NaN, or run in float32 if a half-precision run overflows.",
+            )
+        self.step_times.append(time.perf_counter())
+        return logits, cache
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **others: Any,
+    ) -> Any:
+        """Replace transformers' loop where it searches greedily (see `generation_greedy`)."""
+        if generation_config.do_sample or generation_config.return_dict_in_generate:
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, **others
+            )
+        return search_greedily(
+            self.run,
+            input_ids,
+            others.get("attention_mask"),
+            Rules(logits_processor, stopping_criteria, generation_config, others.get("streamer")),
+        )
+
+    def _next_step(self, *, decoding: bool) -> StepId:
+        if decoding:
+            self._decode_steps += 1
+            return StepId("decode", self._decode_steps - 1)
+        self._chunks += 1
+        return StepId("prefill", self._chunks - 1)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Raw result of the loop: new ids, ``[prompts, tokens]``, and what the clock said."""
+
+    ids: npt.NDArray[np.int64]
+    perf: PerfMetrics
+
+
+def generate_ids(
+    job: Job, parts: Sequence[PartLike] | None = None, supplier: Supplier | None = None
+) -> Generated:
+    """Generate token ids from a compiled causal LM.
+
+    Args:
+        job: The run.
+        parts: Those that run at each step; by default all.
+        supplier: Gives the engine tensors that no part computes.
+
+    Raises:
+        UsageError: The export is a stub, or the prompt does not fit into the context.
+    """
+    if job.export.kind == "stub":
+        raise UsageError(
+            "a stub's outputs mean nothing, so no text can be generated from it",
+            "Export with proxy='split' to generate.",
+        )
+    check_settings(job.settings)
+    text_config = job.config.get_text_config(decoder=True)
+    context = job.options.ctx_len or getattr(text_config, "max_position_embeddings", None)
+    engine = CausalEngine(parts or job.export.parts, job.sessions, context, supplier)
+    model = ProxyForCausalLM(
+        job.config,
+        engine,
+        _generation_config(job),
+        prefill_seq_len=job.options.prefill_seq_len,
+        recorder=job.recorder,
+    )
+    settings = {n: v for n, v in job.settings.items() if n != "generation_config"}
+    if supplier is None:
+        refuse_unused(job.tensors, ("input_ids", "attention_mask"))
+    length = checked_ids(job.tensors, job.export.settings.get("embedding_rows")).shape[1]
+    given = job.settings.get("generation_config")
+    if given is not None and given.max_new_tokens is None:
+        settings.setdefault("max_length", given.max_length)
+    if settings.get("max_length") is not None and settings.get("max_new_tokens") is None:
+        settings["max_new_tokens"] = settings.pop("max_length") - length
+    new = _new_tokens(settings, model.generation_config, length, context)
+    settings["max_new_tokens"] = new
+    _check_rotary_limit(model, text_config, length, new)
+    if (settings.get("stop_strings") or model.generation_config.stop_strings) is not None:
+        settings["tokenizer"] = getattr(job.processor, "tokenizer", job.processor)
+    with draws_seeded(settings.pop("seed", None)):
+        return run_generation(model, job.tensors, **settings)
+
+
+def _check_rotary_limit(
+    model: ProxyForCausalLM, config: PreTrainedConfig, length: int, new: int
+) -> None:
+    """Keep to one side of the position where LongRoPE exchanges its factors.
+
+    transformers runs a prompt beyond it with the long factors throughout, and computes the whole
+    cache anew when generation crosses it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") != "longrope" or not isinstance(limit, int):
+        return
+    if length > limit:
+        model.prefill_seq_len = None
+    elif length + new > limit + 1:
+        raise UsageError(
+            f"{length} prompt tokens and {new} new ones cross position {limit}, where this model "
+            "changes its rotary factors and its whole cache",
+            f"Generate at most {limit + 1 - length} tokens, or start with a longer prompt.",
+        )
+
+
+def _generation_config(job: Job) -> GenerationConfig:
+    """The settings of a run, with a pad token where there is none."""
+    config = generation_config_of(job)
+    if config.pad_token_id is None:
+        end = config.eos_token_id
+        config.pad_token_id = end[0] if isinstance(end, list) else (0 if end is None else end)
+    return config
+
+
+def _new_tokens(
+    settings: dict[str, Any], config: GenerationConfig, length: int, context: int | None
+) -> int:
+    """How many tokens to generate; what was not asked for is cut to the context."""
+    asked: int | None = settings.pop("max_new_tokens", None)
+    if context is not None and length + (asked or 1) > context + 1:
+        wanted = f" and {asked} new ones" if asked else ""
+        raise UsageError(
+            f"{length} prompt tokens{wanted} do not fit into a context of {context}",
+            "Shorten the prompt, generate fewer tokens, or compile with a larger ctx_len.",
+        )
+    if asked is not None:
+        return asked
+    room = context + 1 - length if context is not None else DEFAULT_NEW_TOKENS
+    return max(1, min(config.max_new_tokens or DEFAULT_NEW_TOKENS, room))
+
+
+def run_generation(
+    model: ProxyForCausalLM, tensors: Mapping[str, torch.Tensor], **settings: Any
+) -> Generated:
+    """Run transformers' generation loop.
+
+    Args:
+        model: The sessions, as a model.
+        tensors: ``input_ids [batch, sequence]`` and, where there is padding, ``attention_mask``.
+        settings: Arguments of transformers' ``generate``: ``max_new_tokens``, ``do_sample``,
+            ``num_beams``, ``streamer``, ``stop_strings`` …
+
+    Raises:
+        UsageError: The inputs are empty, or transformers refuses the settings.
+    """
+    ids = checked_ids(tensors)
+    mask = checked_mask(tensors, ids)
+    start = time.perf_counter()
+    try:
+        generate: Any = model.generate  # typed as a submodule, since transformers is untyped
+        output = generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=StepCache(),
+            use_cache=True,
+            **settings,
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"transformers refuses to generate: {error}") from error
+    end = time.perf_counter()
+    new = output[:, ids.shape[1] :]
+    steps = model.step_times
+    decode_time = steps[-1] - steps[0] if len(steps) > 1 else 0.0
+    perf = PerfMetrics(
+        prefill_time=steps[0] - start,
+        decode_perf=(len(steps) - 1) / decode_time if decode_time else 0.0,
+        total_perf=new.numel() / (end - start),
+        total_time=end - start,
+    )
+    return Generated(cast("Any", new.numpy()), perf)

@@ -1,0 +1,76 @@
+"""Find layers whose code calculates with their index."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+__all__ = ["INDEX", "uses_index"]
+
+
+#: The attribute in which modules keep the index of their layer.
+INDEX = "layer_idx"
+
+
+#: What may be looked up by that index: it holds something for each layer, weights or not.
+_CACHE = re.compile(r"past_key_value|cache|is_updated", re.IGNORECASE)
+
+
+def uses_index(layers: Iterable[nn.Module]) -> bool:
+    """Whether code of the layers calculates with their index, so that like layers may differ.
+
+    Handing the index on to a call, as to the cache, is no calculation.
+    """
+    classes = {
+        type(module) for layer in layers for module in layer.modules() if INDEX in vars(module)
+    }
+    return any(_class_uses_index(one) for one in classes)
+
+
+def _class_uses_index(kind: type[nn.Module]) -> bool:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return True  # what cannot be read is not trusted
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef) or function.name == "__init__":
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.BinOp | ast.Compare | ast.Subscript | ast.IfExp) and any(
+                isinstance(inner, ast.Attribute) and inner.attr == INDEX
+                for child in _operands(node)
+                for inner in _without_calls(child)
+            ):
+                return True
+    return False
+
+
+def _operands(node: ast.AST) -> list[ast.AST]:
+    if isinstance(node, ast.Subscript):
+        return [] if _CACHE.search(ast.unparse(node.value)) else [node.slice]
+    if isinstance(node, ast.IfExp):
+        return [node.test]
+    if isinstance(node, ast.Compare) and all(
+        isinstance(one, ast.Constant) and one.value is None for one in node.comparators
+    ):
+        return []  # whether there is an index at all
+    return list(ast.iter_child_nodes(node))
+
+
+def _without_calls(node: ast.AST) -> Iterable[ast.AST]:
+    """The nodes below ``node``, but not the arguments of calls other than of conversions."""
+    yield node
+    if isinstance(node, ast.Call) and not (
+        isinstance(node.func, ast.Name) and node.func.id in {"float", "int"}
+    ):
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _without_calls(child)

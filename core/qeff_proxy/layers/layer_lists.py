@@ -1,0 +1,201 @@
+"""The layers of a model, and which of them are alike.
+
+Two layers are of one kind where they run the same code, with the same settings, on weights of the
+same shapes: alike in every module, shape, buffer and setting except their index. Nothing here knows
+an architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from qeff_proxy.arrays import to_array
+from qeff_proxy.layers.index_use import INDEX, uses_index
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+__all__ = [
+    "LayerList",
+    "describe_kinds",
+    "find_layer_list",
+    "find_layers",
+    "layer_lists",
+    "prefix_with_every_kind",
+]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+#: Fewer layers than these are not worth telling apart.
+_FEWEST = 3
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """The list of a model's layers.
+
+    Attributes:
+        path: Dotted path of the list in the module it was looked for in.
+        layers: Its members.
+        kinds: The kind of each, numbered in the order in which the kinds first occur.
+    """
+
+    path: str
+    layers: tuple[nn.Module, ...]
+    kinds: tuple[int, ...]
+
+
+def find_layer_list(module: nn.Module, depth: int | None = None) -> LayerList | None:
+    """The list of layers in ``module``: of all lists the one with the most parameters.
+
+    Args:
+        module: What holds them, at any depth.
+        depth: How long the list must be, where that is known.
+    """
+    lists = [
+        (path, tuple(one))
+        for path, one in module.named_modules()
+        if isinstance(one, nn.ModuleList) and len(one) and (depth is None or len(one) == depth)
+    ]
+    if not lists:
+        return None
+    path, layers = max(lists, key=lambda item: _size(item[1]))
+    return LayerList(path, layers, _kinds(layers, _config_around(module, path)))
+
+
+def layer_lists(module: nn.Module) -> Iterator[LayerList]:
+    """The lists in ``module`` of which some members are alike; none of them within another.
+
+    Lists whose members calculate with their index are left out.
+    """
+    taken: list[str] = []
+    for path, one in module.named_modules():
+        if not isinstance(one, nn.ModuleList | nn.Sequential) or len(one) < _FEWEST:
+            continue
+        if any(path.startswith(f"{outer}.") for outer in taken):
+            continue
+        layers = tuple(one)
+        kinds = _kinds(layers, _config_around(module, path))
+        if len(set(kinds)) < len(kinds) and not uses_index(layers):
+            taken.append(path)
+            yield LayerList(path, layers, kinds)
+
+
+def _kinds(layers: Sequence[nn.Module], config: Any) -> tuple[int, ...]:
+    """The kind of each layer, numbered in the order in which the kinds first occur."""
+    said = [value for _, value in sorted(per_layer_settings(config, len(layers)).items())]
+    marks = [
+        f"{_fingerprint(layer)}|{[values[index] for values in said]}"
+        for index, layer in enumerate(layers)
+    ]
+    first = list(dict.fromkeys(marks))
+    return tuple(first.index(mark) for mark in marks)
+
+
+def _config_around(module: nn.Module, path: str) -> Any:
+    """The config of the innermost module around ``path`` that has one, or ``None``."""
+    names = path.split(".")[:-1]
+    for end in range(len(names), -1, -1):
+        config = getattr(module.get_submodule(".".join(names[:end])), "config", None)
+        if config is not None:
+            return config
+    return None
+
+
+def per_layer_settings(config: Any, depth: int) -> dict[str, Any]:
+    """The lists of a config that have an entry for each layer, such as ``layer_types``."""
+    if config is None:
+        return {}
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple) and len(value) == depth
+    }
+
+
+def prefix_with_every_kind(kinds: Sequence[int], times: int = 1) -> int:
+    """Length of the shortest prefix that holds every kind ``times`` times, or as often as it is."""
+    wanted = {kind: min(times, list(kinds).count(kind)) for kind in set(kinds)}
+    for length in range(len(kinds) + 1):
+        if all(list(kinds[:length]).count(kind) >= count for kind, count in wanted.items()):
+            return length
+    return len(kinds)
+
+
+def describe_kinds(found: LayerList) -> list[dict[str, Any]]:
+    """One JSON object per kind: the layers' class, which they are, and what sets them apart."""
+    described = []
+    for kind in dict.fromkeys(found.kinds):
+        members = [index for index, one in enumerate(found.kinds) if one == kind]
+        layer = found.layers[members[0]]
+        words = [
+            str(value)
+            for module in layer.modules()
+            for name in ("attention_type", "layer_type")
+            if isinstance(value := vars(module).get(name), str)
+        ]
+        own = {id(p): p.numel() for p in layer.parameters()}
+        described.append(
+            {
+                "class": type(layer).__name__,
+                "layers": members,
+                "says": list(dict.fromkeys(words)),
+                "parameters": sum(own.values()),
+            }
+        )
+    return described
+
+
+def _size(layers: Sequence[nn.Module]) -> int:
+    return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+
+
+def _fingerprint(layer: nn.Module) -> str:
+    """Equal for two layers that run the same code on weights of the same shapes."""
+    digest = hashlib.sha256()
+    for path, module in layer.named_modules():
+        settings = {
+            name: value
+            for name, value in vars(module).items()
+            if name != INDEX and isinstance(value, bool | int | float | str | tuple | type(None))
+        }
+        digest.update(f"{path}|{type(module).__qualname__}|{sorted(settings.items())}".encode())
+        for name, parameter in module.named_parameters(recurse=False):
+            digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}".encode())
+        for name, buffer in module.named_buffers(recurse=False):
+            digest.update(f"{name}|{tuple(buffer.shape)}|{buffer.dtype}".encode())
+            if not buffer.is_meta:
+                digest.update(to_array(buffer).tobytes())
+    return digest.hexdigest()
+
+
+def find_layers(module: nn.Module, depth: int = 0) -> tuple[nn.Module, ...] | None:
+    """The layers of ``module``: ``None`` where it has no list of modules.
+
+    Args:
+        module: What holds them, at any depth.
+        depth: How many layers have a cache; 0 where that is not known.
+    """
+    lists = [
+        tuple(one)
+        for one in module.modules()
+        if isinstance(one, nn.ModuleList | nn.Sequential) and any(True for _ in one.parameters())
+    ]
+    # Of lists of equal size, such as one that holds nothing but another, the outer comes first.
+    largest = max(lists, key=_parameters_of, default=None)
+    fitting = max((one for one in lists if len(one) == depth), key=_parameters_of, default=None)
+    if largest is None or fitting is None:
+        return largest
+    # Layers may share caches; a short list deep inside a layer is not the layers for that.
+    return fitting if 4 * _parameters_of(fitting) > _parameters_of(largest) else largest
+
+
+def _parameters_of(modules: Sequence[nn.Module]) -> int:
+    own = {id(p): p.numel() for module in modules for p in module.parameters()}
+    return sum(own.values())

@@ -1,0 +1,245 @@
+"""Layer taps: what each layer gives, as extra outputs of a part.
+
+A part with taps gives, besides its own outputs and after them, ``hidden_states.<layer>`` (what the
+layer gives), ``hidden_states.<layer>.attention`` and ``hidden_states.<layer>.mlp`` (what its
+attention and its MLP give, before they are added to the residual stream). Layers count from 0 in
+the order in which they run. Two dumps of tapped parts can be held against each other layer by
+layer.
+
+Layers are found in the modules themselves, so that a plugin has nothing to do for them: they are
+the members of the list of modules that is as long as the part's cache is deep, or else of the one
+with the most parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qeff_proxy.common.arguments import texts
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.layers.layer_lists import find_layers
+from qeff_proxy.parts import TAPS, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from qeff_proxy.parts import Part, Proxy
+
+__all__ = ["TAPS", "TappedPart", "find_tapped", "normalize_taps", "tap_proxy"]
+
+_NAMES = {
+    "attention": re.compile(r"attn|attention", re.IGNORECASE),
+    "mlp": re.compile(
+        r"mlp|feed_?forward|(^|_)ffn?(_|\d|$)|(^|_)moe(_|$)|FeedForward|FFN|SparseMoe"
+    ),
+}
+#: What has such a name and is something else.
+_OTHERS = re.compile(
+    r"norm|(^|_)ln(_|\d|$)|dropout|drop_path|scale|cross|encoder_at", re.IGNORECASE
+)
+
+
+def normalize_taps(taps: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The taps asked for, each once, in the order of `TAPS`.
+
+    Args:
+        taps: Names, or one string of them with commas between; ``None`` for none.
+
+    Raises:
+        UsageError: There is no such tap.
+    """
+    names = texts("taps", () if taps is None else taps)
+    if isinstance(taps, str):
+        names = taps.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    for name in names:
+        if name not in TAPS:
+            raise UsageError(f"there is no tap {name!r}", f"Known are {', '.join(TAPS)}.")
+    return tuple(name for name in TAPS if name in names)
+
+
+def tap_proxy(proxy: Proxy, taps: Sequence[str]) -> Proxy:
+    """A proxy whose parts also give what their layers give.
+
+    Parts that have no layers stay as they are (the vocabulary's always do); one that has a cache
+    must have layers, and so must one part at least.
+
+    Args:
+        proxy: The parts, with real weights: each is run once to see what its layers give.
+        taps: Of `TAPS`; without any, ``proxy`` is given back.
+
+    Raises:
+        UnsupportedModelError: The layers, or what is to be tapped in them, cannot be found.
+    """
+    if not taps:
+        return proxy
+    parts = []
+    for part in proxy.parts:
+        depth = sum(spec.name.startswith("present.") for spec in part.outputs) // 2
+        layers = None if part.weights == "vocabulary" else find_layers(part.module, depth)
+        if layers is None and depth:
+            raise UnsupportedModelError(
+                f"the layers of the {part.name} part cannot be found: no list of modules in it "
+                "holds any",
+                "Export without taps; caches of all layers are dumped without them too.",
+            )
+        parts.append(part if layers is None else _tapped(part, layers, taps))
+    if all(one is other for one, other in zip(parts, proxy.parts, strict=True)):
+        raise UnsupportedModelError(
+            f"no part has layers to tap (parts: {', '.join(part.name for part in parts)})",
+            "Export without taps.",
+        )
+    return replace(proxy, parts=tuple(parts))
+
+
+def find_tapped(layer: nn.Module, tap: str) -> nn.Module | None:
+    """The module in a layer whose output is tapped, or ``None`` where there is none.
+
+    It is the one nearest to the layer that is called after what it is, itself or its class; an
+    MLP that is no module of its own ends with the layer's last projection outside of attention.
+    """
+    if tap == "layers":
+        return layer
+    found = _named(layer, _NAMES[tap])
+    if found is not None or tap == "attention":
+        return found
+    attention = _named(layer, _NAMES["attention"])
+    inside = {id(one) for one in attention.modules()} if attention is not None else set()
+    others = {
+        id(inner)
+        for name, one in layer.named_modules()
+        if _OTHERS.search(name.rpartition(".")[2])
+        for inner in one.modules()
+    }
+    projections = [
+        one for one in layer.modules() if _projects(one) and id(one) not in inside | others
+    ]
+    return projections[-1] if projections else None
+
+
+class TappedPart(nn.Module):
+    """A part's module that also gives what its layers give.
+
+    Args:
+        module: The part's own module. It is not changed.
+        layers: Its layers.
+        taps: Of `TAPS`.
+    """
+
+    def __init__(self, module: nn.Module, layers: Sequence[nn.Module], taps: Sequence[str]) -> None:
+        super().__init__()
+        self.module = module
+        self.taps = tuple(taps)
+        # In a tuple, so that the layers are not registered a second time.
+        self.places = tuple(
+            (layer, {tap: find_tapped(layer, tap) for tap in taps}) for layer in layers
+        )
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the module; its own outputs come first, then layer by layer what was tapped."""
+        seen = _Seen()
+        with seen.watching(self.places):
+            outputs: Mapping[str, torch.Tensor] = self.module(**tensors)
+        return {**outputs, **seen.tensors}
+
+
+class _Seen:
+    """What passed the taps in one run of a part."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.layer = -1
+
+    @contextmanager
+    def watching(
+        self, places: Sequence[tuple[nn.Module, Mapping[str, nn.Module | None]]]
+    ) -> Iterator[None]:
+        """Note what the taps give while the context is open."""
+        handles = []
+        try:
+            for layer, tapped in places:
+                handles.append(layer.register_forward_pre_hook(self._next_layer))
+                for tap, module in tapped.items():
+                    if module is not None:
+                        hook = self._noting(TAPS[tap])
+                        handles.append(module.register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _next_layer(self, *_: Any) -> None:
+        # Counted by calls: a layer that a model runs several times has several depths.
+        self.layer += 1
+
+    def _noting(self, suffix: str) -> Any:
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            tensor = _first_tensor(output)
+            if tensor is not None:
+                # A copy, since the model may go on to change the tensor in place.
+                self.tensors[f"hidden_states.{self.layer}{suffix}"] = tensor.clone()
+
+        return note
+
+
+def _tapped(part: Part, layers: Sequence[nn.Module], taps: Sequence[str]) -> Part:
+    """The part with its taps; run once, to see which there are and what they give."""
+    from qeff_proxy.session.sample_inputs import TRACE_SIZES, sample_inputs
+
+    module = TappedPart(part.module, layers, taps).eval()
+    for tap in taps:
+        if all(tapped[tap] is None for _, tapped in module.places):
+            raise UnsupportedModelError(
+                f"no {tap} can be found in the layers of the {part.name} part "
+                f"({type(layers[0]).__name__})",
+                "Tap the layers only: taps='layers'.",
+            )
+    with torch.no_grad():
+        outputs = module(**sample_inputs(part, {**TRACE_SIZES, **part.trace_sizes}))
+    own = {spec.name for spec in part.outputs}
+    # The trace tells which of these axes are dynamic.
+    specs = [
+        TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in outputs.items()
+        if name not in own
+    ]
+    return replace(part, module=module, outputs=(*part.outputs, *specs))
+
+
+def _named(layer: nn.Module, pattern: re.Pattern[str]) -> nn.Module | None:
+    """The module nearest to ``layer`` of that name; of several projections the last."""
+    level = list(layer.named_children())
+    while level:
+        found = [
+            module
+            for name, module in level
+            if not _OTHERS.search(name)
+            and not isinstance(module, nn.Dropout)
+            and (pattern.search(name) or pattern.search(type(module).__name__))
+            and any(True for _ in module.parameters())
+        ]
+        if found:
+            return next((one for one in found if any(True for _ in one.children())), found[-1])
+        level = [child for _, module in level for child in module.named_children()]
+    return None
+
+
+def _projects(module: nn.Module) -> bool:
+    """Whether ``module`` is a projection: it has a matrix of its own and nothing below it."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2 and not list(module.children())
+
+
+def _first_tensor(output: Any) -> torch.Tensor | None:
+    if isinstance(output, torch.Tensor):
+        return output
+    values = output.values() if hasattr(output, "values") else output
+    if not isinstance(values, tuple | list) and not hasattr(values, "__iter__"):
+        return None
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)

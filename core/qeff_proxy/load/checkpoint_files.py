@@ -1,0 +1,248 @@
+"""Find a checkpoint's folder and check its files before anything heavy reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.common.messages import first_line
+from qeff_proxy.errors import CheckpointError
+from qeff_proxy.load.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "check_weights",
+    "checkpoint_identity",
+    "file_of_tensor",
+    "find_checkpoint",
+    "folder_named",
+    "identity_as",
+    "read_config_file",
+]
+
+_SHOWN = 60  # characters of a name in an error
+_SAMPLE = 4096  # bytes
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+
+
+def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
+    """The folder of a checkpoint: ``source`` itself, or the snapshot of a hub id.
+
+    Args:
+        source: A local folder or a hub id such as ``openai-community/gpt2``.
+        allow_pickle: Fetch pickled weights, too.
+        trust_remote_code: Fetch Python code, too.
+
+    Raises:
+        CheckpointError: There is no such folder and no such hub id, or the hub is out of reach.
+    """
+    folder = folder_named(source)
+    if source.strip() and folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{source} is a file", "Name the checkpoint's folder.")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
+        raise CheckpointError(
+            f"there is no folder {source!r}", "Check the path, or give a hub id (name/model)."
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = list(_FILES)
+    patterns += list(_PICKLES) if allow_pickle else []
+    patterns += ["*.py"] if trust_remote_code else []
+    try:
+        with _without_retry_notes():
+            return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source!r} is no local folder, and the model hub does not give it "
+            f"({first_line(error)})",
+            "Check the name and the network, or download the checkpoint and name its folder.",
+        ) from error
+
+
+def folder_named(source: str) -> Path:
+    """The path that ``source`` would be of, whether or not anything is there.
+
+    Raises:
+        CheckpointError: It can be no path: it is too long, or names a user that is not there.
+    """
+    try:
+        folder = Path(source).expanduser()
+        folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        shown = source if len(source) <= _SHOWN else f"{source[:_SHOWN]}…"
+        raise CheckpointError(
+            f"{shown!r} can be no folder or hub id: {reason}",
+            "Check the path, or give a hub id (name/model).",
+        ) from error
+    return folder
+
+
+@contextmanager
+def _without_retry_notes() -> Iterator[None]:
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """The checkpoint's ``config.json``.
+
+    Raises:
+        CheckpointError: It is missing, or no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json", "Name the folder that holds the checkpoint's files."
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is no JSON: {first_line(error)}", "Download the checkpoint again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is no JSON object", "Download the checkpoint again.")
+    return value
+
+
+def check_weights(folder: Path, *, allow_pickle: bool) -> None:
+    """Check that the weight files are there, whole, and not pickled.
+
+    Reads headers only. With an index, every shard it names must be there and hold what the index
+    says.
+
+    Raises:
+        CheckpointError: Names the file, and the tensor where it is about one.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        _check_shards(folder, index)
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        _header(path)
+    if files:
+        return
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if not pickles:
+        raise CheckpointError(
+            f"{folder} has no weights (*.safetensors)", "Download the checkpoint again."
+        )
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{folder} has its weights only as pickles ({', '.join(pickles)}), which can run code",
+            "Convert them to safetensors, or pass --allow-pickle if you trust the source.",
+        )
+
+
+def _check_shards(folder: Path, index: Path) -> None:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[str, list[str]] = {}
+        for tensor, shard in weight_map.items():
+            if Path(shard).name != shard:
+                raise ValueError(f"{shard!r} is not a file name")
+            shards.setdefault(shard, []).append(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is damaged ({first_line(error)})", "Download the checkpoint again."
+        ) from error
+    for shard, tensors in shards.items():
+        path = folder / shard
+        if not path.is_file():
+            raise CheckpointError(
+                f"the shard {path} is missing; {_INDEX} says it holds {tensors[0]}",
+                "Download the checkpoint again.",
+            )
+        held = _header(path)
+        absent = next((tensor for tensor in tensors if tensor not in held), None)
+        if absent is not None:
+            raise CheckpointError(
+                f"{_INDEX} says that {absent} is in {shard}, but it is not",
+                "Download the checkpoint again.",
+            )
+    for shard in shards:
+        held = _header(folder / shard)
+        twice = next((name for name in held if weight_map.get(name, shard) != shard), None)
+        if twice is not None:
+            raise CheckpointError(
+                f"{_INDEX} says that {twice} is in {weight_map[twice]}, but {folder / shard} holds "
+                "it too",
+                "Download the checkpoint again.",
+            )
+
+
+def file_of_tensor(folder: Path, tensor: str) -> Path:
+    """The weights file that holds a tensor, or the end of whose name one has; else the folder."""
+    paths = sorted(folder.glob("*.safetensors"))
+    for ending in (tensor, tensor.partition(".")[2] or tensor):
+        for path in paths:
+            if any(key.endswith(ending) for key in read_header(path)):
+                return path
+    return folder
+
+
+def _header(path: Path) -> set[str]:
+    try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
+        return set(read_header(path))
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {first_line(error)}", "Download the checkpoint again."
+        ) from error
+
+
+def checkpoint_identity(folder: Path) -> str:
+    """A hash that changes when the checkpoint does.
+
+    It covers the small JSON files' bytes, and of the weight files the name, size, time of change,
+    header and the two ends of each tensor: not all their data, which would take as long as copying
+    them.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not path.is_file():
+            continue
+        if path.suffix in {".json", ".py", ".jinja"}:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        elif path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model", ".txt"}:
+            status = path.stat()
+            digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            _sample(path, digest)
+    return digest.hexdigest()
+
+
+def identity_as(folder: Path, loaded_as: str) -> str:
+    """The identity of a checkpoint loaded as ``loaded_as`` (`transformers_model.class_named`)."""
+    return hashlib.sha256(f"{checkpoint_identity(folder)}\0{loaded_as}".encode()).hexdigest()
+
+
+def _sample(path: Path, digest: hashlib._Hash) -> None:
+    """Take in the header of a weights file, and the two ends of each of its tensors."""
+    with path.open("rb") as file:
+        if path.suffix != ".safetensors":
+            digest.update(file.read(_SAMPLE))
+            return
+        places = sorted(read_header(path).items(), key=lambda item: item[1].offset)
+        for name, place in places:
+            digest.update(f"{name}\0{place}".encode())
+            for offset in (place.offset, place.offset + max(0, place.length - _SAMPLE)):
+                file.seek(offset)
+                digest.update(file.read(min(_SAMPLE, place.length)))

@@ -1,0 +1,279 @@
+"""Load: from a checkpoint to a model, its config and its processor."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import uuid
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.common.gc_threshold import collecting_rarely
+from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
+from qeff_proxy.load.checkpoint_files import (
+    check_weights,
+    find_checkpoint,
+    identity_as,
+    read_config_file,
+)
+from qeff_proxy.load.config_checks import check_architectures, check_sizes
+from qeff_proxy.load.tasks import UNUSED_WEIGHTS
+from qeff_proxy.load.transformers_model import (
+    REMOTE_CODE_GROUP,
+    class_named,
+    read_model,
+)
+from qeff_proxy.parts import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from qeff_proxy.layers.layer_lists import LayerList
+    from qeff_proxy.load.first_layers import SampledModel
+
+__all__ = [
+    "DTYPES",
+    "REMOTE_CODE_GROUP",
+    "LoadedModel",
+    "identity_with",
+    "load_config",
+    "load_model",
+    "most_positions",
+    "with_options",
+    "wrap_model",
+]
+
+#: What configs call the number of positions of a decoder.
+_POSITIONS = ("max_position_embeddings", "max_target_positions")
+
+
+@dataclass
+class LoadedModel:
+    """A model, ready to be cut. Its weights are read when `model` is first used.
+
+    Attributes:
+        source: What the user named it by.
+        folder: Where its files lie; ``None`` for a model made in memory.
+        identity: A hash that changes when the checkpoint, or the way it is loaded, does.
+        model_type: The config's model type: what plugins are found by.
+        dtype: The dtype of the weights, as torch spells it.
+        read: Gives the model.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        options: What the ``build_proxy`` hook is told (JSON values and functions); whoever sets
+            it changes ``identity`` with it.
+        sample: Gives the model with only its first layers there, as many as the function it is
+            given says (`qeff_proxy.load.first_layers`); ``None`` for a model made in memory.
+        notes: What ``export.json`` says of the model besides; filled when it is read.
+    """
+
+    source: str
+    folder: Path | None
+    identity: str
+    model_type: str
+    dtype: str
+    read: Callable[[], PreTrainedModel]
+    trust_remote_code: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sample: Callable[[Callable[[LayerList], int]], SampledModel] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, in evaluation mode, with eager attention.
+
+        Every architecture has eager attention, and every compiler takes its operators.
+
+        Raises:
+            CheckpointError: It cannot be read, or lacks weights.
+            UnsupportedModelError: Its architecture is not one of the task asked for.
+        """
+        return self.read().eval()
+
+    @property
+    def is_read(self) -> bool:
+        """Whether `model` was used: it is then what counts, since it may have been changed."""
+        return "model" in vars(self)
+
+
+@collecting_rarely()
+def load_model(
+    source: str,
+    *,
+    auto_class: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    unused: tuple[str, ...] = UNUSED_WEIGHTS,
+) -> LoadedModel:
+    """Find a checkpoint and check its files; `LoadedModel.model` reads the weights.
+
+    Args:
+        source: A local folder or a hub id.
+        auto_class: The transformers auto class to load with, such as ``"AutoModelForCausalLM"``;
+            ``None`` takes the architecture that the checkpoint names.
+        dtype: One of `DTYPES`: the dtype to load the weights in.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        allow_pickle: Read pickled weights, which can run code.
+        unused: Globs of weights that are not used, so that a checkpoint may lack them.
+
+    Raises:
+        CheckpointError: It cannot be found, read or trusted, or it lacks weights.
+        UnsupportedModelError: transformers does not know its architecture.
+        UsageError: ``dtype`` is none of `DTYPES`.
+    """
+    check_dtype(dtype)
+    folder = find_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    config_file = read_config_file(folder)
+    check_weights(folder, allow_pickle=allow_pickle)
+    _check_architecture(config_file, source, trust_remote_code)
+    check_architectures(folder / "config.json", config_file)
+    if not config_file.get("auto_map"):
+        check_sizes(folder, load_config(folder))
+    loaded_as = class_named(config_file, auto_class)
+    identity = identity_as(folder, loaded_as)
+
+    def read() -> PreTrainedModel:
+        return read_model(
+            folder,
+            config_file,
+            auto_class=auto_class,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            unused=unused,
+        )
+
+    def sample(choose: Callable[[LayerList], int]) -> SampledModel:
+        from qeff_proxy.load.first_layers import sampling
+
+        with sampling(choose) as sampler:
+            model = read().eval()
+        return sampler.finish(model)
+
+    model_type = str(config_file.get("model_type"))
+    return LoadedModel(
+        source,
+        folder,
+        identity,
+        model_type,
+        dtype,
+        read,
+        trust_remote_code,
+        sample=sample,
+    )
+
+
+def with_options(loaded: LoadedModel, options: Mapping[str, Any]) -> LoadedModel:
+    """The model with what its ``build_proxy`` hook is to be told; the identity changes with it.
+
+    Args:
+        loaded: The model.
+        options: JSON values and functions; ``None`` values are left out.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    identity = identity_with(loaded.identity, given)
+    return replace(loaded, identity=identity, options={**loaded.options, **given})
+
+
+def identity_with(identity: str, options: Mapping[str, Any]) -> str:
+    """The identity of a model with options, as `with_options` takes them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return identity
+    text = json.dumps(given, sort_keys=True, default=_describe_function)
+    return hashlib.sha256(f"{identity}\0{text}".encode()).hexdigest()
+
+
+def _describe_function(function: Any) -> str:
+    """What tells a function from another: its code and what it closes over."""
+    code = getattr(function, "__code__", None)
+    if code is None:  # an object with values of its own, which cannot be compared
+        return uuid.uuid4().hex
+    cells = [repr(cell.cell_contents) for cell in function.__closure__ or ()]
+    return f"{function.__qualname__} {code.co_code.hex()} {code.co_consts} {code.co_names} {cells}"
+
+
+def wrap_model(model: PreTrainedModel, source: str | None = None) -> LoadedModel:
+    """Take a model that was made in memory; its identity is the hash of its weights."""
+    from qeff_proxy.arrays import to_array
+
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(to_array(tensor).tobytes())
+    if model.config._attn_implementation != "eager":  # noqa: SLF001 (the only place it is kept)
+        model.set_attn_implementation("eager")
+    name = source or model.config.name_or_path or model.config.model_type
+    dtype = check_dtype(model.dtype)
+    return LoadedModel(
+        name, None, digest.hexdigest(), model.config.model_type, dtype, lambda: model
+    )
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The config in ``folder``, without running code that a checkpoint brought.
+
+    A model type that transformers does not know gives a plain config with the file's values.
+
+    Raises:
+        CheckpointError: It is missing, or transformers refuses its values.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    values = read_config_file(folder)
+    try:
+        if values.get("model_type") in CONFIG_MAPPING:
+            return AutoConfig.from_pretrained(folder)
+        return PreTrainedConfig.from_dict(values)
+    except Exception as error:  # configs check, and reckon with, their values in many ways
+        raise CheckpointError(
+            f"{folder / 'config.json'} cannot be used: {type(error).__name__}: {error}",
+            "Correct it, or download it again.",
+        ) from error
+
+
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a decoder of this config has; ``None`` where it has no limit."""
+    text = config.get_text_config(decoder=True)
+    found = (getattr(text, name, None) for name in _POSITIONS)
+    return next((count for count in found if isinstance(count, int) and count > 0), None)
+
+
+def check_dtype(dtype: str | torch.dtype) -> str:
+    """The dtype's name, if a model can be exported in it (`UsageError` if not)."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is none of {', '.join(DTYPES)}")
+    return name
+
+
+def _check_architecture(config: dict[str, Any], source: str, trust_remote_code: bool) -> None:
+    """Refuse what transformers cannot build, before it tries."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        from qeff_proxy.plugins.manager import Plugins
+
+        Plugins.discover().import_for(str(model_type))  # a package may bring the architecture
+    if config.get("auto_map") and model_type not in CONFIG_MAPPING:
+        if not trust_remote_code:
+            raise CheckpointError(
+                f"{source} brings its own Python code (model type {model_type!r})",
+                "Read that code, and pass --trust-remote-code if you trust it.",
+            )
+        return
+    if model_type in CONFIG_MAPPING:
+        return
+    near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1, cutoff=0.5)
+    nearest = f"The nearest is {near[0]!r}. " if near else ""
+    raise UnsupportedModelError(
+        f"{source} has model type {model_type!r}, which transformers does not know",
+        f"{nearest}A plugin package can bring an architecture: see the plugin guide.",
+    )

@@ -1,0 +1,131 @@
+"""A model of representative depth: the first layers of a checkpoint, as a model of their own.
+
+For bringing up a compiler on a large model: the prefix has every kind of layer that the model has,
+with the model's own weights, and costs a fraction of it. Its outputs mean nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from qeff_proxy.common.messages import counted
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.layers.layer_lists import (
+    LayerList,
+    describe_kinds,
+    find_layer_list,
+    prefix_with_every_kind,
+)
+from qeff_proxy.layers.shorten import shorten
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from qeff_proxy.load.first_layers import SampledModel
+    from qeff_proxy.load.load_model import LoadedModel
+
+__all__ = ["Depth", "parse_depth", "with_depth"]
+
+#: A number of layers, or ``"auto"``: the shortest prefix that holds every kind of layer twice, or
+#: once where the model itself has but one of the kind.
+Depth = int | Literal["auto"]
+_TWICE = 2
+
+
+def parse_depth(text: str | int) -> Depth:
+    """A number of layers, or ``"auto"``.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        number = int(text) if isinstance(text, str) or type(text) is int else 0
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UsageError(f"the number of layers is {text!r}", "Give a number from 1 on, or 'auto'.")
+    return number
+
+
+def with_depth(loaded: LoadedModel, depth: str | int) -> LoadedModel:
+    """The model with its first layers only.
+
+    Args:
+        loaded: The model; its weights are read when they are needed.
+        depth: How many layers, or ``"auto"`` (see `Depth`).
+
+    Returns:
+        A model of its own identity, whose ``notes`` say what it stands for once it is read.
+
+    Raises:
+        UsageError: ``depth`` is none. Reading the model raises it where there are fewer layers,
+            and `UnsupportedModelError` where its layers cannot be found.
+    """
+    wanted = parse_depth(depth)
+    notes: dict[str, object] = {}
+
+    def count(found: LayerList) -> int:
+        number = representative_depth(found.kinds) if wanted == "auto" else wanted
+        if number > len(found.layers):
+            raise UsageError(
+                f"{loaded.source} has {counted(len(found.layers), 'layer')}, not {number}",
+                "Ask for fewer, or for 'auto'.",
+            )
+        described = describe_kinds(found)
+        notes["stands_for"] = {
+            "layers": len(found.layers),
+            "kept": number,
+            "kinds": described,
+            "left_out": [kind for kind in described if min(kind["layers"]) >= number],
+        }
+        return number
+
+    def sample(choose: Callable[[LayerList], int]) -> SampledModel:
+        def both(found: LayerList) -> int:
+            number = count(found)
+            kept = LayerList(found.path, found.layers[:number], found.kinds[:number])
+            return min(number, choose(kept))
+
+        assert loaded.sample is not None  # noqa: S101 (set only where it is)
+        sampled = loaded.sample(both)
+        return sampled.first(count(sampled.layers))
+
+    def read() -> PreTrainedModel:
+        from qeff_proxy.load.first_layers import NotSampled
+
+        if loaded.sample is not None and not loaded.is_read:
+            try:
+                return sample(lambda kept: len(kept.layers)).model
+            except NotSampled as why:
+                raise _no_depth(loaded, str(why)) from why
+        found = find_layer_list(loaded.model)
+        short = shorten(loaded.model, found, range(count(found))) if found is not None else None
+        if short is None:
+            raise _no_depth(loaded, "its layers cannot be found")
+        return short
+
+    identity = hashlib.sha256(f"{loaded.identity}\0layers {wanted}".encode()).hexdigest()
+    return replace(
+        loaded,
+        identity=identity,
+        read=read,
+        sample=sample if loaded.sample is not None and not loaded.is_read else None,
+        notes=notes,
+    )
+
+
+def representative_depth(kinds: tuple[int, ...]) -> int:
+    """The shortest prefix that holds every kind twice, or as often as there are layers of it."""
+    return prefix_with_every_kind(kinds, _TWICE)
+
+
+def _no_depth(loaded: LoadedModel, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{loaded.source} cannot be shortened: {why}", "Export it at its full depth."
+    )

@@ -1,0 +1,255 @@
+"""Read config and weights with transformers, and refuse what does not belong together."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.common.quiet import quiet_loading
+from qeff_proxy.errors import CheckpointError, PluginError, ProxyError, UnsupportedModelError
+from qeff_proxy.load.checkpoint_files import file_of_tensor
+from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = [
+    "REMOTE_CODE_GROUP",
+    "architecture_class",
+    "class_named",
+    "read_model",
+    "remote_code_adapter",
+]
+
+#: Entry points by model type: objects whose ``from_pretrained``, called as that of a transformers
+#: auto class, loads checkpoints whose own code needs help on the transformers of today; they may
+#: have a ``load_processor(folder)``, too, which gives None where it has nothing to give. They are
+#: asked only when the user trusts that code.
+REMOTE_CODE_GROUP = "qeff_proxy.remote_code"
+_LONGEST_REASON = 300
+_REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
+
+
+def read_model(
+    folder: Path,
+    config_file: dict[str, Any],
+    *,
+    auto_class: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    unused: tuple[str, ...],
+) -> PreTrainedModel:
+    """Read a checkpoint with transformers.
+
+    Args:
+        folder: Where it lies.
+        config_file: Its ``config.json``.
+        auto_class: As in `qeff_proxy.load.load_model`, as are the others.
+        dtype: The dtype to load the weights in.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        allow_pickle: Read pickled weights.
+        unused: Globs of weights that it may lack.
+
+    Raises:
+        CheckpointError: It cannot be read, or config and weights do not belong together.
+        UnsupportedModelError: Its architecture is not one of the task asked for.
+    """
+    import torch
+    import transformers
+
+    loader = _loader(transformers, config_file, auto_class, trust_remote_code)
+    try:
+        with quiet_loading():
+            model, notes = loader.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation="eager",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
+            )
+    except Exception as error:
+        raise _loading_error(folder, config_file, loader, error) from error
+    for tensor, found, wanted in sorted(notes.get("mismatched_keys", ())):
+        raise CheckpointError(
+            f"{tensor} in {file_of_tensor(folder, tensor)} has shape {list(found)}, where "
+            f"{type(model).__name__} has {list(wanted)}",
+            "Check that config.json and the weights belong together.",
+        )
+    _check_kinds(folder, model)
+    _check_left_over(folder, model, sorted(notes.get("unexpected_keys", ())))
+    _check_missing(folder, model, sorted(notes.get("missing_keys", ())), unused)
+    return model
+
+
+def _check_kinds(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse integers where the model has floating point weights: their bits would mean nothing.
+
+    A quantized model, which holds integers, has parameters of integers.
+    """
+    wanted = {name for name, one in model.named_parameters() if one.is_floating_point()}
+    prefix = f"{model.base_model_prefix}."
+    for path in sorted(folder.glob("*.safetensors")):
+        for key, stored in read_header(path).items():
+            names = {key, prefix + key, key.removeprefix(prefix)}
+            if not TORCH_DTYPES[stored.dtype].startswith(("float", "bfloat")) and names & wanted:
+                raise CheckpointError(
+                    f"{key} in {path} is said to be of {TORCH_DTYPES[stored.dtype]}, where "
+                    f"{type(model).__name__} has floating point numbers",
+                    "Download the checkpoint again.",
+                )
+
+
+def _check_left_over(folder: Path, model: PreTrainedModel, unexpected: list[str]) -> None:
+    """Refuse weights that the model has a place for but, by its config, does not use.
+
+    That is a bias of a projection made without one, or a layer beyond the last. Other leftovers
+    (heads of another task, buffers of old releases) change nothing.
+    """
+    modules = dict(model.named_modules())
+    for name in unexpected:
+        path = name.rpartition(".")[0]
+        owner = modules.get(path)
+        lacks = owner is not None and any(True for _ in owner.parameters(recurse=False))
+        while path and path not in modules:
+            path = path.rpartition(".")[0]
+        beyond = owner is None and type(modules.get(path)).__name__ == "ModuleList"
+        if lacks or beyond:
+            raise CheckpointError(
+                f"{folder} holds {name}, which {type(model).__name__} built from its config.json "
+                "does not use",
+                "Check that config.json and the weights belong together.",
+            )
+
+
+def _check_missing(
+    folder: Path, model: PreTrainedModel, missing: list[str], unused: tuple[str, ...]
+) -> None:
+    """Make sure that no weight that matters was made up."""
+    missing = [name for name in missing if not any(fnmatch(name, glob) for glob in unused)]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, "
+            f"among them {missing[0]}",
+            "Download the checkpoint again; a model with made-up weights would mean nothing.",
+        )
+
+
+def _loader(
+    transformers: Any, config: dict[str, Any], auto_class: str | None, trust_remote_code: bool
+) -> Any:
+    """What has the ``from_pretrained`` that loads this checkpoint."""
+    if trust_remote_code and config.get("model_type") not in transformers.CONFIG_MAPPING:
+        adapter = remote_code_adapter(str(config.get("model_type")))
+        if adapter is not None:
+            return adapter
+        offered = config.get("auto_map") or {}
+        if auto_class is not None and auto_class not in offered:
+            auto_class = next((name for name in _REMOTE_CLASSES if name in offered), auto_class)
+    if auto_class is not None:
+        return getattr(transformers, auto_class)
+    architectures = config.get("architectures") or []
+    known = [getattr(transformers, str(name), None) for name in architectures]
+    loader = next((found for found in known if found is not None), None)
+    return loader or transformers.AutoModelForCausalLM
+
+
+def class_named(config: Mapping[str, Any], auto_class: str | None) -> str:
+    """The class that a checkpoint is loaded as: the same, whoever asks for it by whatever name.
+
+    Args:
+        config: What its ``config.json`` says.
+        auto_class: As in `qeff_proxy.load.load_model`.
+    """
+    import transformers
+
+    architectures = config.get("architectures") or [None]
+    model_type = config.get("model_type")
+    if config.get("auto_map") or model_type not in transformers.CONFIG_MAPPING:
+        return str(auto_class)
+    if auto_class is None:
+        return str(architectures[0])
+    mapping = getattr(transformers, auto_class)._model_mapping  # noqa: SLF001 (it has no other name)
+    found = mapping.get(transformers.CONFIG_MAPPING[model_type], None)
+    classes = found if isinstance(found, list | tuple) else [found]
+    names: list[str] = [one.__name__ for one in classes if one is not None]
+    return next((name for name in names if name == architectures[0]), (names or [auto_class])[0])
+
+
+def remote_code_adapter(model_type: str) -> Any:
+    """What a package brings to load this model type's own code, or ``None``."""
+    from importlib_metadata import entry_points
+
+    found = entry_points(group=REMOTE_CODE_GROUP)
+    if model_type not in found.names:
+        return None
+    try:
+        return found[model_type].load()
+    except Exception as error:
+        raise PluginError(
+            f"the adapter for code of model type {model_type!r} ({found[model_type].value}) "
+            f"cannot be used: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _loading_error(
+    folder: Path, config: dict[str, Any], loader: Any, error: Exception
+) -> ProxyError:
+    if "Unrecognized configuration class" in str(error):
+        return UnsupportedModelError(
+            f"{folder} holds a {config.get('model_type')!r} model, which {loader.__name__} "
+            "cannot load",
+            "Use the class for its task; qeff-proxy inspect names its architecture.",
+        )
+    if isinstance(error, ProxyError):
+        return error
+    if "weights_only" in str(error):  # torch advises to run whatever the pickle holds
+        return CheckpointError(
+            f"the pickled weights in {folder} are damaged, or hold more than tensors",
+            "Download them again, as safetensors where there are any.",
+        )
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]}…"
+    said = [name for name, value in config.items() if error.args and value == error.args[0]]
+    if isinstance(error, KeyError) and said:
+        reason = f"config.json says {said[0]} {error}, which transformers does not know"
+    return CheckpointError(
+        f"{folder} cannot be loaded by its config.json: {reason}",
+        "Check that its files belong together; run with --debug for the whole trace.",
+    )
+
+
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForCTC",
+    "AutoModel",
+)
+
+
+def architecture_class(name: str, config: PreTrainedConfig) -> Any:
+    """The model class called ``name``; ``None`` where nothing of that name is known.
+
+    Args:
+        name: As a checkpoint's ``architectures`` has it.
+        config: Its config, by whose class packages register theirs with the auto classes.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if found is not None:
+        return found
+    for auto_class in _AUTO_CLASSES:
+        registered = getattr(transformers, auto_class)._model_mapping  # noqa: SLF001
+        kind = registered.get(type(config), None)
+        if getattr(kind, "__name__", None) == name:
+            return kind
+    return None

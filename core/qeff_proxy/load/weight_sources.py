@@ -1,0 +1,155 @@
+"""Where each weight of a model comes from: a tensor in a checkpoint's file, or several of them.
+
+Most weights of a checkpoint are, byte for byte, weights of the model, perhaps under another name.
+The others are made of several tensors, or of a part of one (fused experts, split projections), by
+transformers' own conversions; they are made layer by layer, and freed again.
+"""
+
+from __future__ import annotations
+
+import copy
+import mmap
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qeff_proxy.common.quiet import quiet_loading
+from qeff_proxy.load.safetensors_header import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import nn
+
+    from qeff_proxy.load.safetensors_header import StoredTensor
+
+__all__ = ["StoredWeight", "WeightSources", "aliases_of", "converter_of", "map_tensor"]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A tensor of a checkpoint: its file, its name there and where it lies."""
+
+    path: Path
+    key: str
+    place: StoredTensor
+
+
+def map_tensor(stored: StoredWeight, windows: list[mmap.mmap] | None = None) -> torch.Tensor:
+    """A tensor of a file without a copy: pages are read when they are used.
+
+    The memory is the file's own until somebody writes to it; the file never changes.
+
+    Args:
+        stored: The tensor.
+        windows: Where to note what is mapped for it.
+    """
+    place = stored.place
+    dtype = getattr(torch, TORCH_DTYPES[place.dtype])
+    if place.length == 0:
+        return torch.empty(place.shape, dtype=dtype)
+    # No more than the tensor is mapped: a writable mapping counts as memory that may be needed.
+    before = place.offset % mmap.ALLOCATIONGRANULARITY
+    with stored.path.open("rb") as file:
+        window = mmap.mmap(
+            file.fileno(),
+            before + place.length,
+            access=mmap.ACCESS_COPY,
+            offset=place.offset - before,
+        )
+    if windows is not None:
+        windows.append(window)
+    flat = torch.frombuffer(window, dtype=torch.uint8, count=place.length, offset=before)
+    if place.offset % dtype.itemsize:
+        flat = flat.clone()  # kernels want whole elements
+    return flat.view(dtype).reshape(place.shape)
+
+
+@dataclass
+class WeightSources:
+    """Where the weights of a model come from, by their names in the model.
+
+    Attributes:
+        stored: Weights that are tensors of the checkpoint.
+        made: Module path of a layer → the tensors that its other weights are made of. Weights
+            outside of the layers are not among them: they are loaded with the model.
+        make: Makes weights of such tensors, by transformers' conversions.
+        aliases: Name of a weight → all its names in the model.
+        windows: What is mapped of the checkpoint's files for the model that is loaded.
+    """
+
+    stored: dict[str, StoredWeight] = field(default_factory=dict)
+    made: dict[str, list[StoredWeight]] = field(default_factory=dict)
+    make: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    windows: list[mmap.mmap] = field(default_factory=list)
+
+    def find(self, name: str) -> StoredWeight | None:
+        """The tensor that is this weight, under whichever of its names it is stored."""
+        for alias in (name, *self.aliases.get(name, ())):
+            if alias in self.stored:
+                return self.stored[alias]
+        return None
+
+    def file_of(self, name: str) -> Path | None:
+        """A file that the weight, or the first tensor it is made of, lies in."""
+        found = self.find(name) or next(
+            (pieces[0] for path, pieces in self.made.items() if name.startswith(f"{path}.")), None
+        )
+        return found.path if found is not None else None
+
+    def make_layers(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Make the weights of these names that are no tensors of the checkpoint, layer by layer.
+
+        Raises:
+            KeyError: One of them is made of nothing.
+        """
+        wanted: dict[str, set[str]] = {}
+        for name in names:
+            path = next((path for path in self.made if name.startswith(f"{path}.")), None)
+            if path is None:
+                raise KeyError(name)
+            wanted.setdefault(path, set()).add(name)
+        for path, members in wanted.items():
+            assert self.make is not None  # noqa: S101 (made along with what is made)
+            made = self.make({one.key: map_tensor(one) for one in self.made[path]})
+            missing = members - set(made)
+            if missing:
+                raise KeyError(min(missing))
+            yield {name: made[name] for name in sorted(members)}
+
+
+def aliases_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Name of a parameter → all its names: more than one where weights are tied."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: tuple(group) for group in groups.values() for name in group}
+
+
+def converter_of(model: Any, load_config: Any) -> Callable[..., dict[str, torch.Tensor]]:
+    """A function that makes weights of a checkpoint's tensors as transformers would.
+
+    Args:
+        model: The model that the checkpoint is of; its weights are as before afterwards.
+        load_config: What transformers loads it with.
+    """
+    mapping = copy.deepcopy(load_config.weight_mapping)
+
+    def make(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        own = replace(load_config, weight_mapping=copy.deepcopy(mapping))
+        before = dict(model.named_parameters(remove_duplicate=False))
+        with quiet_loading():
+            convert_and_load_state_dict_in_model(model, dict(tensors), own)
+        after = dict(model.named_parameters(remove_duplicate=False))
+        made = {name: one for name, one in after.items() if one is not before.get(name)}
+        for name in made:
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, before[name])
+        return {name: parameter.detach() for name, parameter in made.items()}
+
+    return make

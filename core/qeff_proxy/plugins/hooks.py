@@ -1,0 +1,225 @@
+"""Checking a plugin's hooks, and calling them with the core's generic plugin behind.
+
+1. `hook_names`: which hooks an imported plugin has; raises `InvalidPluginError` for what is wrong.
+2. `Hooks`: five methods for one model type. The owner answers; where it has no such hook or says
+   ``None``, the generic plugin does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import pluggy
+
+from qeff_proxy import hookspecs
+from qeff_proxy.common.messages import type_named
+from qeff_proxy.errors import PluginError, ProxyError, UnsupportedModelError, UsageError
+from qeff_proxy.parts import Proxy
+from qeff_proxy.plugins.entry_points import GENERIC
+from qeff_proxy.sites import Absent, Site
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.request import Request
+
+__all__ = ["Hooks", "InvalidPluginError", "hook_names"]
+
+
+class InvalidPluginError(Exception):
+    """A plugin was imported, and its hooks are not right."""
+
+
+def _new_manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def hook_names(plugin: object) -> tuple[str, ...]:
+    """The hooks that ``plugin`` implements, sorted.
+
+    Raises:
+        InvalidPluginError: It has none, misspells one, takes an argument a hook does not have, was
+            written for another version of the hooks, or is a class instead of an object.
+    """
+    version = getattr(plugin, "qeff_proxy_api", hookspecs.HOOK_API_VERSION)
+    if version != hookspecs.HOOK_API_VERSION:
+        older = isinstance(version, int) and version < hookspecs.HOOK_API_VERSION
+        raise InvalidPluginError(
+            f"it was written for version {version!r} of the hooks, and this qeff-proxy has "
+            f"version {hookspecs.HOOK_API_VERSION}; install a newer "
+            + ("release of the plugin" if older else "qeff-proxy")
+        )
+    if inspect.isclass(plugin):
+        raise InvalidPluginError("it is a class; name an instance of it")
+    manager = _new_manager()
+    known = [name for name in vars(manager.hook) if not name.startswith("_")]
+    found = []
+    for attribute in dir(plugin):
+        options = manager.parse_hookimpl_opts(plugin, attribute)
+        if options is None:
+            continue
+        name = options.get("specname") or attribute
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]!r}?" if near else f"hooks are {', '.join(known)}"
+            raise InvalidPluginError(f"there is no hook {name!r}; {advice}")
+        found.append(name)
+    if not found:
+        raise InvalidPluginError("it has no hook; mark its functions with qeff_proxy.hookimpl")
+    try:
+        manager.register(plugin)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        said = " ".join(str(error).split())
+        raise InvalidPluginError(
+            f"{said} (version {hookspecs.HOOK_API_VERSION} of the hooks; see qeff_proxy.hookspecs)"
+        ) from error
+    return tuple(sorted(set(found)))
+
+
+class Hooks:
+    """The five hooks for one model type, answered by its owner and by the generic plugin.
+
+    A `ProxyError` that a plugin raises passes as it is. Anything else that goes wrong inside a
+    plugin becomes a `PluginError` that names the plugin, the hook and the model type, with the
+    plugin's own exception chained to it.
+
+    Attributes:
+        model_type: The model type they are for.
+        plugin: The owner's name, or ``"generic"`` when no plugin claims the model type.
+        distribution: The package the owner came from; ``None`` when registered from Python.
+        version: That package's version; ``None`` likewise.
+    """
+
+    def __init__(
+        self,
+        model_type: str,
+        generic: object,
+        *,
+        owner: object | None = None,
+        plugin: str = GENERIC,
+        distribution: str | None = None,
+        version: str | None = None,
+    ) -> None:
+        self.model_type = model_type
+        self.plugin = plugin
+        self.distribution = distribution
+        self.version = version
+        # A manager of their own, so that no other plugin can ever take part.
+        self._manager = _new_manager()
+        if owner is not None:
+            self._manager.register(owner, plugin)
+        # After the owner and ``trylast``, so that it is last even where the owner says trylast.
+        self._manager.register(generic, GENERIC)
+        for caller in self._manager.get_hookcallers(generic) or ():
+            if not all(impl.trylast for impl in caller.get_hookimpls() if impl.plugin is generic):
+                raise ValueError(f"the generic plugin's {caller.name} must be trylast")
+
+    def locate_embedding(self, model: PreTrainedModel, config: PreTrainedConfig) -> Site | Absent:
+        """Where the token embedding is (`qeff_proxy.hookspecs.locate_embedding`).
+
+        Raises:
+            UnsupportedModelError: Neither the owner nor the generic plugin knows.
+            PluginError: A plugin failed, or answered with something else.
+        """
+        answer = self._ask("locate_embedding", Site | Absent, model=model, config=config)
+        return cast("Site | Absent", self._known(answer, "where the token embedding is"))
+
+    def locate_lm_head(self, model: PreTrainedModel, config: PreTrainedConfig) -> Site | Absent:
+        """Where the LM head is. As `locate_embedding`."""
+        answer = self._ask("locate_lm_head", Site | Absent, model=model, config=config)
+        return cast("Site | Absent", self._known(answer, "where the LM head is"))
+
+    def build_proxy(
+        self,
+        model: PreTrainedModel,
+        embedding: Site | Absent,
+        lm_head: Site | Absent,
+        kind: Kind,
+        options: Mapping[str, Any] | None = None,
+    ) -> Proxy:
+        """The model, cut (`qeff_proxy.hookspecs.build_proxy`). Errors as in `locate_embedding`."""
+        answer = self._ask(
+            "build_proxy",
+            Proxy,
+            model=model,
+            embedding=embedding,
+            lm_head=lm_head,
+            kind=kind,
+            options=options or {},
+        )
+        return cast("Proxy", self._known(answer, f"how to cut it ({kind})"))
+
+    def preprocess(self, processor: Any, request: Request) -> Mapping[str, torch.Tensor]:
+        """The named input tensors (`qeff_proxy.hookspecs.preprocess`).
+
+        Raises:
+            UsageError: No plugin makes tensors of such a request.
+            PluginError: A plugin failed, or answered with something that is not a mapping.
+        """
+        answer = self._ask("preprocess", Mapping, processor=processor, request=request)
+        if answer is None:
+            raise UsageError(
+                f"plugin {self.plugin!r} makes no tensors of such a request",
+                "Give a processor and what this model takes (prompts, audio, images), or "
+                "ready-made tensors as inputs.",
+            )
+        return cast("Mapping[str, torch.Tensor]", answer)
+
+    def decode(self, processor: Any, outputs: Mapping[str, Any]) -> Any | None:
+        """What the user wanted (`qeff_proxy.hookspecs.decode`), or ``None`` where no plugin says.
+
+        Raises:
+            PluginError: A plugin failed.
+        """
+        return self._ask("decode", object, processor=processor, outputs=outputs)
+
+    def _known(self, answer: object | None, what: str) -> object:
+        if answer is None:
+            raise UnsupportedModelError(
+                f"no plugin knows {what} in a model of type {self.model_type!r}",
+                "A plugin of your own can say so; `qeff-proxy plugins` lists those installed.",
+            )
+        return answer
+
+    def _ask(self, hook: str, expected: Any, **arguments: object) -> object | None:
+        caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
+        try:
+            answer: object | None = caller(**arguments)
+        except ProxyError:
+            raise
+        except Exception as error:
+            culprit = self._culprit(caller, error.__traceback__)
+            reason = f"{type(error).__name__}: {error}"
+            raise PluginError(
+                f"{culprit} failed in {hook} for model type {self.model_type!r}: {reason}",
+                "Run with --debug for the traceback.",
+            ) from error
+        if answer is not None and not isinstance(answer, expected):
+            named = " or ".join(one.__name__ for one in get_args(expected) or (expected,))
+            raise PluginError(
+                f"{self._culprit(caller, None)} answered {hook} for model type "
+                f"{self.model_type!r} with {type_named(answer)}, not {named}"
+            )
+        return answer
+
+    def _culprit(self, caller: pluggy.HookCaller, traceback: TracebackType | None) -> str:
+        """Who failed: the owner when its hook was running, else the generic plugin."""
+        own = [impl for impl in caller.get_hookimpls() if impl.plugin_name != GENERIC]
+        if traceback is not None:
+            running = {frame.f_code for frame, _ in walk_tb(traceback)}
+            own = [impl for impl in own if getattr(impl.function, "__code__", None) in running]
+        if not own:
+            return f"plugin {GENERIC!r} of package 'qeff-proxy'"
+        source = f" of package {self.distribution!r}" if self.distribution else ""
+        return f"plugin {self.plugin!r}{source}"

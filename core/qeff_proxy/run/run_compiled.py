@@ -1,0 +1,155 @@
+"""Run: preprocess, the flow over the sessions, decode; with a dump where one is asked for."""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.artifact.export_folder import KEPT, enclosing_export
+from qeff_proxy.backends.compile_export import open_sessions
+from qeff_proxy.common.quiet import quiet_loading
+from qeff_proxy.dump import DumpOptions, DumpWriter
+from qeff_proxy.dump.leftovers import clear_leftovers
+from qeff_proxy.dump.place import write_error
+from qeff_proxy.errors import DumpError
+from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.load.load_model import load_config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.backends.compile_export import Compiled
+    from qeff_proxy.plugins.hooks import Hooks
+    from qeff_proxy.request import Request
+    from qeff_proxy.session.session import Session
+
+__all__ = ["RunResult", "check_io_folder", "new_run_name", "run_compiled"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        outputs: What the flow gave, by name.
+        decoded: What the ``decode`` hook made of it; ``None`` where there is no processor.
+        io_folder: Where the dump lies; ``None`` without one.
+    """
+
+    outputs: Mapping[str, Any]
+    decoded: Any
+    io_folder: Path | None
+
+
+def run_compiled(
+    compiled: Compiled,
+    hooks: Hooks,
+    request: Request,
+    *,
+    processor: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    write_io: bool = False,
+    io_folder: Path | None = None,
+    io_options: DumpOptions | None = None,
+    sessions: Mapping[str, Session] | None = None,
+    tensors: Mapping[str, Any] | None = None,
+) -> RunResult:
+    """Run a compiled proxy on one request.
+
+    Args:
+        compiled: What to run.
+        hooks: Of its model type.
+        request: What the user gave.
+        processor: The checkpoint's tokenizer or processor.
+        settings: What the flow understands: ``max_new_tokens``, ``num_beams``, ``streamer`` …
+        write_io: Dump inputs and outputs of every run of every part.
+        io_folder: Where to; by default a new folder below ``io/`` of the export.
+        io_options: Which steps and tensors to keep.
+        sessions: Run these, one per part, instead of what was compiled; they stay open.
+        tensors: What the ``preprocess`` hook made of the request, where it was asked before.
+
+    Raises:
+        UsageError: The request cannot be served.
+        BackendError: A part fails.
+        DumpError: The dump cannot be written. What stood in its place is kept.
+    """
+    export = compiled.export
+    if tensors is None:
+        with quiet_loading():  # tokenizers warn of texts that are then refused
+            tensors = hooks.preprocess(processor=processor, request=request)
+    settings = dict(settings or {})
+    folder = None
+    if write_io:
+        folder = _io_folder(export, io_folder)
+    provenance = _provenance(compiled, settings)
+    writer = DumpWriter(folder, provenance, io_options) if folder is not None else None
+    opened = open_sessions(compiled, hooks) if sessions is None else nullcontext(sessions)
+    with writer or nullcontext(), opened as running:
+        job = Job(
+            export=export,
+            sessions=running,
+            options=compiled.options,
+            config=load_config(export.processor_folder),
+            tensors=tensors,
+            folder=export.processor_folder,
+            settings=settings,
+            processor=processor,
+            recorder=writer,
+        )
+        outputs = load_flow(export.flow).run(job)
+    return RunResult(outputs, hooks.decode(processor=processor, outputs=outputs), folder)
+
+
+def _io_folder(export: Export, asked_for: Path | None) -> Path:
+    """Where a dump goes: as asked for, or to a new folder below ``io/`` of the export."""
+    if asked_for is not None:
+        check_io_folder(asked_for)
+        return asked_for
+    folder = export.folder / "io" / new_run_name()
+    try:
+        clear_leftovers(folder.parent)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return folder
+
+
+def check_io_folder(folder: Path) -> None:
+    """Refuse to dump into an export, except below its ``io/``, which is for dumps.
+
+    Raises:
+        DumpError: The folder is an export, or lies in one.
+    """
+    place = folder.resolve()
+    export = enclosing_export(place)
+    if export is None:
+        return
+    inside = place.relative_to(export).parts
+    if len(inside) < 2 or inside[0] not in KEPT:
+        raise DumpError(
+            f"{folder} is a place in the export {export}, where no dump can be kept",
+            f"Name a folder below {export / KEPT[0]}, or outside of the export.",
+        )
+
+
+def new_run_name() -> str:
+    """A name that sorts by time and that no other run has."""
+    now = datetime.datetime.now(datetime.UTC)
+    return f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+def _provenance(compiled: Compiled, settings: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (str, int, float, bool, type(None))
+    return {
+        "model": compiled.export.model,
+        "kind": compiled.export.kind,
+        "dtype": compiled.export.dtype,
+        "made_by": compiled.export.made_by,
+        "backend": compiled.backend,
+        "options": compiled.options.to_json(),
+        "settings": {name: value for name, value in settings.items() if isinstance(value, plain)},
+    }

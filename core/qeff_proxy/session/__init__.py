@@ -1,0 +1,8 @@
+"""A session runs one part: its protocol, its inputs, and PyTorch as the reference."""
+
+from __future__ import annotations
+
+from qeff_proxy.session.cache_buffers import InPlaceSession
+from qeff_proxy.session.session import Session
+
+__all__ = ["InPlaceSession", "Session"]

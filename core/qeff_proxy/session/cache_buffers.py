@@ -1,0 +1,119 @@
+"""The cache of a decoder between steps: handed over as arrays, or kept in place.
+
+A session that can write into its cache (`InPlaceSession`) is given buffers with room for more
+positions than are filled, so that a step copies no position but its own. To everyone else such a
+cache is what it always was: arrays by name, as long as the positions that are filled.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+import numpy as np
+
+from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.tensor_names import PAST
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qeff_proxy.arrays import Array
+    from qeff_proxy.parts import TensorSpec
+    from qeff_proxy.session.session import PartLike
+
+__all__ = ["Buffers", "Cache", "HeldCache", "InPlaceSession", "can_run_in_place"]
+
+#: Positions by which buffers grow: few enough that reading the empty ones costs nothing.
+_BLOCK = 64
+
+#: ``past_key_values.<layer>.key`` and ``.value`` → ``[batch, heads, past, width]``.
+Cache = dict[str, "Array"]
+
+
+class InPlaceSession(Protocol):
+    """A session (`qeff_proxy.session.Session`) that can also write into the cache it is given."""
+
+    def runs_in_place(self) -> bool:
+        """Whether `run_in_place` may be called: it depends on the part and on the options."""
+
+    def run_in_place(self, feeds: Mapping[str, Array], buffers: Buffers) -> dict[str, Array]:
+        """Run the part once; write keys and values of the queries behind the filled positions.
+
+        Args:
+            feeds: As for ``run``, without the cache, and masks as long as the buffers.
+            buffers: The cache; its ``filled`` is left as it is.
+
+        Returns:
+            The outputs that are no cache.
+
+        Raises:
+            BackendError: The backend refuses the inputs, or fails.
+        """
+
+
+class Buffers:
+    """Arrays ``[batch, heads, capacity, width]`` with a number of filled positions.
+
+    Positions that are not filled hold zeros: a mask hides them, and zero times zero is zero.
+
+    Args:
+        specs: The part's cache inputs.
+        batch: Rows.
+        room: Positions that they must hold.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec], batch: int, room: int) -> None:
+        self.capacity = -(-room // _BLOCK) * _BLOCK
+        self.filled = 0
+        self.arrays: Cache = {
+            name: np.zeros(
+                (batch, spec.shape[1], self.capacity, spec.shape[3]),  # type: ignore[arg-type]
+                numpy_dtype(spec.dtype),
+            )
+            for name, spec in specs.items()
+        }
+        #: What a session keeps with the buffers from step to step.
+        self.bound: dict[object, Any] = {}
+
+    def views(self, length: int) -> Cache:
+        """The first ``length`` positions of each array."""
+        return {name: array[:, :, :length] for name, array in self.arrays.items()}
+
+
+class HeldCache(Cache):
+    """A cache in buffers: a dict of arrays ``[batch, heads, length, width]``, views into them.
+
+    It stays what it is when a later step goes on in the same buffers. A step from a cache that is
+    no longer the newest of its buffers copies it.
+
+    Args:
+        buffers: Where it lies; filled so far as this cache is long.
+    """
+
+    def __init__(self, buffers: Buffers) -> None:
+        self.buffers = buffers
+        self.length = buffers.filled
+        super().__init__(buffers.views(self.length))
+
+    def room_for(self, query: int, specs: Mapping[str, TensorSpec]) -> Buffers:
+        """Buffers that hold this cache, with room for ``query`` positions more."""
+        buffers = self.buffers
+        needed = self.length + query
+        if buffers.filled == self.length and needed <= buffers.capacity:
+            return buffers
+        batch = next(iter(buffers.arrays.values())).shape[0]
+        longer = Buffers(specs, batch, needed)
+        longer.filled = self.length
+        for name, view in self.items():
+            longer.arrays[name][:, :, : self.length] = view
+        return longer
+
+
+def can_run_in_place(session: object, part: PartLike, cache: Cache | None) -> TypeGuard[Any]:
+    """Whether a step from ``cache`` can be run in place on ``session``."""
+    if not any(spec.name.startswith(PAST) for spec in part.inputs):
+        return False
+    if cache and not isinstance(cache, HeldCache):
+        return False  # arrays of the caller's, which are not ours to write into
+    runs = getattr(session, "runs_in_place", None)
+    return runs is not None and bool(runs())

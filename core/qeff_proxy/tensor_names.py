@@ -1,0 +1,19 @@
+"""Names of tensors and layers that every stage uses."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["LAYER_NAME", "PAST", "PRESENT"]
+
+
+#: Names of what each layer takes or gives, caches and taps: what it is, layer, and what of it.
+LAYER_NAME = re.compile(
+    r"(past_key_values|present|hidden_states|cross_key_values)\.(\d+)((?:\.\w+)?)"
+)
+
+
+PAST = "past_key_values."
+
+
+PRESENT = "present."

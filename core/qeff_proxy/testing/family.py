@@ -1,0 +1,197 @@
+"""What a model family declares for its conformance suite."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import transformers
+
+from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.request import Request
+from qeff_proxy.testing.tiny import join_rows, pad_row, random_ids, random_weights, tiny_config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from qeff_proxy.arrays import Array
+
+__all__ = [
+    "CAUSAL_LM",
+    "CTC",
+    "ENCODER",
+    "IMAGE_TEXT_TO_TEXT",
+    "LENGTHS",
+    "SPEECH_SEQ2SEQ",
+    "Capabilities",
+    "Family",
+]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a family has and can do.
+
+    Attributes:
+        embedding: Token ids go in, through a table that is cut out.
+        head: Logits come out, through a head that is cut off.
+        cache: It runs in prefill and decode steps.
+        chunks: A prompt may be run in chunks.
+        padding: A row may be padded: tokens on the left where there is a cache, else on the right.
+        batch: Several rows run together.
+        images: Images go in.
+        audio: Sound goes in.
+        processor: The suite's ``make_processor`` and ``make_request`` are there.
+    """
+
+    embedding: bool = True
+    head: bool = True
+    cache: bool = True
+    chunks: bool = True
+    padding: bool = True
+    batch: bool = True
+    images: bool = False
+    audio: bool = False
+    processor: bool = False
+
+    @property
+    def no_embedding(self) -> bool:
+        """No token ids go in."""
+        return not self.embedding
+
+    @property
+    def no_head(self) -> bool:
+        """No logits come out."""
+        return not self.head
+
+    @property
+    def vocabulary(self) -> bool:
+        """There is something to cut off."""
+        return self.embedding or self.head
+
+
+CAUSAL_LM = Capabilities()
+ENCODER = Capabilities(head=False, cache=False, chunks=False)
+CTC = Capabilities(embedding=False, cache=False, chunks=False, audio=True)
+SPEECH_SEQ2SEQ = Capabilities(chunks=False, padding=False, audio=True)
+IMAGE_TEXT_TO_TEXT = Capabilities(images=True)
+LENGTHS = (7, 5)
+
+
+class Family:
+    """What the suite knows of a family, and makes of it; an author overrides what differs.
+
+    Attributes:
+        model_type: Whose plugin is tried.
+        task: The flow, where a package claims ``MODEL_TYPE/TASK``.
+        capabilities: What the family has.
+        auto_class: The transformers auto class that makes the model.
+        plugin: The module or object with the hooks, where it is not to be found as installed.
+        sizes: Of the tiny config, where the usual ones do not serve.
+        options: What ``build_proxy`` is told.
+        settings: What the flow is told: how many tokens …
+        tolerance: Largest difference of an element, over the largest element of its tensor.
+        backends: The backends that must give the same.
+    """
+
+    model_type: ClassVar[str]
+    task: ClassVar[str | None] = None
+    capabilities: ClassVar[Capabilities] = CAUSAL_LM
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    plugin: ClassVar[object | None] = None
+    sizes: ClassVar[Mapping[str, Any]] = {}
+    options: ClassVar[Mapping[str, Any]] = {}
+    settings: ClassVar[Mapping[str, Any]] = {}
+    tolerance: ClassVar[float] = 1e-4
+    backends: ClassVar[Sequence[str]] = ("onnxruntime",)
+
+    def make_config(self) -> PreTrainedConfig:
+        """A config of small sizes (`tiny_config`)."""
+        return tiny_config(self.model_type, **self.sizes)
+
+    def make_model(self) -> PreTrainedModel:
+        """A tiny model with random weights, norms and biases too."""
+        return random_weights(
+            getattr(transformers, self.auto_class).from_config(self.make_config())
+        )
+
+    def make_inputs(self, model: PreTrainedModel) -> Sequence[Mapping[str, torch.Tensor]]:
+        """At least two inputs of one row each, of different lengths, by the parts' names."""
+        ids = random_ids(self.vocabulary(model), LENGTHS)
+        return [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
+
+    def make_processor(self) -> Any:
+        """The processor, where the capabilities have one."""
+        return None
+
+    def make_request(self) -> Request:
+        """What a user gives, where the capabilities have a processor."""
+        return Request(prompts=["a text"])
+
+    def vocabulary(self, model: PreTrainedModel) -> int:
+        """How many tokens there are; no other size of the model is the same."""
+        return int(model.config.get_text_config(decoder=True).vocab_size)
+
+    def supplies(self, name: str) -> bool:  # noqa: ARG002 (what an override goes by)
+        """Whether the flow itself makes this input of a part."""
+        return False
+
+    def pad(self, row: Mapping[str, torch.Tensor], count: int) -> Mapping[str, torch.Tensor]:
+        """The row, padded by ``count`` positions on the side that the family is padded on."""
+        return pad_row(row, count, left=self.capabilities.cache)
+
+    def join(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> Mapping[str, torch.Tensor]:
+        """The rows as one batch."""
+        return join_rows(rows, left=self.capabilities.cache)
+
+    def other_input(self, row: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """An input of the same form that must give another output."""
+        changed = dict(row)
+        for name, value in row.items():
+            if value.is_floating_point():
+                changed[name] = value.flip(-1) * 1.5
+            elif name == "input_ids":
+                changed[name] = torch.cat([value[:, :1], value[:, 1:].flip(1)], dim=1)
+        return changed
+
+    def one_pass(
+        self, model: PreTrainedModel, row: Mapping[str, torch.Tensor], fed: Array
+    ) -> Array:
+        """Logits of the uncut model over a prompt and the tokens generated from it, at once.
+
+        Args:
+            model: The uncut model.
+            row: The input that the tokens were generated from.
+            fed: The token ids that went into the parts, prompt included, ``[1, positions]``.
+
+        Returns:
+            ``[1, positions, vocabulary]`` float32.
+        """
+        known = inspect.signature(model.forward).parameters
+        arguments = {name: value for name, value in row.items() if name in known}
+        ids = to_tensor(fed)
+        if "input_ids" in row:
+            prompt = row["input_ids"]
+            new = ids[:, prompt.shape[1] :]
+            for name, value in arguments.items():
+                if value.shape[:2] == prompt.shape:
+                    fill = (
+                        torch.ones_like(new) if name == "attention_mask" else torch.zeros_like(new)
+                    )
+                    arguments[name] = torch.cat([value, fill.to(value.dtype)], dim=1)
+            arguments["input_ids"] = torch.cat([prompt, new], dim=1)
+        else:
+            arguments["decoder_input_ids"] = ids
+        with torch.no_grad():
+            return to_array(model(**arguments, use_cache=False).logits.float())
+
+    def compile_options(self) -> CompileOptions:
+        """Static sizes for the backends that need them."""
+        if self.capabilities.cache:
+            return CompileOptions(prefill_seq_len=8 if self.capabilities.chunks else None)
+        return CompileOptions()

@@ -1,0 +1,214 @@
+"""The speed of what was verified: backends and PyTorch's own model, on the same input in turns.
+
+Every backend runs the graphs that a user gets, without the layer taps that were verified: an extra
+output of each layer costs time, and keeps operators apart that would be fused. So these graphs are
+held against the reference, too, and only what passes is measured. All generate the reference's
+tokens, and so do equally much.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from qeff_proxy.backends.compile_export import open_sessions
+from qeff_proxy.common.quiet import quiet_loading
+from qeff_proxy.flows.flow import Flow, Job, TimedFlow, load_flow
+from qeff_proxy.load.load_model import load_config
+from qeff_proxy.verify.backend_choice import why_untimed
+from qeff_proxy.verify.timing import Speed, Timing, take_turns
+from qeff_proxy.verify.verify_backend import compiled_for, hold_against, reason_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel
+
+    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.backends.compile_export import Compiled
+    from qeff_proxy.session.session import Session
+    from qeff_proxy.verify.results import BackendResult
+    from qeff_proxy.verify.runs import Runs
+
+__all__ = ["PYTORCH", "measure_speed"]
+
+#: What PyTorch's row is called.
+PYTORCH = "PyTorch"
+_PLAIN = "{}-plain"
+
+
+def measure_speed(
+    run: Runs,
+    export: Export,
+    model: Callable[[], PreTrainedModel],
+    results: Sequence[BackendResult],
+    left_out: Mapping[str, str],
+    progress: Callable[[str], None],
+) -> Speed:
+    """Measure the backends that passed, and PyTorch.
+
+    All stay loaded side by side while they are measured.
+
+    Args:
+        run: The input, which reference and backends have run.
+        export: What is measured: the export that was verified, or the same without taps.
+        model: Makes the uncut model.
+        results: Of the verification.
+        left_out: Backends that were not verified, and why.
+        progress: Told what happens as it begins.
+    """
+    out = dict(left_out)
+    with ExitStack() as stack:
+        jobs: dict[str, Job] = {}
+        for result in results:
+            name = result.backend
+            try:
+                reason = _why_out(result, run)
+                if reason is None:
+                    progress(f"verifying {name} without taps")
+                    compiled = compiled_for(run, export, name, progress)
+                    reason = None if export is run.export else _plain_fault(run, compiled)
+                if reason is None:
+                    sessions = stack.enter_context(open_sessions(compiled, run.hooks))
+                    jobs[name] = _job(run, compiled, sessions)
+            except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
+                reason = reason_of(error)
+            if reason is not None:
+                out[name] = reason
+        if not jobs:
+            return Speed(0.0, "runs", (), left_out=out)
+        return _measured(run, jobs, model, out, progress)
+
+
+def _measured(
+    run: Runs,
+    jobs: Mapping[str, Job],
+    model: Callable[[], PreTrainedModel],
+    out: dict[str, str],
+    progress: Callable[[str], None],
+) -> Speed:
+    flow = load_flow(run.export.flow)
+    contenders: dict[str, Callable[[], object]] = {
+        name: partial(_run_parts, flow, run, job) for name, job in jobs.items()
+    }
+    first = next(iter(jobs.values()))
+    amount, unit = _amount(run, first)
+    notes: list[str] = []
+    if first.export.settings.get("taps"):
+        notes.append("these graphs have layer taps; name the checkpoint to measure without")
+    with ExitStack() as stack, quiet_loading():
+        try:
+            uncut = model()
+            attention = stack.enter_context(_own_attention(uncut))
+            notes.append(f"{PYTORCH} runs transformers' {type(uncut).__name__}, {attention}")
+            threads = run.options.compile.num_cores
+            contenders[PYTORCH] = partial(_run_uncut, uncut, flow, run, first, threads)
+        except Exception as error:  # noqa: BLE001 (what is compared with must not stop the rest)
+            notes.append(f"{PYTORCH} is not measured: {reason_of(error)}")
+        timings, failed = take_turns(contenders, run.options.turns, progress)
+    if PYTORCH in failed:
+        notes[-1] = f"{PYTORCH} is not measured: {reason_of(failed.pop(PYTORCH))}"
+    out |= {name: reason_of(error) for name, error in failed.items()}
+    reference = timings.pop(PYTORCH, None)
+    return Speed(amount, unit, tuple(_sorted(timings)), reference, out, tuple(notes))
+
+
+def _sorted(timings: Mapping[str, Timing]) -> list[Timing]:
+    return sorted(timings.values(), key=lambda one: one.median)
+
+
+def _why_out(result: BackendResult, run: Runs) -> str | None:
+    """Why a backend that was verified is no choice; ``None`` where it is one."""
+    if not result.passed:
+        return "it did not pass"
+    options = run.options.compile_for(result.backend)
+    return why_untimed(result.backend, options)
+
+
+def _plain_fault(run: Runs, compiled: Compiled) -> str | None:
+    """What is wrong with what a backend gives without taps; ``None`` where it passes."""
+    folder = run.candidate(compiled, _PLAIN.format(compiled.backend))
+    comparison = hold_against(run, compiled, folder, partial=True)
+    first = comparison.first_divergence
+    return None if first is None else f"without taps it did not pass: {first.tensor}"
+
+
+def _job(run: Runs, compiled: Compiled, sessions: Mapping[str, Session]) -> Job:
+    export = compiled.export
+    return Job(
+        export=export,
+        sessions=sessions,
+        options=compiled.options,
+        config=load_config(export.processor_folder),
+        tensors=run.tensors,
+        folder=export.processor_folder,
+        processor=run.processor,
+    )
+
+
+def _again(run: Runs, job: Job) -> Job:
+    """The job with settings of its own: the tokens that it is fed are used up by a run."""
+    return replace(job, settings=run.settings())
+
+
+def _amount(run: Runs, job: Job) -> tuple[float, str]:
+    """How much one run does, and of what."""
+    flow = load_flow(job.export.flow)
+    if isinstance(flow, TimedFlow):
+        return flow.amount(job)
+    ids = flow.run(_again(run, job)).get("generated_ids")
+    return (1.0, "runs") if ids is None else (float(ids.size), "tokens")
+
+
+def _run_parts(flow: Flow, run: Runs, job: Job) -> object:
+    return flow.run(_again(run, job))
+
+
+def _run_uncut(
+    model: PreTrainedModel, flow: Flow, run: Runs, job: Job, threads: int | None
+) -> object:
+    """Run the uncut model on what the parts are run on."""
+    job = _again(run, job)
+    with _threads(threads), torch.no_grad():
+        if isinstance(flow, TimedFlow):
+            return flow.run_model(model, job)
+        tensors = {
+            name: value.to(model.dtype) if value.is_floating_point() else value
+            for name, value in job.tensors.items()
+        }
+        return model.generate(**tensors, **job.settings)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Let PyTorch use so many threads, as the backends do; ``None``: its own choice."""
+    if number is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[str]:
+    """Give a model the attention that transformers would choose, and say which; then take it back.
+
+    Checkpoints are loaded with eager attention, which is not what their users run.
+    """
+    before = model.config._attn_implementation  # noqa: SLF001 (the only place it is kept)
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # how transformers says that it has none
+        model.set_attn_implementation(before)
+    try:
+        yield f"{model.config._attn_implementation} attention"  # noqa: SLF001
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,207 @@
+"""What a verification found, as plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qeff_proxy.compare import Comparison, Divergence, TensorComparison
+    from qeff_proxy.dump import Dump
+    from qeff_proxy.verify.timing import Speed
+
+__all__ = ["BackendResult", "Verification", "count_equal_tokens"]
+
+
+@dataclass(frozen=True)
+class BackendResult:
+    """What one backend gave, held against the reference.
+
+    Attributes:
+        backend: Its name.
+        error: Why it gave nothing to compare; ``None`` where it did.
+        folder: Its dump.
+        comparison: Of its dump with the reference's.
+        equal_tokens: Of `tokens`, those whose most likely token is the reference's.
+        tokens: Steps (times prompts) that decide a token; positions where a model gives the
+            logits of all of them at once; 0 where it gives none.
+        seconds: How long compiling, running and comparing took.
+        report: The HTML report, where one was asked for.
+    """
+
+    backend: str
+    error: str | None
+    folder: Path | None
+    comparison: Comparison | None
+    equal_tokens: int
+    tokens: int
+    seconds: float
+    report: Path | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every tensor of every step is within its tolerance."""
+        return self.comparison is not None and self.comparison.passed
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """Where the backend first parts from the reference."""
+        return self.comparison.first_divergence if self.comparison is not None else None
+
+    @property
+    def worst(self) -> TensorComparison | None:
+        """The tensor with the largest error over its reference's peak."""
+        tensors = self.comparison.tensors if self.comparison is not None else []
+        return max(tensors, key=_error, default=None)
+
+    @property
+    def worst_error(self) -> float:
+        """The error of `worst`, over its reference's peak; 0.0 where there is none."""
+        return _error(self.worst) if self.worst is not None else 0.0
+
+    @property
+    def final(self) -> list[TensorComparison]:
+        """What the model gives in the end: the logits, else the last output of no layer."""
+        tensors = self.comparison.tensors if self.comparison is not None else []
+        outputs = [t for t in tensors if t.name.direction == "out" and t.name.layer is None]
+        logits = [t for t in outputs if t.name.tensor == "logits"]
+        return logits or [t for t in outputs if t.name == outputs[-1].name]
+
+    @property
+    def sqnr(self) -> float | None:
+        """SQNR of the model's output in dB, of the worse phase; infinite where it is exact."""
+        return min((t.worst.sqnr for t in self.final if t.worst is not None), default=None)
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine similarity of the model's output, of the worse phase."""
+        return min((t.worst.cosine for t in self.final if t.worst is not None), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a JSON object; numbers that are infinite or undefined are None."""
+        worst = self.worst
+        origin = self.comparison.origin if self.comparison is not None else None
+        return {
+            "backend": self.backend,
+            "passed": self.passed,
+            "error": self.error,
+            "dump": str(self.folder) if self.folder is not None else None,
+            "report": str(self.report) if self.report is not None else None,
+            "seconds": round(self.seconds, 3),
+            "equal_tokens": self.equal_tokens,
+            "tokens": self.tokens,
+            "sqnr": _plain(self.sqnr),
+            "exact": self.sqnr == math.inf,
+            "cosine": _plain(self.cosine),
+            "worst": None
+            if worst is None
+            else {
+                "tensor": str(worst.name),
+                "phase": worst.phase,
+                "error_over_peak": _plain(self.worst_error),
+            },
+            "first_divergence": self.divergence.to_json() if self.divergence else None,
+            "first_difference": origin.to_json() if origin is not None else None,
+            "problems": self.comparison.problems if self.comparison is not None else [],
+        }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A model on several backends, held against PyTorch.
+
+    Attributes:
+        source: What the model was named by.
+        export: The export's folder.
+        taps: What its layers give besides.
+        reference: The reference's dump.
+        weights: Whose weights the reference ran: ``"checkpoint"`` or ``"export"``.
+        input: What was run, as JSON values.
+        decoded: What the reference's output means: texts, vectors …
+        results: One per backend.
+        speed: How fast they are, where that was measured.
+        idle: Parts that did not run on this input, so that nothing of them was compared.
+    """
+
+    source: str
+    export: Path
+    taps: tuple[str, ...]
+    reference: Path
+    weights: str
+    input: dict[str, Any]
+    decoded: Any
+    results: tuple[BackendResult, ...]
+    speed: Speed | None = None
+    idle: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every backend passed."""
+        return bool(self.results) and all(result.passed for result in self.results)
+
+    def to_json(self) -> dict[str, Any]:
+        """The verification as a JSON object."""
+        return {
+            "passed": self.passed,
+            "model": self.source,
+            "export": str(self.export),
+            "taps": list(self.taps),
+            "reference": str(self.reference),
+            "reference_weights": self.weights,
+            "input": self.input,
+            "idle_parts": list(self.idle),
+            "decoded": self.decoded if _is_plain(self.decoded) else None,
+            "backends": [result.to_json() for result in self.results],
+            **({} if self.speed is None else {"speed": self.speed.to_json()}),
+        }
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` is made of what JSON has."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(one) for name, one in value.items())
+    if isinstance(value, list):
+        return all(_is_plain(one) for one in value)
+    return value is None or isinstance(value, str | bool | int | float)
+
+
+def _error(tensor: TensorComparison) -> float:
+    errors = [float(one) for one in tensor.step_error]
+    # An undefined error is worse than any number.
+    return max((math.inf if math.isnan(one) else one for one in errors), default=0.0)
+
+
+def _plain(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def count_equal_tokens(reference: Dump, candidate: Dump, *, generates: bool) -> tuple[int, int]:
+    """How many tokens two runs would choose alike, and of how many.
+
+    Args:
+        reference: The dump of one run.
+        candidate: That of the other, with the same steps.
+        generates: Whether the last position of a step decides a token, and of the chunks of a
+            prefill the last; else each position of each step does.
+    """
+    equal = count = 0
+    steps = list(reference.steps)
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
+        if generates and step.phase == "prefill" and after is not None and after.phase == "prefill":
+            continue
+        for phase, name in reference.tensors:
+            if phase != step.phase or (name.direction, name.tensor) != ("out", "logits"):
+                continue
+            logits = (d.array(phase, step.index, str(name)) for d in (reference, candidate))
+            one, two = (
+                (each[..., -1:, :] if generates else each).astype(np.float32).argmax(-1)
+                for each in logits
+            )
+            equal += int((one == two).sum()) if one.shape == two.shape else 0
+            count += one.size
+    return equal, count

@@ -1,0 +1,249 @@
+"""How image features enter a language model, said as data, and done on the host.
+
+A family says it once, as an `ImageSettings`, which lies as JSON in the export. An `ImagePrompt`
+does it at each step: it runs the vision part once, finds the positions that images take in the
+prompt, and supplies the body with what it needs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from qeff_proxy.arrays import Array, numpy_dtype
+from qeff_proxy.common.messages import counted
+from qeff_proxy.errors import UsageError
+from qeff_proxy.flows.attention_masks import build_mask
+
+from qeff_proxy_vision.image_settings import ROWS, Blocks, ImageSettings, Merge
+
+if TYPE_CHECKING:
+    from qeff_proxy.session.session import PartLike
+
+__all__ = ["ImagePrompt"]
+
+RunVision = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+
+
+class ImagePrompt:
+    """One prompt with its images, asked by `CausalEngine` at each step.
+
+    Args:
+        settings: What the family says.
+        tensors: What ``preprocess`` made: ``input_ids [batch, length]`` int64, and the inputs of
+            the vision part.
+        vision: The part that takes the pixels.
+        run_vision: Runs it, where it is a part of its own. It is called once, before the first
+            step, and not at all where the prompt has no image.
+
+    Raises:
+        UsageError: The prompt has an image token and no image, or the reverse.
+    """
+
+    def __init__(
+        self,
+        settings: ImageSettings,
+        tensors: Mapping[str, Array],
+        vision: PartLike,
+        run_vision: RunVision | None,
+    ) -> None:
+        self.settings = settings
+        self._tensors = tensors
+        names = settings.inputs
+        self._pixels = [spec for spec in vision.inputs if not names or spec.name in names]
+        self._run_vision = run_vision
+        if "input_ids" not in tensors:
+            raise UsageError("there are no input_ids", "Give what the processor gave, or prompts.")
+        self._ids = tensors["input_ids"]
+        self._has_images = self._pixels[0].name in tensors
+        self._blocks = _blocks(settings.blocks, tensors)
+        self._features: dict[str, Array] | None = None
+        self._feeds: dict[str, Array] | None = None
+        self._rows = np.full(self._ids.shape, -1, np.int64)
+        marked = self._marked()
+        if marked is not None and marked.any() and not self._has_images:
+            raise UsageError(
+                f"the prompt has {counted(int(marked.sum()), 'image token')}, "
+                "and there is no image",
+                "Give one image for each place in the prompt, or take the image token out.",
+            )
+        if marked is not None and self._has_images and not marked.any():
+            raise UsageError(
+                "there are images, and the prompt has no image token",
+                "Put the processor's image token (such as <image>) where each image belongs.",
+            )
+
+    def supply(
+        self, part: PartLike, known: Mapping[str, Array], padding: Array
+    ) -> dict[str, Array]:
+        """What the images give to a part (see `qeff_proxy.flows.causal_engine.Supplier`)."""
+        ids = known["input_ids"]
+        past = padding.shape[1] - ids.shape[1]
+        names = {spec.name for spec in part.inputs}
+        given: dict[str, Array] = {}
+        limit = self.settings.table_rows
+        if "input_ids" in names and limit is not None:
+            given["input_ids"] = np.where(ids >= limit, 0, ids)
+        here = [merge for merge in self.settings.merges if merge.into in names]
+        if self.settings.inputs:
+            if self.settings.inputs[0] in names:
+                given.update(self._one_graph(past, ids.shape))
+        elif here:
+            rows = self._window(self._arranged(), past, ids.shape)
+            for merge in here:
+                target = given.get(merge.into, known.get(merge.into))
+                given[merge.into] = self._merged(merge, part, target, rows)
+        if self._blocks is not None and past < self._ids.shape[1]:
+            given.update(self._masks(part, padding, ids.shape))
+        return given
+
+    def chunk_end(self, start: int, stop: int) -> int:  # noqa: ARG002 (the protocol's)
+        """A position from ``stop`` on that parts no block of tokens that see each other."""
+        together = self._blocks
+        if self.settings.inputs and self._has_images:
+            # One graph: chunks that share the images would each run the tower.
+            together = np.where(self._arranged() >= 0, 0, -1)
+        if together is None:
+            return stop
+        while True:
+            end = stop
+            for row in together:
+                parted = np.isin(row[stop:], row[:stop][row[:stop] >= 0])
+                if parted.any():
+                    end = max(end, stop + int(np.flatnonzero(parted)[-1]) + 1)
+            if end == stop:
+                return stop
+            stop = end
+
+    def _marked(self) -> Array | None:
+        """Which positions carry the image token: ``[batch, length]`` bool."""
+        if self.settings.token_id is None:
+            return None
+        marked: Array = self._ids == self.settings.token_id
+        return marked
+
+    def _arranged(self) -> Array:
+        """The row of features at each position, -1 for none; runs the vision part first."""
+        if self._feeds is not None or not self._has_images:
+            return self._rows
+        self._feeds = self._make_feeds()
+        if self.settings.index is not None:
+            self._place_by_index(self._tensors[self.settings.index])
+        else:
+            self._place_by_token()
+        if self._run_vision is not None and not self.settings.inputs:
+            self._features = {
+                name: np.asarray(value).reshape(-1, value.shape[-1])
+                for name, value in self._run_vision(self._feeds).items()
+            }
+        return self._rows
+
+    def _place_by_token(self) -> None:
+        """Rows go to the image tokens in order."""
+        marked = self._marked()
+        assert marked is not None  # noqa: S101 (a family says token_id or index)
+        order = self._order()
+        if int(marked.sum()) != order.size:
+            raise UsageError(
+                f"the prompt has {counted(int(marked.sum()), 'image token')}, and its images need "
+                f"{order.size}",
+                "Let the checkpoint's processor make the prompt, with one image for each place.",
+            )
+        self._rows[marked] = order
+
+    def _order(self) -> Array:
+        """The rows of features, in the order of the image tokens."""
+        assert self._feeds is not None  # noqa: S101 (made before)
+        if self.settings.grid is not None:
+            return self.settings.grid.order(self._tensors["image_sizes"])
+        if self.settings.skip_negative is not None:
+            return np.arange(self._feeds[self.settings.skip_negative].shape[0])
+        tiles = self._feeds[self._pixels[0].name].shape[0]
+        return np.arange(tiles * (self.settings.rows_per_tile or 1))
+
+    def _one_graph(self, past: int, shape: tuple[int, ...]) -> dict[str, Array]:
+        """The pixels in the step that has images, and none in others; and each position's row."""
+        rows = self._window(self._arranged(), past, shape)
+        if self._feeds is not None and (rows >= 0).any():
+            return {ROWS: rows, **self._feeds}
+        nothing = {
+            spec.name: np.zeros(
+                [axis if isinstance(axis, int) else 0 for axis in spec.shape],
+                numpy_dtype(spec.dtype),
+            )
+            for spec in self._pixels
+        }
+        return {ROWS: rows, **nothing}
+
+    def _place_by_index(self, index: Array) -> None:
+        """``index [batch, …]``: the position, within its row, of each feature row."""
+        flat = index.reshape(index.shape[0], -1)
+        feature_rows = np.arange(flat.size).reshape(flat.shape)
+        batch, column = np.nonzero(flat >= 0)
+        self._rows[batch, flat[batch, column]] = feature_rows[batch, column]
+
+    def _make_feeds(self) -> dict[str, Array]:
+        feeds: dict[str, Array] = {}
+        for spec in self._pixels:
+            if spec.name not in self._tensors:
+                raise UsageError(
+                    f"images need the tensor {spec.name!r}, which is not there",
+                    "Let the checkpoint's processor make the tensors.",
+                )
+            value = self._tensors[spec.name]
+            if self.settings.grid is not None and value.ndim > len(spec.shape):
+                value = self.settings.grid.tiles(value, self._tensors["image_sizes"])
+            if spec.name == self.settings.skip_negative:
+                value = value[(value >= 0).any(axis=-1)]
+            value = np.asarray(value)
+            if value.ndim == len(spec.shape) + 1 and value.ndim > 1:
+                value = value.reshape(-1, *value.shape[2:])
+            feeds[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
+        return feeds
+
+    def _window(self, prompt: Array, past: int, shape: tuple[int, ...]) -> Array:
+        """Columns ``past`` … of the prompt, -1 beyond it; each row as often as there are beams."""
+        rows = np.full((prompt.shape[0], shape[1]), -1, np.int64)
+        piece = prompt[:, past : past + shape[1]]
+        rows[:, : piece.shape[1]] = piece
+        return np.repeat(rows, shape[0] // rows.shape[0], axis=0)
+
+    def _merged(self, merge: Merge, part: PartLike, target: Array | None, rows: Array) -> Array:
+        if target is None:
+            spec = next(spec for spec in part.inputs if spec.name == merge.into)
+            target = np.zeros((*rows.shape, int(spec.shape[-1])), numpy_dtype(spec.dtype))
+        chosen = rows >= 0
+        if self._features is None or not chosen.any():
+            return target
+        result = target.copy()
+        if merge.features is None:
+            result[chosen] = 0
+        elif merge.how == "add":
+            result[chosen] += self._features[merge.features][rows[chosen]]
+        else:
+            result[chosen] = self._features[merge.features][rows[chosen]]
+        return result
+
+    def _masks(self, part: PartLike, padding: Array, shape: tuple[int, ...]) -> dict[str, Array]:
+        assert self._blocks is not None  # noqa: S101 (the caller looked)
+        blocks = self._window(self._blocks, 0, (shape[0], padding.shape[1]))
+        dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in part.inputs}
+        return {
+            mask.name: build_mask(mask, padding, shape[1], dtypes[mask.name], blocks)
+            for mask in part.masks
+            if mask.name in dtypes
+        }
+
+
+def _blocks(blocks: Blocks | None, tensors: Mapping[str, Array]) -> Array | None:
+    """The block of each position of the prompt, -1 for none: ``[batch, length]`` int64."""
+    if blocks is None or blocks.tensor not in tensors:
+        return None
+    inside = tensors[blocks.tensor] == 1
+    if not inside.any():
+        return None
+    if blocks.per == "row":
+        return np.where(inside, 0, -1)
+    before = np.concatenate([np.zeros_like(inside[:, :1]), inside[:, :-1]], axis=1)
+    return np.where(inside, np.cumsum(inside & ~before, axis=1) - 1, -1)

@@ -1,0 +1,71 @@
+"""Compiling: what is refused, what is looked up, and what is made anew."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.backends.compile_export import compile_export
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.errors import ArtifactError, BackendError, UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("name", ["batch_size", "prefill_seq_len", "ctx_len", "num_cores"])
+@pytest.mark.parametrize("value", [0, -3, 1.5])
+def test_sizes_must_be_whole_numbers_above_zero(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"{name} is"):
+        CompileOptions(**{name: value})
+
+
+def test_unknown_backends_and_options_name_the_known_ones(demo_export: Path) -> None:
+    export = read_export(demo_export)
+    with pytest.raises(BackendError, match=r"no backend 'npu'.*onnxruntime.*torch"):
+        compile_export(export, "npu")
+    with pytest.raises(UsageError, match=r"no option 'level'.*optimization"):
+        compile_export(export, options=CompileOptions(backend={"level": 3}))
+
+
+def test_compiling_again_is_a_lookup_and_other_options_are_not(demo_export: Path) -> None:
+    export = read_export(demo_export)
+    options = CompileOptions(num_cores=16, ctx_len=64)
+    first = compile_export(export, options=options)
+    again = compile_export(export, options=options)
+    assert (again.folder, again.was_there) == (first.folder, True)
+    assert compile_export(export, options=CompileOptions(ctx_len=65)).folder != first.folder
+    assert (first.folder / "body.onnx").is_file()
+
+
+def test_what_was_compiled_and_then_changed_is_compiled_again(demo_export: Path) -> None:
+    export = read_export(demo_export)
+    options = CompileOptions(ctx_len=63)
+    weights = compile_export(export, options=options).folder / "body.data"
+    whole = weights.read_bytes()
+    weights.write_bytes(bytes(len(whole)))
+    assert not compile_export(export, options=options).was_there
+    assert weights.read_bytes() == whole
+
+
+def test_a_context_beyond_the_models_positions_is_cut_to_them(demo_export: Path) -> None:
+    options = CompileOptions(ctx_len=2048, prefill_seq_len=300)
+    with pytest.warns(UserWarning, match="2048 is more than the 256 positions that .* has; 256 a"):
+        compiled = compile_export(read_export(demo_export), options=options)
+    assert (compiled.options.ctx_len, compiled.options.prefill_seq_len) == (256, 256)
+
+
+def test_changed_weights_are_not_compiled(demo_export: Path, tmp_path: Path) -> None:
+    from qeff_proxy.artifact.export_folder import read_export
+
+    folder = tmp_path / "copy"
+    shutil.copytree(demo_export, folder)
+    compile_export(read_export(folder))
+    with (folder / "body.safetensors").open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"\0" * 64)
+    for backend in ("onnxruntime", "torch"):
+        with pytest.raises(ArtifactError, match="its bytes have changed"):
+            compile_export(read_export(folder), backend)

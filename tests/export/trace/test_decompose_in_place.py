@@ -1,0 +1,111 @@
+"""Graphs are brought to ONNX's operators where they are, and by PyTorch where that cannot be."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from qeff_proxy.export.trace.decompose_in_place import lowered_in_place
+from qeff_proxy.export.trace.operator_table import operators_read_once
+from torch import nn
+from torch.onnx._internal.exporter import _core
+from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Function(nn.Module):
+    """A module that is a function."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+def exported(function: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, bool]:
+    """ONNX Runtime's largest difference to PyTorch at another size; whether it was lowered."""
+    module = Function(function).eval()
+    sizes = ({0: torch.export.Dim.DYNAMIC},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with operators_read_once(), lowered_in_place() as lowered:
+            program = torch.onnx.export(
+                module, (torch.randn(3, 4, 6),), dynamic_shapes=sizes, dynamo=True, verbose=False
+            )
+    assert program is not None
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    given = torch.randn(5, 4, 6)
+    (found,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+    expected = function(given).numpy()
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    return np.abs(found.astype(np.float64) - expected).max(), bool(lowered)
+
+
+def views(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.transpose(1, 2).contiguous().chunk(2, dim=1)
+    joined = torch.cat([second.flatten(1), first.reshape(x.shape[0], -1)], 1)
+    return joined.view(x.shape[0], 6, 4).flatten(0, 1) + nn.functional.dropout(x, 0.5, False).sum()
+
+
+def dtypes(x: torch.Tensor) -> torch.Tensor:
+    mask = x > 0
+    counts = mask.to(torch.int64).sum(-1, keepdim=True)
+    return (x.to(torch.float32) * counts + mask * 2).to(torch.float64) + counts
+
+
+def written(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    z = y + 1
+    y.add_(x)
+    y.clamp_(0, 3)
+    return y * z
+
+
+@pytest.mark.parametrize("function", [views, dtypes, written])
+def test_a_graph_of_known_operators_is_lowered_where_it_is(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    difference, lowered = exported(function)
+    assert lowered
+    assert difference < 1e-5
+
+
+def written_through_a_view(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    view = y[:, :1]
+    y.add_(1)
+    return view * y
+
+
+def written_into_a_view(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y.reshape(-1, 24).mul_(3)
+    return y
+
+
+@pytest.mark.parametrize("function", [written_through_a_view, written_into_a_view])
+def test_pytorch_decomposes_what_writes_into_shared_memory(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    difference, lowered = exported(function)
+    assert not lowered
+    assert difference < 1e-5
+
+
+def test_pytorch_is_as_before_afterwards() -> None:
+    before = _core._prepare_exported_program_for_export, _TypePromotionInterpreter.run_node
+    with lowered_in_place():
+        assert _core._prepare_exported_program_for_export is not before[0]
+    after = _core._prepare_exported_program_for_export, _TypePromotionInterpreter.run_node
+    assert after == before
