@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,9 +13,6 @@ from qeff_proxy import QEFFAutoModelForCausalLM
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.load.safetensors_header import read_header
 from transformers import GPT2Config, GPT2LMHeadModel
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 VOCABULARY = 50257
 TOKENS = 64

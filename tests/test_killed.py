@@ -6,7 +6,9 @@ import os
 import random
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from qeff_proxy.artifact.export_folder import read_export
@@ -19,10 +21,6 @@ from qeff_proxy.load.load_model import load_model
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 HOOKS = Plugins.discover().hooks_for("gpt2")
 #: fork() copies this process with its libraries loaded, which makes many kills affordable; the

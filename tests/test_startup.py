@@ -37,7 +37,7 @@ def cpu_seconds(command: list[str | Path], attempts: int = 5) -> float:
 
 @pytest.mark.parametrize(
     ("arguments", "limit"),
-    [(["--help"], 8), (["plugins", "--help"], 8), (["plugins"], 16), (["backends"], 16)],
+    [(["--help"], 12), (["plugins", "--help"], 12), (["plugins"], 24), (["backends"], 24)],
     ids=["help", "help of plugins", "plugins", "backends"],
 )
 def test_it_answers_at_once(arguments, limit):
@@ -48,7 +48,7 @@ def test_it_answers_at_once(arguments, limit):
 
 def test_the_clock_would_see_a_heavy_import():
     bare = cpu_seconds([sys.executable, "-c", "pass"])
-    assert cpu_seconds([sys.executable, "-c", "import torch"], attempts=1) > 16 * bare
+    assert cpu_seconds([sys.executable, "-c", "import torch"], attempts=1) > 24 * bare
 
 
 def imported_by(statement: str) -> set[str]:

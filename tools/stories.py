@@ -8,17 +8,15 @@ a story only when it does so too.
 from __future__ import annotations
 
 import math
+import random
 import re
 import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    import random
-    from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 GRAMMAR = Path(__file__).with_name("stories.toml")
 GIRLS: tuple[str, ...] = ("Anna", "Maria", "Lena", "Sara", "Nora", "Ida")

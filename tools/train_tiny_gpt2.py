@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,6 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from stories import Story
 
 OUTPUT = Path(__file__).parents[1] / "core/qeff_proxy/checkpoints/tiny-gpt2"

@@ -7,13 +7,12 @@ Hooks are called with the arguments named here; an implementation may take fewer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 

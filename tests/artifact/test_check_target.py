@@ -8,8 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from qeff_proxy.artifact.check_target import check_place
@@ -21,9 +22,6 @@ from qeff_proxy.errors import ArtifactError
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.load_model import load_model
 from qeff_proxy.plugins.manager import Plugins
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 HOOKS = Plugins.discover().hooks_for("gpt2")
 

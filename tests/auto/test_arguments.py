@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,6 @@ from qeff_proxy.backends.registry import BUILTIN_BACKENDS, load_backend
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import CheckpointError, UsageError
 from transformers import AutoTokenizer, GPT2TokenizerFast
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 IDS = [[34, 451, 342, 270]]
 GOES_ON = [[263, 718, 15]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,6 @@ from qeff_proxy import QEFFAutoModelForCausalLM
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.cli import main
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class TestFace:

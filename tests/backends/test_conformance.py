@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qeff_proxy.export.export_model import export_model
@@ -12,8 +13,6 @@ from qeff_proxy.testing.tiny import random_weights, tiny_config
 from transformers import AutoModelForCausalLM
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
@@ -13,9 +13,6 @@ from qeff_proxy.backends.registry import check_backends, list_backends, load_bac
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.testing.backend_parts import feeds_of, make_export
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _SPEC = importlib.util.spec_from_file_location(
     "backend_packages", Path(__file__).with_name("packages.py")

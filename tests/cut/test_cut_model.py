@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,6 @@ from qeff_proxy.parts import MaskSpec, Part, Proxy
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.sites import Absent, Site
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def cut_with(model: Any, fault: Callable[[Proxy], Proxy]) -> Any:

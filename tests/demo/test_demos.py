@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from qeff_proxy.cli import main
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DEMOS = """
 from dataclasses import replace

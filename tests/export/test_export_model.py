@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,6 @@ from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.plugins.manager import Plugins
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qeff_proxy.parts import Proxy
 
 HOOKS = Plugins.discover().hooks_for("gpt2")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,9 +32,6 @@ from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
 from torch import nn
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HOOKS = Plugins.discover().hooks_for("gpt2")
 ALL = ("layers", "attention", "mlp")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -15,9 +15,6 @@ from qeff_proxy.load.mapped_pages import _LIMIT, _file_bytes, few_pages
 from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.load.weight_sources import StoredWeight, map_tensor
 from safetensors.torch import save_file
-
-if TYPE_CHECKING:
-    import mmap
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
 

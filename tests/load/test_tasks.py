@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 import pytest
 import qeff_proxy
@@ -11,9 +11,6 @@ import qeff_proxy_audio
 import qeff_proxy_vision
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError
 from qeff_proxy.load.tasks import CUT_OPTIONS, TASKS, UNUSED_WEIGHTS
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 
 def checkpoint(package: ModuleType, name: str) -> Path:

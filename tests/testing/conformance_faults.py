@@ -6,8 +6,9 @@ import dataclasses
 import re
 import shutil
 import types
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from qeff_proxy.errors import ProxyError
@@ -15,9 +16,6 @@ from qeff_proxy.families import generic
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.testing import FamilySuite
 from qeff_proxy.testing.subject import Subject
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
 
 __all__ = ["Fault", "checks_of", "cut_like", "expect_seen", "run_check", "subject_of"]
 

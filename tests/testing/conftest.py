@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,9 +13,6 @@ from qeff_proxy.testing import Capabilities, FamilySuite
 from qeff_proxy.testing.subject import Subject
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 sys.path.append(str(Path(__file__).parent))  # for what both files of faults share
 

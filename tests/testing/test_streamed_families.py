@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,6 @@ from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.load_model import load_model, with_options
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.testing.tiny import random_weights
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 _LAYERS = 6

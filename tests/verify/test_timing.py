@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,6 @@ from qeff_proxy.verify.timing import Speed, Timing, take_turns
 from qeff_proxy.verify.verify_model import verify_model
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qeff_proxy.verify.results import Verification
 
 ONE_CORE = CompileOptions(num_cores=1)

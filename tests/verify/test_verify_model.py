@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +25,6 @@ from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.request import Request
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.verify_model import DEFAULT_PROMPT, verify_model
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 PROMPT = "Anna went to the market"
 SHORT = VerifyOptions(max_new_tokens=4)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from qeff_proxy.artifact.export_folder import (
     KEPT,
@@ -19,10 +21,6 @@ from qeff_proxy.artifact.export_folder import (
     read_export,
 )
 from qeff_proxy.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 __all__ = ["check_not_another", "check_place", "existing_export"]
 

@@ -21,18 +21,16 @@ import json
 import mmap
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qeff_proxy.artifact.hashes import _ALGORITHM, hash_weights_file, sha256_of
 from qeff_proxy.artifact.manifest_schema import SCHEMA, read_manifest
 from qeff_proxy.common.atomic_folder import settle_folder
 from qeff_proxy.errors import ArtifactError
 from qeff_proxy.parts import MaskSpec, TensorSpec
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = [
     "Export",

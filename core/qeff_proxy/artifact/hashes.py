@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from qeff_proxy.common.direct_io import FileReader
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["hash_weights_file", "name_digest", "new_digest", "sha256_of"]
 

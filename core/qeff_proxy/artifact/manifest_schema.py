@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from pathlib import Path
+from typing import Any, get_args
 
 from qeff_proxy.common.json_schema import (
     Check,
@@ -26,9 +27,6 @@ from qeff_proxy.common.json_schema import (
 )
 from qeff_proxy.dump.format import DTYPES as TENSOR_DTYPES
 from qeff_proxy.parts import DTYPES, TAPS, Kind, MaskKind
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["SCHEMA", "check_manifest", "read_manifest"]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qeff_proxy.auto.qefficient import ELSEWHERE, HARDWARE_OPTIONS
@@ -20,9 +21,6 @@ from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.run.run_compiled import RunResult, run_compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.artifact.export_folder import Export

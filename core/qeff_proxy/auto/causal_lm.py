@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_proxy.auto.base import ProxyModel
@@ -16,9 +17,6 @@ from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
     import numpy as np
     import numpy.typing as npt
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.causal_lm import GenerationResult, check_prompts, generate_text, new_tokens
@@ -11,10 +13,6 @@ from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
 __all__ = ["QEFFAutoModelForImageTextToText"]
 

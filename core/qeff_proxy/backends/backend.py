@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qeff_proxy.common.arguments import flag, one_of, whole_number
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.session.session import Session

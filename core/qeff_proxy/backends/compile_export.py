@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.backends.backend import check_options, is_static
@@ -20,9 +22,6 @@ from qeff_proxy.common.atomic_folder import locked, opening, recover_folder, sta
 from qeff_proxy.compile_options import CompileOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.plugins.hooks import Hooks
     from qeff_proxy.session.session import Session

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,8 +19,6 @@ from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.plugins.entry_points import find_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from qeff_proxy.backends.backend import Backend
     from qeff_proxy.plugins.entry_points import FamilyEntry
 

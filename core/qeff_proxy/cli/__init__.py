@@ -12,14 +12,12 @@ import argparse
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn, Protocol, cast
+from collections.abc import Sequence
+from typing import NoReturn, Protocol, cast
 
 from qeff_proxy.cli.output import plain_warnings, report_error
 from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.errors import ProxyError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 

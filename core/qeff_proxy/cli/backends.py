@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -9,9 +11,6 @@ from qeff_proxy.cli.output import add_json_option, print_json, print_text, stdou
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
-
     from qeff_proxy.backends.registry import BackendReport
 
 __all__ = ["configure", "run"]

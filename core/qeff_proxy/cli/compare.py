@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
 
 from qeff_proxy.cli.output import add_json_option, print_json, print_text
-
-if TYPE_CHECKING:
-    import argparse
 
 __all__ = ["configure", "run"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
 
 from qeff_proxy.cli.options import (
     add_compile_options,
@@ -12,9 +12,6 @@ from qeff_proxy.cli.options import (
     known_export_of,
 )
 from qeff_proxy.cli.output import print_json, print_text
-
-if TYPE_CHECKING:
-    import argparse
 
 __all__ = ["configure", "run"]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qeff_proxy.cli.output import add_json_option, print_json, print_text
 
 if TYPE_CHECKING:
-    import argparse
-
     from qeff_proxy.dump.convert import ConversionSource
 
 __all__ = ["configure", "run"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +21,6 @@ from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import ProxyError, UsageError
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
-
     from rich.table import Table
 
     from qeff_proxy.artifact.export_folder import Export

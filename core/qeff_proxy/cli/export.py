@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 from qeff_proxy.cli.options import add_model_options, export_of, known_export_of
@@ -9,8 +10,6 @@ from qeff_proxy.cli.output import format_bytes, print_json, print_text
 from qeff_proxy.common.messages import counted
 
 if TYPE_CHECKING:
-    import argparse
-
     from rich.table import Table
 
     from qeff_proxy.artifact.export_folder import Export

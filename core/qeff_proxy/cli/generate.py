@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,6 @@ from qeff_proxy.cli.output import print_json, print_text
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
-
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.request import Request
     from qeff_proxy.run.run_compiled import RunResult

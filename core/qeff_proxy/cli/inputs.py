@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export
 
 __all__ = ["add_image_option", "hint_of_image", "parse_rows", "read_prompts"]

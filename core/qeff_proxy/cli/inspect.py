@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 from qeff_proxy.cli.options import add_model_options, loaded_of
 from qeff_proxy.cli.output import format_bytes, print_json, print_text, stage_display
 
 if TYPE_CHECKING:
-    import argparse
-
     from rich.table import Table
 
     from qeff_proxy.cut.inspect_model import Inspection

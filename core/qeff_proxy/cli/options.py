@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,6 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.load.tasks import CUT_OPTIONS
 
 if TYPE_CHECKING:
-    import argparse
-
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.backends.compile_export import Compiled
     from qeff_proxy.compile_options import CompileOptions

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qeff_proxy.cli.output import add_json_option, print_json, print_text
-
-if TYPE_CHECKING:
-    import argparse
 
 __all__ = ["configure", "run"]
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from qeff_proxy.cli.output import add_json_option, print_json, stdout_console
 from qeff_proxy.errors import PluginError
 from qeff_proxy.plugins.entry_points import ENVIRONMENT_VARIABLE
 from qeff_proxy.plugins.manager import PluginReport, Plugins
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
 
 __all__ = ["configure", "run"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +23,6 @@ from qeff_proxy.cli.speed_table import command_for, speed_lines
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Iterator
-
     from rich.console import RenderableType
 
     from qeff_proxy.artifact.export_folder import Export

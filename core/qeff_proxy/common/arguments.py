@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = ["callables", "flag", "number", "one_of", "path", "processor", "texts", "whole_number"]
 

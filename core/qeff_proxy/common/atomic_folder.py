@@ -13,16 +13,13 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from qeff_proxy.errors import ArtifactError, BackendError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 _SYSTEM_ERROR = re.compile(r"os error (\d+)|No space left on device")
 

@@ -7,11 +7,8 @@ again for cycles that nobody holds, and finds next to none: a tenth of an export
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["collecting_rarely"]
 

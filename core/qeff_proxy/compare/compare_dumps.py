@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +27,6 @@ from qeff_proxy.dump.format import DTYPES
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from os import PathLike
-
     from numpy.typing import NDArray
 
     from qeff_proxy.compare.pairing import Pair, Pairing

@@ -6,6 +6,7 @@ import html
 import json
 import math
 from importlib.resources import files
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +24,6 @@ from qeff_proxy.compare.verdict import (
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from qeff_proxy.compare.results import Comparison, TensorComparison
 
 __all__ = ["build_report", "write_report"]

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import uuid
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qeff_proxy.artifact.export_folder import enclosing_export
 from qeff_proxy.dump.format import MANIFEST
 from qeff_proxy.dump.leftovers import listed_files
 from qeff_proxy.errors import DumpError
-
-if TYPE_CHECKING:
-    from os import PathLike
 
 __all__ = ["check_report_place", "write_whole"]
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 from qeff_proxy.dump.format import DTYPES
 from qeff_proxy.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 __all__ = ["COMPUTED_IN", "DEFAULTS", "Tolerance", "Tolerances", "parse_tolerance"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +11,6 @@ import numpy as np
 from qeff_proxy.common.messages import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.compare.results import Comparison, Divergence, TensorComparison
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +16,6 @@ from qeff_proxy.flows.flow import CutReport, load_flow
 from qeff_proxy.sites import Absent, Site
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from qeff_proxy.load.load_model import LoadedModel
     from qeff_proxy.parts import Kind, Proxy
     from qeff_proxy.plugins.hooks import Hooks

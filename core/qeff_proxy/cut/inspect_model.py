@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,6 @@ from qeff_proxy.layers.layer_lists import describe_kinds, find_layer_list
 from qeff_proxy.load.first_layers import NotSampled, enough_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import nn
 
     from qeff_proxy.flows.flow import CutReport

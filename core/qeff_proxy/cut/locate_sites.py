@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qeff_proxy.common.messages import type_named
@@ -10,8 +11,6 @@ from qeff_proxy.errors import PluginError
 from qeff_proxy.sites import Absent, Site
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.plugins.hooks import Hooks

@@ -6,13 +6,12 @@ against alike, and the verified cut would compare two wrongs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import nn
 
 __all__ = ["changes_between", "snapshot_model"]

@@ -12,7 +12,9 @@ no network, and a function that holds its run against the uncut model.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import importlib_metadata
@@ -22,9 +24,6 @@ from qeff_proxy.errors import PluginError, ProxyError, UsageError
 from qeff_proxy.plugins.entry_points import ENVIRONMENT_VARIABLE, FamilyEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.demo.parity import Parity

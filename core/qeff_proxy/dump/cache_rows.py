@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
 
 __all__ = ["CACHE_AXIS", "CONSTANT_INPUTS", "PAST", "PRESENT", "cut_rows", "locate_rows"]

@@ -14,14 +14,11 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qeff_proxy.dump.format import FORMAT, MANIFEST, PHASES
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = [
     "clear_leftovers",

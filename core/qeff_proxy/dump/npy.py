@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ast
 import struct
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from qeff_proxy.dump.format import HEADER_BYTES
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["build_header", "parse_header"]
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from qeff_proxy.dump.format import MANIFEST, PHASES
 from qeff_proxy.dump.leftovers import held, listed_files, make_replaced
 from qeff_proxy.errors import DumpError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["check_replaceable", "move_into_place", "write_error"]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from qeff_proxy.common.json_schema import parse_strictly
 from qeff_proxy.errors import DumpError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["RULES", "BrokenRuleError", "parse_json", "refuse"]
 

@@ -6,6 +6,7 @@ import os
 import sys
 import zlib
 from array import array
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +16,6 @@ from qeff_proxy.dump.npy import build_header
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from qeff_proxy.dump.format import Phase, TensorName

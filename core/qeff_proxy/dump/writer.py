@@ -12,8 +12,10 @@ import json
 import os
 import shutil
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_proxy.common.messages import counted
@@ -26,9 +28,6 @@ from qeff_proxy.dump.streams import TensorStream
 from qeff_proxy.errors import DumpError, ProxyError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from types import TracebackType
-
     from numpy.typing import NDArray
 
     from qeff_proxy.dump.format import Direction, Phase, TensorName

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,8 +27,6 @@ from qeff_proxy.load.load_model import identity_with
 from qeff_proxy.plugins.manager import Plugins
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.parts import Kind
 

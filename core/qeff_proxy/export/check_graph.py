@@ -11,6 +11,8 @@ copy of each weight. Without any, each run would transpose them (32 s and 2.8 GB
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +26,6 @@ from qeff_proxy.flows.attention_masks import build_mask
 from qeff_proxy.session.axes import axis_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.parts import Part, TensorSpec
 

@@ -13,7 +13,9 @@ The folder is written aside and moved into place. The same request again is a lo
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact.check_target import check_not_another, check_place, existing_export
@@ -26,9 +28,6 @@ from qeff_proxy.export.cache_key import export_key
 from qeff_proxy.load.load_model import most_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
     from qeff_proxy.export.model_graphs import Graphs
     from qeff_proxy.load.load_model import LoadedModel
     from qeff_proxy.parts import Kind

@@ -8,6 +8,7 @@ all of it is run.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,6 @@ from qeff_proxy.load.mapped_pages import few_pages
 from qeff_proxy.load.weight_sources import WeightSources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.cut.cut_model import Cut

@@ -11,8 +11,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -25,9 +27,6 @@ from qeff_proxy.load.safetensors_header import TORCH_DTYPES, StoredTensor
 from qeff_proxy.load.weight_sources import StoredWeight, WeightSources, map_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-    from pathlib import Path
-
     from qeff_proxy.export.trace.trace_part import TracedPart
 
 __all__ = ["SavedWeights", "check_and_hash", "point_into", "save_weights"]

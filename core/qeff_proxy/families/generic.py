@@ -7,6 +7,7 @@ notice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,8 +32,6 @@ from qeff_proxy.request import refuse_others
 from qeff_proxy.sites import Absent, Site
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.request import Request

@@ -8,8 +8,10 @@ functions of ``transformers.masking_utils`` that the model calls return the host
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from transformers import masking_utils
@@ -17,9 +19,6 @@ from transformers import masking_utils
 from qeff_proxy.parts import MaskKind, MaskSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from types import ModuleType
-
     import torch
     from torch import nn
 

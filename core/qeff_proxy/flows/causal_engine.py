@@ -6,6 +6,7 @@ next. Tensors go from part to part by name (see `qeff_proxy.parts`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,8 +19,6 @@ from qeff_proxy.session.cache_buffers import Buffers, Cache, HeldCache, can_run_
 from qeff_proxy.tensor_names import PAST, PRESENT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.parts import TensorSpec
     from qeff_proxy.session.cache_buffers import InPlaceSession

@@ -7,6 +7,7 @@ of the model itself. Nothing is written before this passes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,6 @@ from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.session.torch_session import TorchSession
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.arrays import Array

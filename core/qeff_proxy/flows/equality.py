@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,6 @@ from qeff_proxy.flows.flow import CutReport
 from qeff_proxy.sites import Absent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.arrays import Array

@@ -8,14 +8,12 @@ onnxscript, and what comes out is the same.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import optimizer, rewriter
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["fold_graph"]
 

@@ -6,11 +6,10 @@ import ast
 import inspect
 import re
 import textwrap
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import nn
 
 __all__ = ["INDEX", "uses_index"]

@@ -8,17 +8,14 @@ an architecture.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from qeff_proxy.arrays import to_array
 from qeff_proxy.layers.index_use import INDEX, uses_index
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
 
 __all__ = [
     "LayerList",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["replace_modules"]
 

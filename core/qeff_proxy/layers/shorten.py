@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from qeff_proxy.layers.index_use import INDEX
 from qeff_proxy.layers.layer_lists import LayerList, ModuleT, per_layer_settings
 from qeff_proxy.layers.replace_modules import replace_modules
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["shorten"]
 

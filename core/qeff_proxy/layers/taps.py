@@ -14,6 +14,7 @@ with the most parameters.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,6 @@ from qeff_proxy.layers.layer_lists import find_layers
 from qeff_proxy.parts import TAPS, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
     from qeff_proxy.parts import Part, Proxy
 
 __all__ = ["TAPS", "TappedPart", "find_tapped", "normalize_taps", "tap_proxy"]

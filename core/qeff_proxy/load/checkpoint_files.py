@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.safetensors_header import read_header
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = [
     "check_weights",

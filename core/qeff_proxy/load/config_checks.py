@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.safetensors_header import read_header
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedConfig
 
 __all__ = ["check_architectures", "check_sizes"]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,10 +30,6 @@ from qeff_proxy.load.weight_sources import (
     converter_of,
     map_tensor,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
 
 __all__ = ["NotSampled", "SampledModel", "all_layers", "at_most", "enough_layers", "sampling"]
 

@@ -6,8 +6,10 @@ import difflib
 import hashlib
 import json
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.common.gc_threshold import collecting_rarely
@@ -28,9 +30,6 @@ from qeff_proxy.load.transformers_model import (
 from qeff_proxy.parts import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.errors import CheckpointError
@@ -12,11 +14,6 @@ from qeff_proxy.load.checkpoint_files import (
 from qeff_proxy.load.transformers_model import (
     remote_code_adapter,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
 
 __all__ = ["load_processor"]
 

@@ -15,14 +15,11 @@ import ctypes
 import mmap
 import sys
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch.nn.modules.module import register_module_forward_hook
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["few_pages"]
 

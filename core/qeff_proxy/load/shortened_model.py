@@ -7,6 +7,7 @@ with the model's own weights, and costs a fraction of it. Its outputs mean nothi
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -21,8 +22,6 @@ from qeff_proxy.layers.layer_lists import (
 from qeff_proxy.layers.shorten import shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.load.first_layers import SampledModel

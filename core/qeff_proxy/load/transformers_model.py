@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.common.quiet import quiet_loading
@@ -11,9 +13,6 @@ from qeff_proxy.load.checkpoint_files import file_of_tensor
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [

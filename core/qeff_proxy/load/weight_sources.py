@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import mmap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +20,6 @@ from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
-
     from torch import nn
 
     from qeff_proxy.load.safetensors_header import StoredTensor

@@ -29,15 +29,12 @@ commas, of
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import importlib_metadata
 
 from qeff_proxy.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "ENTRY_POINT_GROUP",

@@ -11,6 +11,7 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from traceback import walk_tb
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import pluggy
@@ -23,8 +24,6 @@ from qeff_proxy.plugins.entry_points import GENERIC
 from qeff_proxy.sites import Absent, Site
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from importlib_metadata import EntryPoint
 
@@ -31,9 +32,6 @@ from qeff_proxy.plugins.entry_points import (
     find_families,
 )
 from qeff_proxy.plugins.hooks import Hooks, InvalidPluginError, hook_names
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["FamilyEntry", "LoadedPlugin", "PluginReport", "PluginState", "Plugins"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,6 @@ from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.plugins.hooks import Hooks
 

@@ -6,6 +6,7 @@ A flow knows what its models take: one that has a method ``example_request`` is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +16,6 @@ from qeff_proxy.flows.flow import ExampleFlow, load_flow
 from qeff_proxy.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.parts import Proxy
 

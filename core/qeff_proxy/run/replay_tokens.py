@@ -7,11 +7,10 @@ compared to the end.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     import torch
 
 __all__ = ["keep_tokens", "replay_tokens"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import uuid
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact.export_folder import KEPT, enclosing_export
@@ -19,9 +21,6 @@ from qeff_proxy.flows.flow import Job, load_flow
 from qeff_proxy.load.load_model import load_config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.backends.compile_export import Compiled
     from qeff_proxy.plugins.hooks import Hooks

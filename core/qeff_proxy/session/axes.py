@@ -7,13 +7,12 @@ An axis of a `qeff_proxy.parts.TensorSpec` is a number, a name (``"query"``), or
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.parts import TensorSpec
     from qeff_proxy.session.session import PartLike

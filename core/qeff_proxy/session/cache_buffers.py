@@ -7,6 +7,7 @@ cache is what it always was: arrays by name, as long as the positions that are f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import numpy as np
@@ -15,8 +16,6 @@ from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.tensor_names import PAST
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.parts import TensorSpec
     from qeff_proxy.session.session import PartLike

@@ -6,14 +6,13 @@ broadcasts, ONNX Runtime refuses. Checked here, all of them refuse alike, and by
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.parts import TensorSpec
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,8 +10,6 @@ import torch
 from qeff_proxy.session.axes import axis_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from qeff_proxy.parts import Part, TensorSpec
 
 __all__ = ["TRACE_SIZES", "mangled_inputs", "sample_inputs"]

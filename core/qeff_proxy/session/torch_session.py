@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +11,6 @@ from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.parts import Part
 

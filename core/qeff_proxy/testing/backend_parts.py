@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,9 +28,6 @@ from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.parts import MaskSpec, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
 
 __all__ = ["Reference", "feeds_of", "make_export", "unknown_operator"]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qeff_proxy.testing.backend_parts import Reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.backends.backend import Backend
     from qeff_proxy.compile_options import CompileOptions

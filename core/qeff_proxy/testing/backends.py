@@ -17,6 +17,8 @@ outputs are held against ONNX's reference implementation.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -31,9 +33,6 @@ from qeff_proxy.testing.backend_parts import feeds_of, make_export, unknown_oper
 from qeff_proxy.testing.backend_subject import BackendSubject
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.backends.backend import Backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
@@ -11,8 +12,6 @@ from qeff_proxy.cut.cut_model import site_weights
 from qeff_proxy.testing.expectations import expect, needs
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qeff_proxy.testing.subject import Subject
 
 __all__ = ["ExportChecks"]

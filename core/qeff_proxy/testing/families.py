@@ -17,7 +17,8 @@ with `Capabilities`; the checks that need it are then not there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -27,9 +28,6 @@ from qeff_proxy.testing.part_checks import PartChecks
 from qeff_proxy.testing.run_checks import RunChecks
 from qeff_proxy.testing.site_checks import SiteChecks
 from qeff_proxy.testing.subject import Subject
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["FamilySuite"]
 

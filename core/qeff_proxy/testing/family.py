@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,8 +16,6 @@ from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import join_rows, pad_row, random_ids, random_weights, tiny_config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from qeff_proxy.arrays import Array

@@ -9,17 +9,15 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qeff_proxy.common.atomic_folder import staged_folder, writing
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import HOOK_API_VERSION
 from qeff_proxy.plugins.manager import Plugins
-
-if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
-    from pathlib import Path
 
 __all__ = ["KINDS", "NewPlugin", "write_plugin"]
 

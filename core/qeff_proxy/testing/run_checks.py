@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +19,6 @@ from qeff_proxy.testing.expectations import expect, expect_same, needs
 from qeff_proxy.testing.subject import global_state, is_arrays
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.testing.subject import Run, Subject
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import os
 import random
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,9 +31,6 @@ from qeff_proxy.request import Request
 from qeff_proxy.session.torch_session import TorchSession
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.arrays import Array

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from qeff_proxy.backends.registry import list_backends, load_backend
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ProxyError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["BEST", "backends_to_choose_from", "why_untimed"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,6 @@ from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.run.example_request import DEFAULT_QUESTION
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
     from qeff_proxy.load.load_model import LoadedModel

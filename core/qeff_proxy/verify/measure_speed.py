@@ -8,6 +8,7 @@ tokens, and so do equally much.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,8 +25,6 @@ from qeff_proxy.verify.timing import Speed, Timing, take_turns
 from qeff_proxy.verify.verify_backend import compiled_for, hold_against, reason_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.artifact.export_folder import Export

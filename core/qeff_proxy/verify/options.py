@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.common.arguments import whole_number
@@ -10,9 +12,6 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import DumpOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     from qeff_proxy.compare import Tolerances
     from qeff_proxy.parts import Kind
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qeff_proxy.compare import Comparison, Divergence, TensorComparison
     from qeff_proxy.dump import Dump
     from qeff_proxy.verify.timing import Speed

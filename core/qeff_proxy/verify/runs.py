@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +14,6 @@ from qeff_proxy.run.run_compiled import RunResult, new_run_name, run_compiled
 from qeff_proxy.verify.inputs import describe_given
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
     import torch
 
     from qeff_proxy.artifact.export_folder import Export

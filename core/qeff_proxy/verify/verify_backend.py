@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qeff_proxy.backends.backend import is_static, precision_of
@@ -16,9 +18,6 @@ from qeff_proxy.verify.results import BackendResult, count_equal_tokens
 from qeff_proxy.verify.runs import REFERENCE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.verify.options import VerifyOptions
     from qeff_proxy.verify.runs import Runs

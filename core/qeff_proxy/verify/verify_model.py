@@ -14,6 +14,7 @@ What fails on one backend stands in its row; the others go on.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -38,8 +39,6 @@ from qeff_proxy.verify.runs import REFERENCE, Runs
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes, try_backend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.parts import Kind, Proxy

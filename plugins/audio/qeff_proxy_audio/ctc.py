@@ -6,6 +6,7 @@ one graph from samples to hidden states, for any number of samples.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +24,6 @@ from torch import nn
 from qeff_proxy_audio.sound import feature_extractor_of, sounds_of, tensor_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.request import Request
     from transformers import PreTrainedModel
 

@@ -7,6 +7,7 @@ the middles join without a gap.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,6 @@ from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy_audio.sound import EXAMPLE, load_sound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.flows.causal_engine import Recorder

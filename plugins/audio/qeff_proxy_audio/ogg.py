@@ -6,10 +6,7 @@ half of a file looks whole to it. But the last page of a stream is marked (RFC 3
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
 
 __all__ = ["is_cut_off"]
 

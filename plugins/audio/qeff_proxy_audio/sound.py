@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,6 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy_audio.ogg import is_cut_off
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from qeff_proxy.request import Request
 
 __all__ = [

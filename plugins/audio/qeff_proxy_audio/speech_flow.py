@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,6 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from qeff_proxy_audio.sound import EXAMPLE, feature_extractor_of, load_sound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.flows.causal_engine import Recorder

@@ -8,6 +8,7 @@ learned positions stay in the body. One decoder graph serves prefill and decode 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,6 @@ from qeff_proxy_audio.sound import feature_extractor_of, sounds_of, tensor_of
 from qeff_proxy_audio.whisper_parts import CrossKeysPart, DecoderBody
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.request import Request
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -6,6 +6,7 @@ A family's own module says where its token table is and how many tokens fit.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,6 @@ from qeff_proxy_embedding.part import EncoderPart, probe_masks
 from qeff_proxy_embedding.pooling import pooling_of_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from qeff_proxy.request import Request
     from transformers import PreTrainedConfig, PreTrainedModel
 

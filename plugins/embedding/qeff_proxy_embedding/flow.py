@@ -9,6 +9,7 @@ on each row alone.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,6 @@ from qeff_proxy_embedding.part import EncoderPart
 from qeff_proxy_embedding.pooling import pooling_of_options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.flows.causal_engine import Recorder
     from qeff_proxy.flows.flow import CutReport, Job

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from qeff_proxy.common.messages import an
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 __all__ = ["POOLINGS", "Pooling", "pooling_of_checkpoint", "pooling_of_options"]
 

@@ -7,6 +7,7 @@ these as for any other model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.families.tokenize import tokenize
@@ -14,8 +15,6 @@ from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.request import refuse_others
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from qeff_proxy.request import Request
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +25,6 @@ from qeff_proxy_vision.images import DRAWING, QUESTION
 from qeff_proxy_vision.reference import model_logits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from qeff_proxy.dump import Dump
     from qeff_proxy.run.run_compiled import RunResult

@@ -7,6 +7,7 @@ equal.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,6 @@ from qeff_proxy_vision.images import DRAWING, QUESTION
 from qeff_proxy_vision.proxy import VisionProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
     from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.flows.flow import CutReport, Job
     from qeff_proxy.parts import Part, Proxy

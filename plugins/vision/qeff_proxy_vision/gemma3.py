@@ -6,6 +6,7 @@ so the image rows that replace embeddings do not get it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.hookspecs import hookimpl
@@ -16,8 +17,6 @@ from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, pixel_sam
 from qeff_proxy_vision.towers import FeaturesPart, pixel_part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.parts import Kind
     from qeff_proxy.sites import Absent, Site
     from transformers import PreTrainedModel

@@ -6,6 +6,7 @@ states before its layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -23,8 +24,6 @@ from qeff_proxy_vision.tiles import TileGrid
 from qeff_proxy_vision.towers import pixel_part, with_newline
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.sites import Absent, Site
     from transformers import PreTrainedModel
 

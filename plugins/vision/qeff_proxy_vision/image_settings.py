@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from qeff_proxy_vision.tiles import TileGrid
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["ROWS", "Blocks", "ImageSettings", "Merge"]
 

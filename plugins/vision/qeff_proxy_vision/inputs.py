@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,6 @@ from qeff_proxy.request import refuse_others
 from qeff_proxy_vision.images import open_image
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from qeff_proxy.request import Request
 
 __all__ = ["checked_tensors", "count_error", "decode", "preprocess", "prompts_and_images"]

@@ -7,6 +7,8 @@ the rules of their model cards.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,9 +34,6 @@ from qeff_proxy_vision.tiles import split_into_tiles
 from qeff_proxy_vision.towers import pixel_part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.parts import Kind, Proxy
     from qeff_proxy.request import Request

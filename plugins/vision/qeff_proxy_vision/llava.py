@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,6 @@ from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, pixel_sam
 from qeff_proxy_vision.towers import TowerPart, pixel_part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.parts import Kind
     from qeff_proxy.sites import Absent, Site
     from transformers import PreTrainedModel

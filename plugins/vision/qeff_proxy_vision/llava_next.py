@@ -6,6 +6,7 @@ Granite's embedding multiplier is part of its language model's forward pass and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.hookspecs import hookimpl
@@ -17,8 +18,6 @@ from qeff_proxy_vision.tiles import TileGrid
 from qeff_proxy_vision.towers import TowerPart, pixel_part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.parts import Kind
     from qeff_proxy.sites import Absent, Site
     from transformers import PreTrainedModel

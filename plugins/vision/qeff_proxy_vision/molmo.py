@@ -7,6 +7,8 @@ image token. The embedding is two tables, and has more rows than the head.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +32,6 @@ from qeff_proxy_vision.proxy import VisionProxy, add_vision, language_proxy, mar
 from qeff_proxy_vision.remote import load_adapted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.parts import Kind
     from qeff_proxy.request import Request

@@ -6,6 +6,7 @@ are left out on the host, so that the graph has no shape that depends on values.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,6 @@ from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.sites import Absent, Site
     from transformers import PreTrainedModel
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +25,6 @@ from qeff_proxy.errors import CheckpointError
 from torch.nn import functional
 
 from qeff_proxy_vision.remote import import_class, standing_in
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
 __all__ = ["load_processor"]
 

@@ -6,6 +6,7 @@ of 28 x 28 pixels, and know 99 tokens, the last of which stands for images.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,6 @@ from transformers import (
 from qeff_proxy_vision.tiles import TileGrid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from transformers import PreTrainedModel
 
 __all__ = ["FAMILIES", "IMAGE_TOKEN", "make_model", "make_prompt", "with_random_weights"]

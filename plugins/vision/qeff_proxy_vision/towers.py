@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Part, TensorSpec
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 __all__ = ["FeaturesPart", "TowerPart", "pixel_part"]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,8 +37,6 @@ from qeff_proxy.verify.verify_model import verify_model
 from safetensors.numpy import load_file, save_file
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact.export_folder import Export
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,6 @@ from qeff_proxy.backends.onnxruntime.fuse_products import merge_products
 from qeff_proxy.backends.onnxruntime.fuse_rotary import fuse_rotary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.arrays import Array
 
 ROTARY = """<ir_version: 10, opset_import: ["": 20]>

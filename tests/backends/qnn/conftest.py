@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,6 @@ from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.session.axes import size_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
 

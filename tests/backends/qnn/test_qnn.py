@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,6 @@ from qeff_proxy.errors import ArtifactError, BackendError, UsageError
 from qeff_proxy.parts import TensorSpec
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export
 
 CASES = [

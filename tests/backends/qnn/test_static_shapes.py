@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,8 +31,6 @@ from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.parts import TensorSpec
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
 
 PARTS = [

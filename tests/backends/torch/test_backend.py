@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from qeff_proxy import Plugins, Request, Site, hookimpl
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.backends.compile_export import compile_export
 from qeff_proxy.run.run_compiled import run_compiled
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Mine:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,9 +14,6 @@ from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.load_model import wrap_model
 from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.plugins.manager import Plugins
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def export(model: Any, folder: Path, stages: list[str] | None = None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnxruntime
@@ -20,8 +21,6 @@ from qeff_proxy.plugins.manager import Plugins
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export
 
 MIXED = ["sliding_attention", "sliding_attention", "full_attention"]

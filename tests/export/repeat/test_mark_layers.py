@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,10 +19,6 @@ from qeff_proxy.export.trace.trace_part import TracedPart, trace_part, trace_sam
 from qeff_proxy.layers.taps import TappedPart
 from qeff_proxy.parts import Part, TensorSpec
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 WIDTH = 8
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -14,9 +15,6 @@ from qeff_proxy.export.trace.operator_table import operators_read_once
 from torch import nn
 from torch.onnx._internal.exporter import _core
 from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class Function(nn.Module):

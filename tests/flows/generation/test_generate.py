@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,6 @@ from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
 from transformers import GenerationConfig
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PROMPTS = ("Anna went to the market", "One evening, Clara")
 HOOKS = Plugins.discover().hooks_for("gpt2")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,6 @@ from qeff_proxy.flows.generation.generate import ProxyForCausalLM
 from qeff_proxy.flows.generation.step_cache import StepCache
 from qeff_proxy.load.load_model import load_config
 from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 IDS = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])

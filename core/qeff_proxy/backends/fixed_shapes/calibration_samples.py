@@ -8,6 +8,8 @@ engine would have run it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qeff_proxy.dump import read_dump
@@ -16,9 +18,6 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.session.axes import axes_of, sizes_of, terms_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.dump import Dump

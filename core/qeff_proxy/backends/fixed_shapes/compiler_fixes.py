@@ -6,11 +6,10 @@ them knows a model: they know operators.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import onnx_ir as ir
 
 __all__ = ["PASSES", "clean_graph", "constants_of", "put_constants_last"]

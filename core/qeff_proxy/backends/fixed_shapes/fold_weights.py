@@ -6,6 +6,7 @@ Identity for an activation, and gives it a type and a range of its own.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -14,8 +15,6 @@ import onnxruntime
 from qeff_proxy.backends.fixed_shapes.compiler_fixes import constants_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
 
 __all__ = ["fold_weights"]

@@ -7,16 +7,13 @@ An NPU that computes in float16 gets them wrong: the cosine of a position of 500
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from qeff_proxy.backends.fixed_shapes.specialize import WEIGHT_BYTES
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = ["HostSplit", "split_host"]
 

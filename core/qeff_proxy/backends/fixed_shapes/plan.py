@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,6 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.session.axes import Sizes, axes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.session.session import PartLike
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +29,6 @@ from qeff_proxy.session.axes import Sizes, is_sum, size_of, sizes_of, terms_of
 from qeff_proxy.session.check_feeds import check_feeds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.parts import TensorSpec

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -23,9 +25,6 @@ from qeff_proxy.graph.name_scopes import layer_of
 from qeff_proxy.session.axes import is_sum, size_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
     from qeff_proxy.parts import TensorSpec
     from qeff_proxy.session.session import PartLike
 

@@ -7,6 +7,8 @@ floating tensor as outputs more.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
@@ -16,9 +18,6 @@ import onnxruntime
 from qeff_proxy.backends.fixed_shapes.compiler_fixes import constants_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.backends.fixed_shapes.host_split import HostSplit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,6 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.backends.onnxruntime.prepare import Prepared
     from qeff_proxy.compile_options import CompileOptions

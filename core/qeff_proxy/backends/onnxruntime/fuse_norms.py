@@ -6,13 +6,10 @@ Runtime has one kernel for the whole norm, but looks for a division by ``Sqrt(â€
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["divide_in_norms"]
 

@@ -7,14 +7,11 @@ for each other; one product of all the weights, side by side, has them wait once
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["merge_products"]
 

@@ -8,15 +8,12 @@ they are those of the step's own positions, made once for all layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["fuse_rotary"]
 

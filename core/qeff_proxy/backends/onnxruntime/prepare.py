@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -20,9 +22,6 @@ from qeff_proxy.errors import BackendError
 from qeff_proxy.tensor_names import PAST
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.compile_options import CompileOptions
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -19,8 +19,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    from typing import BinaryIO
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.backends.onnxruntime.options import WeightOptions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,6 @@ from qeff_proxy.session.check_feeds import check_feeds
 from qeff_proxy.tensor_names import PAST, PRESENT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     import onnxruntime
 
     from qeff_proxy.arrays import Array

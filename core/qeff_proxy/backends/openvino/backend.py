@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qeff_proxy.arrays import numpy_dtype
@@ -19,9 +21,6 @@ from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.session.check_feeds import check_feeds
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.backends.fixed_shapes import Sizes

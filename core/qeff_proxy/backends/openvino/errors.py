@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import onnx
 
 from qeff_proxy.errors import BackendError
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["refusal_of"]
 

@@ -22,7 +22,9 @@ import re
 import shlex
 import signal
 import subprocess
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qeff_proxy.backends.fixed_shapes import Plan, runs_on_host
@@ -37,9 +39,6 @@ from qeff_proxy.backends.qaic.sdk import find_compiler, find_hardware_version, f
 from qeff_proxy.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.session.session import Session

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -17,9 +19,6 @@ import onnx
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.backends.fixed_shapes import Sizes
 

@@ -21,6 +21,7 @@ import json
 import platform
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,6 @@ from qeff_proxy.common.atomic_folder import opening
 from qeff_proxy.errors import ArtifactError, BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.backends.fixed_shapes.host_split import HostSplit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,6 @@ from qeff_proxy.backends.fixed_shapes.tensor_ranges import RangeSession
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.backends.fixed_shapes import Sizes
     from qeff_proxy.backends.fixed_shapes.host_split import HostSplit

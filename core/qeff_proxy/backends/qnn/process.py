@@ -11,15 +11,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.backends.qnn.worker import read_message, write_message
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from qeff_proxy.arrays import Array
 
 __all__ = ["CrashError", "RefusalError", "Worker"]

@@ -7,6 +7,8 @@ compiler makes operators of 8 and 16 bits of them. Its own rules for that compil
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +20,6 @@ from qeff_proxy.backends.fixed_shapes.tensor_ranges import bound_masks
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     from qeff_proxy.backends.fixed_shapes.tensor_ranges import Ranges
 
 __all__ = ["ACTIVATION_BITS", "WEIGHTS", "quantize_graph"]

@@ -12,14 +12,13 @@ import json
 import os
 import struct
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import onnxruntime
 
     from qeff_proxy.arrays import Array

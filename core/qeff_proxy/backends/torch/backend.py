@@ -7,6 +7,8 @@ from the weights files.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,9 +19,6 @@ from qeff_proxy.session.check_feeds import check_feeds
 from qeff_proxy.session.torch_session import TorchSession
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
     from qeff_proxy.arrays import Array

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,6 @@ from qeff_proxy.dump.writer import DumpWriter
 from qeff_proxy.errors import DumpError, ProxyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
     from numpy.typing import NDArray
 
     from qeff_proxy.dump.format import Direction, Phase, TensorName

@@ -11,6 +11,7 @@ use must be the same for every layer: constants, and what hangs on shapes alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -20,8 +21,6 @@ from qeff_proxy.export.repeat.marks import DOMAIN
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
     import torch
 
     from qeff_proxy.export.repeat.mark_layers import LayerCall

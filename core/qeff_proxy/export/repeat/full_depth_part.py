@@ -7,6 +7,7 @@ weights are on the meta device, and the configs around it for those that say all
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -17,8 +18,6 @@ from qeff_proxy.layers.taps import TappedPart
 from qeff_proxy.tensor_names import LAYER_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from qeff_proxy.layers.layer_lists import LayerList
     from qeff_proxy.parts import Part, TensorSpec
 

@@ -14,6 +14,7 @@ Layers that are given anything else are refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -25,8 +26,6 @@ from qeff_proxy.export.repeat.marks import DOMAIN
 from qeff_proxy.tensor_names import LAYER_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from qeff_proxy.export.repeat.mark_layers import MarkedLayers
     from qeff_proxy.parts import Part, TensorSpec
 

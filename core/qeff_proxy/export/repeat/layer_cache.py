@@ -6,13 +6,11 @@ A cache of transformers holds an object for each layer, with tensors for attribu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import Cache
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 __all__ = ["LayerCache"]
 

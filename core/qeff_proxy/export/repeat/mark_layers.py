@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,6 @@ from qeff_proxy.layers.index_use import INDEX
 from qeff_proxy.layers.layer_lists import layer_lists
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
     from torch import nn
 
     from qeff_proxy.layers.layer_lists import LayerList

@@ -7,14 +7,12 @@ graph that is written: `qeff_proxy.export.repeat.clone_layers` puts nodes in the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch.onnx._internal.exporter import _core
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 __all__ = ["DOMAIN", "TRANSLATIONS", "enter", "layer", "leave"]
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -18,8 +19,6 @@ from qeff_proxy.graph.name_scopes import NAME_SCOPES
 from qeff_proxy.parts import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
     from qeff_proxy.parts import Part
 
 __all__ = ["set_edges"]

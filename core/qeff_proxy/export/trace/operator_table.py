@@ -11,16 +11,14 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onnxscript.function_libs.torch_lib import registration
 from torch.onnx._internal.exporter import _registration
 from torch.onnx._internal.exporter._registration import OnnxDecompMeta, ONNXRegistry
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["operators_read_once"]
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,6 @@ from qeff_proxy.layers.layer_lists import layer_lists
 from qeff_proxy.session.sample_inputs import TRACE_SIZES, mangled_inputs, sample_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
     import onnx_ir as ir
 
     from qeff_proxy.layers.layer_lists import LayerList

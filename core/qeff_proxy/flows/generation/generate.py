@@ -8,6 +8,7 @@ leaner loop for greedy search (`qeff_proxy.flows.generation.greedy`).
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,8 +29,6 @@ from qeff_proxy.flows.generation.step_cache import StepCache
 from qeff_proxy.request import refuse_unused
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     import numpy.typing as npt
     from transformers import DynamicCache, PreTrainedConfig
 

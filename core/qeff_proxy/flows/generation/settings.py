@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
@@ -18,8 +19,6 @@ from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qeff_proxy.flows.flow import Job
 
 __all__ = ["check_settings", "check_tokens", "generation_config_of"]
