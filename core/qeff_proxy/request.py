@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qeff_proxy.errors import UsageError
@@ -35,6 +35,10 @@ class Request:
     images: Sequence[Any] = ()
     inputs: Mapping[str, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_defaults(self, options: Mapping[str, Any]) -> Request:
+        """The same request, with these options where it does not give them itself."""
+        return replace(self, options={**options, **self.options})
 
 
 def refuse_others(request: Request, *takes: str) -> None:

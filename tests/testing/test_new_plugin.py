@@ -16,7 +16,9 @@ from qeff_proxy.testing.new_plugin import KINDS
 
 #: The package that the plugin page shows: an architecture of its own.
 EXAMPLE = Path(__file__).parents[2] / "examples" / "acme-models"
-DEFAULTS = json.loads((files("qeff_proxy.testing") / "templates/plugin/kinds.json").read_text("utf-8"))
+DEFAULTS = json.loads(
+    (files("qeff_proxy.testing") / "templates/plugin/kinds.json").read_text("utf-8")
+)
 
 
 def run(command, **options):

@@ -80,7 +80,8 @@ def run_compiled(
     export = compiled.export
     if tensors is None:
         with quiet_loading():  # tokenizers warn of texts that are then refused
-            tensors = hooks.preprocess(processor=processor, request=request)
+            defaults = export.settings.get("request_options", {})
+            tensors = hooks.preprocess(processor=processor, request=request.with_defaults(defaults))
     settings = dict(settings or {})
     folder = None
     if write_io:

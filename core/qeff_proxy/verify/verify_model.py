@@ -105,8 +105,9 @@ def verify_model(
     live = cache(partial(_live_proxy, loaded, hooks, export))
     if request is None:
         request = example_request(export, processor, live)
-    if tensors is None:
-        tensors = tensors_of(request, hooks, processor)
+    defaults = export.settings.get("request_options", {})
+    if tensors is None or defaults:
+        tensors = tensors_of(request.with_defaults(defaults), hooks, processor)
     run = Runs(export, hooks, request, tensors, processor, options)
     progress("running PyTorch, the reference")
     reference = run.reference(live() if loaded is not None else None)

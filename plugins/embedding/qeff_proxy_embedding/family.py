@@ -5,7 +5,6 @@ A family's own module says where its token table is and how many tokens fit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from qeff_proxy.sites import Absent, Site
 
 from qeff_proxy_embedding.part import EncoderPart, probe_masks
 from qeff_proxy_embedding.pooling import pooling_of_options
+from qeff_proxy_embedding.sentence_folder import load_dense, read_sentence_folder
 
 if TYPE_CHECKING:
     from qeff_proxy.request import Request
@@ -75,14 +75,19 @@ class EmbeddingFamily:
         folder = Path(model.name_or_path) if model.name_or_path else None
         folder = folder if folder is not None and folder.is_dir() else None
         width = _hidden_width(model, narrow)
-        pooling = pooling_of_options(options, folder, width)
+        # With a pooling of the user's, the modules behind the checkpoint's own do not fit.
+        own = read_sentence_folder(folder, modules=options.get("pooling") is None)
+        pooled = width * (own.pooling.count("+") + 1)
+        dense = load_dense(own.dense, pooled)
+        vector = pooled if dense is None else dense.width
+        pooling = pooling_of_options(options, own, vector)
         masks = probe_masks(model, narrow)
         dtype = str(model.dtype).removeprefix("torch.")
         ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
         parts: tuple[Part, ...]
         if kind == "split":
             embeds = TensorSpec("inputs_embeds", dtype, ("batch", "sequence", narrow))
-            body = EncoderPart(model, masks, pooling, "inputs_embeds")
+            body = EncoderPart(model, masks, pooling, "inputs_embeds", dense)
             outputs = (body.output(width),)
             parts = (
                 Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
@@ -92,13 +97,14 @@ class EmbeddingFamily:
             if kind == "stub":
                 stub = EmbeddingStub(narrow, model.dtype)
                 model = replace_modules(model, {embedding.module: stub})
-            whole = EncoderPart(model, masks, pooling, "input_ids")
+            whole = EncoderPart(model, masks, pooling, "input_ids", dense)
             outputs = (whole.output(width),)
             parts = (Part("model", whole, whole.inputs(ids), outputs, "model", masks),)
         positions = self.longest(model.config)
         settings = {
             **pooling.to_json(),
-            "max_length": options.get("max_length") or _longest(positions, folder),
+            "max_length": options.get("max_length") or min(positions, own.max_length or positions),
+            "request_options": {"prompt": own.prompt, "lower_case": own.lower_case},
             "positions": positions,
             "hidden_size": width,
             "embedding_rows": int(table.weight.shape[0]),
@@ -128,18 +134,6 @@ def _hidden_width(model: PreTrainedModel, narrow: int) -> int:
     return int(getattr(model.config, "hidden_size", None) or narrow)
 
 
-def _longest(model_limit: int, folder: Path | None) -> int:
-    """Most tokens of a text: the model's limit, or less where the checkpoint says so."""
-    path = folder / "sentence_bert_config.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return model_limit
-    try:
-        said = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
-    except (ValueError, AttributeError):
-        return model_limit
-    return min(model_limit, said) if isinstance(said, int) and said > 0 else model_limit
-
-
 def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
     if not callable(tokenizer):
         raise UsageError(
@@ -150,6 +144,9 @@ def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise UsageError(f"{wrong[0]!r} is no text", "Give a text or a list of texts.")
+    if request.options.get("lower_case"):
+        texts = [text.lower() for text in texts]
+    texts = [f"{request.options.get('prompt') or ''}{text}" for text in texts]
     cut: dict[str, Any] = {}
     if request.options.get("truncation"):
         cut = {"truncation": True, "max_length": request.options["max_length"]}

@@ -299,5 +299,5 @@ def _reference(model: PreTrainedModel, proxy: Proxy, row: Row) -> Array:
     arguments = {"token_type_ids": to_tensor(row.types[None])} if part.takes_token_types else {}
     with torch.no_grad():
         hidden = model(input_ids=ids, **arguments).last_hidden_state
-        vector: Array = to_array(part.pooling(hidden, torch.ones_like(ids)).float())[0]
+        vector: Array = to_array(part.pooling(hidden, torch.ones_like(ids), part.dense).float())[0]
     return vector

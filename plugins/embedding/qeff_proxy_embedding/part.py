@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qeff_proxy_embedding.pooling import Pooling
+    from qeff_proxy_embedding.sentence_folder import DenseLayers
 
 __all__ = ["EncoderPart", "probe_masks"]
 
@@ -41,16 +42,23 @@ class EncoderPart(nn.Module):
         masks: What `probe_masks` found.
         pooling: What follows.
         entry: The name of its first input, ``"inputs_embeds"`` or ``"input_ids"``.
+        dense: Layers between pooling and normalization, where the checkpoint has them.
     """
 
     def __init__(
-        self, model: PreTrainedModel, masks: tuple[MaskSpec, ...], pooling: Pooling, entry: str
+        self,
+        model: PreTrainedModel,
+        masks: tuple[MaskSpec, ...],
+        pooling: Pooling,
+        entry: str,
+        dense: DenseLayers | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.masks = masks
         self.pooling = pooling
         self.entry = entry
+        self.dense = dense
         parameters = inspect.signature(model.forward).parameters
         self.takes_token_types = "token_type_ids" in parameters
         self.takes_cache = "use_cache" in parameters
@@ -77,6 +85,7 @@ class EncoderPart(nn.Module):
 
     def _vector_width(self, width: int) -> int:
         if self.pooling.function is None:
+            width = width * self.pooling.parts if self.dense is None else self.dense.width
             return self.pooling.truncate_dim or width
         hidden = torch.zeros(1, 2, width, dtype=self.model.dtype)
         asked = "It is to make [batch, width] of [batch, sequence, hidden] and [batch, sequence]."
@@ -121,4 +130,4 @@ class EncoderPart(nn.Module):
         with provide_masks(self.model, given):
             hidden = self.model(**arguments).last_hidden_state
         name = "sentence_embedding" if self.pooling.pools else "last_hidden_state"
-        return {name: self.pooling(hidden, padding_mask)}
+        return {name: self.pooling(hidden, padding_mask, self.dense)}

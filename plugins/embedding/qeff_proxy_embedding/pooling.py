@@ -1,36 +1,27 @@
 """Pooling: from a hidden state per token to one vector per text, inside the exported graph.
 
 Rows are padded on the right, and padding never counts. The rules are those of
-sentence-transformers' ``Pooling`` and ``Normalize`` modules, whose settings `pooling_of_checkpoint`
-reads from ``modules.json`` and ``1_Pooling/config.json``.
+sentence-transformers' ``Pooling`` and ``Normalize`` modules, whose settings a checkpoint's folder
+has (`qeff_proxy_embedding.sentence_folder`).
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from qeff_proxy.common.messages import an
-from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
+from qeff_proxy.errors import UsageError
 
-__all__ = ["POOLINGS", "Pooling", "pooling_of_checkpoint", "pooling_of_options"]
+from qeff_proxy_embedding.sentence_folder import SentenceFolder
 
-#: The poolings that have a name, and ``none``: hidden states as they are.
-POOLINGS = ("mean", "cls", "max", "last", "none")
+__all__ = ["POOLINGS", "Pooling", "pooling_of_options"]
 
-# What sentence-transformers calls them: in one field, or as one flag each.
-_MODES = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
-_FLAGS = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_lasttoken": "last",
-}
+#: The poolings that have a name, and ``none``: hidden states as they are. Several joined by ``+``
+#: give their vectors concatenated.
+POOLINGS = ("mean", "cls", "max", "last", "mean_sqrt_len", "weighted_mean", "none")
 
 
 @dataclass(frozen=True)
@@ -38,7 +29,8 @@ class Pooling:
     """How hidden states become a vector.
 
     Attributes:
-        name: One of `POOLINGS`, or ``module:function`` for a function of the user's.
+        name: One of `POOLINGS`, several of them joined by ``+``, or ``module:function`` for a
+            function of the user's.
         normalize: Divide the vector by its L2 norm.
         truncate_dim: Keep this many of the first elements, before normalizing (Matryoshka).
         function: The user's function: ``last_hidden_state [batch, sequence, hidden]`` and
@@ -55,12 +47,23 @@ class Pooling:
         """Whether it gives one vector per text."""
         return self.name != "none"
 
-    def __call__(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
+    @property
+    def parts(self) -> int:
+        """How many vectors are concatenated."""
+        return 1 if self.function is not None else self.name.count("+") + 1
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        padding_mask: torch.Tensor,
+        dense: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Pool.
 
         Args:
             hidden: ``[batch, sequence, hidden]``.
             padding_mask: ``[batch, sequence]`` int64, 1 for a token; padding is on the right.
+            dense: Layers that follow the pooling, ``[batch, width]`` to ``[batch, width]``.
 
         Returns:
             ``[batch, width]``, or ``hidden`` itself where there is nothing to pool.
@@ -68,6 +71,8 @@ class Pooling:
         if not self.pools:
             return hidden
         vector = self._pool(hidden, padding_mask)
+        if dense is not None:
+            vector = dense(vector)
         if self.truncate_dim is not None:
             vector = vector[:, : self.truncate_dim]
         if self.normalize:
@@ -77,18 +82,8 @@ class Pooling:
     def _pool(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
         if self.function is not None:
             return self.function(hidden, padding_mask)
-        if self.name == "cls":
-            return hidden[:, 0]
-        weights = padding_mask.to(hidden.dtype).unsqueeze(-1)
-        if self.name == "max":
-            lowest = torch.finfo(hidden.dtype).min
-            return hidden.masked_fill(weights == 0, lowest).amax(dim=1)
-        if self.name == "mean":
-            return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        # The last token is the one that no other follows: a sum that every compiler takes,
-        # where an index computed from the mask would be a gather that some refuse.
-        following = torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1)
-        return (hidden * (weights - following)).sum(dim=1)
+        vectors = [_pool(name, hidden, padding_mask) for name in self.name.split("+")]
+        return vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
 
     def to_json(self) -> dict[str, Any]:
         """The settings from which `pooling_of_options` makes it again."""
@@ -99,29 +94,51 @@ class Pooling:
         }
 
 
-def pooling_of_options(options: Mapping[str, Any], folder: Path | None, width: int) -> Pooling:
+def _pool(name: str, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
+    """One vector per row ``[batch, hidden]`` by one of `POOLINGS`."""
+    if name == "cls":
+        return hidden[:, 0]
+    weights = padding_mask.to(hidden.dtype).unsqueeze(-1)
+    if name == "max":
+        lowest = torch.finfo(hidden.dtype).min
+        return hidden.masked_fill(weights == 0, lowest).amax(dim=1)
+    if name == "weighted_mean":  # each token by its position, counted from 1
+        weights = weights * torch.cumsum(weights, dim=1)
+    total = (hidden * weights).sum(dim=1)
+    count = weights.sum(dim=1).clamp(min=1)
+    if name == "mean_sqrt_len":
+        return total / count.sqrt()
+    if name in {"mean", "weighted_mean"}:
+        return total / count
+    # The last token is the one that no other follows: a sum that every compiler takes,
+    # where an index computed from the mask would be a gather that some refuse.
+    following = torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1)
+    return (hidden * (weights - following)).sum(dim=1)
+
+
+def pooling_of_options(
+    options: Mapping[str, Any], folder: SentenceFolder | None, width: int
+) -> Pooling:
     """The pooling that a user asks for, or else the checkpoint's own.
 
     Args:
         options: ``pooling`` (one of `POOLINGS`, a function, or ``module:function``),
             ``normalize`` and ``truncate_dim``. Without ``pooling`` the checkpoint decides, and
             whether it normalizes counts too; with neither, hidden states are given as they are.
-        folder: The checkpoint's; ``None`` for a model made in memory.
-        width: Of the hidden states.
+        folder: The checkpoint's settings; ``None`` for a model made in memory.
+        width: Of the vector.
 
     Raises:
         UsageError: The options cannot be right.
-        CheckpointError: The checkpoint's own settings cannot be read.
-        UnsupportedModelError: They ask for something that is none of `POOLINGS`.
     """
     wanted = options.get("pooling")
     normalize = options.get("normalize")
     if normalize is not None and not isinstance(normalize, bool):
         raise UsageError(f"normalize is {normalize!r}", "It must be True or False.")
     if wanted is None:
-        own = pooling_of_checkpoint(folder) if folder is not None else Pooling("none")
+        own = folder or SentenceFolder()
         normalize = own.normalize if normalize is None else normalize
-        wanted = own.name
+        wanted = own.pooling
     truncate_dim = options.get("truncate_dim")
     if truncate_dim is not None and (
         not isinstance(truncate_dim, int) or not 1 <= truncate_dim <= width
@@ -142,7 +159,7 @@ def _named(wanted: Any) -> tuple[str, Callable[..., torch.Tensor] | None]:
     if callable(wanted):
         module = getattr(wanted, "__module__", "?")
         return f"{module}:{getattr(wanted, '__qualname__', '?')}", wanted
-    if isinstance(wanted, str) and wanted in POOLINGS:
+    if isinstance(wanted, str) and (wanted in POOLINGS or _is_several(wanted)):
         return wanted, None
     if isinstance(wanted, str) and ":" in wanted:
         module, _, attribute = wanted.partition(":")
@@ -160,51 +177,5 @@ def _named(wanted: Any) -> tuple[str, Callable[..., torch.Tensor] | None]:
     )
 
 
-def pooling_of_checkpoint(folder: Path) -> Pooling:
-    """What ``modules.json`` and the configs it names say; no pooling where there is none.
-
-    Raises:
-        CheckpointError: A file is missing or damaged.
-        UnsupportedModelError: There is a module that cannot be exported, such as a dense layer.
-    """
-    modules = folder / "modules.json"
-    if not modules.is_file():
-        return Pooling("none")
-    name, normalize = "none", False
-    try:
-        for module in json.loads(modules.read_text(encoding="utf-8")):
-            kind = str(module["type"]).rpartition(".")[2]
-            if kind == "Pooling":
-                path = folder / module["path"] / "config.json"
-                name = _mode_of(json.loads(path.read_text(encoding="utf-8")), path)
-            elif kind == "Normalize":
-                normalize = True
-            elif kind != "Transformer":
-                raise UnsupportedModelError(
-                    f"{modules} has {an(kind)} module, which is not exported",
-                    "Give pooling= to take the vectors before it, or run it on them yourself.",
-                )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the pooling that {modules} describes cannot be read: {error}",
-            "Download the checkpoint again, or give pooling=.",
-        ) from error
-    return Pooling(name, normalize and name != "none")
-
-
-def _mode_of(config: Mapping[str, Any], path: Path) -> str:
-    """The pooling that a ``Pooling`` module's config names, in its new or its old form."""
-    said = config.get("pooling_mode")
-    modes = [said] if isinstance(said, str) else list(said or ())
-    if said is None:
-        flags = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
-        modes = [key.removeprefix("pooling_mode_") for key in flags]
-        names = [_FLAGS.get(key) for key in flags]
-    else:
-        names = [_MODES.get(mode) for mode in modes]
-    if len(names) == 1 and names[0] is not None:
-        return names[0]
-    raise UnsupportedModelError(
-        f"{path} asks for the pooling {' and '.join(map(str, modes)) or 'of nothing'}",
-        f"Give pooling=: one of {', '.join(POOLINGS)}, or a function.",
-    )
+def _is_several(name: str) -> bool:
+    return "+" in name and set(name.split("+")) <= set(POOLINGS) - {"none"}

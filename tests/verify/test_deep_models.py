@@ -1,0 +1,129 @@
+"""``verify`` at a depth at which layers are streamed and repeated: five and more, unlike depths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from qeff_proxy.request import Request
+from qeff_proxy.testing.tiny import random_weights
+from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.verify_model import verify_model
+
+_SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+_TEXT = {"vocab_size": 131, "max_position_embeddings": 64, "pad_token_id": 0}
+
+
+def whisper(encoder: int, decoder: int) -> Any:
+    return transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            vocab_size=131,
+            d_model=64,
+            encoder_layers=encoder,
+            decoder_layers=decoder,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+            max_source_positions=40,
+            max_target_positions=48,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=3,
+        )
+    )
+
+
+def wav2vec2() -> Any:
+    return transformers.Wav2Vec2ForCTC(
+        transformers.Wav2Vec2Config(
+            vocab_size=32,
+            num_hidden_layers=5,
+            conv_dim=(32,) * 7,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+            **_SMALL,
+        )
+    )
+
+
+def llava(tower_layers: int, text_layers: int, feature_layer: Any = -2) -> Any:
+    text = transformers.LlamaConfig(**_TEXT, num_hidden_layers=text_layers, **_SMALL)
+    tower = transformers.CLIPVisionConfig(
+        num_hidden_layers=tower_layers, image_size=28, patch_size=14, projection_dim=32, **_SMALL
+    )
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=tower,
+            text_config=text,
+            image_token_id=5,
+            vision_feature_layer=feature_layer,
+        )
+    )
+
+
+def encoder(kind: str, **sizes: Any) -> Any:
+    config = transformers.CONFIG_MAPPING[kind](**{**_TEXT, "num_hidden_layers": 5, **sizes})
+    return transformers.AutoModel.from_config(config)
+
+
+MODELS: dict[str, Any] = {
+    "whisper, 4 over 6 layers": lambda: whisper(4, 6),
+    "whisper, 6 over 2 layers": lambda: whisper(6, 2),
+    "wav2vec2": wav2vec2,
+    "bert": lambda: encoder("bert", **_SMALL),
+    "roberta": lambda: encoder("roberta", **_SMALL),
+    "mpnet": lambda: encoder("mpnet", **_SMALL),
+    "distilbert": lambda: encoder("distilbert", dim=64, hidden_dim=96, n_heads=4, n_layers=5),
+    "nomic_bert": lambda: encoder("nomic_bert", **_SMALL),
+    "modernbert": lambda: encoder("modernbert", **_SMALL),
+    "llava, tower deeper": lambda: llava(8, 5),
+    "llava, two feature layers": lambda: llava(6, 5, [-2, -5]),
+    "llama, tied": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_TEXT, num_hidden_layers=6, tie_word_embeddings=True, **_SMALL)
+    ),
+    "bert as a causal LM": lambda: transformers.BertLMHeadModel(
+        transformers.BertConfig(**_TEXT, num_hidden_layers=5, is_decoder=True, **_SMALL)
+    ),
+}
+
+
+def request_for(name: str) -> Request | None:
+    """Input where the model has no processor that makes any."""
+    generator = torch.Generator().manual_seed(0)
+    if name.startswith("whisper"):
+        features = torch.randn(1, 80, 80, generator=generator)
+        return Request(inputs={"input_features": features})
+    if name == "wav2vec2":
+        return Request(inputs={"input_values": torch.randn(1, 8000, generator=generator)})
+    if name.startswith("llava"):
+        ids = torch.tensor([[1, 5, 5, 5, 5, 9, 11, 17]])
+        pixels = torch.randn(1, 3, 28, 28, generator=generator)
+        return Request(inputs={"input_ids": ids, "pixel_values": pixels})
+    return None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_deep_checkpoint_passes(name: str, dtype: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = random_weights(MODELS[name]().eval(), 0).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "checkpoint")
+    options = VerifyOptions(max_new_tokens=4)
+    result = verify_model(str(tmp_path / "checkpoint"), request=request_for(name), options=options)
+    (backend,) = result.results
+    assert backend.error is None
+    assert backend.comparison is not None
+    assert backend.comparison.passed, backend.comparison
+    taps = {tensor.name for tensor in backend.comparison.tensors if "hidden_states" in tensor.name}
+    depth = sum(len(layers) for layers in _layers_of(model))
+    assert len(taps) >= depth, sorted(taps)
+
+
+def _layers_of(model: Any) -> list[Any]:
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1]
+    return [one for one in lists if type(one[0]).__name__.endswith(("Layer", "Block"))]
