@@ -9,8 +9,9 @@ import sys
 
 import numpy as np
 import pytest
+from qeff_proxy.common.atomic_folder import clear_leftovers, held, replaced_folder
 from qeff_proxy.dump import DumpWriter, read_dump
-from qeff_proxy.dump.leftovers import clear_leftovers, held, make_work_folder, release
+from qeff_proxy.dump.place import DUMPS
 
 WRITE = """
 import os, signal, sys
@@ -83,10 +84,11 @@ def test_what_a_living_run_writes_or_replaces_is_left_alone(tmp_path):
     with held(tmp_path / "d.replaced-abcdefgh"), DumpWriter(tmp_path / "d", {}) as writer:
         before = names(tmp_path)
         command = [sys.executable, "-c", "import sys; from pathlib import Path\n"
-                   "from qeff_proxy.dump.leftovers import clear_leftovers\n"
-                   "clear_leftovers(Path(sys.argv[1]))", str(tmp_path)]  # fmt: skip
+                   "from qeff_proxy.common.atomic_folder import clear_leftovers\n"
+                   "from qeff_proxy.dump.place import DUMPS\n"
+                   "clear_leftovers(DUMPS, Path(sys.argv[1]))", str(tmp_path)]  # fmt: skip
         subprocess.run(command, check=True)
-        clear_leftovers(tmp_path)
+        clear_leftovers(DUMPS, tmp_path)
         assert names(tmp_path) == before
         writer.step("decode", 0, "body", {"x": np.zeros(3)}, {})
     assert read_dump(tmp_path / "d").steps
@@ -103,9 +105,9 @@ def test_folders_that_hold_something_else_are_not_cleared(tmp_path):
 
 
 def test_a_folder_is_held_until_it_is_released(tmp_path):
-    work, lock = make_work_folder(tmp_path / "d")
-    clear_leftovers(tmp_path)
-    assert work.is_dir()
-    release(lock)
-    clear_leftovers(tmp_path)
+    with replaced_folder(DUMPS, tmp_path / "d") as work:
+        clear_leftovers(DUMPS, tmp_path)
+        assert work.is_dir()
+    (tmp_path / "d").rename(work)
+    clear_leftovers(DUMPS, tmp_path)
     assert not work.exists()

@@ -1,14 +1,12 @@
-"""The place of an export: what may be replaced there, and what is there already.
+"""The place of an export: what a new export may replace there, and what it may reuse.
 
-As the place of a dump is (`qeff_proxy.dump.place`): only what the older export wrote is replaced,
-and anything else is named.
+A new export replaces what an earlier one wrote and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +18,23 @@ from qeff_proxy.artifact.export_folder import (
     find_export,
     read_export,
 )
+from qeff_proxy.common.atomic_folder import foreign_entry
 from qeff_proxy.errors import ArtifactError
 
 __all__ = ["check_not_another", "check_place", "existing_export"]
 
-#: What `qeff_proxy.backends.compile_export` makes in ``compiled/``: its folders, their locks, what
-#: a kill leaves.
-_COMPILED = re.compile(r"\.?[a-z0-9_-]+-[0-9a-f]{12}(\.(lock|old|partial-[0-9a-f]{12}))?\Z")
-_ELSEWHERE = "Move it elsewhere, or name another folder."
+#: What `qeff_proxy.backends.compile_export` makes in ``compiled/``: folders, their locks, and what
+#: killed runs leave.
+_COMPILED = re.compile(r"\.?[a-z0-9_-]+-[0-9a-f]{12}(\.(lock|old|partial-[0-9a-f]{12}))?")
 
 
 def existing_export(target: Path, key: dict[str, Any]) -> Export | None:
-    """The export in ``target``, if it is whole and what was asked for."""
+    """The export in ``target``, if it is complete and was made by the same ``key``."""
     try:
-        found = find_export(target)
+        export = find_export(target)
     except ArtifactError:
         return None  # damaged: export again
-    return found if found is not None and found.made_by == key else None
+    return export if export is not None and export.made_by == key else None
 
 
 def check_not_another(target: Path, key: dict[str, Any]) -> None:
@@ -46,13 +44,13 @@ def check_not_another(target: Path, key: dict[str, Any]) -> None:
         ArtifactError: One is there.
     """
     try:
-        found = read_export(target)
+        other = read_export(target)
     except ArtifactError:
         return  # none, or a damaged one
-    what = ("identity", "kind", "dtype", "opset", "taps", "weights")
-    if any(found.made_by.get(name) != key[name] for name in what):
+    names = ("identity", "kind", "dtype", "opset", "taps", "weights")
+    if any(other.made_by.get(name) != key[name] for name in names):
         raise ArtifactError(
-            f"{target} holds another export ({found.model['source']}, {found.kind}, {found.dtype})",
+            f"{target} holds another export ({other.model['source']}, {other.kind}, {other.dtype})",
             "Name another folder, or pass --force (force=True) to replace it.",
         )
 
@@ -76,42 +74,27 @@ def check_place(target: Path) -> None:
         raise ArtifactError(
             f"{target} is not empty and holds no export", "Name a new or empty folder."
         )
-    foreign = next(_foreign_files(target), None)
+    written, processor = _listed_files(target / MANIFEST)
+    foreign = foreign_entry(
+        target,
+        {MANIFEST, *KEPT, *written},
+        {"processor": processor.__contains__, "compiled": _COMPILED.fullmatch},
+    )
     if foreign is not None:
         raise ArtifactError(
-            f"{target} also holds {foreign}, which is no part of the export", _ELSEWHERE
+            f"{target} also holds {foreign}, which is no part of the export",
+            "Move it elsewhere, or name another folder.",
         )
-
-
-def _foreign_files(target: Path) -> Iterator[str]:
-    """What lies in an export's folder and was not written with it."""
-    written, processor = _listed_files(target / MANIFEST)
-    for path in sorted(target.iterdir()):
-        if path.name in {MANIFEST, *KEPT} or path.name in written:
-            continue
-        if path.name == "processor" and path.is_dir():
-            yield from (
-                f"processor/{one.name}"
-                for one in sorted(path.iterdir())
-                if one.name not in processor
-            )
-        elif path.name == "compiled" and path.is_dir():
-            yield from (
-                f"compiled/{one.name}"
-                for one in sorted(path.iterdir())
-                if not _COMPILED.match(one.name)
-            )
-        else:
-            yield path.name
 
 
 def _listed_files(manifest: Path) -> tuple[set[str], set[str]]:
     """Graphs and weights, and files of the processor, that a manifest lists.
 
-    Read for the names alone: a manifest with damage elsewhere still says what may be replaced.
+    The rest of the manifest is not checked: if it is damaged, these names still say what may be
+    replaced.
 
     Raises:
-        ArtifactError: It does not even say that.
+        ArtifactError: The names cannot be read.
     """
     try:
         value = json.loads(manifest.read_bytes())

@@ -1,32 +1,40 @@
-"""Folders that are there whole or not at all.
+"""Folders that are complete or absent.
 
-Everything is written to a hidden folder beside the target and moved into place at the end. A
-process that dies leaves the target as it was, or set aside beside it; whoever writes or reads the
-target next brings that back and clears away what was left.
+A run writes to a new folder beside the target, and moves it into place at the end. A run that is
+killed leaves the target as it was, or the older folder beside its place; the next run that reads or
+writes the target moves that back, and removes what the killed run left.
+
+A run locks the folders that it works on (``flock``), and the system releases these locks when the
+process ends, however it ends. So a folder beside a target that nobody holds is a leftover.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from qeff_proxy.errors import ArtifactError, BackendError
 
 _SYSTEM_ERROR = re.compile(r"os error (\d+)|No space left on device")
 
 __all__ = [
+    "FolderKind",
+    "clear_leftovers",
+    "foreign_entry",
+    "held",
     "locked",
     "opening",
     "recover_folder",
+    "replaced_folder",
     "settle_folder",
     "staged_folder",
     "try_writing",
@@ -100,6 +108,91 @@ def _refusal(path: Path, error: OSError) -> ArtifactError:
     return ArtifactError(f"cannot write {path}: {reason}", hints.get(error.errno or 0))
 
 
+@dataclass(frozen=True)
+class FolderKind:
+    """How the folders beside a target are named, and which of them a later run may touch.
+
+    Attributes:
+        partial: Template of the folder that a run writes to, with ``{name}`` (the target's) and
+            ``{id}`` (of the run).
+        replaced: Template of the older folder, from when it is moved out of the way until it is
+            removed.
+        is_ours: Whether a leftover holds only what a run wrote, so that it may be removed.
+        is_whole: Whether an older folder is complete, so that it may be moved back.
+    """
+
+    partial: str
+    replaced: str
+    is_ours: Callable[[Path], bool] = lambda _folder: True
+    is_whole: Callable[[Path], bool] = lambda _folder: True
+
+    def beside(self, target: Path, template: str) -> Path:
+        """A new path for ``template``."""
+        return target.with_name(template.format(name=target.name, id=uuid.uuid4().hex[:12]))
+
+    def leftovers(self, parent: Path, name: str | None = None) -> list[tuple[Path, Path, bool]]:
+        """Each folder beside a target, its target, and whether it is an older one.
+
+        Args:
+            parent: Where the targets lie; it may be missing.
+            name: Of the only target to look for; by default, all of them.
+        """
+        try:
+            paths = sorted(parent.iterdir())
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return []  # where names cannot even be listed, no run of this user left any
+        matches = (
+            (path, re.fullmatch(_pattern(template), path.name), template == self.replaced)
+            for path in paths
+            for template in (self.partial, self.replaced)
+        )
+        return [
+            (path, parent / match[1], replaced)
+            for path, match, replaced in matches
+            if match is not None and name in (None, match[1])
+        ]
+
+
+def _pattern(template: str) -> str:
+    return template.replace(".", r"\.").format(name="(.+)", id="[a-z0-9_]{8,12}")
+
+
+#: Folders of exports and compiled parts. One run at a time writes to them (`locked`).
+_HIDDEN = FolderKind(".{name}.partial-{id}", ".{name}.old")
+
+
+def _hold(path: Path, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> int:
+    """Lock ``path`` and return the descriptor; closing it releases the lock.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+        OSError: It cannot be opened or locked, or was replaced meanwhile.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), path.lstat()):
+            raise FileNotFoundError(f"{path} is another folder now")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a folder even while it is renamed; yield whether that was possible."""
+    try:
+        descriptor = _hold(folder)
+    except OSError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Hold the lock of a target folder; it is released when the process ends, however it ends.
@@ -109,13 +202,9 @@ def locked(target: Path) -> Iterator[None]:
     """
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        path = target.parent / f".{target.name}.lock"
-        # FileLock would wait for a file that cannot be made, as if another run held it.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
-        lock = FileLock(path, timeout=0)
         try:
-            lock.acquire()
-        except Timeout as error:
+            lock = _hold(target.with_name(f".{target.name}.lock"), os.O_RDWR | os.O_CREAT)
+        except BlockingIOError as error:
             raise ArtifactError(
                 f"{target} is in use by another run",
                 "Wait until it has finished, or choose another folder.",
@@ -123,114 +212,164 @@ def locked(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        os.close(lock)
+
+
+def clear_leftovers(
+    kind: FolderKind, parent: Path, name: str | None = None, keep: Sequence[str] = ()
+) -> None:
+    """Restore or remove what killed runs left in ``parent``; skip what a living process holds.
+
+    A run that was killed between moving the older folder away and the new one in left the older
+    one: it is moved back. A run that was killed after that left it too, and the new one takes over
+    what it had not yet taken over.
+
+    Args:
+        kind: Of folder.
+        parent: Where the targets lie; it may be missing.
+        name: Of the only target to recover; by default, all of them.
+        keep: As in `staged_folder`.
+
+    Raises:
+        OSError: The folders cannot be read or removed.
+    """
+    for path, target, replaced in kind.leftovers(parent, name):
+        with held(path) as is_dead:
+            if not is_dead or not kind.is_ours(path):
+                continue
+            if replaced and _is_free(target) and kind.is_whole(path):
+                path.rename(target)
+                continue
+            if replaced:
+                _take_over(path, target, keep)
+            shutil.rmtree(path)
 
 
 def recover_folder(target: Path, keep: Sequence[str] = ()) -> None:
-    """Clear away what an interrupted run left beside ``target``. Needs the lock.
+    """Clear what killed runs left beside a folder whose lock the caller holds (`clear_leftovers`).
 
-    If it was interrupted between moving the old folder away and the new one in, the old one is
-    moved back; if after that, the new one takes over what it had not yet taken over.
-
-    Args:
-        target: The folder.
-        keep: As in `staged_folder`.
+    Raises:
+        ArtifactError: It cannot be read or removed.
     """
-    set_aside = _set_aside(target)
     with writing(target):
-        if set_aside.exists():
-            if target.exists():
-                _take_over(set_aside, target, keep)
-            else:
-                set_aside.rename(target)
-        for leftover in _partial(target):
-            shutil.rmtree(leftover)
+        clear_leftovers(_HIDDEN, target.parent, target.name, keep)
 
 
 def settle_folder(target: Path, keep: Sequence[str] = ()) -> None:
-    """Recover ``target`` for who only reads it, if an interrupted run left something.
+    """Recover ``target`` before it is read, if an interrupted run left something.
 
-    Where nothing was left, this is one look at the parent's names. Where another run holds the
-    lock, or nothing can be written there, what stands there is read as it is.
+    Where nothing was left, this only lists the parent's names. Where another run holds the lock, or
+    nothing can be written there, the folder is read as it stands.
 
     Args:
         target: The folder. The caller does not hold its lock.
         keep: As in `staged_folder`.
     """
     target = target.resolve()
-    if not _set_aside(target).exists() and not _partial(target):
-        return
-    with suppress(ArtifactError), locked(target):
-        recover_folder(target, keep)
-
-
-def _set_aside(target: Path) -> Path:
-    return target.parent / f".{target.name}.old"
-
-
-def _partial(target: Path) -> list[Path]:
-    prefix = f".{target.name}.partial-"
-    try:
-        return [path for path in target.parent.iterdir() if path.name.startswith(prefix)]
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []  # where names cannot even be listed, no run of this user left any
+    if _HIDDEN.leftovers(target.parent, target.name):
+        with suppress(ArtifactError), locked(target):
+            recover_folder(target, keep)
 
 
 @contextmanager
 def staged_folder(target: Path, last: str, keep: Sequence[str] = ()) -> Iterator[Path]:
-    """Give a folder to write in, which becomes ``target`` when the context ends without error.
+    """Yield a folder to write in, which becomes ``target`` when the context ends without error.
 
     Args:
         target: The folder to make or replace. The caller holds its lock.
-        last: The file that makes the folder whole; it is checked for, and flushed last.
+        last: The file that makes the folder complete; it must exist, and is flushed last.
         keep: Subfolders of an older ``target`` that the new one takes over.
 
     Raises:
         ArtifactError: It cannot be written. The older folder is then as it was.
     """
-    recover_folder(target, keep)
-    staging = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
-    with writing(target):
-        staging.mkdir()
+    with writing(target), replaced_folder(_HIDDEN, target, last, keep) as staging:
+        yield staging
+
+
+@contextmanager
+def replaced_folder(
+    kind: FolderKind, target: Path, last: str | None = None, keep: Sequence[str] = ()
+) -> Iterator[Path]:
+    """Like `staged_folder`, for a folder of any kind, without its lock.
+
+    Where two runs write to one target at once, the last to finish wins. If ``last`` is ``None``,
+    nothing is flushed.
+
+    Raises:
+        OSError: It cannot be written. The older folder is then as it was.
+    """
+    clear_leftovers(kind, target.parent, target.name, keep)
+    staging, lock = _make_staging(kind, target)
     try:
-        with writing(target):
-            yield staging
+        yield staging
+        if last is not None:
             if not (staging / last).is_file():
                 raise ArtifactError(f"{target} was left without its {last}")
             _flush(staging, last)
-            _exchange(staging, target, keep)
-    except BaseException:
-        if not target.exists() and _set_aside(target).exists():  # between the two renames
-            _set_aside(target).rename(target)
+        _exchange(kind, staging, target, keep)
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_staging(kind: FolderKind, target: Path) -> tuple[Path, int | None]:
+    """Make the folder to write in, and hold it; the lock is ``None`` where there are no locks."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        staging = kind.beside(target, kind.partial)
+        staging.mkdir()
+        try:
+            return staging, _hold(staging)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another run just took it for a leftover
+        except OSError:
+            return staging, None  # a file system without locks: no run can clear it, either
 
 
 def _flush(folder: Path, last: str) -> None:
-    """Make sure that every file is on the disk, ``last`` after all others."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / last]
-    for path in [*files, folder / last, folder]:
-        descriptor = os.open(path, os.O_RDONLY)
+    """Make sure that everything is on the disk, ``last`` after all other files."""
+    inner = (path for path in folder.rglob("*") if path.is_file() or path.is_dir())
+    for path in [*(path for path in inner if path != folder / last), folder / last, folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_free(target: Path) -> bool:
+    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+
+
+def _exchange(kind: FolderKind, staging: Path, target: Path, keep: Sequence[str]) -> None:
+    replaced = None if _is_free(target) else kind.beside(target, kind.replaced)
+    with held(target):  # so that no other run takes the older folder for a leftover
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _exchange(staging: Path, target: Path, keep: Sequence[str]) -> None:
-    set_aside = _set_aside(target)
-    if target.exists():
-        target.rename(set_aside)
-    staging.rename(target)
-    if set_aside.exists():
-        _take_over(set_aside, target, keep)
+            if replaced is not None:
+                target.rename(replaced)
+            staging.rename(target)
+        except BaseException:
+            if replaced is not None and replaced.exists() and not target.exists():
+                replaced.rename(target)
+            raise
+        with suppress(PermissionError):  # a parent that may be written but not read
+            _sync(target.parent)
+        if replaced is not None:
+            _take_over(replaced, target, keep)
+            shutil.rmtree(replaced, ignore_errors=True)  # the next run removes the rest
 
 
 def _take_over(old: Path, new: Path, keep: Sequence[str]) -> None:
-    """Move what is kept from the old folder to the new one, and remove the old one.
+    """Move the subfolders to keep from the old folder to the new one.
 
-    Both have it where something was written to the new one before it took over; then entries move
-    one by one, under a free name where theirs is taken.
+    If both have one, since something was written to the new folder before it took over, entries
+    are moved one by one, and renamed where their name is taken.
     """
     for name in keep:
         if not (old / name).exists():
@@ -240,10 +379,30 @@ def _take_over(old: Path, new: Path, keep: Sequence[str]) -> None:
             continue
         for entry in sorted((old / name).iterdir()):
             entry.rename(_free_name(new / name / entry.name))
-    shutil.rmtree(old)
 
 
 def _free_name(path: Path) -> Path:
-    """``path``, or where that is taken, a name beside it that is not."""
+    """``path``, or a similar name beside it where that is taken."""
     names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return path if not path.exists() else next(one for one in names if not one.exists())
+    return path if not path.exists() else next(name for name in names if not name.exists())
+
+
+def foreign_entry(
+    folder: Path, files: Collection[str], folders: Mapping[str, Callable[[str], object]]
+) -> str | None:
+    """The first entry of a folder that its manifest does not account for, such as ``io/notes``.
+
+    Args:
+        folder: Where to look.
+        files: Names of the entries that may be there, whatever they hold.
+        folders: Names of the subfolders that may be there, and which names each may hold.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.name in files:
+            continue
+        if path.name not in folders or not path.is_dir():
+            return path.name
+        for inner in sorted(path.iterdir()):
+            if not folders[path.name](inner.name):
+                return f"{path.name}/{inner.name}"
+    return None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qeff_proxy.artifact.export_folder import enclosing_export
 from qeff_proxy.dump.format import MANIFEST
-from qeff_proxy.dump.leftovers import listed_files
+from qeff_proxy.dump.place import listed_files
 from qeff_proxy.errors import DumpError
 
 __all__ = ["check_report_place", "write_whole"]

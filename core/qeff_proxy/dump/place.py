@@ -1,21 +1,50 @@
-"""The place of a dump: what may be replaced there, and how a new dump gets there.
+"""The place of a dump: what a new dump may replace there.
 
-A dump is written beside its place and moved in when it is complete; what stood there is removed
-after that, and only if it was an earlier dump and nothing else. What a run that died left there is
-cleared by the next (`qeff_proxy.dump.leftovers`).
+A new dump replaces an earlier one and nothing else (`qeff_proxy.common.atomic_folder` says how).
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from qeff_proxy.dump.format import MANIFEST, PHASES
-from qeff_proxy.dump.leftovers import held, listed_files, make_replaced
+from qeff_proxy.common.atomic_folder import FolderKind, foreign_entry
+from qeff_proxy.dump.format import FORMAT, MANIFEST, PHASES
 from qeff_proxy.errors import DumpError
 
-__all__ = ["check_replaceable", "move_into_place", "write_error"]
+__all__ = ["DUMPS", "check_replaceable", "listed_files", "write_error"]
+
+
+def listed_files(manifest: Path) -> set[str] | None:
+    """The files that a manifest lists; ``None`` where it is not the manifest of a dump."""
+    if not manifest.is_file():
+        return None
+    try:
+        value = json.loads(manifest.read_bytes())
+        if value["format"] != FORMAT:
+            return None
+        return {str(entry["file"]) for entry in value["tensors"]}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _is_whole(folder: Path) -> bool:
+    files = listed_files(folder / MANIFEST) or ()
+    return bool(files) and all((folder / name).is_file() for name in files)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this user made the folder, and it holds part of a dump and nothing else."""
+    if folder.lstat().st_uid != os.getuid():
+        return False
+    return _foreign_entry(folder, lambda _phase, name: name.endswith(".npy")) is None
+
+
+#: The folders beside a dump, which ``docs/dump-format.md`` names (rule ``COMPLETE``).
+DUMPS = FolderKind("{name}.incomplete-{id}", "{name}.replaced-{id}", _is_ours, _is_whole)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -27,7 +56,7 @@ def check_replaceable(folder: Path) -> None:
     try:
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise DumpError(f"{folder} is not a folder", "Choose another place for the dump.")
-        foreign = _foreign_file(folder) if folder.exists() else None
+        foreign = _other_than_a_dump(folder) if folder.exists() else None
     except OSError as error:
         raise write_error(folder, error) from error
     if foreign is not None:
@@ -37,69 +66,18 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def _foreign_file(folder: Path) -> str | None:
-    """Something in ``folder`` that is not of a dump; ``None`` where there is nothing or a dump."""
-    present = sorted(entry.name for entry in folder.iterdir())
-    if not present:
-        return None
-    if MANIFEST not in present:
-        return present[0]
+def _other_than_a_dump(folder: Path) -> str | None:
+    if not (folder / MANIFEST).exists():
+        return next((entry.name for entry in sorted(folder.iterdir())), None)
     files = listed_files(folder / MANIFEST)
     if files is None:
         return f"a {MANIFEST} of something else"
-    for name in present:
-        inner = folder / name
-        if name == MANIFEST:
-            continue
-        if name not in PHASES or inner.is_symlink() or not inner.is_dir():
-            return name
-        for path in sorted(inner.iterdir()):
-            if f"{name}/{path.name}" not in files:
-                return f"{name}/{path.name}"
-    return None
+    return _foreign_entry(folder, lambda phase, name: f"{phase}/{name}" in files)
 
 
-def move_into_place(work: Path, folder: Path) -> None:
-    """Make ``work`` the dump at ``folder``; what stood there is removed, or back on an error.
-
-    Raises:
-        DumpError: Something else than a dump stands there now.
-        OSError: It cannot be moved.
-    """
-    for inner in (*work.iterdir(), work):
-        if inner.is_dir():
-            _sync_folder(inner)
-    check_replaceable(folder)
-    work.chmod(0o777 & ~_umask())
-    if not folder.exists():
-        work.rename(folder)
-        _sync_folder(folder.parent)
-        return
-    with held(folder):  # so that no other run takes the older dump for a leftover meanwhile
-        replaced = make_replaced(folder)
-        try:
-            folder.rename(replaced)
-            work.rename(folder)
-        except BaseException:
-            if not folder.exists():
-                replaced.rename(folder)
-            raise
-        _sync_folder(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _foreign_entry(folder: Path, accepts: Callable[[str, str], bool]) -> str | None:
+    phases = (phase for phase in PHASES if not (folder / phase).is_symlink())
+    return foreign_entry(folder, {MANIFEST}, {phase: partial(accepts, phase) for phase in phases})
 
 
 def write_error(folder: Path, error: OSError) -> DumpError:

@@ -157,7 +157,7 @@ class TensorStream:
             os.close(descriptor)
 
     def finish(self) -> dict[str, Any]:
-        """Complete the header, bring the file to the disk and return its manifest entry."""
+        """Complete the header and return the entry of the manifest."""
         self.close()
         info = DTYPES[self.dtype or ""]
         stored = len(self._positions) - len(self._repeats)
@@ -167,7 +167,6 @@ class TensorStream:
             header = build_header(info.stored, shape)
             if len(header) != HEADER_BYTES or os.pwrite(descriptor, header, 0) != HEADER_BYTES:
                 raise DumpError(f"the header of {self.name} was not written whole")
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
         return self._entry(info.stored)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from qeff_proxy.common.atomic_folder import replaced_folder
 from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.cache_rows import CONSTANT_INPUTS, PAST, PRESENT, cut_rows, locate_rows
 from qeff_proxy.dump.format import FORMAT, MANIFEST, PHASES, VERSION, name_tensor, step_label
-from qeff_proxy.dump.leftovers import clear_leftovers, make_work_folder, release
-from qeff_proxy.dump.place import check_replaceable, move_into_place, write_error
+from qeff_proxy.dump.place import DUMPS, check_replaceable, write_error
 from qeff_proxy.dump.selection import DumpOptions, StepSelection, matches_any
 from qeff_proxy.dump.streams import TensorStream
 from qeff_proxy.errors import DumpError, ProxyError
@@ -90,9 +89,9 @@ class DumpWriter:
         self._current: _Step | None = None
         self._open_files = 0
         self._state: Literal["open", "failed", "closed"] = "open"
+        self._stage = replaced_folder(DUMPS, self._folder, MANIFEST)
         try:
-            clear_leftovers(self._folder.parent, self._folder.name)
-            self._work, self._lock = make_work_folder(self._folder)
+            self._work = self._stage.__enter__()
         except OSError as error:
             raise write_error(self._folder, error) from error
 
@@ -145,10 +144,10 @@ class DumpWriter:
             else:
                 step.records += [_Record(r.stream, r.tensor.copy(), r.true_dtype) for r in fresh]
         except OSError as error:
-            self._discard("failed")
+            self._discard("failed", error)
             raise write_error(self._folder, error) from error
-        except ProxyError:
-            self._discard("failed")
+        except ProxyError as error:
+            self._discard("failed", error)
             raise
 
     def _begin(self, phase: Phase, index: int) -> _Step:
@@ -262,16 +261,20 @@ class DumpWriter:
         """
         if self._state == "failed" and error is None:
             raise DumpError(f"the dump {self._folder} failed while it was written, and is lost")
-        if error is not None or self._state != "open":
-            self._discard("closed")
+        if self._state != "open":
+            return
+        if error is not None:
+            self._discard("closed", error)
             return
         try:
             self._finish()
+            check_replaceable(self._folder)
+            self._stage.__exit__(None, None, None)
         except OSError as problem:
-            self._discard("failed")
+            self._discard("failed", problem)
             raise write_error(self._folder, problem) from problem
-        except BaseException:
-            self._discard("failed")
+        except BaseException as problem:
+            self._discard("failed", problem)
             raise
         self._state = "closed"
 
@@ -306,23 +309,13 @@ class DumpWriter:
             ],
             "tensors": [stream.finish() for stream in written],
         }
-        with (self._work / MANIFEST).open("x", encoding="utf-8") as file:
-            file.write(_one_entry_a_line(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        move_into_place(self._work, self._folder)
-        self._release()
+        (self._work / MANIFEST).write_text(_one_entry_a_line(manifest), encoding="utf-8")
 
-    def _discard(self, state: Literal["failed", "closed"]) -> None:
+    def _discard(self, state: Literal["failed", "closed"], error: BaseException) -> None:
         self._state = state
         self._held.clear()
         self._close_files()
-        shutil.rmtree(self._work, ignore_errors=True)
-        self._release()
-
-    def _release(self) -> None:
-        release(self._lock)
-        self._lock = None
+        self._stage.__exit__(type(error), error, error.__traceback__)
 
 
 def _one_entry_a_line(manifest: dict[str, Any]) -> str:

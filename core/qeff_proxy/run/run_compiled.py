@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact.export_folder import KEPT, enclosing_export
 from qeff_proxy.backends.compile_export import open_sessions
+from qeff_proxy.common.atomic_folder import clear_leftovers
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.dump import DumpOptions, DumpWriter
-from qeff_proxy.dump.leftovers import clear_leftovers
-from qeff_proxy.dump.place import write_error
+from qeff_proxy.dump.place import DUMPS, write_error
 from qeff_proxy.errors import DumpError
 from qeff_proxy.flows.flow import Job, load_flow
 from qeff_proxy.load.load_model import load_config
@@ -112,7 +112,7 @@ def _io_folder(export: Export, asked_for: Path | None) -> Path:
         return asked_for
     folder = export.folder / "io" / new_run_name()
     try:
-        clear_leftovers(folder.parent)
+        clear_leftovers(DUMPS, folder.parent)
     except OSError as error:
         raise write_error(folder, error) from error
     return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_proxy.dump.leftovers import make_work_folder, release
+from qeff_proxy.common.atomic_folder import replaced_folder
+from qeff_proxy.dump.place import DUMPS
 from qeff_proxy.dump.selection import DumpOptions
 from qeff_proxy.dump.writer import DumpWriter
 from qeff_proxy.errors import DumpError, ProxyError
@@ -127,27 +127,24 @@ class ConversionSource:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to write in, which becomes ``folder`` when the block ends without an error.
+    """Yield a folder to write in, which becomes ``folder`` when the block ends without an error.
 
     Raises:
         DumpError: ``folder`` exists and is not empty, or cannot be written.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() follows a link
     try:
-        if folder.exists() and any(folder.iterdir()):
-            raise DumpError(f"{folder} is not empty", "Choose a new folder.")
-        work, lock = make_work_folder(folder)
+        _check_empty(folder)
+        with replaced_folder(DUMPS, folder) as work:
+            yield work
+            _check_empty(folder)
     except OSError as error:
         raise DumpError(f"{folder} cannot be written: {error.strerror}") from error
-    try:
-        yield work
-        work.chmod(0o755)
-        work.rename(folder)  # onto an empty folder, or none
-    except OSError as error:
-        raise DumpError(f"{folder} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        release(lock)
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise DumpError(f"{folder} is not empty", "Choose a new folder.")
 
 
 def write_steps(
