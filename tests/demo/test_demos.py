@@ -76,7 +76,7 @@ def test_one_that_fails_is_reported_and_the_others_run(capsys: Any) -> None:
     assert set(errors) == {"gone", "absent", "other", "raises"}
     assert "No module named 'acme_no_module'" in errors["gone"]
     assert "acme-demos" in errors["absent"]
-    assert "gives a str" in errors["other"]
+    assert "returns a str" in errors["other"]
     assert "unexpected ZeroDivisionError" in errors["raises"]
     assert len(said.err.splitlines()) == 4
     assert report["demos"]["sane"]["parity"]["passed"]
@@ -102,4 +102,4 @@ def test_what_cannot_be_asked_for_is_refused(
 def test_two_packages_with_a_demo_of_one_name(site_packages: Any, capsys: Any) -> None:
     site_packages.install_metadata("zebra", b"[qeff_proxy.demos]\ntext = zebra:text\n")
     assert main(["demo", "text"]) == 10
-    assert "packages qeff-proxy and zebra both bring a demo 'text'" in capsys.readouterr().err
+    assert "packages qeff-proxy and zebra both have a demo 'text'" in capsys.readouterr().err

@@ -16,7 +16,9 @@ from qeff_proxy.testing.new_plugin import KINDS
 
 #: The package that the plugin page shows: an architecture of its own.
 EXAMPLE = Path(__file__).parents[2] / "examples" / "acme-models"
-DEFAULTS = json.loads((files("qeff_proxy.testing") / "templates/plugin/kinds.json").read_text("utf-8"))
+DEFAULTS = json.loads(
+    (files("qeff_proxy.testing") / "templates/plugin/kinds.json").read_text("utf-8")
+)
 
 
 def run(command, **options):
@@ -53,7 +55,7 @@ def test_each_kind_passes_its_suite_at_once(tmp_path, monkeypatch):
 
 
 def test_the_defaults_are_claimed_by_no_installed_package():
-    claimed = {entry.model_type for entry in Plugins.discover({}).entries}
+    claimed = {entry.name for entry in Plugins.discover({}).entries}
     assert claimed & {kind["model_type"] for kind in DEFAULTS.values()} == set()
 
 

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.demo.demos import Demo, DemoEntry
+    from qeff_proxy.demo.demos import Demo
     from qeff_proxy.demo.parity import Parity
     from qeff_proxy.flows.generation.generate import PerfMetrics
+    from qeff_proxy.plugins.entry_points import PackageEntry
     from qeff_proxy.plugins.manager import Plugins
     from qeff_proxy.run.run_compiled import RunResult
 
@@ -96,7 +97,7 @@ def _names(args: argparse.Namespace) -> list[str]:
 
 
 def _report_of(
-    args: argparse.Namespace, entry: DemoEntry, plugins: Plugins
+    args: argparse.Namespace, entry: PackageEntry, plugins: Plugins
 ) -> tuple[int, dict[str, Any]]:
     """Run one demo: its exit code and its report. An error is said, and is no end to the others."""
     from qeff_proxy.demo.demos import load
@@ -191,7 +192,7 @@ def _whole_flow(
     return export, result, demo.parity(loaded.model, read_dump(result.io_folder))
 
 
-def _print_list(entries: list[DemoEntry], *, as_json: bool) -> None:
+def _print_list(entries: list[PackageEntry], *, as_json: bool) -> None:
     from rich.table import Table
 
     if as_json:
