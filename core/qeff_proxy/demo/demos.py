@@ -1,22 +1,22 @@
 """Demos: what ``qeff-proxy demo`` runs, contributed by the core and by installed packages.
 
 A package names a demo as an entry point of the group ``qeff_proxy.demos``: the name users type → a
-function without arguments that gives a `Demo`::
+function without arguments that returns a `Demo`::
 
     [project.entry-points."qeff_proxy.demos"]
     mamba = "my_package.demo:mamba"
 
 Nothing of it is imported until that demo runs. A demo brings its own checkpoint, so that it needs
-no network, and a function that holds its run against the uncut model.
+no network; ``qeff-proxy demo`` verifies it on ONNX Runtime (`qeff_proxy.verify`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.common.version import installed_version
@@ -30,10 +30,6 @@ from qeff_proxy.plugins.entry_points import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from qeff_proxy.demo.parity import Parity
-    from qeff_proxy.dump import Dump
     from qeff_proxy.plugins.entry_points import Selection
     from qeff_proxy.request import Request
     from qeff_proxy.run.run_compiled import RunResult
@@ -54,18 +50,15 @@ class Demo:
         checkpoint: The checkpoint: a folder, or a hub id that a user gave.
         request: The input.
         given: The input in a few words, for people.
-        settings: What the flow understands: ``max_new_tokens`` …
-        parity: Runs the input that a dump holds through the uncut model, in PyTorch, and compares
-            the logits.
-        shown: What came out, for people: text, a transcript.
+        shown: Turns the result of the run into text for people, such as a transcript.
+        max_new_tokens: Tokens to generate, for models that generate.
     """
 
     checkpoint: Path | str
     request: Request
     given: str
-    parity: Callable[[PreTrainedModel, Dump], Parity]
     shown: Callable[[RunResult], str]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    max_new_tokens: int = 8
 
 
 def find_demos(selection: Selection) -> list[PackageEntry]:
