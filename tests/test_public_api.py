@@ -50,9 +50,9 @@ RELIED_ON = {
     "qeff_proxy.hookspecs": ["HOOK_API_VERSION", "PROJECT_NAME", "hookimpl", "hookspec"],
     "qeff_proxy.parts": ["Kind", "MaskKind", "MaskSpec", "Part", "Proxy", "TensorSpec"],
     "qeff_proxy.plugins": [
-        "FamilyEntry",
         "Hooks",
         "LoadedPlugin",
+        "PackageEntry",
         "PluginReport",
         "PluginState",
         "Plugins",

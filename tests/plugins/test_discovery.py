@@ -8,7 +8,8 @@ import types
 
 import pytest
 from qeff_proxy.errors import PluginError, UsageError
-from qeff_proxy.plugins.manager import FamilyEntry, PluginReport, Plugins
+from qeff_proxy.plugins.entry_points import PackageEntry
+from qeff_proxy.plugins.manager import PluginReport, Plugins
 
 PLUGIN = """
     from qeff_proxy.hookspecs import hookimpl
@@ -33,7 +34,7 @@ def test_a_family_is_a_model_type_and_where_its_plugin_lies(site_packages):
     site_packages.install("Acme.Models", {"rnn": "acme.rnn:plugin"}, version="3.2")
 
     assert claims(Plugins.discover({}), "Acme.Models") == [
-        FamilyEntry("rnn", "Acme.Models", "3.2", "acme.rnn:plugin")
+        PackageEntry("rnn", "Acme.Models", "3.2", "acme.rnn:plugin")
     ]
 
 
@@ -41,7 +42,7 @@ def test_finding_families_imports_no_plugin(site_packages):
     site_packages.install("acme", {"rnn": "acme_rnn"}, {"acme_rnn": "raise SystemExit('imported')"})
     code = (
         "import sys; from qeff_proxy.plugins import Plugins; plugins = Plugins.discover({});"
-        "print('rnn' in [family.model_type for family in plugins.families()]);"
+        "print('rnn' in [family.name for family in plugins.families()]);"
         "plugins.reports(); plugins.generic_report();"
         "print(sorted({'acme_rnn', 'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
@@ -103,7 +104,7 @@ def test_of_two_installations_of_a_package_the_importable_one_counts(site_packag
         found = claims(Plugins.discover({}), "acme")
     finally:
         sys.path.remove(str(shadowed.folder))
-    assert [(family.model_type, family.version) for family in found] == [("new", "2.0")]
+    assert [(family.name, family.version) for family in found] == [("new", "2.0")]
 
 
 # Rivals
@@ -171,7 +172,7 @@ def test_the_environment_selects_packages(site_packages, value, served):
     site_packages.install("acme", {"rnn": "acme_rnn"})
     site_packages.install("brand", {"ssm": "brand_ssm"})
     plugins = Plugins.discover({"QEFF_PROXY_PLUGINS": value})
-    found = {family.model_type for family in plugins.families()}
+    found = {family.name for family in plugins.families()}
     assert found & {"rnn", "ssm"} == served
 
 

@@ -55,7 +55,7 @@ def test_each_kind_passes_its_suite_at_once(tmp_path, monkeypatch):
 
 
 def test_the_defaults_are_claimed_by_no_installed_package():
-    claimed = {entry.model_type for entry in Plugins.discover({}).entries}
+    claimed = {entry.name for entry in Plugins.discover({}).entries}
     assert claimed & {kind["model_type"] for kind in DEFAULTS.values()} == set()
 
 

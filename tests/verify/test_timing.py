@@ -17,9 +17,9 @@ from qeff_proxy.compare import Tolerances
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
-from qeff_proxy.verify.backend_choice import backends_to_choose_from
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.timing import Speed, Timing, take_turns
+from qeff_proxy.verify.verify_backend import backends_to_choose_from
 from qeff_proxy.verify.verify_model import verify_model
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def test_the_choice_is_by_what_a_backend_says_of_itself(monkeypatch: pytest.Monk
         return "no such card" if options.num_cores == 1 else None
 
     monkeypatch.setattr(OnnxRuntimeBackend, "untimed", untimed, raising=False)
-    assert "onnxruntime" in backends_to_choose_from()[0]
+    assert "onnxruntime" in backends_to_choose_from(VerifyOptions().compile_for)[0]
     names, left_out = backends_to_choose_from(lambda _name: ONE_CORE)
     assert "onnxruntime" not in names
     assert left_out["onnxruntime"] == "no such card"

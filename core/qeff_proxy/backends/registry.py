@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import importlib_metadata
 
-from qeff_proxy.errors import BackendError, UsageError
-from qeff_proxy.plugins.entry_points import find_entries
+from qeff_proxy.errors import BackendError, PluginError, UsageError
+from qeff_proxy.plugins.entry_points import find_entries, find_entry, load_entry
 
 if TYPE_CHECKING:
     from qeff_proxy.backends.backend import Backend
-    from qeff_proxy.plugins.entry_points import FamilyEntry
+    from qeff_proxy.plugins.entry_points import PackageEntry
 
 
 __all__ = [
@@ -177,12 +177,12 @@ def _builtin_report(name: str) -> BackendReport:
     return BackendReport(name, known.summary, known.package, version, "listed")
 
 
-def _registered_report(entry: FamilyEntry, entries: Sequence[FamilyEntry]) -> BackendReport:
-    name = entry.model_type
+def _registered_report(entry: PackageEntry, entries: Sequence[PackageEntry]) -> BackendReport:
+    name = entry.name
     report = BackendReport(name, "", entry.distribution, entry.version, "listed")
     if name in BUILTIN_BACKENDS:
         return replace(report, state="rival", reason="the name is that of a backend of qeff-proxy")
-    others = {e.distribution for e in entries if e.model_type == name and e is not entry}
+    others = {e.distribution for e in entries if e.name == name and e is not entry}
     if others:
         return replace(report, state="rival", reason=f"{', '.join(sorted(others))} has it, too")
     return report
@@ -241,24 +241,8 @@ def load_backend(name: str) -> Backend:
 
 
 def _registered_backend(name: str) -> Backend:
-    from importlib_metadata import EntryPoint
-
-    from qeff_proxy.plugins.entry_points import find_entries
-
-    found, _ = find_entries(ENTRY_POINT_GROUP)
-    entries = [entry for entry in found if entry.model_type == name]
-    if not entries:
-        known = sorted({*BUILTIN_BACKENDS, *(entry.model_type for entry in found)})
-        raise BackendError(f"there is no backend {name!r}", f"Known are {', '.join(known)}.")
-    if len(entries) > 1:
-        packages = " and ".join(sorted({entry.distribution for entry in entries}))
-        raise BackendError(f"{packages} both have a backend {name!r}", "Uninstall one of them.")
-    (entry,) = entries
     try:
-        return check_class(EntryPoint(name, entry.value, ENTRY_POINT_GROUP).load())()
-    except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BackendError(
-            f"backend {name!r} of package {entry.distribution} cannot be used: {reason}",
-            "Repair the package, or choose another backend.",
-        ) from error
+        entry = find_entry(ENTRY_POINT_GROUP, "backend", name, BUILTIN_BACKENDS)
+        return load_entry(entry, "backend", lambda found: check_class(found)())
+    except PluginError as error:
+        raise BackendError(error.problem, error.hint) from error

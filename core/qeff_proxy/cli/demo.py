@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.demo.demos import Demo, DemoEntry
-    from qeff_proxy.demo.parity import Parity
+    from qeff_proxy.demo.demos import Demo
     from qeff_proxy.flows.generation.generate import PerfMetrics
+    from qeff_proxy.plugins.entry_points import PackageEntry
     from qeff_proxy.plugins.manager import Plugins
     from qeff_proxy.run.run_compiled import RunResult
+    from qeff_proxy.verify.results import BackendResult
 
 __all__ = ["configure", "run"]
 
@@ -37,8 +38,8 @@ _PROMPT = "Anna went to the market"
 _NEW_TOKENS = 64
 _UNEXPECTED = 70  # as for the whole command
 _EPILOG = """\
-Exit status: 0 when every demo ran and every token was PyTorch's, 1 when one differed; an error's
-own where a demo could not run, after the others have.
+Exit status: 0 when every demo ran and agreed with PyTorch in every token and tensor, 1 when one did
+not. When a demo cannot run, the others still do, and the status is that of its error.
 """
 
 
@@ -59,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demos one after the other; each loads, cuts, exports, compiles, runs and compares."""
+    """Run the demos in turn; each loads, cuts, exports, compiles, runs and compares."""
     from qeff_proxy.demo.demos import choose, find_demos
     from qeff_proxy.plugins.manager import Plugins
 
@@ -96,9 +97,9 @@ def _names(args: argparse.Namespace) -> list[str]:
 
 
 def _report_of(
-    args: argparse.Namespace, entry: DemoEntry, plugins: Plugins
+    args: argparse.Namespace, entry: PackageEntry, plugins: Plugins
 ) -> tuple[int, dict[str, Any]]:
-    """Run one demo: its exit code and its report. An error is said, and is no end to the others."""
+    """Run one demo, and return its exit code and report; an error is printed, not raised."""
     from qeff_proxy.demo.demos import load
 
     try:
@@ -121,7 +122,6 @@ def _report_of(
 
 def _text_demo(args: argparse.Namespace, folder: Path) -> Demo:
     from qeff_proxy.demo.demos import Demo
-    from qeff_proxy.demo.parity import parity_of_dump
     from qeff_proxy.request import Request
 
     prompt = _PROMPT if args.prompt is None else args.prompt
@@ -130,9 +130,8 @@ def _text_demo(args: argparse.Namespace, folder: Path) -> Demo:
         checkpoint=args.model or folder,
         request=Request(prompts=(prompt,)),
         given=prompt,
-        parity=parity_of_dump,
         shown=lambda result: f"{prompt}{result.decoded[0]}",
-        settings={"max_new_tokens": tokens, "do_sample": False},
+        max_new_tokens=tokens,
     )
 
 
@@ -140,58 +139,64 @@ def _run_demo(
     args: argparse.Namespace, name: str, demo: Demo, plugins: Plugins
 ) -> tuple[int, dict[str, Any]]:
     with stage_display(f"demo {name}", quiet=args.json) as progress:
-        export, result, parity = _whole_flow(demo, plugins, progress)
-    perf = result.outputs.get("perf_metrics")
+        export, result, run = _verified(demo, plugins, progress)
+    perf = run.outputs.get("perf_metrics")
+    logits = [tensor.worst for tensor in result.final if tensor.worst is not None]
+    parity = {
+        "max_difference": max(stats.max_abs for stats in logits),
+        "largest_logit": max(stats.peak for stats in logits),
+        "equal_tokens": result.equal_tokens,
+        "steps": result.tokens,
+        "passed": result.passed and result.equal_tokens == result.tokens > 0,
+    }
+    text = demo.shown(run)
     if not args.json:
         print_text(_parts_table(f"{name}: {Path(demo.checkpoint).name}", export))
         print_text(_result_table(export, parity, perf))
         print_text(f"export: {_short(export.folder)}")
-        print_text(f"dump:   {_short(result.io_folder)}")
-        print_text(f"\n{demo.shown(result)}\n")
+        print_text(f"dump:   {_short(run.io_folder)}")
+        print_text(f"\n{text}\n")
         sys.stdout.flush()  # the next demo takes seconds
     report = {
         "export": str(export.folder),
         "cut": export.cut,
         "files": export.files,
-        "parity": parity.to_json(),
+        "parity": parity,
         "perf_metrics": perf.to_json() if perf is not None else None,
-        "io_folder": str(result.io_folder),
+        "io_folder": str(run.io_folder),
         "given": demo.given,
-        "text": demo.shown(result),
+        "text": text,
     }
-    return 0 if parity.passed else 1, report
+    return 0 if parity["passed"] else 1, report
 
 
-def _whole_flow(
+def _verified(
     demo: Demo, plugins: Plugins, progress: Callable[[str], None]
-) -> tuple[Export, RunResult, Parity]:
+) -> tuple[Export, BackendResult, RunResult]:
+    """Export the checkpoint and verify it on ONNX Runtime; a failure there is raised."""
     progress("loading libraries")
-    from qeff_proxy.backends.compile_export import compile_export
-    from qeff_proxy.dump import read_dump
-    from qeff_proxy.export.export_model import export_model
+    from qeff_proxy.artifact.export_folder import read_export
     from qeff_proxy.load.load_model import load_model
-    from qeff_proxy.load.load_processor import load_processor
-    from qeff_proxy.run.run_compiled import run_compiled
+    from qeff_proxy.verify.options import VerifyOptions
+    from qeff_proxy.verify.verify_model import verify_model
 
     loaded = load_model(str(demo.checkpoint))
-    hooks = plugins.hooks_for(loaded.model_type)
-    export = export_model(loaded, hooks, progress=progress)
-    compiled = compile_export(export, progress=progress)
-    progress("running")
-    result = run_compiled(
-        compiled,
-        hooks,
+    verification = verify_model(
+        loaded,
+        ["onnxruntime"],
         demo.request,
-        processor=load_processor(export.processor_folder),
-        settings=demo.settings,
-        write_io=True,
+        VerifyOptions(taps=(), max_new_tokens=demo.max_new_tokens),
+        hooks=plugins.hooks_for(loaded.model_type),
+        progress=progress,
     )
-    assert result.io_folder is not None  # noqa: S101 (write_io gives one)
-    progress("comparing with PyTorch")
-    return export, result, demo.parity(loaded.model, read_dump(result.io_folder))
+    (result,) = verification.results
+    if result.failure is not None:
+        raise result.failure
+    assert result.run is not None  # noqa: S101 (there is one without a failure)
+    return read_export(verification.export), result, result.run
 
 
-def _print_list(entries: list[DemoEntry], *, as_json: bool) -> None:
+def _print_list(entries: list[PackageEntry], *, as_json: bool) -> None:
     from rich.table import Table
 
     if as_json:
@@ -222,7 +227,7 @@ def _parts_table(name: str, export: Export) -> Table:
     return table
 
 
-def _result_table(export: Export, parity: Parity, perf: PerfMetrics | None) -> Table:
+def _result_table(export: Export, parity: dict[str, Any], perf: PerfMetrics | None) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
@@ -237,8 +242,9 @@ def _result_table(export: Export, parity: Parity, perf: PerfMetrics | None) -> T
     )
     table.add_row(
         "parity with PyTorch",
-        f"{parity.equal_tokens} of {counted(parity.steps, 'token')} equal, "
-        f"largest logit difference {parity.max_difference:.1e} of {parity.largest_logit:.1f}",
+        f"{parity['equal_tokens']} of {counted(parity['steps'], 'token')} equal, "
+        f"largest logit difference {parity['max_difference']:.1e} of "
+        f"{parity['largest_logit']:.1f}",
     )
     if perf is not None:
         table.add_row(

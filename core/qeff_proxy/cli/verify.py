@@ -200,7 +200,7 @@ def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             raise UsageError(f"-O {text} is not BACKEND.NAME=VALUE")
         name, value = parse_option(option)
         found.setdefault(backend, {})[name] = value
-    from qeff_proxy.verify.backend_choice import BEST
+    from qeff_proxy.verify.options import BEST
 
     named = set(args.backend or ["onnxruntime"])
     unused = sorted(set(found) - named)

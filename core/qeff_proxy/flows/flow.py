@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from qeff_proxy.errors import PluginError
+from qeff_proxy.plugins.entry_points import find_entry, load_entry
 
 if TYPE_CHECKING:
     import torch
@@ -152,23 +152,11 @@ def load_flow(name: str) -> Flow:
     """Make the flow called ``name``.
 
     Raises:
-        PluginError: There is none of that name, or it cannot be imported.
+        PluginError: No package has a flow of that name, several have, or it cannot be imported.
     """
     target = BUILTIN_FLOWS.get(name)
     if target is not None:
         module, _, attribute = target.partition(":")
         return cast("Flow", getattr(importlib.import_module(module), attribute)())
-    from importlib_metadata import entry_points
-
-    found = entry_points(group=ENTRY_POINT_GROUP)
-    if name not in found.names:
-        known = ", ".join(sorted({*BUILTIN_FLOWS, *found.names}))
-        raise PluginError(
-            f"there is no flow {name!r}", f"Known are {known}; install the package it comes from."
-        )
-    try:
-        return cast("Flow", found[name].load()())
-    except Exception as error:
-        raise PluginError(
-            f"flow {name!r} ({found[name].value}) cannot be used: {type(error).__name__}: {error}"
-        ) from error
+    entry = find_entry(ENTRY_POINT_GROUP, "flow", name, BUILTIN_FLOWS)
+    return load_entry(entry, "flow", lambda flow_class: cast("Flow", flow_class()))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.common.quiet import quiet_loading
-from qeff_proxy.errors import CheckpointError, PluginError, ProxyError, UnsupportedModelError
+from qeff_proxy.errors import CheckpointError, ProxyError, UnsupportedModelError
 from qeff_proxy.load.checkpoint_files import file_of_tensor
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
+from qeff_proxy.plugins.entry_points import find_entries, load_entry, pick_entry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -183,18 +184,9 @@ def class_named(config: Mapping[str, Any], auto_class: str | None) -> str:
 
 def remote_code_adapter(model_type: str) -> Any:
     """What a package brings to load this model type's own code, or ``None``."""
-    from importlib_metadata import entry_points
-
-    found = entry_points(group=REMOTE_CODE_GROUP)
-    if model_type not in found.names:
-        return None
-    try:
-        return found[model_type].load()
-    except Exception as error:
-        raise PluginError(
-            f"the adapter for code of model type {model_type!r} ({found[model_type].value}) "
-            f"cannot be used: {type(error).__name__}: {error}"
-        ) from error
+    noun = "adapter for code of model type"
+    entry = pick_entry(find_entries(REMOTE_CODE_GROUP)[0], noun, model_type)
+    return None if entry is None else load_entry(entry, noun, lambda adapter: adapter)
 
 
 def _loading_error(

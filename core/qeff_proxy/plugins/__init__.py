@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qeff_proxy.plugins.entry_points import FamilyEntry
+from qeff_proxy.plugins.entry_points import PackageEntry
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.plugins.manager import LoadedPlugin, PluginReport, Plugins, PluginState
 
-__all__ = ["FamilyEntry", "Hooks", "LoadedPlugin", "PluginReport", "PluginState", "Plugins"]
+__all__ = ["Hooks", "LoadedPlugin", "PackageEntry", "PluginReport", "PluginState", "Plugins"]

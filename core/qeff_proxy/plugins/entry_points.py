@@ -1,8 +1,12 @@
-"""Which plugins are installed and which of them take part, told without importing any.
+"""What installed packages register: listed without importing any of it, loaded by name.
+
+Every group of entry points is read here: families, flows, backends, demos and adapters for remote
+code. `find_entries` lists a group, `find_entry` picks one name, `load_entry` imports it. A package
+whose metadata is damaged is named, and hides no other.
 
 A plugin package names its model types as entry points of the group ``qeff_proxy.families``: the
-name is a model type (``model_type`` of a checkpoint's config), the value a module or an object
-that carries hooks::
+name is a model type (``model_type`` of a checkpoint's config), the value a module or object with
+hooks::
 
     [project.entry-points."qeff_proxy.families"]
     mamba = "my_package.mamba"
@@ -29,22 +33,25 @@ commas, of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import importlib_metadata
 
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import PluginError, ProxyError, UsageError
 
 __all__ = [
     "ENTRY_POINT_GROUP",
     "ENVIRONMENT_VARIABLE",
     "GENERIC",
     "BrokenPackage",
-    "FamilyEntry",
+    "PackageEntry",
     "Selection",
     "find_entries",
-    "find_families",
+    "find_entry",
+    "load_entry",
+    "pick_entry",
 ]
 
 ENTRY_POINT_GROUP = "qeff_proxy.families"
@@ -52,30 +59,36 @@ ENVIRONMENT_VARIABLE = "QEFF_PROXY_PLUGINS"
 #: What the core's fallback plugin is called wherever a package can be named.
 GENERIC = "generic"
 
+_Made = TypeVar("_Made")
 # What reading the metadata of a damaged installation raises, by the version of the library.
 _METADATA_FAULTS = (AttributeError, KeyError, OSError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
-class FamilyEntry:
-    """One model type that an installed package claims.
+class PackageEntry:
+    """One entry point of an installed package.
 
     Attributes:
-        model_type: The ``model_type`` of the checkpoints it serves, or ``MODEL_TYPE/TASK``.
+        name: What it registers: for a family the ``model_type`` of the checkpoints it serves, or
+            ``MODEL_TYPE/TASK``.
         distribution: The package, as its metadata spells it.
         version: The package's version.
-        value: The module, or ``module:object``, that carries the hooks.
+        value: The module, or ``module:object``.
     """
 
-    model_type: str
+    name: str
     distribution: str
     version: str
     value: str
 
+    def load(self) -> Any:
+        """Import the object; raises whatever the package's code raises."""
+        return importlib_metadata.EntryPoint(self.name, self.value, "").load()
+
 
 @dataclass(frozen=True)
 class BrokenPackage:
-    """An installed package that claims families in metadata that cannot be read.
+    """An installed package that has entries in the group, in metadata that cannot be read.
 
     Attributes:
         distribution: Its name; ``None`` where even that cannot be read.
@@ -86,20 +99,12 @@ class BrokenPackage:
     reason: str
 
 
-def find_families() -> tuple[list[FamilyEntry], list[BrokenPackage]]:
-    """The families that installed packages claim (`find_entries`), by package and model type."""
-    return find_entries(ENTRY_POINT_GROUP)
-
-
-def find_entries(group: str) -> tuple[list[FamilyEntry], list[BrokenPackage]]:
-    """Look through the installed packages, without importing them.
-
-    Args:
-        group: Of entry points; what is claimed by their names stands for the model type.
+def find_entries(group: str) -> tuple[list[PackageEntry], list[BrokenPackage]]:
+    """The entry points of ``group`` in all installed packages, without importing any.
 
     Returns:
-        The claims, by package and name, and the packages that claim some but are damaged.
-        One damaged package, ours or not, hides no other.
+        The entries, by package and name, and the packages with damaged metadata. A damaged
+        package, ours or not, hides no other.
     """
     names: dict[str, None] = {}
     broken = []
@@ -108,7 +113,7 @@ def find_entries(group: str) -> tuple[list[FamilyEntry], list[BrokenPackage]]:
             if group in (distribution.read_text("entry_points.txt") or ""):
                 names[_canonical(distribution.name)] = None
         except UnicodeDecodeError:
-            continue  # whose it is cannot be told
+            continue  # nobody can tell which groups it has
         except _METADATA_FAULTS as error:
             where = distribution.locate_file("")
             broken.append(BrokenPackage(None, f"a package in {where} has no metadata: {error!r}"))
@@ -118,15 +123,86 @@ def find_entries(group: str) -> tuple[list[FamilyEntry], list[BrokenPackage]]:
             entries += _entries_of(name, group)
         except _METADATA_FAULTS as error:
             broken.append(BrokenPackage(name, f"its entry points cannot be read: {error!r}"))
-    entries.sort(key=lambda one: (_canonical(one.distribution), one.model_type, one.value))
+    entries.sort(key=lambda entry: (_canonical(entry.distribution), entry.name, entry.value))
     return entries, broken
 
 
-def _entries_of(name: str, group: str) -> list[FamilyEntry]:
+def pick_entry(
+    entries: Iterable[PackageEntry], noun: str, name: str, hint: str = "Uninstall one of them."
+) -> PackageEntry | None:
+    """The entry called ``name``; ``None`` where there is none.
+
+    Args:
+        entries: What to choose from.
+        noun: What an entry of the group is, for messages: ``"flow"``.
+        name: Of the entry.
+        hint: What to do about rivals.
+
+    Raises:
+        PluginError: Several packages have an entry of that name, or one package has two.
+    """
+    rivals = [entry for entry in entries if entry.name == name]
+    if len(rivals) < 2:
+        return next(iter(rivals), None)
+    packages = sorted({entry.distribution for entry in rivals})
+    if len(packages) == 1:
+        raise PluginError(f"package {packages[0]} has two entries for the {noun} {name!r}", hint)
+    raise PluginError(f"packages {' and '.join(packages)} both have a {noun} {name!r}", hint)
+
+
+def find_entry(group: str, noun: str, name: str, builtin: Iterable[str] = ()) -> PackageEntry:
+    """The entry of ``group`` called ``name``.
+
+    Args:
+        group: The group of entry points.
+        noun: What an entry of the group is, for messages: ``"flow"``.
+        name: Of the entry.
+        builtin: Names that the core has itself, for the message.
+
+    Raises:
+        PluginError: No package has such an entry, or several have.
+    """
+    entries, broken = find_entries(group)
+    entry = pick_entry(entries, noun, name)
+    if entry is None:
+        known = sorted({*builtin, *(entry.name for entry in entries)})
+        damaged = "".join(f" Package {one.distribution}: {one.reason}." for one in broken)
+        raise PluginError(
+            f"there is no {noun} {name!r}",
+            f"Known are {', '.join(known)}; install the package it comes from.{damaged}",
+        )
+    return entry
+
+
+def load_entry(entry: PackageEntry, noun: str, make: Callable[[Any], _Made]) -> _Made:
+    """Import what an entry names, and make the object that is wanted of it.
+
+    Args:
+        entry: What to import.
+        noun: What an entry of the group is, for messages: ``"flow"``.
+        make: Turns the imported object into the result, such as by calling it.
+
+    Raises:
+        ProxyError: Whatever the package raises on purpose.
+        PluginError: Anything else it raises; names the package and the reason.
+    """
+    try:
+        return make(entry.load())
+    except ProxyError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f"{noun} {entry.name!r} of package {entry.distribution} cannot be used: {entry.value} "
+            f"raised {type(error).__name__}: {error}",
+            f"Repair the package, remove it, or choose another {noun}.",
+        ) from error
+
+
+def _entries_of(name: str, group: str) -> list[PackageEntry]:
     # By name, because that is the installation the imports see when there are two on the path.
     distribution = importlib_metadata.distribution(name)
     entries = {
-        FamilyEntry(entry.name, distribution.name, distribution.version, entry.value)
+        PackageEntry(entry.name, distribution.name, distribution.version, entry.value)
         for entry in distribution.entry_points.select(group=group)
     }
     return list(entries)
@@ -151,7 +227,7 @@ class Selection:
     chosen: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def parse(cls, text: str, entries: Sequence[FamilyEntry], broken: Iterable[str]) -> Selection:
+    def parse(cls, text: str, entries: Sequence[PackageEntry], broken: Iterable[str]) -> Selection:
         """Read the variable's value.
 
         Args:
@@ -184,23 +260,23 @@ class Selection:
             raise _complaint(f"disables {contradicted[0]!r}, which {what}", known)
         return cls(frozenset(only), frozenset(disabled), tuple(sorted(chosen.items())))
 
-    def admits(self, entry: FamilyEntry) -> bool:
+    def admits(self, entry: PackageEntry) -> bool:
         """Whether this package may serve this model type."""
         package = _canonical(entry.distribution)
-        chosen = dict(self.chosen).get(entry.model_type)
+        chosen = dict(self.chosen).get(entry.name)
         if chosen is not None:
             return package == chosen
         return package not in self.disabled and (not self.only or package in self.only)
 
 
 def _add_choice(
-    chosen: dict[str, str], model_type: str, package: str, entries: Sequence[FamilyEntry]
+    chosen: dict[str, str], model_type: str, package: str, entries: Sequence[PackageEntry]
 ) -> None:
     if chosen.setdefault(model_type, package) != package:
         raise _complaint(f"chooses two packages for {model_type!r}", {chosen[model_type], package})
-    claimants = {_canonical(e.distribution) for e in entries if e.model_type == model_type}
+    claimants = {_canonical(e.distribution) for e in entries if e.name == model_type}
     if not claimants:
-        types = {entry.model_type for entry in entries}
+        types = {entry.name for entry in entries}
         raise _complaint(f"names model type {model_type!r}, which no package claims", types)
     if package not in claimants | {GENERIC}:
         problem = f"chooses {package!r} for {model_type!r}, which it does not claim"

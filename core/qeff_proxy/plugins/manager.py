@@ -18,8 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from importlib_metadata import EntryPoint
-
 from qeff_proxy.common.version import installed_version
 from qeff_proxy.errors import PluginError
 from qeff_proxy.plugins.entry_points import (
@@ -27,13 +25,13 @@ from qeff_proxy.plugins.entry_points import (
     ENVIRONMENT_VARIABLE,
     GENERIC,
     BrokenPackage,
-    FamilyEntry,
+    PackageEntry,
     Selection,
-    find_families,
+    find_entries,
 )
 from qeff_proxy.plugins.hooks import Hooks, InvalidPluginError, hook_names
 
-__all__ = ["FamilyEntry", "LoadedPlugin", "PluginReport", "PluginState", "Plugins"]
+__all__ = ["LoadedPlugin", "PluginReport", "PluginState", "Plugins"]
 
 _CORE_PACKAGE = "qeff-proxy"
 _GENERIC_MODULE = "qeff_proxy.families.generic"
@@ -109,7 +107,7 @@ class Plugins:
         broken: Packages whose metadata cannot be read.
     """
 
-    entries: Sequence[FamilyEntry] = ()
+    entries: Sequence[PackageEntry] = ()
     selection: Selection = field(default_factory=Selection)
     broken: Sequence[BrokenPackage] = ()
     _registered: dict[str, LoadedPlugin] = field(default_factory=dict, init=False, repr=False)
@@ -128,12 +126,12 @@ class Plugins:
         Raises:
             UsageError: ``QEFF_PROXY_PLUGINS`` names what is not there, or contradicts itself.
         """
-        entries, broken = find_families()
+        entries, broken = find_entries(ENTRY_POINT_GROUP)
         text = environ.get(ENVIRONMENT_VARIABLE, "")
         names = [package.distribution for package in broken if package.distribution]
         return cls(entries, Selection.parse(text, entries, names), broken)
 
-    def families(self) -> list[FamilyEntry]:
+    def families(self) -> list[PackageEntry]:
         """The model types of the packages that take part, by package and model type."""
         return [entry for entry in self.entries if self.selection.admits(entry)]
 
@@ -176,7 +174,7 @@ class Plugins:
             return registered
         if (rivals := self._rivals(model_type)) is not None:
             raise rivals
-        entry = next((one for one in self.families() if one.model_type == model_type), None)
+        entry = next((one for one in self.families() if one.name == model_type), None)
         if entry is None:
             return None
         loaded = self._load(entry)
@@ -199,7 +197,7 @@ class Plugins:
             return PluginOrigin(registered.name, registered.distribution, registered.version)
         if (rivals := self._rivals(model_type)) is not None:
             raise rivals
-        entry = next((one for one in self.families() if one.model_type == model_type), None)
+        entry = next((one for one in self.families() if one.name == model_type), None)
         if entry is None:
             return PluginOrigin(GENERIC, _CORE_PACKAGE, installed_version())
         return PluginOrigin(entry.value, entry.distribution, entry.version)
@@ -213,7 +211,7 @@ class Plugins:
         Raises:
             PluginError: Two packages claim it, or a plugin cannot be used.
         """
-        claims = {entry.model_type for entry in self.families()}
+        claims = {entry.name for entry in self.families()}
         for claim in sorted(claims):
             if claim.partition("/")[0] == model_type:
                 self.owner(claim)
@@ -266,7 +264,7 @@ class Plugins:
 
     def reports(self) -> list[PluginReport]:
         """What is known of each plugin, importing none."""
-        grouped: dict[tuple[str, str], list[FamilyEntry]] = {}
+        grouped: dict[tuple[str, str], list[PackageEntry]] = {}
         for entry in self.entries:
             grouped.setdefault((entry.distribution, entry.value), []).append(entry)
         reports = [self._report(group) for group in grouped.values()]
@@ -280,7 +278,7 @@ class Plugins:
             reports.append(PluginReport(None, None, loaded.name, tuple(served), loaded.hooks, "ok"))
         return reports
 
-    def _report(self, group: Sequence[FamilyEntry]) -> PluginReport:
+    def _report(self, group: Sequence[PackageEntry]) -> PluginReport:
         report = self._describe(group)
         notes = [report.reason] if report.reason else []
         notes += self._notes(group)
@@ -288,15 +286,15 @@ class Plugins:
         active = [entry for entry in group if self.selection.admits(entry)]
         if not active:
             state = "disabled"
-        elif state != "failed" and any(self._rivals(entry.model_type) for entry in active):
+        elif state != "failed" and any(self._rivals(entry.name) for entry in active):
             state = "rival"
         return replace(report, state=state, reason="; ".join(notes))
 
-    def _describe(self, group: Sequence[FamilyEntry]) -> PluginReport:
+    def _describe(self, group: Sequence[PackageEntry]) -> PluginReport:
         """How far importing one plugin has come."""
         entry = group[0]
         loaded = self._loaded.get((entry.distribution, entry.value))
-        model_types = tuple(sorted({one.model_type for one in group}))
+        model_types = tuple(sorted({one.name for one in group}))
         report = PluginReport(
             entry.distribution, entry.version, entry.value, model_types, None, "listed"
         )
@@ -304,7 +302,7 @@ class Plugins:
             return replace(report, state="failed", reason=loaded)
         return report if loaded is None else replace(report, state="ok", hooks=loaded.hooks)
 
-    def _load(self, entry: FamilyEntry) -> LoadedPlugin | str:
+    def _load(self, entry: PackageEntry) -> LoadedPlugin | str:
         key = (entry.distribution, entry.value)
         if key not in self._loaded:
             self._loaded[key] = _import_plugin(entry)
@@ -312,7 +310,7 @@ class Plugins:
 
     def _rivals(self, model_type: str) -> PluginError | None:
         """The error of asking for ``model_type`` when more than one installed plugin claims it."""
-        claims = [entry for entry in self.families() if entry.model_type == model_type]
+        claims = [entry for entry in self.families() if entry.name == model_type]
         if len(claims) < 2 or model_type in self._registered:
             return None
         packages = sorted({claim.distribution for claim in claims})
@@ -329,32 +327,31 @@ class Plugins:
             f"Choose with {' or '.join(choices)}.",
         )
 
-    def _notes(self, group: Sequence[FamilyEntry]) -> list[str]:
+    def _notes(self, group: Sequence[PackageEntry]) -> list[str]:
         """What keeps each model type of one plugin from being served by it."""
         if not any(self.selection.admits(entry) for entry in group):
             return [f"not selected by {ENVIRONMENT_VARIABLE}"]
         notes = []
         for entry in group:
             if not self.selection.admits(entry):
-                notes.append(f"{entry.model_type}: not selected by {ENVIRONMENT_VARIABLE}")
-            elif (registered := self._registered.get(entry.model_type)) is not None:
+                notes.append(f"{entry.name}: not selected by {ENVIRONMENT_VARIABLE}")
+            elif (registered := self._registered.get(entry.name)) is not None:
                 notes.append(
-                    f"{entry.model_type}: served by {registered.name!r}, which was "
-                    "registered from Python"
+                    f"{entry.name}: served by {registered.name!r}, which was registered from Python"
                 )
-            elif (rivals := self._rivals(entry.model_type)) is not None:
+            elif (rivals := self._rivals(entry.name)) is not None:
                 notes.append(str(rivals))
         return notes
 
 
-def _generic_entry() -> FamilyEntry:
-    return FamilyEntry(GENERIC, _CORE_PACKAGE, installed_version(), _GENERIC_MODULE)
+def _generic_entry() -> PackageEntry:
+    return PackageEntry(GENERIC, _CORE_PACKAGE, installed_version(), _GENERIC_MODULE)
 
 
-def _import_plugin(entry: FamilyEntry) -> LoadedPlugin | str:
+def _import_plugin(entry: PackageEntry) -> LoadedPlugin | str:
     """The plugin that ``entry`` names, or the reason it cannot be used."""
     try:
-        plugin = EntryPoint(entry.model_type, entry.value, ENTRY_POINT_GROUP).load()
+        plugin = entry.load()
         hooks = hook_names(plugin)
     except InvalidPluginError as error:
         return str(error)

@@ -140,7 +140,7 @@ def _check_model_type(model_type: str) -> None:
             "It is the model_type of a checkpoint's config.json, such as my-model.",
         )
     for entry in Plugins.discover({}).entries:
-        if entry.model_type == model_type:
+        if entry.name == model_type:
             raise UsageError(
                 f"model type {model_type!r} is served by {entry.distribution} already",
                 "Name another with --model-type, or uninstall that package.",

@@ -1,4 +1,4 @@
-"""Verify: hold backends against PyTorch, tensor by tensor and token by token."""
+"""Verify: compare backends with PyTorch, tensor by tensor and token by token."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The speed of what was verified: backends and PyTorch's own model, on the same input in turns.
+"""Measure the speed of backends and of PyTorch's uncut model, on the same input in turns.
 
-Every backend runs the graphs that a user gets, without the layer taps that were verified: an extra
-output of each layer costs time, and keeps operators apart that would be fused. So these graphs are
-held against the reference, too, and only what passes is measured. All generate the reference's
-tokens, and so do equally much.
+Every backend runs the graphs that users get, without the layer taps of the verification: an extra
+output of each layer costs time and prevents fusions. These graphs are therefore compared with the
+reference too, and only those that pass are measured. All generate the reference's tokens, so all do
+the same amount of work.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from qeff_proxy.backends.compile_export import open_sessions
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.flows.flow import Flow, Job, TimedFlow, load_flow
 from qeff_proxy.load.load_model import load_config
-from qeff_proxy.verify.backend_choice import why_untimed
+from qeff_proxy.verify.results import reason_of
 from qeff_proxy.verify.timing import Speed, Timing, take_turns
-from qeff_proxy.verify.verify_backend import compiled_for, hold_against, reason_of
+from qeff_proxy.verify.verify_backend import compare_with_reference, compiled_for, why_untimed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,12 +53,12 @@ def measure_speed(
     All stay loaded side by side while they are measured.
 
     Args:
-        run: The input, which reference and backends have run.
-        export: What is measured: the export that was verified, or the same without taps.
+        run: The input, which reference and backends have run already.
+        export: The export to measure: the verified one, or the same without taps.
         model: Makes the uncut model.
         results: Of the verification.
         left_out: Backends that were not verified, and why.
-        progress: Told what happens as it begins.
+        progress: Called with the name of each stage as it starts.
     """
     out = dict(left_out)
     with ExitStack() as stack:
@@ -106,7 +106,7 @@ def _measured(
             notes.append(f"{PYTORCH} runs transformers' {type(uncut).__name__}, {attention}")
             threads = run.options.compile.num_cores
             contenders[PYTORCH] = partial(_run_uncut, uncut, flow, run, first, threads)
-        except Exception as error:  # noqa: BLE001 (what is compared with must not stop the rest)
+        except Exception as error:  # noqa: BLE001 (a failure of PyTorch must not stop the backends)
             notes.append(f"{PYTORCH} is not measured: {reason_of(error)}")
         timings, failed = take_turns(contenders, run.options.turns, progress)
     if PYTORCH in failed:
@@ -117,11 +117,11 @@ def _measured(
 
 
 def _sorted(timings: Mapping[str, Timing]) -> list[Timing]:
-    return sorted(timings.values(), key=lambda one: one.median)
+    return sorted(timings.values(), key=lambda timing: timing.median)
 
 
 def _why_out(result: BackendResult, run: Runs) -> str | None:
-    """Why a backend that was verified is no choice; ``None`` where it is one."""
+    """Why a verified backend is not measured; ``None`` where it is."""
     if not result.passed:
         return "it did not pass"
     options = run.options.compile_for(result.backend)
@@ -129,9 +129,10 @@ def _why_out(result: BackendResult, run: Runs) -> str | None:
 
 
 def _plain_fault(run: Runs, compiled: Compiled) -> str | None:
-    """What is wrong with what a backend gives without taps; ``None`` where it passes."""
-    folder = run.candidate(compiled, _PLAIN.format(compiled.backend))
-    comparison = hold_against(run, compiled, folder, partial=True)
+    """Why a backend does not pass without taps; ``None`` where it passes."""
+    dump = _PLAIN.format(compiled.backend)
+    run.candidate(compiled, dump)
+    comparison = compare_with_reference(run, compiled, dump, partial=True)
     first = comparison.first_divergence
     return None if first is None else f"without taps it did not pass: {first.tensor}"
 
@@ -150,12 +151,12 @@ def _job(run: Runs, compiled: Compiled, sessions: Mapping[str, Session]) -> Job:
 
 
 def _again(run: Runs, job: Job) -> Job:
-    """The job with settings of its own: the tokens that it is fed are used up by a run."""
+    """The job with fresh settings: each run uses up the tokens it is fed."""
     return replace(job, settings=run.settings())
 
 
 def _amount(run: Runs, job: Job) -> tuple[float, str]:
-    """How much one run does, and of what."""
+    """The amount of work in one run, and its unit."""
     flow = load_flow(job.export.flow)
     if isinstance(flow, TimedFlow):
         return flow.amount(job)
@@ -170,7 +171,7 @@ def _run_parts(flow: Flow, run: Runs, job: Job) -> object:
 def _run_uncut(
     model: PreTrainedModel, flow: Flow, run: Runs, job: Job, threads: int | None
 ) -> object:
-    """Run the uncut model on what the parts are run on."""
+    """Run the uncut model on the same tensors as the parts."""
     job = _again(run, job)
     with _threads(threads), torch.no_grad():
         if isinstance(flow, TimedFlow):
@@ -184,7 +185,7 @@ def _run_uncut(
 
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    """Let PyTorch use so many threads, as the backends do; ``None``: its own choice."""
+    """Limit PyTorch to as many threads as the backends; ``None`` sets no limit."""
     if number is None:
         yield
         return
@@ -198,9 +199,9 @@ def _threads(number: int | None) -> Iterator[None]:
 
 @contextmanager
 def _own_attention(model: PreTrainedModel) -> Iterator[str]:
-    """Give a model the attention that transformers would choose, and say which; then take it back.
+    """Switch a model to the attention that transformers uses by default; yields its name.
 
-    Checkpoints are loaded with eager attention, which is not what their users run.
+    Checkpoints are loaded with eager attention, which is slower than what their users run.
     """
     before = model.config._attn_implementation  # noqa: SLF001 (the only place it is kept)
     try:

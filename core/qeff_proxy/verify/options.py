@@ -1,4 +1,4 @@
-"""What to verify, and how."""
+"""The options of a verification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from qeff_proxy.compare import Tolerances
     from qeff_proxy.parts import Kind
 
-__all__ = ["VerifyOptions"]
+__all__ = ["BEST", "VerifyOptions"]
+
+#: Named in place of a backend: all that can be measured on this machine.
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -23,24 +26,24 @@ class VerifyOptions:
     """How a model is verified.
 
     Attributes:
-        kind: How a checkpoint is cut: ``"split"`` or ``"whole"``.
-        taps: What a checkpoint is exported with (`qeff_proxy.layers.taps`), ``"layers"`` unless
-            said. An export has what it has.
-        output: The folder of a checkpoint's export, where the default does not serve.
+        kind: How to cut a checkpoint: ``"split"`` or ``"whole"``.
+        taps: Layer outputs to add to a checkpoint's export (`qeff_proxy.layers.taps`); by default
+            ``"layers"``. An export keeps its own.
+        output: The folder of a checkpoint's export; by default one in the cache.
         opset: ONNX opset of a checkpoint's export.
-        force: Export and compile again, whatever is there.
+        force: Export and compile again, even where both are up to date.
         max_new_tokens: Tokens to generate, for models that generate.
-        tolerances: How far each tensor may be off; by dtype unless given.
+        tolerances: How far each tensor may be off; by default according to its dtype.
         compile: Shapes and cores, for every backend.
-        backends: What only one backend understands, by its name.
-        calibration: What backends that quantize are calibrated on (`qeff_proxy.run.calibration`).
-        io: Which steps and tensors are dumped and compared.
+        backends: Options of one backend, by its name.
+        calibration: Inputs to calibrate backends that quantize (`qeff_proxy.run.calibration`).
+        io: Which steps and tensors to dump and compare.
         io_folder: Where the dumps go; by default a new folder below ``io/`` of the export.
-        html: Write a report for each backend: to this file, or with several backends to one beside
-            it, with the backend's name before its ending.
-        speed: Measure the speed of the backends that pass, and of PyTorch; without layer taps, so
-            that a checkpoint is exported without them, too.
-        turns: Of that measurement.
+        html: Write a report for each backend: to this file, or with several backends to files
+            beside it, with the backend's name before the suffix.
+        speed: Measure the speed of the backends that pass, and of PyTorch. Layer taps cost time,
+            so a checkpoint is exported once more without them.
+        turns: How often each is measured.
     """
 
     kind: Kind = "split"
@@ -63,5 +66,5 @@ class VerifyOptions:
         whole_number("turns", self.turns)
 
     def compile_for(self, name: str) -> CompileOptions:
-        """Shapes, cores and the options of one backend."""
+        """Shapes and cores, with the options of one backend."""
         return replace(self.compile, backend=dict(self.backends.get(name, {})))

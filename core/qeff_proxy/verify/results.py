@@ -1,4 +1,4 @@
-"""What a verification found, as plain data."""
+"""The result of a verification, as plain data."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.errors import ProxyError
+
 if TYPE_CHECKING:
     from qeff_proxy.compare import Comparison, Divergence, TensorComparison
     from qeff_proxy.dump import Dump
+    from qeff_proxy.run.run_compiled import RunResult
     from qeff_proxy.verify.timing import Speed
 
-__all__ = ["BackendResult", "Verification", "count_equal_tokens"]
+__all__ = ["BackendResult", "Verification", "count_equal_tokens", "reason_of"]
 
 
 @dataclass(frozen=True)
 class BackendResult:
-    """What one backend gave, held against the reference.
+    """One backend's run, compared with the reference.
 
     Attributes:
         backend: Its name.
-        error: Why it gave nothing to compare; ``None`` where it did.
-        folder: Its dump.
+        failure: What stopped it before the comparison; ``None`` where nothing did.
+        run: Its outputs and its dump; ``None`` where it failed before these.
         comparison: Of its dump with the reference's.
         equal_tokens: Of `tokens`, those whose most likely token is the reference's.
         tokens: Steps (times prompts) that decide a token; positions where a model gives the
@@ -34,13 +37,23 @@ class BackendResult:
     """
 
     backend: str
-    error: str | None
-    folder: Path | None
+    failure: Exception | None
+    run: RunResult | None
     comparison: Comparison | None
     equal_tokens: int
     tokens: int
     seconds: float
     report: Path | None
+
+    @property
+    def error(self) -> str | None:
+        """The failure in one line; ``None`` where there is none."""
+        return reason_of(self.failure) if self.failure is not None else None
+
+    @property
+    def folder(self) -> Path | None:
+        """Its dump."""
+        return self.run.io_folder if self.run is not None else None
 
     @property
     def passed(self) -> bool:
@@ -49,7 +62,7 @@ class BackendResult:
 
     @property
     def divergence(self) -> Divergence | None:
-        """Where the backend first parts from the reference."""
+        """Where the backend first diverges from the reference."""
         return self.comparison.first_divergence if self.comparison is not None else None
 
     @property
@@ -65,7 +78,7 @@ class BackendResult:
 
     @property
     def final(self) -> list[TensorComparison]:
-        """What the model gives in the end: the logits, else the last output of no layer."""
+        """The model's output: the logits, else the last output outside of the layers."""
         tensors = self.comparison.tensors if self.comparison is not None else []
         outputs = [t for t in tensors if t.name.direction == "out" and t.name.layer is None]
         logits = [t for t in outputs if t.name.tensor == "logits"]
@@ -112,19 +125,19 @@ class BackendResult:
 
 @dataclass(frozen=True)
 class Verification:
-    """A model on several backends, held against PyTorch.
+    """A model on several backends, compared with PyTorch.
 
     Attributes:
-        source: What the model was named by.
+        source: The checkpoint, as the user named it.
         export: The export's folder.
-        taps: What its layers give besides.
+        taps: The layer outputs in the export.
         reference: The reference's dump.
         weights: Whose weights the reference ran: ``"checkpoint"`` or ``"export"``.
-        input: What was run, as JSON values.
-        decoded: What the reference's output means: texts, vectors …
+        input: The input, as JSON values.
+        decoded: The reference's decoded output: texts, vectors …
         results: One per backend.
-        speed: How fast they are, where that was measured.
-        idle: Parts that did not run on this input, so that nothing of them was compared.
+        speed: The measured speeds, where they were asked for.
+        idle: Parts that did not run on this input, so that none of their tensors were compared.
     """
 
     source: str
@@ -160,19 +173,27 @@ class Verification:
         }
 
 
+def reason_of(error: Exception) -> str:
+    """An error in one line: the message of one of ours, with the type before it of any other."""
+    if isinstance(error, ProxyError):
+        return str(error)
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line}"
+
+
 def _is_plain(value: Any) -> bool:
-    """Whether ``value`` is made of what JSON has."""
+    """Whether JSON can hold ``value``."""
     if isinstance(value, dict):
-        return all(isinstance(name, str) and _is_plain(one) for name, one in value.items())
+        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
     if isinstance(value, list):
-        return all(_is_plain(one) for one in value)
+        return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, str | bool | int | float)
 
 
 def _error(tensor: TensorComparison) -> float:
-    errors = [float(one) for one in tensor.step_error]
+    errors = [float(error) for error in tensor.step_error]
     # An undefined error is worse than any number.
-    return max((math.inf if math.isnan(one) else one for one in errors), default=0.0)
+    return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)
 
 
 def _plain(value: float | None) -> float | None:
@@ -180,13 +201,13 @@ def _plain(value: float | None) -> float | None:
 
 
 def count_equal_tokens(reference: Dump, candidate: Dump, *, generates: bool) -> tuple[int, int]:
-    """How many tokens two runs would choose alike, and of how many.
+    """In how many of how many places two runs choose the same token.
 
     Args:
         reference: The dump of one run.
-        candidate: That of the other, with the same steps.
-        generates: Whether the last position of a step decides a token, and of the chunks of a
-            prefill the last; else each position of each step does.
+        candidate: The dump of the other, with the same steps.
+        generates: Whether only the last position of a step decides a token, and of a prefill's
+            chunks only the last; else each position of each step does.
     """
     equal = count = 0
     steps = list(reference.steps)
@@ -197,10 +218,10 @@ def count_equal_tokens(reference: Dump, candidate: Dump, *, generates: bool) -> 
             if phase != step.phase or (name.direction, name.tensor) != ("out", "logits"):
                 continue
             logits = (d.array(phase, step.index, str(name)) for d in (reference, candidate))
-            one, two = (
-                (each[..., -1:, :] if generates else each).astype(np.float32).argmax(-1)
-                for each in logits
+            ours, theirs = (
+                (array[..., -1:, :] if generates else array).astype(np.float32).argmax(-1)
+                for array in logits
             )
-            equal += int((one == two).sum()) if one.shape == two.shape else 0
-            count += one.size
+            equal += int((ours == theirs).sum()) if ours.shape == theirs.shape else 0
+            count += ours.size
     return equal, count

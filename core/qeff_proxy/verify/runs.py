@@ -1,30 +1,35 @@
-"""One input, run by PyTorch and then by backends."""
+"""One input, checked, then run by PyTorch and by the backends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.artifact.export_folder import Export
 from qeff_proxy.backends.compile_export import compile_export
+from qeff_proxy.common.quiet import quiet_loading
+from qeff_proxy.errors import CheckpointError, UsageError
+from qeff_proxy.load.load_processor import load_processor
+from qeff_proxy.run.example_request import DEFAULT_QUESTION
 from qeff_proxy.run.replay_tokens import keep_tokens, replay_tokens
 from qeff_proxy.run.run_compiled import RunResult, new_run_name, run_compiled
-from qeff_proxy.verify.inputs import describe_given
 
 if TYPE_CHECKING:
     import torch
 
-    from qeff_proxy.artifact.export_folder import Export
     from qeff_proxy.backends.compile_export import Compiled
+    from qeff_proxy.load.load_model import LoadedModel
     from qeff_proxy.parts import Proxy
     from qeff_proxy.plugins.hooks import Hooks
     from qeff_proxy.request import Request
     from qeff_proxy.session.session import Session
     from qeff_proxy.verify.options import VerifyOptions
 
-__all__ = ["REFERENCE", "Runs"]
+__all__ = ["REFERENCE", "Runs", "check_request", "processor_in", "tensors_of"]
 
 #: The folder of the reference's dump, beside those of the backends.
 REFERENCE = "reference"
@@ -34,11 +39,11 @@ class Runs:
     """One input, run by PyTorch and then by backends that are fed PyTorch's tokens.
 
     Args:
-        export: What is run.
+        export: The export to run.
         hooks: Of its model type.
         request: The input.
-        tensors: What ``preprocess`` made of it.
-        processor: The tokenizer or processor, for what comes out.
+        tensors: Its tensors, from the ``preprocess`` hook.
+        processor: The tokenizer or processor, to decode the output.
         options: Of the verification.
     """
 
@@ -63,7 +68,7 @@ class Runs:
         self.generates = any(name.startswith("present.") for name in outputs)
 
     def reference(self, live: Proxy | None) -> RunResult:
-        """Run PyTorch, on live parts or on the export's, and keep the tokens that it chose."""
+        """Run PyTorch, on live parts or on those of the export, and keep the tokens it chose."""
         compiled = compile_export(self.export, "torch", self.options.compile)
         sessions = None
         if live is not None:
@@ -72,16 +77,14 @@ class Runs:
             sessions = {part.name: TorchSession(part) for part in live.parts}
         return self._run(compiled, REFERENCE, keep_tokens(self.tokens), sessions)
 
-    def candidate(self, compiled: Compiled, name: str | None = None) -> Path:
-        """Run a backend on the tokens that PyTorch chose; give its dump, called ``name``."""
-        name = name or compiled.backend
-        self._run(compiled, name, replay_tokens(self.tokens))
-        return self.folder / name
+    def candidate(self, compiled: Compiled, name: str | None = None) -> RunResult:
+        """Run a backend on the tokens that PyTorch chose; ``name`` is the folder of its dump."""
+        return self._run(compiled, name or compiled.backend, replay_tokens(self.tokens))
 
     def settings(
         self, chooser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     ) -> dict[str, Any]:
-        """What the flow is told: to generate, with the tokens of ``chooser`` or the reference's."""
+        """The flow's settings: generate the tokens of ``chooser``, or else the reference's."""
         if not self.generates:
             return {}
         return {
@@ -112,15 +115,59 @@ class Runs:
         )
 
     def described(self) -> dict[str, Any]:
-        """What was run, as JSON values."""
+        """The input, as JSON values."""
         request = self.request
-        found: dict[str, Any] = {"prompts": [str(prompt) for prompt in request.prompts]}
+        described: dict[str, Any] = {"prompts": [str(prompt) for prompt in request.prompts]}
         for kind in ("audio", "images"):
-            if given := getattr(request, kind):
-                found[kind] = [describe_given(one) for one in given]
+            if items := getattr(request, kind):
+                described[kind] = [_described(item) for item in items]
         for name, value in (request.inputs or {}).items():
             array = np.asarray(value)
-            found[name] = array.tolist() if name == "input_ids" else list(array.shape)
+            described[name] = array.tolist() if name == "input_ids" else list(array.shape)
         if self.generates:
-            found["new_tokens"] = len(self.tokens)
-        return found
+            described["new_tokens"] = len(self.tokens)
+        return described
+
+
+def processor_in(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer or processor in a folder; ``None`` where none can be loaded."""
+    try:
+        return load_processor(folder, trust_remote_code=trust_remote_code)
+    except CheckpointError:
+        return None
+
+
+def check_request(
+    request: Request, model: LoadedModel | Export, hooks: Hooks, trust_remote_code: bool
+) -> tuple[Request, Mapping[str, torch.Tensor]]:
+    """Complete the request, and make its tensors, before anything is exported.
+
+    The tensors serve for all runs, so that a warning about an input (a sound at another rate) is
+    given once.
+
+    Raises:
+        UsageError: The model does not take this input.
+    """
+    if any(not str(prompt).strip() for prompt in request.prompts):
+        raise UsageError("a prompt is empty", "Give some text, or token ids.")
+    if request.images and not request.prompts and request.inputs is None:
+        request = replace(request, prompts=(DEFAULT_QUESTION,))
+    folder = model.processor_folder if isinstance(model, Export) else model.folder
+    processor = processor_in(folder, trust_remote_code) if folder is not None else None
+    if processor is None and folder is not None and request.prompts and request.inputs is None:
+        load_processor(folder, trust_remote_code=trust_remote_code)  # raises; names what is missing
+    return request, tensors_of(request, hooks, processor)
+
+
+def tensors_of(request: Request, hooks: Hooks, processor: Any) -> Mapping[str, torch.Tensor]:
+    """The request's tensors, from the ``preprocess`` hook."""
+    with quiet_loading():  # tokenizers warn of texts that are then refused
+        return hooks.preprocess(processor=processor, request=request)
+
+
+def _described(item: Any) -> Any:
+    """A file's name, or the shape of an array."""
+    if isinstance(item, str | Path):
+        return str(item)
+    shape = getattr(item, "shape", None)
+    return list(shape) if shape is not None else type(item).__name__

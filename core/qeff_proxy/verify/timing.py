@@ -1,6 +1,6 @@
-"""How fast several ways of doing the same are: each in its turn, so that a busy machine slows all.
+"""Time several contenders in turns, so that a busy machine slows all of them alike.
 
-`take_turns` measures, a `Speed` holds what was found, and which is the quickest.
+`take_turns` measures; a `Speed` holds the timings and names the quickest.
 """
 
 from __future__ import annotations
@@ -51,16 +51,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast backends are on the same input, beside PyTorch.
+    """The speed of backends, and of PyTorch, on the same input.
 
     Attributes:
-        amount: How much one run does …
-        unit: … of what, in the plural: ``"tokens"``, ``"texts"``, ``"seconds of sound"``.
-        timings: Of the backends that can be chosen: those that passed, and run here as they would
-            in earnest.
+        amount: The amount of work in one run, in `unit`.
+        unit: Its unit, in the plural: ``"tokens"``, ``"texts"``, ``"seconds of sound"``.
+        timings: Of the backends that passed and whose speed means something on this machine.
         reference: Of the uncut model in PyTorch; ``None`` where it was not measured.
         left_out: Name → why it is not among `timings`.
-        notes: What else there is to know of the figures.
+        notes: Remarks on the figures.
     """
 
     amount: float
@@ -77,7 +76,7 @@ class Speed:
 
     @property
     def near(self) -> list[str]:
-        """Backends that are as good as equally quick, the quickest left out."""
+        """Backends within 5% of the quickest, without the quickest itself."""
         best = self.best
         if best is None:
             return []
@@ -143,10 +142,10 @@ def take_turns(
     Args:
         contenders: Name → one run.
         turns: How many there are.
-        progress: Told what happens as it begins.
+        progress: Called with the name of each stage as it starts.
 
     Returns:
-        The timings by name, and what the others failed of.
+        The timings by name, and the exceptions of those that failed.
     """
     failed: dict[str, Exception] = {}
     repeats: dict[str, int] = {}

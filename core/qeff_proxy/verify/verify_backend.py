@@ -1,4 +1,7 @@
-"""One backend of a verification: compiled, run, and held against the reference."""
+"""One backend of a verification: compile for it, run it, and compare it with the reference.
+
+`backends_to_choose_from` tells which backends' speed can be measured on this machine.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qeff_proxy.backends.backend import is_static, precision_of
 from qeff_proxy.backends.compile_export import Compiled, compile_export
-from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.backends.registry import list_backends, load_backend
 from qeff_proxy.compare import Comparison, Tolerances, compare_dumps, write_report
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import ProxyError
@@ -19,90 +22,139 @@ from qeff_proxy.verify.runs import REFERENCE
 
 if TYPE_CHECKING:
     from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.verify.options import VerifyOptions
     from qeff_proxy.verify.runs import Runs
 
-__all__ = ["compiled_for", "hold_against", "needs_fixed_shapes", "reason_of", "try_backend"]
+__all__ = [
+    "backends_to_choose_from",
+    "compare_with_reference",
+    "compiled_for",
+    "needs_fixed_shapes",
+    "try_backend",
+    "why_untimed",
+]
 
 
 def try_backend(
     run: Runs, name: str, progress: Callable[[str], None], *, several: bool
 ) -> BackendResult:
-    """What one backend gave, or why it gave nothing.
+    """Verify one backend; an exception becomes its result's failure.
 
     Args:
-        run: The input, which the reference has run.
+        run: The input, which the reference has run already.
         name: Of the backend.
-        progress: Told what happens as it begins.
-        several: Whether its report needs its name, since there are others.
+        progress: Called with the name of each stage as it starts.
+        several: Whether there are other backends, so that the report's file needs the name.
     """
     start = time.perf_counter()
-    folder = None
+    result = None
     try:
         progress(f"compiling for {name}")
         compiled = compiled_for(run, run.export, name, progress)
         progress(f"running {name}")
-        folder = run.candidate(compiled)
+        result = run.candidate(compiled)
         progress(f"comparing {name}")
-        comparison = hold_against(run, compiled, folder)
-        reference, candidate = read_dump(run.folder / REFERENCE), read_dump(folder)
+        comparison = compare_with_reference(run, compiled, name)
+        reference, candidate = read_dump(run.folder / REFERENCE), read_dump(run.folder / name)
         equal, tokens = count_equal_tokens(reference, candidate, generates=run.generates)
         report = _report_path(run.options.html, name, several=several)
     except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
         seconds = time.perf_counter() - start
-        return BackendResult(name, reason_of(error), folder, None, 0, 0, seconds, None)
+        return BackendResult(name, error, result, None, 0, 0, seconds, None)
     if report is not None:
         write_report(comparison, report)
     seconds = time.perf_counter() - start
-    return BackendResult(name, None, folder, comparison, equal, tokens, seconds, report)
+    return BackendResult(name, None, result, comparison, equal, tokens, seconds, report)
 
 
 def compiled_for(run: Runs, export: Export, name: str, progress: Callable[[str], None]) -> Compiled:
-    """An export compiled for a backend, calibrated where that is needed."""
+    """Compile an export for a backend, calibrated where the backend needs that."""
     from qeff_proxy.run.calibration import takes_calibration, with_calibration
 
     chosen = run.options.compile_for(name)
     if takes_calibration(name):
-        given, processor = run.options.calibration, run.processor
         chosen = with_calibration(
-            export, run.hooks, name, chosen, given, processor=processor, progress=progress
+            export,
+            run.hooks,
+            name,
+            chosen,
+            run.options.calibration,
+            processor=run.processor,
+            progress=progress,
         )
     return compile_export(export, name, chosen, force=run.options.force)
 
 
-def hold_against(
-    run: Runs, compiled: Compiled, folder: Path, *, partial: bool = False
+def compare_with_reference(
+    run: Runs, compiled: Compiled, dump: str, *, partial: bool = False
 ) -> Comparison:
     """Compare a backend's dump with the reference's, as precisely as the backend computes.
 
     Args:
-        run: What was run.
+        run: The runs of both.
         compiled: For the backend.
-        folder: The dump.
-        partial: Compare what both have; a tolerance of something else counts for nothing.
+        dump: The folder of its dump, beside the reference's.
+        partial: Compare only tensors in both dumps, and ignore tolerances of any others.
     """
     precision = precision_of(load_backend(compiled.backend), compiled.options)
     tolerances = replace(run.options.tolerances or Tolerances(), precision=precision)
-    reference, candidate = read_dump(run.folder / REFERENCE), read_dump(folder)
+    reference, candidate = read_dump(run.folder / REFERENCE), read_dump(run.folder / dump)
     if partial:
         tolerances = tolerances.among(candidate.names())
     return compare_dumps(reference, candidate, tolerances=tolerances, partial=partial)
 
 
 def needs_fixed_shapes(options: VerifyOptions, name: str) -> bool:
-    """Whether a backend needs fixed shapes; one that cannot be used says so in its own row."""
+    """Whether a backend needs fixed shapes; False where it cannot be used, which its row says."""
     try:
         return is_static(load_backend(name), options.compile_for(name))
     except ProxyError:
         return False
 
 
-def reason_of(error: Exception) -> str:
-    """What went wrong, in a line: an error of ours says it, of others the kind is said, too."""
-    if isinstance(error, ProxyError):
-        return str(error)
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line}"
+def backends_to_choose_from(
+    options_of: Callable[[str], CompileOptions],
+) -> tuple[list[str], dict[str, str]]:
+    """The backends whose speed can be measured here, and why each of the others is left out.
+
+    PyTorch is not among them: it is the reference.
+
+    Args:
+        options_of: The compile options of a backend, by its name.
+
+    Returns:
+        Names, and name → reason.
+    """
+    names: list[str] = []
+    left_out: dict[str, str] = {}
+    for report in list_backends():
+        name = report.name
+        if name == "torch" or not name:
+            continue
+        reason = report.reason if report.state != "listed" else None
+        if reason is None:
+            try:
+                reason = why_untimed(name, options_of(name))
+            except ProxyError as error:
+                reason = error.problem
+        if reason is None:
+            names.append(name)
+        else:
+            left_out[name] = reason
+    return names, left_out
+
+
+def why_untimed(name: str, options: CompileOptions) -> str | None:
+    """Why a backend's speed means nothing on this machine; ``None`` where it does mean something.
+
+    Raises:
+        BackendError: It cannot be used at all.
+    """
+    backend = load_backend(name)
+    untimed = getattr(backend, "untimed", None)
+    reason: str | None = untimed(options) if callable(untimed) else untimed
+    return reason
 
 
 def _report_path(html: Path | None, name: str, *, several: bool) -> Path | None:

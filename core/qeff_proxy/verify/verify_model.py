@@ -1,15 +1,14 @@
-"""Verify: the whole job on several backends, held against PyTorch.
+"""Verify: run a model on several backends, and compare each with PyTorch.
 
-1. The model is exported with layer taps, or an export is taken as it is.
+1. The model is exported with layer taps; an export is used unchanged.
 2. PyTorch runs the parts on a real input: the reference. For a checkpoint it runs the model that
    was loaded, so that the exported weights are verified too; for an export, its own weights.
 3. Each backend compiles the export and runs the same input. It is **fed the reference's tokens**,
-   whatever it would have chosen, so that every step has the same inputs and can be compared.
+   whichever it would have chosen, so that every step has the same inputs and can be compared.
 4. Each dump is compared with the reference's (`qeff_proxy.compare`).
-5. Where it is asked for, speed is measured (`qeff_proxy.verify.measure_speed`) and the quickest
-   named.
+5. On request, speed is measured (`qeff_proxy.verify.measure_speed`) and the quickest named.
 
-What fails on one backend stands in its row; the others go on.
+A failure on one backend is reported in its row, and the others go on.
 """
 
 from __future__ import annotations
@@ -31,12 +30,14 @@ from qeff_proxy.load.checkpoint_files import folder_named
 from qeff_proxy.load.load_model import LoadedModel, load_model
 from qeff_proxy.run.example_request import DEFAULT_PROMPT, example_request
 from qeff_proxy.run.run_compiled import check_io_folder
-from qeff_proxy.verify.backend_choice import BEST, backends_to_choose_from
-from qeff_proxy.verify.inputs import check_request, processor_in, tensors_of
-from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.options import BEST, VerifyOptions
 from qeff_proxy.verify.results import Verification
-from qeff_proxy.verify.runs import REFERENCE, Runs
-from qeff_proxy.verify.verify_backend import needs_fixed_shapes, try_backend
+from qeff_proxy.verify.runs import REFERENCE, Runs, check_request, processor_in, tensors_of
+from qeff_proxy.verify.verify_backend import (
+    backends_to_choose_from,
+    needs_fixed_shapes,
+    try_backend,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,25 +63,25 @@ def verify_model(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda _stage: None,
 ) -> Verification:
-    """Run a model on several backends and hold every tensor against PyTorch.
+    """Run a model on several backends and compare every tensor with PyTorch.
 
     Args:
         model: A checkpoint (folder, hub id, or loaded), or an export (its folder, or read).
-        backends: Their names. ``"best"`` stands for all that can run on this machine as they
-            would in earnest, and has their speed measured.
-        request: The input; by default what the model's flow gives as an example
-            (`qeff_proxy.run.example_request`): a line of text, a recording of speech, a
-            drawing and a question, or random numbers where there is no processor for these.
-        options: How.
-        hooks: Of its model type, where the installed plugins are not meant.
+        backends: Their names. ``"best"`` stands for all whose speed can be measured on this
+            machine, and has it measured.
+        request: The input; by default the flow's example (`qeff_proxy.run.example_request`): a
+            line of text, a recording of speech, a drawing and a question, or random numbers where
+            there is no processor for these.
+        options: How to verify.
+        hooks: Of its model type, in place of the installed plugins.
         trust_remote_code: Run Python code that comes with the checkpoint.
-        progress: Told what happens as it begins.
+        progress: Called with the name of each stage as it starts.
 
     Raises:
         UsageError: There is nothing to verify, or the input cannot be right.
         BackendError: None of the backends can be used.
-        ProxyError: The model cannot be loaded, cut, exported or run by PyTorch. What fails on a
-            backend is no exception but stands in its result.
+        ProxyError: The model cannot be loaded, cut, exported or run by PyTorch. A failure of a
+            backend is not raised but kept in its result.
     """
     options = options or VerifyOptions()
     names, left_out = _names_of(backends, options)
@@ -131,13 +132,13 @@ def verify_model(
 def _names_of(
     backends: Sequence[str], options: VerifyOptions
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The backends that are named, each once, and what ``best`` leaves out, with the reason."""
+    """The named backends, each once, and those that ``best`` leaves out, with the reason."""
     chosen: list[str] = []
     left_out: dict[str, str] = {}
     for name in backends:
         if name == BEST:
-            found, left_out = backends_to_choose_from(options.compile_for)
-            chosen += found
+            timed, left_out = backends_to_choose_from(options.compile_for)
+            chosen += timed
         else:
             chosen.append(name)
     names = tuple(dict.fromkeys(chosen))
@@ -186,7 +187,7 @@ def _export_of(
 
 
 def _idle_parts(export: Export, run: Runs) -> tuple[str, ...]:
-    """The parts that the input had no use for, such as one of images without an image."""
+    """The parts that did not run on this input, such as a vision part without an image."""
     if run.options.io != DumpOptions():  # a part may be left out of the dump on purpose
         return ()
     ran = read_dump(run.folder / REFERENCE).manifest.parts
@@ -200,7 +201,7 @@ def _without_taps(
     options: VerifyOptions,
     progress: Callable[[str], None],
 ) -> Export:
-    """What speed is measured on: the same without taps, where it is asked for and can be made."""
+    """The export whose speed is measured: without taps, unless an export with taps was named."""
     if not options.speed or loaded is None or not export.settings.get("taps"):
         return export
     from qeff_proxy.export.export_model import export_model
@@ -211,7 +212,7 @@ def _without_taps(
 
 
 def _uncut(loaded: LoadedModel | None, export: Export) -> PreTrainedModel:
-    """The whole model in PyTorch: that which was loaded, else of the export."""
+    """The uncut model in PyTorch: the loaded checkpoint's, else the export's."""
     if loaded is not None:
         return loaded.model
     from qeff_proxy.backends.torch.backend import model_of_export
@@ -227,7 +228,7 @@ def _speed_of(
     left_out: Mapping[str, str],
     progress: Callable[[str], None],
 ) -> Speed | None:
-    """How fast the backends are, where that is asked for."""
+    """The speed of the backends; ``None`` where it was not asked for."""
     if not run.options.speed:
         return None
     from qeff_proxy.verify.measure_speed import measure_speed
@@ -245,7 +246,7 @@ def _check_places(options: VerifyOptions) -> None:
 
 
 def _check_names(names: Sequence[str], options: VerifyOptions) -> None:
-    """Refuse what leaves nothing to verify."""
+    """Refuse backends or options that leave nothing to verify."""
     if not names:
         raise UsageError("no backend is named", "Name one or several, such as onnxruntime.")
     if options.kind == "stub":
@@ -261,7 +262,7 @@ def _check_names(names: Sequence[str], options: VerifyOptions) -> None:
 
 
 def _live_proxy(loaded: LoadedModel | None, hooks: Hooks, export: Export) -> Proxy:
-    """The parts with PyTorch's modules: of the model that was loaded, else of the export."""
+    """The parts as PyTorch modules: of the loaded checkpoint, else of the export."""
     if loaded is None:
         from qeff_proxy.backends.torch.backend import proxy_of_export
 
