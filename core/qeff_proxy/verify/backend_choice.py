@@ -52,7 +52,4 @@ def why_untimed(name: str, options: CompileOptions) -> str | None:
     Raises:
         BackendError: It cannot be used at all.
     """
-    backend = load_backend(name)
-    untimed = getattr(backend, "untimed", None)
-    reason: str | None = untimed(options) if callable(untimed) else untimed
-    return reason
+    return load_backend(name).untimed(options)

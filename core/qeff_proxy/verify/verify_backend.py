@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qeff_proxy.backends.backend import is_static, precision_of
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compare import Comparison, Tolerances, compare_dumps, write_report
@@ -81,7 +80,7 @@ def hold_against(
         folder: The dump.
         partial: Compare what both have; a tolerance of something else counts for nothing.
     """
-    precision = precision_of(load_backend(compiled.backend), compiled.options)
+    precision = load_backend(compiled.backend).precision(compiled.options)
     tolerances = replace(run.options.tolerances or Tolerances(), precision=precision)
     reference, candidate = read_dump(run.folder / REFERENCE), read_dump(folder)
     if partial:
@@ -92,7 +91,7 @@ def hold_against(
 def needs_fixed_shapes(options: VerifyOptions, name: str) -> bool:
     """Whether a backend needs fixed shapes; one that cannot be used says so in its own row."""
     try:
-        return is_static(load_backend(name), options.compile_for(name))
+        return load_backend(name).needs_fixed_shapes(options.compile_for(name))
     except ProxyError:
         return False
 
