@@ -105,7 +105,8 @@ AFTERWARDS = ("specializing", "compiling again")
 #: After an export: every part at one set of fixed shapes, and `compile`, a second time, too.
 AFTER = """
 from qeff_proxy.backends.compile_export import compile_export
-from qeff_proxy.backends.fixed_shapes import axes_of, specialize
+from qeff_proxy.backends.fixed_shapes.specialize import specialize
+from qeff_proxy.session.axes import axes_of
 stage("specializing")
 sizes = {"batch": 1, "query": 32, "past": 96}
 for part in export.parts:

@@ -74,8 +74,9 @@ def test_it_is_listed_without_being_imported_and_checked_when_asked(
     [
         ("import no_such_module", "No module named 'no_such_module'"),
         ("raise SystemExit(3)", "SystemExit: 3"),
-        ("class Acme: ...", "lacks options, versions, compile, open"),
-        ("Acme = 5", "lacks options, versions, compile, open"),
+        ("class Acme: ...", "does not derive from qeff_proxy.backends.backend.Backend"),
+        ("Acme = 5", "5 does not derive from qeff_proxy.backends.backend.Backend"),
+        ("from qeff_proxy.backends import Backend\nclass Acme(Backend): ...", "compile, open"),
         ("", "has no attribute 'Acme'"),
         (
             packages.GOOD + "\n    def __init__(self):\n        raise OSError('no card')\n",

@@ -218,7 +218,7 @@ def test_the_choice_is_by_what_a_backend_says_of_itself(monkeypatch: pytest.Monk
     def untimed(_self: Any, options: CompileOptions) -> str | None:
         return "no such card" if options.num_cores == 1 else None
 
-    monkeypatch.setattr(OnnxRuntimeBackend, "untimed", untimed, raising=False)
+    monkeypatch.setattr(OnnxRuntimeBackend, "untimed", untimed)
     assert "onnxruntime" in backends_to_choose_from(VerifyOptions().compile_for)[0]
     names, left_out = backends_to_choose_from(lambda _name: ONE_CORE)
     assert "onnxruntime" not in names

@@ -1,10 +1,12 @@
-"""What a backend is: the protocol, and checks of its options."""
+"""The base class of backends, with a default for everything but compiling and opening a part."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.common.arguments import flag, one_of, whole_number
 from qeff_proxy.errors import UsageError
@@ -12,38 +14,33 @@ from qeff_proxy.errors import UsageError
 if TYPE_CHECKING:
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.compile_options import CompileOptions
+    from qeff_proxy.plugins.hooks import Hooks
     from qeff_proxy.session.session import Session
 
-__all__ = ["Backend", "check_options", "is_static", "precision_of"]
+__all__ = ["Backend", "usable_cores"]
 
 
-class Backend(Protocol):
-    """What a backend does; made anew for each compilation.
+class Backend(ABC):
+    """Compiles the parts of an export, and opens sessions on them.
 
-    A backend may have attributes more:
-
-    - ``static``: ``True``, or a method of the `CompileOptions` that says so: it compiles fixed
-      shapes (see `qeff_proxy.backends.fixed_shapes`), so ``ctx_len`` and ``prefill_seq_len`` are
-      always set when `compile` and `open` are called.
-    - ``precision``: the dtype (or a method, likewise) that it computes in, whatever that of the
-      tensors (``"float16"``, ``"a16w8"``); `qeff_proxy.verify` holds it to what that allows.
-    - ``fingerprint(options)``: hashes of the files that its options name, by what they are. They
-      go into the key of what was compiled. An option ``calibration`` takes a folder of dumps
-      (`qeff_proxy.run.calibration`).
-    - ``values``: what each of its options takes: ``bool``, ``int`` (above 0), ``str``, or a tuple
-      of the values that there are. Others are refused before anything is compiled.
-    - ``untimed``: why its seconds say nothing here (it is emulated, there is no such device), or a
-      method of the `CompileOptions`; ``None``: they do. Such a backend is never the quickest.
-    - ``use_hooks(hooks)``: called before `open` with the hooks of the model's family, for a
-      backend that cuts the model itself.
+    A subclass must have `versions`, `compile` and `open`, and overrides what differs of the rest.
+    It takes no arguments; an instance is made for each compilation.
+    `qeff_proxy.backends.onnxruntime.backend` is the one to read first.
     """
 
-    #: The options it understands in `CompileOptions.backend`, with what they mean.
-    options: Mapping[str, str]
+    #: Its options (keys of `CompileOptions.backend`), each with a sentence for the user.
+    options: Mapping[str, str] = {}
+    #: The values that options take: ``bool``, ``int`` (above 0), ``str``, or a tuple of all
+    #: values. Others are refused before anything is compiled. An option that is not here checks
+    #: its values itself. An option ``calibration`` takes a folder of dumps
+    #: (`qeff_proxy.run.calibration`).
+    values: Mapping[str, Any] = {}
 
+    @abstractmethod
     def versions(self) -> Mapping[str, str]:
-        """Versions of the compiler and runtime, which go into the key of what was compiled."""
+        """Versions of compiler and runtime. Another version compiles anew."""
 
+    @abstractmethod
     def compile(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> None:
@@ -53,48 +50,74 @@ class Backend(Protocol):
             BackendError: The backend refuses the part; names operator and node where it can.
         """
 
+    @abstractmethod
     def open(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> Session:
         """A session on what `compile` wrote into ``folder``."""
 
+    def devices(self) -> Sequence[str]:
+        """The devices of this machine that it can use."""
+        return ()
 
-def check_options(name: str, backend: Backend, options: CompileOptions) -> None:
-    """Refuse options that a backend does not have, and values that its options do not take.
+    def needs_fixed_shapes(self, options: CompileOptions) -> bool:  # noqa: ARG002
+        """Whether it compiles fixed shapes (`qeff_proxy.backends.fixed_shapes`).
 
-    Args:
-        name: Of the backend.
-        backend: It.
-        options: What a user gave.
+        If so, ``ctx_len`` and ``prefill_seq_len`` are always set in `compile` and `open`.
+        """
+        return False
 
-    Raises:
-        UsageError: Names the option.
-    """
-    unknown = sorted(set(options.backend) - set(backend.options), key=str)
-    if unknown:
-        known = ", ".join(sorted(backend.options)) or "none"
-        raise UsageError(f"backend {name!r} has no option {unknown[0]!r}", f"Its options: {known}.")
-    values: Mapping[str, Any] = getattr(backend, "values", {})
-    for option, value in options.backend.items():
-        takes = values.get(option)
-        if isinstance(takes, tuple):
-            one_of(option, value, takes)
-        elif takes is bool:
-            flag(option, value)
-        elif takes is int:
-            whole_number(option, value)
-        elif takes is not None and not isinstance(value, takes):
-            raise UsageError(f"{option} is {value!r}", "It must be text.")
+    def precision(self, options: CompileOptions) -> str | None:  # noqa: ARG002
+        """What it computes in (``"float16"``, ``"a16w8"``), if that is not the tensors' dtype.
+
+        `qeff_proxy.verify` allows the errors of that precision.
+        """
+        return None
+
+    def untimed(self, options: CompileOptions) -> str | None:  # noqa: ARG002
+        """Why its speed here means nothing, such as an emulator; ``None`` if it is meaningful.
+
+        Such a backend is never chosen as the quickest.
+        """
+        return None
+
+    def fingerprint(self, options: CompileOptions) -> Mapping[str, str]:  # noqa: ARG002
+        """Hashes of the contents of files that its options name. Other contents compile anew."""
+        return {}
+
+    def use_hooks(self, hooks: Hooks) -> None:  # noqa: B027 (most backends need no hooks)
+        """Called before `open` with the hooks of the model's family, to cut the model again."""
+
+    def check_options(self, name: str, options: CompileOptions) -> None:
+        """Check the names of its options and, against `values`, what they are set to.
+
+        Args:
+            name: The backend's name, for messages.
+            options: What the user asked for.
+
+        Raises:
+            UsageError: An option is unknown, or its value is wrong; names the option.
+        """
+        unknown = sorted(set(options.backend) - set(self.options), key=str)
+        if unknown:
+            known = ", ".join(sorted(self.options)) or "none"
+            raise UsageError(
+                f"backend {name!r} has no option {unknown[0]!r}", f"Its options: {known}."
+            )
+        for option, value in options.backend.items():
+            allowed = self.values.get(option)
+            if isinstance(allowed, tuple):
+                one_of(option, value, allowed)
+            elif allowed is bool:
+                flag(option, value)
+            elif allowed is int:
+                whole_number(option, value)
+            elif allowed is not None and not isinstance(value, allowed):
+                raise UsageError(f"{option} is {value!r}", "It must be text.")
 
 
-def is_static(backend: Backend, options: CompileOptions) -> bool:
-    """Whether a backend compiles fixed shapes, with these options."""
-    static = getattr(backend, "static", False)
-    return bool(static(options) if callable(static) else static)
-
-
-def precision_of(backend: Backend, options: CompileOptions) -> str | None:
-    """What a backend computes in, with these options; ``None``: the dtype of the tensors."""
-    precision = getattr(backend, "precision", None)
-    found: str | None = precision(options) if callable(precision) else precision
-    return found
+def usable_cores(options: CompileOptions) -> int | None:
+    """``num_cores``, but no more than this process may use: more threads wait for each other."""
+    if options.num_cores is None:
+        return None
+    return min(options.num_cores, len(os.sched_getaffinity(0)))

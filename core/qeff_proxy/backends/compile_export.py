@@ -10,12 +10,11 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.backends.backend import check_options, is_static
 from qeff_proxy.backends.lengths import has_cache, with_fixed_shapes
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, opening, recover_folder, staged_folder
@@ -74,8 +73,8 @@ def compile_export(
     """
     options = _within_positions(export, options or CompileOptions())
     implementation = load_backend(backend)
-    check_options(backend, implementation, options)
-    if is_static(implementation, options):
+    implementation.check_options(backend, options)
+    if implementation.needs_fixed_shapes(options):
         options = fixed_lengths(export, options)
     key: dict[str, Any] = {
         "backend": backend,
@@ -84,8 +83,9 @@ def compile_export(
         "parts": {part.name: part.sha256 for part in export.parts},
         "weights": {name: _state_of(export.folder / name) for name in export.files},
     }
-    if hasattr(implementation, "fingerprint"):
-        key["inputs"] = dict(implementation.fingerprint(options))
+    fingerprint = dict(implementation.fingerprint(options))
+    if fingerprint:
+        key["inputs"] = fingerprint
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     target = export.folder / "compiled" / f"{backend}-{digest}"
     there = Compiled(export, backend, options, target, was_there=True)
@@ -171,18 +171,15 @@ def _state_of(path: Path) -> list[int]:
 
 @contextmanager
 def open_sessions(compiled: Compiled, hooks: Hooks | None = None) -> Iterator[dict[str, Session]]:
-    """A session per part, closed at the end; ``hooks`` are for backends that cut the model anew."""
+    """A session per part, closed at the end; ``hooks`` are for backends that cut the model."""
     backend = load_backend(compiled.backend)
-    if hooks is not None and hasattr(backend, "use_hooks"):
+    if hooks is not None:
         backend.use_hooks(hooks)
     sessions: dict[str, Session] = {}
-    try:
+    with ExitStack() as stack:
         for part in compiled.export.parts:
             with opening(compiled.folder if compiled.was_there else None):
-                sessions[part.name] = backend.open(
-                    compiled.export, part, compiled.options, compiled.folder
-                )
+                session = backend.open(compiled.export, part, compiled.options, compiled.folder)
+            stack.callback(session.close)
+            sessions[part.name] = session
         yield sessions
-    finally:
-        for session in sessions.values():
-            session.close()

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import importlib_metadata
 
+from qeff_proxy.backends.backend import Backend
 from qeff_proxy.errors import BackendError, PluginError, UsageError
 from qeff_proxy.plugins.entry_points import find_entries, find_entry, load_entry
 
 if TYPE_CHECKING:
-    from qeff_proxy.backends.backend import Backend
     from qeff_proxy.plugins.entry_points import PackageEntry
 
 
@@ -139,19 +139,15 @@ def check_backends(names: Sequence[str] = ()) -> list[BackendReport]:
     return [_checked(one) if one.state == "listed" else one for one in wanted]
 
 
-def check_class(found: Any) -> type[Backend]:
-    """Make sure that what a package registers is a backend.
+def check_class(target: Any) -> type[Backend]:
+    """Make sure that what a package registers is a class of backends.
 
     Raises:
-        TypeError: It lacks something; names it.
+        TypeError: It does not derive from `Backend`.
     """
-    wanted = ("options", "versions", "compile", "open")
-    missing = [name for name in wanted if not hasattr(found, name)]
-    if not callable(found) or missing:
-        what = f"lacks {', '.join(missing)}" if missing else "cannot be called"
-        raise TypeError(f"{found!r} is no backend: it {what}")
-    backend: type[Backend] = found
-    return backend
+    if not (isinstance(target, type) and issubclass(target, Backend)):
+        raise TypeError(f"{target!r} does not derive from {Backend.__module__}.Backend")
+    return target
 
 
 def _builtin_report(name: str) -> BackendReport:
@@ -193,12 +189,11 @@ def _checked(report: BackendReport) -> BackendReport:
     with contextlib.redirect_stdout(sys.stderr):
         try:
             backend = load_backend(report.name)
-            find_devices = getattr(backend, "devices", tuple)
             return replace(
                 report,
                 state="ok",
                 versions=dict(backend.versions()),
-                devices=tuple(find_devices()),
+                devices=tuple(backend.devices()),
                 options=dict(backend.options),
             )
         except BackendError as error:

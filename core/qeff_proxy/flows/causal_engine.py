@@ -157,7 +157,7 @@ class CausalEngine:
             if self.supplier is not None:
                 known.update(self.supplier.supply(part, known, padding))
             session = self.sessions[part.name]
-            if takes.cache and can_run_in_place(session, part, cache):
+            if takes.cache and can_run_in_place(session, cache):
                 feeds = self._feeds(part, takes.others, known, padding, query_length)
                 outputs, held = _run_in_place(session, takes, feeds, cache)
                 present = held

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_proxy.backends.backend import is_static
 from qeff_proxy.backends.compile_export import compile_export, fixed_lengths
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, staged_folder
@@ -91,7 +90,7 @@ def with_calibration(
     if isinstance(given, str | Path) and _holds_dumps(Path(given)):
         return _with_folder(options, Path(given))
     requests = requests_of(given)
-    if is_static(implementation, options):
+    if implementation.needs_fixed_shapes(options):
         options = fixed_lengths(export, options)
     context = options.ctx_len
     digest = hashlib.sha256(json.dumps([context, NEW_TOKENS]).encode())

@@ -1,4 +1,4 @@
-"""A session runs one part: its protocol, its inputs, and PyTorch as the reference."""
+"""A session runs one part: the base class, checks of inputs, and PyTorch as the reference."""
 
 from __future__ import annotations
 

@@ -1,23 +1,19 @@
-"""Sizes of named axes: what the axes of a part's tensors say, read and solved.
+"""Named axes of a part's tensors, and their sizes.
 
 An axis of a `qeff_proxy.parts.TensorSpec` is a number, a name (``"query"``), or a sum of these
-(``"past + query"``); outputs may have other expressions, as the trace found them.
+(``"past + query"``). Outputs may have other expressions, as the trace found them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from qeff_proxy.errors import BackendError
-
 if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.parts import TensorSpec
     from qeff_proxy.session.session import PartLike
 
-__all__ = ["Sizes", "axes_of", "axis_size", "is_sum", "size_of", "sizes_of", "terms_of"]
+__all__ = ["Sizes", "axes_of", "is_sum", "size_of", "terms_of"]
 
 #: Axis name → size.
 Sizes = dict[str, int]
@@ -48,56 +44,9 @@ def axes_of(part: PartLike) -> tuple[str, ...]:
 
 
 def size_of(axis: int | str, sizes: Mapping[str, int]) -> int:
-    """The size of an axis that `is_sum`."""
-    return sum(int(term) if term.isdigit() else sizes[term] for term in terms_of(axis))
-
-
-def sizes_of(specs: Iterable[TensorSpec], arrays: Mapping[str, Array]) -> Sizes:
-    """Read the sizes of the named axes off the arrays.
-
-    Args:
-        specs: What the arrays should be.
-        arrays: By name.
-
-    Raises:
-        BackendError: An array is missing, has another number of axes, or axes of the same name
-            differ.
-    """
-    sizes: Sizes = {}
-    sums: list[tuple[str, str, int]] = []
-    for spec in specs:
-        if spec.name not in arrays:
-            raise BackendError(f"the input {spec.name} is missing")
-        shape = arrays[spec.name].shape
-        if len(shape) != len(spec.shape):
-            raise BackendError(
-                f"the input {spec.name} has shape {list(shape)}, not {list(spec.shape)}"
-            )
-        for axis, found in zip(spec.shape, shape, strict=True):
-            if isinstance(axis, str) and not axis.isidentifier():
-                sums.append((spec.name, axis, found))
-            elif (sizes.setdefault(axis, found) if isinstance(axis, str) else axis) != found:
-                wanted = sizes[axis] if isinstance(axis, str) else axis
-                raise BackendError(
-                    f"the input {spec.name} has shape {list(shape)}, where {axis} is {wanted}"
-                )
-    for name, axis, found in sums:
-        _solve(name, axis, found, sizes)
-    return sizes
-
-
-def _solve(name: str, axis: str, found: int, sizes: Sizes) -> None:
-    """Put the one size of a sum that is not known yet into ``sizes``, or check the sum."""
-    unknown = [term for term in terms_of(axis) if not term.isdigit() and term not in sizes]
-    if len(unknown) == 1:
-        rest = size_of(axis, {**sizes, unknown[0]: 0})
-        sizes[unknown[0]] = found - rest
-    elif unknown or size_of(axis, sizes) != found:
-        raise BackendError(f"the axis {axis} of the input {name} cannot be {found}")
-
-
-def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
-    """The size of an axis: itself, or the sum of the named axes in ``"past + query"``."""
+    """The size of an axis: a number, a named axis, or a sum of these (`is_sum`)."""
     if isinstance(axis, int):
         return axis
-    return sum(int(term) if term.isdigit() else sizes[term] for term in re.split(r"\s*\+\s*", axis))
+    if axis in sizes:
+        return sizes[axis]
+    return sum(int(term) if term.isdigit() else sizes[term] for term in terms_of(axis))

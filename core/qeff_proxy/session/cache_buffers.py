@@ -1,24 +1,24 @@
 """The cache of a decoder between steps: handed over as arrays, or kept in place.
 
-A session that can write into its cache (`InPlaceSession`) is given buffers with room for more
-positions than are filled, so that a step copies no position but its own. To everyone else such a
-cache is what it always was: arrays by name, as long as the positions that are filled.
+A session that can write into its cache (`InPlaceSession`) gets buffers with room for more
+positions than are filled, so that a step copies only its own positions. Everyone else sees such a
+cache as arrays by name, as long as the filled positions.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from qeff_proxy.arrays import numpy_dtype
-from qeff_proxy.tensor_names import PAST
+from qeff_proxy.session.session import Session
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.parts import TensorSpec
-    from qeff_proxy.session.session import PartLike
 
 __all__ = ["Buffers", "Cache", "HeldCache", "InPlaceSession", "can_run_in_place"]
 
@@ -29,21 +29,23 @@ _BLOCK = 64
 Cache = dict[str, "Array"]
 
 
-class InPlaceSession(Protocol):
-    """A session (`qeff_proxy.session.Session`) that can also write into the cache it is given."""
+class InPlaceSession(Session):
+    """A session that can also write new keys and values into buffers of the cache."""
 
+    @abstractmethod
     def runs_in_place(self) -> bool:
         """Whether `run_in_place` may be called: it depends on the part and on the options."""
 
+    @abstractmethod
     def run_in_place(self, feeds: Mapping[str, Array], buffers: Buffers) -> dict[str, Array]:
         """Run the part once; write keys and values of the queries behind the filled positions.
 
         Args:
             feeds: As for ``run``, without the cache, and masks as long as the buffers.
-            buffers: The cache; its ``filled`` is left as it is.
+            buffers: The cache; its ``filled`` does not change.
 
         Returns:
-            The outputs that are no cache.
+            The outputs that are not part of the cache.
 
         Raises:
             BackendError: The backend refuses the inputs, or fails.
@@ -82,11 +84,11 @@ class Buffers:
 class HeldCache(Cache):
     """A cache in buffers: a dict of arrays ``[batch, heads, length, width]``, views into them.
 
-    It stays what it is when a later step goes on in the same buffers. A step from a cache that is
-    no longer the newest of its buffers copies it.
+    Its values do not change when a later step goes on in the same buffers. A step from a cache
+    that is no longer the newest of its buffers copies it.
 
     Args:
-        buffers: Where it lies; filled so far as this cache is long.
+        buffers: Filled up to the length of this cache.
     """
 
     def __init__(self, buffers: Buffers) -> None:
@@ -108,11 +110,8 @@ class HeldCache(Cache):
         return longer
 
 
-def can_run_in_place(session: object, part: PartLike, cache: Cache | None) -> TypeGuard[Any]:
+def can_run_in_place(session: object, cache: Cache | None) -> TypeGuard[InPlaceSession]:
     """Whether a step from ``cache`` can be run in place on ``session``."""
-    if not any(spec.name.startswith(PAST) for spec in part.inputs):
+    if not isinstance(session, InPlaceSession) or not session.runs_in_place():
         return False
-    if cache and not isinstance(cache, HeldCache):
-        return False  # arrays of the caller's, which are not ours to write into
-    runs = getattr(session, "runs_in_place", None)
-    return runs is not None and bool(runs())
+    return not cache or isinstance(cache, HeldCache)  # others are arrays of the caller's own

@@ -1,4 +1,4 @@
-"""What every session checks before it runs: that the arrays are what the part takes.
+"""The check before every run: are the arrays those that the part takes?
 
 Runtimes differ in what they let pass: OpenVINO reads a row of 95 numbers as one of 96, PyTorch
 broadcasts, ONNX Runtime refuses. Checked here, all of them refuse alike, and by name.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.errors import BackendError
+from qeff_proxy.session.axes import Sizes, size_of, terms_of
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
@@ -24,21 +25,21 @@ def check_feeds(
     inputs: Iterable[TensorSpec],
     feeds: Mapping[str, Array],
     known: Mapping[str, int] | None = None,
-) -> dict[str, int]:
-    """Hold the arrays of a run against what the part takes.
+) -> Sizes:
+    """Compare the arrays of a run with the part's inputs.
 
     Args:
         part: The part's name, for the message.
-        inputs: What it takes. Axes of one name are of one size; an axis may be a sum of names
+        inputs: The part's inputs. Axes of one name are of one size; an axis may be a sum of names
             (``"past + query"``).
         feeds: The arrays, by name.
         known: Sizes of axes that are known from elsewhere, by the axes' names.
 
     Returns:
-        The size of each axis that has a name.
+        The size of each named axis.
 
     Raises:
-        BackendError: An array is missing, or none of the part's, or not of its dtype and axes.
+        BackendError: An array is missing, is no input of the part, or has another dtype or shape.
     """
     specs = {spec.name: spec for spec in inputs}
     unknown = sorted(set(feeds) - set(specs))
@@ -46,7 +47,7 @@ def check_feeds(
         raise BackendError(
             f"the {part} part has no input {unknown[0]!r}", f"Its inputs are {', '.join(specs)}."
         )
-    sizes = dict(known or {})
+    sizes: Sizes = dict(known or {})
     sums: list[tuple[TensorSpec, str, int]] = []
     for spec in specs.values():
         array = feeds.get(spec.name)
@@ -59,21 +60,20 @@ def check_feeds(
             )
         if array.ndim != len(spec.shape):
             raise _wrong_shape(part, spec, array.shape, f"{array.ndim} axes")
-        for axis, found in zip(spec.shape, array.shape, strict=True):
+        for axis, size in zip(spec.shape, array.shape, strict=True):
             if isinstance(axis, str) and not axis.isidentifier():
-                sums.append((spec, axis, found))
-            elif (sizes.setdefault(axis, found) if isinstance(axis, str) else axis) != found:
-                wanted = f"{axis} {sizes[axis]}" if isinstance(axis, str) else str(axis)
-                raise _wrong_shape(part, spec, array.shape, f"{found} instead of {wanted}")
-    for spec, axis, found in sums:
-        terms = [term.strip() for term in axis.split("+")]
-        unsolved = [term for term in terms if not term.isdigit() and term not in sizes]
-        total = sum(int(term) if term.isdigit() else sizes.get(term, 0) for term in terms)
-        if len(unsolved) == 1 and unsolved[0].isidentifier() and found >= total:
-            sizes[unsolved[0]] = found - total
-        elif not unsolved and found != total:
+                sums.append((spec, axis, size))
+            elif (sizes.setdefault(axis, size) if isinstance(axis, str) else axis) != size:
+                expected = f"{axis} {sizes[axis]}" if isinstance(axis, str) else str(axis)
+                raise _wrong_shape(part, spec, array.shape, f"{size} instead of {expected}")
+    for spec, axis, size in sums:
+        unsolved = [term for term in terms_of(axis) if not term.isdigit() and term not in sizes]
+        total = size_of(axis, {**sizes, **dict.fromkeys(unsolved, 0)})
+        if len(unsolved) == 1 and size >= total:
+            sizes[unsolved[0]] = size - total
+        elif size != total and len(unsolved) < 2:
             shape = feeds[spec.name].shape
-            raise _wrong_shape(part, spec, shape, f"{found} instead of {axis} = {total}")
+            raise _wrong_shape(part, spec, shape, f"{size} instead of {axis} = {total}")
     return sizes
 
 

@@ -1,9 +1,13 @@
-"""What a backend gives to run: a session per part."""
+"""The base class of sessions, each of which runs one part on one backend."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from qeff_proxy.errors import BackendError
+from qeff_proxy.session.check_feeds import check_feeds
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
@@ -13,7 +17,7 @@ __all__ = ["PartLike", "Session"]
 
 
 class PartLike(Protocol):
-    """What running needs to know of a part: live (`Part`) or exported (`ExportedPart`)."""
+    """What a session needs to know of a part, live (`Part`) or exported (`ExportedPart`)."""
 
     @property
     def name(self) -> str:
@@ -21,23 +25,33 @@ class PartLike(Protocol):
 
     @property
     def inputs(self) -> Sequence[TensorSpec]:
-        """What it takes."""
+        """Its inputs."""
 
     @property
     def outputs(self) -> Sequence[TensorSpec]:
-        """What it gives."""
+        """Its outputs."""
 
     @property
     def masks(self) -> Sequence[MaskSpec]:
         """Which inputs are attention masks."""
 
 
-class Session(Protocol):
+class Session(ABC):
     """One part, ready to run on one backend.
 
-    A protocol and no base class, so that a backend from another package needs nothing of this one
-    but these two names.
+    A subclass implements `compute`, and `release` if it holds something. The checks before a run
+    are here, so that every backend refuses the same inputs with the same message.
+
+    Args:
+        part: The part that it runs.
     """
+
+    def __init__(self, part: PartLike) -> None:
+        self.part = part
+        self.name = part.name
+        self._closed = False
+        #: What was checked last, and the sizes read from it: one value, for threads.
+        self._checked: tuple[Any, Mapping[str, int]] = (None, {})
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the part once.
@@ -50,8 +64,56 @@ class Session(Protocol):
             One array per output, by name. The caller owns them.
 
         Raises:
-            BackendError: The backend refuses the inputs, or fails.
+            BackendError: The session is closed, or the backend refuses the inputs or fails.
         """
+        self.check_open()
+        return self.compute(feeds, self.check(self.part.inputs, feeds))
 
     def close(self) -> None:
         """Release what the session holds. Running it afterwards is an error."""
+        if not self._closed:
+            self._closed = True
+            self.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def compute(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
+        """Run the part once, on inputs that were checked.
+
+        Args:
+            feeds: As for `run`.
+            sizes: The size of each named axis of the inputs.
+
+        Returns:
+            As `run` does, in the order of the part's outputs.
+
+        Raises:
+            BackendError: The backend fails.
+        """
+
+    def release(self) -> None:  # noqa: B027 (some sessions hold nothing)
+        """Release what the session holds; called once, when it is closed."""
+
+    def check_open(self) -> None:
+        """Raise a `BackendError` if the session is closed."""
+        if self._closed:
+            raise BackendError(f"the session of the {self.name} part is closed")
+
+    def check(
+        self,
+        specs: Iterable[TensorSpec],
+        feeds: Mapping[str, Array],
+        known: Mapping[str, int] | None = None,
+    ) -> Mapping[str, int]:
+        """Sizes of the named axes (`check_feeds`); read once while dtypes and shapes repeat."""
+        key = known, {name: (array.dtype, array.shape) for name, array in feeds.items()}
+        checked, sizes = self._checked
+        if key != checked:
+            sizes = check_feeds(self.name, specs, feeds, known)
+            self._checked = key, sizes
+        return sizes

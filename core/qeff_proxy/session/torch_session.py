@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 from qeff_proxy.arrays import to_array, to_tensor
-from qeff_proxy.errors import BackendError
+from qeff_proxy.session.axes import size_of
+from qeff_proxy.session.session import Session
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["TorchSession"]
 
 
-class TorchSession:
+class TorchSession(Session):
     """Runs a live part with PyTorch.
 
     Args:
@@ -25,37 +26,39 @@ class TorchSession:
     """
 
     def __init__(self, part: Part) -> None:
-        self._part: Part | None = part
-        part.module.eval()
+        super().__init__(part)
+        self._module = part.module.eval()
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the part once (see `qeff_proxy.session.Session.run`)."""
-        if self._part is None:
-            raise BackendError("the session is closed")
+        """Run the part once (see `Session.run`).
+
+        Inputs may be missing: the exported part lacks those that the trace found useless.
+        """
+        self.check_open()
+        return self.compute(feeds, {})
+
+    def compute(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:  # noqa: ARG002
+        """Run the module, with ones for the inputs that are missing."""
         tensors = {name: to_tensor(value) for name, value in feeds.items()}
-        for spec in self._part.inputs:
-            # What the trace found useless is no input of the exported part.
+        for spec in self.part.inputs:
             if spec.name not in tensors:
                 tensors[spec.name] = _placeholder(spec.shape, spec.dtype, tensors)
         with torch.no_grad():
-            outputs = self._part.module(
+            outputs = self._module(
                 **{name.replace(".", "__"): value for name, value in tensors.items()}
             )
-        taken = {value.untyped_storage().data_ptr() for value in _held(self._part, tensors)}
+        # No output may share memory with inputs, weights or another output.
+        held = (*tensors.values(), *self._module.parameters(), *self._module.buffers())
+        taken = {value.untyped_storage().data_ptr() for value in held}
         return {name: to_array(_owned(value, taken)) for name, value in outputs.items()}
 
-    def close(self) -> None:
-        """Let go of the part."""
-        self._part = None
-
-
-def _held(part: Part, tensors: Mapping[str, torch.Tensor]) -> Iterable[torch.Tensor]:
-    """What an output must not share memory with: inputs and weights."""
-    return (*tensors.values(), *part.module.parameters(), *part.module.buffers())
+    def release(self) -> None:
+        """Let go of the module and its weights."""
+        del self._module, self.part
 
 
 def _owned(value: torch.Tensor, taken: set[int]) -> torch.Tensor:
-    """``value``, or a copy where its memory belongs to something else; its memory is then taken."""
+    """``value``, or a copy if its memory is taken; adds its memory to what is taken."""
     if value.untyped_storage().data_ptr() in taken:
         value = value.clone()
     taken.add(value.untyped_storage().data_ptr())
@@ -65,13 +68,10 @@ def _owned(value: torch.Tensor, taken: set[int]) -> torch.Tensor:
 def _placeholder(
     shape: tuple[int | str, ...], dtype: str, tensors: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """A tensor for an input that has no influence: ones of the axes the other inputs show."""
+    """Ones for an input without influence, of the sizes that the other inputs have."""
     first = next(iter(tensors.values()))
     past = tensors.get("past_key_values.0.key")
-    sizes = {"batch": first.shape[0], "query": first.shape[1], "past": 0}
-    sizes["sequence"] = sizes["query"]
-    if past is not None:
-        sizes["past"] = past.shape[2]
-    sizes["past + query"] = sizes["past"] + sizes["query"]
-    axes = [axis if isinstance(axis, int) else sizes[axis] for axis in shape]
-    return torch.ones(axes, dtype=getattr(torch, dtype))
+    batch, query = first.shape[:2]
+    length = 0 if past is None else past.shape[2]
+    sizes = {"batch": batch, "query": query, "sequence": query, "past": length}
+    return torch.ones([size_of(axis, sizes) for axis in shape], dtype=getattr(torch, dtype))

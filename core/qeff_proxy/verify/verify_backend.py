@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qeff_proxy.backends.backend import is_static, precision_of
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.backends.registry import list_backends, load_backend
 from qeff_proxy.compare import Comparison, Tolerances, compare_dumps, write_report
@@ -97,7 +96,7 @@ def compare_with_reference(
         dump: The folder of its dump, beside the reference's.
         partial: Compare only tensors in both dumps, and ignore tolerances of any others.
     """
-    precision = precision_of(load_backend(compiled.backend), compiled.options)
+    precision = load_backend(compiled.backend).precision(compiled.options)
     tolerances = replace(run.options.tolerances or Tolerances(), precision=precision)
     reference, candidate = read_dump(run.folder / REFERENCE), read_dump(run.folder / dump)
     if partial:
@@ -108,7 +107,7 @@ def compare_with_reference(
 def needs_fixed_shapes(options: VerifyOptions, name: str) -> bool:
     """Whether a backend needs fixed shapes; False where it cannot be used, which its row says."""
     try:
-        return is_static(load_backend(name), options.compile_for(name))
+        return load_backend(name).needs_fixed_shapes(options.compile_for(name))
     except ProxyError:
         return False
 
@@ -151,10 +150,7 @@ def why_untimed(name: str, options: CompileOptions) -> str | None:
     Raises:
         BackendError: It cannot be used at all.
     """
-    backend = load_backend(name)
-    untimed = getattr(backend, "untimed", None)
-    reason: str | None = untimed(options) if callable(untimed) else untimed
-    return reason
+    return load_backend(name).untimed(options)
 
 
 def _report_path(html: Path | None, name: str, *, several: bool) -> Path | None:

@@ -19,7 +19,6 @@ import pytest
 import torch
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.artifact.hashes import sha256_of
-from qeff_proxy.backends.backend import precision_of
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
 from qeff_proxy.backends.onnxruntime.cache_in_place import write_in_place
 from qeff_proxy.backends.onnxruntime.fuse_norms import divide_in_norms
@@ -228,7 +227,7 @@ def test_what_it_loses_decides_what_it_is_held_to() -> None:
         ({"weights": "int8"}, "int8_weights"),
         ({"weights": "int8", "head_weights": "int4"}, "int4_weights"),
     ):
-        assert precision_of(backend, CompileOptions(backend=options)) == expected
+        assert backend.precision(CompileOptions(backend=options)) == expected
 
 
 @pytest.mark.parametrize(

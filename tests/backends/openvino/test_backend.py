@@ -13,7 +13,6 @@ import onnx
 import openvino
 import pytest
 from qeff_proxy.artifact.hashes import sha256_of
-from qeff_proxy.backends.backend import precision_of
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compile_options import CompileOptions
@@ -80,11 +79,11 @@ def test_it_computes_in_float32_unless_told(export: Export) -> None:
     backend = load_backend("openvino")
     exact = run_body(export, CompileOptions())["last_hidden_state"]
     assert np.abs(exact - expected["last_hidden_state"]).max() < 1e-5
-    assert precision_of(backend, CompileOptions()) is None
+    assert backend.precision(CompileOptions()) is None
     half = CompileOptions(backend={"precision": "bfloat16"})
     rounded = run_body(export, half)["last_hidden_state"]
     assert 1e-4 < np.abs(rounded - expected["last_hidden_state"]).max() < 0.2
-    assert precision_of(backend, half) == "bfloat16"
+    assert backend.precision(half) == "bfloat16"
 
 
 def test_a_precision_that_the_device_has_not_is_refused(

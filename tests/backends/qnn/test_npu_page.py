@@ -53,7 +53,7 @@ def test_the_page_does_what_it_says(
 
 
 def test_the_page_names_the_lengths_that_nobody_said() -> None:
-    from qeff_proxy.backends.fixed_shapes import with_fixed_shapes
+    from qeff_proxy.backends.lengths import with_fixed_shapes
     from qeff_proxy.compile_options import CompileOptions
 
     chosen = with_fixed_shapes(CompileOptions())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from qeff_proxy.backends.backend import is_static, precision_of
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compare import Tolerance, Tolerances
 from qeff_proxy.compile_options import CompileOptions
@@ -27,5 +26,5 @@ def test_a_tolerance_that_the_user_gives_wins() -> None:
 @pytest.mark.parametrize(("name", "precision"), [("qnn", "float16"), ("onnxruntime", None)])
 def test_backends_say_what_they_compute_in(name: str, precision: str | None) -> None:
     backend, options = load_backend(name), CompileOptions()
-    assert precision_of(backend, options) == precision
-    assert is_static(backend, options) == (name == "qnn")
+    assert backend.precision(options) == precision
+    assert backend.needs_fixed_shapes(options) == (name == "qnn")

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from qeff_proxy.dump import read_dump
 from qeff_proxy.dump.format import MANIFEST, TensorName, name_tensor
 from qeff_proxy.errors import UsageError
-from qeff_proxy.session.axes import axes_of, sizes_of, terms_of
+from qeff_proxy.session.axes import axes_of, terms_of
+from qeff_proxy.session.check_feeds import check_feeds
+from qeff_proxy.tensor_names import PAST, PRESENT
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
@@ -28,7 +30,6 @@ __all__ = ["digest_of", "dumps_in", "samples_of"]
 
 #: Steps of a part that are run; of more, as many are taken at even distances.
 MOST_STEPS = 64
-_PAST, _PRESENT = "past_key_values.", "present."
 
 
 def dumps_in(folder: Path) -> list[Path]:
@@ -108,7 +109,7 @@ def _pieces(
         return dump.array(step.phase, step.index, key)
 
     feeds = {spec.name: read(spec.name) for spec in part.inputs}
-    sizes = sizes_of(part.inputs, feeds)
+    sizes = check_feeds(part.name, part.inputs, feeds)
     query, past = sizes.get("query", 1), sizes.get("past", 0)
     context = options.ctx_len
     if "past" not in axes_of(part) or "query" not in axes_of(part):
@@ -138,8 +139,8 @@ def _cut(
     found = {}
     for spec in part.inputs:
         array = feeds[spec.name]
-        if spec.name.startswith(_PAST) and start:
-            array = present(spec.name.replace(_PAST, _PRESENT, 1))
+        if spec.name.startswith(PAST) and start:
+            array = present(spec.name.replace(PAST, PRESENT, 1))
         where = []
         for axis in spec.shape:
             terms = set(terms_of(axis))

@@ -1,21 +1,17 @@
-"""Computes what a graph computes of its weights alone: weights turned, shared or joined.
+"""Fold what a graph computes of its weights alone: weights transposed, shared or joined.
 
-A compiler of float graphs does it by itself. A quantizer takes a weight behind a Transpose or an
+Compilers of float graphs do this themselves. A quantizer takes a weight behind a Transpose or an
 Identity for an activation, and gives it a type and a range of its own.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-import onnxruntime
 
 from qeff_proxy.backends.fixed_shapes.compiler_fixes import constants_of
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
+from qeff_proxy.backends.onnxruntime.open_graph import open_graph
 
 __all__ = ["fold_weights"]
 
@@ -25,9 +21,9 @@ def fold_weights(model: ir.Model, weights: Path) -> None:
 
     Args:
         model: Changed in place.
-        weights: The folder that the weights' files are in.
+        weights: The folder of the weights' files.
 
-    Each is computed when its elements are asked for, so that they need not all be in memory.
+    Each is computed when its elements are read, so that not all are in memory at once.
     """
     graph = model.graph
     constants = constants_of(graph)
@@ -55,7 +51,7 @@ def fold_weights(model: ir.Model, weights: Path) -> None:
 
 
 class _Computed:
-    """Gives a tensor that a graph without inputs computes."""
+    """Computes the tensor of a graph without inputs."""
 
     def __init__(self, model: ir.Model, weights: Path, name: str) -> None:
         self._model = model
@@ -63,16 +59,6 @@ class _Computed:
         self._name = name
 
     def __call__(self) -> ir.TensorProtocol:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(self._weights)
-        )
-        session = onnxruntime.InferenceSession(
-            ir.to_proto(self._model).SerializeToString(),
-            options,
-            providers=["CPUExecutionProvider"],
-        )
-        (array,) = session.run(None, {})
-        found: Array = array
-        return ir.Tensor(found, name=self._name)
+        graph = ir.to_proto(self._model).SerializeToString()
+        (array,) = open_graph(graph, weights=self._weights).run(None, {})
+        return ir.Tensor(array, name=self._name)

@@ -6,35 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qeff_proxy.backends.lengths import (
-    DEFAULT_CTX_LEN,
-    DEFAULT_PREFILL_SEQ_LEN,
-    with_fixed_shapes,
-)
+from qeff_proxy.backends.lengths import DEFAULT_CTX_LEN, DEFAULT_PREFILL_SEQ_LEN
 from qeff_proxy.errors import UsageError
 from qeff_proxy.session.axes import Sizes, axes_of
 
 if TYPE_CHECKING:
+    from qeff_proxy.artifact.export_folder import ExportedPart
     from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.session.session import PartLike
 
-__all__ = [
-    "DEFAULT_CTX_LEN",
-    "DEFAULT_PREFILL_SEQ_LEN",
-    "Plan",
-    "name_of",
-    "runs_on_host",
-    "with_fixed_shapes",
-]
+__all__ = ["PADDED", "Plan", "name_of", "runs_on_host"]
 
 #: Axes that a static session can pad and cut: see `qeff_proxy.backends.fixed_shapes.session`.
 PADDED = ("batch", "query", "past")
 
 
-def runs_on_host(part: PartLike) -> bool:
+def runs_on_host(part: ExportedPart) -> bool:
     """Whether a part holds the vocabulary, which a proxy leaves to the host."""
-    weights = getattr(part, "weights", None)
-    return weights in ("vocabulary", "vocabulary.safetensors")
+    return part.weights == "vocabulary.safetensors"
 
 
 def name_of(sizes: Mapping[str, int]) -> str:
@@ -47,9 +36,9 @@ def name_of(sizes: Mapping[str, int]) -> str:
 class Plan:
     """The fixed shapes of one part.
 
-    ``query`` is 1 in decode steps and ``prefill_seq_len`` in prefill chunks. ``past`` is what is
-    left of ``ctx_len``, so that past and query together have ``ctx_len`` positions. Other axes
-    have the sizes that a run brings, or ``seq_len`` where that is known beforehand.
+    ``query`` is 1 in decode steps and ``prefill_seq_len`` in prefill chunks. ``past`` is the rest
+    of ``ctx_len``, so that past and query together have ``ctx_len`` positions. Other axes have
+    ``seq_len``, or the sizes of a run if that is not set.
 
     Attributes:
         axes: The part's dynamic axes.
@@ -65,10 +54,10 @@ class Plan:
         return cls(axes_of(part), options)
 
     def specializations(self) -> list[Sizes]:
-        """What is known before any run: prefill first, then decode; nothing where an axis is free.
+        """The shapes that are known before any run: prefill first, then decode.
 
-        An axis that is neither batch, query nor past takes each ``seq_len``; where there are
-        several such axes, or no ``seq_len``, their sizes are known when a run brings them.
+        An axis that is neither batch, query nor past takes each ``seq_len``. If there are several
+        such axes, or no ``seq_len``, only a run brings the sizes, and the list is empty.
         """
         free = [axis for axis in self.axes if axis not in PADDED]
         lengths = self.options.seq_len
@@ -77,20 +66,20 @@ class Plan:
         queries = [1]
         if "query" in self.axes:
             queries = sorted({self._prefill, 1}, reverse=True)
-        found = []
+        shapes = []
         for query in queries:
             for length in lengths if free and lengths else (0,):
                 sizes = {"batch": self.options.batch_size, "query": query, "past": 0}
                 sizes["past"] = self._past(query, 0)
                 sizes.update(dict.fromkeys(free, length))
-                found.append({axis: sizes[axis] for axis in self.axes})
-        return found
+                shapes.append({axis: sizes[axis] for axis in self.axes})
+        return shapes
 
     def choose(self, real: Mapping[str, int]) -> Sizes:
         """The fixed shapes for a run.
 
         Args:
-            real: Sizes that the run has.
+            real: Sizes of the run.
 
         Raises:
             UsageError: More positions, or a longer chunk, than was compiled for.
@@ -132,11 +121,11 @@ class Plan:
             )
 
     def _past(self, query: int, least: int) -> int:
-        """Room for the past: what ``query`` leaves of the context, if that is enough.
+        """Room for the past: the context without ``query``, if that is enough.
 
         A chunk that begins elsewhere than at a multiple of ``prefill_seq_len`` may need more.
         """
-        left = self._context - query
-        if left >= least and left > 0:
-            return left
+        room = self._context - query
+        if room >= least and room > 0:
+            return room
         return max(self._context - 1, 1)

@@ -1,16 +1,16 @@
-"""Lets what runs parts of any size drive parts of fixed shapes.
+"""Run parts of fixed shapes on inputs of any size.
 
-The engine feeds a part what it has: a query of some length, a past as long as it is, a batch of so
-many rows. `StaticSession` picks the specialization, pads the inputs, runs it, and cuts its outputs
-back, so that the caller, and a dump, see what a backend of dynamic shapes would have given:
+The engine feeds a part queries, a past and a batch of any length. `StaticSession` picks the
+specialization, pads the inputs, runs it, and cuts its outputs back, so that the caller and a dump
+see the outputs of a backend of dynamic shapes:
 
 - **query**: padded behind, with zeros.
-- **past**: padded in front, with zeros, so that in ``present`` = past + query what is real lies in
-  one piece and is cut out without a copy.
+- **past**: padded in front, with zeros. So the real positions of ``present`` = past + query lie in
+  one piece, and are cut out without a copy.
 - **attention masks**: padded keys are hidden with the lowest number that the mask has, but every
   padded query sees itself, so that no softmax is over nothing.
 - **batch**: padded with rows of zeros; a larger batch runs in several turns.
-- Any other axis must have the specialization's size, so a run of another size opens another.
+- Any other axis must have the specialization's size: a run of another size opens another.
 """
 
 from __future__ import annotations
@@ -18,37 +18,47 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.backends.fixed_shapes.plan import Plan, name_of
 from qeff_proxy.errors import BackendError
-from qeff_proxy.session.axes import Sizes, is_sum, size_of, sizes_of, terms_of
-from qeff_proxy.session.check_feeds import check_feeds
+from qeff_proxy.session.axes import Sizes, is_sum, size_of, terms_of
+from qeff_proxy.session.session import Session
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.parts import TensorSpec
-    from qeff_proxy.session.session import PartLike, Session
+    from qeff_proxy.session.session import PartLike
 
-__all__ = ["StaticSession"]
+__all__ = ["Specialization", "StaticSession"]
 
 #: Specializations that are kept open; more would hold the weights as many times.
 _OPEN = 4
 
 
-class StaticSession:
+class Specialization(Protocol):
+    """A part compiled to one set of sizes, and open."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run it once, on arrays of exactly its sizes."""
+
+    def close(self) -> None:
+        """Release what it holds."""
+
+
+class StaticSession(Session):
     """A part of fixed shapes, behind the session of a part of any.
 
     Args:
-        part: What it runs.
+        part: The part that it runs.
         options: Of the compilation, with all lengths
-            (`qeff_proxy.backends.fixed_shapes.with_fixed_shapes`).
-        open_specialization: Gives a session that takes and gives arrays of exactly these sizes.
-            It is called when a run first needs them, and must compile what was not compiled yet.
+            (`qeff_proxy.backends.lengths.with_fixed_shapes`).
+        open_specialization: Opens the part for these sizes. It is called when a run first needs
+            them, and must compile what was not compiled yet.
         lowest_mask: Masks go no lower than this, for backends that compute in a narrower type
             than the mask's; ``None``: the lowest number of the mask's own type.
     """
@@ -57,78 +67,69 @@ class StaticSession:
         self,
         part: PartLike,
         options: CompileOptions,
-        open_specialization: Callable[[Sizes], Session],
+        open_specialization: Callable[[Sizes], Specialization],
         lowest_mask: float | None = None,
     ) -> None:
-        self._part = part
+        super().__init__(part)
         self._plan = Plan.of(part, options)
         self._open = open_specialization
         self._masks = {mask.name for mask in part.masks}
         self._lowest = lowest_mask
-        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._sessions: OrderedDict[str, Specialization] = OrderedDict()
         self._buffers: dict[str, Array] = {}
-        self._closed = False
         self._lock = threading.Lock()
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the part once, or once per ``batch_size`` rows (see `qeff_proxy.session`)."""
-        if self._closed:
-            raise BackendError(f"the session of the {self._part.name} part is closed")
-        check_feeds(self._part.name, self._part.inputs, feeds)
-        with self._lock:  # the buffers are those of one run
-            return self._run(feeds)
+    def compute(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
+        """Run the part once, or once per ``batch_size`` rows."""
+        with self._lock:  # a run has the buffers to itself
+            rows = sizes.get("batch", 1)
+            size = self._plan.options.batch_size
+            if rows <= size:
+                return self._run_batch(feeds, sizes)
+            self._check_rows()
+            turns = []
+            for start in range(0, rows, size):
+                some = {
+                    spec.name: feeds[spec.name][start : start + size]
+                    if spec.shape and spec.shape[0] == "batch"
+                    else feeds[spec.name]
+                    for spec in self.part.inputs
+                }
+                turns.append(self._run_batch(some, {**sizes, "batch": min(size, rows - start)}))
+            return {name: np.concatenate([turn[name] for turn in turns]) for name in turns[0]}
 
-    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        real = sizes_of(self._part.inputs, feeds)
-        rows = real.get("batch", 1)
-        size = self._plan.options.batch_size
-        if rows <= size:
-            return self._run_batch(feeds, real)
-        self._check_rows()
-        turns = []
-        for start in range(0, rows, size):
-            some = {
-                spec.name: feeds[spec.name][start : start + size]
-                if spec.shape and spec.shape[0] == "batch"
-                else feeds[spec.name]
-                for spec in self._part.inputs
-            }
-            turns.append(self._run_batch(some, {**real, "batch": min(size, rows - start)}))
-        return {name: np.concatenate([turn[name] for turn in turns]) for name in turns[0]}
-
-    def close(self) -> None:
+    def release(self) -> None:
         """Close every specialization that is open."""
-        self._closed = True
         self._buffers.clear()
         while self._sessions:
             self._sessions.popitem()[1].close()
 
     def _check_rows(self) -> None:
         """Make sure that a batch can run in several turns: every output must have its rows."""
-        for spec in (*self._part.inputs, *self._part.outputs):
+        for spec in (*self.part.inputs, *self.part.outputs):
             first = spec.shape[0] if spec.shape else None
             elsewhere = any("batch" in terms_of(axis) for axis in spec.shape[1:])
-            lacks = spec in self._part.outputs and first != "batch"
+            lacks = spec in self.part.outputs and first != "batch"
             if elsewhere or lacks or (first != "batch" and "batch" in terms_of(first or "")):
                 raise BackendError(
-                    f"the {self._part.name} part cannot run a batch in several turns: "
+                    f"the {self.name} part cannot run a batch in several turns: "
                     f"{spec.name} is {list(spec.shape)}",
                     "Compile with a larger batch_size.",
                 )
 
-    def _run_batch(self, feeds: Mapping[str, Array], real: Sizes) -> dict[str, Array]:
+    def _run_batch(self, feeds: Mapping[str, Array], real: Mapping[str, int]) -> dict[str, Array]:
         sizes = self._plan.choose(real)
         changed = {axis for axis in sizes if sizes[axis] != real[axis]}
         padded = {
-            spec.name: self._pad(spec, feeds[spec.name], real, sizes) for spec in self._part.inputs
+            spec.name: self._pad(spec, feeds[spec.name], real, sizes) for spec in self.part.inputs
         }
         outputs = self._session(sizes).run(padded)
         return {
             spec.name: self._cut(spec, outputs[spec.name], real, sizes, changed)
-            for spec in self._part.outputs
+            for spec in self.part.outputs
         }
 
-    def _session(self, sizes: Sizes) -> Session:
+    def _session(self, sizes: Sizes) -> Specialization:
         key = name_of(sizes)
         if key in self._sessions:
             self._sessions.move_to_end(key)
@@ -138,7 +139,7 @@ class StaticSession:
         self._sessions[key] = self._open(sizes)
         return self._sessions[key]
 
-    def _pad(self, spec: TensorSpec, array: Array, real: Sizes, sizes: Sizes) -> Array:
+    def _pad(self, spec: TensorSpec, array: Array, real: Mapping[str, int], sizes: Sizes) -> Array:
         shape = tuple(size_of(axis, sizes) for axis in spec.shape)
         is_mask = spec.name in self._masks
         if array.shape == shape and not (is_mask and self._lowest is not None):
@@ -163,19 +164,24 @@ class StaticSession:
         return own if self._lowest is None else max(own, self._lowest)
 
     def _buffer(self, spec: TensorSpec, shape: tuple[int, ...]) -> Array:
-        """An array to pad into, used again as long as runs have this shape."""
-        found = self._buffers.get(spec.name)
-        if found is None or found.shape != shape:
-            found = self._buffers[spec.name] = np.zeros(shape, numpy_dtype(spec.dtype))
-        return found
+        """An array to pad into, reused while runs have this shape."""
+        buffer = self._buffers.get(spec.name)
+        if buffer is None or buffer.shape != shape:
+            buffer = self._buffers[spec.name] = np.zeros(shape, numpy_dtype(spec.dtype))
+        return buffer
 
     def _cut(
-        self, spec: TensorSpec, array: Array, real: Sizes, sizes: Sizes, changed: set[str]
+        self,
+        spec: TensorSpec,
+        array: Array,
+        real: Mapping[str, int],
+        sizes: Sizes,
+        changed: set[str],
     ) -> Array:
         for axis in spec.shape:
             if not is_sum(axis) and changed & set(terms_of(axis)):
                 raise BackendError(
-                    f"the output {spec.name} of the {self._part.name} part has the axis {axis}, "
+                    f"the output {spec.name} of the {self.name} part has the axis {axis}, "
                     f"which cannot be cut back to {real}",
                     "Compile for the sizes of the run.",
                 )
@@ -191,8 +197,8 @@ class StaticSession:
         ]
 
 
-def _place(axis: int | str, real: Sizes, sizes: Sizes) -> slice:
-    """Where what is real lies along an axis: behind the padding of the past, before others'."""
+def _place(axis: int | str, real: Mapping[str, int], sizes: Sizes) -> slice:
+    """The real positions of an axis: behind the padding of the past, before any other padding."""
     terms = [term for term in terms_of(axis) if not term.isdigit()]
     if "past" in terms[1:]:
         raise BackendError(f"the axis {axis} cannot be padded", "Its past must come first.")

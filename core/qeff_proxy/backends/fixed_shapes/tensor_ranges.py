@@ -1,8 +1,8 @@
-"""Which values the tensors of a graph take on given inputs: what a quantizer has to know.
+"""The range of values of each tensor of a graph on given inputs, for a quantizer.
 
 ONNX Runtime's own calibrator copies the weights several times. Here the graph of fixed shapes runs
-as it is, its weights mapped from their file, with the smallest and largest element of every
-floating tensor as outputs more.
+unchanged, its weights mapped from their file, with the smallest and largest element of every
+floating tensor as additional outputs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from qeff_proxy.backends.fixed_shapes.compiler_fixes import constants_of
+from qeff_proxy.backends.onnxruntime.open_graph import open_graph, run_graph
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
@@ -64,8 +65,8 @@ class RangeSession:
         """Run it once, on arrays of exactly its sizes, and widen the ranges."""
         known = dict(feeds)
         if self._host is not None:
-            known.update(_run(self._host, known))
-        found = _run(self._session, known)
+            known.update(run_graph(self._host, known))
+        found = run_graph(self._session, known)
         for name in self._names:
             low, high = float(found[f"{name}.Min"]), float(found[f"{name}.Max"])
             before = self._into.get(name, (low, high))
@@ -136,20 +137,8 @@ def _floating(graph: ir.Graph) -> list[ir.Value]:
 
 
 def _session(proto: onnx.ModelProto, weights: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Every tensor must be there, and the weights stay where they are.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(weights)
-    )
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def _run(session: onnxruntime.InferenceSession, known: Mapping[str, Array]) -> dict[str, Array]:
-    names = [one.name for one in session.get_outputs()]
-    taken = {one.name: known[one.name] for one in session.get_inputs()}
-    return dict(zip(names, session.run(names, taken), strict=True))
+    settings = onnxruntime.SessionOptions()
+    # Every tensor must be computed, and the weights stay in their file.
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.add_session_config_entry("session.disable_prepacking", "1")
+    return open_graph(proto.SerializeToString(), settings, weights=weights)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,16 +11,17 @@ import numpy as np
 from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import BackendError
-from qeff_proxy.session.check_feeds import check_feeds
+from qeff_proxy.session.axes import size_of
+from qeff_proxy.session.cache_buffers import InPlaceSession
 from qeff_proxy.tensor_names import PAST, PRESENT
 
 if TYPE_CHECKING:
     import onnxruntime
 
     from qeff_proxy.arrays import Array
-    from qeff_proxy.artifact.export_folder import ExportedPart
     from qeff_proxy.parts import TensorSpec
     from qeff_proxy.session.cache_buffers import Buffers
+    from qeff_proxy.session.session import PartLike
 
 __all__ = ["PLACES", "OnnxRuntimeSession", "places_of"]
 
@@ -28,7 +30,7 @@ PLACES = "cache_places."
 
 
 class _Bound:
-    """What a session binds once and uses at every step: to bind takes longer than to copy.
+    """Arrays that are bound once and used at every step: binding takes longer than copying.
 
     Args:
         binding: The runtime's own, with the cache bound.
@@ -40,7 +42,7 @@ class _Bound:
         self._outputs: dict[str, Array] = {}
 
     def put(self, name: str, array: Array) -> None:
-        """Have the array for an input."""
+        """Copy an array into the bound input."""
         held = self._inputs.get(name)
         if held is None or held.shape != array.shape:
             held = self._inputs[name] = np.array(array, order="C")
@@ -49,48 +51,42 @@ class _Bound:
             np.copyto(held, array)
 
     def expect(self, spec: TensorSpec, sizes: Mapping[str, int]) -> None:
-        """Have room for an output."""
-        shape = tuple(_size_of(axis, sizes) for axis in spec.shape)
+        """Bind an output of the size that this step has."""
+        shape = tuple(size_of(axis, sizes) for axis in spec.shape)
         held = self._outputs.get(spec.name)
         if held is None or held.shape != shape:
             held = self._outputs[spec.name] = np.empty(shape, numpy_dtype(spec.dtype))
             _bind(self.binding.bind_output, spec.name, held)
 
     def take(self, name: str) -> Array:
-        """A copy of an output, as the next step writes over it."""
+        """A copy of an output, because the next step overwrites it."""
         return self._outputs[name].copy()
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(InPlaceSession):
     """A part on ONNX Runtime's CPU.
 
     Args:
         session: The runtime's own session.
-        part: What it runs, for messages.
+        part: The part that it runs.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, part: ExportedPart) -> None:
-        self._session: onnxruntime.InferenceSession | None = session
-        self._part = part
+    def __init__(self, session: onnxruntime.InferenceSession, part: PartLike) -> None:
+        super().__init__(part)
+        self._session = session
         self._names = [spec.name for spec in part.outputs]
         self._cache = {spec.name: spec for spec in part.inputs if spec.name.startswith(PAST)}
         self._others = [spec for spec in part.inputs if spec.name not in self._cache]
-        self._given = [spec for spec in part.outputs if not spec.name.startswith(PRESENT)]
+        self._outputs = [spec for spec in part.outputs if not spec.name.startswith(PRESENT)]
         inputs = [value.name for value in session.get_inputs()]
         self._heads = [int(n.removeprefix(PLACES)) for n in inputs if n.startswith(PLACES)]
-        #: Dtypes and shapes that were checked, and the sizes found: one value, for threads.
-        self._checked: tuple[Any, Mapping[str, int]] = (None, {})
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the part once (see `qeff_proxy.session.Session.run`)."""
-        session = self._opened()
-        sizes = self._check(self._part.inputs, feeds, {})
+    def compute(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
+        """Run the graph once, on copies of the past if it writes its cache in place."""
         if self._heads:
             return self._run_on_copies(feeds, sizes)
-        try:
-            outputs = session.run(self._names, dict(feeds))
-        except Exception as error:  # the runtime's exceptions share no public base class
-            raise self._failed(error) from error
+        with self._failing():
+            outputs = self._session.run(self._names, dict(feeds))
         return dict(zip(self._names, outputs, strict=True))
 
     def runs_in_place(self) -> bool:
@@ -99,34 +95,23 @@ class OnnxRuntimeSession:
 
     def run_in_place(self, feeds: Mapping[str, Array], buffers: Buffers) -> dict[str, Array]:
         """Run the part on buffers (see `qeff_proxy.session.InPlaceSession.run_in_place`)."""
-        query = feeds[self._part.inputs[0].name].shape[1]
-        known = self._sizes_of(buffers.arrays, query)
-        sizes = self._check(self._others, feeds, known)
+        self.check_open()
+        query = feeds[self.part.inputs[0].name].shape[1]
+        sizes = self.check(self._others, feeds, self._cache_sizes(buffers.arrays, query))
         bound = buffers.bound.get(self)
         if bound is None:  # the first step on these buffers
             bound = buffers.bound[self] = self._bind_cache(buffers.arrays)
         return self._run_bound(bound, feeds, buffers.filled, sizes)
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Release the runtime's session and the weights it maps."""
-        self._session = None
-
-    def _check(
-        self, specs: Iterable[TensorSpec], feeds: Mapping[str, Array], known: Mapping[str, int]
-    ) -> Mapping[str, int]:
-        """The sizes of the axes (`check_feeds`); what is like the step before is not looked at."""
-        like = known, {name: (array.dtype, array.shape) for name, array in feeds.items()}
-        checked, sizes = self._checked
-        if like != checked:
-            sizes = check_feeds(self._part.name, specs, feeds, known)
-            self._checked = like, sizes
-        return sizes
+        del self._session
 
     def _run_on_copies(
         self, feeds: Mapping[str, Array], sizes: Mapping[str, int]
     ) -> dict[str, Array]:
         """Run on copies of the past that have room for the new positions, and no more."""
-        query = feeds[self._part.inputs[0].name].shape[1]
+        query = feeds[self.part.inputs[0].name].shape[1]
         arrays: dict[str, Array] = {}
         past = 0
         for name in self._cache:
@@ -140,16 +125,16 @@ class OnnxRuntimeSession:
         outputs |= {PRESENT + name.removeprefix(PAST): array for name, array in arrays.items()}
         return {name: outputs[name] for name in self._names}
 
-    def _sizes_of(self, cache: Mapping[str, Array], query: int) -> dict[str, int]:
-        """The sizes of the cache's axes, the past as long as the buffers less the queries."""
+    def _cache_sizes(self, cache: Mapping[str, Array], query: int) -> dict[str, int]:
+        """Sizes of the cache's axes; the past is as long as the buffers without the queries."""
         name, spec = next(iter(self._cache.items()))
         shape = list(cache[name].shape)
         shape[2] -= query
         return {axis: n for axis, n in zip(spec.shape, shape, strict=True) if isinstance(axis, str)}
 
     def _bind_cache(self, cache: Mapping[str, Array]) -> _Bound:
-        """Have each array of the cache for an input and for an output."""
-        bound = _Bound(self._opened().io_binding())
+        """Bind each array of the cache as an input and as an output."""
+        bound = _Bound(self._session.io_binding())
         for name, array in cache.items():
             _bind(bound.binding.bind_input, name, array)
             _bind(bound.binding.bind_output, PRESENT + name.removeprefix(PAST), array)
@@ -158,30 +143,27 @@ class OnnxRuntimeSession:
     def _run_bound(
         self, bound: _Bound, feeds: Mapping[str, Array], start: int, sizes: Mapping[str, int]
     ) -> dict[str, Array]:
-        """Run with the cache that is bound, from the position ``start`` on."""
-        session = self._opened()
-        batch, query = feeds[self._part.inputs[0].name].shape[:2]
+        """Run with a bound cache, whose new positions begin at ``start``."""
+        batch, query = feeds[self.part.inputs[0].name].shape[:2]
         for name, array in feeds.items():
             bound.put(name, array)
         for heads in self._heads:
             bound.put(f"{PLACES}{heads}", places_of(batch, heads, start, query))
-        for spec in self._given:
+        for spec in self._outputs:
             bound.expect(spec, sizes)
+        with self._failing():
+            self._session.run_with_iobinding(bound.binding)
+        return {spec.name: bound.take(spec.name) for spec in self._outputs}
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Say which part failed."""
         try:
-            session.run_with_iobinding(bound.binding)
+            yield
         except Exception as error:  # the runtime's exceptions share no public base class
-            raise self._failed(error) from error
-        return {spec.name: bound.take(spec.name) for spec in self._given}
-
-    def _opened(self) -> onnxruntime.InferenceSession:
-        if self._session is None:
-            raise BackendError(f"the session of the {self._part.name} part is closed")
-        return self._session
-
-    def _failed(self, error: Exception) -> BackendError:
-        return BackendError(
-            f"ONNX Runtime failed on the {self._part.name} part: {first_line(error)}"
-        )
+            raise BackendError(
+                f"ONNX Runtime failed on the {self.name} part: {first_line(error)}"
+            ) from error
 
 
 def places_of(batch: int, heads: int, start: int, query: int) -> Array:
@@ -191,15 +173,6 @@ def places_of(batch: int, heads: int, start: int, query: int) -> Array:
     places[..., 1] = np.arange(heads)[None, :, None]
     places[..., 2] = np.arange(start, start + query)
     return places
-
-
-def _size_of(axis: int | str, sizes: Mapping[str, int]) -> int:
-    """The size of an axis: a number, a name, or a sum of both."""
-    if isinstance(axis, int):
-        return axis
-    if axis in sizes:
-        return sizes[axis]
-    return sum(int(one) if one.isdigit() else sizes[one] for one in axis.split(" + "))
 
 
 def _bind(bind: Any, name: str, array: Array) -> None:

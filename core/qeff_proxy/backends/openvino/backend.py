@@ -1,35 +1,34 @@
 """The ``openvino`` backend: Intel's CPUs, GPUs and NPUs.
 
-CPU and GPU run the parts with their dynamic axes. An NPU takes fixed shapes only: there each part
-is compiled once per specialization (`qeff_proxy.backends.fixed_shapes`), and the parts that hold
-the vocabulary run on the CPU. Nothing is stateful: the cache goes in and comes out, as on every
-other backend.
+CPU and GPU run the parts with their dynamic axes. An NPU takes only fixed shapes: each part is
+compiled once per specialization (`qeff_proxy.backends.fixed_shapes`), and the parts that hold the
+vocabulary run on the CPU. Nothing is stateful: the cache goes in and comes out, as on every other
+backend.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.backends.backend import Backend, usable_cores
+from qeff_proxy.backends.fixed_shapes import Plan, StaticSession, name_of, runs_on_host
+from qeff_proxy.backends.openvino.session import OpenVinoSession
 from qeff_proxy.errors import BackendError, UsageError
-from qeff_proxy.session.check_feeds import check_feeds
+from qeff_proxy.session.axes import size_of
 
 if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.backends.fixed_shapes import Sizes
     from qeff_proxy.compile_options import CompileOptions
+    from qeff_proxy.session.axes import Sizes
     from qeff_proxy.session.session import Session
 
-__all__ = ["OpenVinoBackend", "OpenVinoSession"]
+__all__ = ["OpenVinoBackend"]
 
-#: dtype → what OpenVINO calls it.
+#: dtype → OpenVINO's name of it.
 _PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _TELEMETRY = "openvino_telemetry"
 
@@ -37,7 +36,7 @@ _TELEMETRY = "openvino_telemetry"
 def _import_openvino() -> Any:
     """Import OpenVINO without its telemetry, which sends a message whenever it is imported.
 
-    OpenVINO does without the package when it is not installed, so it is hidden for the moment.
+    OpenVINO works without that package, so it is hidden during the import.
     """
     if "openvino" in sys.modules or _TELEMETRY in sys.modules:
         import openvino
@@ -54,8 +53,8 @@ def _import_openvino() -> Any:
 openvino = _import_openvino()
 
 
-class OpenVinoBackend:
-    """Compiles parts with OpenVINO, and runs them on the device that is asked for."""
+class OpenVinoBackend(Backend):
+    """Compiles parts with OpenVINO, and runs them on the chosen device."""
 
     options: Mapping[str, str] = {
         "device": "CPU (default), GPU or NPU; GPU.1 where there are several",
@@ -65,7 +64,6 @@ class OpenVinoBackend:
         "save_compiled": "keep the compiled parts, so that opening is quick (default: not on a "
         "CPU, which compiles as fast as it would read them)",
     }
-
     values: Mapping[str, Any] = {
         "device": str,
         "precision": str,
@@ -78,76 +76,78 @@ class OpenVinoBackend:
         return {"openvino": str(openvino.__version__)}
 
     def devices(self) -> list[str]:
-        """The devices that OpenVINO finds here, each with its full name."""
+        """The devices of this machine, each with its full name."""
         return [
             f"{device} ({self._core.get_property(device, 'FULL_DEVICE_NAME').strip()})"
             for device in self._core.available_devices
         ]
 
-    def static(self, options: CompileOptions) -> bool:
-        """Whether fixed shapes are compiled."""
+    def needs_fixed_shapes(self, options: CompileOptions) -> bool:
+        """By default on an NPU."""
         default = _device(options).startswith("NPU")
         return bool(options.backend.get("static_shapes", default))
 
     def precision(self, options: CompileOptions) -> str | None:
-        """What is computed in, where that is not float32."""
+        """The precision that was asked for or that the device chooses, if not float32."""
         device = _device(options)
-        asked = _precision(device, options)
-        if asked is None:
-            asked = self._core.get_property(device, "INFERENCE_PRECISION_HINT").get_type_name()
-        names = [name for name, short in _PRECISIONS.items() if short == asked]
-        return names[0] if names and names[0] != "float32" else None
+        short = _precision(device, options)
+        if short is None:
+            short = self._core.get_property(device, "INFERENCE_PRECISION_HINT").get_type_name()
+        names = {short: name for name, short in _PRECISIONS.items() if name != "float32"}
+        return names.get(short)
 
     def compile(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> None:
-        """Compile the part, and keep the result where reading it is quicker."""
+        """Compile the part, and save the result if reading it is quicker than compiling."""
         device = self._device_of(part, options)
-        if not self._fixed(part, options):
-            self._save(self._compile(export, part, options, None), device, options, folder, part)
-            return
-        from qeff_proxy.backends.fixed_shapes import Plan
-
-        for sizes in Plan.of(part, options).specializations():
+        for sizes in self._specializations(part, options):
             compiled = self._compile(export, part, options, sizes)
-            self._save(compiled, device, options, folder, part, sizes)
+            if options.backend.get("save_compiled", device != "CPU"):
+                with _blob(folder, part, sizes).open("wb") as file:
+                    file.write(compiled.export_model().getbuffer())
 
     def open(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> Session:
-        """A session on what was kept, or on the export, compiled anew."""
-        if not self._fixed(part, options):
-            return OpenVinoSession(self._reopen(export, part, options, folder, None), part)
-        from qeff_proxy.backends.fixed_shapes import StaticSession
+        """A session on what was saved, or on the export, compiled anew."""
 
-        def open_specialization(sizes: Sizes) -> OpenVinoSession:
-            compiled = self._reopen(export, part, options, folder, sizes)
-            return OpenVinoSession(compiled, part)
+        def open_specialization(sizes: Sizes | None) -> OpenVinoSession:
+            return OpenVinoSession(self._reopen(export, part, options, folder, sizes), part)
 
+        if not self._is_fixed(part, options):
+            return open_specialization(None)
         return StaticSession(part, options, open_specialization)
 
     @cached_property
     def _core(self) -> Any:
         return openvino.Core()
 
-    def _fixed(self, part: ExportedPart, options: CompileOptions) -> bool:
-        if not self.static(options):
-            return False
-        from qeff_proxy.backends.fixed_shapes import runs_on_host
+    def _is_fixed(self, part: ExportedPart, options: CompileOptions) -> bool:
+        """Whether a part is compiled to fixed shapes."""
+        return self.needs_fixed_shapes(options) and not runs_on_host(part)
 
-        return not runs_on_host(part)
+    def _specializations(
+        self, part: ExportedPart, options: CompileOptions
+    ) -> list[Sizes] | list[None]:
+        """The fixed shapes of a part; a single ``None`` if its axes stay dynamic."""
+        if not self._is_fixed(part, options):
+            return [None]
+        return Plan.of(part, options).specializations()
 
     def _device_of(self, part: ExportedPart, options: CompileOptions) -> str:
-        device = _device(options)
-        if device not in {one.partition(".")[0] for one in self._core.available_devices} | set(
-            self._core.available_devices
-        ):
+        """The device that a part is compiled for.
+
+        Raises:
+            BackendError: This machine does not have it.
+        """
+        device, available = _device(options), self._core.available_devices
+        if device not in {*available, *(name.partition(".")[0] for name in available)}:
             raise BackendError(
-                f"OpenVINO finds no device {device!r} here, only "
-                f"{', '.join(self._core.available_devices)}",
+                f"OpenVINO finds no device {device!r} here, only {', '.join(available)}",
                 "Install the device's driver, or choose another with -O device=CPU.",
             )
-        on_host = self.static(options) and not self._fixed(part, options)
+        on_host = self.needs_fixed_shapes(options) and not self._is_fixed(part, options)
         return "CPU" if on_host else device
 
     def _compile(
@@ -159,14 +159,8 @@ class OpenVinoBackend:
         try:
             model = self._core.read_model(path)
             if sizes is not None:
-                from qeff_proxy.session.axes import size_of
-
-                model.reshape(
-                    {
-                        spec.name: [size_of(axis, sizes) for axis in spec.shape]
-                        for spec in part.inputs
-                    }
-                )
+                shapes = {s.name: [size_of(axis, sizes) for axis in s.shape] for s in part.inputs}
+                model.reshape(shapes)
             compiled = self._core.compile_model(model, device, properties)
         except (RuntimeError, ValueError) as error:
             from qeff_proxy.backends.openvino.errors import refusal_of
@@ -174,19 +168,6 @@ class OpenVinoBackend:
             raise refusal_of(error, path, part.name, device) from error
         _check_precision(compiled, properties, device)
         return compiled
-
-    def _save(
-        self,
-        compiled: Any,
-        device: str,
-        options: CompileOptions,
-        folder: Path,
-        part: ExportedPart,
-        sizes: Sizes | None = None,
-    ) -> None:
-        if options.backend.get("save_compiled", device != "CPU"):
-            with _blob(folder, part, sizes).open("wb") as file:
-                file.write(compiled.export_model().getbuffer())
 
     def _reopen(
         self,
@@ -197,64 +178,16 @@ class OpenVinoBackend:
         sizes: Sizes | None,
     ) -> Any:
         path = _blob(folder, part, sizes)
-        device = self._device_of(part, options)
         if path.is_file():
+            device = self._device_of(part, options)
             try:
                 return self._core.import_model(
                     path.read_bytes(), device, _properties(device, options)
                 )
             except RuntimeError:
-                # Made by another driver or for another processor: the export is what counts.
+                # Another driver or processor made it: the export is what counts.
                 pass
         return self._compile(export, part, options, sizes)
-
-
-class OpenVinoSession:
-    """A part on one of OpenVINO's devices.
-
-    Args:
-        compiled: OpenVINO's compiled model.
-        part: What it runs.
-    """
-
-    def __init__(self, compiled: Any, part: ExportedPart) -> None:
-        self._part = part
-        self._request: Any = compiled.create_infer_request()
-        self._lock = threading.Lock()  # a request runs one inference at a time
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the part once (see `qeff_proxy.session.Session.run`)."""
-        name = self._part.name
-        with self._lock:
-            if self._request is None:
-                raise BackendError(f"the session of the {name} part is closed")
-            check_feeds(name, self._part.inputs, feeds)
-            try:
-                result = self._request.infer(dict(feeds), share_inputs=True, share_outputs=False)
-            except (RuntimeError, ValueError, TypeError) as error:
-                self._failed(error)
-        outputs: dict[str, Array] = {}
-        given: set[int] = set()
-        for spec in self._part.outputs:
-            array = result[spec.name]
-            if id(array) in given:  # one tensor under two names
-                array = array.copy()
-            given.add(id(array))
-            dtype = numpy_dtype(spec.dtype)
-            # OpenVINO gives the bits of a bfloat16 as those of a float16.
-            outputs[spec.name] = array if array.dtype == dtype else array.view(dtype)
-        return outputs
-
-    def close(self) -> None:
-        """Release the request, and the weights with it."""
-        with self._lock:
-            self._request = None
-
-    def _failed(self, error: Exception) -> NoReturn:
-        line = [line for line in str(error).splitlines() if line.strip()][-1:]
-        raise BackendError(
-            f"OpenVINO failed on the {self._part.name} part: {(line or [type(error).__name__])[0]}"
-        ) from error
 
 
 def _device(options: CompileOptions) -> str:
@@ -264,13 +197,11 @@ def _device(options: CompileOptions) -> str:
 def _blob(folder: Path, part: ExportedPart, sizes: Sizes | None) -> Path:
     if sizes is None:
         return folder / f"{part.name}.blob"
-    from qeff_proxy.backends.fixed_shapes import name_of
-
     return folder / f"{part.name}.{name_of(sizes)}.blob"
 
 
 def _precision(device: str, options: CompileOptions) -> str | None:
-    """OpenVINO's name of what is to be computed in; ``None``: the device's own choice."""
+    """OpenVINO's name of the precision to compute in; ``None``: the device's own choice."""
     default = "auto" if device.startswith("NPU") else "float32"
     precision = str(options.backend.get("precision", default)).lower()
     if precision not in (*_PRECISIONS, "auto"):
@@ -282,7 +213,7 @@ def _precision(device: str, options: CompileOptions) -> str | None:
 
 
 def _properties(device: str, options: CompileOptions) -> dict[str, Any]:
-    """What OpenVINO is told: https://docs.openvino.ai (properties of the runtime)."""
+    """Properties of the runtime: https://docs.openvino.ai."""
     precision = _precision(device, options)
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if precision is not None:
@@ -292,20 +223,20 @@ def _properties(device: str, options: CompileOptions) -> dict[str, Any]:
         properties["ENABLE_CPU_PINNING"] = False
         if precision == "f32":
             properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
-        if options.num_cores is not None:
-            cores = len(os.sched_getaffinity(0))
-            properties["INFERENCE_NUM_THREADS"] = min(options.num_cores, cores)
+        cores = usable_cores(options)
+        if cores is not None:
+            properties["INFERENCE_NUM_THREADS"] = cores
     return properties
 
 
-def _check_precision(compiled: Any, properties: Mapping[str, Any], device: str) -> None:
-    """A device that cannot do what was asked for does something else, and does not say so."""
-    asked = properties.get("INFERENCE_PRECISION_HINT")
-    if asked is None:
+def _check_precision(compiled: Any, properties: dict[str, Any], device: str) -> None:
+    """Refuse a device that would compute in another precision, which OpenVINO does not report."""
+    short = properties.get("INFERENCE_PRECISION_HINT")
+    if short is None:
         return
-    found = compiled.get_property("INFERENCE_PRECISION_HINT")
-    if found != getattr(openvino.Type, asked):
+    actual = compiled.get_property("INFERENCE_PRECISION_HINT")
+    if actual.get_type_name() != short:
         raise BackendError(
-            f"OpenVINO would compute in {found.get_type_name()} on this {device}, not in {asked}",
+            f"OpenVINO would compute in {actual.get_type_name()} on this {device}, not in {short}",
             "Choose another with -O precision=…, or leave it to the device with auto.",
         )

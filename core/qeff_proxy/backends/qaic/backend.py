@@ -11,7 +11,7 @@ and the vendor's platform SDK, and is done with the vendor's tools.
         specializations.json    the fixed shapes
         custom_io.yaml          dtype of the cache at the graph's edge
         mdp_ts_4.json           with num_devices=4: how the model is laid over the cards
-        command.json            what was run, paths relative to this folder
+        command.json            the command line, paths relative to this folder
         qpc/                    the binary
 """
 
@@ -23,12 +23,11 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qeff_proxy.backends.fixed_shapes import Plan, runs_on_host
-from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
+from qeff_proxy.backends.fixed_shapes.backend import FixedShapesBackend
+from qeff_proxy.backends.fixed_shapes.plan import Plan
 from qeff_proxy.backends.qaic.files import (
     graph_beside_weights,
     write_custom_io,
@@ -41,11 +40,10 @@ from qeff_proxy.errors import BackendError, UsageError
 if TYPE_CHECKING:
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
     from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.session.session import Session
 
 __all__ = ["QaicBackend"]
 
-#: What QEfficient compiles for where the user says nothing.
+#: The default of QEfficient.
 DEFAULT_CORES = 16
 #: Options that are flags of the compiler, by the same name with dashes.
 _FLAGS = {
@@ -60,12 +58,9 @@ _FLAGS = {
 }
 
 
-class QaicBackend:
+class QaicBackend(FixedShapesBackend):
     """Compiles with ``qaic-compile``."""
 
-    static = True
-    precision = "float16"
-    untimed = "what it compiles is run by the vendor's tools, on a machine with a card"
     options: Mapping[str, str] = {
         "mxfp6_matmul": "compress the weights of MatMul to mxfp6 (default: false)",
         "mxint8_kv_cache": "compress the cache to mxint8 (default: false: float16)",
@@ -77,38 +72,57 @@ class QaicBackend:
         "compiler_args": "more arguments for it, as one string",
         "timeout": "seconds that compiling a part may take (default: no limit)",
     }
+    values: Mapping[str, Any] = {
+        "mxfp6_matmul": bool,
+        "mxint8_kv_cache": bool,
+        "num_devices": int,
+        "convert_to_fp16": bool,
+        "aic_enable_depth_first": bool,
+        "timeout": int,
+    }
 
     def versions(self) -> dict[str, str]:
-        """Which compiler: path, size and time of change stand for its version."""
+        """Path, size and time of change of the compiler, which stand for its version."""
         try:
             compiler = find_compiler()
         except BackendError:
-            return {"qaic-compile": "none"}  # compile says what is missing, or is told another
+            return {"qaic-compile": "none"}  # compile says what is missing, or an option names it
         status = compiler.stat()
         return {"qaic-compile": f"{compiler} {status.st_size} {status.st_mtime_ns}"}
 
     def devices(self) -> list[str]:
-        """What of the vendor's tools is here."""
+        """The vendor's tools on this machine."""
         runner = find_runner()
         return [str(find_compiler())] + ([str(runner)] if runner is not None else [])
 
-    def compile(
+    def precision(self, options: CompileOptions) -> str:  # noqa: ARG002
+        """Cards compute in float16."""
+        return "float16"
+
+    def untimed(self, options: CompileOptions) -> str:  # noqa: ARG002
+        """Nothing runs here."""
+        return "what it compiles is run by the vendor's tools, on a machine with a card"
+
+    def check_options(self, name: str, options: CompileOptions) -> None:
+        """Check the kind of hardware, too."""
+        super().check_options(name, options)
+        hardware = options.backend.get("aic_hw_version", "ai100")
+        if not re.fullmatch(r"ai\d+", str(hardware)):
+            raise UsageError(f"there is no hardware {hardware!r}", "Name ai100 or ai200.")
+
+    def compile_part(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> None:
         """Write the files that the compiler reads, and have it write the binary.
 
         Raises:
             BackendError: There is no compiler, or it refuses the part or crashes.
-            UsageError: An option's value cannot be right, or a length is missing.
+            UsageError: A length is missing.
         """
         compiler = find_compiler(options.backend.get("compiler"))
-        _check_options(options.backend)
-        if runs_on_host(part):
-            OnnxRuntimeBackend().compile(export, part, replace(options, backend={}), folder)
-            return
         plan = Plan.of(part, options)
-        found = plan.specializations()
-        if not found:
+        specializations = plan.specializations()
+        if not specializations:
             raise UsageError(
                 f"the {part.name} part has the axes {', '.join(plan.axes)}, of unknown length",
                 "Give the length of an input as seq_len.",
@@ -116,7 +130,7 @@ class QaicBackend:
         work = folder / part.name
         work.mkdir()
         graph = graph_beside_weights(export, part, work)
-        write_specializations(part, found, work / "specializations.json")
+        write_specializations(part, specializations, work / "specializations.json")
         command = [str(compiler), *self._arguments(export, part, options, work, graph)]
         _run(command, work, export.folder / "compiled" / "logs" / f"qaic-{part.name}.log", options)
         graph.unlink()
@@ -127,16 +141,18 @@ class QaicBackend:
             json.dumps([compiler.name, *shown], indent=1) + "\n", encoding="utf-8"
         )
 
-    def open(
-        self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
-    ) -> Session:
-        """A session on the host's parts; the binary runs with the vendor's tools.
+    def open_part(
+        self,
+        export: Export,  # noqa: ARG002
+        part: ExportedPart,
+        options: CompileOptions,  # noqa: ARG002
+        folder: Path,
+    ) -> NoReturn:
+        """Say where the binary is: it runs only with the vendor's tools.
 
         Raises:
-            BackendError: Always for a part that is a binary: says where it lies.
+            BackendError: Always.
         """
-        if runs_on_host(part):
-            return OnnxRuntimeBackend().open(export, part, replace(options, backend={}), folder)
         qpc = folder / part.name / "qpc"
         runner = find_runner()
         how = f"{runner} -t {qpc}" if runner is not None else "qaic-runner of the platform SDK"
@@ -149,15 +165,15 @@ class QaicBackend:
         self, export: Export, part: ExportedPart, options: CompileOptions, work: Path, graph: Path
     ) -> list[str]:
         """The command line, in QEfficient's order."""
-        given = options.backend
+        chosen = options.backend
         cores = options.num_cores or DEFAULT_CORES
         bfloat16 = export.dtype == "bfloat16"
-        hardware = given.get("aic_hw_version") or find_hardware_version()
+        hardware = chosen.get("aic_hw_version") or find_hardware_version()
         flags: dict[str, Any] = {
-            "convert_to_fp16": given.get("convert_to_fp16", not bfloat16),
-            "mxfp6_matmul": given.get("mxfp6_matmul", False),
+            "convert_to_fp16": chosen.get("convert_to_fp16", not bfloat16),
+            "mxfp6_matmul": chosen.get("mxfp6_matmul", False),
             "aic_num_cores": cores,
-            **{name: given[name] for name in _FLAGS if name in given},
+            **{name: chosen[name] for name in _FLAGS if name in chosen},
         }
         if int(flags.get("mos", 1)) < 1:
             del flags["mos"]  # QEfficient's way of saying none
@@ -168,35 +184,21 @@ class QaicBackend:
                 arguments.append(option)
             elif value is not False:
                 arguments.append(f"{option}={value}")
-        arguments += shlex.split(str(given.get("compiler_args", "")))
-        devices = given.get("num_devices", 1)
-        if devices > 1 and "mdp_load_partition_config" not in given:
+        arguments += shlex.split(str(chosen.get("compiler_args", "")))
+        devices = chosen.get("num_devices", 1)
+        if devices > 1 and "mdp_load_partition_config" not in chosen:
             partition = work / f"mdp_ts_{devices}.json"
             write_partition(devices, cores, partition)
             arguments.append(f"-mdp-load-partition-config={partition}")
         arguments.append(f"-network-specialization-config={work / 'specializations.json'}")
-        cache = "mxint8" if given.get("mxint8_kv_cache") else "bfloat16" if bfloat16 else "float16"
+        cache = "mxint8" if chosen.get("mxint8_kv_cache") else "bfloat16" if bfloat16 else "float16"
         if write_custom_io(part, cache, work / "custom_io.yaml"):
             arguments.append(f"-custom-IO-list-file={work / 'custom_io.yaml'}")
         return [*arguments, f"-aic-binary-dir={work / 'qpc'}"]
 
 
-def _check_options(given: Mapping[str, Any]) -> None:
-    for name in ("num_devices", "timeout"):
-        value = given.get(name, 1)
-        if type(value) is not int or value < 1:
-            raise UsageError(f"{name} is {value!r}", "It must be a whole number above 0.")
-    for name in ("mxfp6_matmul", "mxint8_kv_cache", "convert_to_fp16", "aic_enable_depth_first"):
-        if not isinstance(given.get(name, False), bool):
-            raise UsageError(f"{name} is {given[name]!r}", "It is true or false.")
-    if not re.fullmatch(r"ai\d+", str(given.get("aic_hw_version", "ai100"))):
-        raise UsageError(
-            f"there is no hardware {given['aic_hw_version']!r}", "Name ai100 or ai200."
-        )
-
-
 def _run(command: list[str], work: Path, log: Path, options: CompileOptions) -> None:
-    """Run the compiler, what it says into a log, and see that the binary is there."""
+    """Run the compiler with its output in a log, and check that it wrote the binary."""
     log.parent.mkdir(parents=True, exist_ok=True)
     limit = options.backend.get("timeout")
     with log.open("wb") as file:

@@ -20,7 +20,7 @@ from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.backends.fixed_shapes import Sizes
+    from qeff_proxy.session.axes import Sizes
 
 __all__ = [
     "graph_beside_weights",

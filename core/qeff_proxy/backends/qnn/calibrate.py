@@ -1,31 +1,32 @@
-"""Runs a part on calibration inputs, in float32, and notes the range of each of its tensors."""
+"""Run a part on calibration inputs in float32, and record the range of each of its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qeff_proxy.backends.fixed_shapes import StaticSession, specialize
 from qeff_proxy.backends.fixed_shapes.calibration_samples import digest_of, samples_of
 from qeff_proxy.backends.fixed_shapes.compiler_fixes import clean_graph
 from qeff_proxy.backends.fixed_shapes.host_split import split_host
+from qeff_proxy.backends.fixed_shapes.session import StaticSession
+from qeff_proxy.backends.fixed_shapes.specialize import specialize
 from qeff_proxy.backends.fixed_shapes.tensor_ranges import RangeSession
+from qeff_proxy.backends.qnn.options import LOWEST_MASK
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.backends.fixed_shapes import Sizes
     from qeff_proxy.backends.fixed_shapes.host_split import HostSplit
     from qeff_proxy.backends.fixed_shapes.tensor_ranges import Ranges
     from qeff_proxy.backends.qnn.options import QnnOptions
     from qeff_proxy.compile_options import CompileOptions
+    from qeff_proxy.session.axes import Sizes
 
 __all__ = ["Calibrator", "calibration_digest", "prepared"]
 
 
 def prepared(export: Export, part: ExportedPart, sizes: Sizes) -> HostSplit:
-    """A part of fixed shapes as the compiler, and whoever calibrates for it, takes it."""
+    """A part of fixed shapes, ready for the compiler and for calibration."""
     split = split_host(specialize(export.folder / part.file, part, sizes))
     clean_graph(split.body)
     return split
@@ -49,19 +50,17 @@ def calibration_digest(chosen: QnnOptions) -> str | None:
 
 
 class Calibrator:
-    """Ranges of the tensors of parts, found when they are first asked for.
+    """Ranges of the tensors of parts, measured when they are first asked for.
 
     Args:
         options: Of the compilation, with all lengths.
         folder: Of the dumps whose inputs are run.
-        lowest_mask: Masks go no lower than this.
     """
 
-    def __init__(self, options: CompileOptions, folder: Path, lowest_mask: float) -> None:
+    def __init__(self, options: CompileOptions, folder: Path) -> None:
         self._options = options
         self._folder = folder
-        self._lowest_mask = lowest_mask
-        self._found: dict[str, Ranges] = {}
+        self._ranges: dict[str, Ranges] = {}
 
     def ranges_of(self, export: Export, part: ExportedPart) -> Ranges:
         """The ranges of a part's tensors, over all its fixed shapes: their names are the same.
@@ -70,22 +69,14 @@ class Calibrator:
             UsageError: There are no inputs for it.
             DumpError: The dumps are incomplete or damaged.
         """
-        if part.name not in self._found:
+        if part.name not in self._ranges:
             ranges: Ranges = {}
-            session = StaticSession(
-                part, self._options, _opener(export, part, ranges), self._lowest_mask
-            )
-            try:
+
+            def open_specialization(sizes: Sizes) -> RangeSession:
+                return RangeSession(prepared(export, part, sizes), export.folder, ranges)
+
+            with StaticSession(part, self._options, open_specialization, LOWEST_MASK) as session:
                 for feeds in samples_of(self._folder, part, self._options):
                     session.run(feeds)
-            finally:
-                session.close()
-            self._found[part.name] = ranges
-        return self._found[part.name]
-
-
-def _opener(export: Export, part: ExportedPart, ranges: Ranges) -> Callable[[Sizes], Any]:
-    def open_specialization(sizes: Sizes) -> RangeSession:
-        return RangeSession(prepared(export, part, sizes), export.folder, ranges)
-
-    return open_specialization
+            self._ranges[part.name] = ranges
+        return self._ranges[part.name]

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qeff_proxy.common.arguments import one_of
 from qeff_proxy.errors import UsageError
 
-__all__ = ["ARCHITECTURES", "OPTIONS", "PRECISIONS", "SOCS", "QnnOptions"]
+__all__ = ["ARCHITECTURES", "LOWEST_MASK", "OPTIONS", "PRECISIONS", "SOCS", "VALUES", "QnnOptions"]
 
-#: Chip → its number in the compiler, and the version of its HTP. The compiler takes other numbers
-#: for granted and then compiles for a default, so that only these are accepted.
+#: Chip → its number in the compiler, and the version of its HTP. Only these are accepted: for an
+#: unknown number the compiler silently compiles for a default.
 SOCS: dict[str, tuple[int, int]] = {
     "SM8350": (30, 68),
     "SM8450": (36, 69),
@@ -24,8 +25,10 @@ SOCS: dict[str, tuple[int, int]] = {
 }
 DEFAULT_SOC = "SC8380XP"
 ARCHITECTURES = tuple(sorted({architecture for _, architecture in SOCS.values()}))
-#: What is computed in: half precision, or activations and weights of so many bits.
+#: Half precision, or activations and weights of so many bits.
 PRECISIONS = ("float16", "a16w8", "a8w8")
+#: Attention masks go no lower: float16 ends at -65,504, and scores are added to the mask.
+LOWEST_MASK = -30_000.0
 
 OPTIONS: dict[str, str] = {
     "soc": f"the chip: {', '.join(SOCS)} (default: {DEFAULT_SOC})",
@@ -39,6 +42,15 @@ OPTIONS: dict[str, str] = {
     "vtcm_mb": "fast memory a graph may use, in MB (default: the compiler's own)",
     "timeout": "seconds that compiling a graph, or running it once, may take (default: 3600)",
     "memory_mb": "most address space of compiler and emulator, in MB (default: no limit)",
+}
+#: See `qeff_proxy.backends.backend.Backend.values`.
+VALUES: dict[str, Any] = {
+    "precision": PRECISIONS,
+    "strict": bool,
+    "optimization": (0, 1, 2, 3),
+    "vtcm_mb": int,
+    "timeout": int,
+    "memory_mb": int,
 }
 
 
@@ -69,49 +81,28 @@ class QnnOptions:
     memory_mb: int | None = None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> QnnOptions:
-        """Check what a user gave.
+    def of(cls, chosen: Mapping[str, Any]) -> QnnOptions:
+        """Read the user's options; `VALUES` checks those that are not checked here.
 
         Raises:
-            UsageError: A value is none of those that there are.
+            UsageError: The chip or its version is unknown, or calibration cannot be right.
         """
-        soc = _one_of("soc", str(given.get("soc", DEFAULT_SOC)).upper(), tuple(SOCS))
-        architecture = given.get("htp_arch", SOCS[soc][1])
+        soc = one_of("soc", str(chosen.get("soc", DEFAULT_SOC)).upper(), SOCS)
+        architecture = chosen.get("htp_arch", SOCS[soc][1])
         if isinstance(architecture, str):  # as Qualcomm writes it: v73
             architecture = int(text) if (text := architecture.lower().lstrip("v")).isdigit() else 0
-        _one_of("htp_arch", architecture, ARCHITECTURES)
-        precision = _one_of("precision", given.get("precision", PRECISIONS[0]), PRECISIONS)
-        strict = _one_of("strict", given.get("strict", True), (True, False))
-        optimization = given.get("optimization")
-        if optimization is not None:
-            _one_of("optimization", optimization, (0, 1, 2, 3))
-        numbers: dict[str, int | None] = {"vtcm_mb": None, "timeout": 3600, "memory_mb": None}
-        for name in numbers:
-            if name in given:
-                numbers[name] = given[name]
-                if type(given[name]) is not int or given[name] < 1:
-                    raise UsageError(
-                        f"{name} is {given[name]!r}", "It must be a whole number above 0."
-                    )
-        return cls(
-            soc,
-            architecture,
-            precision,
-            _folder(given.get("calibration"), precision),
-            strict,
-            optimization,
-            numbers["vtcm_mb"],
-            numbers["timeout"] or 3600,
-            numbers["memory_mb"],
-        )
+        one_of("htp_arch", architecture, ARCHITECTURES)
+        others = {name: chosen[name] for name in VALUES if name in chosen}
+        calibration = _folder(chosen.get("calibration"), chosen.get("precision", PRECISIONS[0]))
+        return cls(soc, architecture, calibration=calibration, **others)
 
     @property
     def quantized(self) -> bool:
-        """Whether the precision is one of whole numbers."""
+        """Whether it computes in whole numbers."""
         return self.precision != PRECISIONS[0]
 
     def provider(self) -> dict[str, str]:
-        """What ONNX Runtime's QNN provider is told."""
+        """Options of ONNX Runtime's QNN provider."""
         import onnxruntime_qnn
 
         result = {
@@ -130,23 +121,16 @@ class QnnOptions:
         return result
 
 
-def _folder(given: Any, precision: str) -> str | None:
-    if given is None:
+def _folder(path: Any, precision: str) -> str | None:
+    if path is None:
         return None
-    if not isinstance(given, str | Path) or not Path(given).is_dir():
+    if not isinstance(path, str | Path) or not Path(path).is_dir():
         raise UsageError(
-            f"calibration is {str(given)!r}, which is no folder", "Give the folder of a dump."
+            f"calibration is {str(path)!r}, which is no folder", "Give the folder of a dump."
         )
     if precision == PRECISIONS[0]:
         raise UsageError(
             f"precision {precision} needs no calibration",
             f"Say precision={' or precision='.join(PRECISIONS[1:])}, or leave calibration out.",
         )
-    return str(Path(given).absolute())
-
-
-def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
-    if value not in known or isinstance(value, bool) != isinstance(known[0], bool):
-        shown = ", ".join(str(one).lower() if isinstance(one, bool) else str(one) for one in known)
-        raise UsageError(f"{name} is {value!r}", f"Known are {shown}.")
-    return value
+    return str(Path(path).absolute())

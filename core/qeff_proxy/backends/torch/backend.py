@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from qeff_proxy.backends.backend import Backend
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import BackendError
-from qeff_proxy.session.check_feeds import check_feeds
+from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
 
 if TYPE_CHECKING:
@@ -29,21 +30,19 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportedPartSession", "TorchBackend", "model_of_export", "proxy_of_export"]
 
-#: While a part runs, transformers' functions that make masks are exchanged, for all threads.
+#: While a part runs, transformers' functions that make masks are replaced, for all threads.
 _ONE_AT_A_TIME = threading.Lock()
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """Runs the parts with PyTorch."""
-
-    options: Mapping[str, str] = {}
 
     def __init__(self) -> None:
         self._proxy: Proxy | None = None
         self._hooks: Hooks | None = None
 
     def use_hooks(self, hooks: Hooks) -> None:
-        """Cut the model as these hooks do, where the installed plugins are not meant."""
+        """Cut the model with these hooks instead of those of the installed plugins."""
         self._hooks = hooks
 
     def versions(self) -> dict[str, str]:
@@ -59,8 +58,8 @@ class TorchBackend:
         self,
         export: Export,
         part: ExportedPart,
-        options: CompileOptions,  # noqa: ARG002 (part of the protocol)
-        folder: Path,  # noqa: ARG002
+        options: CompileOptions,  # noqa: ARG002 (there are none)
+        folder: Path,  # noqa: ARG002 (nothing was compiled)
     ) -> ExportedPartSession:
         """A session on the part of a model built from the export's config and weights."""
         if self._proxy is None:
@@ -68,7 +67,7 @@ class TorchBackend:
         return ExportedPartSession(self._proxy.part(part.name), part)
 
 
-class ExportedPartSession(TorchSession):
+class ExportedPartSession(Session):
     """Runs a part of an export, and refuses what the exported graph would refuse.
 
     Args:
@@ -77,27 +76,29 @@ class ExportedPartSession(TorchSession):
     """
 
     def __init__(self, part: Part, exported: ExportedPart) -> None:
-        super().__init__(part)
-        self._exported = exported
+        super().__init__(exported)
+        self._live = TorchSession(part)
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the part once (see `qeff_proxy.session.Session.run`)."""
-        check_feeds(self._exported.name, self._exported.inputs, feeds)
+    def compute(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
+        """Run the live part once."""
         try:
             with _ONE_AT_A_TIME:
-                return super().run(feeds)
+                return self._live.compute(feeds, sizes)
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
-            line = first_line(error)
             raise BackendError(
-                f"PyTorch failed on the {self._exported.name} part: {line}"
+                f"PyTorch failed on the {self.name} part: {first_line(error)}"
             ) from error
+
+    def release(self) -> None:
+        """Let go of the live part."""
+        self._live.close()
 
 
 def model_of_export(export: Export) -> PreTrainedModel:
     """Build the model of an export from its config and its own weights.
 
     Raises:
-        BackendError: Its architecture is none that is known, or weights are missing.
+        BackendError: Its architecture is unknown, or the model lacks some of the weights.
     """
     from safetensors.torch import load_file
 
@@ -109,7 +110,7 @@ def model_of_export(export: Export) -> PreTrainedModel:
     architecture = architecture_class(name, config)
     if architecture is None:
         raise BackendError(
-            f"{name} is no architecture that is known, so the torch backend cannot build it",
+            f"{name} is an unknown architecture, so the torch backend cannot build it",
             "Use another backend.",
         )
     weights: dict[str, torch.Tensor] = {}
@@ -131,13 +132,14 @@ def model_of_export(export: Export) -> PreTrainedModel:
 def _fill(
     model: torch.nn.Module, weights: dict[str, torch.Tensor], parts: tuple[str, ...]
 ) -> list[str]:
-    """Put ``weights`` into the model's own tensors; give the names it does not have."""
+    """Put ``weights`` into the model's tensors; return the names that it does not have."""
     places: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     places.update(model.named_buffers(remove_duplicate=False))
     for name, tensor in weights.items():
         if name in places:
             places[name].data = tensor
-    # Constants that the trace lifted out of the code are called by their part: no module has them.
+    # Constants that the trace lifted out of the code are named after their part: no module has
+    # them.
     return [name for name in weights if name not in places and not name.startswith(parts)]
 
 
@@ -146,7 +148,7 @@ def proxy_of_export(export: Export, hooks: Hooks | None = None) -> Proxy:
 
     Args:
         export: The export.
-        hooks: Of its model type, where the installed plugins are not meant.
+        hooks: Of its model type; by default those of the installed plugins.
 
     Raises:
         BackendError: The model cannot be built (`model_of_export`).
