@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qeff_proxy.common.messages import an
+from qeff_proxy.common.private_names import model_classes
 from qeff_proxy.errors import CheckpointError, PluginError, ProxyError, UnsupportedModelError
 from qeff_proxy.load.checkpoint_files import read_config_file
 from qeff_proxy.load.tasks import TASKS
@@ -61,8 +62,7 @@ def _tasks_of(architecture: str, model_type: str, plugins: Plugins) -> list[Task
     config = transformers.CONFIG_MAPPING[model_type]
     found = []
     for task in TASKS.values():
-        registered = getattr(transformers, task.auto_class)._model_mapping  # noqa: SLF001
-        classes = registered.get(config, ())
+        classes = model_classes(task.auto_class).get(config, ())
         classes = classes if isinstance(classes, list | tuple) else (classes,)
         # Every model has a base model; only some of these are embedders.
         served = task.auto_class != "AutoModel" or _is_claimed(model_type, task, plugins)

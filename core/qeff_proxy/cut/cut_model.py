@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.cut.locate_sites import locate_sites, site_to_json
 from qeff_proxy.cut.model_snapshot import changes_between, snapshot_model
 from qeff_proxy.errors import CutError, PluginError
@@ -45,6 +46,7 @@ class Cut:
         }
 
 
+@one_model_at_a_time
 def cut_model(loaded: LoadedModel, hooks: Hooks, kind: Kind, *, verify: bool = True) -> Cut:
     """Locate the sites of a model, cut it there and verify the cut.
 

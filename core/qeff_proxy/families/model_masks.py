@@ -1,21 +1,26 @@
-"""Attention masks, built by the host and given to the graph.
+"""Attention masks that the host builds and the graph takes as inputs.
 
 transformers builds masks inside the model, from shapes and a cache, with operators that
-accelerator compilers refuse. Here the host builds them, and while a part runs or is traced the
-functions of ``transformers.masking_utils`` that the model calls return the host's.
+accelerator compilers refuse. Here the host builds them. While a part runs or is traced, the
+functions of ``transformers.masking_utils`` that its model calls return the host's masks. They do so
+in the context (`contextvars`) that asked for it only: a model of the same class in another thread
+builds its own masks.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial, wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from transformers import masking_utils
 
+from qeff_proxy.common.shared_change import SharedChanges
 from qeff_proxy.parts import MaskKind, MaskSpec
 
 if TYPE_CHECKING:
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MASK_NAMES", "provide_masks", "record_masks"]
 
-#: The graph input of each kind of mask; the commonest kind of a model has the plain name.
+#: Name of the graph input of each kind of mask; a model's most frequent kind has the plain name.
 MASK_NAMES: dict[MaskKind, str] = {
     "causal": "attention_mask",
     "bidirectional": "attention_mask",
@@ -41,7 +46,7 @@ class _Creator:
     size_attribute: str | None = None
 
 
-# What a model may call, and the config attribute that the function reads its size from.
+# The functions that a model may call, and the config attribute that holds a window's size.
 _CREATORS = (
     _Creator("create_causal_mask", "causal"),
     _Creator("create_sliding_window_causal_mask", "sliding", "sliding_window"),
@@ -55,10 +60,10 @@ _CREATORS = (
 def provide_masks(
     module: nn.Module, masks: Mapping[MaskKind, torch.Tensor | None]
 ) -> Iterator[None]:
-    """Let ``module`` get the given masks from the functions it builds its masks with.
+    """Let the functions that ``module`` builds its masks with return the host's masks.
 
-    A kind that is not in ``masks`` raises `LookupError` in the model, so a mask that nobody
-    thought of is never missed in silence.
+    A kind that is not in ``masks`` raises `LookupError` in the model, so that no mask is left out
+    in silence.
     """
 
     def make(creator: _Creator) -> Callable[..., Any]:
@@ -69,13 +74,13 @@ def provide_masks(
 
         return provided
 
-    with _exchanged(module, make):
+    with _replaced(module, make):
         yield
 
 
 @contextmanager
 def record_masks(module: nn.Module, into: dict[MaskKind, MaskSpec]) -> Iterator[None]:
-    """Note in ``into`` which masks ``module`` asks for while the context is open."""
+    """Record in ``into`` which masks ``module`` builds while the context is open."""
 
     def make(creator: _Creator) -> Callable[..., Any]:
         original = getattr(masking_utils, creator.function)
@@ -88,25 +93,42 @@ def record_masks(module: nn.Module, into: dict[MaskKind, MaskSpec]) -> Iterator[
 
         return recording
 
-    with _exchanged(module, make):
+    with _replaced(module, make):
         yield
+
+
+#: In this context: what replaces a mask function, by the Python module that calls it and its name.
+_REPLACED: ContextVar[Mapping[tuple[str, str], Callable[..., Any]]] = ContextVar("replaced")
+_WRAPPED = SharedChanges()
 
 
 @contextmanager
-def _exchanged(module: nn.Module, make: Callable[[_Creator], Callable[..., Any]]) -> Iterator[None]:
-    """Exchange the mask functions in the modules of Python that define ``module``'s classes."""
-    replacements = {
-        id(getattr(masking_utils, creator.function)): make(creator) for creator in _CREATORS
-    }
-    changed: list[tuple[ModuleType, str, Any]] = []
-    try:
+def _replaced(module: nn.Module, make: Callable[[_Creator], Callable[..., Any]]) -> Iterator[None]:
+    """Replace the mask functions, in this context, where ``module``'s classes are defined."""
+    creators = {id(getattr(masking_utils, creator.function)): creator for creator in _CREATORS}
+    replaced = dict(_REPLACED.get({}))
+    with ExitStack() as stack:
         for name in {type(submodule).__module__ for submodule in module.modules()}:
             python_module = sys.modules[name]
             for attribute, value in list(vars(python_module).items()):
-                if id(value) in replacements:
-                    setattr(python_module, attribute, replacements[id(value)])
-                    changed.append((python_module, attribute, value))
+                creator = creators.get(id(getattr(value, "__wrapped__", value)))
+                if creator is not None:
+                    wrap = partial(_wrap, python_module, attribute)
+                    stack.enter_context(_WRAPPED.needed((name, attribute), wrap))
+                    replaced[name, attribute] = make(creator)
+        token = _REPLACED.set(replaced)
+        stack.callback(_REPLACED.reset, token)
         yield
-    finally:
-        for python_module, attribute, value in changed:
-            setattr(python_module, attribute, value)
+
+
+def _wrap(python_module: ModuleType, attribute: str) -> Callable[[], object]:
+    """Let a Python module's mask function look for a replacement in the context of its caller."""
+    original = getattr(python_module, attribute)
+    key = (python_module.__name__, attribute)
+
+    @wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return _REPLACED.get({}).get(key, original)(*args, **kwargs)
+
+    setattr(python_module, attribute, wrapper)
+    return partial(setattr, python_module, attribute, original)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.common.gc_threshold import collecting_rarely
+from qeff_proxy.common.private_names import attention_of
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.load.checkpoint_files import (
     check_weights,
@@ -206,7 +207,7 @@ def wrap_model(model: PreTrainedModel, source: str | None = None) -> LoadedModel
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(to_array(tensor).tobytes())
-    if model.config._attn_implementation != "eager":  # noqa: SLF001 (the only place it is kept)
+    if attention_of(model) != "eager":
         model.set_attn_implementation("eager")
     name = source or model.config.name_or_path or model.config.model_type
     dtype = check_dtype(model.dtype)

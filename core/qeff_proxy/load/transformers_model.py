@@ -7,7 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.common.private_names import model_classes
 from qeff_proxy.common.quiet import quiet_loading
+from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.errors import CheckpointError, ProxyError, UnsupportedModelError
 from qeff_proxy.load.checkpoint_files import file_of_tensor
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
@@ -33,6 +35,7 @@ _LONGEST_REASON = 300
 _REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
 
 
+@one_model_at_a_time
 def read_model(
     folder: Path,
     config_file: dict[str, Any],
@@ -175,8 +178,7 @@ def class_named(config: Mapping[str, Any], auto_class: str | None) -> str:
         return str(auto_class)
     if auto_class is None:
         return str(architectures[0])
-    mapping = getattr(transformers, auto_class)._model_mapping  # noqa: SLF001 (it has no other name)
-    found = mapping.get(transformers.CONFIG_MAPPING[model_type], None)
+    found = model_classes(auto_class).get(transformers.CONFIG_MAPPING[model_type], None)
     classes = found if isinstance(found, list | tuple) else [found]
     names: list[str] = [one.__name__ for one in classes if one is not None]
     return next((name for name in names if name == architectures[0]), (names or [auto_class])[0])
@@ -239,8 +241,7 @@ def architecture_class(name: str, config: PreTrainedConfig) -> Any:
     if found is not None:
         return found
     for auto_class in _AUTO_CLASSES:
-        registered = getattr(transformers, auto_class)._model_mapping  # noqa: SLF001
-        kind = registered.get(type(config), None)
+        kind = model_classes(auto_class).get(type(config), None)
         if getattr(kind, "__name__", None) == name:
             return kind
     return None

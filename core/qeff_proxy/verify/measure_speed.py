@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qeff_proxy.backends.compile_export import open_sessions
+from qeff_proxy.common.private_names import attention_of
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.flows.flow import Flow, Job, TimedFlow, load_flow
 from qeff_proxy.load.load_model import load_config
@@ -203,12 +204,12 @@ def _own_attention(model: PreTrainedModel) -> Iterator[str]:
 
     Checkpoints are loaded with eager attention, which is slower than what their users run.
     """
-    before = model.config._attn_implementation  # noqa: SLF001 (the only place it is kept)
+    before = attention_of(model) or "eager"
     try:
         model.set_attn_implementation("sdpa")
     except ValueError:  # how transformers says that it has none
         model.set_attn_implementation(before)
     try:
-        yield f"{model.config._attn_implementation} attention"  # noqa: SLF001
+        yield f"{attention_of(model)} attention"
     finally:
         model.set_attn_implementation(before)

@@ -15,6 +15,8 @@ import torch
 
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.common.messages import first_line
+from qeff_proxy.common.private_names import build_model
+from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.errors import BackendError
 from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportedPartSession", "TorchBackend", "model_of_export", "proxy_of_export"]
 
-#: While a part runs, transformers' functions that make masks are replaced, for all threads.
+#: Parts of one model share modules, and some keep state while they run, such as rotary tables.
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -116,9 +118,7 @@ def model_of_export(export: Export) -> PreTrainedModel:
     weights: dict[str, torch.Tensor] = {}
     for file in export.files:
         weights.update(load_file(export.folder / file))
-    model = architecture._from_config(  # noqa: SLF001 (what the auto classes call)
-        config, dtype=getattr(torch, export.dtype), attn_implementation="eager"
-    )
+    model = build_model(architecture, config, getattr(torch, export.dtype))
     model.tie_weights()
     unknown = _fill(model, weights, tuple(f"{part.name}." for part in export.parts))
     if unknown:
@@ -143,6 +143,7 @@ def _fill(
     return [name for name in weights if name not in places and not name.startswith(parts)]
 
 
+@one_model_at_a_time
 def proxy_of_export(export: Export, hooks: Hooks | None = None) -> Proxy:
     """The parts of an export with PyTorch's modules, made from its config and its own weights.
 

@@ -1,112 +1,112 @@
-"""Bring a traced graph to operators that ONNX has without tracing it a second time.
+"""Bring a traced graph to operators that ONNX has, without tracing it a second time.
 
-``torch.onnx.export`` traces what ``torch.export`` gave once more, to decompose it, and then runs it
-once more, to see where dtypes must be made alike: two thirds of what a trace costs. But nearly
-every operator of a transformer has an ONNX counterpart already; the few that have not are named
-here, and each has one operator that says the same. So within `lowered_in_place`
+``torch.onnx.export`` traces a ``torch.export`` program again to decompose it, and runs it again to
+insert casts where dtypes differ: together two thirds of the cost of a trace. But nearly every
+operator of a transformer has an ONNX counterpart; the few others are listed here, and for each one
+there is an operator that does the same. So within `lowered_in_place`
 
-1. `_plan` looks at each node; where one of them is none that it knows, PyTorch decomposes as ever;
-2. else `_rewrite` exchanges the operators, in the graph as it is;
-3. dtypes are looked up where the trace noted them, and only what must change is run again.
+1. `_plan` checks each node; where it does not know one of them, PyTorch decomposes the program;
+2. otherwise `_rewrite` functions replace the operators in the graph itself;
+3. dtypes are read from what the trace recorded, and only nodes that change are run again.
 """
 
 from __future__ import annotations
 
 import operator
-import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._export.utils import _check_valid_to_preserve, _is_cia_op
-from torch.fx.experimental import _config as symbolic_config
-from torch.onnx._internal.exporter import _core, _fx_passes
-from torch.onnx._internal.exporter._decomp import get_onnx_implemented_overloads
-from torch.onnx._internal.fx.passes.type_promotion import (
-    _TypePromotionInterpreter,
-    get_type_promotion_rule,
-)
+
+from qeff_proxy.common.private_names import DECOMPOSING, find, operators
+from qeff_proxy.common.shared_change import SharedChanges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from torch.export import ExportedProgram
-    from torch.fx import Graph, Node
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
+    from torch.fx import Graph, GraphModule, Node
 
-    Rewrite = Callable[[Node], bool]
+__all__ = ["Lowering", "lowered_in_place"]
 
-__all__ = ["lowered_in_place"]
-
-_PREPARE = _core._prepare_exported_program_for_export  # noqa: SLF001 (the one place to step in)
-_RUN_NODE = _TypePromotionInterpreter.run_node
 _ATEN = torch.ops.aten
-#: Checks of a trace's assumptions, which PyTorch drops from a graph to export, too.
-_ASSERTIONS = frozenset(
-    {
-        _ATEN._assert_async.default,  # noqa: SLF001 (operators' names)
-        _ATEN._assert_async.msg,  # noqa: SLF001
-        _ATEN._assert_scalar.default,  # noqa: SLF001
-        _ATEN._assert_tensor_metadata.default,  # noqa: SLF001
-        _ATEN.sym_constrain_range_for_size.default,
-    }
+#: Checks of a trace's assumptions, which PyTorch removes from a graph to export, too.
+_ASSERTIONS = operators(
+    (
+        "_assert_async.default",
+        "_assert_async.msg",
+        "_assert_scalar.default",
+        "_assert_tensor_metadata.default",
+        "sym_constrain_range_for_size.default",
+    )
 )
-#: Operators that give a tensor of the shape and dtype of the one they are given first.
-_ALIKE = frozenset(
-    {
-        _ATEN.clone.default,
-        _ATEN.detach.default,
-        _ATEN.index_put.default,
-        _ATEN.lift_fresh_copy.default,
-    }
+#: Operators whose result has the shape and dtype of their first argument.
+_SAME_SHAPE = operators(
+    ("clone.default", "detach.default", "index_put.default", "lift_fresh_copy.default")
 )
+
+
+@dataclass
+class Lowering:
+    """What became of the last program that was exported in a context.
+
+    Attributes:
+        begun: The program may have been changed.
+        done: PyTorch did not have to decompose it.
+    """
+
+    begun: bool = False
+    done: bool = False
+
+
+_ACTIVE: ContextVar[Lowering | None] = ContextVar("lowered_in_place", default=None)
+_CHANGES = SharedChanges()
 
 
 @contextmanager
-def lowered_in_place() -> Iterator[list[ExportedProgram]]:
-    """Let exports to ONNX in this thread do without the second trace where they can.
-
-    Yields:
-        The programs that were lowered so.
-    """
-    done: list[ExportedProgram] = []
-    thread = threading.get_ident()
-
-    def prepared(program: ExportedProgram, *, registry: ONNXRegistry) -> ExportedProgram:
-        if threading.get_ident() == thread and _lower(program, registry):
-            done.append(program)
-            return program
-        lowered: ExportedProgram = _PREPARE(program, registry=registry)
-        return lowered
-
-    def noted(self: _TypePromotionInterpreter, node: Node) -> Any:
-        if threading.get_ident() != thread:
-            return _RUN_NODE(self, node)
-        if node.op != "call_function" or "val" not in node.meta:
-            return torch.fx.Interpreter.run_node(self, node)
-        rule = get_type_promotion_rule(node, self.type_promotion_table)
-        if rule is not None:
-            with self._set_current_node(node):
-                self._maybe_promote_node(node, rule)
-        return node.meta["val"]
-
-    _core._prepare_exported_program_for_export = prepared  # noqa: SLF001
-    _TypePromotionInterpreter.run_node = noted
+def lowered_in_place() -> Iterator[Lowering]:
+    """Spare exports to ONNX in this context the second trace where possible."""
+    lowering = Lowering()
+    names = find(DECOMPOSING)
+    if names is None:
+        yield lowering
+        return
+    token = _ACTIVE.set(lowering)
     try:
-        yield done
+        with _CHANGES.needed("prepare", partial(_replace, names)):
+            yield lowering
     finally:
-        _core._prepare_exported_program_for_export = _PREPARE  # noqa: SLF001
-        _TypePromotionInterpreter.run_node = _RUN_NODE
+        _ACTIVE.reset(token)
 
 
-def _lower(program: ExportedProgram, registry: ONNXRegistry) -> bool:
+def _replace(names: SimpleNamespace) -> Callable[[], object]:
+    """Let exports lower their programs here, in contexts that asked for it."""
+    attribute = DECOMPOSING["prepare"].rpartition(":")[2]
+
+    def prepare(program: ExportedProgram, **options: Any) -> Any:
+        lowering = _ACTIVE.get()
+        if lowering is not None:
+            lowering.begun, lowering.done = True, False
+            lowering.begun = lowering.done = _lower(program, options["registry"], names)
+            if lowering.done:
+                return program
+        return names.prepare(program, **options)
+
+    setattr(names.exporter, attribute, prepare)
+    return partial(setattr, names.exporter, attribute, names.prepare)
+
+
+def _lower(program: ExportedProgram, registry: Any, names: SimpleNamespace) -> bool:
     """Lower a program in place; ``False``, with nothing lowered, where PyTorch must do it."""
     module = program.graph_module
     if any(True for _ in module.children()):
         return False  # branches and loops
     graph = module.graph
     graph.eliminate_dead_code()
-    plan = _plan(graph, registry)
+    plan = _plan(graph, registry, names)
     if plan is None:
         return False
     for node, rewrite in plan:
@@ -116,22 +116,45 @@ def _lower(program: ExportedProgram, registry: ONNXRegistry) -> bool:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
-    with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        _fx_passes.insert_type_promotion_nodes(module)
+    with names.symbolic_config(backed_size_oblivious=True):
+        _insert_casts(module, names)
     module.recompile()
     return True
 
 
-def _plan(graph: Graph, registry: ONNXRegistry) -> list[tuple[Node, Callable[[Node], None]]] | None:
-    """What to do to which node; ``None`` where a node is none that is known."""
-    registered = set(get_onnx_implemented_overloads(registry))
+def _insert_casts(module: GraphModule, names: SimpleNamespace) -> None:
+    """Cast arguments to the dtype that PyTorch would promote them to, as its own pass does."""
+
+    class Recorded(names.promotion_interpreter):  # type: ignore[misc]
+        """Takes the results that the trace recorded in place of running each node."""
+
+        def run_node(self, node: Node) -> Any:
+            if node.op != "call_function" or "val" not in node.meta:
+                return torch.fx.Interpreter.run_node(self, node)
+            rule = names.promotion_rule(node, self.type_promotion_table)
+            if rule is not None:
+                with self._set_current_node(node):
+                    self._maybe_promote_node(node, rule)
+            return node.meta["val"]
+
+    insertion = names.promotion(module)
+    table = insertion.interpreter.type_promotion_table
+    insertion.interpreter = Recorded(module, table)
+    insertion.run()
+
+
+def _plan(
+    graph: Graph, registry: Any, names: SimpleNamespace
+) -> list[tuple[Node, Callable[[Node], None]]] | None:
+    """The rewrite of each node that needs one; ``None`` where a node is unknown."""
+    registered = set(names.implemented(registry))
     order = {node: index for index, node in enumerate(graph.nodes)}
     plan: list[tuple[Node, Callable[[Node], None]]] = []
     for node in graph.nodes:
         target = node.target
         if node.op != "call_function" or target in _ASSERTIONS:
             continue
-        if "val" not in node.meta and not _note_value(node):
+        if "val" not in node.meta and not _record_value(node):
             return None
         rewrite = _REWRITES.get(target)
         if rewrite is not None:
@@ -139,26 +162,26 @@ def _plan(graph: Graph, registry: ONNXRegistry) -> list[tuple[Node, Callable[[No
             if not can(node):
                 return None
             plan.append((node, do))
-        elif not isinstance(target, torch._ops.OpOverload):  # noqa: SLF001 (nowhere else)
-            if isinstance(target, torch._ops.OperatorBase):  # noqa: SLF001
+        elif not isinstance(target, names.overload):
+            if isinstance(target, names.operator_base):
                 return None
-        elif target._schema.is_mutable:  # noqa: SLF001
-            if _functional(target) not in registered or not _owns_its_memory(node, order):
+        elif target._schema.is_mutable:  # noqa: SLF001 (of an operator)
+            if _functional(target) not in registered or not _owns_its_memory(node, order, names):
                 return None
             plan.append((node, _make_functional))
-        elif target not in registered or _is_decomposed(target):
+        elif target not in registered or _is_decomposed(target, names):
             return None
     return plan
 
 
-def _is_decomposed(target: Any) -> bool:
-    """Whether PyTorch decomposes a composite operator even where it is told to keep it."""
-    return _is_cia_op(target) and not _check_valid_to_preserve(target)
+def _is_decomposed(target: Any, names: SimpleNamespace) -> bool:
+    """Whether PyTorch decomposes a composite operator even where it is asked to keep it."""
+    return names.is_composite(target) and not names.can_be_kept(target)
 
 
-def _note_value(node: Node) -> bool:
-    """Note what a node gives that transformers put in afterwards, where that is easy to say."""
-    if node.target not in _ALIKE or "val" not in node.args[0].meta:  # type: ignore[union-attr]
+def _record_value(node: Node) -> bool:
+    """Record the result of a node that transformers inserted after the trace, where it is known."""
+    if node.target not in _SAME_SHAPE or "val" not in node.args[0].meta:  # type: ignore[union-attr]
         return False
     node.meta["val"] = node.args[0].meta["val"]  # type: ignore[union-attr]
     return True
@@ -173,27 +196,27 @@ def _always(_node: Node) -> bool:
 
 
 def _become(node: Node, target: Any, *args: Any, **kwargs: Any) -> None:
-    """Another operator, under the same name and with the same notes."""
+    """Replace a node's operator; its name and metadata stay."""
     node.target, node.args, node.kwargs = target, args, kwargs
 
 
-def _pass_on(node: Node) -> None:
+def _copy(node: Node) -> None:
     _become(node, _ATEN.clone.default, node.args[0])
 
 
 def _convert(node: Node) -> None:
     source, dtype = node.args[0], _value(node).dtype
     if _value(source).dtype == dtype:
-        _pass_on(node)
+        _copy(node)
     else:
-        _become(node, _ATEN._to_copy.default, source, dtype=dtype)  # noqa: SLF001
+        _become(node, _ATEN._to_copy.default, source, dtype=dtype)  # noqa: SLF001 (an operator)
 
 
 def _converts_a_tensor(node: Node) -> bool:
     return isinstance(_value(node.args[0]), torch.Tensor)
 
 
-def _is_evaluated(node: Node) -> bool:
+def _is_inference(node: Node) -> bool:
     return len(node.args) > 2 and node.args[2] is False
 
 
@@ -227,19 +250,19 @@ def _split(node: Node) -> None:
 
 
 def _flatten(node: Node) -> None:
-    """A view of the same sizes; those that vary are taken from nodes that have them already."""
+    """Replace by a view; dynamic sizes come from nodes that hold them already."""
     source: Any = node.args[0]
     begin = _argument(node, 1, "start_dim", 0) % max(1, _value(source).dim())
     before = list(_value(source).shape)
     after: list[Any] = list(_value(node).shape)
-    behind = len(before) - len(after)
+    removed = len(before) - len(after)
     for axis, size in enumerate(after):
         if not isinstance(size, torch.SymInt):
             continue
         if axis == begin:
             after[axis] = -1
         else:
-            after[axis] = _size_node(node, source, axis if axis < begin else axis + behind)
+            after[axis] = _size_node(node, source, axis if axis < begin else axis + removed)
     _become(node, _ATEN.view.default, source, after)
 
 
@@ -251,20 +274,20 @@ def _size_node(node: Node, source: Node, axis: int) -> Node:
         if earlier.target is _ATEN.sym_size.int and _value(earlier).node.expr == size.node.expr:
             return earlier  # type: ignore[no-any-return]
     with node.graph.inserting_before(node):
-        made = node.graph.call_function(_ATEN.sym_size.int, (source, axis))
-    made.meta = {**node.meta, "val": size}
-    return made
+        size_node = node.graph.call_function(_ATEN.sym_size.int, (source, axis))
+    size_node.meta = {**node.meta, "val": size}
+    return size_node
 
 
-#: Operators that PyTorch decomposes though they have an ONNX counterpart, or one operator that says
-#: the same: whether that holds of a node, and what is done to it.
+#: Operators that PyTorch decomposes although ONNX, or another operator, does the same: whether that
+#: holds for a node, and how the node is rewritten.
 _REWRITES: dict[Any, tuple[Callable[[Node], bool], Callable[[Node], None]]] = {
     _ATEN.to.dtype: (_converts_a_tensor, _convert),
     _ATEN.to.device: (_converts_a_tensor, _convert),
     _ATEN.to.dtype_layout: (_converts_a_tensor, _convert),
     _ATEN.to.other: (_converts_a_tensor, _convert),
-    _ATEN.contiguous.default: (_always, _pass_on),
-    _ATEN.dropout.default: (_is_evaluated, _pass_on),
+    _ATEN.contiguous.default: (_always, _copy),
+    _ATEN.dropout.default: (_is_inference, _copy),
     _ATEN.reshape.default: (_always, _view),
     _ATEN.numpy_T.default: (_always, _reverse),
     _ATEN.flatten.using_ints: (_always, _flatten),
@@ -273,52 +296,49 @@ _REWRITES: dict[Any, tuple[Callable[[Node], bool], Callable[[Node], None]]] = {
 
 
 def _functional(target: Any) -> Any:
-    """The operator that gives what this one writes into its first argument, or ``None``."""
-    name = target._schema.name.rpartition("::")[2]  # noqa: SLF001
+    """The operator that returns what this one writes into its first argument, or ``None``."""
+    name = target._schema.name.rpartition("::")[2]  # noqa: SLF001 (of an operator)
     if not name.endswith("_") or target.namespace != "aten":
         return None
     packet = getattr(_ATEN, name.removesuffix("_"), None)
-    return getattr(packet, target._overloadname, None)  # noqa: SLF001
+    return getattr(packet, target._overloadname, None)  # noqa: SLF001 (of an operator)
 
 
-def _may_share(node: Node) -> bool:
-    """Whether what a node gives may be the memory of what it is given."""
+def _may_share(node: Node, names: SimpleNamespace) -> bool:
+    """Whether a node's result may share the memory of its arguments."""
     if node.op != "call_function":
         return True
-    if node.target in _REWRITES:  # only what is converted to another dtype is surely new
+    if node.target in _REWRITES:  # only a conversion to another dtype always allocates
         converts = _REWRITES[node.target][1] is _convert
         return not converts or _value(node).dtype == _value(node.args[0]).dtype
     if node.target is operator.getitem:
-        return _may_share(node.args[0])  # type: ignore[arg-type]
-    if not isinstance(node.target, torch._ops.OpOverload):  # noqa: SLF001
+        return _may_share(node.args[0], names)  # type: ignore[arg-type]
+    if not isinstance(node.target, names.overload):
         return isinstance(_value(node), torch.Tensor)
-    if node.target._schema.is_mutable:  # noqa: SLF001 (made functional, it gives memory of its own)
+    schema = node.target._schema  # noqa: SLF001 (of an operator)
+    if schema.is_mutable:  # it is made functional, and then allocates
         return False
-    returns = node.target._schema.returns  # noqa: SLF001
-    return _is_decomposed(node.target) or any(one.alias_info is not None for one in returns)
+    aliases = any(result.alias_info is not None for result in schema.returns)
+    return _is_decomposed(node.target, names) or aliases
 
 
-def _owns_its_memory(node: Node, order: dict[Node, int]) -> bool:
-    """Whether nothing but what comes after sees what a node writes into its first argument."""
+def _owns_its_memory(node: Node, order: dict[Node, int], names: SimpleNamespace) -> bool:
+    """Whether only later nodes see what a node writes into its first argument."""
     written: Any = node.args[0]
-    if not isinstance(written, torch.fx.Node) or _may_share(written):
+    if not isinstance(written, torch.fx.Node) or _may_share(written, names):
         return False
     writes_another = any(
         isinstance(argument, torch.fx.Node) and argument is written for argument in node.args[1:]
     )
     before = [user for user in written.users if order[user] < order[node]]
-    return not writes_another and not any(_may_share(user) for user in before)
+    return not writes_another and not any(_may_share(user, names) for user in before)
 
 
 def _make_functional(node: Node) -> None:
     written = node.args[0]
-    later = False
-    following = set()
-    for one in node.graph.nodes:
-        if later:
-            following.add(one)
-        later = later or one is node
+    nodes = list(node.graph.nodes)
+    later = set(nodes[nodes.index(node) + 1 :])
     node.target = _functional(node.target)
     for user in list(written.users):  # type: ignore[union-attr]
-        if user in following:
+        if user in later:
             user.replace_input_with(written, node)

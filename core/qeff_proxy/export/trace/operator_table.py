@@ -1,92 +1,81 @@
-"""PyTorch's table of ONNX operators, made once in a process instead of once in every trace.
+"""PyTorch's table of ONNX operators, made once in a process instead of once for every graph.
 
-``torch.onnx.export`` reads and parses the source of some 500 operators whenever it is called, about
-a CPU second that says the same each time. Within `operators_read_once` it is given a copy of the
-table that the first call made, and sources are read of those operators alone that a graph has: what
-writes an operator does so by itself where the table has not.
+``torch.onnx.export`` reads and parses the source of some 500 operators whenever it is called: about
+a CPU second each time. Within `operators_read_once` it gets a copy of a table that is made once and
+without parsing: it infers the signature of those operators alone that a graph has.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MappingProxyType, SimpleNamespace
+from contextvars import ContextVar
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
-from onnxscript.function_libs.torch_lib import registration
-from torch.onnx._internal.exporter import _registration
-from torch.onnx._internal.exporter._registration import OnnxDecompMeta, ONNXRegistry
+from qeff_proxy.common.private_names import OPERATOR_TABLE, find
+from qeff_proxy.common.shared_change import SharedChanges
 
 __all__ = ["operators_read_once"]
 
-_ORIGINAL = ONNXRegistry.__dict__["from_torchlib"]
-_NONE: Mapping[Any, Callable[..., Any]] = MappingProxyType({})
-_make_table = _ORIGINAL.__func__
+_ACTIVE: ContextVar[bool] = ContextVar("operators_read_once", default=False)
+_CHANGES = SharedChanges()
+
+
+@contextmanager
+def operators_read_once() -> Iterator[None]:
+    """Let exports of this context copy the table; what one adds to its copy, no other sees."""
+    names = find(OPERATOR_TABLE)
+    if names is None:
+        yield
+        return
+    token = _ACTIVE.set(True)
+    try:
+        with _CHANGES.needed("from_torchlib", partial(_replace, names)):
+            yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def _replace(names: SimpleNamespace) -> Callable[[], object]:
+    registry = names.registry
+    original = registry.__dict__["from_torchlib"]
+    default = inspect.signature(names.from_torchlib).parameters["opset_version"].default
+
+    def from_torchlib(cls: Any, opset_version: int = default) -> Any:
+        if not _ACTIVE.get() or cls is not registry:
+            return original.__get__(None, cls)(opset_version)
+        table = _table(opset_version)
+        copy = cls()
+        copy.__dict__.update(table.__dict__)
+        copy.functions = {target: list(entries) for target, entries in table.functions.items()}
+        return copy
+
+    registry.from_torchlib = classmethod(from_torchlib)
+    return partial(setattr, registry, "from_torchlib", original)
 
 
 @functools.cache
-def _table(opset: int) -> ONNXRegistry:
-    with _no_sources():
-        table: ONNXRegistry = _make_table(ONNXRegistry, opset)
-    return table
-
-
-@contextmanager
-def _no_sources() -> Iterator[None]:
-    """Let this thread make a table without reading what operators are written with."""
-    thread = threading.get_ident()
-    infer, apis = OnnxDecompMeta.__post_init__, _registration.onnxscript_apis
-
-    def leave(self: OnnxDecompMeta) -> None:
-        if threading.get_ident() != thread:
-            infer(self)
-
-    OnnxDecompMeta.__post_init__ = leave
-    _registration.onnxscript_apis = SimpleNamespace(get_torchlib_ops=lambda: list(_operators()))
-    try:
-        yield
-    finally:
-        OnnxDecompMeta.__post_init__ = infer
-        _registration.onnxscript_apis = apis
-
-
-def _operators() -> Iterator[Any]:
-    """As ``get_torchlib_ops`` of onnxscript, but for what only the source says."""
-    importlib.import_module("onnxscript.function_libs.torch_lib.ops")  # which registers them
-    for name, found in registration.default_registry.items():
-        if name.startswith("internal::"):
+def _table(opset: int) -> Any:
+    """What ``ONNXRegistry.from_torchlib`` makes, but for the signatures that it parses."""
+    names = find(OPERATOR_TABLE)
+    assert names is not None  # noqa: S101 (`operators_read_once` found them)
+    table = names.registry()
+    table._opset_version = opset  # noqa: SLF001 (as from_torchlib does)
+    for entry in names.of_pytorch():
+        names.register(table, entry.fx_target, entry)
+    for name, kinds in names.of_onnxscript.items():
+        target = None if name.startswith("internal::") else names.overload_named(name)
+        if target is None:
             continue
-        for functions, is_complex in ((found.overloads, False), (found.complex, True)):
-            for one in functions:
-                yield SimpleNamespace(qualified_name=name, function=one, is_complex=is_complex)
-
-
-@contextmanager
-def operators_read_once(more: Mapping[Any, Callable[..., Any]] = _NONE) -> Iterator[None]:
-    """Let traces of this thread share the table; what one adds to its copy, no other sees.
-
-    Args:
-        more: Operators of one's own → how each is written.
-    """
-    thread = threading.get_ident()
-
-    def from_torchlib(cls: type[ONNXRegistry], opset_version: int | None = None) -> Any:
-        given = () if opset_version is None else (opset_version,)
-        if threading.get_ident() != thread or cls is not ONNXRegistry:
-            return _ORIGINAL.__get__(None, cls)(*given)
-        made = _table(*(given or _make_table.__defaults__))
-        copy = cls()
-        copy.__dict__.update(made.__dict__)
-        copy.functions = {target: list(found) for target, found in made.functions.items()}
-        for target, function in more.items():
-            copy.register_op(target, function)
-        return copy
-
-    ONNXRegistry.from_torchlib = classmethod(from_torchlib)
-    try:
-        yield
-    finally:
-        ONNXRegistry.from_torchlib = _ORIGINAL
+        for functions, is_complex in ((kinds.overloads, False), (kinds.complex, True)):
+            for function in functions:
+                entry = names.entry(
+                    function, target, None, is_complex=is_complex, skip_signature_inference=True
+                )
+                names.register(table, target, entry)
+    names.clean(table)
+    return table

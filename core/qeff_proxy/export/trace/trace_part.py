@@ -23,6 +23,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.common.quiet import quiet_tracers
+from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.errors import ExportError
 from qeff_proxy.export.repeat.clone_layers import expand_layers
 from qeff_proxy.export.repeat.insert_layers import put_in
@@ -33,7 +34,6 @@ from qeff_proxy.export.repeat.mark_layers import (
     layers_traced,
     marked_layers,
 )
-from qeff_proxy.export.repeat.marks import TRANSLATIONS
 from qeff_proxy.export.trace.decompose_in_place import lowered_in_place
 from qeff_proxy.export.trace.graph_edges import set_edges
 from qeff_proxy.export.trace.operator_table import operators_read_once
@@ -79,6 +79,7 @@ class TracedPart:
     reason: str | None = None
 
 
+@one_model_at_a_time
 def trace_part(
     part: Part, names: Mapping[int, str], opset: int | None = None, *, repeat: bool = False
 ) -> TracedPart:
@@ -99,16 +100,17 @@ def trace_part(
     if repeat:
         try:
             with _marked(part) as marked:
-                program, weights = _graph_of(part, names, opset, TRANSLATIONS)
+                program, weights = _graph_of(part, names, opset)
             return _finished(program, part, names, weights, marked.calls)
         except NotRepeatable as error:
             reason = str(error)
         except ExportError as error:  # what fails with marks may do without them
             reason = error.problem
-    program, weights = _graph_of(part, names, opset, {})
+    program, weights = _graph_of(part, names, opset)
     return replace(_finished(program, part, names, weights, []), reason=reason)
 
 
+@one_model_at_a_time
 def trace_sample(
     whole: Part, part: Part, names: Mapping[int, str], opset: int | None = None
 ) -> tuple[TracedPart, TracedPart]:
@@ -132,7 +134,7 @@ def trace_sample(
         for found in layer_lists(whole.module)
     ]
     with _marked(part, lists) as marked:
-        program, weights = _graph_of(part, names, opset, TRANSLATIONS)
+        program, weights = _graph_of(part, names, opset)
     shorter = _finished(program.clone(), part, names, dict(weights), marked.calls)
     seen, given = _run(whole)
     # What is numbered by layers may be of other layers: those of a decoder, not an encoder.
@@ -160,14 +162,14 @@ def _run(part: Part) -> tuple[MarkedLayers, set[str]]:
 
 
 def _graph_of(
-    part: Part, names: Mapping[int, str], opset: int | None, marks: Mapping[Any, Any]
+    part: Part, names: Mapping[int, str], opset: int | None
 ) -> tuple[ir.Model, dict[str, torch.Tensor]]:
     """The graph as it was traced, with marks where layers were marked, and its weights."""
     sizes = {**TRACE_SIZES, **part.trace_sizes}
     samples = sample_inputs(part, sizes)
     shapes = {name: _dynamic_axes(spec) for name, spec in mangled_inputs(part)}
     config = OnnxConfig(dynamic_shapes=shapes, optimize=False, opset_version=opset)
-    with quiet_tracers(), operators_read_once(marks):
+    with quiet_tracers(), operators_read_once():
         try:
             program = _trace(part, samples, config)
         except NotRepeatable:
@@ -236,19 +238,22 @@ def _marked(part: Part, lists: Sequence[LayerList] | None = None) -> Iterator[Ma
 
 
 def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:
-    def export() -> ir.Model:
-        program: ir.Model = OnnxExporter().export(part.module, samples, config=config).program
-        return program
-
-    with lowered_in_place() as lowered:
+    with lowered_in_place() as lowering:
         try:
-            return export()
+            return _export(part, samples, config)
         except NotRepeatable:
             raise
-        except Exception:  # what it is, the other way will say
-            if not lowered:
+        except Exception:
+            if not lowering.begun:
                 raise
-    return export()
+    return _export(part, samples, config)  # the public way tells whose fault it was
+
+
+def _export(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:
+    exported: Any = OnnxExporter().export(part.module, samples, config=config)
+    # Older releases return torch's ONNXProgram.
+    program: ir.Model = exported.program if hasattr(exported, "program") else exported.model
+    return program
 
 
 def _check_opset(program: ir.Model, part: Part, opset: int | None) -> None:

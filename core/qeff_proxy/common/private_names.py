@@ -1,0 +1,130 @@
+"""Names that other libraries keep private, and that any release of theirs may rename.
+
+No other module imports such a name. `find` looks a group of them up; where one is missing it
+returns ``None``, and whoever asked takes the public way that the group names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = [
+    "DECOMPOSING",
+    "OPERATOR_TABLE",
+    "attention_of",
+    "build_model",
+    "find",
+    "model_classes",
+    "operators",
+]
+
+_EXPORTER = "torch.onnx._internal.exporter"
+_PROMOTION = "torch.onnx._internal.fx.passes.type_promotion"
+
+#: To decompose a traced graph in place. Else: ``torch.onnx.export`` traces it a second time.
+DECOMPOSING = {
+    "exporter": f"{_EXPORTER}._core",
+    "prepare": f"{_EXPORTER}._core:_prepare_exported_program_for_export",
+    "implemented": f"{_EXPORTER}._decomp:get_onnx_implemented_overloads",
+    "is_composite": "torch._export.utils:_is_cia_op",
+    "can_be_kept": "torch._export.utils:_check_valid_to_preserve",
+    "operator_base": "torch._ops:OperatorBase",
+    "overload": "torch._ops:OpOverload",
+    "symbolic_config": "torch.fx.experimental._config:patch",
+    "promotion": f"{_PROMOTION}:InsertTypePromotion",
+    "promotion_interpreter": f"{_PROMOTION}:_TypePromotionInterpreter",
+    "promotion_of_node": f"{_PROMOTION}:_TypePromotionInterpreter._maybe_promote_node",
+    "promotion_rule": f"{_PROMOTION}:get_type_promotion_rule",
+}
+#: To share PyTorch's table of ONNX operators. Else: ``torch.onnx.export`` makes one for each graph.
+OPERATOR_TABLE = {
+    "registry": f"{_EXPORTER}._registration:ONNXRegistry",
+    "from_torchlib": f"{_EXPORTER}._registration:ONNXRegistry.from_torchlib",
+    "register": f"{_EXPORTER}._registration:ONNXRegistry._register",
+    "clean": f"{_EXPORTER}._registration:ONNXRegistry._cleanup_registry_based_on_opset_version",
+    "entry": f"{_EXPORTER}._registration:OnnxDecompMeta",
+    "overload_named": f"{_EXPORTER}._registration:_get_overload",
+    "of_pytorch": f"{_EXPORTER}._torchlib._torchlib_registry:get_torchlib_ops",
+    "of_onnxscript": "onnxscript.function_libs.torch_lib.registration:default_registry",
+    "onnxscript_operators": "onnxscript.function_libs.torch_lib.ops",
+}
+
+
+def find(group: Mapping[str, str]) -> SimpleNamespace | None:
+    """The objects that a group names; ``None`` where a library lacks one of them.
+
+    Args:
+        group: Name here → ``module`` or ``module:attribute.path``.
+    """
+    try:
+        return SimpleNamespace(**{name: _import(path) for name, path in group.items()})
+    except (ImportError, AttributeError):
+        return None
+
+
+def _import(path: str) -> Any:
+    module, _, attributes = path.partition(":")
+    value = importlib.import_module(module)
+    for attribute in filter(None, attributes.split(".")):
+        value = getattr(value, attribute)
+    return value
+
+
+def operators(names: Iterable[str]) -> frozenset[Any]:
+    """PyTorch's operators of these names (``aten``'s), as many as there are."""
+    import torch
+
+    packets = [(getattr(torch.ops.aten, name.partition(".")[0], None), name) for name in names]
+    overloads = (getattr(packet, name.partition(".")[2], None) for packet, name in packets)
+    return frozenset(overload for overload in overloads if overload is not None)
+
+
+def model_classes(auto_class: str) -> Mapping[Any, Any]:
+    """Config class → model class, or classes, of an auto class of transformers.
+
+    The public way is the mapping's own name, which not all of them derive from the class's.
+    """
+    import transformers
+
+    mapping = getattr(getattr(transformers, auto_class), "_model_mapping", None)
+    if mapping is None:
+        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|\d+", auto_class.removeprefix("Auto"))
+        mapping = getattr(transformers, f"{'_'.join(words).upper()}_MAPPING", {})
+    return mapping  # type: ignore[no-any-return]
+
+
+def attention_of(model: PreTrainedModel) -> str | None:
+    """The attention that a model runs, such as ``"eager"``; ``None`` where it cannot be known.
+
+    There is a public way to set it, ``set_attn_implementation``, and none to read it.
+    """
+    return getattr(model.config, "_attn_implementation", None)
+
+
+def build_model(architecture: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of an architecture with eager attention; its weights are not set.
+
+    The public way is the constructor. The default dtype, which it takes, is the process's: call
+    this within `qeff_proxy.common.shared_change.one_model_at_a_time`.
+    """
+    build = getattr(architecture, "_from_config", None)
+    if build is not None:
+        return build(config, dtype=dtype, attn_implementation="eager")  # type: ignore[no-any-return]
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model: PreTrainedModel = architecture(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.set_attn_implementation("eager")
+    return model
