@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,12 @@ __all__ = ["NotSampled", "SampledModel", "all_layers", "at_most", "enough_layers
 
 @dataclass
 class SampledModel:
-    """A model of which the first layers are there.
+    """A model with weights for its first layers only.
 
     Attributes:
-        model: All of it; weights of layers beyond the sample are on the meta device.
+        model: All of it; the other layers' weights are on the meta device.
         layers: Its layers.
-        count: How many of them are there.
+        count: How many of them have weights.
         sources: Where each weight comes from.
     """
 
@@ -54,13 +54,18 @@ class SampledModel:
     count: int
     sources: WeightSources
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers have weights."""
+        return self.count == len(self.layers.layers)
+
     def check_alike(self) -> None:
-        """Make sure that the layers that are there say what the others do.
+        """Make sure that the other layers are like those that have weights.
 
         Raises:
-            NotSampled: They may not.
+            NotSampled: They may not be.
         """
-        if self.count == len(self.layers.layers):
+        if self.is_whole:
             return
         if prefix_with_every_kind(self.layers.kinds) > self.count:
             raise NotSampled("its layers hold different constants")
@@ -71,24 +76,22 @@ class SampledModel:
         """The model with its first ``count`` layers only.
 
         Raises:
-            NotSampled: Its config cannot say so.
+            NotSampled: Its config has no place for their number.
         """
         if count == len(self.layers.layers):
             return self
         model = shorten(self.model, self.layers, range(count))
         if model is None:
             raise NotSampled("its config cannot be shortened")
-        path = self.layers.path
-        layers = LayerList(
-            path, tuple(model.get_submodule(path).children()), self.layers.kinds[:count]
-        )
-        return SampledModel(model, layers, min(count, self.count), self.sources)
+        layers = tuple(model.get_submodule(self.layers.path).children())
+        short = replace(self.layers.first(count), layers=layers)
+        return SampledModel(model, short, min(count, self.count), self.sources)
 
     def short(self) -> PreTrainedModel:
-        """The model with only the layers that are there.
+        """The model with only the layers that have weights.
 
         Raises:
-            NotSampled: Its config cannot say so.
+            NotSampled: Its config has no place for their number.
         """
         return self.first(self.count).model
 
@@ -188,20 +191,20 @@ def _read_weights(
             setattr(model.get_submodule(path), last, value)
 
 
-#: Layers that are loaded at least: two, so that what one hands to the next is run too.
+#: At least two layers are loaded, so that the second runs on what the first gives.
 _FEWEST = 2
 
 
-def enough_layers(found: LayerList) -> int:
+def enough_layers(layers: LayerList) -> int:
     """How many layers to load: every kind among them."""
-    return min(len(found.layers), max(_FEWEST, prefix_with_every_kind(found.kinds)))
+    return min(len(layers.layers), max(_FEWEST, prefix_with_every_kind(layers.kinds)))
 
 
-def all_layers(found: LayerList) -> int:
-    """Load all layers: map them, that is, and run them."""
-    return len(found.layers)
+def all_layers(layers: LayerList) -> int:
+    """Load all layers, that is, map and run them."""
+    return len(layers.layers)
 
 
-def at_most(count: int, found: LayerList) -> int:
-    """``count``, or as many layers as there are."""
-    return min(count, len(found.layers))
+def at_most(count: int, layers: LayerList) -> int:
+    """``count``, or all layers where there are fewer."""
+    return min(count, len(layers.layers))
