@@ -23,7 +23,7 @@ from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.export.export_model import export_key, export_model
-from qeff_proxy.layers.layer_lists import find_layers
+from qeff_proxy.layers.layer_lists import find_layer_list
 from qeff_proxy.layers.taps import TappedPart, normalize_taps, tap_proxy
 from qeff_proxy.load.load_model import load_model, wrap_model
 from qeff_proxy.load.safetensors_header import read_header
@@ -77,10 +77,10 @@ class AsPart(nn.Module):
 
 
 def tapped_run(model: Any, taps: Any = ALL, depth: int = 2) -> dict[str, torch.Tensor]:
-    layers = find_layers(model, depth)
+    layers = find_layer_list(model, depth)
     assert layers is not None
     with torch.no_grad():
-        return TappedPart(AsPart(model), layers, taps)(input_ids=torch.from_numpy(IDS))
+        return TappedPart(AsPart(model), layers.layers, taps)(input_ids=torch.from_numpy(IDS))
 
 
 @pytest.mark.parametrize(
@@ -354,10 +354,10 @@ def test_the_layers_are_the_list_as_long_as_the_cache_unless_it_is_a_small_thing
     module.wide = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
     module.deep = nn.ModuleList(nn.Linear(12, 12) for _ in range(5))
     module.tiny = nn.ModuleList(nn.Linear(1, 1) for _ in range(4))
-    assert find_layers(module, 3) == tuple(module.wide)
-    assert find_layers(module, 5) == tuple(module.deep)
-    assert find_layers(module, 4) == tuple(module.wide)
-    assert find_layers(module, 0) == tuple(module.wide)
+    for depth, path in ((3, "wide"), (5, "deep"), (4, "wide"), (0, "wide")):
+        layers = find_layer_list(module, depth)
+        assert layers is not None
+        assert layers.path == path
 
 
 def test_what_can_be_tapped_is_said(saved_gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def model_classes(auto_class: str) -> Mapping[Any, Any]:
     if mapping is None:
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|\d+", auto_class.removeprefix("Auto"))
         mapping = getattr(transformers, f"{'_'.join(words).upper()}_MAPPING", {})
-    return mapping  # type: ignore[no-any-return]
+    return mapping
 
 
 def attention_of(model: PreTrainedModel) -> str | None:
@@ -117,7 +117,7 @@ def build_model(architecture: Any, config: PreTrainedConfig, dtype: torch.dtype)
     """
     build = getattr(architecture, "_from_config", None)
     if build is not None:
-        return build(config, dtype=dtype, attn_implementation="eager")  # type: ignore[no-any-return]
+        return build(config, dtype=dtype, attn_implementation="eager")
     import torch
 
     before = torch.get_default_dtype()

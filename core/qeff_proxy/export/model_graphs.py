@@ -14,9 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.cut.cut_model import cut_model, site_weights
-from qeff_proxy.errors import CheckpointError, CutError, ExportError, PluginError
-from qeff_proxy.export.repeat.full_depth_part import lengthen
-from qeff_proxy.export.repeat.mark_layers import NotRepeatable
+from qeff_proxy.errors import CheckpointError, CutError, ExportError, PluginError, ProxyError
+from qeff_proxy.export.repeat.mark_layers import NotRepeatable, marked_layers
 from qeff_proxy.export.trace.trace_part import TracedPart, trace_part, trace_sample
 from qeff_proxy.layers.layer_lists import describe_kinds, find_layer_list
 from qeff_proxy.layers.taps import tap_proxy
@@ -25,8 +24,6 @@ from qeff_proxy.load.mapped_pages import few_pages
 from qeff_proxy.load.weight_sources import WeightSources
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from qeff_proxy.cut.cut_model import Cut
     from qeff_proxy.layers.layer_lists import LayerList
     from qeff_proxy.load.first_layers import SampledModel
@@ -104,13 +101,13 @@ def graphs_of_sample(
     names = {id(tensor): name for name, tensor in tensors}
     graphs = Graphs(sampled.model, cut, [], [], sources=sampled.sources)
     own = {id(p) for layer in sampled.layers.layers for p in layer.parameters()}
-    whole = sampled.count == len(sampled.layers.layers)
-    for part in cut.proxy.parts:
+    deep = _full_depth(loaded, hooks, kind, taps, sampled, cut)
+    for part, deep_part in zip(cut.proxy.parts, deep, strict=True):
         progress(f"tracing {part.name}")
-        if whole or not any(id(p) in own for p in part.module.parameters()):
+        if part is deep_part or not any(id(p) in own for p in part.module.parameters()):
             graphs.add(trace_part(part, names, opset, repeat=repeat))
         else:
-            graphs.add(*_traced_sample(part, short.model, sampled, names, opset))
+            graphs.add(*_traced_sample(part, deep_part, sampled, names, opset))
     graphs.report["layers"] = {
         "count": len(sampled.layers.layers),
         "verified": sampled.count,
@@ -217,17 +214,42 @@ def _check_finite(loaded: LoadedModel, sampled: SampledModel | None) -> None:
             )
 
 
-def _traced_sample(
-    part: Part,
-    short: PreTrainedModel,
+def _full_depth(
+    loaded: LoadedModel,
+    hooks: Hooks,
+    kind: Kind,
+    taps: Sequence[str],
     sampled: SampledModel,
-    names: Mapping[int, str],
-    opset: int | None,
+    cut: Cut,
+) -> tuple[Part, ...]:
+    """The parts of ``cut`` with all layers; a layer without weights gives random numbers in them.
+
+    Raises:
+        NotSampled: They cannot be built, or are other parts.
+    """
+    if sampled.count == len(sampled.layers.layers):
+        return cut.proxy.parts
+    try:
+        with marked_layers(sampled.model, [sampled.layers], runs=True):
+            proxy = hooks.build_proxy(
+                model=sampled.model,
+                embedding=cut.sites["embedding"],
+                lm_head=cut.sites["lm_head"],
+                kind=kind,
+                options=loaded.options,
+            )
+            parts = tap_proxy(proxy, taps).parts
+    except (NotRepeatable, ProxyError) as error:
+        raise NotSampled(f"it cannot be cut without its layers: {error}") from error
+    if [part.name for part in parts] != [part.name for part in cut.proxy.parts]:
+        raise NotSampled("its first layers have other parts than all of them")
+    return parts
+
+
+def _traced_sample(
+    part: Part, whole: Part, sampled: SampledModel, names: Mapping[int, str], opset: int | None
 ) -> tuple[TracedPart, TracedPart]:
     """The graph of a part with all layers, and that with those that are there."""
-    whole = lengthen(part, short, sampled.model, sampled.layers)
-    if whole is None:
-        raise NotSampled(f"the layers of the {part.name} part cannot be found in its module")
     try:
         with few_pages(sampled.sources.windows):
             traced, check = trace_sample(whole, part, names, opset)

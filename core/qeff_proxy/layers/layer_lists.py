@@ -21,7 +21,6 @@ __all__ = [
     "LayerList",
     "describe_kinds",
     "find_layer_list",
-    "find_layers",
     "layer_lists",
     "prefix_with_every_kind",
 ]
@@ -47,23 +46,37 @@ class LayerList:
     layers: tuple[nn.Module, ...]
     kinds: tuple[int, ...]
 
+    def first(self, count: int) -> LayerList:
+        """The list of the first ``count`` layers."""
+        return LayerList(self.path, self.layers[:count], self.kinds[:count])
 
-def find_layer_list(module: nn.Module, depth: int | None = None) -> LayerList | None:
+
+def find_layer_list(
+    module: nn.Module, depth: int = 0, types: tuple[type[nn.Module], ...] = (nn.ModuleList,)
+) -> LayerList | None:
     """The list of layers in ``module``: of all lists the one with the most parameters.
 
     Args:
-        module: What holds them, at any depth.
-        depth: How long the list must be, where that is known.
+        module: A model or a part of one.
+        depth: Number of layers that have a cache; 0 where that is not known. A list of that length
+            is preferred.
+        types: What counts as a list.
     """
-    lists = [
-        (path, tuple(one))
-        for path, one in module.named_modules()
-        if isinstance(one, nn.ModuleList) and len(one) and (depth is None or len(one) == depth)
-    ]
+    lists = {
+        path: tuple(members)
+        for path, members in module.named_modules()
+        if isinstance(members, types) and any(True for _ in members.parameters())
+    }
     if not lists:
         return None
-    path, layers = max(lists, key=lambda item: _size(item[1]))
-    return LayerList(path, layers, _kinds(layers, _config_around(module, path)))
+    sizes = {path: _size(members) for path, members in lists.items()}
+    # Of lists of equal size, such as one that holds nothing but another, the outer comes first.
+    path = max(sizes, key=sizes.__getitem__)
+    fitting = [other for other in lists if len(lists[other]) == depth]
+    best = max(fitting, key=sizes.__getitem__, default=path)
+    # Layers may share caches; a short list deep inside a layer is not the layers for that.
+    path = best if 4 * sizes[best] > sizes[path] else path
+    return LayerList(path, lists[path], _kinds(lists[path], _config_around(module, path)))
 
 
 def layer_lists(module: nn.Module) -> Iterator[LayerList]:
@@ -150,7 +163,9 @@ def describe_kinds(found: LayerList) -> list[dict[str, Any]]:
 
 
 def _size(layers: Sequence[nn.Module]) -> int:
-    return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    """Number of parameters, shared ones once."""
+    sizes = {id(p): p.numel() for layer in layers for p in layer.parameters()}
+    return sum(sizes.values())
 
 
 def _fingerprint(layer: nn.Module) -> str:
@@ -170,29 +185,3 @@ def _fingerprint(layer: nn.Module) -> str:
             if not buffer.is_meta:
                 digest.update(to_array(buffer).tobytes())
     return digest.hexdigest()
-
-
-def find_layers(module: nn.Module, depth: int = 0) -> tuple[nn.Module, ...] | None:
-    """The layers of ``module``: ``None`` where it has no list of modules.
-
-    Args:
-        module: What holds them, at any depth.
-        depth: How many layers have a cache; 0 where that is not known.
-    """
-    lists = [
-        tuple(one)
-        for one in module.modules()
-        if isinstance(one, nn.ModuleList | nn.Sequential) and any(True for _ in one.parameters())
-    ]
-    # Of lists of equal size, such as one that holds nothing but another, the outer comes first.
-    largest = max(lists, key=_parameters_of, default=None)
-    fitting = max((one for one in lists if len(one) == depth), key=_parameters_of, default=None)
-    if largest is None or fitting is None:
-        return largest
-    # Layers may share caches; a short list deep inside a layer is not the layers for that.
-    return fitting if 4 * _parameters_of(fitting) > _parameters_of(largest) else largest
-
-
-def _parameters_of(modules: Sequence[nn.Module]) -> int:
-    own = {id(p): p.numel() for module in modules for p in module.parameters()}
-    return sum(own.values())

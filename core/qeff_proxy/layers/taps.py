@@ -24,7 +24,7 @@ from torch import nn
 
 from qeff_proxy.common.arguments import texts
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.layers.layer_lists import find_layers
+from qeff_proxy.layers.layer_lists import find_layer_list
 from qeff_proxy.parts import TAPS, TensorSpec
 
 if TYPE_CHECKING:
@@ -81,14 +81,16 @@ def tap_proxy(proxy: Proxy, taps: Sequence[str]) -> Proxy:
     parts = []
     for part in proxy.parts:
         depth = sum(spec.name.startswith("present.") for spec in part.outputs) // 2
-        layers = None if part.weights == "vocabulary" else find_layers(part.module, depth)
+        layers = None
+        if part.weights != "vocabulary":
+            layers = find_layer_list(part.module, depth, (nn.ModuleList, nn.Sequential))
         if layers is None and depth:
             raise UnsupportedModelError(
                 f"the layers of the {part.name} part cannot be found: no list of modules in it "
                 "holds any",
                 "Export without taps; caches of all layers are dumped without them too.",
             )
-        parts.append(part if layers is None else _tapped(part, layers, taps))
+        parts.append(part if layers is None else _tapped(part, layers.layers, taps))
     if all(one is other for one, other in zip(parts, proxy.parts, strict=True)):
         raise UnsupportedModelError(
             f"no part has layers to tap (parts: {', '.join(part.name for part in parts)})",

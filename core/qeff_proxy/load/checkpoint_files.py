@@ -22,6 +22,7 @@ __all__ = [
     "folder_named",
     "identity_as",
     "read_config_file",
+    "safetensors_files",
 ]
 
 _SHOWN = 60  # characters of a name in an error
@@ -147,6 +148,23 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> None:
             f"{folder} has its weights only as pickles ({', '.join(pickles)}), which can run code",
             "Convert them to safetensors, or pass --allow-pickle if you trust the source.",
         )
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The files that ``from_pretrained`` takes a checkpoint's weights from.
+
+    Empty where they are pickles, are named by the config, or have an adapter's laid over them.
+    """
+    config = read_config_file(folder)
+    if config.get("transformers_weights") or (folder / "adapter_config.json").exists():
+        return []
+    single, index = folder / "model.safetensors", folder / _INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return [folder / name for name in dict.fromkeys(weight_map.values())]
 
 
 def _check_shards(folder: Path, index: Path) -> None:

@@ -1,51 +1,51 @@
-"""Load a model of which only the first few layers are there.
+"""Load a checkpoint with weights for its first layers only.
 
-transformers builds the model, renames, converts and checks as ever; but the weights of the layers
-beyond the sample never leave the disk, and are tensors on the meta device, and those of the sample
-are mapped. So shapes, names, ties and what a checkpoint lacks are known of the whole model, at the
-price of a few layers.
+transformers loads it by its public ``from_pretrained``, from tensors of which nearly all are on the
+meta device: it renames, converts and checks as ever, and reads next to nothing. Then the weights of
+the first layers, and all outside of the layers, are mapped from the checkpoint's files. So shapes,
+names, ties and missing weights are known of the whole model, at the price of a few layers.
 """
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from qeff_proxy.layers.index_use import uses_index
 from qeff_proxy.layers.layer_lists import LayerList, find_layer_list, prefix_with_every_kind
 from qeff_proxy.layers.shorten import shorten
+from qeff_proxy.load.checkpoint_files import safetensors_files
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
+from qeff_proxy.load.transformers_model import NotSampled
 from qeff_proxy.load.weight_sources import (
     StoredWeight,
     WeightSources,
     aliases_of,
     converter_of,
     map_tensor,
+    model_names,
 )
 
-__all__ = ["NotSampled", "SampledModel", "all_layers", "at_most", "enough_layers", "sampling"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-
-class NotSampled(Exception):  # noqa: N818 (no error: the whole model is loaded instead)
-    """The model cannot be known by its first layers; says why."""
+__all__ = ["NotSampled", "SampledModel", "all_layers", "at_most", "enough_layers", "sample_model"]
 
 
 @dataclass
 class SampledModel:
-    """A model of which the first layers are there.
+    """A model with weights for its first layers only.
 
     Attributes:
-        model: All of it; weights of layers beyond the sample are on the meta device.
+        model: All of it; the other layers' weights are on the meta device.
         layers: Its layers.
-        count: How many of them are there.
+        count: How many of them have weights.
         sources: Where each weight comes from.
     """
 
@@ -54,13 +54,18 @@ class SampledModel:
     count: int
     sources: WeightSources
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers have weights."""
+        return self.count == len(self.layers.layers)
+
     def check_alike(self) -> None:
-        """Make sure that the layers that are there say what the others do.
+        """Make sure that the other layers are like those that have weights.
 
         Raises:
-            NotSampled: They may not.
+            NotSampled: They may not be.
         """
-        if self.count == len(self.layers.layers):
+        if self.is_whole:
             return
         if prefix_with_every_kind(self.layers.kinds) > self.count:
             raise NotSampled("its layers hold different constants")
@@ -71,171 +76,135 @@ class SampledModel:
         """The model with its first ``count`` layers only.
 
         Raises:
-            NotSampled: Its config cannot say so.
+            NotSampled: Its config has no place for their number.
         """
         if count == len(self.layers.layers):
             return self
         model = shorten(self.model, self.layers, range(count))
         if model is None:
             raise NotSampled("its config cannot be shortened")
-        path = self.layers.path
-        layers = LayerList(
-            path, tuple(model.get_submodule(path).children()), self.layers.kinds[:count]
-        )
-        return SampledModel(model, layers, min(count, self.count), self.sources)
+        layers = tuple(model.get_submodule(self.layers.path).children())
+        short = replace(self.layers.first(count), layers=layers)
+        return SampledModel(model, short, min(count, self.count), self.sources)
 
     def short(self) -> PreTrainedModel:
-        """The model with only the layers that are there.
+        """The model with only the layers that have weights.
 
         Raises:
-            NotSampled: Its config cannot say so.
+            NotSampled: Its config has no place for their number.
         """
         return self.first(self.count).model
 
 
-class _Sampler:
-    """What `sampling` notes while transformers loads."""
-
-    def __init__(self, choose: Callable[[LayerList], int]) -> None:
-        self.choose = choose
-        self.layers: LayerList | None = None
-        self.count = 0
-        self.sources = WeightSources()
-
-    def finish(self, model: PreTrainedModel) -> SampledModel:
-        """The model that was loaded, with what is known of its weights.
-
-        Raises:
-            NotSampled: It cannot be known by its first layers.
-        """
-        if self.layers is None:
-            raise NotSampled("it has no list of layers, or no safetensors files")
-        found = find_layer_list(model, len(self.layers.layers))
-        if found is None or found.path != self.layers.path:
-            raise NotSampled("its layers cannot be found")
-        self.sources.aliases = aliases_of(model)
-        return SampledModel(model, found, self.count, self.sources)
-
-
-@contextmanager
-def sampling(choose: Callable[[LayerList], int]) -> Iterator[_Sampler]:
-    """Let ``from_pretrained``, in this thread, load but the first layers of what it loads.
+def sample_model(
+    folder: Path,
+    read: Callable[[Mapping[str, torch.Tensor]], PreTrainedModel],
+    choose: Callable[[LayerList], int],
+) -> SampledModel:
+    """Load a checkpoint, with weights for its first layers only.
 
     Args:
-        choose: Gives the number of layers to load, from the layers that there are.
+        folder: The checkpoint.
+        read: Loads it from the tensors in place of its files' (`transformers_model.read_model`).
+        choose: Number of layers to load, from all of them.
+
+    Raises:
+        NotSampled: It has no list of layers, or is not stored as plain safetensors.
     """
-    sampler = _Sampler(choose)
-    thread = threading.get_ident()
-    original = PreTrainedModel._load_pretrained_model  # noqa: SLF001 (the one place to step in)
+    held = {
+        key: StoredWeight(path, key, place)
+        for path in safetensors_files(folder)
+        for key, place in read_header(path).items()
+    }
+    if not held:
+        raise NotSampled("it has no safetensors files")
+    model = read({key: _unread(stored) for key, stored in held.items()}).eval()
+    layers = find_layer_list(model)
+    if layers is None:
+        raise NotSampled("it has no list of layers")
+    count = choose(layers)
+    paths = [f"{layers.path}.{index}." for index in range(len(layers.layers))]
+    absent = tuple(paths[count:])
+    sources = WeightSources(aliases=aliases_of(model), make=converter_of(model))
+    pieces: dict[str, torch.Tensor] = {}
+    for key, (target, converted) in model_names(model, held).items():
+        if not converted:
+            sources.stored[target] = held[key]
+            continue
+        layer = next((path for path in paths if target.startswith(path)), None)
+        if layer is not None:
+            sources.made.setdefault(layer.removesuffix("."), []).append(held[key])
+        if layer not in absent:
+            pieces[key] = map_tensor(held[key], sources.windows)
+    _read_weights(model, sources, pieces, absent)
+    return SampledModel(model, layers, count, sources)
 
-    def load(model: Any, state_dict: Any, files: Any, load_config: Any, **more: Any) -> Any:
-        if threading.get_ident() == thread and state_dict is None and sampler.layers is None:
-            state_dict = _state_dict(sampler, model, files, load_config)
-        return original(model, state_dict, files, load_config, **more)
 
-    PreTrainedModel._load_pretrained_model = staticmethod(load)  # noqa: SLF001
-    try:
-        yield sampler
-    finally:
-        PreTrainedModel._load_pretrained_model = staticmethod(original)  # noqa: SLF001
+#: A key with a number in it: of a layer, as a rule.
+_NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
 
 
-class _Elsewhere:
-    """Stands for a tensor that is not loaded: becomes one on the meta device."""
+class _Unread(torch.Tensor):
+    """A tensor on the meta device that stays there, to whatever device it is moved."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape = shape
-        self.dtype = dtype
-
-    def __getitem__(self, _index: Any) -> _Elsewhere:
+    def __getitem__(self, _index: Any) -> torch.Tensor:
         return self
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:  # noqa: ARG002
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:  # type: ignore[override]  # noqa: ARG002
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
-def _state_dict(
-    sampler: _Sampler, model: PreTrainedModel, files: list[str] | None, load_config: Any
-) -> dict[str, Any] | None:
-    """Tensors by key, as transformers would read them, but mapped or elsewhere."""
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
-        return None
-    found = find_layer_list(model)
-    if found is None or load_config.hf_quantizer is not None:
-        return None
-    count = sampler.choose(found)
-    beyond = tuple(f"{found.path}.{index}." for index in range(count, len(found.layers)))
-    sampler.layers, sampler.count = found, count
-    held = {
-        key: StoredWeight(Path(file), key, place)
-        for file in files
-        for key, place in read_header(Path(file)).items()
-    }
-    targets = _targets(model, list(held), load_config)
-    buffers = {name for name, _ in model.named_buffers()}
-    paths = [f"{found.path}.{index}" for index in range(len(found.layers))]
-    state: dict[str, Any] = {}
-    for key, stored in held.items():
-        target, converted = targets[key]
-        if converted:
-            layer = next((path for path in paths if target.startswith(f"{path}.")), None)
-            if layer is not None:
-                sampler.sources.made.setdefault(layer, []).append(stored)
-        else:
-            sampler.sources.stored[target] = stored
-        if target.startswith(beyond) and target not in buffers:
-            dtype = getattr(torch, TORCH_DTYPES[stored.place.dtype])
-            state[key] = _Elsewhere(stored.place.shape, dtype)
-        else:
-            state[key] = map_tensor(stored, sampler.sources.windows)
-    sampler.sources.make = converter_of(model, load_config)
-    return state
+def _unread(stored: StoredWeight) -> torch.Tensor:
+    """A tensor for ``from_pretrained``: its data where it may be compared, else its shape only."""
+    # Tied weights that are stored twice are tied where they are equal; no layer's are.
+    if not _NUMBERED.search(stored.key):
+        return map_tensor(stored)
+    dtype = getattr(torch, TORCH_DTYPES[stored.place.dtype])
+    empty = torch.empty(stored.place.shape, dtype=dtype, device="meta")
+    return empty.as_subclass(_Unread)
 
 
-def _targets(
-    model: PreTrainedModel, keys: list[str], load_config: Any
-) -> dict[str, tuple[str, bool]]:
-    """Key in the checkpoint → name in the model, and whether it is converted on the way.
-
-    As ``transformers.core_model_loading.convert_and_load_state_dict_in_model`` does it.
-    """
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    mapping = copy.deepcopy(load_config.weight_mapping or [])
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    own = model.state_dict()
-    prefix = model.base_model_prefix
-    targets = {}
-    for key in sorted(keys, key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, prefix, own)
-        if target not in own and key in own:
-            target, pattern = rename_source_key(
-                key, [], [], base_model_prefix=prefix, meta_state_dict=own
-            )
-        targets[key] = (target, pattern is not None)
-    return targets
+def _read_weights(
+    model: PreTrainedModel,
+    sources: WeightSources,
+    pieces: Mapping[str, torch.Tensor],
+    absent: tuple[str, ...],
+) -> None:
+    """Set the weights of a model that are on the meta device, but for those of absent layers."""
+    assert sources.make is not None  # noqa: S101 (set where the sources are)
+    made = sources.make(pieces) if pieces else {}
+    buffers = dict(model.named_buffers())
+    for name, tensor in [*model.named_parameters(), *buffers.items()]:
+        names = sources.aliases.get(name, (name,))
+        left_out = name not in buffers and all(alias.startswith(absent) for alias in names)
+        if left_out or not tensor.is_meta:
+            continue
+        stored = sources.find(name)
+        if stored is None and name not in made:
+            raise NotSampled(f"where {name} comes from is not known")
+        value = made[name] if stored is None else map_tensor(stored, sources.windows)
+        value = value.to(tensor.dtype)
+        if name not in buffers:
+            value = nn.Parameter(value, tensor.requires_grad)
+        for alias in names:
+            path, _, last = alias.rpartition(".")
+            setattr(model.get_submodule(path), last, value)
 
 
-#: Layers that are loaded at least: two, so that what one hands to the next is run too.
+#: At least two layers are loaded, so that the second runs on what the first gives.
 _FEWEST = 2
 
 
-def enough_layers(found: LayerList) -> int:
+def enough_layers(layers: LayerList) -> int:
     """How many layers to load: every kind among them."""
-    return min(len(found.layers), max(_FEWEST, prefix_with_every_kind(found.kinds)))
+    return min(len(layers.layers), max(_FEWEST, prefix_with_every_kind(layers.kinds)))
 
 
-def all_layers(found: LayerList) -> int:
-    """Load all layers: map them, that is, and run them."""
-    return len(found.layers)
+def all_layers(layers: LayerList) -> int:
+    """Load all layers, that is, map and run them."""
+    return len(layers.layers)
 
 
-def at_most(count: int, found: LayerList) -> int:
-    """``count``, or as many layers as there are."""
-    return min(count, len(found.layers))
+def at_most(count: int, layers: LayerList) -> int:
+    """``count``, or all layers where there are fewer."""
+    return min(count, len(layers.layers))

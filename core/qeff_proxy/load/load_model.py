@@ -138,7 +138,7 @@ def load_model(
     loaded_as = class_named(config_file, auto_class)
     identity = identity_as(folder, loaded_as)
 
-    def read() -> PreTrainedModel:
+    def read(tensors: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
         return read_model(
             folder,
             config_file,
@@ -147,14 +147,15 @@ def load_model(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             unused=unused,
+            tensors=tensors,
         )
 
     def sample(choose: Callable[[LayerList], int]) -> SampledModel:
-        from qeff_proxy.load.first_layers import sampling
+        from qeff_proxy.load.first_layers import NotSampled, sample_model
 
-        with sampling(choose) as sampler:
-            model = read().eval()
-        return sampler.finish(model)
+        if config_file.get("quantization_config"):
+            raise NotSampled("its weights are quantized")
+        return sample_model(folder, read, choose)
 
     model_type = str(config_file.get("model_type"))
     return LoadedModel(

@@ -66,19 +66,19 @@ def with_depth(loaded: LoadedModel, depth: str | int) -> LoadedModel:
         UsageError: ``depth`` is none. Reading the model raises it where there are fewer layers,
             and `UnsupportedModelError` where its layers cannot be found.
     """
-    wanted = parse_depth(depth)
+    asked = parse_depth(depth)
     notes: dict[str, object] = {}
 
-    def count(found: LayerList) -> int:
-        number = representative_depth(found.kinds) if wanted == "auto" else wanted
-        if number > len(found.layers):
+    def count(layers: LayerList) -> int:
+        number = prefix_with_every_kind(layers.kinds, _TWICE) if asked == "auto" else asked
+        if number > len(layers.layers):
             raise UsageError(
-                f"{loaded.source} has {counted(len(found.layers), 'layer')}, not {number}",
+                f"{loaded.source} has {counted(len(layers.layers), 'layer')}, not {number}",
                 "Ask for fewer, or for 'auto'.",
             )
-        described = describe_kinds(found)
+        described = describe_kinds(layers)
         notes["stands_for"] = {
-            "layers": len(found.layers),
+            "layers": len(layers.layers),
             "kept": number,
             "kinds": described,
             "left_out": [kind for kind in described if min(kind["layers"]) >= number],
@@ -86,42 +86,35 @@ def with_depth(loaded: LoadedModel, depth: str | int) -> LoadedModel:
         return number
 
     def sample(choose: Callable[[LayerList], int]) -> SampledModel:
-        def both(found: LayerList) -> int:
-            number = count(found)
-            kept = LayerList(found.path, found.layers[:number], found.kinds[:number])
-            return min(number, choose(kept))
-
         assert loaded.sample is not None  # noqa: S101 (set only where it is)
-        sampled = loaded.sample(both)
+        sampled = loaded.sample(lambda layers: choose(layers.first(count(layers))))
         return sampled.first(count(sampled.layers))
 
     def read() -> PreTrainedModel:
-        from qeff_proxy.load.first_layers import NotSampled
+        from qeff_proxy.load.first_layers import NotSampled, all_layers
 
-        if loaded.sample is not None and not loaded.is_read:
+        if is_stored:
             try:
-                return sample(lambda kept: len(kept.layers)).model
+                return sample(all_layers).model
             except NotSampled as why:
                 raise _no_depth(loaded, str(why)) from why
-        found = find_layer_list(loaded.model)
-        short = shorten(loaded.model, found, range(count(found))) if found is not None else None
+        layers = find_layer_list(loaded.model)
+        short = None
+        if layers is not None:
+            short = shorten(loaded.model, layers, range(count(layers)))
         if short is None:
             raise _no_depth(loaded, "its layers cannot be found")
         return short
 
-    identity = hashlib.sha256(f"{loaded.identity}\0layers {wanted}".encode()).hexdigest()
+    is_stored = loaded.sample is not None and not loaded.is_read
+    identity = hashlib.sha256(f"{loaded.identity}\0layers {asked}".encode()).hexdigest()
     return replace(
         loaded,
         identity=identity,
         read=read,
-        sample=sample if loaded.sample is not None and not loaded.is_read else None,
+        sample=sample if is_stored else None,
         notes=notes,
     )
-
-
-def representative_depth(kinds: tuple[int, ...]) -> int:
-    """The shortest prefix that holds every kind twice, or as often as there are layers of it."""
-    return prefix_with_every_kind(kinds, _TWICE)
 
 
 def _no_depth(loaded: LoadedModel, why: str) -> UnsupportedModelError:

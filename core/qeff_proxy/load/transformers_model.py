@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.common.messages import first_line
 from qeff_proxy.common.private_names import model_classes
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.common.shared_change import one_model_at_a_time
@@ -16,10 +17,12 @@ from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
 from qeff_proxy.plugins.entry_points import find_entries, load_entry, pick_entry
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
     "REMOTE_CODE_GROUP",
+    "NotSampled",
     "architecture_class",
     "class_named",
     "read_model",
@@ -27,10 +30,17 @@ __all__ = [
 ]
 
 #: Entry points by model type: objects whose ``from_pretrained``, called as that of a transformers
-#: auto class, loads checkpoints whose own code needs help on the transformers of today; they may
+#: auto class, loads checkpoints whose own code needs help on the transformers of today (with
+#: ``state_dict`` among the arguments, from those tensors instead of the folder's files); they may
 #: have a ``load_processor(folder)``, too, which gives None where it has nothing to give. They are
 #: asked only when the user trusts that code.
 REMOTE_CODE_GROUP = "qeff_proxy.remote_code"
+
+
+class NotSampled(Exception):  # noqa: N818 (no error: the whole model is loaded instead)
+    """A model cannot be known by its first layers; says why."""
+
+
 _LONGEST_REASON = 300
 _REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
 
@@ -45,6 +55,7 @@ def read_model(
     trust_remote_code: bool,
     allow_pickle: bool,
     unused: tuple[str, ...],
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> PreTrainedModel:
     """Read a checkpoint with transformers.
 
@@ -56,28 +67,37 @@ def read_model(
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read pickled weights.
         unused: Globs of weights that it may lack.
+        tensors: What to load instead of the tensors in its files, by their names there.
 
     Raises:
         CheckpointError: It cannot be read, or config and weights do not belong together.
+        NotSampled: It cannot be loaded from ``tensors``.
         UnsupportedModelError: Its architecture is not one of the task asked for.
     """
     import torch
     import transformers
 
     loader = _loader(transformers, config_file, auto_class, trust_remote_code)
+    arguments = {
+        "dtype": getattr(torch, dtype),
+        "attn_implementation": "eager",
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": None if allow_pickle else True,
+        "local_files_only": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # refused below, with the tensor's name
+    }
     try:
         with quiet_loading():
-            model, notes = loader.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                attn_implementation="eager",
-                trust_remote_code=trust_remote_code,
-                use_safetensors=None if allow_pickle else True,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
-            )
+            if tensors is None:
+                model, notes = loader.from_pretrained(folder, **arguments)
+            else:
+                model, notes = _load_tensors(loader, folder, tensors, arguments)
     except Exception as error:
+        if tensors is not None:
+            raise NotSampled(
+                f"it cannot be loaded without its weights: {first_line(error)}"
+            ) from error
         raise _loading_error(folder, config_file, loader, error) from error
     for tensor, found, wanted in sorted(notes.get("mismatched_keys", ())):
         raise CheckpointError(
@@ -89,6 +109,30 @@ def read_model(
     _check_left_over(folder, model, sorted(notes.get("unexpected_keys", ())))
     _check_missing(folder, model, sorted(notes.get("missing_keys", ())), unused)
     return model
+
+
+def _load_tensors(
+    loader: Any, folder: Path, tensors: Mapping[str, torch.Tensor], arguments: dict[str, Any]
+) -> Any:
+    """What ``from_pretrained`` gives for a checkpoint with other tensors than its files'."""
+    import torch
+    from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+    if isinstance(loader, type) and issubclass(loader, PreTrainedModel):
+        config = loader.config_class.from_pretrained(folder)
+    elif hasattr(loader, "from_config"):
+        trust = arguments["trust_remote_code"]
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        if hasattr(config, "auto_map"):  # the folder that it is found in is not passed below
+            with torch.device("meta"):
+                loader = type(loader.from_config(config, trust_remote_code=trust))
+    else:
+        return loader.from_pretrained(folder, state_dict=tensors, **arguments)
+    model, notes = loader.from_pretrained(None, config=config, state_dict=tensors, **arguments)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, notes
 
 
 def _check_kinds(folder: Path, model: PreTrainedModel) -> None:

@@ -7,12 +7,11 @@ transformers' own conversions; they are made layer by layer, and freed again.
 
 from __future__ import annotations
 
-import copy
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,10 +20,18 @@ from qeff_proxy.load.safetensors_header import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from qeff_proxy.load.safetensors_header import StoredTensor
 
-__all__ = ["StoredWeight", "WeightSources", "aliases_of", "converter_of", "map_tensor"]
+__all__ = [
+    "StoredWeight",
+    "WeightSources",
+    "aliases_of",
+    "converter_of",
+    "map_tensor",
+    "model_names",
+]
 
 
 @dataclass(frozen=True)
@@ -128,24 +135,56 @@ def aliases_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(group) for group in groups.values() for name in group}
 
 
-def converter_of(model: Any, load_config: Any) -> Callable[..., dict[str, torch.Tensor]]:
+def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Key in a checkpoint → name in the model, and whether its tensor is converted on the way.
+
+    As ``transformers.core_model_loading.convert_and_load_state_dict_in_model`` names them.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    names = model.state_dict()
+    prefix = model.base_model_prefix
+    targets = {}
+    for key in sorted(keys, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, prefix, names)
+        if target not in names and key in names:
+            target, pattern = rename_source_key(
+                key, [], [], base_model_prefix=prefix, meta_state_dict=names
+            )
+        targets[key] = (target, pattern is not None)
+    return targets
+
+
+def converter_of(
+    model: PreTrainedModel,
+) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """A function that makes weights of a checkpoint's tensors as transformers would.
 
     Args:
         model: The model that the checkpoint is of; its weights are as before afterwards.
-        load_config: What transformers loads it with.
     """
-    mapping = copy.deepcopy(load_config.weight_mapping)
 
     def make(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
 
-        own = replace(load_config, weight_mapping=copy.deepcopy(mapping))
+        # Without a dtype, each weight gets that of the parameter it is for.
+        config = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(model))
         before = dict(model.named_parameters(remove_duplicate=False))
         with quiet_loading():
-            convert_and_load_state_dict_in_model(model, dict(tensors), own)
+            convert_and_load_state_dict_in_model(model, dict(tensors), config)
         after = dict(model.named_parameters(remove_duplicate=False))
-        made = {name: one for name, one in after.items() if one is not before.get(name)}
+        made = {name: weight for name, weight in after.items() if weight is not before.get(name)}
         for name in made:
             path, _, last = name.rpartition(".")
             setattr(model.get_submodule(path), last, before[name])

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from qeff_proxy.families.model_masks import provide_masks
-from qeff_proxy.layers.replace_modules import replace_modules
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
@@ -25,7 +24,9 @@ class CrossKeysPart(nn.Module):
         super().__init__()
         self.encoder = model.model.encoder
         self.heads = int(model.config.decoder_attention_heads)
-        self.cross = self._cross(model.model.decoder.layers)
+        self.cross = nn.ModuleList(
+            _CrossKeys(layer.encoder_attn, self.heads) for layer in model.model.decoder.layers
+        )
 
     def forward(self, input_features: torch.Tensor) -> dict[str, torch.Tensor]:
         """``[batch, mel, frames]`` to ``[batch, heads, positions, width]`` each."""
@@ -36,13 +37,6 @@ class CrossKeysPart(nn.Module):
             result[f"cross_key_values.{index}.key"] = keys
             result[f"cross_key_values.{index}.value"] = values
         return result
-
-    def lengthened(self, layers: nn.ModuleList) -> nn.Module:
-        """The part for these layers of the decoder (see `full_depth_part.Lengthens`)."""
-        return replace_modules(self, {"cross": self._cross(layers)})
-
-    def _cross(self, layers: nn.ModuleList) -> nn.ModuleList:
-        return nn.ModuleList(_CrossKeys(layer.encoder_attn, self.heads) for layer in layers)
 
 
 class _CrossKeys(nn.Module):

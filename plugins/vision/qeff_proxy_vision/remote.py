@@ -176,5 +176,7 @@ def load_adapted(
     config = load_adapted_config(folder, auto_map["AutoConfig"], modules)
     cls = adapted(import_class(folder, reference, modules))
     arguments.pop("trust_remote_code", None)
+    # transformers takes a folder, or tensors without one
+    source = None if arguments.get("state_dict") else folder
     with standing_in(modules), _silent():
-        return cls.from_pretrained(folder, config=config, **arguments)
+        return cls.from_pretrained(source, config=config, **arguments)

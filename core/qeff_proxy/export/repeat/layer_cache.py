@@ -6,6 +6,7 @@ A cache of transformers holds an object for each layer, with tensors for attribu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,6 +41,15 @@ class LayerCache:
         for place, holder, name in list(self._own()):
             if place in tensors:
                 setattr(holder, name, tensors[place])
+
+    def fill_as(self, like: int | None) -> None:
+        """Give a cache that layer ``like`` has written an entry for this layer, if it has none."""
+        if self.index is None or like is None:
+            return
+        for _, one in _caches(self.cache, ""):
+            layers = vars(one).get("layers") or []
+            while like < len(layers) <= self.index:
+                layers.append(copy.copy(layers[like]))
 
     def plain(self) -> str:
         """All else that the cache says of this layer."""

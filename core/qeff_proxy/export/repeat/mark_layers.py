@@ -153,6 +153,7 @@ class _Template:
     """What is known of a call that was traced: how its results are put together."""
 
     number: int
+    index: int | None
     given: list[torch.Tensor]
     left: list[torch.Tensor]
     spec: pytree.TreeSpec
@@ -270,7 +271,7 @@ class _Call:
             raise NotRepeatable(f"{self.path} changes the collections it is given")
         if others != [cache.others() for cache in caches]:
             raise NotRepeatable(f"{self.path} writes the cache of another layer")
-        if plain != [cache.plain() for cache in caches]:
+        if not self.marked.runs and plain != [cache.plain() for cache in caches]:
             raise NotRepeatable(f"{self.path} changes more of the cache than tensors")
         collected: list[torch.Tensor] = []
         results, result_spec = self._recipe(result, inner, collected)
@@ -286,7 +287,9 @@ class _Call:
             recipe, output_spec = self._recipe(output, inner, collected)
             noted.append((name, output_spec, recipe))
         left = leave(collected, number)
-        template = _Template(number, tensors, left, result_spec, results, written, noted)
+        template = _Template(
+            number, self.index, tensors, left, result_spec, results, written, noted
+        )
         self.marked.templates.setdefault(key, []).append(template)
         return self._finish(template, left, leaves, caches)
 
@@ -320,6 +323,8 @@ class _Call:
         """Put results together, write the cache, and let hooks see what they see of a layer."""
         if self.marked.runs:
             self.marked.left.append(left)
+            for cache in caches:
+                cache.fill_as(template.index)
         for at, place, number in template.written:
             caches[at].put({place: left[number]})
         for name, spec, recipe in template.seen:
