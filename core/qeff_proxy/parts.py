@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from qeff_proxy.common.json_schema import Count, Text  # noqa: TC001 - `read_as` evaluates them
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +24,8 @@ Kind = Literal["split", "stub", "whole"]
 MaskKind = Literal["causal", "sliding", "chunked", "bidirectional", "bidirectional_sliding"]
 
 #: The dtypes a model can be exported in.
-DTYPES = ("float32", "float16", "bfloat16")
+Dtype = Literal["float32", "float16", "bfloat16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
 #: What a layer can give as an extra output (`qeff_proxy.layers.taps`), and how its name then ends.
 TAPS = {"layers": "", "attention": ".attention", "mlp": ".mlp"}
 
@@ -38,18 +41,9 @@ class TensorSpec:
             ``"query"``, ``"past"``, ``"past + query"``).
     """
 
-    name: str
+    name: Text
     dtype: str
-    shape: tuple[int | str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The spec as a JSON object."""
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
-        """The spec that `to_json` wrote."""
-        return cls(value["name"], value["dtype"], tuple(value["shape"]))
+    shape: tuple[Count | Text, ...]
 
 
 @dataclass(frozen=True)
@@ -62,18 +56,9 @@ class MaskSpec:
         size: Window or chunk in tokens, for the kinds that have one.
     """
 
-    name: str
+    name: Text
     kind: MaskKind
-    size: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The spec as a JSON object."""
-        return {"name": self.name, "kind": self.kind, "size": self.size}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> MaskSpec:
-        """The spec that `to_json` wrote."""
-        return cls(value["name"], value["kind"], value["size"])
+    size: Count | None = None
 
 
 @dataclass

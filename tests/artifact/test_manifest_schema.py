@@ -47,17 +47,20 @@ EDITS = [
     *((put("kind", value=value), "'kind'") for value in ("nope", [], "stub")),
     *((put("dtype", value=value), "'dtype'") for value in ("nope", 3, "float16")),
     *((put("cut", value=value), "'cut'") for value in (None, "x", {"verified": 3})),
-    (put("parts", value=[]), "'parts' of the document is empty"),
-    (put("parts", value={}), "'parts' of the document is not a list"),
+    (put("parts", value=[]), "'parts' of the document: expected 'array' of length >= 1"),
+    (put("parts", value={}), "'parts' of the document: expected 'array', got 'object'"),
     (swap_parts, "'parts' has lm_head before body"),
     (duplicate_a_part, "'name' of 'parts' has 'embedding' twice"),
     *((put("parts", n, value=DELETED), "'parts' and 'graphs' of 'cut'") for n in range(3)),
-    *((put("parts", 0, "name", value=value), "'name' of 'parts'") for value in (None, 3, [])),
+    *((put("parts", 0, "name", value=value), "'name' of 'parts'[0]") for value in (None, 3, [])),
     *(
-        (put("parts", 0, "file", value=value), "'file' of 'parts' of the document[0]")
+        (put("parts", 0, "file", value=value), "'file' of 'parts'[0] of the document")
         for value in ("../x", "", ".", "..", "a\0b", 3)
     ),
-    (put("parts", 1, "outputs", value=[]), "'outputs' of 'parts' of the document[1] is empty"),
+    (
+        put("parts", 1, "outputs", value=[]),
+        "'outputs' of 'parts'[1] of the document: expected 'array' of length >= 1",
+    ),
     (put("parts", 1, "masks", 0, "size", value="x"), "'size'"),
     (put("parts", 1, "masks", 0, "kind", value="nope"), "'kind'"),
     (put("parts", 1, "masks", 0, "name", value="nope"), "'masks' of the body part"),

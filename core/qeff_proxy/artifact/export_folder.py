@@ -22,17 +22,16 @@ import mmap
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qeff_proxy.artifact.hashes import _ALGORITHM, hash_weights_file, sha256_of
-from qeff_proxy.artifact.manifest_schema import SCHEMA, read_manifest
+from qeff_proxy.artifact.manifest_schema import MANIFEST, Export, ExportedPart, read_manifest
 from qeff_proxy.common.atomic_folder import settle_folder
 from qeff_proxy.errors import ArtifactError
-from qeff_proxy.parts import MaskSpec, TensorSpec
 
 __all__ = [
+    "MANIFEST",
     "Export",
     "ExportedPart",
     "cache_home",
@@ -43,143 +42,8 @@ __all__ = [
     "read_export",
 ]
 
-MANIFEST = "export.json"
 #: Subfolders that a new export of the same folder takes over from the old one.
 KEPT = ("io",)
-
-
-@dataclass(frozen=True)
-class ExportedPart:
-    """A part as a file: the counterpart of `qeff_proxy.parts.Part`.
-
-    Attributes:
-        name: The part's name.
-        file: Its ONNX file, in the export's folder.
-        weights: The weights file it points into, or ``None`` where it has no weights.
-        sha256: Of the ONNX file.
-        inputs: What it takes.
-        outputs: What it gives.
-        masks: Which inputs are attention masks.
-    """
-
-    name: str
-    file: str
-    weights: str | None
-    sha256: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    masks: tuple[MaskSpec, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The part as a JSON object."""
-        return {
-            "name": self.name,
-            "file": self.file,
-            "weights": self.weights,
-            "sha256": self.sha256,
-            "inputs": [spec.to_json() for spec in self.inputs],
-            "outputs": [spec.to_json() for spec in self.outputs],
-            "masks": [mask.to_json() for mask in self.masks],
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ExportedPart:
-        """The part that `to_json` wrote, once checked (`qeff_proxy.artifact.manifest_schema`)."""
-        return cls(
-            value["name"],
-            value["file"],
-            value["weights"],
-            value["sha256"],
-            tuple(TensorSpec.from_json(spec) for spec in value["inputs"]),
-            tuple(TensorSpec.from_json(spec) for spec in value["outputs"]),
-            tuple(MaskSpec.from_json(mask) for mask in value["masks"]),
-        )
-
-
-@dataclass(frozen=True)
-class Export:
-    """An export, read from its folder.
-
-    Attributes:
-        folder: Where it lies.
-        kind: ``"split"``, ``"stub"`` or ``"whole"``.
-        flow: How its parts are run.
-        dtype: Of weights and activations.
-        model: Source, model type and architecture of the checkpoint.
-        parts: In the order they run.
-        files: Weights file → bytes.
-        cut: The sites, and what was verified of the cut.
-        settings: What the flow needs besides.
-        made_by: Versions of what made it, and the plugin that did.
-        hashes: Weights file → algorithm and hash, ``"blake3:…"``; checked when it is compiled, not
-            when it is opened.
-        processor: Names of the files that were written to `processor_folder`.
-    """
-
-    folder: Path
-    kind: str
-    flow: str
-    dtype: str
-    model: dict[str, Any]
-    parts: tuple[ExportedPart, ...]
-    files: dict[str, int]
-    cut: dict[str, Any]
-    settings: dict[str, Any]
-    made_by: dict[str, Any]
-    hashes: dict[str, str] = field(default_factory=dict)
-    processor: tuple[str, ...] = ()
-
-    @property
-    def processor_folder(self) -> Path:
-        """Where config, tokenizer and generation settings lie."""
-        return self.folder / "processor"
-
-    def part(self, name: str) -> ExportedPart:
-        """The part called ``name`` (`KeyError` where there is none)."""
-        for part in self.parts:
-            if part.name == name:
-                return part
-        raise KeyError(name)
-
-    def to_json(self) -> dict[str, Any]:
-        """What stands in ``export.json``."""
-        return {
-            "schema": SCHEMA,
-            "kind": self.kind,
-            "flow": self.flow,
-            "dtype": self.dtype,
-            "model": self.model,
-            "parts": [part.to_json() for part in self.parts],
-            "files": self.files,
-            "hashes": self.hashes,
-            "processor": list(self.processor),
-            "cut": self.cut,
-            "settings": self.settings,
-            "made_by": self.made_by,
-        }
-
-    @classmethod
-    def from_json(cls, folder: Path, value: Mapping[str, Any]) -> Export:
-        """The export in ``folder`` that `to_json` wrote, once checked."""
-        return cls(
-            folder,
-            value["kind"],
-            value["flow"],
-            value["dtype"],
-            value["model"],
-            tuple(ExportedPart.from_json(part) for part in value["parts"]),
-            value["files"],
-            value["cut"],
-            value["settings"],
-            value["made_by"],
-            value["hashes"],
-            tuple(value["processor"]),
-        )
-
-    def write_manifest(self) -> None:
-        """Write ``export.json`` into the folder."""
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
-        (self.folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def find_export(folder: Path) -> Export | None:
@@ -204,7 +68,7 @@ def read_export(folder: Path) -> Export:
         )
     again = "Export the model again."
     try:
-        export = Export.from_json(folder, read_manifest(manifest))
+        export = read_manifest(folder)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{manifest} is damaged: {error}", again) from error
     for part in export.parts:

@@ -1,181 +1,259 @@
-"""What ``export.json`` must be, field by field, and what in it must agree.
+"""The document ``export.json``: its types, and the checks of one field against another.
 
-`docs/export-format.md` tells what each field means.
+`docs/export-format.md` says what each field means.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from qeff_proxy.common.json_schema import (
-    Check,
+    Count,
     FieldError,
-    anything,
-    count,
-    entries,
-    fields,
-    file_name,
-    items,
-    matching,
-    number,
-    of_type,
-    one_of,
-    optional,
+    FileName,
+    Text,
+    check_fields,
     parse_strictly,
-    text,
+    plain_json,
+    read_as,
 )
 from qeff_proxy.dump.format import DTYPES as TENSOR_DTYPES
-from qeff_proxy.parts import DTYPES, TAPS, Kind, MaskKind
+from qeff_proxy.parts import TAPS, Dtype, Kind, MaskSpec, TensorSpec
 
-__all__ = ["SCHEMA", "check_manifest", "read_manifest"]
+__all__ = ["MANIFEST", "Export", "ExportedPart", "read_manifest"]
 
-SCHEMA = 1
-
-_SHA256 = matching(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal digits")
-_HASH = matching(r"[a-z0-9]+:[0-9a-f]{64}", "an algorithm and a hash, such as blake3:…")
-
-
-def _axis(value: Any, where: str) -> Any:
-    if type(value) is str and value:
-        return value
-    return count(value, where)
-
-
-_TENSOR = fields({"name": text, "dtype": one_of(TENSOR_DTYPES), "shape": items(_axis)})
-_MASK = fields({"name": text, "kind": one_of(get_args(MaskKind)), "size": optional(count)})
-_PART = fields(
-    {
-        "name": matching(r"[a-z][a-z0-9_]{0,63}", "the name of a part"),
-        "file": file_name,
-        "weights": optional(file_name),
-        "sha256": _SHA256,
-        "inputs": items(_TENSOR, least=1),
-        "outputs": items(_TENSOR, least=1),
-        "masks": items(_MASK),
-    }
-)
-_LAYERS = fields({"count": count, "verified": count, "kinds": items(anything)}, open_=True)
-_VERIFIED = fields(
-    {"max_difference": number, "largest_value": number, "positions": count}, open_=True
-)
-_CUT = fields(
-    {},
-    {
-        "sites": entries(of_type(dict)),
-        "verified": optional(_VERIFIED),
-        "graphs": entries(optional(number)),
-        "traced_layers": entries(count),
-        "traced_whole": entries(text),
-        "layers": _LAYERS,
-        "stands_for": fields({"layers": count, "kept": count}, open_=True),
-        "weights": text,
-    },
-    open_=True,
-)
-# Of the settings, those that the core itself reads; the others are of the flow's plugin.
-_SETTINGS = fields(
-    {},
-    {"taps": items(one_of(TAPS)), "embedding_rows": count, "hidden_size": count}
-    | {"most_positions": optional(count)},
-    open_=True,
-)
-_MADE_BY = fields(
-    {},
-    {
-        "identity": text,
-        "kind": text,
-        "dtype": text,
-        "weights": text,
-        "opset": optional(count),
-        "taps": items(text),
-        "plugin": of_type(dict),
-    },
-    open_=True,
-)
-_MANIFEST: Check = fields(
-    {
-        "schema": count,
-        "kind": one_of(get_args(Kind)),
-        "flow": text,
-        "dtype": one_of(DTYPES),
-        "model": fields({"source": text, "model_type": text, "architecture": text}),
-        "parts": items(_PART, least=1),
-        "files": entries(count, key=file_name),
-        "hashes": entries(_HASH, key=file_name),
-        "processor": items(file_name),
-        "cut": _CUT,
-        "settings": _SETTINGS,
-        "made_by": _MADE_BY,
-    }
+MANIFEST = "export.json"
+_SCHEMA = 1
+_HASH = re.compile(r"[a-z0-9]+:[0-9a-f]{64}")
+#: In the order in which the manifest has them.
+_FIELDS = (
+    *("kind", "flow", "dtype", "model", "parts", "files", "hashes", "processor"),
+    *("cut", "settings", "made_by"),
 )
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The document in ``path``, checked.
+@dataclass(frozen=True)
+class ExportedPart:
+    """A part as a file: the counterpart of `qeff_proxy.parts.Part`.
+
+    Attributes:
+        name: The part's name.
+        file: Its ONNX file, in the export's folder.
+        weights: The weights file it points into, or ``None`` where it has no weights.
+        sha256: Of the ONNX file.
+        inputs: What it takes.
+        outputs: What it gives.
+        masks: Which inputs are attention masks.
+    """
+
+    name: Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_]{0,63}\Z")]
+    file: FileName
+    weights: FileName | None
+    sha256: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    inputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
+    outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
+    masks: tuple[MaskSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export, read from its folder.
+
+    Attributes:
+        folder: Where it lies.
+        kind: ``"split"``, ``"stub"`` or ``"whole"``.
+        flow: How its parts are run.
+        dtype: Of weights and activations.
+        model: Source, model type and architecture of the checkpoint.
+        parts: In the order they run.
+        files: Weights file → bytes.
+        cut: The sites, and what was verified of the cut.
+        settings: What the flow needs besides.
+        made_by: Versions of what made it, and the plugin that did.
+        hashes: Weights file → algorithm and hash, ``"blake3:…"``; checked when it is compiled, not
+            when it is opened.
+        processor: Names of the files that were written to `processor_folder`.
+    """
+
+    folder: Path
+    kind: str
+    flow: Text
+    dtype: str
+    model: dict[str, Any]
+    parts: Annotated[tuple[ExportedPart, ...], msgspec.Meta(min_length=1)]
+    files: dict[FileName, Count]
+    cut: dict[str, Any]
+    settings: dict[str, Any]
+    made_by: dict[str, Any]
+    hashes: dict[FileName, str] = field(default_factory=dict)
+    processor: tuple[FileName, ...] = ()
+
+    @property
+    def processor_folder(self) -> Path:
+        """Where config, tokenizer and generation settings lie."""
+        return self.folder / "processor"
+
+    def part(self, name: str) -> ExportedPart:
+        """The part called ``name`` (`KeyError` where there is none)."""
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise KeyError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``export.json``."""
+        return {"schema": _SCHEMA, **{name: plain_json(getattr(self, name)) for name in _FIELDS}}
+
+    def write_manifest(self) -> None:
+        """Write ``export.json`` into the folder."""
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        (self.folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+class _Model(TypedDict):
+    source: Text
+    model_type: Text
+    architecture: Text
+
+
+# The other objects may have more fields: of what was measured, and of the plugins of flows.
+class _Verified(TypedDict):
+    max_difference: float
+    largest_value: float
+    positions: Count
+
+
+class _Layers(TypedDict):
+    count: Count
+    verified: Count
+    kinds: list[Any]
+
+
+class _StandsFor(TypedDict):
+    layers: Count
+    kept: Count
+
+
+class _Cut(TypedDict, total=False):
+    sites: dict[Text, dict[str, Any]]
+    verified: _Verified | None
+    graphs: dict[Text, float | None]
+    traced_layers: dict[Text, Count]
+    traced_whole: dict[Text, Text]
+    layers: _Layers
+    stands_for: _StandsFor
+    weights: Text
+
+
+class _Settings(TypedDict, total=False):
+    taps: list[str]
+    embedding_rows: Count
+    hidden_size: Count
+    most_positions: Count | None
+
+
+class _MadeBy(TypedDict, total=False):
+    identity: Text
+    kind: Text
+    dtype: Text
+    weights: Text
+    opset: Count | None
+    taps: list[Text]
+    plugin: dict[str, Any]
+
+
+class _Manifest(TypedDict):
+    kind: Kind
+    dtype: Dtype
+    model: _Model
+    cut: _Cut
+    settings: _Settings
+    made_by: _MadeBy
+
+
+def read_manifest(folder: Path) -> Export:
+    """The export in ``folder``, its manifest checked.
 
     Raises:
-        FieldError: It is no such document; names the field.
-        ValueError: It is no JSON.
+        FieldError: A field is wrong; names it.
+        ValueError: The manifest is not JSON.
     """
-    return check_manifest(parse_strictly(path.read_bytes()))
+    value = parse_strictly((folder / MANIFEST).read_bytes())
+    schema = value.pop("schema", None) if isinstance(value, dict) else None
+    if schema != _SCHEMA:
+        raise FieldError(f"it has schema {schema!r}, not {_SCHEMA}")
+    if "folder" in value:
+        raise FieldError("the document has an unknown 'folder'")
+    export = read_as(Export, {"folder": str(folder), **value})
+    check_fields(_Manifest, value, "the document")
+    read_as(_Model, export.model, "'model'")
+    _check_parts(export.parts)
+    _check_agreement(export)
+    return export
 
 
-def check_manifest(value: Any) -> dict[str, Any]:
-    """The document, if it is what ``export.json`` must be.
-
-    Raises:
-        FieldError: Names the field that is not.
-    """
-    of_type(dict)(value, "the document")
-    if value.get("schema") != SCHEMA:
-        raise FieldError(f"it has schema {value.get('schema')!r}, not {SCHEMA}")
-    checked: dict[str, Any] = _MANIFEST(value, "the document")
-    _check_parts(checked["parts"])
-    made_by, settings = checked["made_by"], checked["settings"]
-    for name, said in (*checked.items(), ("taps", settings.get("taps", []))):
-        if name in {"kind", "dtype", "taps"} and made_by.get(name, said) != said:
-            raise FieldError(f"{name!r} is {said!r}, which 'made_by' contradicts")
-    names = [part["name"] for part in checked["parts"]]
-    told = checked["cut"].get("graphs")
-    if told is not None and sorted(told) != sorted(names):
-        other = min(set(told) ^ set(names))
-        raise FieldError(f"'parts' and 'graphs' of 'cut' do not agree on {other!r}")
-    files = checked["files"]
-    if files.keys() != checked["hashes"].keys():
-        other = min(files.keys() ^ checked["hashes"].keys())
-        raise FieldError(f"'files' and 'hashes' do not agree on {other!r}")
-    for part in checked["parts"]:
-        if part["weights"] is not None and part["weights"] not in files:
+def _check_agreement(export: Export) -> None:
+    taps = export.settings.get("taps", [])
+    if unknown := sorted(set(taps) - TAPS.keys()):
+        raise FieldError(f"'taps' of 'settings' has {unknown[0]!r}, which is none of {list(TAPS)}")
+    for name, value in (("kind", export.kind), ("dtype", export.dtype), ("taps", taps)):
+        if export.made_by.get(name, value) != value:
+            raise FieldError(f"{name!r} is {value!r}, which 'made_by' contradicts")
+    graphs = export.cut.get("graphs")
+    names = {part.name for part in export.parts}
+    if graphs is not None and graphs.keys() != names:
+        raise FieldError(
+            f"'parts' and 'graphs' of 'cut' do not agree on {min(graphs.keys() ^ names)!r}"
+        )
+    files = export.files.keys()
+    if files != export.hashes.keys():
+        raise FieldError(
+            f"'files' and 'hashes' do not agree on {min(files ^ export.hashes.keys())!r}"
+        )
+    for name, digest in export.hashes.items():
+        if not _HASH.fullmatch(digest):
             raise FieldError(
-                f"'weights' of the {part['name']} part is {part['weights']!r}, which is not in "
-                "'files'"
+                f"{name!r} of 'hashes' is not an algorithm and a hash, such as blake3:…"
             )
-    return checked
+    for part in export.parts:
+        if part.weights is not None and part.weights not in files:
+            raise FieldError(
+                f"'weights' of the {part.name} part is {part.weights!r}, which is not in 'files'"
+            )
 
 
-def _check_parts(parts: list[dict[str, Any]]) -> None:
-    """Names are unique, masks are inputs, and no part takes what only a later one gives."""
-    for field in ("name", "file"):
-        _check_unique([part[field] for part in parts], f"{field!r} of 'parts'")
+def _check_parts(parts: tuple[ExportedPart, ...]) -> None:
+    """Names are unique, masks are inputs, and no part takes an output of a later part."""
+    _check_unique([part.name for part in parts], "'name' of 'parts'")
+    _check_unique([part.file for part in parts], "'file' of 'parts'")
     for index, part in enumerate(parts):
-        inputs = [one["name"] for one in part["inputs"]]
-        outputs = [one["name"] for one in part["outputs"]]
-        _check_unique(inputs, f"'inputs' of the {part['name']} part")
-        _check_unique(outputs, f"'outputs' of the {part['name']} part")
-        for mask in part["masks"]:
-            if mask["name"] not in inputs:
+        inputs = [spec.name for spec in part.inputs]
+        _check_unique(inputs, f"'inputs' of the {part.name} part")
+        _check_unique([spec.name for spec in part.outputs], f"'outputs' of the {part.name} part")
+        for spec in (*part.inputs, *part.outputs):
+            if spec.dtype not in TENSOR_DTYPES:
                 raise FieldError(
-                    f"'masks' of the {part['name']} part names {mask['name']!r}, which is none of "
-                    "its inputs"
+                    f"'dtype' of {spec.name} of the {part.name} part is {spec.dtype!r}, which is "
+                    f"none of {', '.join(TENSOR_DTYPES)}"
                 )
-        before = {one["name"] for other in parts[:index] for one in other["outputs"]}
-        after = {one["name"]: other for other in parts[index + 1 :] for one in other["outputs"]}
+        for mask in part.masks:
+            if mask.name not in inputs:
+                raise FieldError(
+                    f"'masks' of the {part.name} part names {mask.name!r}, which is none of its "
+                    "inputs"
+                )
+        before = {spec.name for other in parts[:index] for spec in other.outputs}
+        after = {spec.name: other for other in parts[index + 1 :] for spec in other.outputs}
         for name in inputs:
             if name not in before and name in after:
-                later = after[name]["name"]
                 raise FieldError(
-                    f"'parts' has {part['name']} before {later}, whose {name} it takes"
+                    f"'parts' has {part.name} before {after[name].name}, whose {name} it takes"
                 )
 
 

@@ -1,184 +1,128 @@
-"""Check a JSON document that somebody else may have written: field by field, each of its type.
+"""Read JSON documents that somebody else may have written: strictly, and field by field.
 
-A check is a function of a value and of the words that name it; it gives the value, or raises
-`FieldError` with those words. Checks are put together like the document is::
+The dataclasses, structs and typed dicts that hold a document also say what its fields must be::
 
-    step = fields({"number": count, "phase": one_of(("prefill", "decode"))})
-    steps = items(step, least=1)
-    steps(value["steps"], "'steps'")
+    @dataclass(frozen=True)
+    class Step:
+        number: Count
+        phase: Literal["prefill", "decode"]
+
+    steps = read_as(list[Step], parse_strictly(data), "'steps'")
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import PurePosixPath
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import msgspec
 
 __all__ = [
-    "Check",
+    "Count",
     "FieldError",
-    "anything",
-    "count",
-    "entries",
-    "fields",
-    "file_name",
-    "items",
-    "matching",
-    "number",
-    "of_type",
-    "one_of",
-    "optional",
+    "FileName",
+    "Text",
+    "check_fields",
     "parse_strictly",
-    "text",
+    "plain_json",
+    "read_as",
 ]
 
-Check = Callable[[Any, str], Any]
+#: A number of things; below the integers that some readers of JSON round.
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+#: A string that is not empty.
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+#: The name of a file, and not a path to elsewhere.
+FileName = Annotated[str, msgspec.Meta(pattern=r"\A(?!\.{1,2}\Z)[^/\0]+\Z")]
 
-_KINDS: dict[type, str] = {str: "a string", int: "an integer", list: "a list", dict: "an object"}
-_LARGEST = 2**53  # the integers that every reader of JSON knows exactly
+_T = TypeVar("_T")
+_AT = re.compile(r" - at `(?P<key>key` in `)?\$(?P<path>[^`]*)`\Z")
 
 
 class FieldError(ValueError):
     """A field is not what it should be; names it."""
 
 
-def anything(value: Any, _where: str) -> Any:
-    """Every value."""
-    return value
-
-
-def of_type(kind: type) -> Check:
-    """Values of a type: ``str``, ``int`` (no ``bool``), ``list`` or ``dict``."""
-
-    def check(value: Any, where: str) -> Any:
-        if type(value) is not kind:
-            raise FieldError(f"{where} is not {_KINDS[kind]}")
-        return value
-
-    return check
-
-
-def text(value: Any, where: str) -> str:
-    """A string that is not empty."""
-    if type(value) is not str or not value:
-        raise FieldError(f"{where} is not a string that says something")
-    return value
-
-
-def count(value: Any, where: str) -> int:
-    """A number of things, 0 or more."""
-    if type(value) is not int or not 0 <= value < _LARGEST:
-        raise FieldError(f"{where} is not a count")
-    return value
-
-
-def number(value: Any, where: str) -> float:
-    """A finite number."""
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise FieldError(f"{where} is not a number")
-    return float(value)
-
-
-def file_name(value: Any, where: str) -> str:
-    """The name of a file, and not a path to elsewhere."""
-    name = value if type(value) is str else ""
-    if PurePosixPath(name).name != name or "\0" in name or name in {"", ".."}:
-        raise FieldError(f"{where} is not a file name")
-    return name
-
-
-def one_of(names: Iterable[str]) -> Check:
-    """One of some strings."""
-    known = tuple(names)
-
-    def check(value: Any, where: str) -> Any:
-        if type(value) is not str or value not in known:
-            raise FieldError(f"{where} is none of {', '.join(known)}")
-        return value
-
-    return check
-
-
-def matching(pattern: str, what: str) -> Check:
-    """A string that a regular expression matches as a whole; ``what`` names such strings."""
-    expression = re.compile(pattern)
-
-    def check(value: Any, where: str) -> Any:
-        if type(value) is not str or not expression.fullmatch(value):
-            raise FieldError(f"{where} is not {what}")
-        return value
-
-    return check
-
-
-def optional(inner: Check) -> Check:
-    """``null``, or what the inner check takes."""
-    return lambda value, where: None if value is None else inner(value, where)
-
-
-def items(inner: Check, *, least: int = 0) -> Check:
-    """A list of at least so many values."""
-
-    def check(value: Any, where: str) -> Any:
-        of_type(list)(value, where)
-        if len(value) < least:
-            raise FieldError(f"{where} is empty")
-        return [inner(one, f"{where}[{index}]") for index, one in enumerate(value)]
-
-    return check
-
-
-def entries(inner: Check, *, key: Check = text) -> Check:
-    """An object from names, of any number, to values."""
-
-    def check(value: Any, where: str) -> Any:
-        of_type(dict)(value, where)
-        return {
-            key(name, f"a name in {where}"): inner(one, f"{name!r} of {where}")
-            for name, one in value.items()
-        }
-
-    return check
-
-
-def fields(
-    required: Mapping[str, Check],
-    may_have: Mapping[str, Check] | None = None,
-    *,
-    open_: bool = False,
-) -> Check:
-    """An object with these fields.
+def read_as(kind: type[_T], value: Any, where: str = "the document") -> _T:
+    """An instance of ``kind`` from plain JSON values: every field, of its type, and no other.
 
     Args:
-        required: Those that it has.
-        may_have: Those that it may have.
-        open_: Whether it may have others, of any type.
+        kind: A dataclass, a struct, or a collection of these.
+        value: From `parse_strictly`.
+        where: What names the value in an error.
+
+    Raises:
+        FieldError: Names the field that is wrong.
     """
-    known = {**required, **(may_have or {})}
+    result = check_fields(kind, value, where)
+    _compare_fields(value, result, "", where)
+    return result
 
-    def check(value: Any, where: str) -> Any:
-        of_type(dict)(value, where)
-        lacking = sorted(required.keys() - value.keys())
-        unknown = [] if open_ else sorted(value.keys() - known.keys())
-        for names, verb in ((lacking, "lacks the"), (unknown, "has an unknown")):
+
+def check_fields(kind: type[_T], value: Any, where: str) -> _T:
+    """Like `read_as`, but ``value`` may have fields that ``kind`` does not have.
+
+    Raises:
+        FieldError: Names the field that is wrong.
+    """
+    try:
+        return msgspec.convert(value, kind, dec_hook=_path_of)
+    except msgspec.ValidationError as error:
+        # Only a value of the document that is none of some known ones can be unprintable.
+        message = str(error).encode("unicode_escape").decode()
+        at = _AT.search(message)
+        problem = message[: at.start()] if at else message
+        field = _name_of(at["path"] if at else "", where)
+        if at and at["key"]:
+            field = f"a name in {field}"
+        raise FieldError(f"{field}: {problem[0].lower()}{problem[1:]}".replace("`", "'")) from error
+
+
+def _path_of(kind: type, value: Any) -> Any:
+    return kind(value) if kind is Path else value
+
+
+def _name_of(path: str, where: str) -> str:
+    """How an error names a field: ``.parts[0].file`` is ``'file' of 'parts'[0] of the document``."""
+    names = [re.sub(r"\A[^\[]+", r"'\g<0>'", name) for name in path.split(".") if name]
+    return " of ".join([*reversed(names), where])
+
+
+def _compare_fields(value: Any, result: Any, path: str, where: str) -> None:
+    """Refuse fields that were not read, and fields that only have their default."""
+    if dataclasses.is_dataclass(result):
+        result = vars(result)
+    if isinstance(value, dict) and isinstance(result, Mapping):
+        for names, problem in (
+            (result.keys() - value.keys(), "lacks the"),
+            (value.keys() - result.keys(), "has an unknown"),
+        ):
             if names:
-                raise FieldError(f"{where} {verb} {names[0]!r}")
-        return {
-            name: known.get(name, anything)(one, f"{name!r} of {where}")
-            for name, one in value.items()
-        }
+                raise FieldError(f"{_name_of(path, where)} {problem} {min(names)!r}")
+        for name, inner in value.items():
+            _compare_fields(inner, result[name], f"{path}.{name}", where)
+    elif isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        for index, (inner, inner_result) in enumerate(zip(value, result, strict=True)):
+            _compare_fields(inner, inner_result, f"{path}[{index}]", where)
 
-    return check
+
+def plain_json(value: Any) -> Any:
+    """``value``, with dataclasses as objects, tuples as lists, and NaN and infinity as ``None``."""
+    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def parse_strictly(data: bytes) -> Any:
     """The JSON document in ``data``: UTF-8, no key twice, no NaN or Infinity.
 
+    msgspec's own reader accepts repeated keys.
+
     Raises:
-        ValueError: It is none.
+        ValueError: It is not such a document.
     """
     try:
         value = json.loads(
@@ -195,10 +139,10 @@ def parse_strictly(data: bytes) -> Any:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    result = dict(pairs)
+    if len(result) != len(pairs):
         raise ValueError("an object has the same key twice")
-    return found
+    return result
 
 
 def _no_constant(constant: str) -> NoReturn:

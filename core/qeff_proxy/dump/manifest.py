@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
-from qeff_proxy.common.json_schema import FieldError, anything, fields, of_type
+from qeff_proxy.common.json_schema import Count, FieldError, read_as
 from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import (
     DTYPES,
     FORMAT,
     MAX_RANK,
-    PHASES,
     VERSION,
+    Phase,
     TensorName,
     step_label,
 )
@@ -25,8 +25,6 @@ from qeff_proxy.dump.rules import refuse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from qeff_proxy.dump.format import Phase
 
 __all__ = ["Manifest", "OmittedTensor", "StepInfo", "TensorIndex", "check_manifest"]
 
@@ -44,10 +42,10 @@ class StepInfo:
         past_length: Cache rows that were valid before the step, or None when there is no cache.
     """
 
-    number: int
+    number: Count
     phase: Phase
-    index: int
-    past_length: int | None
+    index: Count
+    past_length: Count | None
 
     @property
     def label(self) -> str:
@@ -133,28 +131,47 @@ class Manifest:
     tensors: list[TensorIndex]
 
 
-def _fields(value: Any, where: str, **kinds: type) -> list[Any]:
-    """Return the fields of an object that has exactly those named, each of its type."""
-    check = fields(
-        {key: anything if kind is object else of_type(kind) for key, kind in kinds.items()}
-    )
-    try:
-        check(value, where)
-    except FieldError as error:
-        refuse("FIELDS", str(error))
-    return [value[key] for key in kinds]
+class _Options(TypedDict):
+    steps: str
+    tensors: list[str]
+    kv: Literal["delta", "full"]
 
 
-def _count(value: Any, where: str, rule: str = "FIELDS") -> int:
-    if type(value) is not int or not 0 <= value < 2**53:
-        refuse(rule, f"{where} is not a count")
-    return value
+class _Omitted(TypedDict):
+    name: str
+    phase: Phase
+    rows_of: str
 
 
-def _phase(value: Any, where: str) -> Phase:
-    if value not in PHASES:
-        refuse("FIELDS", f"the phase of {where} is neither prefill nor decode")
-    return "prefill" if value == "prefill" else "decode"
+class _Tensor(TypedDict):
+    name: str
+    phase: Phase
+    file: str
+    part: str
+    direction: str
+    tensor: str
+    layer: Any
+    graph_name: str
+    dtype: str
+    stored: str
+    kv: Literal["delta"] | None
+    steps: list[Any]
+    shape: NotRequired[list[Any]]
+    shapes: NotRequired[list[Any]]
+    repeats: NotRequired[list[Any]]
+    crc32: str
+
+
+class _Document(TypedDict):
+    format: str
+    version: int
+    byte_order: str
+    provenance: dict[str, Any]
+    options: _Options
+    parts: list[str]
+    steps: list[StepInfo]
+    omitted: list[_Omitted]
+    tensors: list[_Tensor]
 
 
 def _name(value: str, where: str) -> TensorName:
@@ -164,11 +181,9 @@ def _name(value: str, where: str) -> TensorName:
         refuse("NAME", f"the name of {where}: {error}")
 
 
-def _texts(values: list[Any], where: str) -> list[str]:
-    for value in values:
-        if type(value) is not str or not value.isprintable() or not value:
-            refuse("FIELDS", f"{where} holds something that is not a printable string")
-    return values
+def _check_printable(values: list[str], where: str) -> None:
+    if not all(value and value.isprintable() for value in values):
+        refuse("FIELDS", f"{where} holds something that is not a printable string")
 
 
 def check_manifest(value: Any, path: Path) -> Manifest:
@@ -185,90 +200,59 @@ def check_manifest(value: Any, path: Path) -> Manifest:
         refuse("VERSION", f"{path} is not the manifest of a dump")
     if type(value.get("version")) is not int or value["version"] != VERSION:
         refuse("VERSION", f"{path} has version {value.get('version')!r}")
-    _, _, order, provenance, options, parts, steps, omitted, tensors = _fields(
-        value,
-        "the manifest",
-        format=str,
-        version=int,
-        byte_order=str,
-        provenance=dict,
-        options=dict,
-        parts=list,
-        steps=list,
-        omitted=list,
-        tensors=list,
-    )
-    if order != "little":
-        refuse("VERSION", f"{path} has byte order {order!r}")
-    _, _, globs = _fields(options, "options", steps=str, kv=str, tensors=list)
-    if options["kv"] not in ("delta", "full"):
-        refuse("FIELDS", f"'kv' of options is {options['kv']!r}")
-    _texts([options["steps"], *globs], "options")
-    checked_steps = _check_steps(steps)
-    checked_parts = _texts(parts, "parts")
-    if len(set(checked_parts)) != len(checked_parts):
+    try:
+        document = read_as(_Document, value, "the manifest")
+    except FieldError as error:
+        refuse("FIELDS", str(error))
+    if document["byte_order"] != "little":
+        refuse("VERSION", f"{path} has byte order {document['byte_order']!r}")
+    options, parts, steps = document["options"], document["parts"], document["steps"]
+    _check_printable([options["steps"], *options["tensors"]], "options")
+    _check_printable(parts, "parts")
+    if len(set(parts)) != len(parts):
         refuse("FIELDS", "parts names a part twice")
-    checked = [_check_tensor(t, f"tensor {i}", checked_steps) for i, t in enumerate(tensors)]
+    _check_steps(steps)
+    tensors = [
+        _check_tensor(tensor, f"tensor {number}", steps)
+        for number, tensor in enumerate(document["tensors"])
+    ]
     seen: set[tuple[str, str]] = set()
-    for index in checked:
+    for index in tensors:
         key = (index.phase, str(index.name).casefold())
         if key in seen:
             refuse("UNIQUE", f"{index.file} is named twice")
         seen.add(key)
-        if index.name.part not in checked_parts:
+        if index.name.part not in parts:
             refuse("FIELDS", f"the part of {index.file} is not one of parts")
-    return Manifest(
-        provenance,
-        options,
-        checked_parts,
-        checked_steps,
-        [_check_omitted(entry, f"omitted {i}") for i, entry in enumerate(omitted)],
-        checked,
-    )
+    omitted = [
+        OmittedTensor(
+            entry["phase"],
+            _name(entry["name"], f"omitted {number}"),
+            _name(entry["rows_of"], f"omitted {number}"),
+        )
+        for number, entry in enumerate(document["omitted"])
+    ]
+    return Manifest(value["provenance"], value["options"], parts, steps, omitted, tensors)
 
 
-def _check_steps(values: list[Any]) -> list[StepInfo]:
-    steps: list[StepInfo] = []
+def _check_steps(steps: list[StepInfo]) -> None:
     seen: set[tuple[str, int]] = set()
-    for position, value in enumerate(values):
-        where = f"step {position}"
-        number, phase, index, past = _fields(
-            value, where, number=int, phase=str, index=int, past_length=object
-        )
-        step = StepInfo(
-            _count(number, f"'number' of {where}"),
-            _phase(phase, where),
-            _count(index, f"'index' of {where}"),
-            None if past is None else _count(past, f"'past_length' of {where}"),
-        )
+    last = -1
+    for step in steps:
         if (step.phase, step.index) in seen:
             refuse("STEPS", f"{step.label} comes twice")
-        if steps and step.number <= steps[-1].number:
-            refuse("STEPS", f"{step.label} has number {step.number} after {steps[-1].number}")
+        if step.number <= last:
+            refuse("STEPS", f"{step.label} has number {step.number} after {last}")
         seen.add((step.phase, step.index))
-        steps.append(step)
-    return steps
+        last = step.number
 
 
-def _check_omitted(value: Any, where: str) -> OmittedTensor:
-    name, phase, rows_of = _fields(value, where, name=str, phase=str, rows_of=str)
-    return OmittedTensor(_phase(phase, where), _name(name, where), _name(rows_of, where))
-
-
-def _check_tensor(value: Any, where: str, steps: list[StepInfo]) -> TensorIndex:
-    kinds: dict[str, type] = dict.fromkeys(
-        ("name", "phase", "file", "part", "direction", "tensor", "graph_name", "dtype", "stored"),
-        str,
-    )
-    kinds |= {"layer": object, "kv": object, "steps": list, "crc32": str}
-    varying = isinstance(value, dict) and "shapes" in value
-    kinds |= {"shapes" if varying else "shape": list}
-    if isinstance(value, dict) and "repeats" in value:
-        kinds["repeats"] = list
-    _fields(value, where, **kinds)
+def _check_tensor(value: _Tensor, where: str, steps: list[StepInfo]) -> TensorIndex:
+    if ("shape" in value) == ("shapes" in value):
+        refuse("FIELDS", f"{where} has not exactly one of 'shape' and 'shapes'")
     name = _name(value["name"], where)
     where = str(name)
-    phase = _phase(value["phase"], where)
+    phase = value["phase"]
     said = (value["part"], value["direction"], value["tensor"], value["layer"])
     if said != (name.part, name.direction, name.tensor, name.layer) or (
         name.layer is not None and type(value["layer"]) is not int
@@ -276,15 +260,14 @@ def _check_tensor(value: Any, where: str, steps: list[StepInfo]) -> TensorIndex:
         refuse("NAME", f"the part, direction, tensor and layer of {where} are not those it names")
     if value["file"] != f"{phase}/{name}.npy":
         refuse("FILE", f"the file of {where} is {value['file']!r}")
-    _texts([value["graph_name"]], f"'graph_name' of {where}")
+    _check_printable([value["graph_name"]], f"'graph_name' of {where}")
     info = DTYPES.get(value["dtype"])
     if info is None or value["stored"] != info.stored:
         refuse("DTYPE", f"{where} is {value['dtype']!r} stored as {value['stored']!r}")
-    if value["kv"] not in (None, "delta"):
-        refuse("FIELDS", f"'kv' of {where} is {value['kv']!r}")
     positions = _expand(value["steps"], len(steps), f"the steps of {where}")
     if len(positions) == 0 or any(steps[p].phase != phase for p in positions):
         refuse("RECORDS", f"{where} has no records, or some of another phase")
+    varying = "shapes" in value
     shapes = [_shape(s, where) for s in (value["shapes"] if varying else [value["shape"]])]
     if varying and len(shapes) != len(positions):
         refuse(
@@ -313,7 +296,9 @@ def _check_tensor(value: Any, where: str, steps: list[StepInfo]) -> TensorIndex:
 def _shape(value: Any, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > MAX_RANK:
         refuse("SHAPE", f"a shape of {where} is not a list of at most {MAX_RANK} dimensions")
-    shape = tuple(_count(n, f"a dimension of {where}", "SHAPE") for n in value)
+    if not all(type(size) is int and 0 <= size < 2**53 for size in value):
+        refuse("SHAPE", f"a dimension of {where} is not a count")
+    shape = tuple(value)
     if prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
         refuse("SHAPE", f"{where} is said to have {' x '.join(map(str, shape))} elements")
     return shape
@@ -357,7 +342,7 @@ def _checksums(text: str, records: int, where: str) -> NDArray[np.uint32]:
 
 
 def _locate_records(
-    value: dict[str, Any], where: str, shapes: list[tuple[int, ...]], records: int
+    value: _Tensor, where: str, shapes: list[tuple[int, ...]], records: int
 ) -> tuple[NDArray[np.int64], int, int]:
     """Return the offset of each record, and the elements and records that the file holds."""
     repeated = np.zeros(records, bool)
