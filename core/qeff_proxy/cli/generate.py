@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.cli.inputs import add_image_option, hint_of_image, parse_rows
-from qeff_proxy.cli.options import add_compile_options, add_model_options, compiled_of, export_of
+from qeff_proxy.cli.options import (
+    add_compile_options,
+    add_dump_options,
+    add_model_options,
+    compiled_of,
+    export_of,
+)
 from qeff_proxy.cli.output import print_json, print_text
 from qeff_proxy.errors import UsageError
 
@@ -20,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["configure", "run"]
 
-#: What models of sound call their input: features of it, or its samples.
+#: Input names of speech models: features, or samples.
 _SOUND_INPUTS = {"input_features", "input_values"}
-#: Numbers of a vector that a person is shown; ``--json`` has all.
+#: How many numbers of a vector are printed; ``--json`` has all.
 _SHOWN = 4
 
 
@@ -33,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="a text to go on from, or to embed; for a model of speech a sound file",
+        help="a text to continue or to embed; for a speech model a sound file",
     )
     add_image_option(parser)
     parser.add_argument(
@@ -43,23 +48,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     search = parser.add_argument_group("generation")
     search.add_argument("--max-new-tokens", type=int, metavar="N")
-    search.add_argument("--stream", action="store_true", help="print text as it comes (one INPUT)")
+    search.add_argument(
+        "--stream", action="store_true", help="print text while it is generated (one INPUT)"
+    )
     search.add_argument("--num-beams", type=int, metavar="N")
-    search.add_argument("--sample", action="store_true", help="sample instead of taking the best")
+    search.add_argument(
+        "--sample", action="store_true", help="sample instead of taking the likeliest token"
+    )
     search.add_argument("--temperature", type=float, metavar="T")
     search.add_argument("--top-k", type=int, metavar="K")
     search.add_argument("--top-p", type=float, metavar="P")
     search.add_argument("--seed", type=int, metavar="N", help="of the sampling")
     search.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text")
-    speech = parser.add_argument_group("speech, where the model knows of it")
+    speech = parser.add_argument_group("speech, where the model supports it")
     speech.add_argument("--language", metavar="NAME", help="of the speech, such as en")
     speech.add_argument("--task", choices=("transcribe", "translate"))
-    speech.add_argument("--timestamps", action="store_true", help="say when each piece was said")
+    speech.add_argument("--timestamps", action="store_true", help="print when each piece was said")
     dump = parser.add_argument_group("dump")
     dump.add_argument("--write-io", action="store_true", help="dump every tensor of every step")
-    dump.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
-    dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
-    dump.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
+    add_dump_options(dump)
     dump.add_argument(
         "--kv", choices=("delta", "full"), default="delta", help="cache rows added, or all"
     )
@@ -67,7 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the model, and print what it gives, with timings where it generates."""
+    """Run the model, and print its output, with timings where it generates."""
     _check(args)
     rows = parse_rows(args.inputs) if args.ids else []
     settings = _settings(args)
@@ -97,14 +104,14 @@ def run(args: argparse.Namespace) -> int:
     request = _request(args, rows, export, settings)
     if not rows:
         hint_of_image(export, args.image)
-    # The output of a text alone goes on from it; what is said of sounds and images stands alone.
-    goes_on = not request.audio and not request.images
+    # Generated text continues a prompt of text alone; with sounds and images it stands alone.
+    continues = not request.audio and not request.images
     if args.stream:
         from transformers import TextStreamer
 
         tokenizer = getattr(processor, "tokenizer", processor)
         settings["streamer"] = TextStreamer(
-            tokenizer, skip_prompt=not goes_on, skip_special_tokens=True
+            tokenizer, skip_prompt=not continues, skip_special_tokens=True
         )
     result = run_compiled(
         compiled,
@@ -116,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         io_folder=args.io_dir,
         io_options=io_options,
     )
-    _report(args, result, goes_on=goes_on)
+    _report(args, result, continues=continues)
     return 0
 
 
@@ -149,10 +156,10 @@ def _request(
         )
     if rows:
         return Request(inputs={"input_ids": rows})
-    given = tuple(args.inputs)
+    inputs, images = tuple(args.inputs), tuple(args.image)
     if names & _SOUND_INPUTS:
-        return Request(audio=given, images=tuple(args.image), options=settings)
-    return Request(prompts=given, images=tuple(args.image))
+        return Request(audio=inputs, images=images, options=settings)
+    return Request(prompts=inputs, images=images)
 
 
 def _asks_for_dump(args: argparse.Namespace) -> bool:
@@ -160,7 +167,7 @@ def _asks_for_dump(args: argparse.Namespace) -> bool:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of transformers' ``generate``; what was not asked for is left out."""
+    """Arguments of transformers' ``generate``, without those that were not given."""
     settings: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "num_beams": args.num_beams,
@@ -180,13 +187,13 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def _report(args: argparse.Namespace, result: RunResult, *, goes_on: bool) -> None:
+def _report(args: argparse.Namespace, result: RunResult, *, continues: bool) -> None:
     perf = result.outputs.get("perf_metrics")
     ids = result.outputs.get("generated_ids")
     folder = str(result.io_folder) if result.io_folder is not None else None
     texts, segments, vectors = _decoded(result.decoded)
     if args.json:
-        found = {
+        report = {
             "inputs": list(args.inputs),
             "generated_texts": texts,
             "segments": segments,
@@ -194,11 +201,11 @@ def _report(args: argparse.Namespace, result: RunResult, *, goes_on: bool) -> No
             "generated_ids": None if ids is None else ids.tolist(),
             "perf_metrics": None if perf is None else perf.to_json(),
         }
-        found = {name: value for name, value in found.items() if value is not None}
-        print_json({**found, "io_folder": folder})
+        report = {name: value for name, value in report.items() if value is not None}
+        print_json({**report, "io_folder": folder})
         return
     if not args.stream:
-        for line in _lines(args.inputs if goes_on else (), texts, segments, vectors, ids):
+        for line in _lines(args.inputs if continues else (), texts, segments, vectors, ids):
             sys.stdout.write(line + "\n")
     if perf is not None and ids is not None:
         rate = f", {perf.decode_perf:.1f} tokens/s after it" if perf.decode_perf else ""
@@ -210,18 +217,18 @@ def _report(args: argparse.Namespace, result: RunResult, *, goes_on: bool) -> No
 
 
 def _decoded(decoded: Any) -> tuple[list[str] | None, Any, list[Any] | None]:
-    """Texts, timed segments and vectors, each where the ``decode`` hook made them."""
+    """Texts, timed segments and vectors; ``None`` for those the ``decode`` hook did not return."""
     if isinstance(decoded, dict):
         return decoded.get("texts"), decoded.get("segments"), None
     if decoded is None or (isinstance(decoded, list) and all(isinstance(x, str) for x in decoded)):
         return decoded, None, None
-    return None, None, [one.tolist() for one in decoded]
+    return None, None, [vector.tolist() for vector in decoded]
 
 
 def _lines(
     inputs: Sequence[str], texts: list[str] | None, segments: Any, vectors: Any, ids: Any
 ) -> list[str]:
-    """What a person reads: a line for each output, behind its input where there is one to show."""
+    """A line for each output, after its input where there are inputs."""
     if vectors is not None:
         shown = [_shown(vector) for vector in vectors]
         return [f"{text}: {line}" for text, line in zip(inputs, shown, strict=True)]
@@ -231,7 +238,7 @@ def _lines(
             for pieces in segments
             for piece in pieces
         ]
-    # Without a tokenizer there is no text, and the ids themselves are what was asked for.
+    # Without a tokenizer there is no text, so the ids are printed.
     outputs = texts if texts is not None else ["," + ",".join(map(str, row)) for row in ids]
     if not inputs:
         return outputs
@@ -240,7 +247,7 @@ def _lines(
 
 
 def _shown(vector: list[Any]) -> str:
-    """The beginning of a vector; of hidden states, how many there are."""
+    """The first numbers of a vector; for hidden states, their shape."""
     if vector and isinstance(vector[0], list):
         return f"{len(vector)} x {len(vector[0])} hidden states"
     numbers = ", ".join(f"{number:.4f}" for number in vector[:_SHOWN])

@@ -1,8 +1,9 @@
-"""Arguments that several commands share, and what they give."""
+"""Arguments that several commands share, and the objects they stand for."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from qeff_proxy.plugins.hooks import Hooks
 
 __all__ = [
+    "add_backend_option",
     "add_calibration_option",
     "add_compile_options",
+    "add_dump_options",
     "add_model_options",
     "add_shape_options",
     "compile_options_of",
@@ -38,12 +41,12 @@ _DEFAULT_DTYPE = "float32"
 
 
 def kind_of(args: argparse.Namespace) -> Kind:
-    """What ``--proxy`` says."""
+    """The kind of proxy that ``--proxy`` names."""
     return _KINDS[args.proxy or "split"]
 
 
 def _check_agrees(args: argparse.Namespace, export: Export) -> None:
-    """Refuse arguments that say something else than the export that MODEL names is."""
+    """Refuse arguments that contradict the export that MODEL names."""
     taps = ",".join(export.settings.get("taps", ()))
     asked = {
         "--dtype": (args.dtype, export.dtype),
@@ -53,11 +56,11 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
         "--output": (args.output, None),
         "-C": (", ".join(args.cut_option) or None, None),
     }
-    for option, (wanted, found) in asked.items():
-        if wanted is not None and wanted != found:
+    for option, (value, actual) in asked.items():
+        if value is not None and value != actual:
             raise UsageError(
-                f"{option} {wanted} contradicts {args.model}, which is an export already"
-                + (f" ({found})" if found else ""),
+                f"{option} {value} contradicts {args.model}, which is an export already"
+                + (f" ({actual})" if actual else ""),
                 "Name the checkpoint to export it anew.",
             )
 
@@ -82,11 +85,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
         )
         parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the export")
         parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
-        parser.add_argument("--force", action="store_true", help="do it again even if it is there")
+        parser.add_argument(
+            "--force", action="store_true", help="export again, even if the export is up to date"
+        )
         parser.add_argument(
             "--taps",
             metavar="WHAT",
-            help="also give what each layer gives: layers, attention, mlp, or several with commas",
+            help="add outputs of each layer: layers, attention, mlp, or several with commas",
         )
     parser.add_argument(
         "-C",
@@ -94,7 +99,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help=f"what the family is told besides: {', '.join(CUT_OPTIONS)}; may be given again",
+        help=f"an option of the cut: {', '.join(CUT_OPTIONS)}; may be given again",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code of the checkpoint"
@@ -110,18 +115,30 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="onnxruntime", help="default: onnxruntime")
     add_shape_options(parser)
     add_calibration_option(parser)
+    add_backend_option(parser, "NAME=VALUE", "an option of this backend")
+
+
+def add_backend_option(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
+    """``-O``."""
     parser.add_argument(
         "-O",
         "--backend-option",
         action="append",
         default=[],
-        metavar="NAME=VALUE",
-        help="an option of this backend; may be given again",
+        metavar=metavar,
+        help=f"{what}; may be given again",
     )
 
 
+def add_dump_options(group: argparse._ArgumentGroup) -> None:
+    """Where a dump goes, and which steps and tensors it has."""
+    group.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
+    group.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
+    group.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
+
+
 def add_calibration_option(parser: argparse.ArgumentParser) -> None:
-    """What a backend that quantizes is calibrated on."""
+    """``--calibrate``: inputs for a backend that quantizes."""
     parser.add_argument(
         "--calibrate",
         type=Path,
@@ -132,7 +149,7 @@ def add_calibration_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
-    """Shapes and cores, which mean the same for every backend."""
+    """Shapes and cores, common to all backends."""
     parser.add_argument("--batch-size", type=int, default=1, metavar="N")
     parser.add_argument(
         "--prefill-seq-len", type=int, metavar="N", help="run prompts in chunks of N tokens"
@@ -142,7 +159,7 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
         "--seq-len",
         type=_lengths,
         metavar="N,N,…",
-        help="lengths that inputs of a single pass are padded to, each to the nearest",
+        help="lengths to pad the inputs of a single pass to, each to the next longer one",
     )
     parser.add_argument("--num-cores", type=int, metavar="N", help="cores to use")
 
@@ -152,13 +169,13 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _cut_options(args: argparse.Namespace) -> dict[str, Any]:
-    given = dict(parse_option(text, "-C") for text in args.cut_option)
-    for name in given:
+    options = dict(parse_option(text, "-C") for text in args.cut_option)
+    for name in options:
         if name not in CUT_OPTIONS:
             raise UsageError(
                 f"-C {name} is no option of a cut", f"Known: {', '.join(CUT_OPTIONS)}."
             )
-    return given
+    return options
 
 
 def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
@@ -177,7 +194,7 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
 
 
 def existing_export_of(args: argparse.Namespace) -> Export | None:
-    """The export whose folder ``MODEL`` is, read without importing its family; else ``None``."""
+    """The export in the folder ``MODEL``, read without importing its family; else ``None``."""
     from qeff_proxy.artifact.export_folder import find_export
     from qeff_proxy.load.checkpoint_files import folder_named
 
@@ -188,9 +205,9 @@ def existing_export_of(args: argparse.Namespace) -> Export | None:
 
 
 def known_export_of(args: argparse.Namespace) -> Export | None:
-    """The export that ``MODEL`` names, or that of the checkpoint it names, where it is there.
+    """The export that ``MODEL`` names, or the cached export of the checkpoint it names.
 
-    Neither PyTorch nor transformers is imported to find it.
+    Imports neither PyTorch nor transformers.
     """
     export = existing_export_of(args)
     if export is not None or args.force or args.taps or getattr(args, "num_layers", None):
@@ -217,7 +234,7 @@ def _hooks_of(export: Export) -> Hooks:
 
 
 def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tuple[Export, Hooks]:
-    """The export that ``MODEL`` names, or that of the checkpoint it names, made where needed.
+    """The export that ``MODEL`` names, or that of the checkpoint it names, exported where needed.
 
     ``with_processor`` refuses a checkpoint without tokenizer before the work begins.
     """
@@ -248,10 +265,10 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
 
 
 def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False) -> Compiled:
-    """The export, compiled as the arguments say."""
+    """Compile the export with the options in the arguments."""
     from qeff_proxy.backends.compile_export import compile_export
 
-    options = compile_options_of(args)
+    options = compile_options_of(args, args.backend_option)
     with stage_display("compiling", quiet=args.json) as progress:
         if args.calibrate is not None:
             from qeff_proxy.run.calibration import with_calibration
@@ -268,8 +285,10 @@ def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False
         return compile_export(export, args.backend, options, force=force, progress=progress)
 
 
-def compile_options_of(args: argparse.Namespace) -> CompileOptions:
-    """Shapes, cores and, where the command has one backend, its options."""
+def compile_options_of(
+    args: argparse.Namespace, backend_options: Sequence[str] = ()
+) -> CompileOptions:
+    """Shapes, cores and the options of one backend, ``NAME=VALUE`` each."""
     from qeff_proxy.compile_options import CompileOptions
 
     return CompileOptions(
@@ -278,12 +297,12 @@ def compile_options_of(args: argparse.Namespace) -> CompileOptions:
         ctx_len=args.ctx_len,
         seq_len=args.seq_len,
         num_cores=args.num_cores,
-        backend=dict(parse_option(text) for text in getattr(args, "backend_option", ())),
+        backend=dict(parse_option(text) for text in backend_options),
     )
 
 
 def parse_option(text: str, option: str = "-O") -> tuple[str, Any]:
-    """``name=value``; true, false and numbers become what they are."""
+    """Split ``name=value``; true, false and whole numbers are converted."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"{option} {text} is not NAME=VALUE")

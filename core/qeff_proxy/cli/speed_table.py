@@ -1,4 +1,4 @@
-"""How ``verify`` shows speeds: a table, the quickest, and the command that uses it."""
+"""Print the speeds of ``verify``: a table, the quickest, and the command that uses it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command_for", "speed_lines"]
 
-#: Options of ``verify`` that shape what is run, and that ``generate`` takes, too.
+#: Options of ``verify`` that change what runs, and that ``generate`` has too.
 _SHARED = (
     ("proxy", "--proxy"),
     ("dtype", "--dtype"),
@@ -26,7 +26,7 @@ _SHARED = (
 
 
 def command_for(args: argparse.Namespace, backend: str) -> str:
-    """The ``generate`` that runs what was measured on one backend."""
+    """The ``generate`` command that runs the model as it was measured on one backend."""
     words = ["qeff-proxy", "generate", args.model, "INPUT", "--backend", backend]
     for name, option in _SHARED:
         value = getattr(args, name)
@@ -36,7 +36,7 @@ def command_for(args: argparse.Namespace, backend: str) -> str:
         words += ["--seq-len", ",".join(map(str, args.seq_len))]
     for option in args.cut_option:
         words += ["-C", option]
-    for option in args.options_of_backends:
+    for option in args.backend_option:
         whose, _, rest = option.partition(".")
         if whose == backend:
             words += ["-O", rest]
@@ -47,7 +47,7 @@ def command_for(args: argparse.Namespace, backend: str) -> str:
 
 
 def speed_lines(speed: Speed, args: argparse.Namespace) -> Iterator[RenderableType]:
-    """What a person reads."""
+    """The table and the lines below it."""
     from rich.table import Table
     from rich.text import Text
 
@@ -57,11 +57,11 @@ def speed_lines(speed: Speed, args: argparse.Namespace) -> Iterator[RenderableTy
         for heading in (f"{speed.unit} a second", "slowest turn", "quickest", "over PyTorch"):
             table.add_column(heading, justify="right", no_wrap=True)
         rows = [*speed.timings, *([speed.reference] if speed.reference is not None else [])]
-        for timing in sorted(rows, key=lambda one: one.median):
+        for timing in sorted(rows, key=lambda row: row.median):
             table.add_row(*_row(speed, timing))
         yield table
         yield ""
-    yield from (Text(line) for line in _said(speed, args))
+    yield from (Text(line) for line in _remarks(speed, args))
 
 
 def _row(speed: Speed, timing: Timing) -> list[str]:
@@ -75,7 +75,7 @@ def _row(speed: Speed, timing: Timing) -> list[str]:
     ]
 
 
-def _said(speed: Speed, args: argparse.Namespace) -> Iterator[str]:
+def _remarks(speed: Speed, args: argparse.Namespace) -> Iterator[str]:
     best = speed.best
     if best is None:
         yield "Quickest: none; no backend that can be chosen passed."

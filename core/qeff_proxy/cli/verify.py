@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.cli.inputs import add_image_option, parse_rows, read_prompts
 from qeff_proxy.cli.options import (
+    add_backend_option,
     add_calibration_option,
+    add_dump_options,
     add_model_options,
     add_shape_options,
     compile_options_of,
@@ -36,11 +38,11 @@ _EPILOG = """\
 PyTorch runs the same input and is the reference. Every backend is fed the tokens that PyTorch
 chose, so that each step has the same inputs; "tokens" counts those it would have chosen too.
 --backend best verifies all backends that can run on this machine, measures their speed and names
-the quickest; --speed measures those that are named. It takes longer: the model is exported without
-layer outputs, too, and all backends run the input in turns, beside PyTorch.
+the quickest; --speed measures the named backends. It takes longer: the model is also exported
+without layer outputs, and the backends and PyTorch run the input in turns.
 Exit status: 0 when every backend passed, else 1. Limits of --tol: see qeff-proxy compare --help.
 """
-#: Of many inputs so many are shown, and so many letters of a long prompt.
+#: How many inputs are printed, and how many letters of a long prompt.
 _SHOWN, _SHOWN_LETTERS = 4, 200
 
 
@@ -52,41 +54,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action="append",
         metavar="NAME",
-        help="a backend to verify, or best for all that can run here, and to have the quickest "
-        "named; may be given again (default: onnxruntime)",
+        help="a backend to verify, or best for all that can run here and the name of the quickest; "
+        "may be given again (default: onnxruntime)",
     )
-    given = parser.add_argument_group(
-        "input", "Without any, an example of what the model takes: text, speech, or a drawing."
+    inputs = parser.add_argument_group(
+        "input", "Without any, an example that fits the model: text, speech, or a drawing."
     )
-    given.add_argument(
+    inputs.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given again"
     )
-    given.add_argument(
+    inputs.add_argument(
         "--prompt-file",
         type=Path,
         metavar="FILE",
         help="prompts, one a line; blank lines are left out",
     )
-    given.add_argument(
+    inputs.add_argument(
         "--ids", action="append", default=[], metavar="N,N,…", help="token ids instead of a prompt"
     )
-    given.add_argument(
+    inputs.add_argument(
         "--audio", action="append", default=[], metavar="FILE", help="a sound; may be given again"
     )
-    add_image_option(given)
-    given.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
+    add_image_option(inputs)
+    inputs.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
     _add_outcome_options(parser)
     add_shape_options(parser)
     add_calibration_option(parser)
-    parser.add_argument(
-        "-O",
-        "--backend-option",
-        action="append",
-        default=[],
-        dest="options_of_backends",
-        metavar="BACKEND.NAME=VALUE",
-        help="an option of one backend; may be given again",
-    )
+    add_backend_option(parser, "BACKEND.NAME=VALUE", "an option of one backend")
 
 
 def _add_outcome_options(parser: argparse.ArgumentParser) -> None:
@@ -105,10 +99,7 @@ def _add_outcome_options(parser: argparse.ArgumentParser) -> None:
         "--speed", action="store_true", help="measure the backends that pass, and PyTorch"
     )
     speed.add_argument("--turns", type=int, metavar="N", help="of each (default: 5)")
-    dump = parser.add_argument_group("dumps")
-    dump.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
-    dump.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
-    dump.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
+    add_dump_options(parser.add_argument_group("dumps"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.turns is not None and not args.speed and "best" not in (args.backend or ()):
         raise UsageError(
-            "--turns says how speed is measured, which nobody asked for",
-            "Ask with --speed, or with --backend best.",
+            "--turns is for measuring speed, which nobody asked for",
+            "Add --speed, or --backend best.",
         )
     tolerances = Tolerances.parse(args.tol)
     request = _request(args)
@@ -155,10 +146,10 @@ def run(args: argparse.Namespace) -> int:
         )
     speed = verification.speed
     if args.json:
-        found = verification.to_json()
+        report = verification.to_json()
         if speed is not None and speed.best is not None:
-            found["speed"]["command"] = command_for(args, speed.best.name)
-        print_json(found)
+            report["speed"]["command"] = command_for(args, speed.best.name)
+        print_json(report)
     else:
         for renderable in _rendered(verification):
             print_text(renderable)
@@ -193,24 +184,24 @@ def _request(args: argparse.Namespace) -> Request | None:
 
 
 def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for text in args.options_of_backends:
+    options: dict[str, dict[str, Any]] = {}
+    for text in args.backend_option:
         backend, dot, option = text.partition(".")
         if not dot or "=" in backend:
             raise UsageError(f"-O {text} is not BACKEND.NAME=VALUE")
         name, value = parse_option(option)
-        found.setdefault(backend, {})[name] = value
+        options.setdefault(backend, {})[name] = value
     from qeff_proxy.verify.options import BEST
 
     named = set(args.backend or ["onnxruntime"])
-    unused = sorted(set(found) - named)
+    unused = sorted(set(options) - named)
     if unused and BEST not in named:
         raise UsageError(f"-O names {unused[0]}, which is not verified")
-    return found
+    return options
 
 
 def _rendered(verification: Verification) -> list[RenderableType]:
-    """The table of verdicts, then for each backend what there is to say."""
+    """The table of verdicts, then the input and the details of each backend."""
     from rich.table import Table
     from rich.text import Text
 
@@ -235,19 +226,20 @@ def _rendered(verification: Verification) -> list[RenderableType]:
         said[0] = f"{result.backend}: {said[0]}"
         lines += [Text(line) for line in said]
     lines += ["", f"export: {verification.export}", f"dumps: {verification.reference.parent}"]
-    lines += [f"report: {one.report}" for one in verification.results if one.report is not None]
+    reports = [result.report for result in verification.results if result.report is not None]
+    lines += [f"report: {report}" for report in reports]
     return lines
 
 
 def _described_run(verification: Verification) -> Iterator[str]:
-    """What was run, and what PyTorch made of it, a line each."""
+    """The input and PyTorch's output for it, a line each."""
     from qeff_proxy.compare.verdict import printable
 
-    given = verification.input
-    shown = [repr(_shortened(prompt)) for prompt in given["prompts"]]
-    shown += [*given.get("audio", ()), *given.get("images", ())]
-    for name in sorted(given.keys() - {"prompts", "audio", "images", "new_tokens"}):
-        value = given[name]
+    inputs = verification.input
+    shown = [repr(_shortened(prompt)) for prompt in inputs["prompts"]]
+    shown += [*inputs.get("audio", ()), *inputs.get("images", ())]
+    for name in sorted(inputs.keys() - {"prompts", "audio", "images", "new_tokens"}):
+        value = inputs[name]
         shown.append(f"{name} {[len(value), len(value[0])] if name == 'input_ids' else value}")
     yield f"input: {printable(_listed(shown))}"
     if texts := list(_texts_in(verification.decoded)):
@@ -266,18 +258,18 @@ def _shortened(text: str) -> str:
 
 
 def _listed(shown: list[Any]) -> str:
-    """The first of many, and how many more there are."""
+    """The first items, and how many more there are."""
     more = len(shown) - _SHOWN
     listed = ", ".join(map(str, shown[:_SHOWN]))
     return f"{listed} and {more} more" if more > 0 else listed
 
 
 def _texts_in(decoded: Any) -> Iterator[str]:
-    """The texts among what a model said: a list of them, or by the name of ``texts``."""
+    """The texts in a decoded output: a list of strings, or the list under ``texts``."""
     if isinstance(decoded, dict):
         decoded = decoded.get("texts")
     if isinstance(decoded, list):
-        yield from (one for one in decoded if isinstance(one, str))
+        yield from (text for text in decoded if isinstance(text, str))
 
 
 def _row(result: BackendResult) -> list[str]:

@@ -20,14 +20,15 @@ The environment variable ``QEFF_PROXY_PLUGINS`` chooses among packages. It is a 
 commas, of
 
 ``PACKAGE``
-    use the packages named so and no other;
+    use only the packages named like this;
 ``-PACKAGE``
-    do not use this one;
+    do not use this package;
 ``MODEL_TYPE=PACKAGE``
-    for this model type use this package, whatever the rest says.
+    use this package for this model type, regardless of the other items.
 
 ``generic`` stands for the core's own fallback: ``generic`` alone switches every plugin off,
-``MODEL_TYPE=generic`` those of one model type. Names that nothing installed bears are an error.
+``MODEL_TYPE=generic`` those of one model type. Names of packages that are not installed are an
+error.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "qeff_proxy.families"
 ENVIRONMENT_VARIABLE = "QEFF_PROXY_PLUGINS"
-#: What the core's fallback plugin is called wherever a package can be named.
+#: The name of the core's fallback plugin wherever a package can be named.
 GENERIC = "generic"
 
 _Made = TypeVar("_Made")
-# What reading the metadata of a damaged installation raises, by the version of the library.
+# Raised by reading the metadata of a damaged installation; it depends on the library's version.
 _METADATA_FAULTS = (AttributeError, KeyError, OSError, TypeError, ValueError)
 
 
@@ -199,7 +200,7 @@ def load_entry(entry: PackageEntry, noun: str, make: Callable[[Any], _Made]) -> 
 
 
 def _entries_of(name: str, group: str) -> list[PackageEntry]:
-    # By name, because that is the installation the imports see when there are two on the path.
+    # By name: of two installations on the path, that is the one that imports see.
     distribution = importlib_metadata.distribution(name)
     entries = {
         PackageEntry(entry.name, distribution.name, distribution.version, entry.value)
@@ -214,7 +215,7 @@ def _canonical(package: str) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """What ``QEFF_PROXY_PLUGINS`` says. Package names are in their canonical spelling.
+    """The value of ``QEFF_PROXY_PLUGINS``. Package names are in their canonical spelling.
 
     Attributes:
         only: The packages to use; empty means all of them.
@@ -231,9 +232,9 @@ class Selection:
         """Read the variable's value.
 
         Args:
-            text: The value; empty chooses nothing.
-            entries: What is installed, to check names against.
-            broken: Packages that may be named too although they offer nothing.
+            text: The value; empty selects every package.
+            entries: The installed entries, to check names against.
+            broken: Damaged packages, which may be named too.
 
         Raises:
             UsageError: A name is unknown, or the value contradicts itself.

@@ -1,8 +1,8 @@
-"""Checking a plugin's hooks, and calling them with the core's generic plugin behind.
+"""Check a plugin's hooks, and call them, with the core's generic plugin as the fallback.
 
-1. `hook_names`: which hooks an imported plugin has; raises `InvalidPluginError` for what is wrong.
-2. `Hooks`: five methods for one model type. The owner answers; where it has no such hook or says
-   ``None``, the generic plugin does.
+1. `hook_names` lists an imported plugin's hooks, and raises `InvalidPluginError` if one is wrong.
+2. `Hooks` has five methods for one model type. The owner answers; where it lacks the hook or
+   answers ``None``, the generic plugin does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Hooks", "InvalidPluginError", "hook_names"]
 
 
 class InvalidPluginError(Exception):
-    """A plugin was imported, and its hooks are not right."""
+    """An imported plugin has wrong hooks."""
 
 
 def _new_manager() -> pluggy.PluginManager:
@@ -62,7 +62,7 @@ def hook_names(plugin: object) -> tuple[str, ...]:
         raise InvalidPluginError("it is a class; name an instance of it")
     manager = _new_manager()
     known = [name for name in vars(manager.hook) if not name.startswith("_")]
-    found = []
+    names = []
     for attribute in dir(plugin):
         options = manager.parse_hookimpl_opts(plugin, attribute)
         if options is None:
@@ -72,8 +72,8 @@ def hook_names(plugin: object) -> tuple[str, ...]:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             advice = f"did you mean {near[0]!r}?" if near else f"hooks are {', '.join(known)}"
             raise InvalidPluginError(f"there is no hook {name!r}; {advice}")
-        found.append(name)
-    if not found:
+        names.append(name)
+    if not names:
         raise InvalidPluginError("it has no hook; mark its functions with qeff_proxy.hookimpl")
     try:
         manager.register(plugin)
@@ -83,18 +83,17 @@ def hook_names(plugin: object) -> tuple[str, ...]:
         raise InvalidPluginError(
             f"{said} (version {hookspecs.HOOK_API_VERSION} of the hooks; see qeff_proxy.hookspecs)"
         ) from error
-    return tuple(sorted(set(found)))
+    return tuple(sorted(set(names)))
 
 
 class Hooks:
-    """The five hooks for one model type, answered by its owner and by the generic plugin.
+    """The five hooks for one model type, answered by its owner or by the generic plugin.
 
-    A `ProxyError` that a plugin raises passes as it is. Anything else that goes wrong inside a
-    plugin becomes a `PluginError` that names the plugin, the hook and the model type, with the
-    plugin's own exception chained to it.
+    A `ProxyError` from a plugin passes unchanged. Any other exception becomes a `PluginError` that
+    names the plugin, the hook and the model type, with the original exception chained to it.
 
     Attributes:
-        model_type: The model type they are for.
+        model_type: The model type.
         plugin: The owner's name, or ``"generic"`` when no plugin claims the model type.
         distribution: The package the owner came from; ``None`` when registered from Python.
         version: That package's version; ``None`` likewise.
@@ -129,7 +128,7 @@ class Hooks:
 
         Raises:
             UnsupportedModelError: Neither the owner nor the generic plugin knows.
-            PluginError: A plugin failed, or answered with something else.
+            PluginError: A plugin failed, or returned an object of another type.
         """
         answer = self._ask("locate_embedding", Site | Absent, model=model, config=config)
         return cast("Site | Absent", self._known(answer, "where the token embedding is"))
@@ -163,8 +162,8 @@ class Hooks:
         """The named input tensors (`qeff_proxy.hookspecs.preprocess`).
 
         Raises:
-            UsageError: No plugin makes tensors of such a request.
-            PluginError: A plugin failed, or answered with something that is not a mapping.
+            UsageError: No plugin handles such a request.
+            PluginError: A plugin failed, or did not return a mapping.
         """
         answer = self._ask("preprocess", Mapping, processor=processor, request=request)
         if answer is None:
@@ -176,7 +175,7 @@ class Hooks:
         return cast("Mapping[str, torch.Tensor]", answer)
 
     def decode(self, processor: Any, outputs: Mapping[str, Any]) -> Any | None:
-        """What the user wanted (`qeff_proxy.hookspecs.decode`), or ``None`` where no plugin says.
+        """The decoded output (`qeff_proxy.hookspecs.decode`); ``None`` where no plugin decodes it.
 
         Raises:
             PluginError: A plugin failed.
@@ -205,7 +204,7 @@ class Hooks:
                 "Run with --debug for the traceback.",
             ) from error
         if answer is not None and not isinstance(answer, expected):
-            named = " or ".join(one.__name__ for one in get_args(expected) or (expected,))
+            named = " or ".join(kind.__name__ for kind in get_args(expected) or (expected,))
             raise PluginError(
                 f"{self._culprit(caller, None)} answered {hook} for model type "
                 f"{self.model_type!r} with {type_named(answer)}, not {named}"
@@ -213,7 +212,7 @@ class Hooks:
         return answer
 
     def _culprit(self, caller: pluggy.HookCaller, traceback: TracebackType | None) -> str:
-        """Who failed: the owner when its hook was running, else the generic plugin."""
+        """The plugin that failed: the owner if its hook was running, else the generic plugin."""
         own = [impl for impl in caller.get_hookimpls() if impl.plugin_name != GENERIC]
         if traceback is not None:
             running = {frame.f_code for frame, _ in walk_tb(traceback)}

@@ -1,7 +1,7 @@
 """The plugin manager: who answers the hooks for a model type.
 
-1. `Plugins.discover` looks through the installed packages (`qeff_proxy.plugins.entry_points`) and
-   imports none of their plugins.
+1. `Plugins.discover` lists the installed packages (`qeff_proxy.plugins.entry_points`) and imports
+   none of their plugins.
 2. `Plugins.owner` imports the one plugin that claims a model type, and checks its hooks.
 3. `Plugins.hooks_for` joins that owner with the core's generic plugin (`qeff_proxy.plugins.hooks`).
 
@@ -42,7 +42,7 @@ PluginState = Literal["listed", "ok", "disabled", "rival", "failed"]
 
 @dataclass(frozen=True)
 class LoadedPlugin:
-    """A plugin that was imported and whose hooks are right.
+    """An imported plugin whose hooks were checked.
 
     Attributes:
         name: The entry point's value, or the name it was registered under.
@@ -61,7 +61,7 @@ class LoadedPlugin:
 
 @dataclass(frozen=True)
 class PluginOrigin:
-    """Where a plugin comes from, as `qeff_proxy.plugins.hooks.Hooks` says it.
+    """Where a plugin comes from; the same attributes as `qeff_proxy.plugins.hooks.Hooks`.
 
     Attributes:
         plugin: Its name.
@@ -102,7 +102,7 @@ class Plugins:
     """The plugins one program knows. Make one with `discover`.
 
     Attributes:
-        entries: The model types that installed packages claim, disabled ones too.
+        entries: The model types that installed packages claim, disabled packages included.
         selection: Which of them take part.
         broken: Packages whose metadata cannot be read.
     """
@@ -118,13 +118,13 @@ class Plugins:
 
     @classmethod
     def discover(cls, environ: Mapping[str, str] = os.environ) -> Plugins:
-        """Find the installed plugins; nothing of them is imported.
+        """List the installed plugins, without importing any.
 
         Args:
             environ: Where ``QEFF_PROXY_PLUGINS`` is looked up.
 
         Raises:
-            UsageError: ``QEFF_PROXY_PLUGINS`` names what is not there, or contradicts itself.
+            UsageError: ``QEFF_PROXY_PLUGINS`` names something unknown, or contradicts itself.
         """
         entries, broken = find_entries(ENTRY_POINT_GROUP)
         text = environ.get(ENVIRONMENT_VARIABLE, "")
@@ -138,49 +138,45 @@ class Plugins:
     def register(
         self, plugin: object, model_types: Iterable[str], name: str | None = None
     ) -> LoadedPlugin:
-        """Let ``plugin`` own ``model_types``, whatever the installed packages claim.
+        """Make ``plugin`` the owner of ``model_types``, ahead of the installed packages.
 
         Args:
             plugin: A module or object whose functions carry ``@hookimpl``.
             model_types: What it serves.
-            name: What messages call it; its ``__name__`` or class name unless given.
+            name: Its name in messages; by default its ``__name__`` or class name.
 
         Raises:
-            PluginError: Its hooks are not right, or another plugin was registered for one of these.
+            PluginError: Its hooks are wrong, or another plugin was registered for one of these.
         """
         name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
         try:
             loaded = LoadedPlugin(name, plugin, hook_names(plugin))
         except InvalidPluginError as error:
             raise PluginError(f"plugin {name!r} cannot be used: {error}") from error
-        wanted = sorted({model_types} if isinstance(model_types, str) else set(model_types))
-        for model_type in wanted:
+        types = sorted({model_types} if isinstance(model_types, str) else set(model_types))
+        for model_type in types:
             if (other := self._registered.get(model_type)) is not None:
                 raise PluginError(
                     f"plugin {name!r} and plugin {other.name!r} are both registered for model type "
                     f"{model_type!r}",
                     "Register one of them.",
                 )
-        self._registered |= dict.fromkeys(wanted, loaded)
+        self._registered |= dict.fromkeys(types, loaded)
         return loaded
 
     def owner(self, model_type: str) -> LoadedPlugin | None:
-        """The plugin that serves ``model_type``, imported on first use; ``None``: there is none.
+        """The plugin that serves ``model_type``, imported on first use; ``None`` where none does.
 
         Raises:
             PluginError: Two packages claim it, or the plugin cannot be used.
         """
-        if (registered := self._registered.get(model_type)) is not None:
-            return registered
-        if (rivals := self._rivals(model_type)) is not None:
-            raise rivals
-        entry = next((one for one in self.families() if one.name == model_type), None)
-        if entry is None:
-            return None
-        loaded = self._load(entry)
+        claim = self._claim(model_type)
+        if not isinstance(claim, PackageEntry):
+            return claim
+        loaded = self._load(claim)
         if isinstance(loaded, str):
             raise PluginError(
-                f"plugin {entry.value!r} of package {entry.distribution!r}, which serves "
+                f"plugin {claim.value!r} of package {claim.distribution!r}, which serves "
                 f"{model_type!r}, cannot be used: {loaded}",
                 f"Repair or remove the package, or pass over it with "
                 f"{ENVIRONMENT_VARIABLE}={model_type}={GENERIC}.",
@@ -188,22 +184,27 @@ class Plugins:
         return loaded
 
     def origin(self, model_type: str) -> PluginOrigin:
-        """Where the hooks of ``model_type`` come from (`hooks_for`), importing no plugin.
+        """Where the hooks of ``model_type`` come from (`hooks_for`), without importing a plugin.
 
         Raises:
             PluginError: Two packages claim it.
         """
+        claim = self._claim(model_type)
+        if claim is None:
+            return PluginOrigin(GENERIC, _CORE_PACKAGE, installed_version())
+        name = claim.value if isinstance(claim, PackageEntry) else claim.name
+        return PluginOrigin(name, claim.distribution, claim.version)
+
+    def _claim(self, model_type: str) -> LoadedPlugin | PackageEntry | None:
+        """The registered plugin or the one installed package that serves ``model_type``."""
         if (registered := self._registered.get(model_type)) is not None:
-            return PluginOrigin(registered.name, registered.distribution, registered.version)
+            return registered
         if (rivals := self._rivals(model_type)) is not None:
             raise rivals
-        entry = next((one for one in self.families() if one.name == model_type), None)
-        if entry is None:
-            return PluginOrigin(GENERIC, _CORE_PACKAGE, installed_version())
-        return PluginOrigin(entry.value, entry.distribution, entry.version)
+        return next((entry for entry in self.families() if entry.name == model_type), None)
 
     def import_for(self, model_type: str) -> None:
-        """Import whatever serves ``model_type``, for any task.
+        """Import the plugins of ``model_type``, for all tasks.
 
         A package may bring an architecture that transformers does not know: it registers it with
         transformers' auto classes when it is imported.
@@ -219,13 +220,13 @@ class Plugins:
     def hooks_for(
         self, model_type: str, *, task: str | None = None, generic: object | None = None
     ) -> Hooks:
-        """The five hooks for ``model_type``: its owner's, and the generic plugin's behind them.
+        """The five hooks for ``model_type``: its owner's, with the generic plugin as the fallback.
 
         Args:
             model_type: The ``model_type`` of the config.
-            task: The flow that is wanted. A package that claims ``MODEL_TYPE/TASK`` serves the
-                model type for that task alone, and for that task it comes first.
-            generic: What answers in place of the core's generic plugin; its hooks are ``trylast``.
+            task: The name of the flow. A package that claims ``MODEL_TYPE/TASK`` serves the model
+                type for that task alone, and takes precedence for it.
+            generic: Replaces the core's generic plugin; its hooks are ``trylast``.
 
         Raises:
             PluginError: Two packages claim the model type, or its plugin cannot be used.
@@ -248,7 +249,7 @@ class Plugins:
         )
 
     def check(self) -> list[PluginReport]:
-        """Import every plugin that takes part, and report; a plugin that fails harms no other."""
+        """Import every selected plugin, and report; a failing plugin affects no other."""
         for entry in self.families():
             self._load(entry)
         return self.reports()
@@ -259,11 +260,11 @@ class Plugins:
         return self.generic_report()
 
     def generic_report(self) -> PluginReport:
-        """What is known of the core's generic plugin, not importing it."""
+        """The state of the core's generic plugin, without importing it."""
         return replace(self._describe([_generic_entry()]), plugin=GENERIC, model_types=())
 
     def reports(self) -> list[PluginReport]:
-        """What is known of each plugin, importing none."""
+        """The state of each plugin, without importing any."""
         grouped: dict[tuple[str, str], list[PackageEntry]] = {}
         for entry in self.entries:
             grouped.setdefault((entry.distribution, entry.value), []).append(entry)
@@ -274,7 +275,7 @@ class Plugins:
         ]
         registered = {id(loaded): loaded for loaded in self._registered.values()}
         for loaded in registered.values():
-            served = sorted(name for name, one in self._registered.items() if one is loaded)
+            served = sorted(name for name, plugin in self._registered.items() if plugin is loaded)
             reports.append(PluginReport(None, None, loaded.name, tuple(served), loaded.hooks, "ok"))
         return reports
 
@@ -291,7 +292,7 @@ class Plugins:
         return replace(report, state=state, reason="; ".join(notes))
 
     def _describe(self, group: Sequence[PackageEntry]) -> PluginReport:
-        """How far importing one plugin has come."""
+        """The state of one plugin: not imported yet, imported or failed."""
         entry = group[0]
         loaded = self._loaded.get((entry.distribution, entry.value))
         model_types = tuple(sorted({one.name for one in group}))
@@ -309,7 +310,7 @@ class Plugins:
         return self._loaded[key]
 
     def _rivals(self, model_type: str) -> PluginError | None:
-        """The error of asking for ``model_type`` when more than one installed plugin claims it."""
+        """The error to raise where several plugins claim ``model_type``; else ``None``."""
         claims = [entry for entry in self.families() if entry.name == model_type]
         if len(claims) < 2 or model_type in self._registered:
             return None
@@ -328,7 +329,7 @@ class Plugins:
         )
 
     def _notes(self, group: Sequence[PackageEntry]) -> list[str]:
-        """What keeps each model type of one plugin from being served by it."""
+        """Why one plugin does not serve its model types, a line for each."""
         if not any(self.selection.admits(entry) for entry in group):
             return [f"not selected by {ENVIRONMENT_VARIABLE}"]
         notes = []
