@@ -9,6 +9,7 @@ import pytest
 import torch
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
 from qeff_proxy.export.export_model import export_model
+from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId, position_ids_of
 from qeff_proxy.load.load_model import wrap_model
 from qeff_proxy.plugins.manager import Plugins
@@ -62,7 +63,7 @@ def eager_logits(model: PreTrainedModel, ids: Any, padding: Any) -> Any:
         if positions:
             extra["position_ids"] = torch.from_numpy(position_ids_of(seen, length))
         if cache is not None:
-            extra["past_key_values"] = cache
+            extra[cache_argument(model.forward)] = cache
         with torch.no_grad():
             out = model(
                 input_ids=torch.from_numpy(ids[:, start : start + length]),
@@ -70,7 +71,7 @@ def eager_logits(model: PreTrainedModel, ids: Any, padding: Any) -> Any:
                 use_cache=True,
                 **extra,
             )
-        cache = out.past_key_values
+        cache = cache_of(out)
         pieces.append(out.logits.numpy())
         start += length
     return np.concatenate(pieces, axis=1)

@@ -26,10 +26,10 @@ def transformers_mask(function: str, padding: Any, query: int, **config: Any) ->
         cache = DynamicCache()
         cache.layers.append(layer)
     return getattr(masking_utils, function)(
-        config=SimpleNamespace(_attn_implementation="eager", **config),
-        inputs_embeds=torch.zeros(padding.shape[0], query, 8),
-        attention_mask=torch.from_numpy(padding),
-        past_key_values=cache,
+        SimpleNamespace(_attn_implementation="eager", **config),
+        torch.zeros(padding.shape[0], query, 8),
+        torch.from_numpy(padding),
+        cache,  # its name depends on the release of transformers
     ).numpy()
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks, record_masks
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
@@ -97,7 +98,7 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
     """Run ``decoder`` on two embeddings and see which masks it asks for and what it caches.
 
     Args:
-        decoder: A model that takes ``inputs_embeds`` and ``past_key_values``.
+        decoder: A model that takes ``inputs_embeds`` and a key/value cache.
         hidden_size: Width of the embeddings.
         dtype: Their dtype.
 
@@ -116,7 +117,8 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
     device = next(decoder.parameters()).device
     embeddings = torch.zeros(1, 2, hidden_size, dtype=dtype, device=device)
     with torch.no_grad(), record_masks(decoder, masks):
-        decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+        arguments = {cache_argument(decoder.forward): cache, "use_cache": True}
+        decoder(inputs_embeds=embeddings, **arguments)
     layers = []
     for index, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.dim() != 4:
@@ -164,6 +166,7 @@ class DecoderPart(nn.Module):
         self.layout = layout
         self.entry = entry
         self.exit_name = exit_name
+        self.cache_argument = cache_argument(decoder.forward)
         self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -183,7 +186,7 @@ class DecoderPart(nn.Module):
         arguments: dict[str, Any] = {
             self.entry: tensors[self.entry],
             "attention_mask": tensors["padding_mask"],
-            "past_key_values": self._cache(tensors),
+            self.cache_argument: self._cache(tensors),
             "use_cache": True,
         }
         if self.takes_positions:
@@ -191,7 +194,7 @@ class DecoderPart(nn.Module):
         with provide_masks(self.decoder, masks):
             outputs = self.decoder(**arguments)
         result = {self.exit_name: outputs[0]}
-        for index, layer in enumerate(outputs.past_key_values.layers):
+        for index, layer in enumerate(cache_of(outputs).layers):
             result[f"present.{index}.key"] = layer.keys
             result[f"present.{index}.value"] = layer.values
         return result
@@ -211,14 +214,9 @@ class DecoderPart(nn.Module):
 
 
 @dataclass
-class _DecoderOutput(ModelOutput):  # type: ignore[misc]
+class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
     """What causal LMs read from their decoder's answer."""
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
     router_logits: Any = None
 
 

@@ -17,6 +17,7 @@ import torch
 
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId, position_ids_of
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.session.torch_session import TorchSession
@@ -107,14 +108,14 @@ def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:
         arguments: dict[str, Any] = {
             "input_ids": to_tensor(ids[:, start : start + length]),
             "attention_mask": to_tensor(seen),
-            "past_key_values": cache,
+            cache_argument(model.forward): cache,
             "use_cache": True,
         }
         if takes_positions:
             arguments["position_ids"] = to_tensor(position_ids_of(seen, length))
         with torch.no_grad():
             outputs = model(**{n: v for n, v in arguments.items() if v is not None})
-        cache = outputs.past_key_values
+        cache = cache_of(outputs)
         pieces.append(to_array(outputs.logits.float()))
         start += length
     return np.concatenate(pieces, axis=1)

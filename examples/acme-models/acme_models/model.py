@@ -116,11 +116,7 @@ class AcmeModel(AcmePreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(past, past + inputs_embeds.shape[1])[None]
         mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids
         )
         hidden = inputs_embeds + self.places(position_ids)
         for layer in self.layers:

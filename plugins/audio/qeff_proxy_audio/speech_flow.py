@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
 from qeff_proxy.errors import UsageError
+from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
 from qeff_proxy.flows.causal_engine import Cache, CausalEngine, StepId, position_ids_of
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.flows.generation.generate import PerfMetrics
@@ -188,6 +189,7 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: Any = None,
         past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **_: Any,
     ) -> Seq2SeqLMOutput:
         """One pass of the decoder, after one of the encoder where features are given.
@@ -198,6 +200,7 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
             decoder_attention_mask: ``[batch, past + query]``; ``None`` for no padding.
             encoder_outputs: What `get_encoder` gave, its rows perhaps repeated and reordered.
             past_key_values: The cache, taken over and given back longer.
+            cache: The same, as transformers names it since 5.24.
 
         Returns:
             ``logits [batch, query, vocabulary]`` float32 and the cache.
@@ -205,19 +208,20 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(input_features)
         assert decoder_input_ids is not None  # noqa: S101 (the generation loop gives them)
-        cache = past_key_values.self_attention_cache if past_key_values is not None else None
-        past = cache.get_seq_length() if cache is not None else 0
+        both = past_key_values if cache is None else cache
+        own = both.self_attention_cache if both is not None else None
+        past = own.get_seq_length() if own is not None else 0
         logits, arrays = self._steps.decode(
             to_array(decoder_input_ids),
             to_array(decoder_attention_mask.to(torch.int64))
             if decoder_attention_mask is not None
             else np.ones((len(decoder_input_ids), past + decoder_input_ids.shape[1]), np.int64),
             to_array(encoder_outputs[0].reshape(-1).to(torch.int64)),
-            arrays_of_cache(cache) if past else {},
+            arrays_of_cache(own) if past else {},
         )
-        if cache is not None:
-            fill_cache(arrays, cache)
-        return Seq2SeqLMOutput(logits=to_tensor(logits).float(), past_key_values=past_key_values)
+        if own is not None:
+            fill_cache(arrays, own)
+        return Seq2SeqLMOutput(logits=to_tensor(logits).float(), **{LIBRARY_CACHE_NAME: both})
 
 
 class _Steps:

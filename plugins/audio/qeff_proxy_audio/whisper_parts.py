@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.families.model_cache import cache_argument
 from qeff_proxy.families.model_masks import provide_masks
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
@@ -96,8 +97,8 @@ class DecoderBody(nn.Module):
                 position_ids=tensors["position_ids"],
                 # Only tells the layers to attend; what they attend to is in the cache.
                 encoder_hidden_states=embeds,
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_argument(self.decoder.forward): cache},
             )
         hidden = outputs.last_hidden_state
         result = {"last_hidden_state": hidden}

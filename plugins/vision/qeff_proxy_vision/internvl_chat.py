@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.model_cache import cache_of
 from qeff_proxy.families.tokenize import tokenize
 from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl
@@ -187,7 +188,7 @@ def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Arr
                 outputs = model(pixel_values=pixels, image_flags=flags, **arguments)
             else:
                 outputs = model.language_model(**arguments)
-        cache = outputs.past_key_values
+        cache = cache_of(outputs)
         pieces.append(to_array(outputs.logits.float()))
     return np.concatenate(pieces, axis=1)
 

@@ -16,6 +16,7 @@ import torch
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.families.decoder import CacheLayer, DecoderLayout
+from qeff_proxy.families.model_cache import cache_of
 from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.load.checkpoint_files import read_config_file
@@ -274,7 +275,7 @@ def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Arr
                 return_dict=True,
                 **extra,
             )
-        cache = outputs.past_key_values
+        cache = cache_of(outputs)
         pieces.append(to_array(outputs.logits.float()))
     return np.concatenate(pieces, axis=1)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, to_array, to_tensor
+from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.flows.causal_engine import position_ids_of
 from transformers import DynamicCache
 
@@ -42,19 +43,14 @@ def model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Arra
     cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
     for step in range(new.shape[1] + 1):
         seen = np.concatenate([padding, np.ones_like(new[:, :step])], axis=1)
-        if step == 0:
-            arguments = {**prompt, "past_key_values": cache}
-        else:
-            arguments = {
-                "input_ids": to_tensor(new[:, step - 1 : step]),
-                "past_key_values": cache,
-            }
-        arguments |= {"attention_mask": to_tensor(seen), "use_cache": True}
+        arguments = prompt if step == 0 else {"input_ids": to_tensor(new[:, step - 1 : step])}
+        arguments = {**arguments, "attention_mask": to_tensor(seen), "use_cache": True}
+        arguments[cache_argument(model.forward)] = cache
         if "position_ids" in known:
             length = arguments["input_ids"].shape[1]
             arguments["position_ids"] = to_tensor(position_ids_of(seen, length))
         with torch.no_grad():
             outputs = model(**arguments)
-        cache = outputs.past_key_values
+        cache = cache_of(outputs)
         pieces.append(to_array(outputs.logits.float()))
     return np.concatenate(pieces, axis=1)

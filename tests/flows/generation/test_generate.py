@@ -15,6 +15,7 @@ from qeff_proxy.cli import main
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import DumpOptions, read_dump
 from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.families.model_cache import cache_of
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
@@ -221,7 +222,7 @@ def test_a_dump_holds_every_step_and_equals_the_uncut_model(
     )
     with torch.no_grad():
         uncut = eager(input_ids=torch.from_numpy(ids), use_cache=True)
-    cache = uncut.past_key_values
+    cache = cache_of(uncut)
     assert np.abs(last - cache.layers[1].keys.numpy()).max() < 1e-4
     past = dump.array("decode", 4, "body.in.past_key_values_key.layer-01")
     assert np.array_equal(past, last[:, :, :-1])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
+from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
 from qeff_proxy.flows.causal_engine import CausalEngine
 from qeff_proxy.flows.generation.generate import ProxyForCausalLM
 from qeff_proxy.flows.generation.step_cache import StepCache
@@ -51,10 +52,9 @@ def searched(model: Any, **settings: Any) -> Any:
     return model.generate(
         input_ids=IDS,
         attention_mask=MASK,
-        past_key_values=StepCache(),
         do_sample=False,
         pad_token_id=3,
-        **{"max_new_tokens": 20, "eos_token_id": None, **settings},
+        **{LIBRARY_CACHE_NAME: StepCache(), "max_new_tokens": 20, "eos_token_id": None, **settings},
     ).numpy()
 
 
@@ -108,10 +108,10 @@ def test_a_streamer_hears_the_same(models: list[Any]) -> None:
         listener = Listener()
         model.generate(
             input_ids=IDS[1:],
-            past_key_values=StepCache(),
             do_sample=False,
             max_new_tokens=6,
             streamer=listener,
+            **{LIBRARY_CACHE_NAME: StepCache()},
         )
         heard.append(listener.heard)
     assert heard[0] == heard[1]

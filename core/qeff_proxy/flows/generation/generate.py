@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qeff_proxy.arrays import to_array, to_tensor
 from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.flows.generation.greedy import Rules, search_greedily
 from qeff_proxy.flows.generation.inputs import checked_ids, checked_mask
@@ -135,6 +136,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """One pass of the generation loop: a prefill, in chunks, or a decode step.
@@ -143,19 +145,22 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
             input_ids: ``[batch, query]`` int64.
             attention_mask: ``[batch, past + query]``, 1 for a token; ``None`` for no padding.
             past_key_values: The cache, taken over and given back longer.
+            cache: The same, as transformers names it since 5.24.
 
         Returns:
             ``logits [batch, 1, vocabulary]`` float32 of the last position, and the cache.
         """
         ids = to_array(input_ids)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        held = StepCache.of(past_key_values if cache is None else cache)
+        past = held.get_seq_length()
         if attention_mask is None:
             attention_mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64)
         padding = to_array(attention_mask.to(torch.int64))
-        held = StepCache.of(past_key_values)
-        logits, cache = self.run(ids, padding, held.arrays() if past else None)
-        held.hold(cache)
-        return CausalLMOutputWithPast(logits=to_tensor(logits).float(), past_key_values=held)
+        logits, longer = self.run(ids, padding, held.arrays() if past else None)
+        held.hold(longer)
+        return CausalLMOutputWithPast(
+            logits=to_tensor(logits).float(), **{LIBRARY_CACHE_NAME: held}
+        )
 
     def run(self, ids: Array, padding: Array, cache: Cache | None) -> tuple[Array, Cache]:
         """Run the parts on new tokens: a prefill, in chunks, where there is no cache yet.
@@ -352,8 +357,8 @@ def run_generation(
         output = generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=StepCache(),
             use_cache=True,
+            **{LIBRARY_CACHE_NAME: StepCache()},
             **settings,
         )
     except (ValueError, TypeError) as error:

@@ -29,6 +29,7 @@ _NOT_HERE = frozenset(
         "assistant_early_exit",
         "assistant_model",
         "assistant_tokenizer",
+        "cache",
         "cache_config",
         "cache_implementation",
         "compile_config",

@@ -1,0 +1,34 @@
+"""The name of the key/value cache in a model's arguments and outputs.
+
+transformers 5.24 renamed ``past_key_values`` to ``cache``. A checkpoint's own code may keep the
+old name with any release, so the name is read from the model and not from the version.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+__all__ = ["LIBRARY_CACHE_NAME", "cache_argument", "cache_of"]
+
+_OLD_NAME, _NEW_NAME = "past_key_values", "cache"
+#: The name in transformers' own outputs and in its generation loop.
+LIBRARY_CACHE_NAME: str = (
+    _NEW_NAME
+    if _NEW_NAME in {field.name for field in fields(CausalLMOutputWithPast)}
+    else _OLD_NAME
+)
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name of the argument of ``forward`` that takes the cache."""
+    return _NEW_NAME if _NEW_NAME in inspect.signature(forward).parameters else _OLD_NAME
+
+
+def cache_of(outputs: Any) -> Any:
+    """The cache in a model's ``outputs``."""
+    return getattr(outputs, _NEW_NAME if hasattr(outputs, _NEW_NAME) else _OLD_NAME)
