@@ -1,6 +1,6 @@
 """Pooling: from a hidden state per token to one vector per text, inside the exported graph.
 
-Rows are padded on the right, and padding never counts. The rules are those of
+Rows are padded on the right, and padding is ignored. The rules are those of
 sentence-transformers' ``Pooling`` and ``Normalize`` modules, whose settings `pooling_of_checkpoint`
 reads from ``modules.json`` and ``1_Pooling/config.json``.
 """
@@ -20,10 +20,10 @@ from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 
 __all__ = ["POOLINGS", "Pooling", "pooling_of_checkpoint", "pooling_of_options"]
 
-#: The poolings that have a name, and ``none``: hidden states as they are.
+#: The named poolings, and ``none`` for hidden states without pooling.
 POOLINGS = ("mean", "cls", "max", "last", "none")
 
-# What sentence-transformers calls them: in one field, or as one flag each.
+# sentence-transformers' names: in one field, or as one flag each.
 _MODES = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
 _FLAGS = {
     "pooling_mode_mean_tokens": "mean",
@@ -35,10 +35,10 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """How hidden states become a vector.
+    """How hidden states are pooled to a vector.
 
     Attributes:
-        name: One of `POOLINGS`, or ``module:function`` for a function of the user's.
+        name: One of `POOLINGS`, or ``module:function`` for the user's function.
         normalize: Divide the vector by its L2 norm.
         truncate_dim: Keep this many of the first elements, before normalizing (Matryoshka).
         function: The user's function: ``last_hidden_state [batch, sequence, hidden]`` and
@@ -63,7 +63,7 @@ class Pooling:
             padding_mask: ``[batch, sequence]`` int64, 1 for a token; padding is on the right.
 
         Returns:
-            ``[batch, width]``, or ``hidden`` itself where there is nothing to pool.
+            ``[batch, width]``, or ``hidden`` itself without pooling.
         """
         if not self.pools:
             return hidden
@@ -85,13 +85,13 @@ class Pooling:
             return hidden.masked_fill(weights == 0, lowest).amax(dim=1)
         if self.name == "mean":
             return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        # The last token is the one that no other follows: a sum that every compiler takes,
-        # where an index computed from the mask would be a gather that some refuse.
+        # Select the token without a following token by a weighted sum: some compilers refuse a
+        # gather whose index is computed from the mask.
         following = torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1)
         return (hidden * (weights - following)).sum(dim=1)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings from which `pooling_of_options` makes it again."""
+        """The settings from which `pooling_of_options` restores it."""
         return {
             "pooling": self.name,
             "normalize": self.normalize,
@@ -100,19 +100,19 @@ class Pooling:
 
 
 def pooling_of_options(options: Mapping[str, Any], folder: Path | None, width: int) -> Pooling:
-    """The pooling that a user asks for, or else the checkpoint's own.
+    """The pooling of the user's options, or else the checkpoint's.
 
     Args:
         options: ``pooling`` (one of `POOLINGS`, a function, or ``module:function``),
-            ``normalize`` and ``truncate_dim``. Without ``pooling`` the checkpoint decides, and
-            whether it normalizes counts too; with neither, hidden states are given as they are.
-        folder: The checkpoint's; ``None`` for a model made in memory.
+            ``normalize`` and ``truncate_dim``. Without ``pooling`` the checkpoint's pooling and
+            normalization are used; if it has none, hidden states are not pooled.
+        folder: The checkpoint's; ``None`` for a model created in memory.
         width: Of the hidden states.
 
     Raises:
-        UsageError: The options cannot be right.
-        CheckpointError: The checkpoint's own settings cannot be read.
-        UnsupportedModelError: They ask for something that is none of `POOLINGS`.
+        UsageError: The options are invalid.
+        CheckpointError: The checkpoint's settings cannot be read.
+        UnsupportedModelError: The checkpoint needs a pooling that is none of `POOLINGS`.
     """
     wanted = options.get("pooling")
     normalize = options.get("normalize")
@@ -161,11 +161,11 @@ def _named(wanted: Any) -> tuple[str, Callable[..., torch.Tensor] | None]:
 
 
 def pooling_of_checkpoint(folder: Path) -> Pooling:
-    """What ``modules.json`` and the configs it names say; no pooling where there is none.
+    """The pooling in ``modules.json`` and the configs it names; none without that file.
 
     Raises:
         CheckpointError: A file is missing or damaged.
-        UnsupportedModelError: There is a module that cannot be exported, such as a dense layer.
+        UnsupportedModelError: It has a module that cannot be exported, such as a dense layer.
     """
     modules = folder / "modules.json"
     if not modules.is_file():
@@ -193,7 +193,7 @@ def pooling_of_checkpoint(folder: Path) -> Pooling:
 
 
 def _mode_of(config: Mapping[str, Any], path: Path) -> str:
-    """The pooling that a ``Pooling`` module's config names, in its new or its old form."""
+    """The pooling that a ``Pooling`` module's config names, in the new or the old form."""
     said = config.get("pooling_mode")
     modes = [said] if isinstance(said, str) else list(said or ())
     if said is None:
