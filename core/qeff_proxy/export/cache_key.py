@@ -114,7 +114,7 @@ def find_known_export(
         source: A local folder or a hub id.
         kind: As for `qeff_proxy.export.export_model`, as are ``output``, ``opset``, ``weights``.
         dtype: As for `qeff_proxy.load.load_model`, as are those of the checkpoint.
-        options: As for `qeff_proxy.load.with_options`.
+        options: As for `qeff_proxy.load.load_model.with_options`.
         output: The export's folder, where it is not the one by its key.
         opset: Of ONNX.
         weights: How the export holds its weights.

@@ -1,6 +1,6 @@
 """Conformance suites that plugin authors inherit. They need pytest: ``qeff-proxy[testing]``.
 
-Importing this package is cheap; a suite and what it needs are imported when its name is used.
+Importing this package is cheap: a suite and its dependencies are imported when its name is used.
 """
 
 from __future__ import annotations

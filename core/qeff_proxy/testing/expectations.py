@@ -1,4 +1,4 @@
-"""How a check of the suite says what is wrong, and what the author should do about it."""
+"""Assertions of the suite: each failure says what is wrong, and what the author should do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FunctionT = TypeVar("FunctionT", bound="Callable[..., Any]")
 
 
 def needs(*capabilities: str) -> Callable[[FunctionT], FunctionT]:
-    """Mark a check that only families with these `Capabilities` have."""
+    """Mark a check that needs these `Capabilities` of the family."""
 
     def mark(check: FunctionT) -> FunctionT:
         check.__dict__["needs"] = capabilities
@@ -31,7 +31,7 @@ def expect(condition: object, problem: str, advice: str) -> None:
 
     Args:
         condition: What must be true.
-        problem: What is wrong where it is not, naming the thing at hand.
+        problem: What is wrong if it is not true; names the part, tensor or site.
         advice: What the plugin's author should do.
     """
     if not condition:
@@ -45,12 +45,12 @@ def expect_same(
     advice: str,
     tolerance: float = 0.0,
 ) -> None:
-    """Fail unless two runs gave the same.
+    """Fail unless two runs have equal results.
 
     Args:
         expected: Arrays, or lists of them, by name.
-        actual: The same of the other run.
-        problem: What it means where they differ.
+        actual: Those of the other run.
+        problem: What is wrong if they differ.
         advice: What the plugin's author should do.
         tolerance: Largest allowed difference of an element, over the largest element of its
             array; whole numbers must be equal.
@@ -71,7 +71,7 @@ def expect_same(
 
 
 def _difference(one: Array, other: Array, tolerance: float) -> str | None:
-    """In words, how two arrays differ; ``None`` where they are the same."""
+    """How two arrays differ, in words; ``None`` if they are equal."""
     if one.shape != other.shape:
         return f"have shapes {list(one.shape)} and {list(other.shape)}"
     if one.dtype.kind in "biu":

@@ -1,4 +1,4 @@
-"""Checks of what is on disk: graphs, weights and the manifest."""
+"""Checks of an export's files: graphs, weights and the manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportChecks"]
 
-#: Domains of operators that every ONNX runtime knows.
+#: Operator domains that every ONNX runtime supports.
 _DOMAINS = {"", "ai.onnx"}
 _GRAPH_TOLERANCE = 1e-4
 
@@ -27,11 +27,11 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 class ExportChecks:
-    """The exported folder holds what it should, once."""
+    """The export has the right files, and each weight once."""
 
     @needs("vocabulary")
     def test_no_vocabulary_sized_tensor_is_in_the_body(self, subject: Subject) -> None:
-        """The body is what is compiled: the ends of the vocabulary stay outside."""
+        """The body, which is compiled, contains no weight of the vocabulary."""
         size = subject.suite.vocabulary(subject.model)
         for name in subject.export.files:
             if name == "vocabulary.safetensors":
@@ -46,7 +46,7 @@ class ExportChecks:
 
     @needs("vocabulary")
     def test_no_vocabulary_sized_constant_is_in_a_graph(self, subject: Subject) -> None:
-        """A table can hide as a constant, or as an input of the body."""
+        """The body does not contain a vocabulary table as a constant or an input either."""
         size = subject.suite.vocabulary(subject.model)
         for part in subject.export.parts:
             if part.weights == "vocabulary.safetensors":
@@ -68,7 +68,7 @@ class ExportChecks:
 
     @needs("vocabulary")
     def test_the_sites_are_in_the_vocabularys_file(self, subject: Subject) -> None:
-        """Every parameter of a site is in ``vocabulary.safetensors``, and nothing else is."""
+        """``vocabulary.safetensors`` holds every parameter of the sites, and no others."""
         held = set(_shapes(subject.export.folder / "vocabulary.safetensors"))
         own = [site_weights(subject.loaded, site) for site in subject.cut.sites.values()]
         wanted = set.union(*own)
@@ -88,7 +88,7 @@ class ExportChecks:
         )
 
     def test_every_weight_is_stored_once(self, subject: Subject) -> None:
-        """Tied weights too: the files hold no more bytes than the model has parameters."""
+        """No weight is stored twice, tied ones included: the files have the parameters' bytes."""
         sizes = {id(one): one.numel() * one.element_size() for one in subject.model.parameters()}
         stored = sum(subject.export.files.values())
         expect(
@@ -98,7 +98,7 @@ class ExportChecks:
         )
 
     def test_the_graphs_have_the_names_and_axes_of_the_parts(self, subject: Subject) -> None:
-        """Sizes that are dynamic in a spec are dynamic in the graph."""
+        """Axes that are dynamic in a spec are dynamic in the graph."""
         for part in subject.export.parts:
             graph = onnx.load(subject.export.folder / part.file, load_external_data=False).graph
             for specs, values in ((part.inputs, graph.input), (part.outputs, graph.output)):
@@ -121,7 +121,7 @@ class ExportChecks:
                     )
 
     def test_the_graphs_use_standard_operators(self, subject: Subject) -> None:
-        """Compilers of accelerators take operators of ONNX itself."""
+        """Graphs use only ONNX's own operators, which accelerators' compilers support."""
         for part in subject.export.parts:
             model = onnx.load(subject.export.folder / part.file, load_external_data=False)
             others = sorted(
@@ -135,7 +135,7 @@ class ExportChecks:
             )
 
     def test_the_graphs_give_what_pytorch_gives(self, subject: Subject) -> None:
-        """The core ran every graph at other sizes than it was traced at."""
+        """Every graph was checked at sizes other than those it was traced at."""
         found = subject.export.cut["graphs"]
         expect(
             set(found) == {part.name for part in subject.export.parts}
@@ -145,7 +145,7 @@ class ExportChecks:
         )
 
     def test_the_manifest_names_the_plugin(self, subject: Subject) -> None:
-        """An export says who cut it, so that it is made anew when the plugin changes."""
+        """An export names its plugin, so that a change of the plugin leads to a new export."""
         made_by = subject.export.made_by["plugin"]
         expect(
             made_by["name"] == subject.hooks.plugin,

@@ -8,11 +8,11 @@
     class TestMyFamily(FamilySuite):
         model_type = "my-model"
 
-pytest runs some forty checks: the plugin is found, the sites are real, the cut is verified and the
-verification sees faults, the body holds nothing of the vocabulary, names and axes follow the
-conventions, and the exported parts give what the model gives, in steps, in chunks, padded, in
-batches and on each backend. The model is exported once per class. What a family cannot do is said
-with `Capabilities`; the checks that need it are then not there.
+pytest runs about forty checks: the plugin is found, the sites exist, the cut is verified and the
+verification detects faults, the body contains no weight of the vocabulary, names and axes follow
+the conventions, and the exported parts compute what the model computes, in steps, in chunks,
+padded, in batches and on each backend. The model is exported once per class. `Capabilities` declare
+what a family cannot do; the checks that need it are left out.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _NEW_TOKENS = 4
 
 
 class FamilySuite(Family, SiteChecks, PartChecks, ExportChecks, RunChecks):
-    """The checks of one family; what it declares is documented at `Family`."""
+    """The checks of one family; `Family` documents what a subclass declares."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Leave out the checks that the capabilities do not call for."""
+        """Leave out the checks that need capabilities which the family does not have."""
         super().__init_subclass__(**kwargs)
         if cls.capabilities.cache and "settings" not in vars(cls) and not cls.settings:
             cls.settings = {"max_new_tokens": _NEW_TOKENS, "do_sample": False}
@@ -50,7 +50,7 @@ class FamilySuite(Family, SiteChecks, PartChecks, ExportChecks, RunChecks):
     @pytest.fixture(scope="class")
     @classmethod
     def subject(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
-        """The family's tiny model on its way through the flow; shared by all checks."""
+        """The family's tiny model and its cut, export and runs; shared by all checks."""
         subject = Subject(cls(), tmp_path_factory.mktemp(cls.model_type.replace("/", "-")))
         yield subject
         subject.close()

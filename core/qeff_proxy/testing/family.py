@@ -37,15 +37,15 @@ class Capabilities:
     """What a family has and can do.
 
     Attributes:
-        embedding: Token ids go in, through a table that is cut out.
-        head: Logits come out, through a head that is cut off.
+        embedding: The input is token ids, with an embedding that is cut out.
+        head: The output is logits, with a head that is cut off.
         cache: It runs in prefill and decode steps.
-        chunks: A prompt may be run in chunks.
-        padding: A row may be padded: tokens on the left where there is a cache, else on the right.
-        batch: Several rows run together.
-        images: Images go in.
-        audio: Sound goes in.
-        processor: The suite's ``make_processor`` and ``make_request`` are there.
+        chunks: A prompt can be run in chunks.
+        padding: A row can be padded: on the left with a cache, else on the right.
+        batch: Several rows can run together.
+        images: It takes images.
+        audio: It takes sound.
+        processor: The suite implements ``make_processor`` and ``make_request``.
     """
 
     embedding: bool = True
@@ -60,17 +60,17 @@ class Capabilities:
 
     @property
     def no_embedding(self) -> bool:
-        """No token ids go in."""
+        """The input is not token ids."""
         return not self.embedding
 
     @property
     def no_head(self) -> bool:
-        """No logits come out."""
+        """The output is not logits."""
         return not self.head
 
     @property
     def vocabulary(self) -> bool:
-        """There is something to cut off."""
+        """There is an embedding or a head to cut off."""
         return self.embedding or self.head
 
 
@@ -83,19 +83,19 @@ LENGTHS = (7, 5)
 
 
 class Family:
-    """What the suite knows of a family, and makes of it; an author overrides what differs.
+    """What the suite needs to know of a family; an author overrides what differs.
 
     Attributes:
-        model_type: Whose plugin is tried.
-        task: The flow, where a package claims ``MODEL_TYPE/TASK``.
-        capabilities: What the family has.
-        auto_class: The transformers auto class that makes the model.
-        plugin: The module or object with the hooks, where it is not to be found as installed.
-        sizes: Of the tiny config, where the usual ones do not serve.
-        options: What ``build_proxy`` is told.
-        settings: What the flow is told: how many tokens …
+        model_type: The model type whose plugin is tested.
+        task: The flow, if a package claims ``MODEL_TYPE/TASK``.
+        capabilities: What the family has and can do.
+        auto_class: The transformers auto class that creates the model.
+        plugin: The module or object with the hooks, if it is not installed.
+        sizes: Changes to the sizes of the tiny config.
+        options: The options of ``build_proxy``.
+        settings: The settings of the flow, such as the number of tokens.
         tolerance: Largest difference of an element, over the largest element of its tensor.
-        backends: The backends that must give the same.
+        backends: The backends whose results are compared.
     """
 
     model_type: ClassVar[str]
@@ -122,26 +122,26 @@ class Family:
     def make_inputs(self, model: PreTrainedModel) -> Sequence[Mapping[str, torch.Tensor]]:
         """At least two inputs of one row each, of different lengths, by the parts' names."""
         ids = random_ids(self.vocabulary(model), LENGTHS)
-        return [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
+        return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
 
     def make_processor(self) -> Any:
-        """The processor, where the capabilities have one."""
+        """The processor; needed with the capability ``processor``."""
         return None
 
     def make_request(self) -> Request:
-        """What a user gives, where the capabilities have a processor."""
+        """A user's request; needed with the capability ``processor``."""
         return Request(prompts=["a text"])
 
     def vocabulary(self, model: PreTrainedModel) -> int:
-        """How many tokens there are; no other size of the model is the same."""
+        """The size of the vocabulary, which must differ from all other sizes of the model."""
         return int(model.config.get_text_config(decoder=True).vocab_size)
 
     def supplies(self, name: str) -> bool:  # noqa: ARG002 (what an override goes by)
-        """Whether the flow itself makes this input of a part."""
+        """Whether the flow creates this input of a part itself."""
         return False
 
     def pad(self, row: Mapping[str, torch.Tensor], count: int) -> Mapping[str, torch.Tensor]:
-        """The row, padded by ``count`` positions on the side that the family is padded on."""
+        """The row, padded by ``count`` positions on the family's side of padding."""
         return pad_row(row, count, left=self.capabilities.cache)
 
     def join(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> Mapping[str, torch.Tensor]:
@@ -149,7 +149,7 @@ class Family:
         return join_rows(rows, left=self.capabilities.cache)
 
     def other_input(self, row: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """An input of the same form that must give another output."""
+        """An input of the same shapes that must lead to another output."""
         changed = dict(row)
         for name, value in row.items():
             if value.is_floating_point():
@@ -161,12 +161,12 @@ class Family:
     def one_pass(
         self, model: PreTrainedModel, row: Mapping[str, torch.Tensor], fed: Array
     ) -> Array:
-        """Logits of the uncut model over a prompt and the tokens generated from it, at once.
+        """Logits of the uncut model for a prompt and its generated tokens, in one pass.
 
         Args:
             model: The uncut model.
-            row: The input that the tokens were generated from.
-            fed: The token ids that went into the parts, prompt included, ``[1, positions]``.
+            row: The input from which the tokens were generated.
+            fed: The token ids that the parts got, prompt included, ``[1, positions]``.
 
         Returns:
             ``[1, positions, vocabulary]`` float32.
@@ -190,7 +190,7 @@ class Family:
             return to_array(model(**arguments, use_cache=False).logits.float())
 
     def compile_options(self) -> CompileOptions:
-        """Static sizes for the backends that need them."""
+        """Fixed sizes for the backends that need them."""
         if self.capabilities.cache:
             return CompileOptions(prefill_seq_len=8 if self.capabilities.chunks else None)
         return CompileOptions()

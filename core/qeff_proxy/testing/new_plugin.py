@@ -1,4 +1,4 @@
-"""Write the package of a new plugin, from the templates that come with the program."""
+"""Write the package of a new plugin from templates."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _MODEL_TYPE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 @dataclass(frozen=True)
 class NewPlugin:
-    """A package that was written.
+    """A new package.
 
     Attributes:
-        folder: Where.
-        model_type: What it serves.
-        files: What was written, relative to the folder.
-        note: What its author must fill in; ``None`` where all of it is known.
+        folder: Its folder.
+        model_type: The model type it serves.
+        files: Its files, relative to the folder.
+        note: What its author must fill in, or ``None``.
     """
 
     folder: Path
@@ -46,17 +46,17 @@ class NewPlugin:
 
 
 def write_plugin(name: str, like: str, folder: Path, model_type: str | None = None) -> NewPlugin:
-    """Write a plugin package that passes its own conformance suite.
+    """Write a plugin package that passes the conformance suite.
 
-    Where transformers does not know the model type, or makes no tiny model of it, the places of the
-    two ends are a guess for the author to correct, and `NewPlugin.note` says so.
+    If transformers does not know the model type, or cannot create a tiny model of it, the paths of
+    embedding and head are a guess that the author has to correct; `NewPlugin.note` says so.
 
     Args:
         name: Of the distribution, such as ``acme-models``.
-        like: One of `KINDS`: what the family is like.
+        like: The kind of family, one of `KINDS`.
         folder: The folder to write; it must not exist.
-        model_type: What the package serves; by default one that transformers knows and that no
-            package of this project claims, to be replaced.
+        model_type: The model type to serve; by default one of transformers' that no package of this
+            project serves, as an example.
 
     Raises:
         UsageError: A name cannot be used, the folder exists, another package serves the model
@@ -115,7 +115,7 @@ def _write(
 
 
 def _package_of(name: str) -> str:
-    """The name of the Python package, if the distribution's can be used."""
+    """The name of the Python package for a distribution's name."""
     hint = "Use letters, digits and hyphens, such as acme-models."
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is no name of a package", hint)
@@ -127,7 +127,7 @@ def _package_of(name: str) -> str:
     if len(name) > _LONGEST_NAME:
         raise UsageError(f"{name[:20]!r}… has {len(name)} characters", "Choose a shorter name.")
     spec = importlib.util.find_spec(package)
-    # A folder of that name, such as the one to be written, is not a package yet.
+    # A folder of that name without `__init__.py` has a spec without an origin.
     if spec is not None and spec.origin is not None:
         raise UsageError(f"{package!r} is the name of a package that is installed here", hint)
     return package
@@ -148,15 +148,15 @@ def _check_model_type(model_type: str) -> None:
 
 
 def _sites_of(model_type: str, kind: dict[str, Any]) -> tuple[dict[str, str], str | None]:
-    """Where the ends of a model type are; or those of the kind, and why that is a guess."""
+    """The paths of embedding and head of a model type; or the kind's, and why that is a guess."""
     import torch
     import transformers
 
     from qeff_proxy.testing.tiny import tiny_config
 
-    found = {"embedding": kind["embedding"], "lm_head": kind["lm_head"]}
+    sites = {"embedding": kind["embedding"], "lm_head": kind["lm_head"]}
     if model_type not in transformers.CONFIG_MAPPING:
-        return found, (
+        return sites, (
             f"transformers knows no model type {model_type!r}: register your classes with its auto "
             "classes in a module of the package, which the module of the hooks imports."
         )
@@ -171,7 +171,7 @@ def _sites_of(model_type: str, kind: dict[str, Any]) -> tuple[dict[str, str], st
             model = getattr(transformers, kind["auto_class"]).from_config(config)
     except Exception as error:  # noqa: BLE001 (configs refuse sizes in many ways)
         line = " ".join(str(error).split())[:150]
-        return found, (
+        return sites, (
             f"transformers made no tiny {model_type} ({type(error).__name__}: {line}): give sizes "
             "that it takes in the test."
         )
@@ -180,6 +180,6 @@ def _sites_of(model_type: str, kind: dict[str, Any]) -> tuple[dict[str, str], st
         ("embedding", model.get_input_embeddings),
         ("lm_head", model.get_output_embeddings),
     ):
-        path = paths.get(id(getter())) if found[site] else None
-        found[site] = path or found[site]
-    return found, None
+        path = paths.get(id(getter())) if sites[site] else None
+        sites[site] = path or sites[site]
+    return sites, None

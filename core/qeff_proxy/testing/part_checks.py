@@ -29,18 +29,18 @@ __all__ = ["PartChecks"]
 _PART = re.compile(r"[a-z][a-z0-9_]*")
 _TENSOR = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z0-9_]+)*", re.IGNORECASE)
 _AXIS = re.compile(r"[a-z_][a-z0-9_]*( \+ [a-z_][a-z0-9_]*)*")
-#: What the engine makes by itself, besides masks and cache.
+#: The inputs that the engine creates, besides masks and cache.
 _HOST = {"padding_mask", "position_ids", "input_ids", "token_type_ids"}
 _ENDS = {
     "embedding": (["input_ids"], ["inputs_embeds"]),
     "lm_head": (["last_hidden_state"], ["logits"]),
 }
-#: Of the peak of what a part gives: a fault far above every tolerance.
+#: A fault, relative to the peak of a part's output, far above every tolerance.
 _FAULT = 0.3
 
 
 class _ReadTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes where the tensors lie that operations read."""
+    """Records the addresses of the tensors that operations read."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -53,7 +53,7 @@ class _ReadTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _disturb(_module: nn.Module, _inputs: Any, outputs: dict[str, torch.Tensor]) -> Any:
-    """A part's outputs, as they should not be: each element mixed with its neighbour."""
+    """A part's outputs with a fault: each element is mixed with its neighbour."""
     return {
         name: value + _FAULT * torch.roll(value, 1, -1) if value.is_floating_point() else value
         for name, value in outputs.items()
@@ -61,10 +61,10 @@ def _disturb(_module: nn.Module, _inputs: Any, outputs: dict[str, torch.Tensor])
 
 
 class PartChecks:
-    """The model is cut into parts that join again."""
+    """The parts together equal the model."""
 
     def test_the_cut_is_verified(self, subject: Subject) -> None:
-        """The parts together give what the uncut model gives."""
+        """The parts together compute what the uncut model computes."""
         report = subject.cut.report
         expect(
             report is not None and report.max_difference <= report.tolerance * report.largest_value,
@@ -73,7 +73,7 @@ class PartChecks:
         )
 
     def test_the_verification_has_something_to_compare(self, subject: Subject) -> None:
-        """A model that gives zeros, or one position, would make any cut look right."""
+        """The model's outputs are not zeros, and have several positions, so that faults show."""
         report = subject.cut.report
         expect(
             report is not None and report.largest_value > 1e-3 and report.positions > 1,
@@ -83,7 +83,7 @@ class PartChecks:
         )
 
     def test_the_verification_sees_a_fault_in_each_part(self, subject: Subject) -> None:
-        """Each part disturbed in turn must be refused."""
+        """A fault in any of the parts is detected."""
         cut = subject.cut
         for part in cut.proxy.parts:
             handle = part.module.register_forward_hook(_disturb)
@@ -101,7 +101,7 @@ class PartChecks:
             )
 
     def test_the_model_is_left_as_it_was(self, subject: Subject) -> None:
-        """Parts are new modules that hold the model's own: nothing in the model changes."""
+        """Cutting does not change the model: parts are new modules that share its submodules."""
         before = snapshot_model(subject.model)
         subject.cut_as("split", verify=False)
         subject.cut_as("stub", verify=False)
@@ -114,7 +114,7 @@ class PartChecks:
         )
 
     def test_each_kind_is_what_was_asked_for(self, subject: Subject) -> None:
-        """``build_proxy`` heeds ``kind``."""
+        """``build_proxy`` returns the requested ``kind``."""
         kinds: tuple[Kind, ...] = ("split", "stub", "whole")
         for kind in kinds:
             found = subject.cut_as(kind, verify=False).proxy.kind
@@ -125,13 +125,13 @@ class PartChecks:
             )
 
     def test_the_whole_model_is_verified_too(self, subject: Subject) -> None:
-        """``--proxy none`` gives the uncut model as graphs."""
+        """``--proxy none`` exports the uncut model."""
         report = subject.cut_as("whole").report
         expect(report is not None, "the whole model was not verified", "See the flow's verify.")
 
     @needs("vocabulary")
     def test_a_stub_reads_no_weight_of_the_vocabulary(self, subject: Subject) -> None:
-        """What a stub keeps of embedding and head would be compiled for nothing."""
+        """A stub reads no weights of embedding and head."""
         cut = subject.cut_as("stub", verify=False)
         parameters = dict(subject.model.named_parameters(remove_duplicate=False))
         names = {name for site in cut.sites.values() for name in site_weights(subject.loaded, site)}
@@ -145,7 +145,7 @@ class PartChecks:
         )
 
     def test_the_ends_have_the_standard_names(self, subject: Subject) -> None:
-        """Hosts and compilers rely on these names."""
+        """The parts of a split have the usual names for their inputs and outputs."""
         for part in subject.proxy.parts:
             if part.name in _ENDS:
                 inputs, outputs = _ENDS[part.name]
@@ -157,7 +157,7 @@ class PartChecks:
                 )
 
     def test_names_follow_the_conventions(self, subject: Subject) -> None:
-        """Dumps and comparisons are addressed by part, tensor and layer."""
+        """Names can be used in dumps and comparisons, and are unique."""
         parts = subject.proxy.parts
         wrong = [part.name for part in parts if not _PART.fullmatch(part.name)]
         for part in parts:
@@ -175,7 +175,7 @@ class PartChecks:
         )
 
     def test_axes_follow_the_conventions(self, subject: Subject) -> None:
-        """An axis is a size or a name, such as ``past + query``; text and sound come in batches."""
+        """An axis is a size or a name, such as ``past + query``; text and sound have a batch."""
         for part in subject.proxy.parts:
             for spec in (*part.inputs, *part.outputs):
                 wrong = [a for a in spec.shape if isinstance(a, str) and not _AXIS.fullmatch(a)]
@@ -193,7 +193,7 @@ class PartChecks:
                     )
 
     def test_every_input_is_supplied(self, subject: Subject) -> None:
-        """Each input is the output of an earlier part, made by the host, or given by the user."""
+        """Each input is an output of an earlier part, or created by the host, or the user's."""
         given = set(subject.rows[0])
         known: set[str] = set(_HOST) | given
         for part in subject.proxy.parts:
@@ -210,7 +210,7 @@ class PartChecks:
 
     @needs("cache")
     def test_each_cache_input_comes_back_one_step_longer(self, subject: Subject) -> None:
-        """``past_key_values.N.key`` goes in, ``present.N.key`` comes out."""
+        """Each ``past_key_values.N.key`` input has a ``present.N.key`` output."""
         parts = subject.proxy.parts
         inputs = {s.name: s.shape for p in parts for s in p.inputs}
         outputs = {s.name: s.shape for p in parts for s in p.outputs}
@@ -226,7 +226,7 @@ class PartChecks:
             )
 
     def test_specs_have_the_dtypes_of_the_model(self, subject: Subject) -> None:
-        """In half precision the specs say half precision, and ids stay int64."""
+        """In half precision the specs are half precision, and ids stay int64."""
         proxy = cut_model(subject.half_copy(), subject.hooks, "split", verify=False).proxy
         for part in proxy.parts:
             for spec in (*part.inputs, *part.outputs):
@@ -237,7 +237,7 @@ class PartChecks:
                 )
 
     def test_the_settings_lead_to_the_same_proxy(self, subject: Subject) -> None:
-        """They are JSON, and given back as options they build the same parts again."""
+        """Settings are JSON, and as options they build the same parts again."""
         proxy = subject.proxy
         try:
             json.dumps(proxy.settings)

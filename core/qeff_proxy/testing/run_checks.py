@@ -1,4 +1,4 @@
-"""Checks of what a user runs: the flow, on sessions of every backend."""
+"""Checks of the flow on sessions of every backend."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["RunChecks"]
 
-#: Tokens of a chunk, fewer than any sample has.
+#: Tokens of a chunk; every sample has more.
 _CHUNK = 3
 _PADDING = 3
 
 
 class RunChecks:
-    """The exported parts, run as users run them, give what the model gives."""
+    """The exported parts, run like users run them, compute what the model computes."""
 
     def test_onnx_runtime_gives_what_pytorch_gives(self, subject: Subject) -> None:
-        """Every tensor between the parts, at every step."""
+        """ONNX Runtime and PyTorch agree on every tensor of every part, at every step."""
         reference = subject.run_on(subject.rows[0], sessions=subject.torch_sessions)
         expect(reference.steps, "no part was run", "The flow's run must tell job.recorder.")
         expect_same(
@@ -46,7 +46,7 @@ class RunChecks:
 
     @needs("cache")
     def test_prefill_and_decode_steps_equal_one_pass(self, subject: Subject) -> None:
-        """Step by step with a cache, or all at once through the uncut model: the same logits."""
+        """Steps with a cache lead to the same logits as one pass of the uncut model."""
         logits = subject.run.logits
         expect(
             len(logits) > 1,
@@ -64,7 +64,7 @@ class RunChecks:
         )
 
     def test_the_input_matters(self, subject: Subject) -> None:
-        """Another input gives another output, or all these comparisons would say nothing."""
+        """Another input leads to another output; otherwise the comparisons mean nothing."""
         other = subject.run_on(subject.suite.other_input(subject.rows[0]))
         first, second = _numbers(subject.run), _numbers(other)
         expect(
@@ -78,7 +78,7 @@ class RunChecks:
 
     @needs("chunks")
     def test_a_prompt_in_chunks_gives_the_same(self, subject: Subject) -> None:
-        """Prefill in chunks of a few tokens, and at once."""
+        """A prefill in chunks of a few tokens equals one at once."""
         options = CompileOptions(batch_size=1, prefill_seq_len=_CHUNK)
         chunked = subject.run_on(subject.rows[0], options=options)
         expect_same(
@@ -91,12 +91,12 @@ class RunChecks:
 
     @staticmethod
     def _passes(run: Run) -> int:
-        """How many passes decide a token."""
+        """The number of passes whose logits choose a token."""
         return len(run.logits)
 
     @needs("padding")
     def test_padding_changes_nothing(self, subject: Subject) -> None:
-        """A row with padding, and the row alone."""
+        """A row with padding equals the row alone."""
         padded = subject.run_on(subject.suite.pad(subject.rows[0], _PADDING))
         expect_same(
             subject.results_of_row(subject.run, 0, 1),
@@ -109,7 +109,7 @@ class RunChecks:
 
     @needs("batch")
     def test_a_batch_gives_what_its_rows_give_alone(self, subject: Subject) -> None:
-        """Rows of one batch do not see each other."""
+        """Rows of a batch do not affect each other."""
         rows = subject.rows
         expect(
             len(rows) > 1, f"there is {len(rows)} row", "Let make_inputs give at least two rows."
@@ -125,7 +125,7 @@ class RunChecks:
             )
 
     def test_two_runs_give_the_same_bits(self, subject: Subject) -> None:
-        """Nothing is random, and no run leaves anything behind for the next."""
+        """A second run has equal results: nothing is random or kept from the first."""
         again = subject.run_on(subject.rows[0])
         expect_same(
             subject.run.tensors,
@@ -135,7 +135,7 @@ class RunChecks:
         )
 
     def test_a_dump_is_complete_and_can_be_read(self, subject: Subject, tmp_path: Path) -> None:
-        """Every part, every tensor of its spec, in every step, with the shapes of the specs."""
+        """A dump has every tensor of every part's specs, in every step, with their shapes."""
         dump = read_dump(_dump(subject, tmp_path / "dump"))
         held = set(dump.names())
         omitted = {str(one.name) for one in dump.omitted}
@@ -155,7 +155,7 @@ class RunChecks:
                 )
 
     def test_recorded_inputs_and_outputs_belong_together(self, subject: Subject) -> None:
-        """What a part is said to have taken, run again, gives what it is said to have given."""
+        """Running a part again on its recorded inputs leads to its recorded outputs."""
         expect(subject.run.steps, "no part was run", "The flow's run must tell job.recorder.")
         for step in subject.run.steps:
             again = subject.sessions[step.part].run(step.inputs)
@@ -168,7 +168,7 @@ class RunChecks:
             )
 
     def test_a_stub_is_not_decoded(self, subject: Subject) -> None:
-        """A stub's numbers mean nothing: to decode them is an error, and not garbage."""
+        """Running a stub is an error, because its numbers mean nothing."""
         try:
             subject.run_on(subject.rows[0], kind="stub")
         except UsageError as error:
@@ -182,7 +182,7 @@ class RunChecks:
         )
 
     def test_a_request_without_input_is_refused(self, subject: Subject) -> None:
-        """Nothing to run on is the user's error, said in a line."""
+        """A request without input is a `UsageError`."""
         for request in (Request(), Request(inputs={})):
             try:
                 subject.run_on(None, request=request)
@@ -200,7 +200,7 @@ class RunChecks:
             )
 
     def test_every_backend_gives_the_same(self, subject: Subject, tmp_path: Path) -> None:
-        """Each backend of the suite's ``backends``, compiled with static sizes where it needs."""
+        """Each of the suite's ``backends`` agrees, compiled with fixed sizes if it needs them."""
         expected = _numbers(subject.run)
         for name in subject.suite.backends:
             compiled = compile_export(subject.export, name, subject.suite.compile_options())
@@ -224,7 +224,7 @@ class RunChecks:
 
     @needs("processor")
     def test_the_processors_request_becomes_tensors(self, subject: Subject) -> None:
-        """Prompts, sounds or images become named tensors, the same ones each time."""
+        """``preprocess`` returns tensors by name, and the same ones in each call."""
         request = subject.suite.make_request()
         once = subject.hooks.preprocess(processor=subject.processor, request=request)
         twice = subject.hooks.preprocess(processor=subject.processor, request=request)
@@ -238,20 +238,20 @@ class RunChecks:
 
     @needs("processor")
     def test_outputs_become_what_the_user_wanted(self, subject: Subject) -> None:
-        """``decode`` gives something for a real run, and needs no processor to be called."""
+        """``decode`` returns a result for a real run, and can be called without a processor."""
         run = subject.run_on(None, request=subject.suite.make_request())
         decoded = subject.hooks.decode(processor=subject.processor, outputs=run.outputs)
         expect(decoded is not None, "decode gave None", "Turn the flow's outputs into a result.")
         subject.hooks.decode(processor=None, outputs=run.outputs)
 
     def test_no_global_state_is_left(self, subject: Subject) -> None:
-        """After the whole flow, torch, NumPy, transformers and the process are as before."""
+        """The whole flow changes no global state of torch, NumPy, transformers or the process."""
         before = global_state()
         subject.cut_as("split")
         subject.run_on(subject.rows[0])
         after = global_state()
         changed = [name for name in before if before[name] != after[name]]
-        # Test fixtures set variables of their own between one check and the next.
+        # Test fixtures set environment variables between checks.
         exported = {name for name in before if name != "the environment's variables"}
         changed += [name for name in exported if subject.state[name] != after[name]]
         expect(
@@ -263,13 +263,13 @@ class RunChecks:
 
 
 def _fed(run: Run) -> Array:
-    """The token ids that went into the parts: ``[1, positions]``."""
+    """The token ids that the parts got: ``[1, positions]``."""
     ids = [step.inputs["input_ids"] for step in run.steps if "input_ids" in step.inputs]
     return np.concatenate(ids, axis=1)
 
 
 def _last_steps(run: Run, count: int) -> dict[str, Any]:
-    """The flow's results, and the logits of its last passes: the earlier ones were chunks."""
+    """The flow's results, and the logits of its last passes; earlier passes were chunks."""
     return {**run.results, "logits": run.logits[-count:]}
 
 
@@ -298,7 +298,7 @@ def _dump(subject: Subject, folder: Path) -> Path:
 
 
 def _run(subject: Subject, compiled: Compiled, folder: Path) -> dict[str, Any]:
-    """Run and dump; give the flow's arrays."""
+    """Run with a dump, and return the flow's arrays."""
     with open_sessions(compiled) as sessions:
         result = run_compiled(
             compiled,

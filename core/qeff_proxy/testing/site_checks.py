@@ -1,4 +1,4 @@
-"""Checks of what the two ``locate`` hooks answer, and of the plugin itself."""
+"""Checks of the plugin, and of its two ``locate`` hooks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MIN_WORDS = 3
 
 
 class SiteChecks:
-    """The plugin is found, and says where the ends are."""
+    """The plugin is found, and locates embedding and head."""
 
     def test_the_plugin_is_found_by_its_model_type(self, subject: Subject) -> None:
         """An installed package, or the suite's own ``plugin``, claims the model type."""
@@ -33,7 +33,7 @@ class SiteChecks:
         )
 
     def test_the_plugins_hooks_can_be_used(self, subject: Subject) -> None:
-        """Names and arguments of the hooks are right, and their version is this one."""
+        """Names, arguments and version of the hooks are right."""
         try:
             plugin = subject.hooks.plugin
         except PluginError as error:
@@ -49,7 +49,7 @@ class SiteChecks:
 
     @needs("embedding")
     def test_the_token_embedding_is_located(self, subject: Subject) -> None:
-        """Token ids go in, so there is a table that is looked up."""
+        """A model that takes token ids has an embedding."""
         site = locate_sites(subject.model, subject.hooks)["embedding"]
         expect(
             isinstance(site, Site),
@@ -59,7 +59,7 @@ class SiteChecks:
 
     @needs("no_embedding")
     def test_that_there_is_no_token_embedding_is_said(self, subject: Subject) -> None:
-        """Where no token ids go in, the plugin says so instead of naming some table."""
+        """For a model without token ids as input, the plugin answers `Absent`."""
         site = locate_sites(subject.model, subject.hooks)["embedding"]
         expect(
             isinstance(site, Absent),
@@ -69,7 +69,7 @@ class SiteChecks:
 
     @needs("head")
     def test_the_lm_head_is_located(self, subject: Subject) -> None:
-        """Logits come out, so there is a head."""
+        """A model that computes logits has a head."""
         site = locate_sites(subject.model, subject.hooks)["lm_head"]
         expect(
             isinstance(site, Site),
@@ -79,7 +79,7 @@ class SiteChecks:
 
     @needs("no_head")
     def test_that_there_is_no_lm_head_is_said(self, subject: Subject) -> None:
-        """Where no logits come out, the plugin says so instead of cutting some layer off."""
+        """For a model without logits, the plugin answers `Absent`."""
         site = locate_sites(subject.model, subject.hooks)["lm_head"]
         expect(
             isinstance(site, Absent),
@@ -99,7 +99,7 @@ class SiteChecks:
                 )
 
     def test_the_two_sites_are_different_modules(self, subject: Subject) -> None:
-        """One module cannot be both ends."""
+        """Embedding and head are different modules."""
         sites = locate_sites(subject.model, subject.hooks).values()
         paths = [site.module for site in sites if isinstance(site, Site)]
         expect(
@@ -110,7 +110,7 @@ class SiteChecks:
 
     @needs("embedding")
     def test_the_embedding_has_a_row_for_every_token(self, subject: Subject) -> None:
-        """The located table is that of tokens, and not of positions or token types."""
+        """The embedding is that of tokens, not of positions or token types."""
         site = locate_sites(subject.model, subject.hooks)["embedding"]
         module = subject.model.get_submodule(site.module) if isinstance(site, Site) else None
         rows = [len(one) for one in module.parameters() if one.dim() == 2] if module else []
@@ -124,7 +124,7 @@ class SiteChecks:
         )
 
     def test_the_sites_are_told_from_the_architecture_alone(self, subject: Subject) -> None:
-        """The ``locate`` hooks may get a model on the meta device, without values."""
+        """The ``locate`` hooks work on a model on the meta device, which has no values."""
         real = locate_sites(subject.model, subject.hooks)
         empty = copy.deepcopy(subject.model).to("meta")
         found = locate_sites(empty, subject.hooks)

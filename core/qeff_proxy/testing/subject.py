@@ -1,6 +1,6 @@
-"""What the checks look at: one family's tiny model, taken through the flow step by step.
+"""The subject of the checks: one family's tiny model, with its cut, export, sessions and runs.
 
-Each stage runs when a check first asks for it, once: hooks, sites, cut, export, sessions, runs.
+Each stage runs once, when a check first needs it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = ["Run", "Step", "Subject", "global_state", "is_arrays"]
 
 @dataclass(frozen=True)
 class Step:
-    """One run of one part: what went in and came out, by name."""
+    """One run of one part: its inputs and outputs by name."""
 
     phase: Phase
     index: int
@@ -73,17 +73,17 @@ class Run:
         *,
         past_length: int,  # noqa: ARG002 (what a recorder is told)
     ) -> None:
-        """Keep what a part took and gave (`qeff_proxy.flows.causal_engine.Recorder`)."""
+        """Keep a part's inputs and outputs (`qeff_proxy.flows.causal_engine.Recorder`)."""
         self.steps.append(Step(phase, index, part, dict(inputs), dict(outputs)))
 
     @property
     def results(self) -> dict[str, Any]:
-        """What the flow gave that can be compared: arrays, and lists of one array per row."""
+        """The comparable results of the flow: arrays, and lists with one array per row."""
         return {name: value for name, value in self.outputs.items() if is_arrays(value)}
 
     @property
     def logits(self) -> list[Array]:
-        """Of the last position of each pass that decides a token: ``[batch, vocabulary]``."""
+        """The logits that choose each token, of a pass's last position: ``[batch, vocabulary]``."""
         return [step.outputs["logits"][:, -1] for step in self.steps if "logits" in step.outputs]
 
     @property
@@ -97,11 +97,11 @@ class Run:
 
 
 class Subject:
-    """A family's tiny model on its way through the flow.
+    """A family's tiny model, with its cut, export, sessions and runs.
 
     Args:
-        suite: What its author declared.
-        folder: An empty folder for what is written.
+        suite: The author's declarations.
+        folder: An empty folder for files.
     """
 
     def __init__(self, suite: Family, folder: Path) -> None:
@@ -116,7 +116,7 @@ class Subject:
 
     @cached_property
     def plugins(self) -> Plugins:
-        """The installed plugins and, where the suite names one, the plugin at hand."""
+        """The installed plugins, and the suite's ``plugin`` if it has one."""
         plugins = Plugins.discover()
         if self.suite.plugin is not None:
             plugins.register(self.suite.plugin, [self.suite.model_type])
@@ -130,24 +130,24 @@ class Subject:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The uncut model, with eager attention."""
-        _ = self.hooks  # imports the plugin, which may bring the architecture
+        _ = self.hooks  # imports the plugin, which may register the architecture
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self.suite.make_model().eval()
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """The model as the flow takes it."""
+        """The model as `LoadedModel`."""
         return with_options(wrap_model(self.model), self.suite.options)
 
     @cached_property
     def rows(self) -> list[dict[str, torch.Tensor]]:
-        """The suite's inputs: several, of one row each."""
+        """The suite's inputs, each of one row."""
         return [dict(row) for row in self.suite.make_inputs(self.model)]
 
     @cached_property
     def processor(self) -> Any:
-        """The suite's processor; ``None`` where it makes none."""
+        """The suite's processor, or ``None``."""
         return self.suite.make_processor()
 
     @cached_property
@@ -157,7 +157,7 @@ class Subject:
 
     @cached_property
     def proxy(self) -> Proxy:
-        """The split, not verified: what is looked at whether or not its numbers are right."""
+        """The split without verification, for checks that do not depend on its numbers."""
         return self.cut_as("split", verify=False).proxy
 
     def cut_as(self, kind: Kind, *, verify: bool = True) -> Cut:
@@ -176,12 +176,12 @@ class Subject:
 
     @cached_property
     def torch_sessions(self) -> dict[str, Session]:
-        """A session of PyTorch per part, on the parts that `cut` made."""
+        """A session of PyTorch per part, on the parts of `cut`."""
         return {part.name: TorchSession(part) for part in self.cut.proxy.parts}
 
     @cached_property
     def run(self) -> Run:
-        """The first row of the suite's inputs, on ONNX Runtime."""
+        """A run of the first of the suite's inputs on ONNX Runtime."""
         return self.run_on(self.rows[0])
 
     def run_on(
@@ -198,11 +198,11 @@ class Subject:
 
         Args:
             inputs: Tensors by name.
-            request: Instead of inputs, what a user gave.
+            request: A user's request instead of inputs.
             sessions: By default those of ONNX Runtime.
-            options: What it is said to have been compiled with.
-            kind: What the export is said to be.
-            proxy: Run these parts in PyTorch, as they are.
+            options: The compile options that the flow gets.
+            kind: The export's kind that the flow gets.
+            proxy: Run these parts in PyTorch instead.
         """
         export = replace(self.export, kind=kind)
         if proxy is not None:
@@ -225,14 +225,14 @@ class Subject:
         return run
 
     def results_of_row(self, run: Run, row: int, rows: int) -> dict[str, Any]:
-        """What a run gave for one of its rows."""
-        found: dict[str, Any] = {}
+        """The results of a run for one of its rows."""
+        results: dict[str, Any] = {}
         for name, value in run.results.items():
             if len(value) == rows:
-                found[name] = value[row]
+                results[name] = value[row]
         if self.suite.capabilities.cache:
-            found["logits of each step"] = [one[row] for one in run.logits]
-        return found
+            results["logits of each step"] = [logits[row] for logits in run.logits]
+        return results
 
     def half_copy(self) -> LoadedModel:
         """The model in float16."""
@@ -241,7 +241,7 @@ class Subject:
 
 
 def is_arrays(value: Any) -> bool:
-    """Whether a flow's output can be compared: an array, or a list of one array per row."""
+    """Whether a flow's output can be compared: an array, or a list with one array per row."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0
     return (
@@ -252,7 +252,7 @@ def is_arrays(value: Any) -> bool:
 
 
 def global_state() -> dict[str, Any]:
-    """What a well-behaved plugin leaves as it was, by what a person would call it."""
+    """The global state that a plugin must not change, by name."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     creators = {name: id(value) for name, value in vars(masking_utils).items() if callable(value)}
     numpy_state: Any = np.random.get_state(legacy=True)  # noqa: NPY002 (whether it moved)
@@ -261,7 +261,7 @@ def global_state() -> dict[str, Any]:
         "torch's default device": torch.get_default_device(),
         "torch's gradient mode": torch.is_grad_enabled(),
         "torch's number of threads": torch.get_num_threads(),
-        # Models themselves draw numbers (layer dropout), so only a new seed is a plugin's doing.
+        # Models draw random numbers, too (layer dropout), so only compare the seed.
         "torch's random seed": torch.initial_seed(),
         "NumPy's random numbers": (numpy_state[1].tolist(), numpy_state[2]),
         "Python's random numbers": random.getstate(),

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and inputs for them: what a suite tries a family on."""
+"""Tiny models with random weights, and inputs for them, for conformance suites."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["VOCABULARY", "join_rows", "pad_row", "random_ids", "random_weights", "tiny_config"]
 
-#: Tokens of a tiny model: a number that is no other size in it, so that a tensor of that size can
-#: only be one of the vocabulary.
+#: The vocabulary size of a tiny model. No other size in it is equal, so that an axis of this size
+#: identifies a tensor of the vocabulary.
 VOCABULARY = 131
 
-# Whatever configs call their sizes.
+# Configs' names for their sizes.
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -53,11 +53,11 @@ _SIZES: dict[str, Any] = {
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
-    """The config of an architecture that transformers knows, with small sizes.
+    """The config of an architecture of transformers, with small sizes.
 
     Args:
         model_type: Its ``model_type``.
-        changes: Sizes to set besides, or otherwise.
+        changes: Further or other sizes.
 
     Raises:
         UsageError: transformers does not know the architecture.
@@ -88,9 +88,9 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 
 def random_weights(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Put random numbers into every parameter of ``model``, norms and biases too.
+    """Set every parameter of ``model`` to random numbers, norms and biases included.
 
-    A norm of ones and a bias of zeros would hide that a cut left them out.
+    With a norm of ones or a bias of zeros, a cut without it would not be detected.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def random_weights(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
                 parameter.copy_(noise * 0.15)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        generation.eos_token_id = None  # as many tokens as were asked for
+        generation.eos_token_id = None  # always generate the requested number of tokens
     return model.eval()
 
 
@@ -113,15 +113,15 @@ def random_ids(rows: int, lengths: Sequence[int], seed: int = 0) -> list[torch.T
 
 
 def pad_row(row: Mapping[str, torch.Tensor], count: int, *, left: bool) -> dict[str, torch.Tensor]:
-    """One row of inputs with padding before or behind it.
+    """One row of inputs with padding before or after it.
 
-    Tensors that are as long as ``input_ids`` or ``input_values`` are padded with zeros, which
-    ``attention_mask`` tells from tokens or samples; others stay as they are.
+    Tensors of the length of ``input_ids`` or ``input_values`` are padded with zeros, also in
+    ``attention_mask``; others are not changed.
 
     Args:
         row: Tensors ``[1, length, …]`` by name.
         count: Positions to add.
-        left: Before the row, and not behind it.
+        left: Pad before the row, not after it.
     """
     main = next(row[name] for name in ("input_ids", "input_values") if name in row)
     mask = row.get("attention_mask", torch.ones(main.shape[:2], dtype=torch.int64))
@@ -138,7 +138,7 @@ def pad_row(row: Mapping[str, torch.Tensor], count: int, *, left: bool) -> dict[
 def join_rows(rows: Sequence[Mapping[str, torch.Tensor]], *, left: bool) -> dict[str, torch.Tensor]:
     """A batch of single rows, padded to the longest of them, left or right.
 
-    Tensors without such a length, such as images, are put one behind another.
+    Tensors without that length, such as images, are concatenated.
     """
     main = next((name for name in ("input_ids", "input_values") if name in rows[0]), None)
     padded = [dict(row) for row in rows]

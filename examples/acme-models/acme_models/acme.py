@@ -6,17 +6,17 @@ from qeff_proxy import Site, hookimpl
 
 import acme_models.model  # noqa: F401 (registers the architecture)
 
-#: The version of the hooks that this was written for.
+#: The version of the hook API that this module uses.
 qeff_proxy_api = 1
 
 
 @hookimpl
 def locate_embedding() -> Site:
-    """The table of words; that of places is no site, and stays in the body."""
+    """The token embedding. The position embedding stays in the body."""
     return Site("stack.words")
 
 
 @hookimpl
 def locate_lm_head() -> Site:
-    """What follows it, a soft cap, goes into the head's part with it."""
+    """The head's part also contains the operators that follow it, a soft cap."""
     return Site("to_words", follows=("div", "tanh", "mul"))

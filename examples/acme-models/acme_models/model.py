@@ -1,7 +1,7 @@
-"""Acme: a small decoder of its own, registered with transformers when it is imported.
+"""Acme: a small decoder, registered with transformers when this module is imported.
 
-Attention and MLP run side by side on one norm. The token table has a name that no other model
-uses, and logits are capped. Acme Scaled multiplies the table's rows by a learned number.
+Attention and MLP run in parallel on the output of one norm. The token embedding has an unusual
+name, and logits are capped. Acme Scaled multiplies the embeddings by a learned number.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class AcmeLayer(nn.Module):
     def forward(self, hidden, mask, cache):
         normed = self.norm(hidden)
         queries, keys, values = (
-            one(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for one in (self.queries, self.keys, self.values)
+            projection(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.queries, self.keys, self.values)
         )
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_idx)

@@ -1,1 +1,1 @@
-"""Audio models for qeff-proxy. No family is served yet."""
+"""Speech recognizers for qeff-proxy: one module for each family, found through an entry point."""

@@ -1,6 +1,6 @@
 """Recognizers with a CTC head: Wav2Vec2, HuBERT, WavLM, Data2VecAudio.
 
-Samples go in, so there is no token embedding; the head, with its bias, is cut off. What stays is
+The input is samples, so there is no token embedding; the head is cut off with its bias. The body is
 one graph from samples to hidden states, for any number of samples.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
 
 _HEAD = "lm_head"
-# Frames that the traced sound has; sizes that differ from one another by more than one frame.
+# Frames of the sound that is traced, and of those that are checked.
 _TRACE_FRAMES = 12
 
 
@@ -50,7 +50,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site | Absent:
 
 @hookimpl
 def build_proxy(model: PreTrainedModel, lm_head: Site | Absent, kind: Kind) -> Proxy | None:
-    """Body and head; or one graph, for ``stub`` and ``whole``."""
+    """Body and head; one graph for ``stub`` and ``whole``."""
     if isinstance(lm_head, Absent) or model.base_model is model:
         return None
     head = model.get_submodule(lm_head.module)
@@ -77,7 +77,7 @@ def build_proxy(model: PreTrainedModel, lm_head: Site | Absent, kind: Kind) -> P
 
 @hookimpl
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
-    """``input_values [sounds, samples]``, zeros behind the shorter ones, and ``lengths``."""
+    """``input_values [sounds, samples]``, padded with zeros at the end, and ``lengths``."""
     if request.inputs is not None:
         return _given(request.inputs)
     extractor = feature_extractor_of(processor)
@@ -95,7 +95,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
 
 @hookimpl
 def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
-    """Transcripts: repeated tokens become one, blanks are left out."""
+    """Transcripts: repeated tokens are merged, blanks are removed."""
     if processor is None or "predicted_ids" not in outputs:
         return None
     if not hasattr(processor, "decode"):
@@ -107,11 +107,11 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
 
 
 class CtcPart(nn.Module):
-    """``input_values`` to hidden states, or on through a head to logits.
+    """``input_values`` to hidden states, or with a head to logits.
 
     Args:
-        model: The model with its head; only what is below the head is run.
-        head: What follows; ``None`` for nothing.
+        model: The model with its head; only its base model is run.
+        head: The module that follows it, or ``None``.
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Module | None) -> None:
@@ -121,7 +121,7 @@ class CtcPart(nn.Module):
 
     def forward(self, input_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """``[batch, samples]`` to ``last_hidden_state`` or ``logits``, ``[batch, frames, …]``."""
-        # Rows are never padded, so every frame sees every other.
+        # Rows are never padded, so every frame attends to all others.
         with provide_masks(self.encoder, {"bidirectional": None}):
             hidden = self.encoder(input_values).last_hidden_state
         if self.head is None:
@@ -130,7 +130,7 @@ class CtcPart(nn.Module):
 
 
 class HeadPart(nn.Module):
-    """``last_hidden_state`` to ``logits``, by the model's own head."""
+    """``last_hidden_state`` to ``logits``, with the model's head."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class HeadPart(nn.Module):
 
 
 def _settings(model: PreTrainedModel, vocabulary: int) -> dict[str, int]:
-    """What the convolutions in front make of samples: how many a frame, and how few will do."""
+    """The number of samples of a frame, and of the shortest input, from the first convolutions."""
     stride, field = 1, 1
     for kernel, step in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
         field += (kernel - 1) * stride
@@ -156,7 +156,7 @@ def _settings(model: PreTrainedModel, vocabulary: int) -> dict[str, int]:
 
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Ready-made tensors, with the lengths that their mask says."""
+    """The user's tensors, and the lengths from their mask."""
     refuse_unused(inputs, ("input_values", "attention_mask"))
     values = tensor_of(inputs, "input_values", ("sounds", "samples"))
     if inputs.get("attention_mask") is None:
@@ -169,6 +169,6 @@ def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             raise UsageError(
                 f"attention_mask {list(mask.shape)} is not ones before zeros for each of "
                 f"input_values {list(values.shape)}",
-                "Pad sounds behind (padding_side='right'), or leave the mask out.",
+                "Pad sounds at the end (padding_side='right'), or pass no mask.",
             )
     return {"input_values": values, "lengths": lengths}

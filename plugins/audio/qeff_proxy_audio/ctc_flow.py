@@ -1,8 +1,8 @@
-"""The ``ctc`` flow: each sound runs by itself, long ones in windows.
+"""The ``ctc`` flow: each sound runs alone, long ones in windows.
 
-A sound is never padded: with group normalization in front, zeros behind a sound change its whole
-transcript. A long sound is run in windows that overlap; of each window only the middle counts, and
-the middles join without a gap.
+A sound is never padded: the model's group normalization makes zeros at the end change the whole
+transcript. A long sound is run in overlapping windows; the frames in the middle of each window are
+kept, and these join without a gap.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHUNK_SECONDS = 30.0
 STRIDE_SECONDS = 5.0
 
 _RATE = 16_000
-#: ``(first sample, one past the last, first frame that counts, one past the last)``
+#: ``(first sample, one past the last, first frame that is kept, one past the last)``
 Window = tuple[int, int, int, int]
 
 
@@ -48,10 +48,10 @@ class CtcFlow:
     def verify(
         self, model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent]
     ) -> CutReport:
-        """Hold the logits of the parts against the model's, on noise.
+        """Compare the logits of the parts with the model's, on noise.
 
         Raises:
-            CutError: They are not equal, or the parts cannot be run.
+            CutError: They differ, or the parts cannot be run.
         """
         settings = proxy.settings
         samples = settings["shortest"] + 20 * settings["samples_per_frame"] + 7
@@ -69,7 +69,7 @@ class CtcFlow:
         processor: Any,
         proxy: Callable[[], Proxy],  # noqa: ARG002
     ) -> Request:
-        """A recording of speech, or its bare samples where there is no processor."""
+        """A recording of speech, or only its samples if there is no processor."""
         if processor is None:
             samples = load_sound(EXAMPLE, _RATE)
             return Request(inputs={"input_values": samples[None]})
@@ -79,7 +79,7 @@ class CtcFlow:
         """Recognize.
 
         Returns:
-            ``predicted_ids``, an int64 array of one token id a frame for each sound, and
+            ``predicted_ids``, for each sound an int64 array with a token id per frame, and
             ``logits``, ``[frames, vocabulary]`` float32 each.
 
         Raises:
@@ -95,14 +95,14 @@ class CtcFlow:
         for windows in _sounds(job):
             pieces = []
             for window, first, last in windows:
-                found = _run_parts(job.export.parts, job.sessions, window, job.recorder, step)
-                pieces.append(found[0, first:last])
+                frames = _run_parts(job.export.parts, job.sessions, window, job.recorder, step)
+                pieces.append(frames[0, first:last])
                 step += 1
             logits.append(np.concatenate(pieces))
-        return {"predicted_ids": [one.argmax(axis=-1) for one in logits], "logits": logits}
+        return {"predicted_ids": [sound.argmax(axis=-1) for sound in logits], "logits": logits}
 
     def amount(self, job: Job) -> tuple[float, str]:
-        """How many seconds all sounds last."""
+        """The seconds of all sounds together."""
         return float(sum(int(n) for n in job.tensors["lengths"])) / _RATE, "seconds of sound"
 
     def run_model(self, model: PreTrainedModel, job: Job) -> object:
@@ -115,10 +115,10 @@ class CtcFlow:
 
 
 def _sounds(job: Job) -> list[list[tuple[Array, int, int]]]:
-    """Of each sound its windows, ``[1, samples]``, and the frames of each that count.
+    """The windows of each sound, ``[1, samples]``, and which frames of each are kept.
 
     Raises:
-        UsageError: A sound is too short, or the settings leave nothing of a window.
+        UsageError: A sound is too short, or the settings keep no frame of a window.
     """
     settings = job.export.settings
     values = to_array(job.tensors["input_values"].float())
@@ -141,16 +141,16 @@ def _sounds(job: Job) -> list[list[tuple[Array, int, int]]]:
 def windows_of(
     length: int, chunk: float, stride: float, settings: Mapping[str, int]
 ) -> Iterator[Window]:
-    """Where a sound is cut.
+    """Where a sound is cut into windows.
 
     Args:
         length: Samples of the sound.
         chunk: Seconds of a window; shorter sounds are one window.
-        stride: Seconds at each end of a window that do not count.
+        stride: Seconds at each end of a window that are dropped.
         settings: ``samples_per_frame`` and ``shortest`` of the proxy.
 
     Raises:
-        UsageError: The strides leave nothing of a window.
+        UsageError: The strides are as long as the window.
     """
     size = settings["samples_per_frame"]
     window, overlap = int(chunk * _RATE) // size, int(stride * _RATE) // size
@@ -160,12 +160,12 @@ def windows_of(
             "The chunk must be longer than twice the stride.",
         )
     last_frame = (length - settings["shortest"]) // size + 1
-    reach = settings["shortest"] - size  # samples that the last frame of a window needs besides
+    reach = settings["shortest"] - size  # samples that the last frame needs beyond its own
     begin = 0
     while True:
         end = begin + window
         first = overlap if begin else 0
-        # A rest too short for a window of its own belongs to this one.
+        # A remainder too short for a window of its own is part of this one.
         if end + overlap >= last_frame:
             yield begin * size, length, first, last_frame - begin
             return

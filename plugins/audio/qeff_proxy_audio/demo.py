@@ -1,4 +1,4 @@
-"""What ``qeff-proxy demo`` runs of this package: spoken digits, heard by two tiny recognizers."""
+"""The demos of this package: two tiny recognizers transcribe spoken digits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whether an Ogg file ends where its last stream does.
+"""Detect Ogg files that were cut off.
 
-An Ogg file says nowhere how long it is: a reader takes the last page that it finds for the end, so
-half of a file looks whole to it. But the last page of a stream is marked (RFC 3533, section 6).
+An Ogg file does not store its length: a reader takes the last page it finds for the end, so half a
+file looks complete. But the last page of a stream has a flag (RFC 3533, section 6).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ __all__ = ["is_cut_off"]
 
 _CAPTURE = b"OggS"
 _HEADER = 27
-#: A page has at most 255 segments of 255 bytes, behind a header that names their lengths.
+#: A page is a header with segment lengths, and at most 255 segments of 255 bytes.
 _LARGEST_PAGE = _HEADER + 255 + 255 * 255
 _END_OF_STREAM = 4
 
 
 def is_cut_off(path: Path) -> bool:
-    """Whether an Ogg file ends within a page, or with one that is not a stream's last.
+    """Whether an Ogg file ends inside a page, or with a page that is not the last of its stream.
 
     Args:
-        path: A file. One that is not Ogg is not cut off.
+        path: A file; the result is False for one that is not Ogg.
     """
     with path.open("rb") as file:
         if file.read(len(_CAPTURE)) != _CAPTURE:

@@ -1,8 +1,7 @@
-"""Sound in: files and arrays become mono samples at the rate a model was trained on.
+"""Load sound: convert files and arrays to mono samples at the model's sampling rate.
 
-What is changed on the way (rate, channels) is said in a `SoundWarning`; what cannot be right
-(nothing but silence, NaN, a file that holds no sound) is an error, because a recognizer would make
-words of it.
+A `SoundWarning` reports conversions (rate, channels). Invalid sound (only silence, NaN, a file
+without sound) is an error, because a recognizer would still make words of it.
 """
 
 from __future__ import annotations
@@ -33,33 +32,34 @@ __all__ = [
     "tensor_of",
 ]
 
-#: A recording of speech that comes with the package: two seconds at 16 kHz.
+#: A recording of speech in this package: two seconds at 16 kHz.
 EXAMPLE = Path(__file__).parent / "checkpoints" / "recordings" / "two-zero-nine-four.flac"
 
-#: Sounds that swing less than this (-80 dB of full scale) are silence …
+#: A sound with less amplitude than this (-80 dB of full scale) is silence.
 SILENCE = 1e-4
-#: … less than this (-40 dB) very quiet, and more than this no samples of floating point.
+#: With less than `QUIET` (-40 dB) it is very quiet; more than `LOUDEST` cannot be floating-point
+#: samples.
 QUIET, LOUDEST = 1e-2, 4.0
-#: Seconds that a recognizer looks at to tell one sound from another: less holds no speech.
+#: Seconds of the window that a recognizer analyzes; a shorter sound cannot be speech.
 SHORTEST = 0.025
 #: Rates of recordings, in Hz.
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000
 #: An array of samples has at most this many channels; more rows than that are samples.
 MAX_CHANNELS = 8
-#: Of the frames that a header promises (of an MP3 an estimate), so many must be there.
+#: The share of the frames in the header (for an MP3 an estimate) that the file must have.
 _WHOLE = 0.98
 _UNKNOWN_LENGTH = 2**31 - 1
 
 
 class SoundWarning(UserWarning):
-    """The sound was changed to fit the model, or is not what it should be."""
+    """The sound was converted for the model, or is suspicious."""
 
 
 def feature_extractor_of(processor: Any) -> Any:
-    """What turns samples into a model's input: the processor's part for it, or itself.
+    """The feature extractor, which turns samples into the model's input: the processor or its part.
 
     Raises:
-        UsageError: There is none.
+        UsageError: The processor has none.
     """
     extractor = getattr(processor, "feature_extractor", processor)
     if not hasattr(extractor, "sampling_rate"):
@@ -72,15 +72,15 @@ def feature_extractor_of(processor: Any) -> Any:
 
 
 def tensor_of(inputs: Mapping[str, Any], name: str, axes: Sequence[str]) -> torch.Tensor:
-    """A ready-made tensor of ``inputs``, checked: it has these axes, and finite numbers.
+    """A tensor of the user's ``inputs``, checked for its axes and finite numbers.
 
     Raises:
-        UsageError: It is missing, or cannot be right.
+        UsageError: It is missing or invalid.
     """
     if name not in inputs:
         raise UsageError(
             f"there are no {name} among {', '.join(map(str, inputs)) or 'the inputs'}",
-            "Give what the processor gave, samples, or a sound file.",
+            "Pass the processor's output, samples, or a sound file.",
         )
     shape = f"Give [{', '.join(axes)}], none of them zero."
     tensor = given_tensor(name, inputs[name], shape)
@@ -98,9 +98,9 @@ def sounds_of(request: Request, rate: int) -> list[Array]:
         UsageError: There is none, or one cannot be used (`load_sound`).
     """
     if request.prompts or request.images or not request.audio:
-        given = "images" if request.images else "text" if request.prompts else "nothing"
+        kind = "images" if request.images else "text" if request.prompts else "nothing"
         raise UsageError(
-            f"a speech recognizer takes sound, not {given}",
+            f"a speech recognizer takes sound, not {kind}",
             "Give a sound file: qeff-proxy generate MODEL speech.wav, verify MODEL --audio "
             "speech.wav, or model.generate(inputs='speech.wav') in Python.",
         )
@@ -109,20 +109,20 @@ def sounds_of(request: Request, rate: int) -> list[Array]:
 
 
 def load_sound(sound: Any, rate: int, sampling_rate: int | None = None) -> Array:
-    """One sound as a model takes it.
+    """Load one sound for a model.
 
     Args:
         sound: A path to a file that libsndfile reads (WAV, FLAC, OGG, MP3 …), an array of samples
             (``[samples]``, or with channels on either axis; integers of 16 or 32 bits are scaled
             to ±1), or a mapping with ``array`` (or ``path``) and ``sampling_rate``.
-        rate: The rate to give, in Hz.
+        rate: The rate to return, in Hz.
         sampling_rate: The rate of an array; ``None`` means ``rate``.
 
     Returns:
         ``[samples]`` float32.
 
     Raises:
-        UsageError: It is no sound, is empty or silent, or has samples that are no numbers.
+        UsageError: It is no sound, is empty or silent, or has NaN or infinite samples.
     """
     if isinstance(sound, Mapping):
         sampling_rate = sound.get("sampling_rate", sampling_rate)
@@ -160,7 +160,7 @@ def _check_loudness(samples: Array, name: str) -> None:
     if max(most, -least) > LOUDEST:
         raise UsageError(
             f"{name} has samples as large as {max(most, -least):.3g}, and full scale is 1",
-            "Divide them by what full scale is: 32768 for samples of 16 bits.",
+            "Divide them by full scale: 32768 for samples of 16 bits.",
         )
     if swing < QUIET:
         warnings.warn(
@@ -197,9 +197,9 @@ def _read(path: Path) -> tuple[Array, int]:
 
 
 def _lacks_data(notes: str) -> bool:
-    """Whether a WAV file holds less than it says, by what libsndfile noted of it."""
+    """Whether a WAV file holds less data than its header says, from libsndfile's log."""
     found = re.search(r"^data : (\d+) \(should be (\d+)\)", notes, flags=re.MULTILINE)
-    # What was written to a pipe says the most that there can be.
+    # A file that was written to a pipe has the largest possible length in its header.
     return found is not None and int(found[2]) < int(found[1]) < _UNKNOWN_LENGTH
 
 

@@ -1,8 +1,8 @@
-"""The ``speech-seq2seq`` flow: transformers' own Whisper generation over the parts' sessions.
+"""The ``speech-seq2seq`` flow: transformers' Whisper generation on the parts' sessions.
 
-Language and task tokens, timestamps, windows of long sounds, fallbacks and beams are transformers'
-code. What is ours is the forward pass: `ProxyWhisper` runs the encoder part once per window and the
-decoder's parts through the core's engine.
+transformers handles language and task tokens, timestamps, windows of long sounds, fallbacks and
+beams. `ProxyWhisper` replaces the forward pass: it runs the encoder part once per window and the
+decoder's parts with `qeff_proxy.flows.causal_engine.CausalEngine`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ProxyWhisper", "SpeechFlow"]
 
-_STEPS = (5, 2, 1)  # queries of the prefill, of a second chunk, of a decode step
-_PADDING = 2  # padded positions in front of the second row
+_STEPS = (5, 2, 1)  # queries of the prefill, a second chunk, a decode step
+_PADDING = 2  # padded positions before the second row
 
 
 class SpeechFlow:
@@ -54,10 +54,10 @@ class SpeechFlow:
     def verify(
         self, model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent]
     ) -> CutReport:
-        """Hold the logits of the parts, step by step, against one pass of the model.
+        """Compare the logits of the parts, step by step, with one pass of the model.
 
         Raises:
-            CutError: They are not equal, or the parts cannot be run.
+            CutError: They differ, or the parts cannot be run.
         """
         generator = np.random.default_rng(0)
         spec = proxy.parts[0].inputs[0]
@@ -85,7 +85,7 @@ class SpeechFlow:
         processor: Any,
         proxy: Callable[[], Proxy],  # noqa: ARG002 (part of the protocol)
     ) -> Request:
-        """A recording of speech, cut to a window; noise where there is no processor."""
+        """A recording of speech, cut to a window; noise if there is no processor."""
         if processor is None:
             shape = (1, *map(int, export.parts[0].inputs[0].shape[1:]))
             noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -99,7 +99,7 @@ class SpeechFlow:
         """Generate.
 
         Returns:
-            ``generated_ids [sounds, tokens]`` int64, ``segments`` where there are timestamps, and
+            ``generated_ids [sounds, tokens]`` int64, ``segments`` if there are timestamps, and
             ``perf_metrics``.
 
         Raises:
@@ -121,7 +121,7 @@ class SpeechFlow:
         if features.shape[-1] < frames:
             raise UsageError(
                 f"input_features has {features.shape[-1]} frames, and a window has {frames}",
-                "Let the processor fill it up with silence: padding='max_length'.",
+                "Let the processor pad it with silence: padding='max_length'.",
             )
         if features.shape[-1] > frames:
             settings.setdefault("return_timestamps", True)
@@ -145,14 +145,14 @@ class SpeechFlow:
 
 
 class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
-    """Whisper, with sessions in place of weights.
+    """Whisper, computed by sessions instead of weights.
 
-    Its modules are on the meta device: they tell transformers' generation code about the
-    architecture and hold no memory. What stands for the encoder's output is the number of the row
-    that it belongs to, which beams and fallbacks may repeat and reorder.
+    Its modules are on the meta device: transformers' generation code reads the architecture from
+    them, and they use no memory. Instead of the encoder's output, the generation code gets row
+    numbers, which beams and fallbacks may repeat and reorder.
 
     Args:
-        job: What to run, and where the generation settings lie.
+        job: The parts to run, and the generation settings.
     """
 
     def __init__(self, job: Job) -> None:
@@ -165,7 +165,7 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        """Where features, ids and logits are: the host."""
+        """The device of features, ids and logits: the host."""
         return torch.device("cpu")
 
     @property
@@ -179,7 +179,7 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
         return self._steps.times
 
     def get_encoder(self, *_args: Any, **_kwargs: Any) -> nn.Module:
-        """What stands for the encoder."""
+        """The replacement of the encoder."""
         return _EncoderRunner(self._steps, self.config)
 
     def forward(
@@ -192,14 +192,14 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
         cache: EncoderDecoderCache | None = None,
         **_: Any,
     ) -> Seq2SeqLMOutput:
-        """One pass of the decoder, after one of the encoder where features are given.
+        """Run the decoder once, and the encoder before it if there are features.
 
         Args:
             input_features: ``[batch, mel, frames]``; needed without ``encoder_outputs``.
             decoder_input_ids: ``[batch, query]`` int64.
             decoder_attention_mask: ``[batch, past + query]``; ``None`` for no padding.
-            encoder_outputs: What `get_encoder` gave, its rows perhaps repeated and reordered.
-            past_key_values: The cache, taken over and given back longer.
+            encoder_outputs: The output of `get_encoder`; its rows may be repeated and reordered.
+            past_key_values: The cache, which is returned with the new positions.
             cache: The same, as transformers names it since 5.24.
 
         Returns:
@@ -240,7 +240,7 @@ class _Steps:
         self.decode_steps = 0
 
     def encode(self, features: torch.Tensor) -> int:
-        """Run the encoder, unless these features were the last it saw; give the batch size."""
+        """Run the encoder, unless its last features were the same; return the batch size."""
         if self.features is None or not torch.equal(self.features, features):
             feeds = {"input_features": to_array(features).astype(self.feature_dtype)}
             self.cross = self.encoder.run(feeds)
@@ -257,7 +257,7 @@ class _Steps:
     ) -> tuple[Array, dict[str, Array]]:
         """Run the decoder's parts once, with the cross keys of ``rows``."""
         whole = np.array_equal(rows, np.arange(self.rows))
-        cross = self.cross if whole else {name: one[rows] for name, one in self.cross.items()}
+        cross = self.cross if whole else {name: keys[rows] for name, keys in self.cross.items()}
         if padding.shape[1] > ids.shape[1]:
             step = StepId("decode", self.decode_steps)
             self.decode_steps += 1
@@ -272,7 +272,7 @@ class _Steps:
 
 
 class _EncoderRunner(nn.Module):
-    """What transformers' generation takes for the encoder."""
+    """The module that transformers' generation calls as the encoder."""
 
     main_input_name = "input_features"
 
@@ -282,14 +282,14 @@ class _EncoderRunner(nn.Module):
         self.config = config
 
     def forward(self, input_features: torch.Tensor, **_: Any) -> BaseModelOutput:
-        """``[batch, mel, frames]`` to the rows' numbers, ``[batch, 1, 1]``."""
+        """``[batch, mel, frames]`` to row numbers, ``[batch, 1, 1]``."""
         batch = self._steps.encode(input_features)
         return BaseModelOutput(last_hidden_state=torch.arange(batch).float()[:, None, None])
 
 
 @contextmanager
 def _quiet_generation() -> Iterator[None]:
-    """Leave out transformers' notes to itself on settings that its own code gives twice."""
+    """Silence transformers' warnings about settings that its own code passes twice."""
     logger = logging.getLogger("transformers.generation")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -300,7 +300,7 @@ def _quiet_generation() -> Iterator[None]:
 
 
 def _check_timestamps(model: ProxyWhisper, settings: Mapping[str, Any], long: bool) -> None:
-    """Refuse what needs timestamp tokens of a model that has none: it would make up tokens."""
+    """Refuse requests that need timestamp tokens if the model has none: it would invent tokens."""
     marker = getattr(model.generation_config, "no_timestamps_token_id", None)
     vocabulary = int(model.config.vocab_size)
     if not settings.get("return_timestamps") or (marker is not None and marker + 1 < vocabulary):
@@ -309,7 +309,7 @@ def _check_timestamps(model: ProxyWhisper, settings: Mapping[str, Any], long: bo
     raise UsageError(
         "this model has no timestamp tokens"
         + (f", so it takes at most {seconds:g} s of sound at once" if long else ""),
-        "Give the sound in pieces." if long else "Leave out return_timestamps.",
+        "Pass the sound in pieces." if long else "Remove return_timestamps.",
     )
 
 
@@ -324,7 +324,7 @@ def _perf(begin: float, end: float, times: list[float], tokens: int) -> PerfMetr
 
 
 def _proxy_logits(proxy: Proxy, features: Array, ids: Array, padding: Array) -> Array:
-    """Logits of the parts, run as they will be run: ``[batch, sequence, vocabulary]``."""
+    """Logits of the parts, run step by step: ``[batch, sequence, vocabulary]``."""
     encoder, *decoder = proxy.parts
     dtype = numpy_dtype(encoder.inputs[0].dtype)
     cross = TorchSession(encoder).run({"input_features": features.astype(dtype)})

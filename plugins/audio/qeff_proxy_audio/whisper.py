@@ -1,9 +1,9 @@
-"""Whisper: an encoder that runs once a window, and a decoder with a cache.
+"""Whisper: an encoder that runs once per window, and a decoder with a cache.
 
-The encoder part goes on to the keys and values that every decoder layer's cross attention reads,
-``cross_key_values.<layer>.key`` and ``.value``, so that no step computes them again. The decoder is
+The encoder part also computes the keys and values of every decoder layer's cross attention,
+``cross_key_values.<layer>.key`` and ``.value``, so that they are computed only once. The decoder is
 cut at its token embedding, ``model.decoder.embed_tokens``, and at ``proj_out``, which are tied; its
-learned positions stay in the body. One decoder graph serves prefill and decode steps.
+position embedding stays in the body. One decoder graph serves prefill and decode steps.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _MASK = MaskSpec("attention_mask", "causal")
 
 @hookimpl
 def locate_embedding() -> Site:
-    """The decoder's token embedding; its learned positions are no site."""
+    """The decoder's token embedding; the position embedding stays in the body."""
     return Site("model.decoder.embed_tokens")
 
 
 @hookimpl
 def locate_lm_head(model: PreTrainedModel) -> Site | Absent:
-    """``proj_out``, which has no bias."""
+    """``proj_out``, without a bias."""
     if "proj_out" not in dict(model.named_children()):
         return Absent(f"{type(model).__name__} gives hidden states")
     return Site("proj_out")
@@ -51,7 +51,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site | Absent:
 def build_proxy(
     model: PreTrainedModel, embedding: Site | Absent, lm_head: Site | Absent, kind: Kind
 ) -> Proxy | None:
-    """Encoder, token embedding, decoder body and head; or encoder and decoder as two graphs."""
+    """Encoder, token embedding, decoder body and head; encoder and decoder if not split."""
     if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
         return None
     config = model.config
@@ -91,7 +91,7 @@ def build_proxy(
 
 @hookimpl
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
-    """``input_features [sounds, mel, frames]`` and, of long sounds, which frames are sound."""
+    """``input_features [sounds, mel, frames]``; for long sounds also the mask of their frames."""
     if request.inputs is not None:
         return _given(request.inputs)
     extractor = feature_extractor_of(processor)
@@ -106,7 +106,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
 
 @hookimpl
 def decode(processor: Any, outputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``texts``, and ``segments`` with start, end and text where there are timestamps."""
+    """``texts``, and with timestamps also ``segments`` with start, end and text."""
     if processor is None or "generated_ids" not in outputs:
         return None
     texts = [
@@ -130,7 +130,7 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _frames(config: PreTrainedConfig) -> int:
-    """Frames of a window: the second convolution halves them."""
+    """Frames of a window; the second convolution halves their number."""
     return 2 * int(config.max_source_positions)
 
 
@@ -158,7 +158,7 @@ def _cache(
 
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Ready-made tensors, checked."""
+    """The user's tensors, checked."""
     refuse_unused(inputs, ("input_features", "attention_mask"))
     tensors = {"input_features": tensor_of(inputs, "input_features", ("sounds", "mel", "frames"))}
     if inputs.get("attention_mask") is not None:

@@ -62,8 +62,8 @@ class DecoderBody(nn.Module):
 
     Args:
         model: The uncut model.
-        table: What turns ``input_ids`` into embeddings; ``None``: embeddings go in.
-        head: What turns hidden states into logits; ``None``: hidden states come out.
+        table: The embedding of ``input_ids``, or ``None`` if the input is embeddings.
+        head: The module from hidden states to logits, or ``None`` if the output is hidden states.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class DecoderBody(nn.Module):
                 double underscores.
 
         Returns:
-            ``last_hidden_state`` or ``logits``, and the cache, one query longer.
+            ``last_hidden_state`` or ``logits``, and the cache with the new positions.
         """
         embeds = (
             tensors["inputs_embeds"] if self.table is None else self.table(tensors["input_ids"])
@@ -95,7 +95,7 @@ class DecoderBody(nn.Module):
             outputs = self.decoder(
                 inputs_embeds=embeds,
                 position_ids=tensors["position_ids"],
-                # Only tells the layers to attend; what they attend to is in the cache.
+                # Only makes the layers attend; the keys and values are in the cache.
                 encoder_hidden_states=embeds,
                 use_cache=True,
                 **{cache_argument(self.decoder.forward): cache},

@@ -1,1 +1,1 @@
-"""Embedding models for qeff-proxy. No family is served yet."""
+"""Embedding models for qeff-proxy: one module for each family, found through an entry point."""

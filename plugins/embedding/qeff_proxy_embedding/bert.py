@@ -1,4 +1,4 @@
-"""BERT and its like (BGE, E5, GTE, MiniLM): positions and token types stay in the body."""
+"""BERT (BGE, E5, GTE, MiniLM): position and token type embeddings stay in the body."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Embedding models made of a decoder: Qwen3-Embedding, e5-mistral, EmbeddingGemma's like.
+"""Decoder-based embedding models: Qwen3-Embedding, e5-mistral, EmbeddingGemma.
 
-They are the base model of a causal LM, run once without a cache; pooling takes the last token as
-a rule. Their model types are those of causal LMs, which is why they are claimed for this task only.
+They are base models of causal LMs, run once without a cache, usually with last-token pooling. Their
+model types are those of causal LMs, so the entry points register them for this task only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What all families of embedding models share: the five hooks.
+"""The five hooks, shared by all families of embedding models.
 
-A family's own module says where its token table is and how many tokens fit.
+A family's module only names the path of its token embedding and the longest input.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["EmbeddingFamily", "max_positions"]
 
 
 def max_positions(config: PreTrainedConfig) -> int:
-    """How many tokens fit where each has a position of its own, from 0."""
+    """The most tokens of a text if positions count from 0."""
     return int(config.max_position_embeddings)
 
 
@@ -40,9 +40,9 @@ class EmbeddingFamily:
     """The hooks of one family.
 
     Args:
-        token_table: Dotted path of the token embedding in the base model. Positions and token
-            types are no site and stay in the body.
-        longest: Most tokens of a text, given the config.
+        token_table: Dotted path of the token embedding in the base model. Position and token type
+            embeddings stay in the body.
+        longest: The most tokens of a text, from the config.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class EmbeddingFamily:
 
     @hookimpl
     def locate_embedding(self, model: PreTrainedModel) -> Site | None:
-        """The token table, where the model is the base model and not one with a head."""
+        """The token embedding; ``None`` if the model is not a base model but has a head."""
         return Site(self.token_table) if model.base_model is model else None
 
     @hookimpl
     def locate_lm_head(self, model: PreTrainedModel) -> Absent | None:
-        """There is none: an embedding model gives hidden states."""
+        """There is none: the output of an embedding model is hidden states."""
         if model.base_model is not model:
             return None
         return Absent("an embedding model gives hidden states or a vector, not token logits")
@@ -67,7 +67,7 @@ class EmbeddingFamily:
     def build_proxy(
         self, model: PreTrainedModel, embedding: Site | Absent, kind: Kind, options: Any
     ) -> Proxy | None:
-        """Token table and body with its pooling; or one graph, for ``stub`` and ``whole``."""
+        """Token embedding, and body with pooling; one graph for ``stub`` and ``whole``."""
         if model.base_model is not model or isinstance(embedding, Absent):
             return None
         table = model.get_submodule(embedding.module)
@@ -130,7 +130,7 @@ class EmbeddingFamily:
 
 
 def _hidden_width(model: PreTrainedModel, narrow: int) -> int:
-    """Width of the hidden states, which some families make wider than their token table."""
+    """Width of the hidden states; some families have narrower token embeddings."""
     return int(getattr(model.config, "hidden_size", None) or narrow)
 
 
@@ -138,7 +138,7 @@ def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
     if not callable(tokenizer):
         raise UsageError(
             f"{type_named(tokenizer)} is no tokenizer",
-            "Pass a tokenizer of transformers, or leave it out for the checkpoint's own.",
+            "Pass a tokenizer of transformers, or none to use the checkpoint's own.",
         )
     texts = list(request.prompts)
     wrong = [text for text in texts if not isinstance(text, str)]

@@ -1,9 +1,8 @@
 """The ``encoder`` flow: each batch of texts runs through the parts once.
 
-Whatever padding the caller used is taken off; rows are put in order of length, batched and padded
-on the right, to the longest of the batch or to the nearest of the compiled lengths. Padding changes
-no result, which the verified cut makes sure of: it holds a padded batch against the uncut model run
-on each row alone.
+The caller's padding is removed; rows are sorted by length, batched, and padded on the right to the
+longest row of the batch or to the nearest compiled length. Padding does not change results: to
+verify the cut, a padded batch is compared with the uncut model run on each row alone.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EncoderFlow", "Row", "rows_of", "run_rows"]
 
-_LENGTHS = (13, 9, 4)  # tokens of the rows that a cut is verified on
-_PADDED = 16  # what they are padded to
-_WINDOW = 3  # a sliding window short enough to hide something within them
+_LENGTHS = (13, 9, 4)  # tokens of the rows used to verify a cut
+_PADDED = 16  # the length they are padded to
+_WINDOW = 3  # a sliding window shorter than these rows, so that it has an effect
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,10 @@ class EncoderFlow:
     def verify(
         self, model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent]
     ) -> CutReport:
-        """Hold a padded batch through the parts against the model run on each row alone.
+        """Compare a padded batch, run through the parts, with the model run on each row alone.
 
         Raises:
-            CutError: They are not equal, or the parts cannot be run.
+            CutError: The results differ, or the parts cannot be run.
         """
         rows = _random_rows(model)
         with shrunk_windows(model, _WINDOW):
@@ -77,7 +76,7 @@ class EncoderFlow:
             sessions = {part.name: TorchSession(part) for part in parts}
             with parts_must_run(model, sites):
                 actual = _unpadded(run_rows(parts, sessions, rows, _PADDED), rows)
-        counts = np.concatenate([np.atleast_2d(one) for one in expected])
+        counts = np.concatenate([np.atleast_2d(row) for row in expected])
         return check_equal(
             model, sites, counts, np.concatenate([np.atleast_2d(one) for one in actual])
         )
@@ -111,7 +110,7 @@ class EncoderFlow:
         for step, chosen in enumerate(_batches(job, rows)):
             batch = [rows[index] for index in chosen]
             longest = max(len(row.ids) for row in batch)
-            padded = min(one for one in lengths or (longest,) if one >= longest)
+            padded = min(length for length in lengths or (longest,) if length >= longest)
             _check_positions(padded, job.export.settings.get("positions"))
             output = run_rows(job.export.parts, job.sessions, batch, padded, job.recorder, step)
             for index, result in zip(chosen, _unpadded(output, batch), strict=True):
@@ -123,7 +122,7 @@ class EncoderFlow:
         return {"last_hidden_state": results}
 
     def amount(self, job: Job) -> tuple[float, str]:
-        """How many texts there are."""
+        """The number of texts."""
         return float(len(job.tensors["input_ids"])), "texts"
 
     def run_model(self, model: PreTrainedModel, job: Job) -> object:
@@ -147,26 +146,26 @@ class EncoderFlow:
 
 
 def _batches(job: Job, rows: Sequence[Row]) -> list[list[int]]:
-    """Which rows run together: the numbers of the shortest first."""
+    """The row numbers of each batch; the shortest rows come first."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     size = int(job.settings.get("batch_size") or job.options.batch_size)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def rows_of(tensors: Mapping[str, torch.Tensor]) -> list[Row]:
-    """Take the padding off.
+    """Remove the padding.
 
     Args:
-        tensors: ``input_ids`` and, where there is padding, ``attention_mask`` (1 for a token), and
+        tensors: ``input_ids`` and optionally ``attention_mask`` (1 for a token) and
             ``token_type_ids``, all ``[texts, sequence]``; the padding may be on either side.
 
     Raises:
-        UsageError: Shapes do not fit, a row has no token, or padding stands between tokens.
+        UsageError: Shapes do not match, a row has no token, or there is padding between tokens.
     """
     if "input_ids" not in tensors:
         raise UsageError(
             f"there are no input_ids among {', '.join(tensors) or 'the inputs'}",
-            "Give what the tokenizer gave, or texts.",
+            "Pass the tokenizer's output, or texts.",
         )
     if tensors["input_ids"].is_floating_point():
         raise UsageError(
@@ -196,7 +195,7 @@ def _like(tensors: Mapping[str, torch.Tensor], name: str, default: Array) -> Arr
     if found.shape != default.shape:
         raise UsageError(
             f"{name} has shape {list(found.shape)}, input_ids {list(default.shape)}",
-            "They must be alike.",
+            "They must be equal.",
         )
     return found
 
@@ -206,13 +205,13 @@ def _check_lengths(rows: Sequence[Row], limit: int) -> None:
         if len(row.ids) > limit:
             raise UsageError(
                 f"text {index} has {len(row.ids)} tokens, and {limit} fit",
-                "Shorten it, give truncation=True to leave out what does not fit, or compile "
-                "with a larger seq_len where the model allows it.",
+                "Shorten it, pass truncation=True to cut it off, or compile with a larger seq_len "
+                "if the model allows it.",
             )
 
 
 def _check_ids(rows: Sequence[Row], table: int | None) -> None:
-    """Refuse what is no token: a negative id would be looked up from the end of the table."""
+    """Refuse ids outside the vocabulary: a negative id would index from the end of the table."""
     for row in rows if table is not None else ():
         wrong = row.ids[(row.ids < 0) | (row.ids >= table)]
         if wrong.size:
@@ -262,7 +261,7 @@ def run_rows(
 
 
 def _filled(rows: Sequence[Row], length: int) -> dict[str, Array]:
-    """Ids, token types and which of them are tokens, padded on the right: ``[batch, length]``."""
+    """Ids, token types and padding mask, padded on the right: ``[batch, length]`` each."""
     names = ("input_ids", "token_type_ids", "padding_mask")
     known: dict[str, Array] = {name: np.zeros((len(rows), length), np.int64) for name in names}
     for index, row in enumerate(rows):
@@ -292,7 +291,7 @@ def _random_rows(model: PreTrainedModel, seed: int = 0) -> list[Row]:
 
 
 def _reference(model: PreTrainedModel, proxy: Proxy, row: Row) -> Array:
-    """What the uncut model gives for one row alone, pooled."""
+    """The uncut model's pooled output for one row alone."""
     part = proxy.parts[-1].module
     assert isinstance(part, EncoderPart)  # noqa: S101 (the families of this package build no other)
     ids = to_tensor(row.ids[None])

@@ -1,4 +1,4 @@
-"""ModernBERT: rotary positions, and layers that see a window only."""
+"""ModernBERT: rotary positions, and layers with a sliding window."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["family"]
 
-# The model's code fixes the padding token's id at 1, whatever the config says.
+# The model's code fixes the padding token's id at 1 and ignores the config's.
 _FIRST_POSITION = 2
 
 

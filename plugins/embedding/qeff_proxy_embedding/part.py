@@ -1,4 +1,4 @@
-"""The modules an embedding model is cut into: token table, body with pooling, and the whole."""
+"""The module of an embedding model's body, or of the whole model, with pooling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["EncoderPart", "probe_masks"]
 
 
 def probe_masks(model: PreTrainedModel, hidden_size: int) -> tuple[MaskSpec, ...]:
-    """Run ``model`` on two embeddings and see which attention masks it asks for."""
+    """Run ``model`` on two embeddings and record which attention masks it creates."""
     masks: dict[MaskKind, MaskSpec] = {}
     device = next(model.parameters()).device
     embeddings = torch.zeros(1, 2, hidden_size, dtype=model.dtype, device=device)
@@ -32,16 +32,15 @@ def probe_masks(model: PreTrainedModel, hidden_size: int) -> tuple[MaskSpec, ...
 
 
 class EncoderPart(nn.Module):
-    """A model that runs once, with its masks as plain tensors and its pooling.
+    """A model that runs once, with plain tensors as masks, and pooling.
 
-    Positions are the model's own: they count from the row's first token, which is why rows are
-    padded on the right.
+    The model counts positions from the start of the row, so rows are padded on the right.
 
     Args:
-        model: The base model, uncut: given embeddings, it leaves its token table alone.
-        masks: What `probe_masks` found.
-        pooling: What follows.
-        entry: The name of its first input, ``"inputs_embeds"`` or ``"input_ids"``.
+        model: The base model, uncut: with embeddings as input it does not use its token embedding.
+        masks: The masks that `probe_masks` recorded.
+        pooling: How the hidden states are pooled.
+        entry: The name of the first input, ``"inputs_embeds"`` or ``"input_ids"``.
         dense: Layers between pooling and normalization, where the checkpoint has them.
     """
 
@@ -64,7 +63,7 @@ class EncoderPart(nn.Module):
         self.takes_cache = "use_cache" in parameters
 
     def inputs(self, first: TensorSpec) -> tuple[TensorSpec, ...]:
-        """What it takes besides ``first``: masks, token types, and the padding to pool over."""
+        """``first`` and the other inputs: masks, token types, and the padding mask for pooling."""
         dtype = str(self.model.dtype).removeprefix("torch.")
         ids = ("batch", "sequence")
         names = [TensorSpec("token_type_ids", "int64", ids)] if self.takes_token_types else []
@@ -77,7 +76,7 @@ class EncoderPart(nn.Module):
         )
 
     def output(self, width: int) -> TensorSpec:
-        """What it gives; ``width`` is that of the hidden states."""
+        """The output; ``width`` is that of the hidden states."""
         dtype = str(self.model.dtype).removeprefix("torch.")
         if not self.pooling.pools:
             return TensorSpec("last_hidden_state", dtype, ("batch", "sequence", width))
@@ -88,19 +87,19 @@ class EncoderPart(nn.Module):
             width = width * self.pooling.parts if self.dense is None else self.dense.width
             return self.pooling.truncate_dim or width
         hidden = torch.zeros(1, 2, width, dtype=self.model.dtype)
-        asked = "It is to make [batch, width] of [batch, sequence, hidden] and [batch, sequence]."
+        hint = "It must turn [batch, sequence, hidden] and [batch, sequence] into [batch, width]."
         try:
             vector = self.pooling(hidden, torch.ones(1, 2, dtype=torch.int64))
         except Exception as error:
             raise UsageError(
-                f"the pooling {self.pooling.name} fails: {type(error).__name__}: {error}", asked
+                f"the pooling {self.pooling.name} fails: {type(error).__name__}: {error}", hint
             ) from error
         if not isinstance(vector, torch.Tensor) or vector.dim() != 2 or vector.shape[0] != 1:
             shape = list(getattr(vector, "shape", ()))
             raise UsageError(
                 f"the pooling {self.pooling.name} gives {type_named(vector)} of shape {shape} "
                 "for one text",
-                asked,
+                hint,
             )
         return int(vector.shape[-1])
 
@@ -113,9 +112,9 @@ class EncoderPart(nn.Module):
 
         Returns:
             ``sentence_embedding [batch, width]``, or ``last_hidden_state [batch, sequence,
-            hidden]`` where nothing pools.
+            hidden]`` without pooling.
         """
-        given: dict[MaskKind, torch.Tensor | None] = {
+        masks: dict[MaskKind, torch.Tensor | None] = {
             mask.kind: tensors[mask.name] for mask in self.masks
         }
         padding_mask = tensors["padding_mask"]
@@ -127,7 +126,7 @@ class EncoderPart(nn.Module):
             arguments["token_type_ids"] = tensors["token_type_ids"]
         if self.takes_cache:
             arguments["use_cache"] = False
-        with provide_masks(self.model, given):
+        with provide_masks(self.model, masks):
             hidden = self.model(**arguments).last_hidden_state
         name = "sentence_embedding" if self.pooling.pools else "last_hidden_state"
         return {name: self.pooling(hidden, padding_mask, self.dense)}

@@ -26,7 +26,7 @@ POOLINGS = ("mean", "cls", "max", "last", "mean_sqrt_len", "weighted_mean", "non
 
 @dataclass(frozen=True)
 class Pooling:
-    """How hidden states become a vector.
+    """How hidden states are pooled to a vector.
 
     Attributes:
         name: One of `POOLINGS`, several of them joined by ``+``, or ``module:function`` for a
@@ -66,7 +66,7 @@ class Pooling:
             dense: Layers that follow the pooling, ``[batch, width]`` to ``[batch, width]``.
 
         Returns:
-            ``[batch, width]``, or ``hidden`` itself where there is nothing to pool.
+            ``[batch, width]``, or ``hidden`` itself without pooling.
         """
         if not self.pools:
             return hidden
@@ -86,7 +86,7 @@ class Pooling:
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings from which `pooling_of_options` makes it again."""
+        """The settings from which `pooling_of_options` restores it."""
         return {
             "pooling": self.name,
             "normalize": self.normalize,

@@ -1,8 +1,6 @@
-"""Causal language models that transformers' generic calls describe in full.
+"""Causal language models that the core's generic plugin can locate and cut.
 
-Prompts become token ids, padded on the left, and new token ids become text. Where the two sites
-are and how the model is cut is left to the core's generic plugin, whose cut the core verifies for
-these as for any other model.
+This module only turns prompts into token ids, padded on the left, and new token ids into text.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ __all__ = ["decode", "preprocess"]
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
     """Token ids and mask of the prompts.
 
-    No chat template or other text is added. ``None`` where the user made the tensors, gave no
-    prompts, or there is no tokenizer.
+    No chat template or other text is added. ``None`` if the user passed tensors or no prompts, or
+    there is no tokenizer.
     """
     refuse_others(request, "prompts")
     if request.inputs is not None or not request.prompts or processor is None:
@@ -36,7 +34,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
 
 @hookimpl
 def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
-    """The texts of ``generated_ids``, special tokens left out; ``None`` without a tokenizer."""
+    """The texts of ``generated_ids`` without special tokens; ``None`` without a tokenizer."""
     if processor is None or "generated_ids" not in outputs:
         return None
     texts: list[str] = processor.batch_decode(outputs["generated_ids"], skip_special_tokens=True)

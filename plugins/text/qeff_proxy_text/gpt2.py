@@ -1,6 +1,6 @@
 """GPT2: the token embedding is ``transformer.wte``, tied to ``lm_head``.
 
-The learned positions, ``transformer.wpe``, are an embedding too and stay in the body.
+The position embedding, ``transformer.wpe``, stays in the body.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["decode", "locate_embedding", "locate_lm_head", "preprocess"]
 
 @hookimpl
 def locate_embedding(model: PreTrainedModel) -> Site | None:
-    """``transformer.wte``, where the model is the one with an LM head."""
+    """``transformer.wte``; ``None`` for a model without an LM head."""
     return _site_at(model, "transformer.wte")
 
 
 @hookimpl
 def locate_lm_head(model: PreTrainedModel) -> Site | None:
-    """``lm_head``, which has no bias and which nothing follows."""
+    """``lm_head``, without a bias; no operator follows it."""
     return _site_at(model, "lm_head")
 
 

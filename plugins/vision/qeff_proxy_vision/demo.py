@@ -1,8 +1,7 @@
-"""What ``qeff-proxy demo`` runs of this package.
+"""The demos of this package.
 
-``llava`` is shown a drawing, and says what it sees. The other families have no small checkpoint
-that is trained: they run on tiny random weights, with an image of noise, to show that their numbers
-are PyTorch's.
+``llava`` describes a drawing. The other families have no small trained checkpoint: they run with
+tiny random weights and an image of noise, to show that they compute the same as PyTorch.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny-llava"
 
 
 def llava() -> Demo:
-    """LLaVA 1.5: an image file and a question in, a sentence out."""
+    """LLaVA 1.5: an image file and a question to a sentence."""
     return Demo(
         checkpoint=_CHECKPOINT,
         request=Request(prompts=(QUESTION,), images=(DRAWING,)),
@@ -39,7 +38,7 @@ def llava() -> Demo:
 
 
 def llava_next() -> Demo:
-    """LLaVA-NeXT around a Granite language model, as Granite Vision is."""
+    """LLaVA-NeXT with a Granite language model, like Granite Vision."""
     return _random_demo("llava_next")
 
 
@@ -54,7 +53,7 @@ def gemma3() -> Demo:
 
 
 def internvl() -> Demo:
-    """InternVL, as transformers has it."""
+    """InternVL in transformers."""
     return _random_demo("internvl")
 
 
@@ -83,7 +82,7 @@ def _random_demo(family: str) -> Demo:
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
-    """Save a model without a word on the terminal."""
+    """Save a model without output on the terminal."""
     from transformers.utils import logging
 
     showed_bars = logging.is_progress_bar_enabled()

@@ -1,8 +1,7 @@
 """The ``image-text-to-text`` flow: the vision part once, then prefill and decode steps.
 
-Its verified cut runs a padded batch with an image through the parts as they will be run, and
-through the uncut model with its own cache and masks. Nothing is written before their logits are
-equal.
+To verify a cut, a padded batch with an image is run through the parts, and through the uncut model
+with its own cache and masks, and the logits are compared.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ __all__ = ["ImageTextFlow"]
 
 _TEXT_INPUTS = ("input_ids", "attention_mask")
 _NEW_TOKENS = 2  # decode steps of the verification
-_WINDOW = 5  # a sliding window short enough to hide something within them
+_WINDOW = 5  # a sliding window shorter than the prompt, so that it has an effect
 
 
 class ImageTextFlow:
@@ -48,10 +47,10 @@ class ImageTextFlow:
     def verify(
         self, model: PreTrainedModel, proxy: VisionProxy, sites: Mapping[str, Site | Absent]
     ) -> CutReport:
-        """Hold the parts against the model on a batch with an image.
+        """Compare the parts with the model on a batch with an image.
 
         Raises:
-            CutError: The parts cannot be run, or give other logits.
+            CutError: The parts cannot be run, or compute other logits.
         """
         if not isinstance(proxy, VisionProxy):
             raise CutError(
@@ -76,14 +75,14 @@ class ImageTextFlow:
         processor: Any,
         proxy: Callable[[], Proxy],
     ) -> Request:
-        """A drawing and a question; noise among random tokens where no processor takes images."""
+        """A drawing and a question; noise and random tokens if no processor takes images."""
         if any(hasattr(processor, name) for name in ("image_processor", "process")):
             return Request(prompts=(QUESTION,), images=(DRAWING,))
         live = proxy()
         if not isinstance(live, VisionProxy):
             raise UsageError(
                 "this model has no processor for images, and no input was given",
-                "Give what a processor would make: inputs={'input_ids': …, 'pixel_values': …}.",
+                "Pass a processor's output: inputs={'input_ids': …, 'pixel_values': …}.",
             )
         return Request(inputs=live.sample())
 
@@ -94,8 +93,8 @@ class ImageTextFlow:
             ``generated_ids [prompts, tokens]`` int64, and ``perf_metrics``.
 
         Raises:
-            UsageError: Images and prompt do not belong together, the prompt does not fit, or the
-                export is a stub.
+            UsageError: Images and prompt do not match, the prompt is too long, or the export is a
+                stub.
         """
         steps = tuple(part for part in job.export.parts if part.name != "vision")
 
@@ -115,7 +114,7 @@ class ImageTextFlow:
 
 
 def _proxy_logits(proxy: VisionProxy, sample: Mapping[str, Array], new: Array) -> Array:
-    """Logits of the parts, run as they will be run: ``[batch, sequence, vocabulary]``."""
+    """Logits of the parts, run step by step: ``[batch, sequence, vocabulary]``."""
     parts = [_shrunk(part) for part in proxy.parts]
     sessions = {part.name: TorchSession(part) for part in parts}
     takes_pixels = _takes_pixels(parts)
@@ -137,13 +136,13 @@ def _proxy_logits(proxy: VisionProxy, sample: Mapping[str, Array], new: Array) -
 
 
 def _takes_pixels(parts: Iterable[PartLike]) -> PartLike:
-    """The part that images go into: ``vision``, or what it was put into."""
+    """The part that takes the images: ``vision``, or the part that contains it."""
     by_name = {part.name: part for part in parts}
     return next(by_name[name] for name in ("vision", "body", "model") if name in by_name)
 
 
 def _pixels(settings: ImageSettings, parts: Iterable[PartLike]) -> list[str]:
-    """The inputs that images come by, and what says where they belong."""
+    """The names of the image inputs, and of the inputs that give the images' positions."""
     names = [spec.name for spec in _takes_pixels(parts).inputs]
     if settings.inputs:
         names = list(settings.inputs)
@@ -152,7 +151,7 @@ def _pixels(settings: ImageSettings, parts: Iterable[PartLike]) -> list[str]:
 
 
 def _tells_of_images(name: str) -> bool:
-    """Whether this is what processors say of images besides, whatever the model needs of it."""
+    """Whether this is a further output of image processors, which the model may not need."""
     return (name.startswith(("image_", "pixel_")) and not name.endswith("_videos")) or (
         name == "mm_token_type_ids"
     )
@@ -165,7 +164,7 @@ def _steps(prompt: int, total: int) -> Iterable[tuple[int, int]]:
 
 
 def _shrunk(part: Part) -> Part:
-    """The part with its masks as they are while the model's windows are shrunk."""
+    """The part with the masks for the model's shrunk windows."""
     masks = tuple(
         mask if mask.size is None else replace(mask, size=min(mask.size, _WINDOW))
         for mask in part.masks

@@ -1,7 +1,7 @@
-"""Gemma3: an image's tokens see each other in both directions, in full and sliding layers alike.
+"""Gemma3: an image's tokens attend to each other in both directions, in full and sliding layers.
 
-The square root of the hidden size, by which it scales embeddings, is inside the embedding module,
-so the image rows that replace embeddings do not get it.
+The model scales embeddings by the square root of the hidden size inside the embedding module, so
+the image features that replace embeddings are not scaled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def build_proxy(
     kind: Kind,
     options: Mapping[str, Any],
 ) -> VisionProxy:
-    """Tower and pooling projector; then the language model."""
+    """A vision part with tower and pooling projector; the language model is cut as usual."""
     text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config = model.config
     vision, text = config.vision_config, config.text_config

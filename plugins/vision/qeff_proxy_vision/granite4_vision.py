@@ -1,7 +1,7 @@
-"""Granite 4 Vision: features enter before several layers, and nothing at the embeddings.
+"""Granite 4 Vision: features are added before several layers, and not to the embeddings.
 
-Each of them is an input of the body, zero wherever there is no image, that is added to the hidden
-states before its layer.
+The features of each such layer are an input of the body, zero at positions without an image, which
+is added to the hidden states before the layer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = ["LayeredBody", "LayeredTower", "build_proxy", "decode", "preprocess"]
 
 
 class LayeredTower(nn.Module):
-    """A tower whose layers go through projectors of their own.
+    """A tower with a projector for each of several layers.
 
     Args:
-        model: Has the tower, the projectors and the newline.
+        model: The model with the tower, the projectors and the newline.
         sources: Layer of the tower → its projector, one for each of ``targets``.
         targets: Layers of the language model.
         skip_first: Leave out the first row of each tile, the class token.
@@ -116,7 +116,7 @@ def build_proxy(
     kind: Kind,
     options: Mapping[str, Any],
 ) -> VisionProxy:
-    """Tower and its projectors; then the language model, with features for its layers."""
+    """A vision part with tower and projectors; the language model gets features for its layers."""
     text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config, inner = model.config, model.model
     vision, text = config.vision_config, config.text_config

@@ -1,8 +1,8 @@
-"""How image features enter a language model, said as data, and done on the host.
+"""Insert image features into the inputs of the language model, on the host.
 
-A family says it once, as an `ImageSettings`, which lies as JSON in the export. An `ImagePrompt`
-does it at each step: it runs the vision part once, finds the positions that images take in the
-prompt, and supplies the body with what it needs there.
+An `ImageSettings`, stored in the export, describes where a family's features go. At each step an
+`ImagePrompt` computes the body's inputs from it: it runs the vision part once and finds the
+positions of the images in the prompt.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ RunVision = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
 class ImagePrompt:
-    """One prompt with its images, asked by `CausalEngine` at each step.
+    """The images of a batch of prompts, as `CausalEngine` asks for them at each step.
 
     Args:
-        settings: What the family says.
-        tensors: What ``preprocess`` made: ``input_ids [batch, length]`` int64, and the inputs of
-            the vision part.
+        settings: How the family uses images.
+        tensors: The output of ``preprocess``: ``input_ids [batch, length]`` int64, and the inputs
+            of the vision part.
         vision: The part that takes the pixels.
-        run_vision: Runs it, where it is a part of its own. It is called once, before the first
-            step, and not at all where the prompt has no image.
+        run_vision: Runs that part, if it is a part of its own. It is called once, before the first
+            step, and only if the prompt has an image.
 
     Raises:
-        UsageError: The prompt has an image token and no image, or the reverse.
+        UsageError: The prompt has an image token and no image, or an image and no image token.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ImagePrompt:
         self._pixels = [spec for spec in vision.inputs if not names or spec.name in names]
         self._run_vision = run_vision
         if "input_ids" not in tensors:
-            raise UsageError("there are no input_ids", "Give what the processor gave, or prompts.")
+            raise UsageError("there are no input_ids", "Pass the processor's output, or prompts.")
         self._ids = tensors["input_ids"]
         self._has_images = self._pixels[0].name in tensors
         self._blocks = _blocks(settings.blocks, tensors)
@@ -66,7 +66,7 @@ class ImagePrompt:
             raise UsageError(
                 f"the prompt has {counted(int(marked.sum()), 'image token')}, "
                 "and there is no image",
-                "Give one image for each place in the prompt, or take the image token out.",
+                "Pass an image for each image token, or remove the token from the prompt.",
             )
         if marked is not None and self._has_images and not marked.any():
             raise UsageError(
@@ -77,7 +77,7 @@ class ImagePrompt:
     def supply(
         self, part: PartLike, known: Mapping[str, Array], padding: Array
     ) -> dict[str, Array]:
-        """What the images give to a part (see `qeff_proxy.flows.causal_engine.Supplier`)."""
+        """A part's inputs that come from images (`qeff_proxy.flows.causal_engine.Supplier`)."""
         ids = known["input_ids"]
         past = padding.shape[1] - ids.shape[1]
         names = {spec.name for spec in part.inputs}
@@ -99,10 +99,10 @@ class ImagePrompt:
         return given
 
     def chunk_end(self, start: int, stop: int) -> int:  # noqa: ARG002 (the protocol's)
-        """A position from ``stop`` on that parts no block of tokens that see each other."""
+        """The first position from ``stop`` on that splits no block of an image's tokens."""
         together = self._blocks
         if self.settings.inputs and self._has_images:
-            # One graph: chunks that share the images would each run the tower.
+            # One graph: each chunk with images would run the tower again.
             together = np.where(self._arranged() >= 0, 0, -1)
         if together is None:
             return stop
@@ -117,7 +117,7 @@ class ImagePrompt:
             stop = end
 
     def _marked(self) -> Array | None:
-        """Which positions carry the image token: ``[batch, length]`` bool."""
+        """The positions of the image token: ``[batch, length]`` bool."""
         if self.settings.token_id is None:
             return None
         marked: Array = self._ids == self.settings.token_id
@@ -140,7 +140,7 @@ class ImagePrompt:
         return self._rows
 
     def _place_by_token(self) -> None:
-        """Rows go to the image tokens in order."""
+        """Assign the feature rows to the image tokens in order."""
         marked = self._marked()
         assert marked is not None  # noqa: S101 (a family says token_id or index)
         order = self._order()
@@ -148,12 +148,12 @@ class ImagePrompt:
             raise UsageError(
                 f"the prompt has {counted(int(marked.sum()), 'image token')}, and its images need "
                 f"{order.size}",
-                "Let the checkpoint's processor make the prompt, with one image for each place.",
+                "Let the checkpoint's processor create the prompt, with an image for each token.",
             )
         self._rows[marked] = order
 
     def _order(self) -> Array:
-        """The rows of features, in the order of the image tokens."""
+        """The feature rows, in the order of the image tokens."""
         assert self._feeds is not None  # noqa: S101 (made before)
         if self.settings.grid is not None:
             return self.settings.grid.order(self._tensors["image_sizes"])
@@ -163,7 +163,7 @@ class ImagePrompt:
         return np.arange(tiles * (self.settings.rows_per_tile or 1))
 
     def _one_graph(self, past: int, shape: tuple[int, ...]) -> dict[str, Array]:
-        """The pixels in the step that has images, and none in others; and each position's row."""
+        """The pixels, empty in steps without images, and each position's feature row."""
         rows = self._window(self._arranged(), past, shape)
         if self._feeds is not None and (rows >= 0).any():
             return {ROWS: rows, **self._feeds}
@@ -177,7 +177,7 @@ class ImagePrompt:
         return {ROWS: rows, **nothing}
 
     def _place_by_index(self, index: Array) -> None:
-        """``index [batch, …]``: the position, within its row, of each feature row."""
+        """Assign feature rows by ``index [batch, …]``, the position of each within its prompt."""
         flat = index.reshape(index.shape[0], -1)
         feature_rows = np.arange(flat.size).reshape(flat.shape)
         batch, column = np.nonzero(flat >= 0)
@@ -188,8 +188,8 @@ class ImagePrompt:
         for spec in self._pixels:
             if spec.name not in self._tensors:
                 raise UsageError(
-                    f"images need the tensor {spec.name!r}, which is not there",
-                    "Let the checkpoint's processor make the tensors.",
+                    f"images need the tensor {spec.name!r}, which is missing",
+                    "Let the checkpoint's processor create the tensors.",
                 )
             value = self._tensors[spec.name]
             if self.settings.grid is not None and value.ndim > len(spec.shape):
@@ -203,7 +203,7 @@ class ImagePrompt:
         return feeds
 
     def _window(self, prompt: Array, past: int, shape: tuple[int, ...]) -> Array:
-        """Columns ``past`` … of the prompt, -1 beyond it; each row as often as there are beams."""
+        """Columns of the prompt from ``past`` on, -1 after its end; rows are repeated for beams."""
         rows = np.full((prompt.shape[0], shape[1]), -1, np.int64)
         piece = prompt[:, past : past + shape[1]]
         rows[:, : piece.shape[1]] = piece

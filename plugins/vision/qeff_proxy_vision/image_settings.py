@@ -1,4 +1,4 @@
-"""How image features enter a language model, said as data; it lies as JSON in the export."""
+"""Settings for how image features enter a language model, stored as JSON in the export."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from qeff_proxy_vision.tiles import TileGrid
 
 __all__ = ["ROWS", "Blocks", "ImageSettings", "Merge"]
 
-#: The input that says which row of features belongs to a position.
+#: The input with the feature row of each position.
 ROWS = "image_rows"
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What happens to one tensor at the positions that images take.
+    """The change of one tensor at the positions of images.
 
     Attributes:
         how: ``"replace"`` its rows by features, ``"add"`` features to them, or ``"clear"`` them.
         into: The tensor, ``[batch, query, hidden]``: ``inputs_embeds``, or an input of the body
-            that is zero wherever there is no image.
-        features: The output of the vision part that holds the features; ``None`` for ``"clear"``.
+            that is zero at other positions.
+        features: The output of the vision part with the features; ``None`` for ``"clear"``.
     """
 
     how: Literal["replace", "add", "clear"]
@@ -32,7 +32,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Image tokens that see each other in both directions.
+    """Image tokens that attend to each other in both directions.
 
     Attributes:
         tensor: The processor's output that is 1 at those tokens.
@@ -45,20 +45,20 @@ class Blocks:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """All that a family says of its images.
+    """How a family uses images.
 
     Attributes:
-        token_id: The token whose positions images take, in order; ``None`` where ``index`` says.
-        merges: What happens at those positions, in order.
-        index: The processor's output that says the position of each feature row, -1 for none
-            (``[batch, …]``), where there is no image token.
-        blocks: Which image tokens see each other.
-        grid: How the tiles of an image are arranged, where they are.
-        table_rows: Rows of the embedding table; tokens beyond it stand for images only.
-        skip_negative: An input of the vision part whose rows of negatives only are left out, and
-            that has a row for each row of features.
-        rows_per_tile: Rows of features of a tile, where a tile always has as many.
-        inputs: The pixels, where the body takes them itself (`qeff_proxy_vision.joined_graph`).
+        token_id: The image token, whose positions are filled in order; ``None`` with ``index``.
+        merges: The changes at those positions, in order.
+        index: Without an image token: the processor's output with the position of each feature
+            row, -1 for none (``[batch, …]``).
+        blocks: Which image tokens attend to each other.
+        grid: How the tiles of an image are arranged, if they are.
+        table_rows: Rows of the embedding table; higher token ids are only for images.
+        skip_negative: An input of the vision part with one row for each feature row; rows with
+            only negative numbers are left out.
+        rows_per_tile: Feature rows of a tile, if their number is fixed.
+        inputs: The pixels, if the body takes them itself (`qeff_proxy_vision.joined_graph`).
     """
 
     token_id: int | None

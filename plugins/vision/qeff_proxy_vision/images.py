@@ -1,4 +1,4 @@
-"""Images as users give them, made into what every processor takes: PIL images in RGB."""
+"""Convert users' images to PIL images in RGB, which every processor takes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from qeff_proxy.errors import UsageError
 
 __all__ = ["DRAWING", "MAX_PIXELS", "QUESTION", "open_image"]
 
-#: A drawing that comes with the package, a green triangle on white, and what to ask about it.
+#: A drawing in this package, a green triangle on white, and a question about it.
 DRAWING = Path(__file__).parent / "checkpoints" / "drawings" / "drawing.png"
 QUESTION = "What is this ?"
 
-#: Larger images are refused before they are decoded: no processor keeps more than a few million
-#: pixels, and a small file can hold billions.
+#: Larger images are refused before they are decoded: no processor uses more than a few million
+#: pixels, and a small file can expand to billions.
 MAX_PIXELS = 100_000_000
 _MAX_BYTES = 200_000_000
-#: Of what PIL reads. Others are rare, and EPS starts another program.
+#: Some of PIL's formats. Others are rare, and EPS starts another program.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _TIMEOUT = 30  # seconds to wait for a server
 
@@ -58,7 +58,7 @@ def open_image(source: Any) -> Image.Image:
         return _to_rgb(_from_array(np.asarray(source)), "the array")
     raise UsageError(
         f"an image cannot be {type_named(source)}",
-        "Give a path, a URL, bytes, a PIL image or an array.",
+        "Pass a path, a URL, bytes, a PIL image or an array.",
     )
 
 
@@ -87,7 +87,7 @@ def _decode(file: Any, name: str) -> Image.Image:
     with _reading(name):
         with Image.open(file, formats=_FORMATS) as image:
             _check_size(image.width, image.height, name)
-            image.verify()  # checksums, which loading passes over
+            image.verify()  # checksums, which loading ignores
         file.seek(0)
         with Image.open(file, formats=_FORMATS) as image:
             image.load()
@@ -96,10 +96,10 @@ def _decode(file: Any, name: str) -> Image.Image:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Say in one line what is wrong with an image, whatever its decoder raises."""
+    """Turn any error of an image's decoder into an error of one line."""
     try:
         with warnings.catch_warnings():
-            # Of sizes, which are checked, and of metadata, which do not matter.
+            # About sizes, which are checked here, and about metadata, which are not used.
             warnings.simplefilter("ignore")
             yield
     except UsageError:
@@ -110,7 +110,7 @@ def _reading(name: str) -> Iterator[None]:
         raise UsageError(
             f"{name} is no image that can be read", "Give a PNG, JPEG, WebP, GIF, BMP or TIFF file."
         ) from error
-    except Exception as error:  # each of PIL's decoders has its own for damaged files
+    except Exception as error:  # PIL's decoders raise different errors for damaged files
         reason = str(error) or type(error).__name__
         raise UsageError(f"{name} is damaged: {reason}", "Write the image anew.") from error
 

@@ -1,4 +1,4 @@
-"""Preprocess and decode through the checkpoint's own processor: what all families share."""
+"""Preprocess and decode with the checkpoint's processor, for all families."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["checked_tensors", "count_error", "decode", "preprocess", "prompts_and_images"]
 
-#: What to do where a prompt has a place for an image, and there is none.
+#: The hint for a prompt with an image token and no image.
 NO_IMAGE = (
     "Give one with --image FILE (in Python images=[…]) for each place, or take the token out."
 )
@@ -30,18 +30,18 @@ NO_IMAGE = (
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
     """Run the processor on prompts and images.
 
-    A prompt that does not say where its images belong is put into the processor's chat template
-    where it has one, images first; ``options={"chat": True}`` or ``False`` says so for all.
-    ``request.images`` is a list of images, dealt out to the prompts in order, or a list of lists,
+    A prompt without image tokens is put into the processor's chat template, if there is one, after
+    its images; ``options={"chat": True}`` or ``False`` decides this for all prompts.
+    ``request.images`` is a list of images, assigned to the prompts in order, or a list of lists,
     one for each prompt.
 
     Returns:
-        What the processor makes: ``input_ids`` and ``attention_mask [batch, length]`` int64,
-        padded on the left, and the tensors of the images.
+        The processor's output: ``input_ids`` and ``attention_mask [batch, length]`` int64, padded
+        on the left, and the tensors of the images.
 
     Raises:
-        UsageError: Images and places for them do not match, an image cannot be read, or there is
-            no processor for images.
+        UsageError: Images and image tokens do not match, an image cannot be read, or there is no
+            processor for images.
     """
     if request.inputs is not None:
         return checked_tensors(request.inputs)
@@ -74,7 +74,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
 
 @hookimpl
 def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
-    """The texts of ``generated_ids``, special tokens left out; ``None`` without a processor."""
+    """The texts of ``generated_ids`` without special tokens; ``None`` without a processor."""
     if processor is None or "generated_ids" not in outputs:
         return None
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -83,18 +83,18 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
 
 
 def checked_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What a user gave instead of prompts, which is to be what a processor gives.
+    """The tensors that a user passed instead of prompts, checked to be a processor's output.
 
     Args:
-        inputs: Tensors, arrays or lists; ``None`` stands for what is not there.
+        inputs: Tensors, arrays or lists; ``None`` for missing ones.
 
     Raises:
-        UsageError: Something is no tensor, or ids and mask do not belong together.
+        UsageError: A value is no tensor, or ids and mask do not match.
     """
     tensors = given_tensors(inputs)
     ids = tensors.get("input_ids")
     if ids is None:
-        raise UsageError("there are no input_ids", "Give what the processor gave, or prompts.")
+        raise UsageError("there are no input_ids", "Pass the processor's output, or prompts.")
     if ids.dim() not in {1, 2} or ids.is_floating_point() or not ids.numel():
         raise UsageError(
             f"input_ids are {str(ids.dtype).removeprefix('torch.')} of shape {list(ids.shape)}",
@@ -104,23 +104,23 @@ def checked_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if mask is not None and mask.shape != ids.shape:
         raise UsageError(
             f"attention_mask has shape {list(mask.shape)}, and input_ids have {list(ids.shape)}",
-            "Give what the processor gave.",
+            "Pass the processor's output.",
         )
     if ids.dim() == 1:
-        # As processors give one prompt when they are asked for no batch.
+        # Processors return one prompt without a batch axis.
         tensors = {name: value[None] for name, value in tensors.items()}
     return tensors
 
 
 def prompts_and_images(request: Request, token: str) -> list[tuple[str, list[Any]]]:
-    """Each prompt with its images, as the user gave them.
+    """Each prompt with its images.
 
     Args:
-        request: Its images are dealt out to the prompts in order, or come as a list for each.
-        token: What stands in a prompt where an image belongs.
+        request: Its images are assigned to the prompts in order, or are a list for each prompt.
+        token: The image token in the text of a prompt.
 
     Raises:
-        UsageError: A prompt is empty, or it cannot be told which images are whose.
+        UsageError: A prompt is empty, or the images cannot be assigned to the prompts.
     """
     prompts = list(request.prompts)
     if any(not prompt.strip() for prompt in prompts):
@@ -135,7 +135,7 @@ def prompts_and_images(request: Request, token: str) -> list[tuple[str, list[Any
 
 
 def _written(processor: Any, request: Request, prompt: str, count: int, token: str) -> str:
-    """The prompt as the processor takes it: as it is, or in the chat template."""
+    """The text for the processor: the prompt itself, or the prompt in the chat template."""
     places = prompt.count(token)
     chat = request.options.get("chat")
     if chat is None:
@@ -151,13 +151,13 @@ def _written(processor: Any, request: Request, prompt: str, count: int, token: s
 
 
 def count_error(prompt: str, token: str, images: int, hint: str) -> UsageError:
-    """Says that a prompt's places for images and its images do not match.
+    """The error for a prompt whose image tokens and images do not match.
 
     Args:
         prompt: The prompt.
-        token: What stands in it where an image belongs.
-        images: How many images there are.
-        hint: What to do where there are some.
+        token: The image token in its text.
+        images: The number of images.
+        hint: What to do if there are images.
     """
     places = counted(prompt.count(token), "image token")
     if images == 0:
@@ -170,7 +170,7 @@ def count_error(prompt: str, token: str, images: int, hint: str) -> UsageError:
 
 
 def _deal(prompts: list[str], images: list[Any], token: str) -> list[list[Any]]:
-    """Each prompt's images: as many as it has image tokens, or one each where none has any."""
+    """Each prompt's images: one for each image token, or one if no prompt has image tokens."""
     if len(prompts) == 1:
         return [images]
     counts = [prompt.count(token) for prompt in prompts]
@@ -189,7 +189,7 @@ def _deal(prompts: list[str], images: list[Any], token: str) -> list[list[Any]]:
 
 @contextmanager
 def _padded_on_the_left(processor: Any) -> Iterator[None]:
-    """Pad on the left, with the end token where there is no pad token, and leave no trace."""
+    """Pad on the left, with the end token if there is no pad token; restore the settings."""
     tokenizer = getattr(processor, "tokenizer", processor)
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side = "left"

@@ -1,6 +1,6 @@
-"""InternLM2 as InternVL's checkpoints bring it: the language model of InternVL 2.5 2B, 8B and 26B.
+"""InternLM2 from the code of InternVL's checkpoints (InternVL 2.5 2B, 8B and 26B).
 
-Its cache is a tuple of keys and values for each layer, which no code of today's transformers knows.
+Its cache is a tuple of keys and values for each layer, which current transformers does not support.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Body(nn.Module):
     """The layers and the last norm, with the mask and the cache as plain tensors.
 
     Args:
-        model: Has ``layers`` and ``norm``.
+        model: The model with ``layers`` and ``norm``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,7 +80,7 @@ def build_language_parts(model: Any) -> Proxy:
 
 
 def fill_rotary_tables(model: nn.Module) -> None:
-    """Compute the rotary tables, which are no weights, and which loading leaves empty."""
+    """Compute the rotary tables: they are not weights, so loading leaves them empty."""
     for module in model.modules():
         fill: Any = getattr(module, "_set_cos_sin_cache", None)
         if fill is None or not hasattr(module, "inv_freq"):

@@ -1,4 +1,4 @@
-"""InternVL as transformers has it: tiles of an image follow one another, each as many rows."""
+"""InternVL in transformers: the tiles of an image in a row, each with as many features."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build_proxy(
     kind: Kind,
     options: Mapping[str, Any],
 ) -> VisionProxy:
-    """Tower, pixel shuffle and projector; then the language model."""
+    """A vision part with tower, pixel shuffle and projector; the language model is cut as usual."""
     text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config = model.config
     vision, text = config.vision_config, config.text_config

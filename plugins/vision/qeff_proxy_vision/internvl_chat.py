@@ -1,8 +1,8 @@
-"""InternVL as its checkpoints' own code has it (``InternVLChatModel``, InternVL 1.5 to 3).
+"""InternVL from the checkpoints' code (``InternVLChatModel``, InternVL 1.5 to 3).
 
-The language model inside is one of transformers' own and is cut as any other. These checkpoints
-have a tokenizer and no processor, so images are cut into tiles and prompts are written here, by
-the rules of their model cards.
+Its language model is transformers' and is cut like any other, or InternLM2. The checkpoints have a
+tokenizer and no processor, so this module cuts images into tiles and writes prompts, by the rules
+of their model cards.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ _STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class Loader:
-    """Loads such a checkpoint: an entry point of the group ``qeff_proxy.remote_code``."""
+    """Loads such a checkpoint; an entry point of the group ``qeff_proxy.remote_code``."""
 
     @staticmethod
     def from_pretrained(folder: Path, **arguments: Any) -> Any:
-        """As transformers' ``from_pretrained``, with the id of the image token looked up."""
+        """Like transformers' ``from_pretrained``; also looks up the id of the image token."""
         from transformers import AutoTokenizer
 
         config = read_config_file(folder)
@@ -79,7 +79,7 @@ class Loader:
 
 
 class _FeaturesPart(nn.Module):
-    """The model's own ``extract_feature``, the language model left out."""
+    """The model's ``extract_feature``, without the language model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -116,20 +116,20 @@ def _cut_language_model(
     kind: Kind,
     options: Mapping[str, Any],
 ) -> Proxy:
-    """One of transformers' own is cut as any other; of the checkpoint's own, InternLM2 is known."""
+    """Cut a language model of transformers like any other, or InternLM2; refuse others."""
     architecture = type(model).__name__
     if architecture == internlm2.ARCHITECTURE:
         return marked_text(internlm2.build_language_parts(model), kind, options)
     if not type(model).__module__.startswith("transformers."):
         raise UnsupportedModelError(
-            f"this InternVL has a language model of its own code, {architecture}",
+            f"this InternVL has a language model in the checkpoint's code, {architecture}",
             f"Those of transformers (Qwen2, Llama …) and {internlm2.ARCHITECTURE} are supported.",
         )
     return cut_text(model, _inner_site(embedding), _inner_site(lm_head), kind, options)
 
 
 def _inner_site(site: Site | Absent) -> Site | Absent:
-    """The site as the language model by itself has it."""
+    """The site with its path inside the language model."""
     return site if isinstance(site, Absent) else Site(site.module.removeprefix(_PREFIX))
 
 
@@ -141,7 +141,7 @@ def build_proxy(
     kind: Kind,
     options: Mapping[str, Any],
 ) -> VisionProxy:
-    """Tower, pixel shuffle and projector; then the language model."""
+    """A vision part with tower, pixel shuffle and projector; the language model is cut as usual."""
     token_id = getattr(model, "img_context_token_id", None)
     if token_id is None:
         raise UnsupportedModelError(
@@ -166,7 +166,7 @@ def build_proxy(
 
 
 def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Array) -> Array:
-    """As `qeff_proxy_vision.reference.model_logits`: these models need an image in each call."""
+    """Like `qeff_proxy_vision.reference.model_logits`, but with an image in each call."""
     padding = tensors["attention_mask"]
     pieces: list[Array] = []
     cache = None
@@ -197,9 +197,9 @@ def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Arr
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
     """Tiles and token ids.
 
-    An image becomes as many tiles as fit its proportions, at most what the config or
-    ``options={"max_tiles": …}`` says, and an overview. ``<image>`` in a prompt says where it
-    belongs; without it images come first. The tokenizer's chat template is used where there is one.
+    An image is cut into as many tiles as fit its proportions, at most the number in the config or
+    ``options={"max_tiles": …}``, and an overview. ``<image>`` in a prompt is its position; without
+    it, images come first. The tokenizer's chat template is used if there is one.
 
     Returns:
         ``input_ids`` and ``attention_mask [batch, length]``, ``pixel_values [tiles, 3, height,

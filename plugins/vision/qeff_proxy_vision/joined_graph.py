@@ -1,8 +1,8 @@
 """Vision and language in one graph: ``kv_offload=False``, and models that are not split.
 
-The body takes the pixels and ``image_rows [batch, query]`` int64, the row of features at each
-position (-1 for none), and merges them itself. Steps without an image are given no tiles at all,
-so the tower costs nothing then.
+The body takes the pixels and ``image_rows [batch, query]`` int64, the feature row of each position
+(-1 for none), and merges the features itself. In steps without an image the tile axis is empty, so
+the tower costs nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qeff_proxy_vision.image_settings import ROWS, ImageSettings, Merge
 
 __all__ = ["join_graphs", "join_whole"]
 
-# Axes of the vision part, which in one graph must not be taken for those of the text.
+# Axes of the vision part, renamed so that they differ from the text's in one graph.
 _AXES = {"batch": "tiles", "sequence": "image_rows_or_crops"}
 _SIZES = {"tiles": 4, "image_rows_or_crops": 6}
 _CHECK_SIZES = ({"tiles": 1, "image_rows_or_crops": 3}, {"tiles": 3, "image_rows_or_crops": 5})
@@ -38,7 +38,7 @@ class _Joined(nn.Module):
         self.merges = merges
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As the body, with the vision part's inputs and ``image_rows`` besides."""
+        """Like the body, with the vision part's inputs and ``image_rows`` as further inputs."""
         pixels = {name: tensors.pop(name) for name in self.vision_inputs}
         features = self._features(pixels)
         rows = tensors.pop(ROWS)
@@ -65,12 +65,12 @@ class _Joined(nn.Module):
         if torch.compiler.is_compiling() or first.shape[0]:
             features: dict[str, torch.Tensor] = self.vision(**pixels)
             return features
-        # PyTorch refuses to reshape what is empty, which ONNX Runtime does.
+        # PyTorch cannot reshape an empty tensor here; ONNX Runtime can.
         return {spec.name: first.new_zeros(0, int(spec.shape[-1])) for spec in self.outputs}
 
 
 def _gather(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``[batch, query, hidden]``: the rows of features, zeros where ``rows`` is -1."""
+    """``[batch, query, hidden]``: the feature rows, zeros where ``rows`` is -1."""
     flat = features.reshape(-1, features.shape[-1])
     table = torch.cat([flat, flat.new_zeros(1, flat.shape[-1])])
     return table[torch.where(rows < 0, table.shape[0] - 1, rows)]
@@ -98,10 +98,10 @@ class _Whole(nn.Module):
 def join_graphs(
     parts: tuple[Part, ...], settings: ImageSettings
 ) -> tuple[tuple[Part, ...], ImageSettings]:
-    """Put the vision part into the body.
+    """Move the vision part into the body.
 
     Returns:
-        ``embedding``, ``body`` and ``lm_head``, and the settings that say so.
+        ``embedding``, ``body`` and ``lm_head``, and the changed settings.
     """
     by_name = {part.name: part for part in parts}
     vision, body = by_name["vision"], by_name["body"]
@@ -126,11 +126,11 @@ def join_graphs(
 
 
 def join_whole(parts: tuple[Part, ...], *, stub: bool) -> tuple[Part, ...]:
-    """Put embedding, body and head into one graph.
+    """Join embedding, body and head into one graph.
 
     Args:
-        parts: What `join_graphs` gave.
-        stub: Put stubs without weights where embedding and head are.
+        parts: The parts from `join_graphs`.
+        stub: Replace embedding and head by stubs without weights.
 
     Returns:
         One part, ``model``.

@@ -1,4 +1,4 @@
-"""LLaVA 1.5: image rows replace the embeddings of the image token."""
+"""LLaVA 1.5: image features replace the embeddings of the image tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build_proxy(
     kind: Kind,
     options: Mapping[str, Any],
 ) -> VisionProxy:
-    """Tower, chosen layers, projector; then the language model."""
+    """A vision part with tower and projector; the language model is cut as usual."""
     text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config, inner = model.config, model.model
     vision = config.vision_config

@@ -1,7 +1,7 @@
-"""LLaVA-NeXT, and Granite Vision, which is LLaVA-NeXT around a Granite language model.
+"""LLaVA-NeXT, and Granite Vision, which is LLaVA-NeXT with a Granite language model.
 
-An image is an overview tile and a grid of tiles (`TileGrid`); lines end with a learned row.
-Granite's embedding multiplier is part of its language model's forward pass and stays in the body.
+An image is an overview tile and a grid of tiles (`TileGrid`); each line ends with a learned row.
+Granite multiplies embeddings in its language model's forward pass, so that stays in the body.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def build_proxy(
     kind: Kind,
     options: Mapping[str, Any],
 ) -> VisionProxy:
-    """Tower, chosen layers, projector, newline; then the language model."""
+    """A vision part with tower, projector and newline row; the language model is cut as usual."""
     text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config, inner = model.config, model.model
     vision = config.vision_config

@@ -1,7 +1,7 @@
-"""Molmo as its checkpoints' own code has it (``MolmoForCausalLM``).
+"""Molmo from the checkpoints' code (``MolmoForCausalLM``).
 
-Features are added to the embeddings at the positions that ``image_input_idx`` names; there is no
-image token. The embedding is two tables, and has more rows than the head.
+Features are added to the embeddings at the positions in ``image_input_idx``; there is no image
+token. The embedding has two tables, and more rows than the head.
 """
 
 from __future__ import annotations
@@ -51,27 +51,27 @@ _TRANSFORMER = "model.transformer"
 
 
 class Loader:
-    """Loads such a checkpoint: an entry point of the group ``qeff_proxy.remote_code``."""
+    """Loads such a checkpoint; an entry point of the group ``qeff_proxy.remote_code``."""
 
     @staticmethod
     def from_pretrained(folder: Path, **arguments: Any) -> Any:
-        """As transformers' ``from_pretrained``."""
-        arguments.pop("attn_implementation", None)  # the code has but one, of its own
+        """Like transformers' ``from_pretrained``."""
+        arguments.pop("attn_implementation", None)  # the code has only one of its own
         return load_adapted(folder, read_config_file(folder).get("auto_map") or {}, {}, **arguments)
 
     @staticmethod
     def load_processor(folder: Path) -> Any:
-        """Its own processor (`qeff_proxy_vision.molmo_processor.load_processor`)."""
+        """The checkpoint's processor (`qeff_proxy_vision.molmo_processor.load_processor`)."""
         from qeff_proxy_vision.molmo_processor import load_processor
 
         return load_processor(folder)
 
 
 class _TwoTables(nn.Module):
-    """``wte`` without joining its tables for each call, which would copy gigabytes for a token.
+    """``wte`` without concatenating its tables in each call, which would copy gigabytes.
 
     Args:
-        embedding: Has ``embedding [vocabulary, hidden]`` and ``new_embedding [added, hidden]``.
+        embedding: With ``embedding [vocabulary, hidden]`` and ``new_embedding [added, hidden]``.
     """
 
     def __init__(self, embedding: nn.Module) -> None:
@@ -88,7 +88,7 @@ class _TwoTables(nn.Module):
 
 
 class _VisionPart(nn.Module):
-    """The model's own backbone: crops to rows of the hidden size."""
+    """The model's vision backbone: crops to rows of the hidden size."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class _VisionPart(nn.Module):
 
 
 class _Mask:
-    """The mask of one forward pass; an object, which a trace leaves alone."""
+    """The mask of one forward pass, in an object, which the tracer does not copy."""
 
     value: torch.Tensor | None = None
 
@@ -114,8 +114,8 @@ class _Body(nn.Module):
     """The layers and the last norm, with the mask and the cache as plain tensors.
 
     Args:
-        transformer: Has ``blocks`` and ``ln_f``.
-        config: Of it.
+        transformer: The module with ``blocks`` and ``ln_f``.
+        config: Its config.
         layout: Its cache.
     """
 
@@ -129,10 +129,10 @@ class _Body(nn.Module):
         self.layout = layout
 
     def _masked(self, block: Any) -> Any:
-        """A copy of the block that attends by the host's mask.
+        """A copy of the block that uses the host's mask.
 
-        The block cuts a mask out of one that has a row for each position, past ones too. The
-        host's has rows for the queries only.
+        The block slices its mask out of one with a row for each position, including past ones. The
+        host's mask has rows for the queries only.
         """
         block = copy.copy(block)
         attend, mask = block._scaled_dot_product_attention, self.mask  # noqa: SLF001 (its own code)
@@ -144,7 +144,7 @@ class _Body(nn.Module):
         return block
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `qeff_proxy.families.decoder.DecoderPart.forward`."""
+        """Like `qeff_proxy.families.decoder.DecoderPart.forward`."""
         hidden = tensors["inputs_embeds"]
         if self.scale is not None:
             hidden = hidden * self.scale
@@ -162,7 +162,7 @@ class _Body(nn.Module):
 
 
 class _Head(nn.Module):
-    """The output layer, and the scale of logits where there is one."""
+    """The output layer, and the scale of the logits if the model has one."""
 
     def __init__(self, head: nn.Module, scale: float | None) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class _Head(nn.Module):
 
 @hookimpl
 def locate_embedding() -> Site:
-    """``wte``, which may be two tables: that of the vocabulary and that of added tokens."""
+    """``wte``, which may have two tables: for the vocabulary and for added tokens."""
     return Site(f"{_TRANSFORMER}.wte")
 
 
@@ -195,7 +195,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site:
 
 @hookimpl
 def build_proxy(model: PreTrainedModel, kind: Kind, options: Mapping[str, Any]) -> VisionProxy:
-    """Backbone; then the language model."""
+    """A vision part with the backbone; the language model is cut into its parts."""
     config = model.model.config
     text = marked_text(_text_parts(model, config), kind, options)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -253,7 +253,7 @@ def _text_parts(model: PreTrainedModel, config: Any) -> Proxy:
 
 
 def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Array) -> Array:
-    """As `qeff_proxy_vision.reference.model_logits`: these models keep their cache as tuples."""
+    """Like `qeff_proxy_vision.reference.model_logits`, but with the cache as tuples."""
     padding = tensors["attention_mask"]
     images = ("images", "image_masks", "image_input_idx")
     pieces: list[Array] = []
@@ -266,7 +266,7 @@ def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Arr
             extra = {name: to_tensor(tensors[name]) for name in images if name in tensors}
         with torch.no_grad():
             outputs = model(
-                # A copy: the code adds image features into what the embedding gives.
+                # A copy: the code adds image features to the embedding's output in place.
                 input_ids=to_tensor(ids.copy()),
                 attention_mask=to_tensor(seen),
                 position_ids=to_tensor(position_ids_of(seen, ids.shape[1])),
@@ -282,11 +282,11 @@ def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Arr
 
 @hookimpl
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
-    """What the checkpoint's own processor makes, row by row, padded on the left to one length.
+    """The output of the checkpoint's processor for each row, padded on the left to one length.
 
     Returns:
         ``input_ids`` and ``attention_mask [batch, length]``; ``images``, ``image_masks`` and
-        ``image_input_idx``, ``[batch, crops, …]``, padded with crops that are placed nowhere.
+        ``image_input_idx``, ``[batch, crops, …]``, padded with crops without a position.
     """
     if request.inputs is not None:
         rows = checked_tensors(request.inputs)

@@ -1,7 +1,7 @@
-"""Molmo2: image features are added to the embeddings of the image token.
+"""Molmo2: image features are added to the embeddings of the image tokens.
 
-Patches of all crops are pooled by an index that the processor makes. Rows of it that name no patch
-are left out on the host, so that the graph has no shape that depends on values.
+Patches of all crops are pooled by an index from the processor. The host drops index rows without a
+patch, so that no shape in the graph depends on values.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _POOLED = 4  # patches pooled into one row: 2 x 2 in the released checkpoints
 
 
 class PoolingPart(nn.Module):
-    """Tower, chosen layers, and the adapter's pooling attention and projector.
+    """The tower, and the adapter's pooling attention and projector on some of its layers.
 
     Args:
-        tower: Takes patches and gives ``hidden_states``.
-        adapter: Has ``image_pooling_2d`` and ``image_projector``.
-        layers: Which layers' outputs are taken, side by side.
+        tower: Takes patches and returns ``hidden_states``.
+        adapter: The module with ``image_pooling_2d`` and ``image_projector``.
+        layers: The layers whose outputs are concatenated.
     """
 
     def __init__(self, tower: nn.Module, adapter: nn.Module, layers: list[int]) -> None:
@@ -42,7 +42,7 @@ class PoolingPart(nn.Module):
         self.tower = tower
         self.pooling: Any = adapter.image_pooling_2d
         self.projector: Any = adapter.image_projector
-        # Hidden states begin with what goes into the first layer.
+        # The first hidden state is the input of the first layer.
         self.layers = [layer + 1 if layer >= 0 else layer for layer in layers]
 
     def forward(
@@ -73,7 +73,7 @@ def build_proxy(
     kind: Kind,
     options: Mapping[str, Any],
 ) -> VisionProxy:
-    """Tower, pooling and projector; then the language model."""
+    """A vision part with tower, pooling and projector; the language model is cut as usual."""
     text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config, inner = model.config, model.model
     vision, text = config.vision_config, config.text_config

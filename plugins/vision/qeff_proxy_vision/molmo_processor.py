@@ -1,12 +1,11 @@
-"""Molmo's own processor, on what is installed.
+"""Run Molmo's processor without torchvision and TensorFlow.
 
-Its code imports torchvision and TensorFlow for nothing but a bilinear resize. Where they are not
-installed, they are stood in for while it is imported and while it runs, and PyTorch resizes. (By
-the same formula: a triangle filter, widened where the image shrinks. Against TensorFlow 2.21,
-pixels from 0 to 1 differ by 4e-5 at most.)
+Its code imports them only for a bilinear resize. If they are not installed, stand-ins replace them
+while it is imported and while it runs, and PyTorch resizes, by the same formula: a triangle filter,
+widened if the image shrinks. Pixels (0 to 1) differ from TensorFlow 2.21's by at most 4e-5.
 
-Two of its habits are mended from outside: it fails on a prompt without an image, and places the
-features of every image at the first one's tokens.
+A subclass corrects two faults: the processor fails on a prompt without an image, and puts the
+features of every image at the first image's tokens.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ __all__ = ["load_processor"]
 
 
 def load_processor(folder: Path) -> Any:
-    """The processor that a checkpoint's own code makes; the caller trusts that code.
+    """The processor of a checkpoint's code, which the caller trusts.
 
     Args:
         folder: The checkpoint.
 
     Returns:
-        The processor, or ``None`` where the folder names none of its own.
+        The processor, or ``None`` if the checkpoint's files name none.
 
     Raises:
         CheckpointError: Its code cannot be imported; names a missing package.
@@ -50,7 +49,7 @@ def load_processor(folder: Path) -> Any:
 
 
 def _reference(path: Path) -> str | None:
-    """``module.Class`` of the processor, as the file says."""
+    """``module.Class`` of the processor, from the file."""
     if not path.is_file():
         return None
     try:
@@ -64,7 +63,7 @@ def _reference(path: Path) -> str | None:
 
 
 def _adapted(cls: type[Any]) -> type[Any]:
-    """A subclass whose ``process`` takes none, one and several images."""
+    """A subclass whose ``process`` takes any number of images, including none."""
 
     class Adapted(cls):  # type: ignore[misc]
         def process(self, text: str, images: Sequence[Any] | None = None, **options: Any) -> Any:
@@ -87,9 +86,9 @@ def _adapted(cls: type[Any]) -> type[Any]:
 
 
 def _let_einops_know_numpy() -> None:
-    """Before anything is stood in for: einops asks each library that is imported whose an array is.
+    """Let einops look up its array libraries before there are stand-ins for some of them.
 
-    It remembers the answer, and would remember a library that is but stood in for.
+    It asks each imported library whether an array is its own, and caches those libraries.
     """
     if importlib.util.find_spec("einops") is not None:
         einops: Any = importlib.import_module("einops")
@@ -97,9 +96,9 @@ def _let_einops_know_numpy() -> None:
 
 
 def _joined(rows: Sequence[Mapping[str, torch.Tensor]], text: int) -> dict[str, torch.Tensor]:
-    """One prompt with all images, of a prompt for each, the last ``text`` ids of which are alike.
+    """Join prompts with one image each, whose last ``text`` ids are equal, to one with all images.
 
-    Each starts with a token of its own, then come the image's.
+    Each prompt begins with one token, followed by the tokens of its image.
     """
     ids = [rows[0]["input_ids"][:1]]
     places = []
@@ -120,7 +119,7 @@ def _joined(rows: Sequence[Mapping[str, torch.Tensor]], text: int) -> dict[str, 
 
 
 def _to_unit(image: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Bytes from 0 to 255 to floats from 0 to 1; floats stay as they are."""
+    """Bytes from 0 to 255 to floats from 0 to 1; floats are not changed."""
     return image.to(dtype) if image.is_floating_point() else image.to(dtype) / 255
 
 

@@ -1,4 +1,4 @@
-"""From a cut language model to a cut vision-language model."""
+"""Build a vision-language proxy from a cut language model and a vision part."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 #: The flow that runs these proxies.
 FLOW = "image-text-to-text"
 
-#: Makes the tensors of a prompt with an image, as the processor would.
+#: Creates the tensors of a prompt with an image, like the processor's output.
 Sample = Callable[[], Mapping[str, torch.Tensor]]
 
 #: Runs the uncut model: `qeff_proxy_vision.reference.model_logits`, or a family's own.
@@ -51,8 +51,8 @@ Reference = Callable[["PreTrainedModel", Mapping[str, "Array"], "Array"], "Array
 
 def _no_sample() -> Mapping[str, torch.Tensor]:
     raise PluginError(
-        "this proxy cannot be verified: its family gave no sample",
-        "The family's build_proxy must give one.",
+        "this proxy cannot be verified: its family has no sample input",
+        "The family's build_proxy must provide one.",
     )
 
 
@@ -61,9 +61,9 @@ class VisionProxy(Proxy):
     """A vision-language model, cut.
 
     Attributes:
-        sample: Makes the tensors of a prompt that the cut is verified with: ``input_ids`` and
-            ``attention_mask [batch, length]`` int64, and what goes with the image.
-        reference: Gives the uncut model's logits, which the parts' are held against.
+        sample: Creates the tensors of a prompt to verify the cut: ``input_ids`` and
+            ``attention_mask [batch, length]`` int64, and the image's tensors.
+        reference: Computes the uncut model's logits, with which the parts' are compared.
     """
 
     sample: Sample = field(default=_no_sample)
@@ -77,22 +77,22 @@ def cut_text(
     kind: Kind,
     options: Mapping[str, Any],
 ) -> Proxy:
-    """Cut the language model as any other.
+    """Cut the language model like any other.
 
     Args:
         model: The uncut model, or the language model in it.
         embedding: Where its token embedding is.
         lm_head: Where its LM head is.
-        kind: What the whole is to be; the parts are those of a split in any case.
-        options: ``kv_offload=False`` asks for vision and body in one graph.
+        kind: The kind of the final proxy; the language model is always split here.
+        options: ``kv_offload=False`` puts vision and body into one graph.
 
     Raises:
-        UnsupportedModelError: The language model cannot be cut by itself.
+        UnsupportedModelError: The language model cannot be cut on its own.
     """
     text = build_text_proxy(model, embedding, lm_head, "split")
     if text is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no language model that can be cut by itself",
+            f"{type(model).__name__} has no language model that can be cut on its own",
             "A plugin for this model type can build its parts in another way.",
         )
     return marked_text(text, kind, options)
@@ -106,11 +106,11 @@ def language_proxy(
     sizes: tuple[int, int],
     dtype: str,
 ) -> Proxy:
-    """A language model of code of its own, as three parts that a family has made.
+    """The proxy of a language model that is not transformers', from three modules.
 
     Args:
         embedding: ``input_ids`` to embeddings.
-        body: As `qeff_proxy.families.decoder.DecoderPart`.
+        body: Like `qeff_proxy.families.decoder.DecoderPart`.
         lm_head: ``last_hidden_state`` to ``logits``.
         layout: Of the body.
         sizes: Of the hidden states and of the vocabulary.
@@ -141,7 +141,7 @@ def language_proxy(
 
 
 def marked_text(text: Proxy, kind: Kind, options: Mapping[str, Any]) -> Proxy:
-    """The cut language model, with what `add_vision` is to make of it."""
+    """The cut language model, marked with the kind of proxy that `add_vision` builds from it."""
     offload = options.get("kv_offload", True)
     if not isinstance(offload, bool):
         raise UsageError(f"kv_offload is {offload!r}", "It must be True or False.")
@@ -155,14 +155,14 @@ def add_vision(
     sample: Sample,
     reference: Reference = model_logits,
 ) -> VisionProxy:
-    """Put the vision part before a cut language model, or into its body.
+    """Add the vision part before a cut language model, or inside its body.
 
     Args:
-        text: The language model, cut, and what the whole is to be (`marked_text`).
+        text: The cut language model, with the kind of the final proxy (`marked_text`).
         vision: The vision part.
         settings: How its features enter the language model.
-        sample: Makes a prompt with an image.
-        reference: Runs the uncut model, where it is not called as transformers' own are.
+        sample: Creates a prompt with an image.
+        reference: Runs the uncut model, if it is not called like transformers' models.
     """
     parts = (vision, *text.parts)
     if text.kind != "split" or not text.settings["kv_offload"]:
@@ -172,7 +172,7 @@ def add_vision(
     flow_settings = {**text.settings, "image": settings.to_json()}
     rows = flow_settings.get("embedding_rows")
     if rows is not None and settings.token_id is not None:
-        # An image token may lie beyond the table: it is never looked up.
+        # An image token may be beyond the embedding table: it is never looked up.
         flow_settings["embedding_rows"] = max(rows, settings.token_id + 1)
     return VisionProxy(text.kind, FLOW, parts, flow_settings, sample, reference)
 
@@ -224,11 +224,11 @@ def pixel_sample(
     tiles: int = 1,
     types: str | None = None,
 ) -> Sample:
-    """Makes a prompt without an image, and one with an image of noise.
+    """Create a prompt without an image, and one with an image of noise.
 
     Args:
         tile: Channels, height and width of a tile.
-        rows: Rows of features of a tile.
+        rows: Feature rows of a tile.
         token_id: The image token.
         vocabulary: Other tokens are below it.
         tiles: Of the image.
@@ -246,7 +246,7 @@ def pixel_sample(
 def grid_sample(
     grid: TileGrid, tile: tuple[int, int, int], token_id: int, vocabulary: int
 ) -> Sample:
-    """The same, with an image that is cut into a grid of tiles."""
+    """The same with an image that is cut into a grid of tiles."""
 
     def sample() -> dict[str, torch.Tensor]:
         images = sample_tiles(grid, tile)

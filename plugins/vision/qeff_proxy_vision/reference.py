@@ -1,4 +1,4 @@
-"""The uncut model, run step by step: what a cut is held against."""
+"""The uncut model, run step by step: the reference for a cut."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Arra
 
     Args:
         model: The model.
-        tensors: A prompt as the processor makes it; what the model does not take is left out.
-        new: ``[batch, steps]`` int64: the tokens that follow, one decode step each.
+        tensors: A processor's output; tensors that the model does not take are ignored.
+        new: ``[batch, steps]`` int64: the next tokens, one for each decode step.
 
     Returns:
         ``[batch, length + steps, vocabulary]`` float32.
@@ -39,7 +39,7 @@ def model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Arra
             prompt[name] = value.to(model.dtype)
     padding = tensors["attention_mask"]
     pieces: list[Array] = []
-    # As transformers' own generation makes it; not every model makes one by itself.
+    # As transformers' generation creates it; not every model creates one itself.
     cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
     for step in range(new.shape[1] + 1):
         seen = np.concatenate([padding, np.ones_like(new[:, :step])], axis=1)

@@ -1,9 +1,7 @@
-"""Loading a checkpoint's own code on the transformers of today, adapted from outside.
+"""Load a checkpoint's own code with current transformers, without changing either.
 
-1. While its modules are imported, and no longer, imports that inference does not need are stood in
-   for (`standing_in`).
-2. The class is subclassed (`adapted`), so that what today's loader expects is there. The class
-   itself, and transformers, stay as they are.
+1. While its modules are imported, `standing_in` replaces packages that inference does not need.
+2. `adapted` subclasses the model class and adds what the current loader expects.
 
 Nothing here runs unless the user trusts the checkpoint's code.
 """
@@ -29,16 +27,16 @@ __all__ = ["adapted", "import_class", "load_adapted", "load_adapted_config", "st
 
 
 class _StandIn(nn.Identity):
-    """Takes the place of a layer that does nothing in inference."""
+    """Replaces a layer that does nothing in inference."""
 
 
 @contextmanager
 def standing_in(modules: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Let modules that are not installed be imported, for as long as the context is open.
+    """Provide stand-ins for modules that are not installed, while the context is open.
 
     Args:
-        modules: Dotted name of a module → names in it and what they are. Those whose package is
-            installed are left alone.
+        modules: Dotted name of a module → its attributes by name. Installed packages are not
+            replaced.
     """
     added: list[str] = []
     try:
@@ -61,7 +59,7 @@ def _is_installed(package: str) -> bool:
     return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
-#: What ``timm`` is imported for: a layer that drops paths in training only.
+#: The only use of ``timm``: a layer that drops paths in training.
 DROP_PATH = {
     name: {"DropPath": _StandIn, "trunc_normal_": nn.init.trunc_normal_}
     for name in ("timm", "timm.models", "timm.models.layers", "timm.layers")
@@ -74,7 +72,7 @@ def import_class(folder: Path, reference: str, modules: Mapping[str, Mapping[str
     Args:
         folder: The checkpoint.
         reference: ``module.Class``, as in the config's ``auto_map``.
-        modules: What to stand in for (`standing_in`).
+        modules: Stand-ins (`standing_in`).
 
     Raises:
         CheckpointError: The code cannot be imported; names a missing package.
@@ -91,10 +89,10 @@ def import_class(folder: Path, reference: str, modules: Mapping[str, Mapping[str
 
 
 def adapted(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass of a checkpoint's model class that today's loader can load.
+    """A subclass of a checkpoint's model class that the current loader can load.
 
-    It runs ``post_init``, which older code did not have to; its ``tie_weights`` takes today's
-    arguments where the old one takes none; and it can generate.
+    It runs ``post_init``, which older code did not need; its ``tie_weights`` accepts the current
+    arguments if the old one takes none; and it can generate.
     """
     ties_without_arguments = len(inspect.signature(cls.tie_weights).parameters) < 2
 
@@ -119,7 +117,7 @@ def adapted(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """What a checkpoint's code does in an old way is for its authors to change."""
+    """Silence deprecation warnings about the checkpoint's code, which users cannot change."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -130,13 +128,13 @@ def load_adapted_config(
 ) -> PreTrainedConfig:
     """The config of a checkpoint's own class, with rotary settings as older code expects them.
 
-    Today's transformers fills in the settings of the plain rotary embedding, where older code takes
-    anything but ``None`` for a scaled one.
+    Current transformers fills in settings for an unscaled rotary embedding; older code treats
+    anything but ``None`` as a scaled one.
 
     Args:
         folder: The checkpoint.
         reference: ``module.Class`` of the config.
-        modules: What to stand in for while its code is imported.
+        modules: Stand-ins while its code is imported.
     """
     config_class = import_class(folder, reference, modules)
     with standing_in(modules), _silent():
@@ -161,11 +159,11 @@ def load_adapted(
     Args:
         folder: The checkpoint.
         auto_map: From its config.
-        modules: What to stand in for while its code is imported.
+        modules: Stand-ins while its code is imported.
         arguments: Those of transformers' ``from_pretrained``.
 
     Raises:
-        CheckpointError: The code cannot be imported, or offers no model.
+        CheckpointError: The code cannot be imported, or has no model class.
     """
     offered = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
     reference = next((auto_map[name] for name in offered if name in auto_map), None)

@@ -1,4 +1,4 @@
-"""Images cut into tiles: which tiles there are, and in which order their features are read."""
+"""Cut images into tiles, and order the tiles' features."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ __all__ = ["TileGrid", "sample_tiles", "split_into_tiles"]
 
 @dataclass(frozen=True)
 class TileGrid:
-    """An overview tile and a grid of tiles, the grid read line by line.
+    """An overview tile and a grid of tiles, the grid in reading order.
 
-    The processor fits an image into the best of several resolutions, pads it there and cuts it
-    into tiles. The features of the padding are left out, and a line ends with the newline row,
-    which the vision part gives after all the others. The rules are those of ``LlavaNextModel`` in
-    transformers.
+    The processor fits an image into the best of several resolutions, pads it and cuts it into
+    tiles. The features of the padding are dropped, and each line ends with the newline row, the
+    last row of the vision part's output. The rules are those of transformers' ``LlavaNextModel``.
 
     Attributes:
-        resolutions: ``[height, width]`` in pixels: what an image can be fitted into.
+        resolutions: The possible sizes, ``[height, width]`` in pixels.
         tile: Side of a tile in pixels.
         side: Side of a tile in feature rows.
     """
@@ -46,14 +45,14 @@ class TileGrid:
         }
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tiles, the overview left out, of an image of that many pixels."""
+        """Rows and columns of tiles, without the overview, for an image of this size in pixels."""
         from transformers.image_processing_utils import select_best_resolution
 
         best = select_best_resolution((height, width), list(self.resolutions))
         return best[0] // self.tile, best[1] // self.tile
 
     def tiles(self, pixels: Array, image_sizes: Array) -> Array:
-        """The tiles that images have, without those that only fill the array up.
+        """The tiles of the images, without those that only pad the array.
 
         Args:
             pixels: ``[images, most tiles, channels, height, width]``.
@@ -75,7 +74,7 @@ class TileGrid:
             image_sizes: ``[images, 2]``: height and width in pixels.
 
         Returns:
-            Indices into the rows that the vision part gives: those of all tiles, then the newline.
+            Indices into the vision part's output rows: those of all tiles, then the newline.
         """
         area = self.side * self.side
         shapes = [self.shape(height, width) for height, width in image_sizes.tolist()]
@@ -96,7 +95,7 @@ class TileGrid:
 
 
 def _without_padding(lines: Array, height: int, width: int) -> Array:
-    """The part of ``lines`` that shows the image, whose proportions are ``height : width``."""
+    """The part of ``lines`` without padding, for an image with proportions ``height : width``."""
     rows, columns = lines.shape
     if width / height > columns / rows:
         shown = int(round(height * (columns / width), 7))
@@ -108,7 +107,7 @@ def _without_padding(lines: Array, height: int, width: int) -> Array:
 
 
 def sample_tiles(grid: TileGrid, tile: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-    """An image of noise, a little off the proportions of the first resolution.
+    """An image of noise, with slightly other proportions than the first resolution.
 
     Args:
         grid: How it is cut into tiles.
@@ -132,19 +131,19 @@ def sample_tiles(grid: TileGrid, tile: tuple[int, int, int]) -> dict[str, torch.
 def split_into_tiles(
     image: Image.Image, size: int, count: tuple[int, int], *, overview: bool
 ) -> list[Image.Image]:
-    """Cut an image into tiles, in the grid whose proportions come nearest to its own.
+    """Cut an image into tiles, in the grid with the closest proportions.
 
-    Among grids that come equally near, the finer one is taken where the image has more than half
-    the pixels for it. The rules are those of InternVL's model cards.
+    Among equally close grids, the finer one is used if the image has more than half the pixels for
+    it. The rules are those of InternVL's model cards.
 
     Args:
         image: In RGB.
         size: Side of a tile in pixels.
-        count: How few and how many tiles there may be.
-        overview: Add the whole image as the last tile, where there are several.
+        count: The smallest and the largest number of tiles.
+        overview: Add the whole image as the last tile if there are several.
 
     Returns:
-        Tiles of ``size`` x ``size`` pixels, line by line.
+        Tiles of ``size`` x ``size`` pixels in reading order.
     """
     from PIL import Image
 

@@ -1,7 +1,7 @@
-"""Tiny models of each family with random weights, and prompts for them: for demos and tests.
+"""Tiny models of each family with random weights, and prompts for them, for demos and tests.
 
-Norms and biases are random too, so that a cut that left one out would show. The models take images
-of 28 x 28 pixels, and know 99 tokens, the last of which stands for images.
+Norms and biases are random too, so that a cut without one is detected. The models take images of 28
+x 28 pixels and have 99 tokens, the last of which is the image token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["FAMILIES", "IMAGE_TOKEN", "make_model", "make_prompt", "with_random_
 
 IMAGE_TOKEN = 98
 _VOCABULARY = 99
-#: Families that say which tokens are an image's, in the tensor of that name.
+#: Families whose processor marks the image tokens, in the tensor of that name.
 _TYPES = {"gemma3": "token_type_ids", "molmo2": "mm_token_type_ids"}
 
 _SIDE = 28
@@ -64,18 +64,18 @@ _SIZES = [[28, 50], [56, 20], [50, 56]]  # heights and widths of images of sever
 
 
 def make_model(family: str) -> PreTrainedModel:
-    """The tiny model of a family, the same each time."""
-    # Granite 4's many layers would make more of rounding errors than of anything else.
+    """The tiny model of a family, the same in each call."""
+    # With Granite 4's many layers a larger gain would amplify rounding errors.
     gain = 1.0 if family == "granite4_vision" else 1.5
     return with_random_weights(_MODELS[family](), gain)
 
 
 def with_random_weights(model: PreTrainedModel, gain: float, seed: int = 0) -> PreTrainedModel:
-    """Random weights, norms and biases, with which the model neither repeats itself nor explodes.
+    """Set random weights, norms and biases so that the model neither repeats tokens nor overflows.
 
     Args:
-        model: It is changed.
-        gain: Of matrices: a gain of 1 keeps the size of what goes through them.
+        model: The model, which is changed.
+        gain: Of matrices; 1 preserves the magnitude of activations.
         seed: Of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ def with_random_weights(model: PreTrainedModel, gain: float, seed: int = 0) -> P
             else:
                 parameter.copy_(noise * gain / parameter.shape[-1] ** 0.5)
             if tied and name.endswith("embed_tokens.weight"):
-                parameter.mul_(0.2)  # else the model only repeats what it reads
+                parameter.mul_(0.2)  # otherwise the model only repeats its input
             if tied and name.endswith("language_model.norm.weight"):
                 parameter.add_(4)
     return model.eval()
@@ -126,7 +126,7 @@ def _make_llava_next() -> PreTrainedModel:
 
 
 def _make_gemma3() -> PreTrainedModel:
-    """The image token lies beyond the embedding table, and one layer in three sees everything."""
+    """The image token is beyond the embedding table; every third layer has full attention."""
     text = {
         **_TEXT,
         "num_hidden_layers": 3,
@@ -206,13 +206,13 @@ _MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "molmo2": _make_molmo2,
     "granite4_vision": _make_granite4_vision,
 }
-#: Model types that there is a tiny model of.
+#: Model types with a tiny model.
 FAMILIES = tuple(_MODELS)
 
 
 @dataclass(frozen=True)
 class _Images:
-    """Images as a family's processor gives them, and the image tokens that each needs."""
+    """Images like the output of a family's processor, and the number of image tokens of each."""
 
     tensors: dict[str, torch.Tensor]
     tokens: list[int]
@@ -251,11 +251,11 @@ def make_prompt(
 
     Args:
         family: One of `FAMILIES`.
-        images_per_row: How many images each prompt has; three at most in all.
+        images_per_row: How many images each prompt has; at most three in all.
         seed: Of the text.
 
     Returns:
-        What the family's processor would give.
+        Tensors like the output of the family's processor.
     """
     count = sum(images_per_row)
     images = _make_images(family, count) if count else _Images({}, [])

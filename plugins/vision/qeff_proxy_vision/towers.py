@@ -1,4 +1,4 @@
-"""The vision part: pixels to rows of the language model's hidden size."""
+"""The vision part: pixels to feature rows of the language model's hidden size."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["FeaturesPart", "TowerPart", "pixel_part"]
 
 
 class TowerPart(nn.Module):
-    """A tower whose chosen layers go through a projector.
+    """A tower, and a projector on some of its layers.
 
     Args:
-        tower: Takes ``pixel_values`` and gives ``hidden_states``.
-        projector: From the tower's width, times the chosen layers, to the language model's.
-        layers: Which hidden states are taken, side by side.
-        skip_first: Leave out the first row of each tile, the class token.
-        newline: A row that is given after all the others, ``[hidden]``.
+        tower: Takes ``pixel_values`` and returns ``hidden_states``.
+        projector: From the tower's width times the number of layers to the language model's width.
+        layers: The hidden states that are concatenated.
+        skip_first: Drop the first row of each tile, the class token.
+        newline: A row that is appended after all others, ``[hidden]``.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class TowerPart(nn.Module):
 
 
 class FeaturesPart(nn.Module):
-    """The model's own ``get_image_features``, the language model left out.
+    """The model's ``get_image_features``, without the language model.
 
     Args:
-        model: Has ``get_image_features``, whose answer's ``pooler_output`` is one tensor.
-        language_model: The name of the submodule to leave out.
+        model: Its ``get_image_features`` returns one tensor as ``pooler_output``.
+        language_model: The name of the submodule to remove.
     """
 
     def __init__(self, model: nn.Module, language_model: str = "language_model") -> None:
@@ -71,7 +71,7 @@ class FeaturesPart(nn.Module):
 
 
 def with_newline(features: torch.Tensor, newline: torch.Tensor | None) -> torch.Tensor:
-    """``[batch, rows, hidden]`` as it is, or as plain rows with the newline as the last."""
+    """``[batch, rows, hidden]`` unchanged, or with a newline all rows and then the newline."""
     if newline is None:
         return features
     return torch.cat([features.reshape(-1, features.shape[-1]), newline[None]])
@@ -86,7 +86,7 @@ def pixel_part(
     """The vision part of a family whose tower takes ``pixel_values`` and nothing else.
 
     Args:
-        module: Takes ``pixel_values`` and gives the features.
+        module: Takes ``pixel_values`` and returns the features.
         dtype: Of both.
         image: Channels, height and width of a tile.
         features: Name of each output → its axes.
