@@ -11,7 +11,7 @@ copy of each weight. Without any, each run would transpose them (32 s and 2.8 GB
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,6 @@ def check_graph(
     inputs: Sequence[TensorSpec],
     path: Path,
     seed: int = 0,
-    give_back: Callable[[], None] = lambda: None,
 ) -> float | None:
     """Run the graph in ONNX Runtime and the part in PyTorch on the same random inputs.
 
@@ -58,8 +57,6 @@ def check_graph(
         inputs: What the graph takes: those of the part's inputs that matter.
         path: The ONNX file.
         seed: Of the inputs.
-        give_back: Called when PyTorch or ONNX Runtime has run, and pages of weights that it read
-            may be given back.
 
     Returns:
         The largest difference of an element over the largest element of its output, or ``None``
@@ -77,9 +74,7 @@ def check_graph(
         for sizes in _sizes(part):
             feeds = _random_inputs(part, sizes, generator)
             expected = _run_part(part, feeds)
-            give_back()
             outputs = session.run(None, {spec.name: feeds[spec.name] for spec in inputs})
-            give_back()
             for spec, actual in zip(part.outputs, outputs, strict=True):
                 worst = max(worst, _difference(part, spec, expected[spec.name], actual, sizes))
     except ExportError:

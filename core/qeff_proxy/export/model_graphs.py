@@ -20,15 +20,15 @@ from qeff_proxy.export.trace.trace_part import TracedPart, trace_part, trace_sam
 from qeff_proxy.layers.layer_lists import describe_kinds, find_layer_list
 from qeff_proxy.layers.taps import tap_proxy
 from qeff_proxy.load.first_layers import NotSampled, at_most
-from qeff_proxy.load.mapped_pages import few_pages
 from qeff_proxy.load.weight_sources import WeightSources
+from qeff_proxy.tensor_names import LAYER_NAME
 
 if TYPE_CHECKING:
     from qeff_proxy.cut.cut_model import Cut
     from qeff_proxy.layers.layer_lists import LayerList
     from qeff_proxy.load.first_layers import SampledModel
     from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.parts import Kind, Part
+    from qeff_proxy.parts import Kind, Part, TensorSpec
     from qeff_proxy.plugins.hooks import Hooks
 
 __all__ = ["Graphs", "graphs_of_sample", "graphs_of_whole"]
@@ -176,8 +176,7 @@ def _cut_sample(
         sampled.check_alike()
         short = replace(loaded, read=sampled.short)
         try:
-            with few_pages(sampled.sources.windows):
-                return short, sampled, _cut(short, hooks, kind, taps, sampled, progress)
+            return short, sampled, _cut(short, hooks, kind, taps, sampled, progress)
         except PluginError as error:
             # It may speak of a layer by a number that is not there. A defect of its own shows
             # again with the whole model.
@@ -241,9 +240,18 @@ def _full_depth(
             parts = tap_proxy(proxy, taps).parts
     except (NotRepeatable, ProxyError) as error:
         raise NotSampled(f"it cannot be cut without its layers: {error}") from error
-    if [part.name for part in parts] != [part.name for part in cut.proxy.parts]:
-        raise NotSampled("its first layers have other parts than all of them")
+    if [_edges(part) for part in parts] != [_edges(part) for part in cut.proxy.parts]:
+        raise NotSampled("its first layers are cut into other parts than all of them")
     return parts
+
+
+def _edges(part: Part) -> tuple[str, set[str], set[str]]:
+    """The name of a part, and those of its inputs and outputs without the numbers of layers."""
+
+    def kinds(specs: Sequence[TensorSpec]) -> set[str]:
+        return {LAYER_NAME.sub(r"\1.N\3", spec.name) for spec in specs}
+
+    return part.name, kinds(part.inputs), kinds(part.outputs)
 
 
 def _traced_sample(
@@ -251,8 +259,7 @@ def _traced_sample(
 ) -> tuple[TracedPart, TracedPart]:
     """The graph of a part with all layers, and that with those that are there."""
     try:
-        with few_pages(sampled.sources.windows):
-            traced, check = trace_sample(whole, part, names, opset)
+        traced, check = trace_sample(whole, part, names, opset)
     except NotRepeatable as error:
         raise NotSampled(str(error)) from error
     except ExportError as error:

@@ -12,7 +12,6 @@ from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.errors import ExportError
 from qeff_proxy.export.check_graph import check_graph
 from qeff_proxy.export.write_weights import check_and_hash, point_into, save_weights
-from qeff_proxy.load.mapped_pages import few_pages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -103,8 +102,7 @@ def check_graphs(
         if check is not None:
             path, inputs = folder / f"check-{exported.file}", check.inputs
             _write_graph(path, check, places)
-        with few_pages(graphs.sources.windows, folder) as give_back:
-            found[part.name] = check_graph(part, inputs, path, give_back=give_back)
+        found[part.name] = check_graph(part, inputs, path)
         if check is not None:
             path.unlink()
     return found

@@ -52,7 +52,9 @@ class LayerList:
 
 
 def find_layer_list(
-    module: nn.Module, depth: int = 0, types: tuple[type[nn.Module], ...] = (nn.ModuleList,)
+    module: nn.Module,
+    depth: int = 0,
+    types: tuple[type[nn.ModuleList] | type[nn.Sequential], ...] = (nn.ModuleList,),
 ) -> LayerList | None:
     """The list of layers in ``module``: of all lists the one with the most parameters.
 

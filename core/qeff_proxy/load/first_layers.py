@@ -135,7 +135,7 @@ def sample_model(
         if layer is not None:
             sources.made.setdefault(layer.removesuffix("."), []).append(held[key])
         if layer not in absent:
-            pieces[key] = map_tensor(held[key], sources.windows)
+            pieces[key] = map_tensor(held[key])
     _read_weights(model, sources, pieces, absent)
     return SampledModel(model, layers, count, sources)
 
@@ -182,7 +182,7 @@ def _read_weights(
         stored = sources.find(name)
         if stored is None and name not in made:
             raise NotSampled(f"where {name} comes from is not known")
-        value = made[name] if stored is None else map_tensor(stored, sources.windows)
+        value = made[name] if stored is None else map_tensor(stored)
         value = value.to(tensor.dtype)
         if name not in buffers:
             value = nn.Parameter(value, tensor.requires_grad)

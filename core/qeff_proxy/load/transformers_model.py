@@ -116,11 +116,11 @@ def _load_tensors(
 ) -> Any:
     """What ``from_pretrained`` gives for a checkpoint with other tensors than its files'."""
     import torch
-    from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+    from transformers import AutoConfig, GenerationConfig
 
-    if isinstance(loader, type) and issubclass(loader, PreTrainedModel):
+    if hasattr(loader, "config_class"):  # a model class
         config = loader.config_class.from_pretrained(folder)
-    elif hasattr(loader, "from_config"):
+    elif hasattr(loader, "from_config"):  # an auto class
         trust = arguments["trust_remote_code"]
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         if hasattr(config, "auto_map"):  # the folder that it is found in is not passed below

@@ -43,14 +43,10 @@ class StoredWeight:
     place: StoredTensor
 
 
-def map_tensor(stored: StoredWeight, windows: list[mmap.mmap] | None = None) -> torch.Tensor:
+def map_tensor(stored: StoredWeight) -> torch.Tensor:
     """A tensor of a file without a copy: pages are read when they are used.
 
-    The memory is the file's own until somebody writes to it; the file never changes.
-
-    Args:
-        stored: The tensor.
-        windows: Where to note what is mapped for it.
+    Whoever writes to it writes to a copy of the page; the file never changes.
     """
     place = stored.place
     dtype = getattr(torch, TORCH_DTYPES[place.dtype])
@@ -65,8 +61,6 @@ def map_tensor(stored: StoredWeight, windows: list[mmap.mmap] | None = None) -> 
             access=mmap.ACCESS_COPY,
             offset=place.offset - before,
         )
-    if windows is not None:
-        windows.append(window)
     flat = torch.frombuffer(window, dtype=torch.uint8, count=place.length, offset=before)
     if place.offset % dtype.itemsize:
         flat = flat.clone()  # kernels want whole elements
@@ -83,14 +77,12 @@ class WeightSources:
             outside of the layers are not among them: they are loaded with the model.
         make: Makes weights of such tensors, by transformers' conversions.
         aliases: Name of a weight → all its names in the model.
-        windows: What is mapped of the checkpoint's files for the model that is loaded.
     """
 
     stored: dict[str, StoredWeight] = field(default_factory=dict)
     made: dict[str, list[StoredWeight]] = field(default_factory=dict)
     make: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    windows: list[mmap.mmap] = field(default_factory=list)
 
     def find(self, name: str) -> StoredWeight | None:
         """The tensor that is this weight, under whichever of its names it is stored."""
