@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.safetensors_header import read_header
 
 __all__ = [
+    "check_quantization",
     "check_weights",
     "checkpoint_identity",
     "file_of_tensor",
@@ -106,6 +108,13 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        _check_adapter(folder)
+        files = sorted(folder.glob("*.gguf"))
+        if files:
+            raise CheckpointError(
+                f"{folder} holds a GGUF file ({files[0].name}), which is not supported",
+                "Name the checkpoint that it was made from, as safetensors with a config.json.",
+            )
         raise CheckpointError(
             f"{folder} has no config.json", "Name the folder that holds the checkpoint's files."
         )
@@ -120,6 +129,46 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return value
 
 
+def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse weights that are stored in codes, by the name of what made them.
+
+    Raises:
+        CheckpointError: Names the method.
+    """
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        return
+    method = str(settings.get("quant_method", "an unknown method"))
+    if method == "mxfp4":  # dequantized by transformers as it loads
+        if importlib.util.find_spec("accelerate") is None:
+            raise CheckpointError(
+                f"{folder} has MXFP4 weights, which transformers dequantizes with accelerate",
+                "Install it: pip install accelerate.",
+            )
+        return
+    raise CheckpointError(
+        f"{folder} has weights quantized with {method}, which are not supported",
+        "Name the checkpoint that they were made from, in float32, float16 or bfloat16.",
+    )
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter: without it, the answers would be those of the base model."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        kind = base = None
+    raise CheckpointError(
+        f"{folder} holds an adapter ({kind or 'PEFT'}), which is not supported",
+        f"Merge it into {base or 'its base model'} with peft (merge_and_unload), save the result, "
+        "and name its folder; for the base model alone, move adapter_config.json away.",
+    )
+
+
 def check_weights(folder: Path, *, allow_pickle: bool) -> None:
     """Check that the weight files are there, whole, and not pickled.
 
@@ -129,6 +178,7 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> None:
     Raises:
         CheckpointError: Names the file, and the tensor where it is about one.
     """
+    _check_adapter(folder)
     index = folder / _INDEX
     if index.is_file():
         _check_shards(folder, index)
@@ -230,12 +280,15 @@ def checkpoint_identity(folder: Path) -> str:
 
     It covers the small JSON files' bytes, and of the weight files the name, size, time of change,
     header and the two ends of each tensor: not all their data, which would take as long as copying
-    them.
+    them. Folders in it may hold modules that belong to the model: their JSON and safetensors count.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    inner = sorted(path for kind in ("*/*.json", "*/*.safetensors") for path in folder.glob(kind))
+    for path in [*sorted(folder.iterdir()), *inner]:
         if not path.is_file():
             continue
+        if path.parent != folder:
+            digest.update(path.parent.name.encode() + b"\0")
         if path.suffix in {".json", ".py", ".jinja"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         elif path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model", ".txt"}:

@@ -16,6 +16,7 @@ from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.common.private_names import attention_of
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.load.checkpoint_files import (
+    check_quantization,
     check_weights,
     find_checkpoint,
     identity_as,
@@ -131,6 +132,7 @@ def load_model(
     folder = find_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config_file = read_config_file(folder)
     check_weights(folder, allow_pickle=allow_pickle)
+    check_quantization(folder, config_file)
     _check_architecture(config_file, source, trust_remote_code)
     check_architectures(folder / "config.json", config_file)
     if not config_file.get("auto_map"):
