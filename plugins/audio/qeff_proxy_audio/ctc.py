@@ -142,14 +142,21 @@ class HeadPart(nn.Module):
 
 
 def _settings(model: PreTrainedModel, vocabulary: int) -> dict[str, int]:
-    """The number of samples of a frame, and of the shortest input, from the first convolutions."""
+    """Samples of a frame and of the shortest input, from the convolutions at both ends.
+
+    The flow's verification compares the frames that follow from them with the model's own.
+    """
     stride, field = 1, 1
     for kernel, step in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
         field += (kernel - 1) * stride
         stride *= step
+    adapter = 1  # strided convolutions behind the encoder, padded at both ends
+    if getattr(model.config, "add_adapter", False):
+        adapter = model.config.adapter_stride**model.config.num_adapter_layers
     return {
         "vocabulary": vocabulary,
-        "samples_per_frame": stride,
+        "samples_per_step": stride,
+        "samples_per_frame": stride * adapter,
         "shortest": field,
         "blank": int(model.config.pad_token_id or 0),
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import BackendError, CutError, UsageError
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.request import Request
 from qeff_proxy.session.torch_session import TorchSession
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qeff_proxy.sites import Absent, Site
     from transformers import PreTrainedModel
 
-__all__ = ["CHUNK_SECONDS", "STRIDE_SECONDS", "CtcFlow", "Window", "windows_of"]
+__all__ = ["CHUNK_SECONDS", "STRIDE_SECONDS", "CtcFlow", "Window", "frames_of", "windows_of"]
 
 #: Sounds longer than this run in windows of this many seconds …
 CHUNK_SECONDS = 30.0
@@ -61,6 +61,12 @@ class CtcFlow:
         sessions = {part.name: TorchSession(part) for part in proxy.parts}
         with parts_must_run(model, sites):
             actual = _run_parts(proxy.parts, sessions, values, None, 0)
+        if frames_of(samples, settings) != expected.shape[1]:
+            raise CutError(
+                f"{samples} samples give {expected.shape[1]} frames, and not the "
+                f"{frames_of(samples, settings)} that follow from the convolutions of its config",
+                "Long sounds could not be joined; the plugin does not know this architecture.",
+            )
         return check_equal(model, sites, expected, actual, output="logit")
 
     def example_request(
@@ -96,6 +102,11 @@ class CtcFlow:
             pieces = []
             for window, first, last in windows:
                 frames = _run_parts(job.export.parts, job.sessions, window, job.recorder, step)
+                if frames.shape[1] < last:
+                    raise BackendError(
+                        f"{window.shape[1]} samples gave {frames.shape[1]} frames, not {last}",
+                        "Export the checkpoint again.",
+                    )
                 pieces.append(frames[0, first:last])
                 step += 1
             logits.append(np.concatenate(pieces))
@@ -138,6 +149,20 @@ def _sounds(job: Job) -> list[list[tuple[Array, int, int]]]:
     return sounds
 
 
+def frames_of(length: int, settings: Mapping[str, int]) -> int:
+    """How many frames a sound of ``length`` samples gives.
+
+    Args:
+        length: At least ``shortest``.
+        settings: ``shortest`` and ``samples_per_step`` of the convolutions in front, and
+            ``samples_per_frame``, which is larger where convolutions follow the encoder.
+    """
+    size = settings["samples_per_frame"]
+    step = settings.get("samples_per_step", size)  # absent from older exports
+    steps = (length - settings["shortest"]) // step + 1
+    return -(-steps // (size // step))
+
+
 def windows_of(
     length: int, chunk: float, stride: float, settings: Mapping[str, int]
 ) -> Iterator[Window]:
@@ -147,7 +172,7 @@ def windows_of(
         length: Samples of the sound.
         chunk: Seconds of a window; shorter sounds are one window.
         stride: Seconds at each end of a window that are dropped.
-        settings: ``samples_per_frame`` and ``shortest`` of the proxy.
+        settings: Of the proxy; see `frames_of`.
 
     Raises:
         UsageError: The strides are as long as the window.
@@ -159,8 +184,9 @@ def windows_of(
             f"stride_length_s={stride} twice leaves nothing of chunk_length_s={chunk}",
             "The chunk must be longer than twice the stride.",
         )
-    last_frame = (length - settings["shortest"]) // size + 1
-    reach = settings["shortest"] - size  # samples that the last frame needs beyond its own
+    last_frame = frames_of(length, settings)
+    # Samples that the last frame needs beyond its own.
+    reach = settings["shortest"] - settings.get("samples_per_step", size)
     begin = 0
     while True:
         end = begin + window

@@ -67,9 +67,11 @@ def home(tmp_path_factory, monkeypatch):
 def ctc_model():
     """A function that makes a CTC model of a family."""
 
-    def make(family):
+    def make(family, **changes):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCTC.from_config(CTC_CONFIGS[family]())
+        config = CTC_CONFIGS[family]()
+        config.update(changes)
+        model = transformers.AutoModelForCTC.from_config(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1 or name.startswith("lm_head"):

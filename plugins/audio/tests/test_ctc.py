@@ -136,6 +136,20 @@ def frames_of(samples):
     return (samples - SETTINGS["shortest"]) // SETTINGS["samples_per_frame"] + 1
 
 
+def test_an_adapter_behind_the_encoder_makes_fewer_frames(ctc_model):
+    """Three layers of stride 2: transformers' frames, for a sound in one window and in several."""
+    model = ctc_model("wav2vec2", add_adapter=True, num_adapter_layers=3, adapter_stride=2)
+    proxy = QEFFAutoModelForCTC(model, proxy="split")
+    values = noise(4 * 16_000 + 123)
+    expected = logits_of(model, values)
+    whole = proxy.generate(inputs={"input_values": values})
+    np.testing.assert_allclose(whole.logits[0], expected, atol=1e-4)
+    windows = proxy.generate(
+        inputs={"input_values": values}, chunk_length_s=2.0, stride_length_s=0.5
+    )
+    assert windows.logits[0].shape == expected.shape
+
+
 @pytest.mark.parametrize("seconds", [0.5, 3.0, 3.9, 4.0, 4.3, 10.0, 61.7])
 def test_windows_join_without_a_gap_or_a_frame_twice(seconds):
     samples = int(seconds * 16_000)
