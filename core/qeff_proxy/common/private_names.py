@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DECOMPOSING",
+    "FOLDING",
     "OPERATOR_TABLE",
     "attention_of",
     "build_model",
     "find",
+    "matched_operator",
     "model_classes",
     "operators",
 ]
@@ -56,6 +58,9 @@ OPERATOR_TABLE = {
     "of_onnxscript": "onnxscript.function_libs.torch_lib.registration:default_registry",
     "onnxscript_operators": "onnxscript.function_libs.torch_lib.ops",
 }
+#: To try each rule of onnxscript's optimizer on the operators that it matches alone. Else:
+#: ``onnxscript.optimizer.optimize`` tries every rule on every node.
+FOLDING = {"rules": "onnxscript.rewriter:_DEFAULT_REWRITE_RULES"}
 
 
 def find(group: Mapping[str, str]) -> SimpleNamespace | None:
@@ -85,6 +90,18 @@ def operators(names: Iterable[str]) -> frozenset[Any]:
     packets = [(getattr(torch.ops.aten, name.partition(".")[0], None), name) for name in names]
     overloads = (getattr(packet, name.partition(".")[2], None) for packet, name in packets)
     return frozenset(overload for overload in overloads if overload is not None)
+
+
+def matched_operator(rule: Any) -> str | None:
+    """The operator type of the last node that a rule of onnxscript's rewriter matches.
+
+    ``None`` where it may be one of several, or cannot be known.
+    """
+    try:
+        name: str = rule._target_pattern.output_nodes[0].op_type  # noqa: SLF001
+    except AttributeError:
+        return None
+    return name if name.isidentifier() else None  # else it is a pattern of names
 
 
 def model_classes(auto_class: str) -> Mapping[Any, Any]:

@@ -1,1 +1,1 @@
-"""What is read from any ONNX graph: where a node came from, what is constant in it."""
+"""Work on any ONNX graph: fold its constants, find the layer of a node."""

@@ -1,4 +1,4 @@
-"""Which layer a node of a graph belongs to."""
+"""The layer that a node of a graph was traced from."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 __all__ = ["NAME_SCOPES", "layer_of"]
 
-#: Node metadata that is kept: the module paths a node comes from, outermost first.
+#: Node metadata that exports keep: the module paths a node was traced from, outermost first.
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 _LAYER = re.compile(r"\.(\d+)(?![\w])")
 
 
 def layer_of(node: ir.Node) -> int | None:
-    """The layer a node comes from, counted from 0, as its module path says; ``None`` for none."""
-    found = _LAYER.search(node.metadata_props.get(NAME_SCOPES, ""))
-    return int(found[1]) if found else None
+    """The layer, counted from 0, that a node's module path names; ``None`` outside of layers."""
+    number = _LAYER.search(node.metadata_props.get(NAME_SCOPES, ""))
+    return int(number[1]) if number else None

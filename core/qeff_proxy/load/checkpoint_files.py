@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qeff_proxy.common.messages import first_line
+from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.safetensors_header import read_header
 
@@ -60,7 +59,7 @@ def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool)
     patterns += list(_PICKLES) if allow_pickle else []
     patterns += ["*.py"] if trust_remote_code else []
     try:
-        with _without_retry_notes():
+        with quiet_logs("huggingface_hub"):  # it notes each try
             return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -87,17 +86,6 @@ def folder_named(source: str) -> Path:
             "Check the path, or give a hub id (name/model).",
         ) from error
     return folder
-
-
-@contextmanager
-def _without_retry_notes() -> Iterator[None]:
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:

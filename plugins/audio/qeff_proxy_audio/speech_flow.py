@@ -7,15 +7,14 @@ decoder's parts with `qeff_proxy.flows.causal_engine.CausalEngine`.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
+from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
 from qeff_proxy.flows.causal_engine import Cache, CausalEngine, StepId, position_ids_of
@@ -129,7 +128,8 @@ class SpeechFlow:
         _check_timestamps(model, settings, features.shape[-1] > frames)
         begin = time.perf_counter()
         try:
-            with _quiet_generation(), draws_seeded(settings.pop("seed", None)):
+            # transformers notes settings that its own code passes twice.
+            with quiet_logs("transformers.generation"), draws_seeded(settings.pop("seed", None)):
                 output = model.generate(
                     features,
                     attention_mask=job.tensors.get("attention_mask"),
@@ -285,18 +285,6 @@ class _EncoderRunner(nn.Module):
         """``[batch, mel, frames]`` to row numbers, ``[batch, 1, 1]``."""
         batch = self._steps.encode(input_features)
         return BaseModelOutput(last_hidden_state=torch.arange(batch).float()[:, None, None])
-
-
-@contextmanager
-def _quiet_generation() -> Iterator[None]:
-    """Silence transformers' warnings about settings that its own code passes twice."""
-    logger = logging.getLogger("transformers.generation")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _check_timestamps(model: ProxyWhisper, settings: Mapping[str, Any], long: bool) -> None:

@@ -11,14 +11,13 @@ Costs about 0.2 CPU seconds, whatever the size of the weights.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import BackendError
 from qeff_proxy.graph.folding import fold_graph
 from qeff_proxy.graph.name_scopes import layer_of
@@ -80,7 +79,7 @@ def fold(model: ir.Model) -> None:
             del graph.initializers[name]
             value.const_value = None
             graph.inputs.append(value)
-    with _quiet():
+    with quiet_logs("onnxscript"):  # it notes operators that it does not fold
         fold_graph(model, input_size_limit=WEIGHT_BYTES, output_size_limit=_FOLDED_BYTES)
     for value in list(graph.inputs):
         if value.name in weights and value not in own_inputs:
@@ -88,18 +87,6 @@ def fold(model: ir.Model) -> None:
             if value.uses() or value.is_graph_output():
                 value.const_value = weights[value.name]
                 graph.initializers[value.name] = value
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out the optimizer's notes on operators that it does not fold."""
-    talker = logging.getLogger("onnxscript")
-    level = talker.level
-    talker.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        talker.setLevel(level)
 
 
 def _fixed(spec: TensorSpec, sizes: Mapping[str, int]) -> list[int]:

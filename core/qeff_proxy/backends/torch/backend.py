@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportedPartSession", "TorchBackend", "model_of_export", "proxy_of_export"]
 
-#: Parts of one model share modules, and some keep state while they run, such as rotary tables.
+#: While a part runs, transformers' functions that make masks are exchanged, for all threads.
 _ONE_AT_A_TIME = threading.Lock()
 
 

@@ -1,1 +1,1 @@
-"""Trace one part to an ONNX graph."""
+"""Trace a part to an ONNX graph."""

@@ -124,8 +124,9 @@ def _lower(program: ExportedProgram, registry: Any, names: SimpleNamespace) -> b
 
 def _insert_casts(module: GraphModule, names: SimpleNamespace) -> None:
     """Cast arguments to the dtype that PyTorch would promote them to, as its own pass does."""
+    interpreter: Any = names.promotion_interpreter
 
-    class Recorded(names.promotion_interpreter):  # type: ignore[misc, name-defined]
+    class Recorded(interpreter):  # type: ignore[misc]
         """Takes the results that the trace recorded in place of running each node."""
 
         def run_node(self, node: Node) -> Any:

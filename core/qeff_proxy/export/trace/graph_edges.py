@@ -1,9 +1,9 @@
-"""Give a traced graph the edges that its part says: names, axes, and nothing besides.
+"""Name the inputs, outputs and axes of a traced graph as its part's specs do.
 
 1. Inputs and outputs get the names of the part's specs.
-2. Dynamic axes get the names of the specs (`_name_axes`), and none may have been frozen by the
-   trace (`_check_axes`).
-3. Inputs that reach no output are dropped, and so are traces of the machine that traced.
+2. Dynamic axes get the names of the specs (`_name_axes`); the trace must not have frozen one
+   (`_check_axes`).
+3. Inputs that no node reads are dropped, and so is what describes the machine that traced.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["set_edges"]
 def set_edges(
     program: ir.Model, part: Part
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Set the edges of a graph, in place; give the specs of what it takes and gives.
+    """Name a graph's inputs, outputs and axes, in place; return the specs of both.
 
     Raises:
         ExportError: It has other inputs or outputs than the part, or an axis was frozen.
@@ -46,7 +46,7 @@ def set_edges(
 def _named(
     values: Sequence[ir.Value], specs: Sequence[TensorSpec], part: Part, kind: str
 ) -> list[tuple[ir.Value, TensorSpec]]:
-    """Give inputs or outputs their own names, in the specs' order."""
+    """Name inputs or outputs in the order of the specs."""
     if len(values) != len(specs):
         raise ExportError(
             f"the {part.name} part was traced with {len(values)} {kind} instead of {len(specs)}"
@@ -96,7 +96,7 @@ def _renamed(dim: int | ir.SymbolicDim, mapping: Mapping[str, str]) -> int | str
 
 
 def _check_axes(program: ir.Model, part: Part) -> None:
-    """Make sure that a dynamic axis of an input that is used did not become a constant."""
+    """Make sure that no dynamic axis of a used input became a constant."""
     for value, spec in zip(program.graph.inputs, part.inputs, strict=True):
         if not value.uses():
             continue
@@ -119,7 +119,7 @@ def _check_axes(program: ir.Model, part: Part) -> None:
 
 
 def _clean(program: ir.Model) -> None:
-    """Drop unused inputs, and what tells of the machine and code that traced."""
+    """Drop unused inputs, and metadata of the machine and the code that traced."""
     graph = program.graph
     for value in list(graph.inputs):
         if not value.uses() and not value.is_graph_output():
@@ -141,7 +141,7 @@ def _clean(program: ir.Model) -> None:
 
 
 def _spec_of(value: ir.Value, spec: TensorSpec) -> TensorSpec:
-    """The output's spec with the axes that the trace found."""
+    """The output's spec with the axes of the traced graph."""
     if value.shape is None:
         return spec
     dims = (dim if isinstance(dim, int) else dim.value for dim in value.shape)

@@ -48,7 +48,10 @@ def _replace(names: SimpleNamespace) -> Callable[[], object]:
     def from_torchlib(cls: Any, opset_version: int = default) -> Any:
         if not _ACTIVE.get() or cls is not registry:
             return original.__get__(None, cls)(opset_version)
-        table = _table(opset_version)
+        try:
+            table = _table(opset_version)
+        except Exception:  # noqa: BLE001 (whatever names that changed their meaning lead to)
+            return original.__get__(None, cls)(opset_version)
         copy = cls()
         copy.__dict__.update(table.__dict__)
         copy.functions = {target: list(entries) for target, entries in table.functions.items()}

@@ -1,13 +1,11 @@
-"""From a part to an ONNX graph whose weights are still elsewhere.
+"""Trace a part to an ONNX graph that does not hold its weights.
 
 1. `sample_inputs` makes tensors of the part's dtypes and axes.
 2. transformers' ``OnnxExporter`` traces the part, unoptimized.
 3. `_detach_weights` takes the weights out of the graph, so that nothing folds or copies them.
-4. `qeff_proxy.graph.folding` folds the rest.
-5. Layers that were not traced are cloned from those that were
-   (`qeff_proxy.export.repeat.clone_layers`).
-6. `qeff_proxy.export.trace.graph_edges` gives inputs, outputs and dynamic axes the names of the
-   specs.
+4. `qeff_proxy.graph.folding` folds the remaining constants.
+5. `qeff_proxy.export.repeat.clone_layers` clones traced layers in place of the others.
+6. `qeff_proxy.export.trace.graph_edges` names inputs, outputs and dynamic axes as the specs do.
 """
 
 from __future__ import annotations
@@ -64,10 +62,10 @@ class TracedPart:
         name: The part's name.
         model: The graph; initializers that are in ``weights`` have no value yet.
         weights: Initializer name → tensor. The tensors are the model's own, not copies.
-        inputs: What the graph takes.
-        outputs: What it gives.
+        inputs: The graph's inputs.
+        outputs: Its outputs.
         layers: How many layers were traced, where others were cloned from them; 0 for none.
-        reason: Why layers that are alike were all traced; ``None`` where they were not, or are not.
+        reason: Why each of several equal layers was traced; ``None`` where that did not happen.
     """
 
     name: str
@@ -86,11 +84,11 @@ def trace_part(
     """Trace one part.
 
     Args:
-        part: What to trace. Its module is not changed.
-        names: ``id`` of each parameter and buffer of the uncut model → its name there; weights
-            are called by it.
+        part: The part. Its module is not changed.
+        names: ``id`` of each parameter and buffer of the uncut model → its name there, which the
+            weight gets in the graph.
         opset: ONNX opset, or ``None`` for the exporter's own choice.
-        repeat: Trace one layer of each kind and clone its nodes for the others, where that can be
+        repeat: Trace one layer of each kind and clone its nodes for the others, where possible
             (`qeff_proxy.export.repeat.mark_layers`).
 
     Raises:
@@ -104,7 +102,7 @@ def trace_part(
             return _finished(program, part, names, weights, marked.calls)
         except NotRepeatable as error:
             reason = str(error)
-        except ExportError as error:  # what fails with marks may do without them
+        except ExportError as error:  # it may succeed without marks
             reason = error.problem
     program, weights = _graph_of(part, names, opset)
     return replace(_finished(program, part, names, weights, []), reason=reason)
@@ -114,11 +112,11 @@ def trace_part(
 def trace_sample(
     whole: Part, part: Part, names: Mapping[int, str], opset: int | None = None
 ) -> tuple[TracedPart, TracedPart]:
-    """Trace a part of which only the first layers are there.
+    """Trace a part of which only the first layers are loaded.
 
     Args:
-        whole: The part with all layers; weights of those that are not there are on the meta device.
-        part: The part with those that are there alone.
+        whole: The part with all layers; weights that are not loaded are on the meta device.
+        part: The part with the loaded layers only.
         names: As in `trace_part`, of all layers.
         opset: As in `trace_part`.
 
@@ -137,14 +135,14 @@ def trace_sample(
         program, weights = _graph_of(part, names, opset)
     shorter = _finished(program.clone(), part, names, dict(weights), marked.calls)
     seen, given = _run(whole)
-    # What is numbered by layers may be of other layers: those of a decoder, not an encoder.
+    # Outputs may be numbered by other layers: an encoder's part by those of the decoder.
     whole = replace(whole, outputs=tuple(one for one in whole.outputs if one.name in given))
     calls = put_in(program, marked.calls, seen, whole, part)
     return _finished(program, whole, names, weights, calls), shorter
 
 
 def _run(part: Part) -> tuple[MarkedLayers, set[str]]:
-    """See how a part calls its layers, and what it gives, without those that are not there."""
+    """Run a part without the layers that are not loaded: how it calls them, and its outputs."""
     samples = sample_inputs(part, {**TRACE_SIZES, **part.trace_sizes})
     generator = torch.Generator().manual_seed(0)
     for name, tensor in samples.items():
@@ -156,7 +154,7 @@ def _run(part: Part) -> tuple[MarkedLayers, set[str]]:
             outputs = part.module(**samples)
         except NotRepeatable:
             raise
-        except Exception as error:  # whatever a model's code meets where layers are not there
+        except Exception as error:  # whatever a model's code raises without its layers
             raise NotRepeatable(f"it cannot be run without its layers: {error}") from error
     return marked, set(outputs)
 
@@ -164,7 +162,7 @@ def _run(part: Part) -> tuple[MarkedLayers, set[str]]:
 def _graph_of(
     part: Part, names: Mapping[int, str], opset: int | None
 ) -> tuple[ir.Model, dict[str, torch.Tensor]]:
-    """The graph as it was traced, with marks where layers were marked, and its weights."""
+    """The traced graph, with a mark at the begin and end of each marked layer, and its weights."""
     sizes = {**TRACE_SIZES, **part.trace_sizes}
     samples = sample_inputs(part, sizes)
     shapes = {name: _dynamic_axes(spec) for name, spec in mangled_inputs(part)}
@@ -174,7 +172,7 @@ def _graph_of(
             program = _trace(part, samples, config)
         except NotRepeatable:
             raise
-        except Exception as error:  # whatever torch.export meets in a model's code
+        except Exception as error:  # whatever a model's code makes torch.export raise
             line = first_line(error)
             raise ExportError(
                 f"the {part.name} part cannot be traced: {type(error).__name__}: {line}",
@@ -194,7 +192,7 @@ def _finished(
     weights: dict[str, torch.Tensor],
     calls: list[LayerCall],
 ) -> TracedPart:
-    """The part's graph, from the one that was traced."""
+    """The part's graph: the traced one with all layers and the names of the specs."""
 
     def name_of(tensor: torch.Tensor, path: str) -> str:
         return names.get(id(tensor), f"{part.name}.{path}")
@@ -216,10 +214,10 @@ def _finished(
 
 @contextlib.contextmanager
 def _marked(part: Part, lists: Sequence[LayerList] | None = None) -> Iterator[MarkedLayers]:
-    """Trace one layer of each kind of a part, and know the axes of its inputs by their names.
+    """Trace one layer of each kind of a part; record the name of each symbol of its inputs' axes.
 
-    Symbols for axes that are equal become one only as a trace meets them, so that layers with
-    caches of their own would not be seen to be called alike.
+    A trace learns that two symbols are equal only when it meets both; without the names, calls of
+    layers with caches of their own would look different.
     """
     with marked_layers(part.module, lists) as marked:
 
@@ -251,19 +249,19 @@ def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> 
 
 def _export(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:
     exported: Any = OnnxExporter().export(part.module, samples, config=config)
-    # Older releases return torch's ONNXProgram.
+    # Before transformers 5.23 it returns torch's ``ONNXProgram``.
     program: ir.Model = exported.program if hasattr(exported, "program") else exported.model
     return program
 
 
 def _check_opset(program: ir.Model, part: Part, opset: int | None) -> None:
-    """Make sure that the graph has the opset asked for: the converter gives up in silence."""
-    found = program.opset_imports.get("", 0)
-    if opset is not None and found != opset:
+    """Make sure that the graph has the requested opset: the converter gives up in silence."""
+    written = program.opset_imports.get("", 0)
+    if opset is not None and written != opset:
         raise ExportError(
             f"the {part.name} part cannot be written in opset {opset}: its operators are those of "
-            f"opset {found}",
-            f"Ask for opset {found}, or for none.",
+            f"opset {written}",
+            f"Ask for opset {written}, or for none.",
         )
 
 
@@ -274,7 +272,7 @@ def _dynamic_axes(spec: TensorSpec) -> dict[int, Any]:
 def _detach_weights(
     program: ir.Model, part: Part, names: Mapping[int, str]
 ) -> dict[str, torch.Tensor]:
-    """Turn large initializers into graph inputs; give their tensors by their final name."""
+    """Turn large initializers into graph inputs; return their tensors by their final name."""
     own: dict[str, torch.Tensor] = dict(part.module.named_parameters(remove_duplicate=False))
     own.update(part.module.named_buffers(remove_duplicate=False))
     graph = program.graph
@@ -300,7 +298,7 @@ def _detach_weights(
 
 
 def _attach_weights(program: ir.Model, weights: Mapping[str, torch.Tensor]) -> None:
-    """Make the inputs that stand for weights initializers again; forget those nothing uses."""
+    """Turn the inputs that stand for weights into initializers again; drop unused ones."""
     graph = program.graph
     for value in list(graph.inputs):
         if value.name is not None and value.name in weights:
