@@ -1,8 +1,8 @@
-"""Operators that mark layers in a trace, and stand for layers that are not traced.
+"""Operators that mark layers in a trace, and placeholders for layers that are not traced.
 
-`enter` and `leave` give what they are given: what lies between the two of one number was traced
-for one layer. `layer` stands for a layer that would trace like that one. None of them is left in a
-graph that is written: `qeff_proxy.export.repeat.clone_layers` puts nodes in their place.
+`enter` and `leave` return their inputs: the nodes between the two of one number belong to one
+layer. `layer` is a placeholder for a layer that would trace like that one.
+`qeff_proxy.export.repeat.clone_layers` replaces all of them before a graph is written.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ DOMAIN = "qeff_proxy"
 
 @torch.library.custom_op(f"{DOMAIN}::enter", mutates_args=())
 def enter(values: list[torch.Tensor], number: int) -> list[torch.Tensor]:  # noqa: ARG001
-    """What a layer is given, as it comes."""
+    """The inputs of a layer."""
     return [value.clone() for value in values]
 
 
 @torch.library.custom_op(f"{DOMAIN}::leave", mutates_args=())
 def leave(values: list[torch.Tensor], number: int) -> list[torch.Tensor]:  # noqa: ARG001
-    """What a layer gives, as it is."""
+    """The outputs of a layer."""
     return [value.clone() for value in values]
 
 
@@ -39,16 +39,16 @@ def layer(
     number: int,
     template: int,  # noqa: ARG001
 ) -> list[torch.Tensor]:
-    """Stands for a layer in a trace: it gives tensors of the shapes of ``like``.
+    """A placeholder for a layer, with outputs of the shapes of ``like``.
 
     Args:
-        values: What the layer is given, in the order of ``enter`` for ``template``.
-        like: What ``leave`` gave for ``template``.
+        values: The layer's inputs, in the order of ``enter`` for ``template``.
+        like: The outputs of ``leave`` for ``template``.
         number: Of this call.
         template: Number of the call that was traced.
 
     Returns:
-        In a run, random numbers that no other call gives.
+        In a run, random numbers that differ from those of any other call.
     """
     generator = torch.Generator().manual_seed(number)
     return [
@@ -104,7 +104,7 @@ def _layer(values: Sequence[ir.Value], like: Sequence[ir.Value], number: int, te
     return _node("layer", [*values, *like], len(like), number=number, template=template)
 
 
-#: How the exporter writes them.
+#: How the exporter translates them.
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.qeff_proxy.enter.default: _enter,
     torch.ops.qeff_proxy.leave.default: _leave,
