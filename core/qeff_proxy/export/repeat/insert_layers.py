@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import torch
 
+from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.export.repeat.clone_layers import marks_of
 from qeff_proxy.export.repeat.mark_layers import LayerCall, NotRepeatable, is_absent, list_of
 from qeff_proxy.export.repeat.marks import DOMAIN
@@ -26,7 +27,7 @@ from qeff_proxy.tensor_names import LAYER_NAME
 
 if TYPE_CHECKING:
     from qeff_proxy.export.repeat.mark_layers import MarkedLayers
-    from qeff_proxy.parts import Part, TensorSpec
+    from qeff_proxy.parts import Part
 
 __all__ = ["put_in"]
 
@@ -76,24 +77,14 @@ class _Edges:
         self._specs = {spec.name: spec for spec in whole.inputs}
 
     def input(self, name: str) -> ir.Value:
-        """The input of that name; a new one is made like another layer's."""
+        """The input of that name; a layer's that is not in the graph yet is made by its spec."""
         if name not in self.inputs:
-            like = self.inputs[self._alike(self._specs[name])]
-            self.inputs[name] = ir.Value(name=name, shape=like.shape, type=like.type)
+            spec = self._specs[name]
+            dtype = ir.DataType.from_numpy(numpy_dtype(spec.dtype))
+            self.inputs[name] = ir.Value(
+                name=name, shape=ir.Shape(spec.shape), type=ir.TensorType(dtype)
+            )
         return self.inputs[name]
-
-    def _alike(self, spec: TensorSpec) -> str:
-        parts = LAYER_NAME.fullmatch(spec.name)
-        for name in self.inputs:
-            other = LAYER_NAME.fullmatch(name)
-            if (
-                parts is not None
-                and other is not None
-                and (parts[1], parts[3]) == (other[1], other[3])
-                and self._specs[name].shape == spec.shape
-            ):
-                return name
-        raise NotRepeatable(f"none of the first layers has an input like {spec.name}")
 
     def of_layers(self) -> set[ir.Value]:
         """The outputs that belong to a layer."""
