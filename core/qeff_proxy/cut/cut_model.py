@@ -101,7 +101,7 @@ def site_weights(loaded: LoadedModel, site: Site | Absent) -> set[str]:
 
 
 def _check_body(loaded: LoadedModel, proxy: Proxy, sites: dict[str, Site | Absent]) -> None:
-    """A split has all the parts that its sites call for."""
+    """Make sure that a split has a part for each site."""
     names = [part.name for part in proxy.parts]
     for name, site in sites.items():
         if isinstance(site, Site) and name not in names:
@@ -115,11 +115,11 @@ def _check_body(loaded: LoadedModel, proxy: Proxy, sites: dict[str, Site | Absen
 def _sites_run_in_their_parts(
     loaded: LoadedModel, proxy: Proxy, sites: dict[str, Site | Absent]
 ) -> Iterator[None]:
-    """Refuse a split in which a site's module runs in the body: whatever equals, it is not cut."""
+    """Refuse a split in which a site's module runs in the body: equal or not, it is not cut."""
     if proxy.kind != "split":
         yield
         return
-    running: list[str] = []  # the part that runs, where one does
+    running: list[str] = []  # the part that runs, if any
     wrong: list[tuple[str, str, str]] = []
     own = {part.name for part in proxy.parts if part.weights == "vocabulary"} | set(sites)
 
@@ -155,7 +155,7 @@ def _sites_run_in_their_parts(
 
 @contextmanager
 def _blame(hooks: Hooks) -> Iterator[None]:
-    """Say who cut the model where the parts do not equal it: its author knows what to look for."""
+    """Name the plugin in an error of the comparison: its author knows what to look for."""
     try:
         yield
     except CutError as error:

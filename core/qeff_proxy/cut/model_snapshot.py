@@ -1,7 +1,7 @@
-"""See whether a model was changed: what holds a plugin to leaving it alone.
+"""See whether a plugin changed the model that it cut.
 
-A plugin that changes weights while it cuts would change the parts and the model they are held
-against alike, and the verified cut would compare two wrongs.
+A plugin that changes weights would change both the parts and the model they are compared with, and
+the verification would compare two wrongs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["changes_between", "snapshot_model"]
 
-#: Elements of a tensor that are looked at; of larger ones, so many at equal distances.
+#: Elements of a tensor that are compared; of larger tensors, so many at equal distances.
 _SAMPLE = 1 << 16
 
 
 def snapshot_model(model: nn.Module) -> dict[str, Any]:
-    """What tells a model from a changed one, by name.
+    """The state of a model, by name, in which any change to it shows.
 
     Modules and tensors by identity, tensors also by their number of in-place changes and by a sum
     over their bits (of 65,536 elements at most, none on the meta device); and the config's values.
@@ -42,7 +42,7 @@ def snapshot_model(model: nn.Module) -> dict[str, Any]:
 
 
 def changes_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Names of what two snapshots of one model say otherwise."""
+    """Names of the entries in which two snapshots of one model differ."""
     names = [name for name in before if name not in after or before[name] != after[name]]
     return names + [name for name in after if name not in before]
 

@@ -1,11 +1,11 @@
-"""Hold an exported graph against the module it was traced from, at sizes it was not traced at.
+"""Compare an exported graph with the module it was traced from, at sizes it was not traced at.
 
-A trace can freeze a size somewhere inside a graph whose edges look dynamic. Running it at other
-sizes finds that, and whatever else the way to ONNX changed.
+A trace can freeze a size inside a graph whose inputs and outputs look dynamic. Running it at other
+sizes finds that, and any other change on the way to ONNX.
 
-The graph runs with ONNX Runtime's optimizations but one: folding constants would write a transposed
-copy of each weight. Without any, each run would transpose them (32 s and 2.8 GB for a head of
-262,208 x 2,560; 2 s and 0.1 GB so).
+The graph runs with all of ONNX Runtime's optimizations except constant folding, which would write a
+transposed copy of each weight. Without any optimization, each run would transpose the weights (32 s
+and 2.8 GB for a head of 262,208 x 2,560, instead of 2 s and 0.1 GB).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHECK_SIZES: tuple[dict[str, int], ...] = (
     {"batch": 3, "query": 4, "past": 0, "sequence": 6},
 )
 #: Inputs of more elements are checked at the smallest size only: the work and memory of a tower's
-#: attention grow with the square of what is in an image. (An image of 896 x 896 has 2.4 million;
+#: attention grow with the square of an image's size. (An image of 896 x 896 has 2.4 million;
 #: the scores of its 4,096 patches take 1 GB.)
 _MANY_ELEMENTS = 4_000_000
 #: Largest allowed difference of an element, over the largest element of that output.
@@ -54,7 +54,7 @@ def check_graph(
 
     Args:
         part: What was traced.
-        inputs: What the graph takes: those of the part's inputs that matter.
+        inputs: The graph's inputs: those of the part that reach an output.
         path: The ONNX file.
         seed: Of the inputs.
 
@@ -63,7 +63,7 @@ def check_graph(
         where ONNX Runtime has no kernels for the part's dtype (bfloat16).
 
     Raises:
-        ExportError: The graph does not run, or gives something else than the part.
+        ExportError: The graph does not run, or its outputs differ from the part's.
     """
     if any(spec.dtype == "bfloat16" for spec in (*part.inputs, *part.outputs)):
         return None
@@ -92,7 +92,7 @@ def _open(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.disable_prepacking", "1")
-    # Memory is given back as soon as it is free: two runs gain nothing from keeping it.
+    # Free memory is returned at once: two runs gain nothing from keeping it.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.log_severity_level = 3
@@ -106,16 +106,17 @@ def _open(path: Path) -> onnxruntime.InferenceSession:
 
 def _sizes(part: Part) -> list[dict[str, int]]:
     """Sizes of all axes to check a part at: those that are affordable, or the smallest."""
-    own = part.check_sizes or ({},) * len(CHECK_SIZES)
-    found = [
-        {**part.trace_sizes, **sizes, **more} for sizes, more in zip(CHECK_SIZES, own, strict=True)
+    special = part.check_sizes or ({},) * len(CHECK_SIZES)
+    all_sizes = [
+        {**part.trace_sizes, **sizes, **more}
+        for sizes, more in zip(CHECK_SIZES, special, strict=True)
     ]
     elements = [
         sum(math.prod(size_of(axis, sizes) for axis in spec.shape) for spec in part.inputs)
-        for sizes in found
+        for sizes in all_sizes
     ]
     limit = max(_MANY_ELEMENTS, min(elements))
-    return [sizes for sizes, count in zip(found, elements, strict=True) if count <= limit]
+    return [sizes for sizes, count in zip(all_sizes, elements, strict=True) if count <= limit]
 
 
 def _random_inputs(

@@ -2,12 +2,12 @@
 
 1. `qeff_proxy.export.model_graphs` loads the first layers of a checkpoint, cuts, verifies and
    traces them, and expands their graphs to all layers.
-2. `qeff_proxy.export.write_weights` lets the weights go from file to file, each once, and the
-   graphs point to them.
-3. ``onnx.checker`` looks at every file, `qeff_proxy.export.check_graph` runs it at other sizes than
+2. `qeff_proxy.export.write_weights` copies the weights from file to file, each once; the graphs
+   point to them.
+3. ``onnx.checker`` checks every graph, `qeff_proxy.export.check_graph` runs it at other sizes than
    it was traced at, and ``export.json`` is written last.
 
-The folder is written aside and moved into place. The same request again is a lookup.
+A temporary folder is written and moved into place. The same request again is a lookup.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ def export_model(
         output: The folder to write; by default one below `qeff_proxy.artifact.cache_home`, named
             by model and a hash of all that shapes the export.
         opset: ONNX opset, 18 or later; ``None`` takes the exporter's own choice.
-        taps: What each layer gives as extra outputs: ``"layers"``, ``"attention"``, ``"mlp"``, or
-            several (`qeff_proxy.layers.taps`).
+        taps: Outputs of each layer to add: ``"layers"``, ``"attention"``, ``"mlp"``, or several
+            (`qeff_proxy.layers.taps`).
         num_layers: Export the first layers only: so many, or with ``"auto"`` the shortest prefix
             that holds every kind of layer twice (`qeff_proxy.load.shortened_model`).
         weights: ``"copy"``, or ``"reference"`` to link the checkpoint's own files into the export
             where they hold weights byte for byte: nothing is copied, ONNX Runtime reads them, but
             ``onnx.load`` refuses files that have two names; and whoever changes the checkpoint in
             place changes the export.
-        force: Export again even where the same export is there already.
-        progress: Told the name of each stage as it begins.
+        force: Export again even if the same export exists.
+        progress: Called with the name of each stage as it starts.
 
     Returns:
         The export, read back from its folder.
@@ -102,7 +102,7 @@ def export_model(
     key = export_key(loaded, hooks, kind, opset, wanted, weights)
     target = (output or export_folder(loaded.source, key)).resolve()
     if not force and (found := existing_export(target, key)) is not None:
-        return found  # without the lock, so that what is whole can be used side by side
+        return found  # without the lock, so that several processes can use a finished export
     check_place(target)
     with locked(target):
         recover_folder(target, KEPT)
@@ -161,7 +161,7 @@ def _write_graphs(
     how: str,
     progress: Callable[[str], None],
 ) -> Export:
-    """Make the graphs and write them; where repeated layers differ, make them without.
+    """Make the graphs and write them; if cloned layers fail the check, trace all layers.
 
     Args:
         make: Makes the graphs; takes ``repeat``.
@@ -188,7 +188,7 @@ def _write_folder(
     target: Path,
     progress: Callable[[str], None],
 ) -> Export:
-    """Write everything aside, check the graphs, and move the folder into place."""
+    """Write a temporary folder, check its graphs, and move it into place."""
     from qeff_proxy.export.write_files import (
         check_graphs,
         hash_linked,
@@ -244,7 +244,7 @@ def _write_folder(
 
 
 def _write_processor(folder: Path, loaded: LoadedModel, graphs: Graphs) -> tuple[str, ...]:
-    """Put beside the parts what is needed to use them without the checkpoint; give its names."""
+    """Copy the files that the parts need when the checkpoint is gone; return their names."""
     folder.mkdir()
     if loaded.folder is not None:
         for pattern in _PROCESSOR_FILES:

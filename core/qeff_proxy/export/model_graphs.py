@@ -1,9 +1,9 @@
-"""From a cut to the graphs of its parts, and what they are held against.
+"""Cut a model and trace its parts.
 
-A checkpoint is known by its first layers (`qeff_proxy.load.first_layers`): they are cut, traced and
-run, and their graph is expanded to all layers. What is run in ONNX Runtime then is the same
-expansion to the layers that are there. Where a model cannot be known so, it is loaded whole, and
-all of it is run.
+Of a checkpoint only the first layers are loaded (`qeff_proxy.load.first_layers`). The plugin cuts a
+model of these layers, which is verified and traced, and the whole model, which tells what the
+missing layers are connected to; the graph is then expanded to all layers. ONNX Runtime runs the
+same graph with the first layers only. Models that this does not work for are loaded and run whole.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Graphs:
     """The graphs of a model, not yet written.
 
     Attributes:
-        model: The model; of a sampled one, layers beyond the sample are on the meta device.
+        model: The model; weights of layers that were not loaded are on the meta device.
         cut: How it, or its first layers, were cut and verified.
         traced: One graph per part, of all layers.
-        checks: For each part, the graph to run in ONNX Runtime beside the cut's part, where that
-            is not the one above.
-        layers: Of parts whose layers were repeated: how many were traced.
+        checks: One graph per part to compare with the cut's part; ``None`` for the one in
+            ``traced``.
+        layers: Part → number of layers that were traced, where others were cloned from them.
         sources: Where the weights come from; empty where they are in memory.
-        report: What stands in ``export.json`` about layers and weights.
+        report: What ``export.json`` says about layers and weights.
     """
 
     model: Any
@@ -58,7 +58,7 @@ class Graphs:
     report: dict[str, Any] = field(default_factory=dict)
 
     def add(self, traced: TracedPart, check: TracedPart | None = None) -> None:
-        """Take the graph of the next part, and what is to be run in its place."""
+        """Add the graph of the next part, and the one to check instead of it."""
         self.traced.append(traced)
         self.checks.append(check)
         if traced.layers:
@@ -78,20 +78,20 @@ def graphs_of_sample(
     choose: Callable[[LayerList], int],
     repeat: bool = True,
 ) -> Graphs:
-    """The graphs of a checkpoint, of which only the first layers are there.
+    """The graphs of a checkpoint, of which only the first layers are loaded.
 
     Args:
         loaded: The checkpoint.
         hooks: Of its model type.
         kind: How to cut it.
         opset: As in `qeff_proxy.export.trace.trace_part`.
-        taps: What each layer gives besides.
-        progress: Told what happens as it begins.
-        choose: How many layers are to be there: `enough_layers`, or `all_layers`.
-        repeat: As in `graphs_of_whole`; all layers must be there to do without.
+        taps: Extra outputs of each layer.
+        progress: Called with the name of each stage as it starts.
+        choose: How many layers to load: `enough_layers` or `all_layers`.
+        repeat: As in `graphs_of_whole`; only a model with all layers can do without.
 
     Raises:
-        NotSampled: It cannot be known by them; says why.
+        NotSampled: Its first layers are not enough; says why.
         CutError: The parts do not equal the model; or as `qeff_proxy.export.export_model`.
     """
     if loaded.sample is None or loaded.is_read:
@@ -100,11 +100,11 @@ def graphs_of_sample(
     tensors = [*sampled.model.named_buffers(), *sampled.model.named_parameters()]
     names = {id(tensor): name for name, tensor in tensors}
     graphs = Graphs(sampled.model, cut, [], [], sources=sampled.sources)
-    own = {id(p) for layer in sampled.layers.layers for p in layer.parameters()}
+    in_layers = {id(p) for layer in sampled.layers.layers for p in layer.parameters()}
     deep = _full_depth(loaded, hooks, kind, taps, sampled, cut)
     for part, deep_part in zip(cut.proxy.parts, deep, strict=True):
         progress(f"tracing {part.name}")
-        if part is deep_part or not any(id(p) in own for p in part.module.parameters()):
+        if part is deep_part or not any(id(p) in in_layers for p in part.module.parameters()):
             graphs.add(trace_part(part, names, opset, repeat=repeat))
         else:
             graphs.add(*_traced_sample(part, deep_part, sampled, names, opset))
@@ -128,15 +128,15 @@ def graphs_of_whole(
     *,
     repeat: bool,
 ) -> Graphs:
-    """The graphs of a model that is in memory whole.
+    """The graphs of a model that is wholly in memory.
 
     Args:
         loaded: The model.
         hooks: Of its model type.
         kind: How to cut it.
         opset: As in `qeff_proxy.export.trace.trace_part`.
-        taps: What each layer gives besides.
-        progress: Told what happens as it begins.
+        taps: Extra outputs of each layer.
+        progress: Called with the name of each stage as it starts.
         repeat: Trace one layer of each kind and clone it, where that is cheaper.
     """
     cut = _cut(loaded, hooks, kind, taps, None, progress)
@@ -169,8 +169,8 @@ def _cut_sample(
     progress: Callable[[str], None],
     choose: Callable[[LayerList], int],
 ) -> tuple[LoadedModel, SampledModel, Cut]:
-    """The model with its first layers, cut: more of them where a plugin cannot cut so few."""
-    assert loaded.sample is not None  # noqa: S101 (whoever calls has looked)
+    """Load and cut the first layers: more of them where the plugin cannot cut so few."""
+    assert loaded.sample is not None  # noqa: S101 (the caller has checked)
     sampled = loaded.sample(choose)
     while True:
         sampled.check_alike()
@@ -178,9 +178,9 @@ def _cut_sample(
         try:
             return short, sampled, _cut(short, hooks, kind, taps, sampled, progress)
         except PluginError as error:
-            # It may speak of a layer by a number that is not there. A defect of its own shows
-            # again with the whole model.
-            if sampled.count == len(sampled.layers.layers):
+            # The plugin may need a layer of a higher number. A defect of its own shows again with
+            # the whole model.
+            if sampled.is_whole:
                 raise NotSampled(f"its first layers cannot be cut alone: {error}") from error
         sampled = loaded.sample(partial(at_most, 2 * sampled.count))
 
@@ -226,7 +226,7 @@ def _full_depth(
     Raises:
         NotSampled: They cannot be built, or are other parts.
     """
-    if sampled.count == len(sampled.layers.layers):
+    if sampled.is_whole:
         return cut.proxy.parts
     try:
         with marked_layers(sampled.model, [sampled.layers], runs=True):
@@ -257,7 +257,7 @@ def _edges(part: Part) -> tuple[str, set[str], set[str]]:
 def _traced_sample(
     part: Part, whole: Part, sampled: SampledModel, names: Mapping[int, str], opset: int | None
 ) -> tuple[TracedPart, TracedPart]:
-    """The graph of a part with all layers, and that with those that are there."""
+    """The graph of a part with all layers, and that with its first layers."""
     try:
         traced, check = trace_sample(whole, part, names, opset)
     except NotRepeatable as error:
@@ -269,30 +269,31 @@ def _traced_sample(
 
 
 def _check_own_weights(traced: TracedPart, part: Part, sampled: SampledModel) -> None:
-    """Every layer has the weights that the layer of its kind has, and its own."""
+    """Make sure that each layer uses weights of its own, and all that layers of its kind use."""
     path = sampled.layers.path
-    of_layer: dict[int, set[str]] = {}
+    weights: dict[int, set[str]] = {}
     for name in traced.weights:
         if name.startswith(f"{path}."):
             number, _, rest = name.removeprefix(f"{path}.").partition(".")
-            of_layer.setdefault(int(number), set()).add(rest)
+            weights.setdefault(int(number), set()).add(rest)
     for index, kind in enumerate(sampled.layers.kinds):
         first = sampled.layers.kinds.index(kind)
-        if of_layer.get(index, set()) != of_layer.get(first, set()):
+        if weights.get(index, set()) != weights.get(first, set()):
             raise NotSampled(
                 f"layer {index} of the {part.name} part was given other weights than layer {first}"
             )
 
 
 def _check_separate(loaded: LoadedModel, graphs: Graphs) -> None:
-    """Make sure that no weight of a site is left in the body."""
+    """Make sure that no weight of a site remains in the body."""
     for name, site in graphs.cut.sites.items():
-        own = site_weights(loaded, site)
+        vocabulary = site_weights(loaded, site)
         for traced_part, part in zip(graphs.traced, graphs.cut.proxy.parts, strict=True):
-            left = own & set(traced_part.weights)
-            if part.weights != "vocabulary" and left:
+            remaining = vocabulary & set(traced_part.weights)
+            if part.weights != "vocabulary" and remaining:
                 raise CutError(
-                    f"the {part.name} part still holds {min(left)}, which belongs to the {name}",
+                    f"the {part.name} part still holds {min(remaining)}, which belongs to the "
+                    f"{name}",
                     f"That is not where the model's {name} is, or the plugin's build_proxy must "
                     "keep it out of that part.",
                 )

@@ -1,4 +1,4 @@
-"""Write the files of an export: weights, graphs, and what is found of them."""
+"""Write the weights and graphs of an export, hash and check them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,19 @@ __all__ = ["check_graphs", "hash_linked", "write_graphs", "write_weights"]
 def write_weights(
     folder: Path, graphs: Graphs, *, reference: bool = False
 ) -> tuple[Places, dict[str, str]]:
-    """Write one weights file per group; give where each weight lies, and the files' hashes.
+    """Write one weights file per group.
 
     Args:
         folder: Where to write them.
-        graphs: Whose weights.
+        graphs: Their weights are written.
         reference: Link the checkpoint's own files instead, where they serve; `hash_linked` hashes
             those.
 
+    Returns:
+        Name of each weight → where it lies; and file name → hash.
+
     Raises:
-        CheckpointError: A weight that was written is NaN.
+        CheckpointError: A weight that was written has NaN elements.
     """
     groups: dict[str, list[TracedPart]] = {}
     for part, traced in zip(graphs.cut.proxy.parts, graphs.traced, strict=True):
@@ -56,13 +59,13 @@ def write_weights(
 
 
 def hash_linked(places: Places, graphs: Graphs, hashes: Mapping[str, str]) -> dict[str, str]:
-    """The hash of each weights file, those that were not written too; no weight may be NaN."""
+    """The hash of each weights file, linked ones too; their weights are checked for NaN."""
     files: dict[Path, dict[str, StoredTensor]] = {}
     for name, stored in places.items():
         files.setdefault(stored.path, {})[name] = stored.place
     return {
-        path.name: hashes.get(path.name) or check_and_hash(path, own, graphs.sources)
-        for path, own in sorted(files.items())
+        path.name: hashes.get(path.name) or check_and_hash(path, tensors, graphs.sources)
+        for path, tensors in sorted(files.items())
     }
 
 
@@ -92,20 +95,20 @@ def check_graphs(
 ) -> dict[str, float | None]:
     """Run each part in ONNX Runtime and PyTorch; largest difference by part.
 
-    What is run of a part whose layers are not all there is its graph of those that are, on the
-    weights that were written.
+    A part of which only the first layers are loaded is run with these, on the weights that were
+    written.
     """
-    found = {}
+    differences = {}
     checks = zip(graphs.cut.proxy.parts, graphs.checks, parts, strict=True)
     for part, check, exported in checks:
         path, inputs = folder / exported.file, exported.inputs
         if check is not None:
             path, inputs = folder / f"check-{exported.file}", check.inputs
             _write_graph(path, check, places)
-        found[part.name] = check_graph(part, inputs, path)
+        differences[part.name] = check_graph(part, inputs, path)
         if check is not None:
             path.unlink()
-    return found
+    return differences
 
 
 def _weights_file(traced: TracedPart, places: Places) -> str | None:
@@ -129,12 +132,14 @@ def _write_graph(path: Path, traced: TracedPart, places: Places) -> None:
 
 
 def _without_weights(path: Path) -> onnx.ModelProto:
-    """The graph with its weights for inputs: the checker refuses files that have two names."""
+    """The graph with inputs instead of weights: the checker refuses files that have two names."""
     model = onnx.load(path, load_external_data=False)
-    outside = [
-        one for one in model.graph.initializer if onnx.external_data_helper.uses_external_data(one)
+    external = [
+        tensor
+        for tensor in model.graph.initializer
+        if onnx.external_data_helper.uses_external_data(tensor)
     ]
-    for tensor in outside:
+    for tensor in external:
         value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
         model.graph.initializer.remove(tensor)
         model.graph.input.append(value)

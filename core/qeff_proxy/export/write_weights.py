@@ -1,9 +1,10 @@
 """Weights in safetensors files that ONNX graphs point into by offset.
 
 ONNX external data: a location beside the ``.onnx``, an offset and a length. A weight that is a
-tensor of the checkpoint goes from file to file in pieces; one of another dtype is converted piece
-by piece; one that is made of several tensors is made with its layer. Each piece is hashed, looked
-at for NaN and written while the processor has it at hand, so that nothing is read twice.
+tensor of the checkpoint is copied from file to file in pieces; one of another dtype is converted
+piece by piece; one that is made of several tensors is made together with its layer. Each piece is
+hashed, checked for NaN and written while it is in the processor's cache, so that nothing is read
+twice.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _IR_DTYPES = {
     "BOOL": ir.DataType.BOOL,
 }
 _CODES = {name: code for code, name in TORCH_DTYPES.items()}
-_ELEMENTS = 1 << 18  # that are converted at a time
+_ELEMENTS = 1 << 18  # converted at a time
 _ZEROS = memoryview(bytes(PIECE))
 
 
@@ -55,9 +56,9 @@ class SavedWeights:
     """What `save_weights` wrote.
 
     Attributes:
-        places: Where each weight lies, by name; tied weights lie in the same place.
-        digest: Of the file that was written, as it stands in ``export.json``; ``None`` where all
-            weights are in files that are linked, which are not read.
+        places: Where each weight lies, by name; tied weights have the same place.
+        digest: Hash of the file that was written, as in ``export.json``; ``None`` if all weights
+            are in linked files, which are not read.
     """
 
     places: dict[str, StoredWeight]
@@ -77,10 +78,10 @@ def save_weights(
 
     Args:
         path: The file to write.
-        parts: Whose weights to write. Those on the meta device come from ``sources``.
+        parts: Their weights are written; those on the meta device come from ``sources``.
         sources: Where the weights of the model come from; without any, all are in memory.
         reference: Do not copy weights that are tensors of the checkpoint, but link its files beside
-            the one to write, which then holds what is left, if anything.
+            the one to write, which then holds all other weights, if any.
 
     Raises:
         ArtifactError: The checkpoint's files cannot be linked.
@@ -110,9 +111,9 @@ def _write_file(
     stored: Mapping[str, torch.Tensor],
     sources: WeightSources,
 ) -> str:
-    """Write a weights file from its beginning to its end; give its hash."""
+    """Write a weights file from its beginning to its end; return its hash."""
     size = len(header) + sum(place.length for place in places.values())
-    made: dict[str, torch.Tensor] = {}  # of a layer's weights those that are still to be written
+    made: dict[str, torch.Tensor] = {}  # weights of a layer that are not written yet
     absent = [
         name
         for name in places
@@ -142,7 +143,7 @@ def _write_file(
 
 
 class _Sink:
-    """Takes the bytes of a file in order: hashes them, and writes them where there is a writer."""
+    """Hashes the bytes of a file in order, and writes them if it has a writer."""
 
     def __init__(self, writer: FileWriter | None = None) -> None:
         self._writer = writer
@@ -154,7 +155,7 @@ class _Sink:
             self._writer.write(data)
 
     def skip(self, count: int) -> None:
-        """Take zeros, which leave a hole in what is written."""
+        """Take zeros, which become a hole in the file that is written."""
         for begin in range(0, count, PIECE):
             self._digest.update(_ZEROS[: count - begin])
         if self._writer is not None:
@@ -183,7 +184,7 @@ class _NanFinder:
 
 
 def _pour(reader: FileReader, place: StoredTensor, sink: _Sink, nan: _NanFinder) -> None:
-    """Put a tensor's bytes from one file into another; holes of the file stay holes."""
+    """Copy a tensor's bytes from one file to another; holes of the file stay holes."""
     begin, end = place.offset, place.offset + place.length
     aligned = begin % 8 == 0  # only then are pieces whole elements
     for data, start, stop in reader.spans(begin, end):
@@ -199,7 +200,7 @@ def _pour(reader: FileReader, place: StoredTensor, sink: _Sink, nan: _NanFinder)
 
 
 def _is_same(found: StoredWeight, tensor: torch.Tensor) -> bool:
-    """Whether a tensor of the checkpoint is the weight, byte for byte."""
+    """Whether a tensor of the checkpoint equals the weight byte for byte."""
     code = _CODES[str(tensor.dtype).removeprefix("torch.")]
     return found.place.dtype == code and _has_shape(found, tensor)
 
@@ -209,7 +210,7 @@ def _has_shape(found: StoredWeight | None, tensor: torch.Tensor) -> bool:
 
 
 def _link(file: Path, folder: Path) -> Path:
-    """Give a checkpoint's file a second name in ``folder``."""
+    """Link a checkpoint's file into ``folder``."""
     link = folder / file.name
     if not link.exists():
         try:
@@ -226,7 +227,7 @@ def _link(file: Path, folder: Path) -> Path:
 
 
 def _distinct(parts: Iterable[TracedPart]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors to store by name; and for each name, the one that it is stored under."""
+    """The tensors to store, by name; and each weight's name → the name that it is stored by."""
     stored: dict[str, torch.Tensor] = {}
     first_name: dict[tuple[object, ...], str] = {}
     aliases: dict[str, str] = {}
@@ -265,7 +266,7 @@ def _layout(stored: Mapping[str, torch.Tensor]) -> tuple[dict[str, StoredTensor]
 
 
 def _put_tensor(tensor: torch.Tensor, sink: _Sink, nan: _NanFinder) -> None:
-    """Put a tensor into a file piece by piece, converted where need be."""
+    """Write a tensor piece by piece, converted if need be."""
     flat = tensor.detach().contiguous().reshape(-1)
     for begin in range(0, flat.numel(), _ELEMENTS):
         piece = flat[begin : begin + _ELEMENTS].to(nan.dtype).contiguous()
@@ -276,12 +277,12 @@ def _put_tensor(tensor: torch.Tensor, sink: _Sink, nan: _NanFinder) -> None:
 def check_and_hash(
     path: Path, places: Mapping[str, StoredTensor], sources: WeightSources | None = None
 ) -> str:
-    """Read a weights file once, in small pieces: its hash, and whether any weight is NaN.
+    """Read a weights file once, in small pieces: hash it and check its weights for NaN.
 
     Args:
         path: The file.
         places: Where each weight lies.
-        sources: Where they come from, for the error.
+        sources: Where the weights come from, for the error.
 
     Raises:
         CheckpointError: A weight has NaN elements; names it and the file it came from.
@@ -292,7 +293,7 @@ def check_and_hash(
     with _one_thread(), FileReader(path) as reader:
         position = 0
         for offset, name in spans:
-            if offset < position:  # a tied weight, seen already
+            if offset < position:  # a tied weight, checked already
                 continue
             for piece in reader.pieces(position, offset):
                 sink.put(piece)
@@ -307,7 +308,7 @@ def check_and_hash(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let PyTorch sum small pieces in this thread: waiting for others would take longer."""
+    """Let PyTorch sum small pieces in one thread: waiting for others would take longer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -319,14 +320,14 @@ def _one_thread() -> Iterator[None]:
 def _has_nan(piece: torch.Tensor) -> bool:
     if piece.dtype.itemsize == 1:
         piece = piece.float()
-    # A sum is one fast pass, and finite unless something is not; only then is it worth a look.
-    # (Narrow types are summed in float32, but the total may be too large for them: a look, too.)
+    # A sum is one fast pass, and is finite unless an element is not, or it is too large for the
+    # dtype; only then is each element checked.
     total = piece.sum()
     return not bool(torch.isfinite(total)) and bool(torch.isnan(piece).any())
 
 
 def point_into(part: TracedPart, places: Mapping[str, StoredWeight]) -> None:
-    """Let the initializers of a traced part point into weights files beside its ``.onnx``."""
+    """Point the initializers of a traced part into weights files beside its ``.onnx``."""
     for name in part.weights:
         place, path = places[name].place, places[name].path
         value = part.model.graph.initializers[name]

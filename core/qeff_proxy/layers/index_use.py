@@ -19,7 +19,7 @@ __all__ = ["INDEX", "uses_index"]
 INDEX = "layer_idx"
 
 
-#: What may be looked up by that index: it holds something for each layer, weights or not.
+#: Names of caches, which may be indexed by it: they have an entry for each layer.
 _CACHE = re.compile(r"past_key_value|cache|is_updated", re.IGNORECASE)
 
 
@@ -38,7 +38,7 @@ def _class_uses_index(kind: type[nn.Module]) -> bool:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, TypeError, SyntaxError):
-        return True  # what cannot be read is not trusted
+        return True  # without its source it may do anything
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef) or function.name == "__init__":
             continue

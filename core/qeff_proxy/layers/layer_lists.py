@@ -1,8 +1,8 @@
-"""The layers of a model, and which of them are alike.
+"""Find the layers of a model, and tell which are alike.
 
-Two layers are of one kind where they run the same code, with the same settings, on weights of the
-same shapes: alike in every module, shape, buffer and setting except their index. Nothing here knows
-an architecture.
+Two layers are of one kind if they run the same code, with the same settings, on weights of the same
+shapes: equal in every module, shape, buffer and setting except their index. Nothing here knows an
+architecture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-#: Fewer layers than these are not worth telling apart.
+#: Shorter lists are traced layer by layer.
 _FEWEST = 3
 
 
@@ -37,7 +37,7 @@ class LayerList:
     """The list of a model's layers.
 
     Attributes:
-        path: Dotted path of the list in the module it was looked for in.
+        path: Dotted path of the list in the module that was searched.
         layers: Its members.
         kinds: The kind of each, numbered in the order in which the kinds first occur.
     """
@@ -87,12 +87,12 @@ def layer_lists(module: nn.Module) -> Iterator[LayerList]:
     Lists whose members calculate with their index are left out.
     """
     taken: list[str] = []
-    for path, one in module.named_modules():
-        if not isinstance(one, nn.ModuleList | nn.Sequential) or len(one) < _FEWEST:
+    for path, members in module.named_modules():
+        if not isinstance(members, nn.ModuleList | nn.Sequential) or len(members) < _FEWEST:
             continue
         if any(path.startswith(f"{outer}.") for outer in taken):
             continue
-        layers = tuple(one)
+        layers = tuple(members)
         kinds = _kinds(layers, _config_around(module, path))
         if len(set(kinds)) < len(kinds) and not uses_index(layers):
             taken.append(path)
@@ -101,13 +101,13 @@ def layer_lists(module: nn.Module) -> Iterator[LayerList]:
 
 def _kinds(layers: Sequence[nn.Module], config: Any) -> tuple[int, ...]:
     """The kind of each layer, numbered in the order in which the kinds first occur."""
-    said = [value for _, value in sorted(per_layer_settings(config, len(layers)).items())]
-    marks = [
-        f"{_fingerprint(layer)}|{[values[index] for values in said]}"
+    settings = [value for _, value in sorted(per_layer_settings(config, len(layers)).items())]
+    fingerprints = [
+        f"{_fingerprint(layer)}|{[values[index] for values in settings]}"
         for index, layer in enumerate(layers)
     ]
-    first = list(dict.fromkeys(marks))
-    return tuple(first.index(mark) for mark in marks)
+    distinct = list(dict.fromkeys(fingerprints))
+    return tuple(distinct.index(fingerprint) for fingerprint in fingerprints)
 
 
 def _config_around(module: nn.Module, path: str) -> Any:
@@ -132,33 +132,32 @@ def per_layer_settings(config: Any, depth: int) -> dict[str, Any]:
 
 
 def prefix_with_every_kind(kinds: Sequence[int], times: int = 1) -> int:
-    """Length of the shortest prefix that holds every kind ``times`` times, or as often as it is."""
-    wanted = {kind: min(times, list(kinds).count(kind)) for kind in set(kinds)}
+    """Length of the shortest prefix that holds ``times`` layers of each kind, or all of a kind."""
+    needed = {kind: min(times, list(kinds).count(kind)) for kind in set(kinds)}
     for length in range(len(kinds) + 1):
-        if all(list(kinds[:length]).count(kind) >= count for kind, count in wanted.items()):
+        if all(list(kinds[:length]).count(kind) >= count for kind, count in needed.items()):
             return length
     return len(kinds)
 
 
-def describe_kinds(found: LayerList) -> list[dict[str, Any]]:
-    """One JSON object per kind: the layers' class, which they are, and what sets them apart."""
+def describe_kinds(layers: LayerList) -> list[dict[str, Any]]:
+    """One JSON object per kind: class, indices, attention or layer type, number of parameters."""
     described = []
-    for kind in dict.fromkeys(found.kinds):
-        members = [index for index, one in enumerate(found.kinds) if one == kind]
-        layer = found.layers[members[0]]
+    for kind in dict.fromkeys(layers.kinds):
+        members = [index for index, other in enumerate(layers.kinds) if other == kind]
+        layer = layers.layers[members[0]]
         words = [
             str(value)
             for module in layer.modules()
             for name in ("attention_type", "layer_type")
             if isinstance(value := vars(module).get(name), str)
         ]
-        own = {id(p): p.numel() for p in layer.parameters()}
         described.append(
             {
                 "class": type(layer).__name__,
                 "layers": members,
                 "says": list(dict.fromkeys(words)),
-                "parameters": sum(own.values()),
+                "parameters": _size([layer]),
             }
         )
     return described

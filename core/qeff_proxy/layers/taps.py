@@ -1,14 +1,12 @@
-"""Layer taps: what each layer gives, as extra outputs of a part.
+"""Layer taps: the outputs of each layer as extra outputs of a part.
 
-A part with taps gives, besides its own outputs and after them, ``hidden_states.<layer>`` (what the
-layer gives), ``hidden_states.<layer>.attention`` and ``hidden_states.<layer>.mlp`` (what its
-attention and its MLP give, before they are added to the residual stream). Layers count from 0 in
-the order in which they run. Two dumps of tapped parts can be held against each other layer by
-layer.
+After its own outputs, a part with taps has ``hidden_states.<layer>`` (the layer's output),
+``hidden_states.<layer>.attention`` and ``hidden_states.<layer>.mlp`` (the outputs of its attention
+and its MLP, before they are added to the residual stream). Layers count from 0 in the order in
+which they run. Two dumps of tapped parts can be compared layer by layer.
 
-Layers are found in the modules themselves, so that a plugin has nothing to do for them: they are
-the members of the list of modules that is as long as the part's cache is deep, or else of the one
-with the most parameters.
+A plugin need not know of taps: the layers are the members of the list of modules that is as long as
+the part's cache is deep, or else of the one with the most parameters.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ _NAMES = {
         r"mlp|feed_?forward|(^|_)ffn?(_|\d|$)|(^|_)moe(_|$)|FeedForward|FFN|SparseMoe"
     ),
 }
-#: What has such a name and is something else.
+#: Modules whose names match the above, but that are something else.
 _OTHERS = re.compile(
     r"norm|(^|_)ln(_|\d|$)|dropout|drop_path|scale|cross|encoder_at", re.IGNORECASE
 )
@@ -64,17 +62,17 @@ def normalize_taps(taps: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def tap_proxy(proxy: Proxy, taps: Sequence[str]) -> Proxy:
-    """A proxy whose parts also give what their layers give.
+    """A proxy whose parts also return the outputs of their layers.
 
-    Parts that have no layers stay as they are (the vocabulary's always do); one that has a cache
-    must have layers, and so must one part at least.
+    Parts without layers are not changed (the vocabulary's never are); a part with a cache must have
+    layers, and so must at least one part.
 
     Args:
-        proxy: The parts, with real weights: each is run once to see what its layers give.
-        taps: Of `TAPS`; without any, ``proxy`` is given back.
+        proxy: The parts; each is run once to learn the shapes of its layers' outputs.
+        taps: Of `TAPS`; without any, ``proxy`` is returned.
 
     Raises:
-        UnsupportedModelError: The layers, or what is to be tapped in them, cannot be found.
+        UnsupportedModelError: The layers, or the modules to tap in them, cannot be found.
     """
     if not taps:
         return proxy
@@ -102,8 +100,8 @@ def tap_proxy(proxy: Proxy, taps: Sequence[str]) -> Proxy:
 def find_tapped(layer: nn.Module, tap: str) -> nn.Module | None:
     """The module in a layer whose output is tapped, or ``None`` where there is none.
 
-    It is the one nearest to the layer that is called after what it is, itself or its class; an
-    MLP that is no module of its own ends with the layer's last projection outside of attention.
+    It is the one nearest to the layer whose name, or whose class's name, says so; an MLP that is no
+    module of its own ends with the layer's last projection outside of attention.
     """
     if tap == "layers":
         return layer
@@ -125,7 +123,7 @@ def find_tapped(layer: nn.Module, tap: str) -> nn.Module | None:
 
 
 class TappedPart(nn.Module):
-    """A part's module that also gives what its layers give.
+    """A part's module that also returns the outputs of its layers.
 
     Args:
         module: The part's own module. It is not changed.
@@ -143,7 +141,7 @@ class TappedPart(nn.Module):
         )
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run the module; its own outputs come first, then layer by layer what was tapped."""
+        """Run the module; its own outputs come first, then the tapped ones, layer by layer."""
         seen = _Seen()
         with seen.watching(self.places):
             outputs: Mapping[str, torch.Tensor] = self.module(**tensors)
@@ -151,7 +149,7 @@ class TappedPart(nn.Module):
 
 
 class _Seen:
-    """What passed the taps in one run of a part."""
+    """The tapped outputs of one run of a part."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -161,7 +159,7 @@ class _Seen:
     def watching(
         self, places: Sequence[tuple[nn.Module, Mapping[str, nn.Module | None]]]
     ) -> Iterator[None]:
-        """Note what the taps give while the context is open."""
+        """Note the outputs of tapped modules while the context is open."""
         handles = []
         try:
             for layer, tapped in places:
@@ -190,7 +188,7 @@ class _Seen:
 
 
 def _tapped(part: Part, layers: Sequence[nn.Module], taps: Sequence[str]) -> Part:
-    """The part with its taps; run once, to see which there are and what they give."""
+    """The part with its taps; run once to learn their names and shapes."""
     from qeff_proxy.session.sample_inputs import TRACE_SIZES, sample_inputs
 
     module = TappedPart(part.module, layers, taps).eval()

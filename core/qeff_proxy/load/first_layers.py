@@ -80,7 +80,7 @@ class SampledModel:
         """
         if count == len(self.layers.layers):
             return self
-        model = shorten(self.model, self.layers, range(count))
+        model = shorten(self.model, self.layers, count)
         if model is None:
             raise NotSampled("its config cannot be shortened")
         layers = tuple(model.get_submodule(self.layers.path).children())
@@ -137,6 +137,8 @@ def sample_model(
         if layer not in absent:
             pieces[key] = map_tensor(held[key])
     _read_weights(model, sources, pieces, absent)
+    layers = find_layer_list(model)  # again, since buffers that are read may set layers apart
+    assert layers is not None  # noqa: S101 (see above)
     return SampledModel(model, layers, count, sources)
 
 

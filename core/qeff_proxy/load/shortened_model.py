@@ -101,7 +101,7 @@ def with_depth(loaded: LoadedModel, depth: str | int) -> LoadedModel:
         layers = find_layer_list(loaded.model)
         short = None
         if layers is not None:
-            short = shorten(loaded.model, layers, range(count(layers)))
+            short = shorten(loaded.model, layers, count(layers))
         if short is None:
             raise _no_depth(loaded, "its layers cannot be found")
         return short

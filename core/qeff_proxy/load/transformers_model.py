@@ -122,8 +122,10 @@ def _load_tensors(
         config = loader.config_class.from_pretrained(folder)
     elif hasattr(loader, "from_config"):  # an auto class
         trust = arguments["trust_remote_code"]
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-        if hasattr(config, "auto_map"):  # the folder that it is found in is not passed below
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+        if "--" in str(getattr(config, "auto_map", "")):
+            raise ValueError("its code lies in another repository")
+        if hasattr(config, "auto_map"):  # found in the folder, which is not passed below
             with torch.device("meta"):
                 loader = type(loader.from_config(config, trust_remote_code=trust))
     else:

@@ -1,8 +1,8 @@
-"""Where each weight of a model comes from: a tensor in a checkpoint's file, or several of them.
+"""Where each weight of a model comes from: one tensor in a checkpoint's files, or several.
 
-Most weights of a checkpoint are, byte for byte, weights of the model, perhaps under another name.
-The others are made of several tensors, or of a part of one (fused experts, split projections), by
-transformers' own conversions; they are made layer by layer, and freed again.
+Most tensors of a checkpoint are weights of the model byte for byte, perhaps under another name. The
+other weights are made of several tensors, or of a part of one (fused experts, split projections),
+by transformers' own conversions; they are made layer by layer, and freed again.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class WeightSources:
 
     Attributes:
         stored: Weights that are tensors of the checkpoint.
-        made: Module path of a layer → the tensors that its other weights are made of. Weights
-            outside of the layers are not among them: they are loaded with the model.
-        make: Makes weights of such tensors, by transformers' conversions.
+        made: Module path of a layer → the tensors that its other weights are made of. Those of
+            weights outside of the layers, which are loaded with the model, are not among them.
+        make: Converts such tensors to weights, as transformers does.
         aliases: Name of a weight → all its names in the model.
     """
 
@@ -85,34 +85,34 @@ class WeightSources:
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def find(self, name: str) -> StoredWeight | None:
-        """The tensor that is this weight, under whichever of its names it is stored."""
+        """The tensor that this weight is stored as, under any of its names."""
         for alias in (name, *self.aliases.get(name, ())):
             if alias in self.stored:
                 return self.stored[alias]
         return None
 
     def file_of(self, name: str) -> Path | None:
-        """A file that the weight, or the first tensor it is made of, lies in."""
-        found = self.find(name) or next(
+        """A file that holds the weight, or the first tensor it is made of."""
+        stored = self.find(name) or next(
             (pieces[0] for path, pieces in self.made.items() if name.startswith(f"{path}.")), None
         )
-        return found.path if found is not None else None
+        return stored.path if stored is not None else None
 
     def make_layers(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """Make the weights of these names that are no tensors of the checkpoint, layer by layer.
+        """Make weights that the checkpoint does not store as such, layer by layer.
 
         Raises:
-            KeyError: One of them is made of nothing.
+            KeyError: The tensors that a weight is made of are not known.
         """
-        wanted: dict[str, set[str]] = {}
+        by_layer: dict[str, set[str]] = {}
         for name in names:
             path = next((path for path in self.made if name.startswith(f"{path}.")), None)
             if path is None:
                 raise KeyError(name)
-            wanted.setdefault(path, set()).add(name)
-        for path, members in wanted.items():
-            assert self.make is not None  # noqa: S101 (made along with what is made)
-            made = self.make({one.key: map_tensor(one) for one in self.made[path]})
+            by_layer.setdefault(path, set()).add(name)
+        for path, members in by_layer.items():
+            assert self.make is not None  # noqa: S101 (set together with ``made``)
+            made = self.make({piece.key: map_tensor(piece) for piece in self.made[path]})
             missing = members - set(made)
             if missing:
                 raise KeyError(min(missing))
@@ -120,7 +120,7 @@ class WeightSources:
 
 
 def aliases_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Name of a parameter → all its names: more than one where weights are tied."""
+    """Name of a parameter → all its names: more than one if it is tied."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -159,10 +159,10 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[
 def converter_of(
     model: PreTrainedModel,
 ) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """A function that makes weights of a checkpoint's tensors as transformers would.
+    """A function that converts tensors of a checkpoint to weights of a model.
 
     Args:
-        model: The model that the checkpoint is of; its weights are as before afterwards.
+        model: The model; the function sets its weights and restores them.
     """
 
     def make(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

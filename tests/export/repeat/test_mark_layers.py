@@ -187,9 +187,12 @@ def test_taps_within_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("then", "reason"),
     [
-        (lambda hidden, given: given.add_(hidden), "layers.0 writes into what it is given"),
-        (lambda hidden, given: given + SEEN["other"] + hidden, "which it is not given"),
-        (lambda hidden, _given: SEEN.setdefault("kept", []).append(hidden) or hidden, "without it"),
+        (lambda hidden, given: given.add_(hidden), "layers.0 writes into its inputs"),
+        (lambda hidden, given: given + SEEN["other"] + hidden, "which is not its input"),
+        (
+            lambda hidden, _given: SEEN.setdefault("kept", []).append(hidden) or hidden,
+            "is used outside of it",
+        ),
     ],
     ids=["writes", "reads", "hands out"],
 )
@@ -269,7 +272,7 @@ def test_layers_that_are_not_there_are_put_in(tmp_path: Path) -> None:
         return hidden.cos()
 
     whole, part, names = sampled(with_mask)
-    with pytest.raises(NotRepeatable, match="given what no other layer is"):
+    with pytest.raises(NotRepeatable, match="has an input that no other layer has"):
         trace_sample(whole, part, names)  # something is done between layers
     whole, part, names = sampled(lambda layers, hidden: in_turn(layers, hidden).cos())
     found, shorter = trace_sample(whole, part, names)
@@ -288,7 +291,10 @@ def test_layers_that_are_not_there_are_put_in(tmp_path: Path) -> None:
     ("run", "reason"),
     [
         (lambda layers, hidden: tapped_before_the_last(layers, hidden), "used beside the layers"),
-        (lambda layers, hidden: each_with_its_own(layers, hidden), "given what no other layer is"),
+        (
+            lambda layers, hidden: each_with_its_own(layers, hidden),
+            "has an input that no other layer has",
+        ),
         (lambda layers, hidden: in_turn(layers[::-1], hidden), "cannot be run without"),
     ],
     ids=["results before the last", "an argument of its own", "another order"],

@@ -1,11 +1,11 @@
-"""Put nodes where operators stand for layers in a graph.
+"""Replace placeholders for layers by clones of a traced layer.
 
 A graph that was traced within `qeff_proxy.export.repeat.mark_layers.marked_layers` has nodes
-between marks for one layer of each kind. `expand_layers` clones them for every layer that is but
-one node, with that layer's weights and names, and takes the marks out.
+between marks for one layer of each kind. `expand_layers` clones them for every placeholder, with
+that layer's weights and names, and removes the marks.
 
-Nodes are a layer's own where they depend on what it is given, or on its weights. All else that they
-use must be the same for every layer: constants, and what hangs on shapes alone.
+A node belongs to a layer if it depends on the layer's inputs or weights. All other values that it
+uses must be the same for every layer: constants, and values made of shapes alone.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def expand_layers(
 
     Args:
         model: The graph.
-        calls: The calls of layers that were seen while it was traced.
-        weights: Name of each weight in the graph → its tensor; those of more layers are added.
+        calls: The calls of layers while it was traced.
+        weights: Name of each weight in the graph → its tensor; those of cloned layers are added.
         name_of: Gives the name of a weight, from its tensor and its path in the part's module.
 
     Raises:
-        NotRepeatable: A layer's nodes cannot be told from others.
+        NotRepeatable: It is not clear which nodes belong to a layer.
     """
     graph = model.graph
     repeated = {call.template for number, call in enumerate(calls) if call.template != number}
@@ -62,9 +62,9 @@ def expand_layers(
         _Clone(graph, templates[call.template], call, number, weights, name_of).put(node)
     for kind in ("leave", "enter"):
         for node in marks[kind].values():
-            for given, made in zip(node.inputs, node.outputs, strict=True):
-                assert given is not None  # noqa: S101 (a mark is given values)
-                _replace(graph, made, given)
+            for before, after in zip(node.inputs, node.outputs, strict=True):
+                assert before is not None  # noqa: S101 (all inputs of a mark are values)
+                _replace(graph, after, before)
             graph.remove(node, safe=True)
     model.graph.opset_imports.pop(DOMAIN, None)
 
@@ -72,14 +72,18 @@ def expand_layers(
 def _share(
     graph: ir.Graph, marks: Mapping[str, Mapping[int, ir.Node]], calls: Sequence[LayerCall]
 ) -> set[ir.Value]:
-    """Let layers use what all of them are given, as masks, without a mark; give those values."""
+    """Let layers use the inputs that all have in common, such as masks, without a mark.
+
+    Returns:
+        These inputs.
+    """
     shared: set[ir.Value] = set()
     for number, enter in marks["enter"].items():
         clones = [node for n, node in marks["layer"].items() if calls[n].template == number]
-        for index, (given, inner) in enumerate(zip(enter.inputs, enter.outputs, strict=True)):
-            if given is not None and clones and all(node.inputs[index] is given for node in clones):
-                shared.add(given)
-                _replace(graph, inner, given)
+        for index, (outer, inner) in enumerate(zip(enter.inputs, enter.outputs, strict=True)):
+            if outer is not None and clones and all(node.inputs[index] is outer for node in clones):
+                shared.add(outer)
+                _replace(graph, inner, outer)
     return shared
 
 
@@ -93,7 +97,7 @@ def marks_of(graph: ir.Graph, kind: str) -> dict[int, ir.Node]:
 
 
 def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Use another value wherever one is used; no two outputs of the graph become one."""
+    """Replace a value wherever it is used; no two outputs of the graph become one."""
     node = old.producer()
     assert node is not None  # noqa: S101 (marks are nodes)
     if old.is_graph_output():
@@ -112,7 +116,7 @@ class _Template:
     """The nodes of the layer that was traced.
 
     Raises:
-        NotRepeatable: They cannot be told from others.
+        NotRepeatable: It is not clear which these are.
     """
 
     def __init__(
@@ -156,13 +160,13 @@ class _Template:
                 if value is None or value in own or value.name in self.weights:
                     continue
                 if not _is_shared(value, self.shared):
-                    raise NotRepeatable(f"{path} uses {value.name}, which it is not given")
+                    raise NotRepeatable(f"{path} uses {value.name}, which is not its input")
             for value in node.outputs:
                 leaks = any(
                     use.node not in inside and use.node is not leave for use in value.uses()
                 )
                 if (leaks or value.is_graph_output()) and not _is_count(value):
-                    raise NotRepeatable(f"{value.name} of {path} is used without it")
+                    raise NotRepeatable(f"{value.name}, made in {path}, is used outside of it")
 
 
 def _is_count(value: ir.Value) -> bool:
@@ -171,7 +175,7 @@ def _is_count(value: ir.Value) -> bool:
 
 
 def _is_shared(value: ir.Value, shared: set[ir.Value]) -> bool:
-    """Whether a value is the same for all layers: made of constants, shapes and what all get."""
+    """Whether a value is the same for all layers: of constants, shapes and shared inputs."""
     if value.dtype is not None and _is_count(value):
         return True
     sources = {value, *_sources(value, shared)} if value not in shared else set()
@@ -179,32 +183,32 @@ def _is_shared(value: ir.Value, shared: set[ir.Value]) -> bool:
 
 
 def _ancestors(values: Iterable[ir.Value], stop: set[ir.Value]) -> set[ir.Node]:
-    """The nodes that make values, back to where it stops."""
-    found: set[ir.Node] = set()
+    """The nodes that values are made by, directly or not, back to the values in ``stop``."""
+    nodes: set[ir.Node] = set()
     waiting = [value for value in values if value not in stop]
     while waiting:
         node = waiting.pop().producer()
-        if node is None or node in found:
+        if node is None or node in nodes:
             continue
-        found.add(node)
+        nodes.add(node)
         waiting += [value for value in node.inputs if value is not None and value not in stop]
-    return found
+    return nodes
 
 
 def _sources(value: ir.Value, stop: set[ir.Value]) -> Iterator[ir.Value]:
-    """The values whose elements a value is made of: those that no node makes, or where it stops."""
+    """The inputs, initializers and values in ``stop`` whose elements a value depends on."""
     seen: set[ir.Value] = set()
     waiting = [value]
     while waiting:
-        one = waiting.pop()
-        if one in seen:
+        source = waiting.pop()
+        if source in seen:
             continue
-        seen.add(one)
-        node = one.producer()
-        if node is None or one in stop:
-            yield one
-        elif node.op_type != "Shape":  # which asks for no element
-            waiting += [given for given in node.inputs if given is not None]
+        seen.add(source)
+        node = source.producer()
+        if node is None or source in stop:
+            yield source
+        elif node.op_type != "Shape":  # which depends on no element
+            waiting += [before for before in node.inputs if before is not None]
 
 
 def _weights(
@@ -221,7 +225,7 @@ def _weights(
 
 
 class _Clone:
-    """Puts the nodes of one layer for another."""
+    """Clones the nodes of one layer for another."""
 
     def __init__(
         self,
@@ -241,10 +245,10 @@ class _Clone:
         self.made: dict[ir.Value, ir.Value] = {}
 
     def put(self, node: ir.Node) -> None:
-        """Put the clone where ``node`` is."""
-        given = node.inputs[: len(self.template.entered)]
-        for inner, outer in zip(self.template.entered, given, strict=True):
-            assert outer is not None  # noqa: S101 (a mark is given values)
+        """Replace ``node`` by the clone."""
+        inputs = node.inputs[: len(self.template.entered)]
+        for inner, outer in zip(self.template.entered, inputs, strict=True):
+            assert outer is not None  # noqa: S101 (all inputs of a mark are values)
             self.made[inner] = outer
         clones = [self._cloned(one) for one in self.template.nodes]
         self.graph.insert_before(node, clones)
@@ -287,9 +291,9 @@ class _Clone:
         name, tensor = self.own[paths[0]]
         if any(self.own[path][0] != name for path in paths):
             raise NotRepeatable(f"{paths[0]} of {self.call.path} is tied in another layer alone")
-        found = self.graph.initializers.get(name)
-        if found is None:
-            found = ir.Value(name=name, shape=value.shape, type=value.type)
-            self.graph.initializers[name] = found
+        initializer = self.graph.initializers.get(name)
+        if initializer is None:
+            initializer = ir.Value(name=name, shape=value.shape, type=value.type)
+            self.graph.initializers[name] = initializer
             self.weights[name] = tensor
-        return found
+        return initializer

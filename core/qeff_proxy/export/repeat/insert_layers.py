@@ -1,15 +1,14 @@
-"""Put layers that are not there into the graph of a part that has the first ones.
+"""Insert the missing layers into a graph traced with the first few.
 
-How a model goes on from there is seen by running it:
-`qeff_proxy.export.repeat.mark_layers.marked_layers` notes what each layer is given and gives, on
-random numbers, with nothing calculated in layers whose weights are not there. So each of them is
-known to be given
+Running the whole part shows how its layers are connected:
+`qeff_proxy.export.repeat.mark_layers.marked_layers` notes each layer's inputs and outputs on random
+numbers; a layer without weights outputs random numbers. Each input of such a layer must be
 
-- what the layer before it gave, which is a number that nothing else has;
-- an input of its own, as its cache;
-- or what layers that are there are given, too.
+- an output of the layer before it, recognised by its values, which occur nowhere else;
+- an input of the part that belongs to this layer, such as its cache;
+- or an input that layers in the graph have, too.
 
-Layers that are given anything else are refused.
+Layers with any other input are refused.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import torch
 
+from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.export.repeat.clone_layers import marks_of
 from qeff_proxy.export.repeat.mark_layers import LayerCall, NotRepeatable, is_absent, list_of
 from qeff_proxy.export.repeat.marks import DOMAIN
@@ -27,7 +27,7 @@ from qeff_proxy.tensor_names import LAYER_NAME
 
 if TYPE_CHECKING:
     from qeff_proxy.export.repeat.mark_layers import MarkedLayers
-    from qeff_proxy.parts import Part, TensorSpec
+    from qeff_proxy.parts import Part
 
 __all__ = ["put_in"]
 
@@ -35,21 +35,21 @@ __all__ = ["put_in"]
 def put_in(
     model: ir.Model, calls: Sequence[LayerCall], seen: MarkedLayers, whole: Part, part: Part
 ) -> list[LayerCall]:
-    """Put the layers in, in place: each as a mark, to be expanded with the others.
+    """Insert the layers in place, each as a mark that is expanded with the others.
 
     Args:
         model: The graph of ``part``, with marks.
-        calls: The calls of layers that were seen while it was traced.
-        seen: Those that were seen when ``whole`` was run.
+        calls: The calls of layers while it was traced.
+        seen: The calls of layers while ``whole`` was run.
         whole: The part with all layers.
-        part: The part with those that are there.
+        part: The part with the first layers.
 
     Returns:
         All calls, by the numbers in the graph.
 
     Raises:
-        NotRepeatable: A layer is given what is not known, or what it gives is used otherwise than
-            what those before it give.
+        NotRepeatable: An input of a layer is not known, or its outputs are used otherwise than
+            those of the layers before it.
     """
     graph = model.graph
     edges = _Edges(graph, whole, part)
@@ -63,7 +63,7 @@ def put_in(
 
 
 class _Edges:
-    """The inputs and outputs of the graph, by the names that they are to have."""
+    """The inputs and outputs of the graph, by their names in the part."""
 
     def __init__(self, graph: ir.Graph, whole: Part, part: Part) -> None:
         self.graph = graph
@@ -77,27 +77,17 @@ class _Edges:
         self._specs = {spec.name: spec for spec in whole.inputs}
 
     def input(self, name: str) -> ir.Value:
-        """The input of that name; made like another layer's where it is not there yet."""
+        """The input of that name; a layer's that is not in the graph yet is made by its spec."""
         if name not in self.inputs:
-            like = self.inputs[self._alike(self._specs[name])]
-            self.inputs[name] = ir.Value(name=name, shape=like.shape, type=like.type)
+            spec = self._specs[name]
+            dtype = ir.DataType.from_numpy(numpy_dtype(spec.dtype))
+            self.inputs[name] = ir.Value(
+                name=name, shape=ir.Shape(spec.shape), type=ir.TensorType(dtype)
+            )
         return self.inputs[name]
 
-    def _alike(self, wanted: TensorSpec) -> str:
-        parts = LAYER_NAME.fullmatch(wanted.name)
-        for name in self.inputs:
-            other = LAYER_NAME.fullmatch(name)
-            if (
-                parts is not None
-                and other is not None
-                and (parts[1], parts[3]) == (other[1], other[3])
-                and self._specs[name].shape == wanted.shape
-            ):
-                return name
-        raise NotRepeatable(f"no layer that is there has an input like {wanted.name}")
-
     def of_layers(self) -> set[ir.Value]:
-        """The outputs that each layer has one of."""
+        """The outputs that belong to a layer."""
         return {value for name, value in self.outputs.items() if LAYER_NAME.fullmatch(name)}
 
     def finish(self, layers: _Layers) -> None:
@@ -116,7 +106,7 @@ class _Edges:
 
 
 class _Layers:
-    """The layers of the graph, by the numbers with which they were seen in the run."""
+    """The layers of the graph, by the numbers of their calls in the run."""
 
     def __init__(
         self, graph: ir.Graph, calls: Sequence[LayerCall], seen: MarkedLayers, edges: _Edges
@@ -125,40 +115,43 @@ class _Layers:
         self.calls = list(calls)
         self.seen = seen
         self.edges = edges
-        self.last: dict[str, int] = {}  # of each list: the call before
-        self.there: dict[str, list[int]] = {}  # of each list: the calls of layers that are there
-        self.handed: dict[str, set[int]] = {}  # of each list: which results go to the next layer
+        self.last: dict[str, int] = {}  # list → its latest call
+        self.there: dict[str, list[int]] = {}  # list → the calls of layers with weights
+        self.handed: dict[str, set[int]] = {}  # list → the outputs that go to the next layer
         self.numbers: dict[int, int] = {}  # number in the run → number in the graph
-        self.given: dict[int, list[ir.Value]] = {}
-        self.left: dict[int, Sequence[ir.Value]] = {}
+        self.given: dict[int, list[ir.Value]] = {}  # number in the run → inputs
+        self.left: dict[int, Sequence[ir.Value]] = {}  # number in the run → outputs
         self._match(calls)
 
     def _match(self, calls: Sequence[LayerCall]) -> None:
-        """Find the layers that are there in the graph: they were called alike in run and trace."""
+        """Find the layers with weights in the graph: run and trace called them alike."""
         enter, leave, layer = (marks_of(self.graph, kind) for kind in ("enter", "leave", "layer"))
         present = [n for n, call in enumerate(self.seen.calls) if not is_absent(call.module)]
         paths = [self.seen.calls[number].path for number in present]
         if paths != [call.path for call in calls]:
-            raise NotRepeatable("layers are called otherwise where there are more of them")
-        for own, number in enumerate(present):
-            if own not in layer and own not in leave:
-                continue  # nothing that is given uses what it gives
-            taking, giving = (layer[own],) * 2 if own in layer else (enter[own], leave[own])
+            raise NotRepeatable("a model with more layers calls its layers otherwise")
+        for traced, number in enumerate(present):
+            if traced not in layer and traced not in leave:
+                continue  # no output of the part depends on it
+            if traced in layer:
+                first = last = layer[traced]
+            else:
+                first, last = enter[traced], leave[traced]
             count = len(self.seen.given[number])
-            self.numbers[number] = own
-            self.given[number] = [value for value in taking.inputs[:count] if value is not None]
-            self.left[number] = giving.outputs
-            path = list_of(calls[own])
+            self.numbers[number] = traced
+            self.given[number] = [value for value in first.inputs[:count] if value is not None]
+            self.left[number] = last.outputs
+            path = list_of(calls[traced])
             self.there.setdefault(path, []).append(number)
             self.last[path] = number
 
     def add(self, number: int, call: LayerCall) -> None:
-        """Put a mark for a layer behind the one before it."""
+        """Insert a mark for a layer behind the one before it."""
         path = list_of(call)
         if path not in self.last or call.template not in self.numbers:
-            raise NotRepeatable(f"no layer like {call.path} is there before it")
+            raise NotRepeatable(f"no layer with weights before {call.path} is like it")
         template = self.numbers[call.template]
-        given = [
+        inputs = [
             self._value_of(number, call, position)
             for position in range(len(self.seen.given[number]))
         ]
@@ -166,7 +159,7 @@ class _Layers:
         node = ir.Node(
             DOMAIN,
             "layer",
-            [*given, *like],
+            [*inputs, *like],
             [ir.AttrInt64("number", len(self.calls)), ir.AttrInt64("template", template)],
             num_outputs=len(like),
             version=1,
@@ -184,7 +177,7 @@ class _Layers:
         self.last[path] = number
 
     def _value_of(self, number: int, call: LayerCall, position: int) -> ir.Value:
-        """What a layer is given, in the graph."""
+        """The value in the graph that is an input of a layer."""
         tensor = self.seen.given[number][position]
         for name, given in self.seen.inputs.items():
             if given is tensor:
@@ -199,13 +192,13 @@ class _Layers:
             alike = self.seen.calls[other].template == call.template
             if alike and _same(self.seen.given[other][position], tensor):
                 return self.given[other][position]
-        raise NotRepeatable(f"{call.path} is given what no other layer is")
+        raise NotRepeatable(f"{call.path} has an input that no other layer has")
 
     def hand_on(self) -> None:
-        """Let what came after the last layer that was there come after the last one."""
+        """Connect what used the outputs of the last traced layer to the last of all layers."""
         for path, numbers in self.there.items():
             if self.last[path] == numbers[-1]:
-                continue  # all layers of this list are there
+                continue  # all layers of this list have weights
             for number in numbers:
                 for index, value in enumerate(self.left[number]):
                     last = number == numbers[-1]
@@ -215,11 +208,11 @@ class _Layers:
 
     def _hand_on(self, path: str, value: ir.Value, final: ir.Value | None) -> None:
         """Use another value behind the layers, or make sure that this one is not used there."""
-        own = self.edges.of_layers()
-        used = [use for use in value.uses() if not self._stays(use.node, path, own)]
-        is_output = value.is_graph_output() and value not in own
+        outputs = self.edges.of_layers()
+        used = [use for use in value.uses() if not self._stays(use.node, path, outputs)]
+        is_output = value.is_graph_output() and value not in outputs
         if final is None:
-            if is_output or not all(self._comes_back(use.node, path, own) for use in used):
+            if is_output or not all(self._comes_back(use.node, path, outputs) for use in used):
                 raise NotRepeatable(f"{value.name} of a layer is used beside the layers")
             return
         for use in used:
@@ -228,27 +221,27 @@ class _Layers:
             if is_output and output is value:
                 self.edges.outputs[name] = final
 
-    def _stays(self, node: ir.Node, path: str, own: set[ir.Value]) -> bool:
-        """Whether a node is of the layers themselves: a mark, or a copy for a layer's output."""
+    def _stays(self, node: ir.Node, path: str, outputs: set[ir.Value]) -> bool:
+        """Whether a node belongs to a layer: a mark, or a copy for a layer's output."""
         if node.domain == DOMAIN:
             return list_of(self.calls[node.attributes["number"].as_int()]) == path
-        return node.op_type == "Identity" and node.outputs[0] in own
+        return node.op_type == "Identity" and node.outputs[0] in outputs
 
-    def _comes_back(self, node: ir.Node, path: str, own: set[ir.Value]) -> bool:
-        """Whether what a node makes only goes into layers of the same list."""
+    def _comes_back(self, node: ir.Node, path: str, outputs: set[ir.Value]) -> bool:
+        """Whether only layers of the same list use what a node makes."""
         waiting, seen = [node], set[ir.Node]()
         while waiting:
-            one = waiting.pop()
-            if one in seen or self._stays(one, path, own):
+            user = waiting.pop()
+            if user in seen or self._stays(user, path, outputs):
                 continue
-            seen.add(one)
-            if one.domain == DOMAIN or any(value.is_graph_output() for value in one.outputs):
+            seen.add(user)
+            if user.domain == DOMAIN or any(value.is_graph_output() for value in user.outputs):
                 return False
-            waiting += [use.node for value in one.outputs for use in value.uses()]
+            waiting += [use.node for value in user.outputs for use in value.uses()]
         return True
 
     def output(self, name: str) -> ir.Value:
-        """The output of a layer that was put in: what the layer like it gives there."""
+        """The output of an inserted layer: the one that is an output in the layer like it."""
         parts = LAYER_NAME.fullmatch(name)
         for number, call in enumerate(self.seen.calls):
             path, _, index = call.path.rpartition(".")
@@ -256,12 +249,12 @@ class _Layers:
                 continue
             like = self.seen.calls[call.template].path.removeprefix(f"{path}.")
             value = self.edges.outputs.get(f"{parts[1]}.{like}{parts[3]}")
-            found = list(self.left[call.template])
+            outputs = list(self.left[call.template])
             for copies, source in enumerate(_behind(value)):
-                if source in found:
-                    made = self.left[number][found.index(source)]
-                    return self._copied(made) if copies or made.is_graph_output() else made
-        raise NotRepeatable(f"what {name} is made of is not known")
+                if source in outputs:
+                    output = self.left[number][outputs.index(source)]
+                    return self._copied(output) if copies or output.is_graph_output() else output
+        raise NotRepeatable(f"no output of a layer is {name}")
 
     def _copied(self, value: ir.Value) -> ir.Value:
         node = ir.Node("", "Identity", [value])
@@ -273,7 +266,7 @@ class _Layers:
 
 
 def _behind(value: ir.Value | None) -> Iterator[ir.Value]:
-    """A value, and what it is but a copy of."""
+    """A value, and the values that it is a copy of."""
     while value is not None:
         yield value
         node = value.producer()

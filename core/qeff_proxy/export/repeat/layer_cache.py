@@ -1,7 +1,7 @@
-"""What a layer reads and writes in a cache beside its arguments.
+"""The tensors that a layer reads and writes in a cache.
 
-A cache of transformers holds an object for each layer, with tensors for attributes. Within
-`LayerCache` those of one layer can be taken for arguments and results of the layer.
+A cache of transformers holds an object for each layer, with tensors as attributes. `LayerCache`
+gives those of one layer, so that they can be handled as its inputs and outputs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LayerCache:
         self.index = index
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those of this layer, by place."""
+        """The tensors of this layer, by place."""
         return {
             place: value
             for place, holder, name in self._own()
@@ -37,7 +37,7 @@ class LayerCache:
         }
 
     def put(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set tensors at places of this layer."""
+        """Set tensors of this layer."""
         for place, holder, name in list(self._own()):
             if place in tensors:
                 setattr(holder, name, tensors[place])
@@ -52,7 +52,7 @@ class LayerCache:
                 layers.append(copy.copy(layers[like]))
 
     def plain(self) -> str:
-        """All else that the cache says of this layer."""
+        """All other values that the cache has for this layer."""
         said = [
             (place, repr(vars(holder)[name]))
             for place, holder, name in self._own()
@@ -67,7 +67,7 @@ class LayerCache:
         return repr(said)
 
     def others(self) -> list[tuple[str, int]]:
-        """What tells whether anything of another layer was written."""
+        """The tensors of other layers, to see whether any was exchanged."""
         return [
             (f"{path}{index}.{name}", id(value))
             for path, one in _caches(self.cache, "")
@@ -90,7 +90,7 @@ def _layers(cache: Cache) -> Sequence[Any]:
 
 
 def _caches(cache: Cache, path: str) -> Iterator[tuple[str, Cache]]:
-    """A cache and those it is made of, as of an encoder's and a decoder's."""
+    """A cache and the caches in it, such as an encoder's and a decoder's."""
     yield path, cache
     for name, value in sorted(vars(cache).items()):
         if isinstance(value, Cache):

@@ -1,15 +1,14 @@
 """Trace one layer of each kind, where a module runs many.
 
-While a part is traced within `marked_layers`, each of its layers is looked at when it is called.
-The first of a kind that is called with such arguments is traced between marks
-(`qeff_proxy.export.repeat.marks`); each later one that is called likewise is but one operator that
-stands for it. What lies around the layers is traced as it is, so that it does not matter how a
-model goes through them, nor which of their results it uses.
+While a part is traced within `marked_layers`, the first call of each kind of layer is traced
+between marks (`qeff_proxy.export.repeat.marks`); later calls with the same signature become one
+placeholder operator. The code around the layers is traced as usual, so that it does not matter how
+a model goes through its layers, nor which of their outputs it uses.
 
-Called likewise means: with tensors of the same shapes and dtypes in the same places, and all else
-equal. What a layer reads and writes in a cache counts as arguments and results, and so does what
-hooks see of the modules in it. A layer that does more, as writing into what it is given, cannot be
-repeated, and `NotRepeatable` says so.
+The same signature means tensors of the same shapes and dtypes in the same places, and all other
+arguments equal. The tensors that a layer reads and writes in a cache count as inputs and outputs,
+and so do the outputs of modules in it that have hooks. A layer that does more, such as writing into
+its inputs, cannot be repeated: `NotRepeatable` says why.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ __all__ = [
 _SYMBOL = re.compile(r"\b[a-z]\w*\d\b")
 
 
-class NotRepeatable(Exception):  # noqa: N818 (no error: the part is traced as it is)
-    """A layer does what its arguments and results do not show; says what."""
+class NotRepeatable(Exception):  # noqa: N818 (no error: all layers are traced)
+    """A layer does more than its inputs and outputs show; says what."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class LayerCall:
     Attributes:
         path: Dotted path of the layer in the part's module.
         module: The layer.
-        template: Number of the call that was traced for it; its own, where that is this one.
+        template: Number of the call that was traced for it, perhaps its own.
     """
 
     path: str
@@ -71,15 +70,16 @@ class LayerCall:
 
 @dataclass
 class MarkedLayers:
-    """What was seen.
+    """The calls of layers in a trace or a run.
 
     Attributes:
-        calls: The calls of layers, by number, in order.
-        axes: Symbol of a size → the name of the axis; symbols of one name are taken for equal.
-        templates: The calls that were traced, by what calls that are alike have in common.
-        inputs: In a run: what the module was given, by name.
-        given: In a run: what each call was given.
-        left: In a run: what it gave.
+        calls: The calls, by number, in order.
+        axes: Symbol of a size → the name of the axis; symbols of one name are taken as equal.
+        templates: Signature → the calls with it that were traced.
+        inputs: In a run, the module's inputs, by name.
+        given: In a run, the inputs of each call.
+        left: In a run, the outputs of each call.
+        runs: Whether it is a run.
     """
 
     calls: list[LayerCall] = field(default_factory=list)
@@ -91,14 +91,14 @@ class MarkedLayers:
     runs: bool = False
 
     def begin(self) -> None:
-        """Forget what was seen: the module is traced, perhaps not for the first time."""
+        """Forget earlier calls: a trace begins, perhaps not the first."""
         self.calls.clear()
         self.axes.clear()
         self.templates.clear()
 
 
 def layers_traced(calls: Sequence[LayerCall]) -> int:
-    """How many layers were traced, of the lists of which any was not."""
+    """How many layers were traced, in lists of which any layer was not."""
     numbered = list(enumerate(calls))
     repeated = {list_of(call) for number, call in numbered if call.template != number}
     return sum(call.template == number for number, call in numbered if list_of(call) in repeated)
@@ -116,10 +116,10 @@ def marked_layers(
     """Trace one layer of each kind of ``module`` while the context is open.
 
     Args:
-        module: What is traced.
+        module: The module that is traced.
         lists: The lists of layers; by default all of which some members are alike.
-        runs: It is not traced but run: one layer of each kind is, and the others give random
-            numbers.
+        runs: The module is run instead of traced: one layer of each kind runs, and the others
+            output random numbers.
 
     Raises:
         NotRepeatable: In the trace, from a layer that cannot be repeated.
@@ -127,30 +127,30 @@ def marked_layers(
     marked = MarkedLayers(runs=runs)
     changed: list[tuple[nn.Module, Any]] = []
     try:
-        for found in layer_lists(module) if lists is None else lists:
-            for index, (one, kind) in enumerate(zip(found.layers, found.kinds, strict=False)):
-                before = vars(one).get("forward")
-                path = f"{found.path}.{index}"
-                call = _Call(path, one, (found.path, kind), marked)
-                vars(one)["forward"] = functools.wraps(one.forward)(call)
-                changed.append((one, before))
+        for layers in layer_lists(module) if lists is None else lists:
+            for index, (member, kind) in enumerate(zip(layers.layers, layers.kinds, strict=False)):
+                before = vars(member).get("forward")
+                path = f"{layers.path}.{index}"
+                call = _Call(path, member, (layers.path, kind), marked)
+                vars(member)["forward"] = functools.wraps(member.forward)(call)
+                changed.append((member, before))
         yield marked
     finally:
-        for one, before in reversed(changed):
+        for member, before in reversed(changed):
             if before is None:
-                del vars(one)["forward"]
+                del vars(member)["forward"]
             else:
-                vars(one)["forward"] = before
+                vars(member)["forward"] = before
 
 
 def is_absent(layer_module: nn.Module) -> bool:
-    """Whether a layer's weights are not there."""
+    """Whether a layer's weights are not loaded."""
     return any(parameter.is_meta for parameter in layer_module.parameters())
 
 
 @dataclass(frozen=True)
 class _Template:
-    """What is known of a call that was traced: how its results are put together."""
+    """A call that was traced, and how its result is put together from its output tensors."""
 
     number: int
     index: int | None
@@ -164,14 +164,14 @@ class _Template:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """In the place of a result: the tensor of that number."""
+    """In a recipe: the output tensor of that number."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class _Given:
-    """In the place of a result: the argument of that number, handed back."""
+    """In a recipe: the argument of that number, returned as it is."""
 
     number: int
 
@@ -224,7 +224,7 @@ class _Call:
 
     def _alike(self, key: Any, tensors: Sequence[torch.Tensor]) -> _Template | None:
         """The call that was traced with tensors of the same shapes and dtypes."""
-        # A trace comes to know that sizes are equal as it goes on, so they are compared anew.
+        # A trace learns that sizes are equal as it goes on, so they are compared anew.
         shapes = [self._shape(tensor) for tensor in tensors]
         for template in self.marked.templates.get(key, ()):
             if [self._shape(tensor) for tensor in template.given] == shapes:
@@ -249,7 +249,7 @@ class _Call:
         held: Sequence[Mapping[str, torch.Tensor]],
         tensors: list[torch.Tensor],
     ) -> Any:
-        """Run the layer between marks; what it does besides is noted, or refused."""
+        """Run the layer between marks; note what it writes into caches, refuse other effects."""
         entered = enter(tensors, number)
         versions = [tensor._version for tensor in entered]  # noqa: SLF001 (torch's only sign of it)
         remaining = iter(entered)
@@ -263,12 +263,12 @@ class _Call:
         with _watching(self._watched()) as seen:
             result = self.forward(*args, **kwargs)
         if [tensor._version for tensor in entered] != versions:  # noqa: SLF001
-            raise NotRepeatable(f"{self.path} writes into what it is given")
+            raise NotRepeatable(f"{self.path} writes into its inputs")
         leaves_after, spec_after = pytree.tree_flatten((args, kwargs), is_leaf=_is_cache)
         if spec_after != spec or any(
             one is not other for one, other in zip(leaves_after, inner, strict=True)
         ):
-            raise NotRepeatable(f"{self.path} changes the collections it is given")
+            raise NotRepeatable(f"{self.path} changes the collections among its inputs")
         if others != [cache.others() for cache in caches]:
             raise NotRepeatable(f"{self.path} writes the cache of another layer")
         if not self.marked.runs and plain != [cache.plain() for cache in caches]:
@@ -296,7 +296,7 @@ class _Call:
     def _recipe(
         self, value: Any, given: Sequence[Any], collected: list[torch.Tensor]
     ) -> tuple[list[Any], pytree.TreeSpec]:
-        """How to put ``value`` together from tensors, which are added to ``collected``."""
+        """How to put ``value`` together from its tensors, which are added to ``collected``."""
         leaves, spec = pytree.tree_flatten(value, is_leaf=_is_cache)
         recipe: list[Any] = []
         for leaf in leaves:
@@ -320,7 +320,7 @@ class _Call:
         leaves: Sequence[Any],
         caches: Sequence[LayerCache],
     ) -> Any:
-        """Put results together, write the cache, and let hooks see what they see of a layer."""
+        """Put the result together, write the cache, and call the hooks of modules in the layer."""
         if self.marked.runs:
             self.marked.left.append(left)
             for cache in caches:
@@ -332,7 +332,7 @@ class _Call:
             output = pytree.tree_unflatten(_made(recipe, left, leaves), spec)
             for hook in list(module._forward_hooks.values()):  # noqa: SLF001 (their only register)
                 if hook(module, (), output) is not None:
-                    raise NotRepeatable(f"a hook changes what {self.path}.{name} gives")
+                    raise NotRepeatable(f"a hook changes the output of {self.path}.{name}")
         return pytree.tree_unflatten(_made(template.results, left, leaves), template.spec)
 
     def _watched(self) -> list[tuple[str, nn.Module]]:
@@ -346,7 +346,7 @@ class _Call:
 
 @contextmanager
 def _watching(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[list[tuple[str, Any]]]:
-    """Note what modules give; their own hooks wait until the layer is left."""
+    """Note the outputs of modules; their own hooks are called after the layer."""
     seen: list[tuple[str, Any]] = []
     hooks = [(one, one._forward_hooks) for _, one in modules]  # noqa: SLF001
     try:
@@ -381,7 +381,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def _describe(leaf: Any) -> str:
-    """What must be equal for two calls to be alike."""
+    """The part of a call's signature that an argument makes."""
     if isinstance(leaf, torch.Tensor):
         return "Tensor"
     if isinstance(leaf, bool | int | float | str | torch.SymInt | torch.dtype | type(None)):

@@ -35,16 +35,16 @@ def leave(values: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
 def layer(
     values: Sequence[torch.Tensor], like: Sequence[torch.Tensor], number: int, template: int
 ) -> list[torch.Tensor]:
-    """Return tensors of the shapes and dtypes of ``like``, in place of a layer's outputs.
+    """A placeholder for a layer, with outputs of the shapes and dtypes of ``like``.
 
     Args:
         values: The layer's inputs, in the order of ``enter`` for ``template``.
-        like: What ``leave`` returned for ``template``.
+        like: The outputs of ``leave`` for ``template``.
         number: Number of this call.
         template: Number of the call that was traced.
 
     Returns:
-        Outside of a trace, random numbers that no other call returns.
+        In a run, random numbers that differ from those of any other call.
     """
     if torch.compiler.is_compiling():
         return _node("layer", [*values, *like], like, number=number, template=template)
