@@ -98,11 +98,13 @@ class QEFFAutoModelForCausalLM(ProxyModel):
         Raises:
             UsageError: The prompt is empty or too long, or an argument cannot be right.
         """
-        given = check_prompts(prompts, inputs)
+        prompt_list = check_prompts(prompts, inputs)
         return generate_text(
             self,
-            Request(prompts=given, inputs=inputs),
-            self.processor() if given and tokenizer is None else processor("tokenizer", tokenizer),
+            Request(prompts=prompt_list, inputs=inputs),
+            self.processor()
+            if prompt_list and tokenizer is None
+            else processor("tokenizer", tokenizer),
             {
                 **settings,
                 "max_new_tokens": new_tokens(generation_len, max_new_tokens),
