@@ -1,7 +1,7 @@
-"""The five hooks a plugin answers.
+"""The five hooks of a plugin.
 
 A plugin is a module or an object whose functions carry ``@hookimpl``. It need not have all five:
-what it leaves out, or answers with ``None`` ("not mine"), the core's generic plugin answers.
+the core's generic plugin answers the hooks that it lacks or answers with ``None`` ("not mine").
 Hooks are called with the arguments named here; an implementation may take fewer.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["HOOK_API_VERSION", "PROJECT_NAME", "hookimpl", "hookspec"]
 
 PROJECT_NAME = "qeff_proxy"
-#: Raised when a hook changes in a way that an older plugin can notice.
+#: Increased when a hook changes in a way that breaks older plugins.
 HOOK_API_VERSION = 1
 
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)
@@ -32,10 +32,10 @@ hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 
 @hookspec(firstresult=True)
 def locate_embedding(model: PreTrainedModel, config: PreTrainedConfig) -> Site | Absent | None:
-    """Say where the token embedding is.
+    """Locate the token embedding.
 
     Args:
-        model: The uncut model; possibly on the meta device, so don't look at values.
+        model: The uncut model; possibly on the meta device, so that its weights have no values.
         config: Its config.
 
     Returns:
@@ -46,7 +46,7 @@ def locate_embedding(model: PreTrainedModel, config: PreTrainedConfig) -> Site |
 
 @hookspec(firstresult=True)
 def locate_lm_head(model: PreTrainedModel, config: PreTrainedConfig) -> Site | Absent | None:
-    """Say where the LM head is. Arguments and answers are those of `locate_embedding`."""
+    """Locate the LM head. Arguments and results are those of `locate_embedding`."""
 
 
 @hookspec(firstresult=True)
@@ -62,12 +62,11 @@ def build_proxy(
     Args:
         model: The uncut model, in evaluation mode. It must not be changed: a part is a new module
             that holds the model's own submodules (see `qeff_proxy.layers.replace_modules`).
-        embedding: What `locate_embedding` said.
-        lm_head: What `locate_lm_head` said.
+        embedding: The result of `locate_embedding`.
+        lm_head: The result of `locate_lm_head`.
         kind: ``"split"``, ``"stub"`` or ``"whole"``.
-        options: What the user asked of the parts besides, by names that the family knows
-            (``pooling`` …); often empty. A proxy's own ``settings``, given here, must lead to the
-            same proxy again.
+        options: The user's options for the parts, by names that the family defines (``pooling``
+            …); often empty. Passing a proxy's ``settings`` as options must build the same proxy.
 
     Returns:
         The parts to export, each with its inputs, outputs and dynamic axes, or ``None`` for "not
@@ -77,7 +76,7 @@ def build_proxy(
 
 @hookspec(firstresult=True)
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
-    """Turn what the user gave into named input tensors.
+    """Turn the user's request into named input tensors.
 
     Args:
         processor: The checkpoint's tokenizer or processor, or ``None`` where it has none.
@@ -91,12 +90,12 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
 
 @hookspec(firstresult=True)
 def decode(processor: Any, outputs: Mapping[str, Any]) -> Any | None:
-    """Turn outputs into what the user wanted: texts, a transcript, vectors.
+    """Turn outputs into results for the user: texts, a transcript, vectors.
 
     Args:
         processor: As in `preprocess`.
-        outputs: What the flow gave; for ``"causal-lm"`` the key ``generated_ids`` holds the new
-            token ids, one int64 array per prompt.
+        outputs: The outputs of the flow; for ``"causal-lm"`` the key ``generated_ids`` holds
+            the new token ids, one int64 array per prompt.
 
     Returns:
         One result per input (for text a list of strings), or ``None`` for "not mine".

@@ -78,7 +78,7 @@ def best_run(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setenv("QEFF_HOME", str(home))
-        patch.setattr("qeff_proxy.verify.verify_model", keep)
+        patch.setattr(sys.modules[verify_model.__module__], "verify_model", keep)
         code = main(arguments)
     return {"code": code, "out": said.getvalue(), "json": kept[0].to_json(), "home": home}
 

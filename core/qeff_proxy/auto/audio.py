@@ -70,7 +70,7 @@ class SpeechResult:
 
 
 class _Recognizer(ProxyModel):
-    """What both kinds share: sounds in."""
+    """The base class of both kinds of speech recognizer."""
 
     def _recognize(
         self,
@@ -83,13 +83,13 @@ class _Recognizer(ProxyModel):
         io_dir: str | Path | None,
         io_options: DumpOptions,
     ) -> RunResult:
-        given = inputs if _is_tensors(inputs) else None
-        sounds = [] if given is not None else _sounds(inputs)
+        tensors = inputs if _is_tensors(inputs) else None
+        sounds = [] if tensors is not None else _sounds(inputs)
         if arguments.processor("processor", processor) is None:
-            processor = self._own_processor(needed=given is None)
+            processor = self._own_processor(needed=tensors is None)
         return self.run_request(
             Request(
-                audio=sounds, inputs=given, options={**settings, "sampling_rate": sampling_rate}
+                audio=sounds, inputs=tensors, options={**settings, "sampling_rate": sampling_rate}
             ),
             processor,
             settings,
@@ -99,7 +99,7 @@ class _Recognizer(ProxyModel):
         )
 
     def _own_processor(self, *, needed: bool) -> Any:
-        """The checkpoint's processor; without it, tensors still go in and ids come out."""
+        """The checkpoint's processor; optional where the input is tensors, and the output ids."""
         try:
             return self.processor()
         except (CheckpointError, UsageError):
@@ -131,17 +131,17 @@ class QEFFAutoModelForCTC(_Recognizer):
         Args:
             processor: By default the checkpoint's own.
             inputs: A sound or a list of them (a path, ``[samples]``, or a mapping with ``array``
-                and ``sampling_rate``), or what the processor gave (``input_values``).
+                and ``sampling_rate``), or the processor's output (``input_values``).
             sampling_rate: Of arrays, in Hz; by default the rate the model needs.
-            chunk_length_s: Longer sounds run in windows of so many seconds (default 30).
-            stride_length_s: By so many seconds the windows overlap at each end (default 5).
+            chunk_length_s: Longer sounds run in windows of this many seconds (default 30).
+            stride_length_s: Overlap of the windows at each end, in seconds (default 5).
             write_io: Dump inputs and outputs of every part.
-            io_dir: Where to (implies ``write_io``).
+            io_dir: Folder of the dump (implies ``write_io``).
             io_tensors: Which tensors to dump: a glob, or several.
             runtime: QEfficient's options for its hardware, which are ignored with a warning.
 
         Raises:
-            UsageError: There is no sound, or it holds none; an argument cannot be right.
+            UsageError: There is no sound, a sound is empty, or an argument is wrong.
         """
         only_runtime(runtime)
         result = self._recognize(
@@ -186,23 +186,24 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
 
         Args:
             inputs: A sound or a list of them (a path, ``[samples]``, or a mapping with ``array``
-                and ``sampling_rate``), or what the processor gave (``input_features``).
+                and ``sampling_rate``), or the processor's output (``input_features``).
             processor: By default the checkpoint's own.
             generation_len: New tokens; the same as ``max_new_tokens``.
-            max_new_tokens: New tokens of each window; by default what the checkpoint says.
-            language: Of the speech; by default the model finds out.
+            max_new_tokens: New tokens of each window; by default the checkpoint's number.
+            language: Of the speech; by default the model detects it.
             task: By default ``"transcribe"``.
-            return_timestamps: Say when each piece was spoken; long sounds always do inside.
+            return_timestamps: Return when each piece was spoken; long sounds always use timestamps
+                internally.
             sampling_rate: Of arrays, in Hz; by default the rate the model needs.
             write_io: Dump inputs and outputs of every part at every step.
-            io_dir: Where to (implies ``write_io``).
+            io_dir: Folder of the dump (implies ``write_io``).
             io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
             io_tensors: Which tensors to dump: a glob, or several.
-            kv: Dump the cache rows that a step added, or the whole cache.
+            kv: ``"delta"`` dumps the cache rows that a step added, ``"full"`` the whole cache.
             settings: Further arguments of transformers' ``generate``.
 
         Raises:
-            UsageError: There is no sound, or it holds none; an argument cannot be right.
+            UsageError: There is no sound, a sound is empty, or an argument is wrong.
         """
         from qeff_proxy.flows.generation.settings import check_settings
 
@@ -222,7 +223,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
             sampling_rate=sampling_rate,
             write_io=write_io,
             io_dir=io_dir,
-            # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
+            # Beams reorder the cache between steps, so the rows that a step added are not known.
             io_options=DumpOptions(io_steps, io_tensors, "full" if beams > 1 else kv),
         )
         outputs = result.outputs
@@ -237,7 +238,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
 
 
 def _is_tensors(inputs: Any) -> bool:
-    """Whether ``inputs`` is what a processor gave, and not a sound with its rate."""
+    """Whether ``inputs`` is a processor's output, and not a sound with its rate."""
     return isinstance(inputs, Mapping) and not {"array", "path"} & set(inputs)
 
 

@@ -1,4 +1,4 @@
-"""What all the faces share: load, export, compile, run."""
+"""The base class of the faces: load, export, compile, run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ProxyModel"]
 
-#: What ``proxy=`` may say: the kinds, and the words for no proxy at all.
+#: The values of ``proxy=``: the kinds, and "none" for no proxy.
 KIND_NAMES: dict[str, Kind] = {
     "split": "split",
     "stub": "stub",
@@ -41,7 +41,7 @@ KIND_NAMES: dict[str, Kind] = {
 
 
 class ProxyModel:
-    """What all the faces share: load, export, compile."""
+    """The base class of the faces: load, export, compile."""
 
     task: ClassVar[Task]
 
@@ -53,13 +53,13 @@ class ProxyModel:
         plugins: Plugins | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Take a model that is already there.
+        """Wrap a model that is loaded already.
 
         Args:
-            model: A transformers model, or what `qeff_proxy.load.load_model` gave.
-            proxy: What to export: ``"split"``, ``"stub"`` or ``"whole"``.
-            plugins: Where plugins are looked up; by default the installed ones.
-            options: What the family's ``build_proxy`` is told besides.
+            model: A transformers model, or the result of `qeff_proxy.load.load_model`.
+            proxy: The kind of proxy to export: ``"split"``, ``"stub"`` or ``"whole"``.
+            plugins: The plugins to use; by default the installed ones.
+            options: Options of the family's ``build_proxy``.
         """
         if options is not None and not isinstance(options, Mapping):
             raise UsageError(f"options are {type_named(options)}", "Give values by name.")
@@ -103,12 +103,12 @@ class ProxyModel:
         Args:
             pretrained_model_name_or_path: A local folder or a hub id.
             enable_proxy: Cut the token embedding and LM head out: the same as ``proxy="split"``.
-            proxy: ``"split"``, ``"stub"`` or ``"whole"``, where ``enable_proxy`` says too little.
+            proxy: ``"split"``, ``"stub"`` or ``"whole"``; overrides ``enable_proxy``.
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
             trust_remote_code: Run Python code that comes with the checkpoint.
             allow_pickle: Read pickled weights, which can run code.
-            plugins: Where plugins are looked up; by default the installed ones.
-            options: What the family's ``build_proxy`` is told besides (``pooling`` …).
+            plugins: The plugins to use; by default the installed ones.
+            options: Options of the family's ``build_proxy`` (``pooling`` …).
 
         Raises:
             CheckpointError: It cannot be found, read or trusted.
@@ -141,7 +141,7 @@ class ProxyModel:
         num_layers: int | str | None = None,
         weights: str = "copy",
     ) -> Path:
-        """Export the parts to ONNX (`qeff_proxy.export.export_model`) and give their folder.
+        """Export the parts to ONNX (`qeff_proxy.export.export_model`) and return their folder.
 
         Raises:
             UnsupportedModelError: The checkpoint is of another task; names the class for it.
@@ -159,10 +159,10 @@ class ProxyModel:
                 force=force,
             )
         except ProxyError as error:
-            said = with_right_class(error, self._loaded, self.task, self._plugins)
-            if said is error:
+            clearer = with_right_class(error, self._loaded, self.task, self._plugins)
+            if clearer is error:
                 raise
-            raise said from error
+            raise clearer from error
         self._compiled = None
         return self._export.folder
 
@@ -188,15 +188,15 @@ class ProxyModel:
             seq_len: A length, or several, that inputs of a single pass are padded to.
             batch_size: Rows of the batch, for backends of static shapes.
             num_cores: Cores to use.
-            force: Compile again even where the same was compiled already.
+            force: Compile again even if the compiled parts are up to date.
             calibration: Inputs to calibrate a quantized precision on: a list of prompts or
                 requests, a file of prompts, or the folder of a dump (`qeff_proxy.run.calibration`).
-            backend_options: What this backend understands. QEfficient's options for its own
-                hardware (``mxfp6_matmul``, ``num_devices`` …) are ignored by other backends, with a
-                warning where they ask for something.
+            backend_options: Options of this backend. QEfficient's options for its own hardware
+                (``mxfp6_matmul``, ``num_devices`` …) are ignored by other backends, with a warning
+                unless their value is the default.
 
         Returns:
-            The folder of what was compiled.
+            The folder of the compiled parts.
         """
         if self._export is None:
             self.export()
@@ -285,7 +285,7 @@ class ProxyModel:
 
 
 def _wrapped(model: Any) -> LoadedModel:
-    """A transformers model, as what `qeff_proxy.load.load_model` gives."""
+    """Wrap a transformers model like the result of `qeff_proxy.load.load_model`."""
     if not hasattr(getattr(model, "config", None), "model_type"):
         what = repr(model) if isinstance(model, str) else type_named(model)
         raise UsageError(

@@ -33,14 +33,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What ``generate`` gives.
+    """The result of ``generate``.
 
     Attributes:
-        generated_ids: New token ids, ``[rows, tokens]`` int64; rows that ended early are filled
-            up with the pad token.
+        generated_ids: New token ids, ``[rows, tokens]`` int64; rows that ended early are padded
+            with the pad token.
         generated_texts: Their texts, one per row; ``None`` without a tokenizer.
-        perf_metrics: How long it took.
-        io_folder: Where the dump lies; ``None`` without ``write_io``.
+        perf_metrics: The timings.
+        io_folder: The folder of the dump; ``None`` without ``write_io``.
     """
 
     generated_ids: npt.NDArray[np.int64]
@@ -50,12 +50,12 @@ class GenerationResult:
 
     @property
     def batch_size(self) -> int:
-        """How many rows were generated."""
+        """The number of generated rows."""
         return int(self.generated_ids.shape[0])
 
 
 class QEFFAutoModelForCausalLM(ProxyModel):
-    """A causal LM, or a vision-language model that calls itself one and is given ``inputs``."""
+    """A causal LM, or a vision-language model registered as one, which takes ``inputs``."""
 
     task = TASKS["text"]
 
@@ -81,28 +81,30 @@ class QEFFAutoModelForCausalLM(ProxyModel):
             prompts: A prompt or several; several are padded on the left.
             tokenizer: By default the checkpoint's own.
             inputs: Token ids instead of prompts: ``input_ids`` and, where there is padding,
-                ``attention_mask``, both ``[batch, sequence]``; with images, all that the
-                checkpoint's processor made.
+                ``attention_mask``, both ``[batch, sequence]``; with images, all outputs of the
+                checkpoint's processor.
             generation_len: New tokens; the same as ``max_new_tokens``.
-            max_new_tokens: New tokens; by default what the checkpoint says, else 128, but never
+            max_new_tokens: New tokens; by default the checkpoint's number, else 128, but never
                 more than fit.
             streamer: A transformers streamer.
             write_io: Dump inputs and outputs of every part at every step.
-            io_dir: Where to (implies ``write_io``).
+            io_dir: Folder of the dump (implies ``write_io``).
             io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
             io_tensors: Which tensors to dump: a glob, or several.
-            kv: Dump the cache rows that a step added, or the whole cache.
+            kv: ``"delta"`` dumps the cache rows that a step added, ``"full"`` the whole cache.
             settings: Further arguments of transformers' ``generate``: ``do_sample``,
                 ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …; and ``seed``.
 
         Raises:
             UsageError: The prompt is empty or too long, or an argument cannot be right.
         """
-        given = check_prompts(prompts, inputs)
+        prompt_list = check_prompts(prompts, inputs)
         return generate_text(
             self,
-            Request(prompts=given, inputs=inputs),
-            self.processor() if given and tokenizer is None else processor("tokenizer", tokenizer),
+            Request(prompts=prompt_list, inputs=inputs),
+            self.processor()
+            if prompt_list and tokenizer is None
+            else processor("tokenizer", tokenizer),
             {
                 **settings,
                 "max_new_tokens": new_tokens(generation_len, max_new_tokens),
@@ -117,19 +119,19 @@ class QEFFAutoModelForCausalLM(ProxyModel):
 def check_prompts(
     prompts: str | Sequence[str] | None, inputs: Mapping[str, Any] | None
 ) -> list[str]:
-    """The prompts as a list, which is empty where there are inputs instead.
+    """The prompts as a list; empty where the user passed inputs instead.
 
     Raises:
         UsageError: There are neither, or both, or the inputs have no names.
     """
-    given = [] if prompts is None else texts("prompts", prompts)
-    if (not given) == (inputs is None):
+    prompt_list = [] if prompts is None else texts("prompts", prompts)
+    if (not prompt_list) == (inputs is None):
         raise UsageError("give either prompts or inputs, and not an empty list of them")
     if inputs is not None and not isinstance(inputs, Mapping):
         raise UsageError(
             f"inputs are {type_named(inputs)}", "Give tensors by name, as a processor does."
         )
-    return given
+    return prompt_list
 
 
 def new_tokens(generation_len: int | None, max_new_tokens: int | None) -> int | None:
@@ -153,16 +155,16 @@ def generate_text(
     io_dir: str | Path | None,
     write_io: bool,
 ) -> GenerationResult:
-    """Run a request that gives text: what the faces of text and of images share.
+    """Run a request that generates text, from text or from images.
 
     Args:
         face: The model.
-        request: What the user gave.
-        tokenizer: For prompts, and to make text of the tokens.
-        settings: Arguments of transformers' ``generate``, ``max_new_tokens`` and ``streamer`` among
-            them, ``None`` where there is none.
-        dump: What to dump.
-        io_dir: Where to (implies ``write_io``).
+        request: The user's input.
+        tokenizer: Encodes the prompts and decodes the tokens.
+        settings: Arguments of transformers' ``generate``, with ``max_new_tokens`` and ``streamer``,
+            which may be ``None``.
+        dump: Which steps and tensors to dump.
+        io_dir: Folder of the dump (implies ``write_io``).
         write_io: Whether to dump.
     """
     from qeff_proxy.flows.generation.settings import check_settings
@@ -172,7 +174,7 @@ def generate_text(
     if settings["streamer"] is None:
         del settings["streamer"]
     if (settings.get("num_beams") or 1) > 1:
-        # Beams reorder the cache between steps, so its rows cannot be told from the steps'.
+        # Beams reorder the cache between steps, so the rows that a step added are not known.
         dump = replace(dump, kv="full")
     result = face.run_request(
         request, tokenizer, settings, write_io=write_io, io_dir=io_dir, io_options=dump

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbeddingResult", "QEFFAutoModel"]
 
-#: From this many texts on, a terminal shows how many are done.
+#: From this many texts on, a terminal shows a progress bar.
 _MANY = 64
 
 
 @dataclass(frozen=True)
 class EmbeddingResult:
-    """What ``generate`` gives; numpy takes it for its vectors.
+    """The result of ``generate``; numpy converts it to its vectors.
 
     Attributes:
         embeddings: ``[texts, width]`` float32, in the order of the texts; without a pooling, a list
             of hidden states, ``[tokens, hidden]`` each.
-        io_folder: Where the dump lies; ``None`` without ``write_io``.
+        io_folder: The folder of the dump; ``None`` without ``write_io``.
     """
 
     embeddings: npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]
@@ -46,7 +46,7 @@ class EmbeddingResult:
         """The vectors, ``[texts, width]``.
 
         Raises:
-            UsageError: There are hidden states of texts of several lengths instead.
+            UsageError: It holds hidden states, of texts of several lengths.
         """
         if isinstance(self.embeddings, list):
             raise UsageError(
@@ -58,9 +58,9 @@ class EmbeddingResult:
 class QEFFAutoModel(ProxyModel):
     """An encoder or embedding model.
 
-    ``from_pretrained`` takes, besides, ``pooling`` (``"mean"``, ``"cls"``, ``"max"``, ``"last"``,
+    ``from_pretrained`` also takes ``pooling`` (``"mean"``, ``"cls"``, ``"max"``, ``"last"``,
     ``"none"``, or a function of ``last_hidden_state`` and ``attention_mask``), ``normalize`` and
-    ``truncate_dim``. Without ``pooling`` the checkpoint's own counts, where it has one.
+    ``truncate_dim``. Without ``pooling``, the checkpoint's own is used, where it has one.
     """
 
     task = TASKS["embedding"]
@@ -81,14 +81,14 @@ class QEFFAutoModel(ProxyModel):
         """Embed texts.
 
         Args:
-            inputs: A text or several, or what a tokenizer gave: ``input_ids`` and, where there is
+            inputs: A text or several, or a tokenizer's output: ``input_ids`` and, where there is
                 padding, ``attention_mask``, both ``[texts, sequence]``.
             tokenizer: By default the checkpoint's own.
             batch_size: Texts that run together; by default the number compiled for.
-            truncation: Leave out the tokens of a text that do not fit, instead of an error.
-            progress: Show how many are done; by default on a terminal, and for many texts.
+            truncation: Cut a text that is too long, instead of raising an error.
+            progress: Show a progress bar; by default on a terminal, for many texts.
             write_io: Dump inputs and outputs of every part.
-            io_dir: Where to (implies ``write_io``).
+            io_dir: Folder of the dump (implies ``write_io``).
             io_tensors: Which tensors to dump: a glob, or several.
             runtime: QEfficient's options for its hardware, which are ignored with a warning.
 
@@ -99,21 +99,21 @@ class QEFFAutoModel(ProxyModel):
         if batch_size is not None:
             arguments.whole_number("batch_size", batch_size)
         arguments.flag("truncation", truncation)
-        given = inputs if isinstance(inputs, Mapping) else None
+        tensors = inputs if isinstance(inputs, Mapping) else None
         texts: list[str] = []
-        if given is None:
+        if tensors is None:
             texts = arguments.texts("inputs", inputs)
             if not texts:
                 raise UsageError("there is no text to embed", "Give at least one.")
-        if arguments.processor("tokenizer", tokenizer) is None and given is None:
+        if arguments.processor("tokenizer", tokenizer) is None and tensors is None:
             tokenizer = self.processor()
         options = {"truncation": truncation, "max_length": self._most_tokens()}
-        request = Request(prompts=texts, inputs=given, options=options)
-        with _progress(len(texts), progress) as tell:
+        request = Request(prompts=texts, inputs=tensors, options=options)
+        with _progress(len(texts), progress) as advance:
             result = self.run_request(
                 request,
                 tokenizer,
-                {"batch_size": batch_size, "progress": tell},
+                {"batch_size": batch_size, "progress": advance},
                 write_io=write_io,
                 io_dir=io_dir,
                 io_options=DumpOptions("all", io_tensors),
@@ -121,7 +121,7 @@ class QEFFAutoModel(ProxyModel):
         return EmbeddingResult(result.decoded, result.io_folder)
 
     def _most_tokens(self) -> int | None:
-        """The tokens of a text that fit: into the model, and into the longest compiled length."""
+        """The most tokens of a text: as many as the model and the longest compiled length take."""
         if self._compiled is None:
             self.compile()
         assert self._compiled is not None  # noqa: S101 (compile sets it)
@@ -131,12 +131,12 @@ class QEFFAutoModel(ProxyModel):
 
 
 @contextmanager
-def _progress(number: int, wanted: bool | None) -> Iterator[Callable[[int, int], None] | None]:
-    """Something to tell how many are done, shown on the terminal."""
+def _progress(number: int, shown: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on the terminal; yields the function to advance it, or ``None``."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not (wanted or (wanted is None and number >= _MANY and console.is_terminal)):
+    if not (shown or (shown is None and number >= _MANY and console.is_terminal)):
         yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn

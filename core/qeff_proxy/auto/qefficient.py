@@ -1,4 +1,4 @@
-"""What QEfficient's scripts ask for that has another place here, or none."""
+"""Arguments in QEfficient's scripts that belong elsewhere here, or have no counterpart."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from qeff_proxy.errors import UsageError
 
 __all__ = ["ELSEWHERE", "HARDWARE_OPTIONS", "only_runtime", "without_runtime"]
 
-#: Arguments of QEfficient's ``compile`` that only mean something on its hardware. They are
-#: handed to backends that have such an option and otherwise ignored.
+#: Arguments of QEfficient's ``compile`` for its own hardware. Backends that have such an option get
+#: them; the others ignore them.
 HARDWARE_OPTIONS = frozenset(
     {
         "aic_enable_depth_first",
@@ -27,9 +27,9 @@ HARDWARE_OPTIONS = frozenset(
         "img_size",
     }
 )
-#: QEfficient's options for where and how its hardware runs a model.
+#: QEfficient's options for the device and the runtime of its hardware.
 _RUNTIME_OPTIONS = frozenset({"device_id", "device_ids", "runtime_ai100"})
-#: Options of QEfficient's ``from_pretrained``, and what does the same here.
+#: Options of QEfficient's ``from_pretrained``, and their counterparts here.
 ELSEWHERE = {
     "attn_implementation": "Leave it out: models are traced with eager attention.",
     "config": "Save the model with that config, and name its folder.",
@@ -40,7 +40,7 @@ ELSEWHERE = {
 
 
 def without_runtime(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run without QEfficient's for its own hardware, which are warned of."""
+    """Drop QEfficient's settings for its own hardware, with a warning for each."""
     for name in sorted(_RUNTIME_OPTIONS & set(settings)):
         if settings[name] is not None:
             warnings.warn(
@@ -53,11 +53,11 @@ def without_runtime(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def only_runtime(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of a run that takes none but those, which are ignored.
+    """Refuse all settings but QEfficient's for its own hardware, which are ignored.
 
     Raises:
-        UsageError: There is another.
+        UsageError: There is another setting.
     """
-    left = without_runtime(settings)
-    if left:
-        raise UsageError(f"generate takes no {min(left)}", "Leave it out, or see its arguments.")
+    others = without_runtime(settings)
+    if others:
+        raise UsageError(f"generate takes no {min(others)}", "Leave it out, or see its arguments.")

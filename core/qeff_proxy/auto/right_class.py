@@ -1,4 +1,4 @@
-"""Which class a checkpoint is for, told where it was loaded with another."""
+"""Name the right class for a checkpoint that was loaded with another."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 __all__ = ["with_right_class"]
 
-#: What a checkpoint of another task fails with.
+#: The errors that a checkpoint of another task raises.
 _SIGNS = (CheckpointError, PluginError, UnsupportedModelError)
 
 
 def with_right_class(
     error: ProxyError, loaded: LoadedModel, asked: Task, plugins: Plugins
 ) -> ProxyError:
-    """The error, or one that names the class that the checkpoint is for.
+    """The error itself, or one that names the right class for the checkpoint.
 
     Args:
-        error: What went wrong.
+        error: The error of the export.
         loaded: The checkpoint.
         asked: The task it was loaded for.
-        plugins: Where families are looked up.
+        plugins: The plugins to use.
     """
     if not isinstance(error, _SIGNS):
         return error
@@ -46,29 +46,29 @@ def with_right_class(
 
 
 def _architecture_of(loaded: LoadedModel) -> str | None:
-    """The architecture that a checkpoint names, or the class of a model made in memory."""
+    """The architecture in a checkpoint's config, or the class of a model made in memory."""
     if loaded.folder is None:
         return type(loaded.model).__name__
-    named = read_config_file(loaded.folder).get("architectures")
-    return str(named[0]) if named else None
+    architectures = read_config_file(loaded.folder).get("architectures")
+    return str(architectures[0]) if architectures else None
 
 
 def _tasks_of(architecture: str, model_type: str, plugins: Plugins) -> list[Task]:
-    """The tasks whose models are of an architecture, the most particular first."""
+    """The tasks that serve an architecture, the most specific first."""
     import transformers
 
     if model_type not in transformers.CONFIG_MAPPING:
         return []
     config = transformers.CONFIG_MAPPING[model_type]
-    found = []
+    tasks = []
     for task in TASKS.values():
         classes = model_classes(task.auto_class).get(config, ())
         classes = classes if isinstance(classes, list | tuple) else (classes,)
-        # Every model has a base model; only some of these are embedders.
+        # Every model has a base model, but only some are embedding models.
         served = task.auto_class != "AutoModel" or _is_claimed(model_type, task, plugins)
-        if served and architecture in {one.__name__ for one in classes}:
-            found.append(task)
-    return found
+        if served and architecture in {kind.__name__ for kind in classes}:
+            tasks.append(task)
+    return tasks
 
 
 def _is_claimed(model_type: str, task: Task, plugins: Plugins) -> bool:

@@ -47,28 +47,28 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
         """Generate text from images and text.
 
         Args:
-            inputs: What the checkpoint's processor made: ``input_ids`` and ``attention_mask
+            inputs: The output of the checkpoint's processor: ``input_ids`` and ``attention_mask
                 [batch, length]``, ``pixel_values`` …
             prompts: Instead of inputs, a prompt or several; several are padded on the left.
-            images: Of the prompts: an image, a list of them that is dealt out in order, or a list
-                for each prompt. A path, URL, bytes, PIL image or array each.
+            images: For the prompts: an image, a list of images in the order of their places in the
+                prompts, or a list for each prompt. Each is a path, URL, bytes, PIL image or array.
             processor: By default the checkpoint's own.
-            chat: Put prompts into the chat template; by default where a prompt does not say
-                where its images belong and there is a template.
+            chat: Apply the chat template to prompts; by default where there is a template and a
+                prompt does not mark the places of its images.
             generation_len: New tokens; the same as ``max_new_tokens``.
-            max_new_tokens: New tokens; by default what the checkpoint says, else 128, but never
+            max_new_tokens: New tokens; by default the checkpoint's number, else 128, but never
                 more than fit.
             streamer: A transformers streamer.
             write_io: Dump inputs and outputs of every part at every step.
-            io_dir: Where to (implies ``write_io``).
+            io_dir: Folder of the dump (implies ``write_io``).
             io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
             io_tensors: Which tensors to dump: a glob, or several.
-            kv: Dump the cache rows that a step added, or the whole cache.
+            kv: ``"delta"`` dumps the cache rows that a step added, ``"full"`` the whole cache.
             settings: Further arguments of transformers' ``generate``.
 
         Raises:
-            UsageError: Images and prompts do not belong together or do not fit, an image cannot
-                be read, or an argument cannot be right.
+            UsageError: Images and prompts do not match or do not fit, an image cannot be read, or
+                an argument is wrong.
         """
         texts = check_prompts(prompts, inputs)
         if inputs is not None and images is not None:

@@ -1,9 +1,8 @@
 """The ``qeff-proxy`` command.
 
 One module of this package per command. A command module has two functions: ``configure(parser)``
-declares its arguments and ``run(args)`` returns the exit code. Only the module of the command at
-hand is imported, and it imports torch, transformers and the like inside ``run``, so that help
-stays instant.
+declares its arguments and ``run(args)`` returns the exit code. Only the chosen command's module is
+imported, and it imports torch, transformers and the like inside ``run``, so that help is instant.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ COMMANDS = {
     "compile": "prepare the exported parts for a backend",
     "generate": "run the proxy on text, sound or images, and dump every tensor with --write-io",
     "verify": "run a model on several backends and name the first layer that differs from PyTorch",
-    "compare": "hold one dump against another and name the first layer that differs",
+    "compare": "compare two dumps and name the first layer that differs",
     "convert": "convert a dump to or from other tools' formats",
     "backends": "list backends, what they need and how to install it, their devices and options",
-    "plugin": "write the package of a plugin of your own, which passes its conformance suite",
+    "plugin": "write a package for a plugin of your own, which passes its conformance suite",
     "plugins": "list plugins, the model types they serve and what is wrong with any",
 }
 
@@ -44,7 +43,7 @@ class _Command(Protocol):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses arguments in one line, as everything else is refused."""
+    """Reports wrong arguments in one line, like all other errors."""
 
     def error(self, message: str) -> NoReturn:
         report_error(f"{message}. See {self.prog} --help.")
@@ -97,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_error(str(error))
         return error.exit_code
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # how rich says it
+        if isinstance(error.__context__, BrokenPipeError):  # rich turns it into an exit
             return _broken_pipe()
         if args.debug:
             raise
@@ -121,6 +120,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _broken_pipe() -> int:
-    """Whoever read our output has read enough; a later flush must not complain either."""
+    """The reader of our output has closed the pipe; a later flush must not fail either."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141

@@ -1,4 +1,4 @@
-"""``qeff-proxy backends``: which backends there are, their state, and how to get the rest."""
+"""``qeff-proxy backends``: list the backends, their state, and how to install the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WORDS = {"listed": "installed", "missing": "not installed"}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "name", nargs="*", metavar="NAME", help="show the devices and options of these"
+        "name", nargs="*", metavar="NAME", help="show the devices and options of these backends"
     )
     parser.add_argument(
         "--check",
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(reports)
         for report in reports:
-            _print_rest(report, with_options=bool(args.name))
+            _print_details(report, with_options=bool(args.name))
         if not checked:
             print_text(
                 "Nothing was imported; --check imports each backend, NAME shows its options."
@@ -78,16 +78,15 @@ def _print_table(reports: Sequence[BackendReport]) -> None:
     print_text(table)
 
 
-def _print_rest(report: BackendReport, *, with_options: bool) -> None:
+def _print_details(report: BackendReport, *, with_options: bool) -> None:
     console = stdout_console()
     name = report.name or report.package or "unknown package"
-    said = []
+    lines = []
     if report.reason:
-        said.append(f"{name}: {report.reason}")
-        said[0] += f"; {report.install}" if report.install else ""
+        lines.append("; ".join(filter(None, [f"{name}: {report.reason}", report.install])))
     if report.devices:
-        said.append(f"{name} finds {', '.join(report.devices)}")
-    for line in said:
+        lines.append(f"{name} finds {', '.join(report.devices)}")
+    for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     if with_options and report.options is not None:
         from rich.table import Table

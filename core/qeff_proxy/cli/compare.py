@@ -1,4 +1,4 @@
-"""``qeff-proxy compare``: hold one dump against another."""
+"""``qeff-proxy compare``: compare two dumps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--partial",
         action="store_true",
-        help="compare what both dumps have, whatever else one of them has",
+        help="compare only what both dumps have, and ignore the rest",
     )
     parser.add_argument("--all", action="store_true", help="list every tensor, not only the worst")
     parser.add_argument("--html", metavar="FILE", help="also write a report, one page, offline")

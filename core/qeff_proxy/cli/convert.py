@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["configure", "run"]
 
 _FORMATS = ("qaic", "onnx", "polygraphy")
-#: Which conversions an option is for.
+#: The conversions that use an option.
 _USED_BY = {
     "dtype": ("--from qaic",),
     "like": tuple(f"--from {name}" for name in _FORMATS),
@@ -25,8 +25,8 @@ _EPILOG = """\
 Formats: qaic is aic_batch_io.json with .raw files, onnx is test_data_set_N/{input,output}_K.pb,
 polygraphy is inputs.json and outputs.json. Each holds one graph, so one part is converted.
 
-To hold another tool's outputs against a dump, give that dump with --like: the steps then have its
-names, and qaic files, which name no dtype, its dtypes.
+To compare another tool's outputs with a dump, give that dump with --like: the steps then get its
+names, and qaic files, which have no dtypes, its dtypes.
 """
 
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options that this conversion has no use for."""
+    """Refuse options that this conversion does not use."""
     chosen = f"--to {args.to}" if args.to else f"--from {args.origin}"
     for option, uses in _USED_BY.items():
         if getattr(args, option) and chosen not in uses:
@@ -124,7 +124,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _polygraphy_files(source: Path) -> tuple[Path | None, Path | None]:
-    """Return inputs and outputs: of a folder, or the one that a single file holds."""
+    """The files of inputs and outputs: both of a folder, or the one that was named."""
     if source.is_dir():
         inputs, outputs = source / "inputs.json", source / "outputs.json"
         return inputs if inputs.exists() else None, outputs if outputs.exists() else None
@@ -132,7 +132,7 @@ def _polygraphy_files(source: Path) -> tuple[Path | None, Path | None]:
         with source.open("rb") as file:
             begins = file.read(64).lstrip()[:1]
     except OSError:
-        begins = b""  # reading it as outputs says what is wrong
+        begins = b""  # reading it as outputs reports what is wrong
     return (source, None) if begins == b"[" else (None, source)
 
 

@@ -87,13 +87,13 @@ def _names(args: argparse.Namespace) -> list[str]:
         "--prompt": args.prompt,
         "--max-new-tokens": args.max_new_tokens,
     }
-    given = [option for option, value in options.items() if value is not None]
-    if given and args.names and BUILTIN_DEMO not in args.names:
+    used = [option for option, value in options.items() if value is not None]
+    if used and args.names and BUILTIN_DEMO not in args.names:
         raise UsageError(
-            f"{given[0]} is of the demo {BUILTIN_DEMO!r}, which is not among those to run",
+            f"{used[0]} is of the demo {BUILTIN_DEMO!r}, which is not among those to run",
             f"Name it too: qeff-proxy demo {BUILTIN_DEMO} {' '.join(args.names)}.",
         )
-    return args.names or ([BUILTIN_DEMO] if given else [])
+    return args.names or ([BUILTIN_DEMO] if used else [])
 
 
 def _report_of(
@@ -110,14 +110,14 @@ def _report_of(
     except ProxyError as error:
         if args.debug:
             raise
-        code, said = error.exit_code, str(error)
+        code, message = error.exit_code, str(error)
     except Exception as error:
         if args.debug:
             raise
         code = _UNEXPECTED
-        said = f"unexpected {type(error).__name__}: {error}. Run with --debug for the traceback."
-    report_error(f"demo {entry.name} of package {entry.distribution}: {said}")
-    return code, {"package": entry.distribution, "error": said}
+        message = f"unexpected {type(error).__name__}: {error}. Run with --debug for the traceback."
+    report_error(f"demo {entry.name} of package {entry.distribution}: {message}")
+    return code, {"package": entry.distribution, "error": message}
 
 
 def _text_demo(args: argparse.Namespace, folder: Path) -> Demo:
@@ -255,7 +255,7 @@ def _result_table(export: Export, parity: dict[str, Any], perf: PerfMetrics | No
 
 
 def _short(path: Path | None) -> str:
-    """The path, from the user's home folder where it is below it."""
+    """The path, with ``~`` for the user's home folder."""
     if path is None:
         return ""
     try:

@@ -23,8 +23,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-layers",
         metavar="N",
-        help="export the first N layers only; auto: the shortest prefix that holds every kind of "
-        "layer twice, to bring up a compiler on a large model",
+        help="export only the first N layers; auto: the fewest that have every kind of layer "
+        "twice, to try a compiler on a large model",
     )
     parser.add_argument(
         "--weights",
@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, and print what lies where."""
+    """Export, and print the files of each part."""
     export = known_export_of(args) or export_of(args)[0]
     if args.json:
         print_json({"folder": str(export.folder), **export.to_json()})
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _notes(export: Export) -> list[str]:
-    """What else is worth a line: how many layers were run, and what they stand for."""
+    """Remarks: how many layers were run, and what they stand for."""
     lines = []
     layers = export.cut.get("layers")
     if layers is not None and layers["verified"] < layers["count"]:

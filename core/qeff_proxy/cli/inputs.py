@@ -1,4 +1,4 @@
-"""What goes into a model, as commands take it: texts, token ids, sounds and images."""
+"""Read a model's inputs from the command line: texts, token ids and images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_image_option", "hint_of_image", "parse_rows", "read_prompts"]
 
-#: What models of images call their input.
+#: Input names of vision models.
 _IMAGE_INPUTS = {"pixel_values", "images"}
 _LARGEST_ID = 2**63 - 1
 
@@ -32,20 +32,20 @@ def add_image_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
 
 
 def hint_of_image(export: Export, images: Sequence[str]) -> None:
-    """Say on stderr how to give an image, where a model of images is given none."""
+    """Print on stderr how to give an image, where a vision model has none."""
     names = {spec.name for part in export.parts for spec in part.inputs}
     if names & _IMAGE_INPUTS and not images:
         sys.stderr.write(
-            "qeff-proxy: note: no image is given, so the model goes by the text alone; give one "
+            "qeff-proxy: note: there is no image, so the model sees the text alone; give one "
             "with --image FILE\n"
         )
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """The prompts of a file, one a line; none where none is named.
+    """The prompts in a file, one a line; none without a file.
 
     Raises:
-        UsageError: It cannot be read, or holds none.
+        UsageError: The file cannot be read, or has no prompt.
     """
     if path is None:
         return []

@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what would be cut."""
+    """Print the sites that would be cut, and the parts."""
     loaded, hooks = loaded_of(args)
     with stage_display("inspecting", quiet=args.json) as progress:
         from qeff_proxy.cut.inspect_model import inspect_model
@@ -56,10 +56,10 @@ def _table(inspection: Inspection) -> Table:
         table.add_row(name.replace("_", " "), escape(text))
     table.add_row("tied", "yes" if inspection.tied else "no")
     for kind in inspection.layers:
-        said = f" ({', '.join(kind['says'])})" if kind["says"] else ""
+        details = f" ({', '.join(kind['says'])})" if kind["says"] else ""
         table.add_row(
             "layers",
-            f"{len(kind['layers'])} x {kind['class']}{said}: {_ranges(kind['layers'])}",
+            f"{len(kind['layers'])} x {kind['class']}{details}: {_ranges(kind['layers'])}",
         )
     total = inspection.body_bytes + inspection.vocabulary_bytes
     table.add_row("parameters", f"{inspection.parameters:,}")
@@ -96,7 +96,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _few(names: list[str]) -> str:
-    """The names, the cache's as one."""
+    """The names, with those of the cache combined into one."""
     plain = [name for name in names if not name.startswith(("past_key_values.", "present."))]
     cached = sorted({name.split(".")[0] for name in names if name not in plain})
     return ", ".join([*plain, *(f"{name}.*" for name in cached)])

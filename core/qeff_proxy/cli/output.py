@@ -1,4 +1,4 @@
-"""How commands speak: tables for people on stdout, JSON for machines, one line for an error."""
+"""The output of commands: tables or JSON on stdout, errors in one line on stderr."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = [
 ]
 
 
-#: Columns of a pipe or file: more than any line has.
+#: The width of a pipe or file: more columns than any line needs.
 _UNFOLDED = 100_000
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` the ``--json`` option that every command has."""
+    """``--json``, which every command has."""
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of text and tables"
     )
@@ -42,9 +42,9 @@ def print_json(value: Any) -> None:
 
 
 def stdout_console() -> Console:
-    """A rich console on stdout; where that is no terminal, so wide that no line is folded.
+    """A rich console on stdout; in a pipe or file it is so wide that no line is folded.
 
-    Names and paths that go on in the next line are lost to whoever searches or cuts the output.
+    Folded names and paths could not be found with tools such as grep.
     """
     from rich.console import Console
 
@@ -52,7 +52,7 @@ def stdout_console() -> Console:
 
 
 def print_text(renderable: RenderableType) -> None:
-    """Print a table on stdout, or a string as a line that is never broken."""
+    """Print a table, or a string as one unfolded line, on stdout."""
     if isinstance(renderable, str):
         sys.stdout.write(renderable + "\n")
     else:
@@ -66,7 +66,7 @@ def report_error(message: str) -> None:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Print warnings as one line on stderr, without the place in the code they came from."""
+    """Print warnings as one line on stderr, without the place in the code."""
 
     def show(
         message: Warning | str,
@@ -85,9 +85,9 @@ def plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def stage_display(title: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Show on stderr what a long job is doing and for how long; nothing if ``quiet``.
+    """Show the stage of a long job and its time on stderr; nothing if ``quiet``.
 
-    Gives a function that takes the name of each stage as it begins.
+    Yields a function to call with the name of each stage as it starts.
     """
     if quiet or not sys.stderr.isatty():
         yield lambda _stage: None

@@ -1,4 +1,4 @@
-"""``qeff-proxy plugin new``: write the package of a plugin of one's own."""
+"""``qeff-proxy plugin new``: write the package of a new plugin."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     new.add_argument("name", metavar="NAME", help="of the package, such as acme-models")
     new.add_argument(
-        "--like", choices=_KINDS, default="text", help="what the family is like (default: text)"
+        "--like", choices=_KINDS, default="text", help="the kind of family (default: text)"
     )
     new.add_argument(
         "--model-type",
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the package, and say what comes next."""
+    """Write the package, and print the next steps."""
     from qeff_proxy.testing.new_plugin import write_plugin
 
     written = write_plugin(args.name, args.like, args.output or Path(args.name), args.model_type)

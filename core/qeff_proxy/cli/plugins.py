@@ -1,4 +1,4 @@
-"""``qeff-proxy plugins``: which plugins are installed, what they serve, what is wrong with any."""
+"""``qeff-proxy plugins``: list the installed plugins, their model types and their errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """List the plugins; returns 10 when ``--check`` found one that cannot be used."""
     plugins = Plugins.discover()
     if args.check:
-        # What a plugin prints while it is imported must not spoil the JSON.
+        # A plugin may print while it is imported, which must not get into the JSON.
         with contextlib.redirect_stdout(sys.stderr):
             reports, generic = plugins.check(), plugins.check_generic()
     else:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         _print_table(reports, generic, checked=args.check)
-    unusable = [one for one in (*reports, generic) if one.state in {"failed", "rival"}]
+    unusable = [r for r in (*reports, generic) if r.state in {"failed", "rival"}]
     return PluginError.exit_code if args.check and unusable else 0
 
 

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if args.turns is not None and not args.speed and "best" not in (args.backend or ()):
         raise UsageError(
             "--turns is for measuring speed, which nobody asked for",
-            "Add --speed, or --backend best.",
+            "Ask with --speed, or with --backend best.",
         )
     tolerances = Tolerances.parse(args.tol)
     request = _request(args)

@@ -1,4 +1,4 @@
-"""Demos: what ``qeff-proxy demo`` runs, contributed by the core and by installed packages.
+"""The demos of ``qeff-proxy demo``, from the core and from installed packages.
 
 A package names a demo as an entry point of the group ``qeff_proxy.demos``: the name users type → a
 function without arguments that returns a `Demo`::

@@ -1,1 +1,1 @@
-"""What plugin authors build on: the generic plugin, decoders, masks, tokenizing."""
+"""Building blocks for plugin authors: the generic plugin, decoders, masks, tokenizing."""

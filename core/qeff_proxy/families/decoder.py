@@ -1,8 +1,8 @@
-"""The modules a decoder is cut into.
+"""The modules that a decoder is cut into.
 
 ``EmbeddingPart`` (token ids to embeddings), ``DecoderPart`` (the layers, with their cache as plain
-tensors) and ``HeadPart`` (hidden states to logits, with whatever the model does around its head),
-and the two stubs. They hold the model's own submodules and change nothing in it.
+tensors), ``HeadPart`` (hidden states to logits, with the model's operations around its head) and
+two stubs. They share the model's submodules and do not change it.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class CacheLayer:
 
 @dataclass(frozen=True)
 class DecoderLayout:
-    """What a decoder needs besides its embeddings, learned by running it once.
+    """The inputs of a decoder besides its embeddings, found by running it once.
 
     Attributes:
         cache: One entry per layer that caches keys and values, in order.
-        masks: The attention masks it asks for.
+        masks: The attention masks it uses.
     """
 
     cache: tuple[CacheLayer, ...]
@@ -71,7 +71,7 @@ class DecoderLayout:
         return self._cache_specs("present", dtype, "past + query")
 
     def host_inputs(self, dtype: str) -> tuple[TensorSpec, ...]:
-        """Masks, positions and cache: what a decoder part takes besides its first input."""
+        """Masks, positions and cache: a decoder part's inputs after its first."""
         masks = tuple(
             TensorSpec(mask.name, dtype, ("batch", 1, "query", "past + query"))
             for mask in self.masks
@@ -95,7 +95,7 @@ class DecoderLayout:
 
 
 def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> DecoderLayout:
-    """Run ``decoder`` on two embeddings and see which masks it asks for and what it caches.
+    """Run ``decoder`` on two embeddings, and record which masks it uses and what it caches.
 
     Args:
         decoder: A model that takes ``inputs_embeds`` and a key/value cache.
@@ -103,8 +103,8 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
         dtype: Their dtype.
 
     Raises:
-        UnsupportedModelError: It takes no embeddings, or caches something else than keys and
-            values (a recurrent or linear-attention state).
+        UnsupportedModelError: It takes no embeddings, or caches other states than keys and values
+            (of recurrent layers or linear attention).
     """
     name = type(decoder).__name__
     if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
@@ -152,7 +152,7 @@ class DecoderPart(nn.Module):
     """A decoder with its masks, positions and cache as plain tensors.
 
     Args:
-        decoder: What runs: a model without its ends, or a whole causal LM.
+        decoder: A model without its ends, or a whole causal LM.
         layout: Its cache and masks, from `probe_decoder`.
         entry: The name of its first input, ``"inputs_embeds"`` or ``"input_ids"``.
         exit_name: The name of its first output, ``"last_hidden_state"`` or ``"logits"``.
@@ -215,13 +215,13 @@ class DecoderPart(nn.Module):
 
 @dataclass
 class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
-    """What causal LMs read from their decoder's answer."""
+    """The decoder outputs that causal LMs read."""
 
     router_logits: Any = None
 
 
 class _Passthrough(nn.Module):
-    """Stands where the decoder was: gives back the embeddings it gets."""
+    """Replaces the decoder; returns the embeddings unchanged."""
 
     def forward(
         self, *_args: Any, inputs_embeds: torch.Tensor | None = None, **_kwargs: Any
@@ -232,8 +232,8 @@ class _Passthrough(nn.Module):
 class HeadPart(nn.Module):
     """``last_hidden_state`` to ``logits``.
 
-    It is the model itself with a passthrough for a decoder, so that whatever the model does
-    before and after its head (a scale, a soft cap) is done here too.
+    The model itself with a passthrough in place of its decoder, so that this part also has the
+    operations before and after the head (a scale, a soft cap).
 
     Args:
         model: The causal LM.
@@ -268,5 +268,5 @@ class HeadStub(nn.Module):
     """Passes hidden states through. Has no weights and no meaning."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Give back what came in."""
+        """Return the input."""
         return hidden_states

@@ -1,8 +1,7 @@
-"""The plugin the core ships: any causal LM that answers transformers' generic calls.
+"""The generic plugin: cuts any causal LM that supports transformers' generic accessors.
 
-It locates the ends through ``get_input_embeddings()`` and ``get_output_embeddings()`` and takes
-the base model as the body. It claims nothing of a model's insides that the verified cut would not
-notice.
+It locates the ends through ``get_input_embeddings()`` and ``get_output_embeddings()`` and uses the
+base model as the body. The verified cut catches every case where these assumptions are wrong.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "prepr
 
 @hookimpl(trylast=True)
 def locate_embedding(model: PreTrainedModel) -> Site | None:
-    """The module that ``get_input_embeddings()`` gives."""
+    """The module of ``get_input_embeddings()``."""
     try:
         module = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
@@ -56,7 +55,7 @@ def locate_embedding(model: PreTrainedModel) -> Site | None:
 
 @hookimpl(trylast=True)
 def locate_lm_head(model: PreTrainedModel) -> Site | Absent | None:
-    """The module that ``get_output_embeddings()`` gives, and what follows it."""
+    """The module of ``get_output_embeddings()``, and the operations that follow it."""
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(model).__name__} has an encoder and a decoder, which the generic plugin does "
@@ -114,7 +113,7 @@ def build_proxy(
 
 @hookimpl(trylast=True)
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
-    """Token ids as given, or a tokenizer's, padded on the left."""
+    """The user's token ids, or those of the tokenizer, padded on the left."""
     if request.inputs is not None:
         return given_tensors(request.inputs)
     refuse_others(request, "prompts")
@@ -127,21 +126,21 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
 
 @hookimpl(trylast=True)
 def decode(processor: Any, outputs: Mapping[str, Any]) -> Any | None:
-    """Texts of ``generated_ids``, special tokens left out."""
+    """The texts of ``generated_ids``, without special tokens."""
     if processor is None or "generated_ids" not in outputs:
         return None
     return processor.batch_decode(list(outputs["generated_ids"]), skip_special_tokens=True)
 
 
-def _path_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
-    if wanted is None:
+def _path_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    if module is None:
         return None
-    paths: dict[int, str] = {id(module): path for path, module in model.named_modules() if path}
-    return paths.get(id(wanted))
+    paths: dict[int, str] = {id(other): path for path, other in model.named_modules() if path}
+    return paths.get(id(module))
 
 
 def _decoder_path(model: PreTrainedModel) -> str | None:
-    """Path of the stack of layers below the model itself, where there is one."""
+    """The path of the decoder inside the model; ``None`` where it has none."""
     decoder = model.get_decoder()
     if decoder is None or decoder is model:
         decoder = model.base_model
@@ -200,7 +199,7 @@ def _whole_part(
 
 
 class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the names of the operations that run once `recording` is set."""
+    """Records the names of the operations that run while `recording` is set."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -231,7 +230,7 @@ def _operations_after(
             part(last_hidden_state=hidden)
     except (TypeError, AttributeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"the LM head of {type(model).__name__} cannot be run by itself: {error}",
+            f"the LM head of {type(model).__name__} cannot be run on its own: {error}",
             "A plugin for this model type can build the head in another way.",
         ) from error
     finally:

@@ -1,4 +1,4 @@
-"""Text in: what every family that tokenizes prompts shares."""
+"""Tokenize prompts; shared by all families that generate text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Tokenize prompts for generation, padded on the left to one length.
 
     Args:
-        tokenizer: A transformers tokenizer. Its own settings are left as they are.
+        tokenizer: A transformers tokenizer. Its settings stay unchanged.
         prompts: One text per row; none may be empty.
 
     Returns:
@@ -26,7 +26,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         token, the end-of-sequence token pads, hidden by the mask as any padding is.
 
     Raises:
-        UsageError: A prompt is empty, or gives no token; or it is no tokenizer.
+        UsageError: A prompt is empty or has no token, or ``tokenizer`` is no tokenizer.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Flows: how the parts of a proxy are run, and how a cut of that kind is verified.
+"""Flows: run the parts of a proxy, and verify that a cut equals the uncut model.
 
 The core ships ``causal-lm``. A package registers others as entry points of the group
 ``qeff_proxy.flows``: the name a `Proxy` carries → a class without constructor arguments.

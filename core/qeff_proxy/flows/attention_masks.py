@@ -24,14 +24,14 @@ def build_mask(
 ) -> npt.NDArray[Any]:
     """Build one additive mask.
 
-    The rules are those of ``transformers.masking_utils``. One thing is added: a query may always
-    see itself, so that a padded query row never becomes a softmax over nothing.
+    The rules are those of ``transformers.masking_utils``, with one addition: a query always sees
+    itself, so that the softmax of a padded query row is defined.
 
     Args:
         spec: The mask's kind and size.
         padding: ``[batch, past + query]``, 1 for a token and 0 for padding.
         query_length: How many of the last positions are queries.
-        dtype: A floating dtype: the mask's.
+        dtype: The floating-point dtype of the mask.
         blocks: ``[batch, past + query]``: positions of the same block see each other, earlier or
             later (within the window, where there is one); -1 for positions of no block.
 
@@ -51,8 +51,9 @@ def build_mask(
     else:
         visible = (keys <= queries)[None]
         if blocks is not None:
-            own = blocks[:, total - query_length :, None]
-            visible = visible | ((own == blocks[:, None, :]) & (own >= 0))
+            query_blocks = blocks[:, total - query_length :, None]
+            same_block = query_blocks == blocks[:, None, :]
+            visible = visible | (same_block & (query_blocks >= 0))
         if spec.kind == "sliding" and spec.size is not None:
             visible = visible & (keys > queries - spec.size)
     if spec.kind == "chunked" and spec.size is not None:
@@ -67,7 +68,7 @@ def build_mask(
 def _mask_of_one(
     spec: MaskSpec, padding: npt.NDArray[np.integer[Any]], dtype: np.dtype[Any]
 ) -> npt.NDArray[Any]:
-    """The mask of the last position alone, which comes after all others: one for every token."""
+    """The mask of a single query at the last position, as in each decode step."""
     visible = padding != 0
     if spec.size is not None and spec.kind.endswith("sliding"):
         reach = spec.size + spec.kind.startswith("bidirectional")
@@ -77,7 +78,7 @@ def _mask_of_one(
 
 
 def lengthen_mask(mask: npt.NDArray[Any], total: int) -> npt.NDArray[Any]:
-    """A mask ``[batch, 1, query, past + query]`` with keys that nobody sees, up to ``total``."""
+    """Pad a mask ``[batch, 1, query, past + query]`` to ``total`` keys, the new ones hidden."""
     if mask.shape[-1] == total:
         return mask
     longer = np.full((*mask.shape[:-1], total), _lowest(mask.dtype), mask.dtype)
@@ -85,7 +86,7 @@ def lengthen_mask(mask: npt.NDArray[Any], total: int) -> npt.NDArray[Any]:
     return longer
 
 
-@functools.cache  # asked for at every step
+@functools.cache  # called at every step
 def _lowest(dtype: np.dtype[Any]) -> Any:
     if dtype.kind == "f":
         return np.finfo(dtype).min

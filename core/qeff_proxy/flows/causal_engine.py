@@ -1,7 +1,7 @@
-"""Runs a decoder's parts, step by step, on sessions of any backend.
+"""Run a decoder's parts, step by step, on sessions of any backend.
 
-The engine supplies what no part computes: masks, positions, the cache handed from one step to the
-next. Tensors go from part to part by name (see `qeff_proxy.parts`).
+The engine makes the inputs that no part computes: masks, positions, and the cache from the step
+before. Parts pass tensors on by name (see `qeff_proxy.parts`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Phase = Literal["prefill", "decode"]
 
 
 class Recorder(Protocol):
-    """Sees every run of every part: what a dump is written from."""
+    """Receives the inputs and outputs of every run of every part, to write a dump."""
 
     def step(
         self,
@@ -42,11 +42,11 @@ class Recorder(Protocol):
         *,
         past_length: int,
     ) -> None:
-        """Called once per run, with the arrays that went in and came out, by name."""
+        """Called once per run, with the input and output arrays by name."""
 
 
 class Supplier(Protocol):
-    """Gives a step tensors that no part computes, such as embeddings that are not of tokens."""
+    """Supplies tensors that no part computes, such as embeddings of images."""
 
     def supply(
         self, part: PartLike, known: Mapping[str, Array], padding: Array
@@ -54,38 +54,38 @@ class Supplier(Protocol):
         """Called before each part runs.
 
         Args:
-            part: The part whose turn it is.
-            known: What the step has so far, by name: ``input_ids [batch, query]``, the cache, and
-                the outputs of earlier parts.
+            part: The part that runs next.
+            known: The tensors of the step so far, by name: ``input_ids [batch, query]``, the
+                cache, and the outputs of earlier parts.
             padding: ``[batch, past + query]`` int64, 1 for a token and 0 for padding.
 
         Returns:
-            Arrays that this part and the later ones take, by name; they win over what is known,
-            and over the masks and positions that the engine would build.
+            Arrays for this part and later ones, by name; they replace known arrays of the same
+            name, and the masks and positions that the engine would build.
         """
 
     def chunk_end(self, start: int, stop: int) -> int:
         """Where a prefill chunk that begins at ``start`` must end so that it can end at ``stop``.
 
         Returns:
-            ``stop``, or a later position where what lies around ``stop`` must not be parted.
+            ``stop``, or a later position where the tokens around ``stop`` belong together.
         """
 
 
 @dataclass(frozen=True)
 class StepId:
-    """Which step this is: prefill chunk or decode step, numbered from 0."""
+    """A prefill chunk or a decode step, numbered from 0."""
 
     phase: Phase
     index: int
 
 
 def position_ids_of(padding: Array, query_length: int) -> Array:
-    """Positions of the last ``query_length`` tokens, counted from the first that is not padding.
+    """Positions of the last ``query_length`` tokens, counted from the first non-padding token.
 
     Args:
         padding: ``[batch, past + query]``, 1 for a token and 0 for padding.
-        query_length: How many positions to give.
+        query_length: The number of positions to return.
 
     Returns:
         ``[batch, query]`` int64; 0 where there is padding.
@@ -101,10 +101,10 @@ class CausalEngine:
     """The parts of a causal LM, run in order.
 
     Args:
-        parts: In order; the last one gives ``logits``.
+        parts: In order; the last one outputs ``logits``.
         sessions: One per part, by name.
         context_length: Most positions that fit, or ``None`` for no limit.
-        supplier: Gives tensors that no part computes.
+        supplier: Supplies tensors that no part computes.
     """
 
     def __init__(
@@ -133,12 +133,12 @@ class CausalEngine:
         """Run all parts once.
 
         Args:
-            step: What the recorder is told.
+            step: The step, for the recorder.
             input_ids: ``[batch, query]`` int64.
             padding: ``[batch, past + query]`` int64, 1 for a token and 0 for padding.
-            cache: What the step before gave, or ``None`` on the first.
-            last_only: Give the logits of the last position only.
-            recorder: Sees inputs and outputs of each part.
+            cache: From the step before, or ``None`` on the first.
+            last_only: Return the logits of the last position only.
+            recorder: Receives the inputs and outputs of each part.
 
         Returns:
             ``logits [batch, query or 1, vocabulary]`` and the cache, one query longer.
@@ -161,7 +161,7 @@ class CausalEngine:
                 feeds = self._feeds(part, takes.others, known, padding, query_length)
                 outputs, held = _run_in_place(session, takes, feeds, cache)
                 present = held
-                if recorder is not None:  # as it would be without the buffers
+                if recorder is not None:  # the dump must not show the buffers
                     feeds = self._feeds(
                         part, part.inputs, {**known, **feeds}, padding, query_length
                     )
@@ -175,7 +175,7 @@ class CausalEngine:
                 )
             known.update(outputs)
         logits = known["logits"]
-        return (logits[:, -1:] if last_only else logits), present or _given_back(known)
+        return (logits[:, -1:] if last_only else logits), present or _cache_of(known)
 
     def _check_room(self, positions: int) -> None:
         if self.context_length is not None and positions > self.context_length:
@@ -198,7 +198,7 @@ class CausalEngine:
     def _feed(
         self, part: PartLike, spec: Any, known: Mapping[str, Array], padding: Array, query: int
     ) -> Array:
-        """The array for one input: handed over, or built here."""
+        """The array for one input: a known one, or one that the engine builds."""
         name = spec.name
         if name in known:
             return known[name]
@@ -220,12 +220,12 @@ class CausalEngine:
 
 @dataclass(frozen=True)
 class _Takes:
-    """A part's inputs, sorted once and not at every step.
+    """A part's inputs, classified once instead of at every step.
 
     Attributes:
-        cache: Those of the cache, by name.
-        others: The others.
-        masks: The names of the masks among them.
+        cache: The inputs of the cache, by name.
+        others: All other inputs.
+        masks: The names of the masks among these.
     """
 
     cache: dict[str, TensorSpec]
@@ -242,23 +242,23 @@ class _Takes:
 def _run_in_place(
     session: InPlaceSession, takes: _Takes, feeds: Mapping[str, Array], cache: Cache | None
 ) -> tuple[dict[str, Array], HeldCache]:
-    """Run a part on buffers; its outputs without the cache, and the longer cache."""
+    """Run a part on cache buffers; returns its other outputs, and the longer cache."""
     batch, query = feeds[takes.others[0].name].shape[:2]
     if isinstance(cache, HeldCache):
         buffers = cache.room_for(query, takes.cache)
     else:
         buffers = Buffers(takes.cache, batch, room=query)
-    given = {
+    padded = {
         name: lengthen_mask(array, buffers.capacity) if name in takes.masks else array
         for name, array in feeds.items()
     }
-    outputs = session.run_in_place(given, buffers)
+    outputs = session.run_in_place(padded, buffers)
     buffers.filled += query
     return outputs, HeldCache(buffers)
 
 
-def _given_back(known: Mapping[str, Array]) -> Cache:
-    """The cache that a part gave back, as the next step takes it."""
+def _cache_of(known: Mapping[str, Array]) -> Cache:
+    """The cache in a step's outputs, under the input names of the next step."""
     return {
         name.replace(PRESENT, PAST, 1): value
         for name, value in known.items()
@@ -267,6 +267,7 @@ def _given_back(known: Mapping[str, Array]) -> Cache:
 
 
 def _with_cache(outputs: Mapping[str, Array], held: Cache, part: PartLike) -> dict[str, Array]:
-    """What a part gave, as ``run`` would have given it."""
-    found = {**outputs, **{name.replace(PAST, PRESENT, 1): one for name, one in held.items()}}
-    return {spec.name: found[spec.name] for spec in part.outputs}
+    """All outputs of a part, as ``run`` would have returned them."""
+    present = {name.replace(PAST, PRESENT, 1): array for name, array in held.items()}
+    arrays = {**outputs, **present}
+    return {spec.name: arrays[spec.name] for spec in part.outputs}

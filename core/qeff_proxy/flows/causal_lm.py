@@ -1,8 +1,8 @@
 """The ``causal-lm`` flow, and its verified cut: the parts together must equal the uncut model.
 
-On random token ids, with a left-padded row, over a prefill, a second chunk and a decode step, and
-with sliding windows shrunk so that they matter, the logits of the parts are held against those
-of the model itself. Nothing is written before this passes.
+The logits of the parts are compared with those of the model on random token ids: with a left-padded
+row, over a prefill, a second chunk and a decode step, and with sliding windows shrunk so that they
+hide something. Nothing is written before this passes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class CausalFlow:
     def verify(
         self, model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent]
     ) -> CutReport:
-        """Hold the parts of a causal LM against the model (see `verify_causal_cut`)."""
+        """Compare the parts of a causal LM with the model (see `verify_causal_cut`)."""
         return verify_causal_cut(model, proxy, sites)
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -64,16 +64,16 @@ class CausalFlow:
 def verify_causal_cut(
     model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent], seed: int = 0
 ) -> CutReport:
-    """Hold the parts of a causal LM against the model.
+    """Compare the parts of a causal LM with the uncut model.
 
     Args:
         model: The uncut model, in evaluation mode.
         proxy: Its parts, of kind ``"split"`` or ``"whole"``.
-        sites: What was located, for the error message.
+        sites: The located sites, for the error message.
         seed: Of the random token ids.
 
     Raises:
-        CutError: The parts cannot be run, or give other logits; names the sites and the worst
+        CutError: The parts cannot be run, or their logits differ; names the sites and the worst
             element.
     """
     generator = np.random.default_rng(seed)
@@ -96,7 +96,7 @@ def verify_causal_cut(
 
 
 def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:
-    """Logits of the uncut model with its own cache and masks: ``[batch, sequence, vocabulary]``."""
+    """Logits of the uncut model, by its own cache and masks: ``[batch, sequence, vocabulary]``."""
     import inspect
 
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -122,7 +122,7 @@ def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:
 
 
 def _proxy_logits(proxy: Proxy, ids: Array, padding: Array) -> Array:
-    """Logits of the parts, run as they will be run: ``[batch, sequence, vocabulary]``."""
+    """Logits of the parts, run by the engine of `run`: ``[batch, sequence, vocabulary]``."""
     parts = [
         replace(part, masks=tuple(_shrunk(mask) for mask in part.masks)) for part in proxy.parts
     ]
@@ -143,16 +143,16 @@ def _proxy_logits(proxy: Proxy, ids: Array, padding: Array) -> Array:
 
 
 def _shrunk(mask: MaskSpec) -> MaskSpec:
-    """The mask as it is while the model's windows are shrunk."""
+    """The mask with its window shrunk like those of the model."""
     return mask if mask.size is None else replace(mask, size=min(mask.size, _WINDOW))
 
 
 @contextmanager
 def shrunk_windows(model: PreTrainedModel, size: int) -> Iterator[None]:
-    """Give the model's configs a sliding window or chunk of ``size``, where they have one.
+    """Shrink the sliding windows and chunks in the model's configs to ``size``.
 
-    Real windows are thousands of tokens long: a cut that mixed up sliding and full attention
-    would look right on any short text.
+    Real windows are thousands of tokens long: on a short text, a cut that confused sliding and full
+    attention would pass.
     """
     changed: list[tuple[Any, str, Any]] = []
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}

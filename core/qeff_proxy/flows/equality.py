@@ -1,4 +1,4 @@
-"""What every flow's verification shares: hold outputs against each other, and say what differs."""
+"""Compare the outputs of the parts with those of the model; shared by all flows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 __all__ = ["NEEDS_PLUGIN", "TOLERANCES", "check_equal", "parts_must_run"]
 
-#: Largest allowed difference of an element, over the largest element, by the model's dtype. Model
-#: and parts run the same operations, so that only the order of sums may differ.
+#: Largest allowed difference of an element, relative to the largest element, by the model's dtype.
+#: Model and parts run the same operations, so only the order of sums may differ.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
-#: What to do where the generic plugin does not serve.
+#: The hint where the generic plugin does not suffice.
 NEEDS_PLUGIN = "This architecture needs a plugin of its own."
 
 
 @contextmanager
 def parts_must_run(model: PreTrainedModel, sites: Mapping[str, Site | Absent]) -> Iterator[None]:
-    """Turn whatever a part raises into a `CutError` that names model and sites."""
+    """Turn an exception of a part into a `CutError` that names model and sites."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -50,20 +50,20 @@ def check_equal(
     *,
     output: str = "element",
 ) -> CutReport:
-    """Hold the outputs of the parts against those of the model.
+    """Compare the outputs of the parts with those of the model.
 
     Args:
         model: The uncut model; its dtype decides the tolerance.
         sites: Where it was cut, for the message.
-        expected: What the model gave, float32, any shape.
-        actual: What the parts gave.
-        valid: Which positions count: the leading axes of ``expected``, non-zero where they do.
-            ``None``: all.
-        output: What an element is called in the message.
+        expected: The model's output, float32, any shape.
+        actual: The parts' output.
+        valid: Non-zero for the positions to compare, over the leading axes of ``expected``;
+            ``None`` compares all.
+        output: The word for an element in the message.
 
     Raises:
         CutError: Shapes differ, values differ by more than the tolerance, or the model itself
-            gives NaN or infinity.
+            outputs NaN or infinity.
     """
     name = type(model).__name__
     dtype = str(model.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Flows: how the parts of a proxy are run, and how a cut of that kind is verified.
+"""Flows: run the parts of a proxy, and verify that a cut equals the uncut model.
 
 The core ships ``causal-lm``. A package registers others as entry points of the group
 ``qeff_proxy.flows``: the name a `Proxy` carries → a class without constructor arguments.
@@ -43,14 +43,14 @@ BUILTIN_FLOWS = {"causal-lm": "qeff_proxy.flows.causal_lm:CausalFlow"}
 
 @dataclass(frozen=True)
 class CutReport:
-    """What was verified of a cut.
+    """The result of verifying a cut.
 
     Attributes:
         max_difference: Largest absolute difference of an output element.
         largest_value: Largest absolute output element of the uncut model.
         tolerance: The bound on the ratio of the two.
-        dtype: The dtype both ran in.
-        positions: How many positions were compared.
+        dtype: The dtype of the parts and of the model.
+        positions: The number of compared positions.
     """
 
     max_difference: float
@@ -69,15 +69,15 @@ class Job:
     """One run of a compiled proxy.
 
     Attributes:
-        export: What was exported.
+        export: The export.
         sessions: One per part, by name.
-        options: What it was compiled with.
+        options: The compile options.
         config: Of the uncut model.
-        tensors: What ``preprocess`` made of the request, by name.
-        settings: What the user asked for besides: ``max_new_tokens``, ``num_beams`` …
+        tensors: The inputs, from the ``preprocess`` hook, by name.
+        settings: The user's other settings: ``max_new_tokens``, ``num_beams`` …
         processor: The tokenizer or processor; ``None`` where there is none.
         recorder: Sees every run of every part; ``None`` without a dump.
-        folder: Where the checkpoint's small files lie (``generation_config.json``).
+        folder: The folder of the checkpoint's small files (``generation_config.json``).
     """
 
     export: Export
@@ -92,36 +92,36 @@ class Job:
 
 
 class Flow(Protocol):
-    """How one kind of proxy is verified and run."""
+    """Verifies and runs one kind of proxy."""
 
     def verify(
         self, model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent]
     ) -> CutReport:
-        """Hold the parts against the uncut model, on random inputs, in the model's own dtype.
+        """Compare the parts with the uncut model, on random inputs, in the model's dtype.
 
         Raises:
-            CutError: They are not equal; names the sites and the worst element.
+            CutError: They differ; names the sites and the worst element.
         """
 
     def run(self, job: Job) -> Mapping[str, Any]:
         """Run the parts.
 
         Returns:
-            What the ``decode`` hook gets; for ``causal-lm`` the key ``generated_ids``.
+            The outputs for the ``decode`` hook; for ``causal-lm`` the key ``generated_ids``.
         """
 
 
 @runtime_checkable
 class ExampleFlow(Flow, Protocol):
-    """A flow whose models take something else than text: it gives an example of that.
+    """A flow whose models take inputs other than text, and which makes an example of them.
 
-    A flow need not be one. `qeff_proxy.run.example_request` asks those that are.
+    Optional: `qeff_proxy.run.example_request` uses it where a flow has it.
     """
 
     def example_request(
         self, export: Export, processor: Any, proxy: Callable[[], Proxy]
     ) -> Request:
-        """Something that the model can be run on where a user gave nothing, the same each time.
+        """Make an input for a run without one from the user; always the same.
 
         Args:
             export: Of the model.
@@ -132,17 +132,17 @@ class ExampleFlow(Flow, Protocol):
 
 @runtime_checkable
 class TimedFlow(Flow, Protocol):
-    """A flow that says how much it does, and does the same with the uncut model, for its speed.
+    """A flow that measures its work, and runs the uncut model on the same input, to compare speed.
 
-    A flow whose runs give ``generated_ids`` need not be one: their tokens are counted, and the
-    uncut model's own ``generate`` is given the same tensors and settings.
+    Optional for flows that output ``generated_ids``: their tokens are counted, and the uncut
+    model's own ``generate`` runs on the same tensors and settings.
     """
 
     def amount(self, job: Job) -> tuple[float, str]:
-        """How much one run does, and of what, in the plural: ``(32.0, "texts")``."""
+        """The amount of work in one run, and its unit in the plural: ``(32.0, "texts")``."""
 
     def run_model(self, model: PreTrainedModel, job: Job) -> object:
-        """Run the uncut model on the job's tensors, as its users would; what it gives is not used.
+        """Run the uncut model on the job's tensors, as its users would; the result is not used.
 
         Called without gradients.
         """

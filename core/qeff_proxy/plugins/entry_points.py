@@ -118,10 +118,15 @@ def find_entries(group: str) -> tuple[list[PackageEntry], list[BrokenPackage]]:
         except _METADATA_FAULTS as error:
             where = distribution.locate_file("")
             broken.append(BrokenPackage(None, f"a package in {where} has no metadata: {error!r}"))
-    entries = []
+    entries: list[PackageEntry] = []
     for name in names:
         try:
-            entries += _entries_of(name, group)
+            # By name: of two installations on the path, that is the one that imports see.
+            package = importlib_metadata.distribution(name)
+            entries += {
+                PackageEntry(point.name, package.name, package.version, point.value)
+                for point in package.entry_points.select(group=group)
+            }
         except _METADATA_FAULTS as error:
             broken.append(BrokenPackage(name, f"its entry points cannot be read: {error!r}"))
     entries.sort(key=lambda entry: (_canonical(entry.distribution), entry.name, entry.value))
@@ -176,7 +181,7 @@ def find_entry(group: str, noun: str, name: str, builtin: Iterable[str] = ()) ->
 
 
 def load_entry(entry: PackageEntry, noun: str, make: Callable[[Any], _Made]) -> _Made:
-    """Import what an entry names, and make the object that is wanted of it.
+    """Import the object that an entry names, and make the result from it.
 
     Args:
         entry: What to import.
@@ -197,16 +202,6 @@ def load_entry(entry: PackageEntry, noun: str, make: Callable[[Any], _Made]) -> 
             f"raised {type(error).__name__}: {error}",
             f"Repair the package, remove it, or choose another {noun}.",
         ) from error
-
-
-def _entries_of(name: str, group: str) -> list[PackageEntry]:
-    # By name: of two installations on the path, that is the one that imports see.
-    distribution = importlib_metadata.distribution(name)
-    entries = {
-        PackageEntry(entry.name, distribution.name, distribution.version, entry.value)
-        for entry in distribution.entry_points.select(group=group)
-    }
-    return list(entries)
 
 
 def _canonical(package: str) -> str:

@@ -174,7 +174,7 @@ class Verification:
 
 
 def reason_of(error: Exception) -> str:
-    """An error in one line: the message of one of ours, with the type before it of any other."""
+    """An error in one line: its message, preceded by its type unless it is a `ProxyError`."""
     if isinstance(error, ProxyError):
         return str(error)
     line = next(iter(str(error).strip().splitlines()), "")

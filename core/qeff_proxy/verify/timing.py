@@ -159,14 +159,14 @@ def take_turns(
             failed[name] = error
             continue
         repeats[name] = max(1, round(_LEAST_TURN / max(last, 1e-6)))
-    found: dict[str, list[float]] = {name: [] for name in repeats}
+    seconds: dict[str, list[float]] = {name: [] for name in repeats}
     order = list(repeats)
     for turn in range(turns):
         progress(f"measuring speed, turn {turn + 1} of {turns}")
         for name in order:
-            found[name].append(_seconds(contenders[name], repeats[name]))
+            seconds[name].append(_seconds(contenders[name], repeats[name]))
         order.reverse()
-    return {name: Timing(name, tuple(seconds)) for name, seconds in found.items()}, failed
+    return {name: Timing(name, tuple(turns_of)) for name, turns_of in seconds.items()}, failed
 
 
 def _seconds(run: Callable[[], object], times: int) -> float:

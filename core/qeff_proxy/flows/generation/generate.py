@@ -1,8 +1,8 @@
 """Generate: transformers' own generation loop over the parts' sessions.
 
-Sampling, beams, processors of logits and stop strings are transformers' code. What is ours is the
-forward pass, which runs the parts through `qeff_proxy.flows.causal_engine.CausalEngine`, and a
-leaner loop for greedy search (`qeff_proxy.flows.generation.greedy`).
+Sampling, beams, logits processors and stop strings are transformers' code. Ours are the forward
+pass, which runs the parts through `qeff_proxy.flows.causal_engine.CausalEngine`, and a faster loop
+for greedy search (`qeff_proxy.flows.generation.greedy`).
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ __all__ = [
 ]
 
 
-#: New tokens where neither the user nor the checkpoint says how many.
+#: New tokens where neither the user nor the checkpoint gives a number.
 DEFAULT_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class PerfMetrics:
-    """How long it took.
+    """The timings of a run.
 
     Attributes:
         prefill_time: Seconds from the start to the first token (time to first token).
@@ -81,7 +81,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         engine: Runs the parts.
         generation_config: The checkpoint's generation settings.
         prefill_seq_len: Prompts are run in chunks of this many tokens; ``None``: at once.
-        recorder: Sees every run of every part.
+        recorder: Receives the inputs and outputs of every run of every part.
     """
 
     main_input_name = "input_ids"
@@ -109,7 +109,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        """Where token ids and logits are: the host."""
+        """The device of token ids and logits: the host."""
         return torch.device("cpu")
 
     @property
@@ -119,16 +119,16 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Yes: it is made for it."""
+        """True."""
         return True
 
     @classmethod
     def is_remote_code(cls) -> bool:
-        """No: this class is not a checkpoint's own code."""
+        """False: this class is not a checkpoint's own code."""
         return False
 
     def get_experts_implementation(self) -> None:
-        """None to choose from: experts are inside the body."""
+        """None: experts are inside the body."""
         return
 
     def forward(
@@ -144,7 +144,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         Args:
             input_ids: ``[batch, query]`` int64.
             attention_mask: ``[batch, past + query]``, 1 for a token; ``None`` for no padding.
-            past_key_values: The cache, taken over and given back longer.
+            past_key_values: The cache; it is replaced by the longer one.
             cache: The same, as transformers names it since 5.24.
 
         Returns:
@@ -163,12 +163,12 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         )
 
     def run(self, ids: Array, padding: Array, cache: Cache | None) -> tuple[Array, Cache]:
-        """Run the parts on new tokens: a prefill, in chunks, where there is no cache yet.
+        """Run the parts on new tokens; without a cache that is a prefill, in chunks.
 
         Args:
             ids: ``[batch, query]`` int64.
             padding: ``[batch, past + query]`` int64, 1 for a token and 0 for padding.
-            cache: What the run before gave, or ``None``.
+            cache: From the run before, or ``None``.
 
         Returns:
             ``logits [batch, 1, vocabulary]`` of the last position, and the longer cache.
@@ -194,7 +194,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
                 last_only=True,
                 recorder=self.recorder,
             )
-        assert logits is not None and cache is not None  # noqa: S101, PT018 (it runs at least once)
+        assert logits is not None and cache is not None  # noqa: S101, PT018 (the loop runs at least once)
         numbers = logits.astype(np.float32, copy=False)
         if not (np.isfinite(numbers.min()) and np.isfinite(numbers.max())):  # NaN is either, too
             raise BackendError(
@@ -212,7 +212,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         generation_config: GenerationConfig,
         **others: Any,
     ) -> Any:
-        """Replace transformers' loop where it searches greedily (see `generation_greedy`)."""
+        """Replace transformers' loop for greedy search (`qeff_proxy.flows.generation.greedy`)."""
         if generation_config.do_sample or generation_config.return_dict_in_generate:
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, **others
@@ -234,7 +234,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Generated:
-    """Raw result of the loop: new ids, ``[prompts, tokens]``, and what the clock said."""
+    """The new ids, ``[prompts, tokens]``, and the timings."""
 
     ids: npt.NDArray[np.int64]
     perf: PerfMetrics
@@ -247,8 +247,8 @@ def generate_ids(
 
     Args:
         job: The run.
-        parts: Those that run at each step; by default all.
-        supplier: Gives the engine tensors that no part computes.
+        parts: The parts that run at each step; by default all.
+        supplier: Supplies tensors that no part computes.
 
     Raises:
         UsageError: The export is a stub, or the prompt does not fit into the context.
@@ -273,9 +273,9 @@ def generate_ids(
     if supplier is None:
         refuse_unused(job.tensors, ("input_ids", "attention_mask"))
     length = checked_ids(job.tensors, job.export.settings.get("embedding_rows")).shape[1]
-    given = job.settings.get("generation_config")
-    if given is not None and given.max_new_tokens is None:
-        settings.setdefault("max_length", given.max_length)
+    config = job.settings.get("generation_config")
+    if config is not None and config.max_new_tokens is None:
+        settings.setdefault("max_length", config.max_length)
     if settings.get("max_length") is not None and settings.get("max_new_tokens") is None:
         settings["max_new_tokens"] = settings.pop("max_length") - length
     new = _new_tokens(settings, model.generation_config, length, context)
@@ -290,10 +290,10 @@ def generate_ids(
 def _check_rotary_limit(
     model: ProxyForCausalLM, config: PreTrainedConfig, length: int, new: int
 ) -> None:
-    """Keep to one side of the position where LongRoPE exchanges its factors.
+    """Refuse to cross the position where LongRoPE switches to its long factors.
 
-    transformers runs a prompt beyond it with the long factors throughout, and computes the whole
-    cache anew when generation crosses it.
+    transformers runs a longer prompt with the long factors throughout, and recomputes the whole
+    cache when generation crosses that position.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     limit = rope.get("original_max_position_embeddings")
@@ -310,7 +310,7 @@ def _check_rotary_limit(
 
 
 def _generation_config(job: Job) -> GenerationConfig:
-    """The settings of a run, with a pad token where there is none."""
+    """The settings of a run, with a pad token where they have none."""
     config = generation_config_of(job)
     if config.pad_token_id is None:
         end = config.eos_token_id
@@ -321,12 +321,12 @@ def _generation_config(job: Job) -> GenerationConfig:
 def _new_tokens(
     settings: dict[str, Any], config: GenerationConfig, length: int, context: int | None
 ) -> int:
-    """How many tokens to generate; what was not asked for is cut to the context."""
+    """The number of tokens to generate; a default is cut to the context."""
     asked: int | None = settings.pop("max_new_tokens", None)
     if context is not None and length + (asked or 1) > context + 1:
-        wanted = f" and {asked} new ones" if asked else ""
+        new = f" and {asked} new ones" if asked else ""
         raise UsageError(
-            f"{length} prompt tokens{wanted} do not fit into a context of {context}",
+            f"{length} prompt tokens{new} do not fit into a context of {context}",
             "Shorten the prompt, generate fewer tokens, or compile with a larger ctx_len.",
         )
     if asked is not None:

@@ -1,4 +1,4 @@
-"""Token ids and masks that generation can start from."""
+"""Check the token ids and the mask that generation starts from."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def checked_ids(tensors: Mapping[str, torch.Tensor], rows: int | None = None) ->
     """The token ids of a run, ``[batch, sequence]`` int64.
 
     Args:
-        tensors: What ``preprocess`` made.
-        rows: How many tokens the model has; ``None``: not known.
+        tensors: The inputs, from the ``preprocess`` hook.
+        rows: The number of tokens of the model; ``None`` where it is unknown.
 
     Raises:
-        UsageError: There are none, or they are not the model's.
+        UsageError: There are none, or they are not tokens of the model.
     """
     ids = tensors.get("input_ids")
     if ids is None:
@@ -45,10 +45,10 @@ def checked_ids(tensors: Mapping[str, torch.Tensor], rows: int | None = None) ->
 
 
 def checked_mask(tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """The padding of ``ids``, ``[batch, sequence]`` int64, 1 for a token; without one, all 1.
+    """The attention mask of ``ids``, ``[batch, sequence]`` int64, 1 for a token; by default all 1.
 
     Raises:
-        UsageError: It is of another shape, holds something else, or a row ends with padding.
+        UsageError: It has another shape or other values, or a row ends with padding.
     """
     mask = tensors.get("attention_mask")
     if mask is None:
@@ -58,7 +58,7 @@ def checked_mask(tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torc
             f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}",
             "They must be alike.",
         )
-    # As numbers of the mask's own kind, so that 0.5 does not become 0; masks may be booleans.
+    # Compared before the conversion, so that 0.5 does not become 0; masks may be booleans.
     if not ((mask == 0) | (mask == 1)).all() or not mask[:, -1].bool().all():
         raise UsageError(
             "attention_mask must hold 0 and 1, and end with 1 in each row",

@@ -1,4 +1,4 @@
-"""Draws that follow a seed of their own, whatever else draws numbers at the same time."""
+"""Sample from a seed of one's own, undisturbed by other threads that draw random numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["draws_seeded"]
 
 
 class _OwnGenerator(TorchFunctionMode):
-    """Gives ``torch.multinomial`` a generator; a mode is in force in its own thread only."""
+    """Passes a generator to ``torch.multinomial``; a mode acts in its own thread only."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -26,21 +26,21 @@ class _OwnGenerator(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = dict(kwargs or {})
+        arguments = dict(kwargs or {})
         if func is torch.multinomial:
-            given["generator"] = self._generator
-        return func(*args, **given)
+            arguments["generator"] = self._generator
+        return func(*args, **arguments)
 
 
 @contextmanager
 def draws_seeded(seed: int | None) -> Iterator[None]:
-    """Let what is drawn by ``torch.multinomial`` follow ``seed``.
+    """Seed the draws of ``torch.multinomial``.
 
-    transformers' generation draws by it from the generator that all threads share. Here it draws
-    what it would after ``torch.manual_seed(seed)``, and the shared generator is left alone.
+    transformers samples with it, from the generator that all threads share. Inside this context it
+    draws the same as after ``torch.manual_seed(seed)``, and the shared generator stays unchanged.
 
     Args:
-        seed: A whole number of 64 bits; ``None``: draw as ever.
+        seed: A whole number of 64 bits; ``None`` changes nothing.
     """
     if seed is None:
         yield

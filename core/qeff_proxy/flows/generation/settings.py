@@ -1,7 +1,7 @@
-"""What users may ask of transformers' generation loop when sessions run the forward pass.
+"""Check the settings for transformers' generation loop when sessions run the forward pass.
 
-The loop gets the logits of one position per step, so whatever needs those of several at once, a
-second model, or a cache of another kind would quietly give other tokens: it is refused here.
+The loop gets the logits of one position per step. Settings that need the logits of several, a
+second model, or a cache of another kind would silently change the tokens, so they are refused here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_settings", "check_tokens", "generation_config_of"]
 
-#: Arguments of transformers' ``generate`` that need more than one step of one model gives.
+#: Arguments of transformers' ``generate`` that need more than single steps of one model.
 _NOT_HERE = frozenset(
     {
         "assistant_early_exit",
@@ -57,10 +57,10 @@ _NOT_HERE = frozenset(
         "use_mtp",
     }
 )
-#: Those with a value that asks for nothing.
+#: Values of these that change nothing, and are allowed.
 _HARMLESS = {"diversity_penalty": 0.0, "guidance_scale": 1, "num_beam_groups": 1}
-#: What a checkpoint's file may say of a cache or of the form of the answer: a proxy has a cache of
-#: its own, and gives what it always gives, so that these change no token.
+#: Settings in a checkpoint's file about the cache or the format of the output: a proxy has its own
+#: cache and format, so these change no token and are ignored.
 _CHANGE_NOTHING = (
     "cache_config",
     "cache_implementation",
@@ -72,7 +72,7 @@ _CHANGE_NOTHING = (
     "return_dict_in_generate",
     "use_cache",
 )
-#: The loop multiplies the batch by it, and keeps scores of that many times the vocabulary.
+#: The loop multiplies the batch and the scores of the vocabulary by the number of beams.
 _MOST_BEAMS = 1024
 #: Whole numbers: the least and the most.
 _WHOLE: dict[str, tuple[int, int | None]] = {
@@ -87,7 +87,7 @@ _WHOLE: dict[str, tuple[int, int | None]] = {
     "seed": (-(2**63), 2**64 - 1),
     "top_k": (0, None),
 }
-#: Token ids, one or several; -1 is how some checkpoints say that there is none.
+#: Token ids, one or several; some checkpoints write -1 for none.
 _TOKENS = (
     "begin_suppress_tokens",
     "bos_token_id",
@@ -110,10 +110,10 @@ _FUNCTIONS = ("logits_processor", "stopping_criteria")
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that cannot be right, or that a proxy cannot follow.
+    """Refuse settings that are wrong, or that a proxy cannot follow.
 
     Args:
-        settings: Arguments of transformers' ``generate``, and ``seed``; ``None`` asks for nothing.
+        settings: Arguments of transformers' ``generate``, and ``seed``; ``None`` is ignored.
 
     Raises:
         UsageError: Names the setting.
@@ -130,9 +130,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if value is not None:
             _check_type(name, value)
     temperature = settings.get("temperature")
-    for one in temperature if isinstance(temperature, list | tuple) else (temperature,):
-        if one is not None and not _is_temperature(one):
-            raise UsageError(f"temperature is {one!r}", "It must be a number above 0.")
+    for value in temperature if isinstance(temperature, list | tuple) else (temperature,):
+        if value is not None and not _is_temperature(value):
+            raise UsageError(f"temperature is {value!r}", "It must be a number above 0.")
     streamer = settings.get("streamer")
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise UsageError(f"streamer is {type_named(streamer)}", "Give a streamer of transformers.")
@@ -146,21 +146,21 @@ def check_tokens(settings: Mapping[str, Any], vocabulary: int | None) -> None:
 
     Args:
         settings: As in `check_settings`, or a generation config's values.
-        vocabulary: How many tokens the model has; ``None``: not known.
+        vocabulary: The number of tokens of the model; ``None`` where it is unknown.
 
     Raises:
         UsageError: Names the setting.
     """
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        for one in _listed(settings.get(name)):
-            whole_number(name, one, 0, None if vocabulary is None else vocabulary - 1)
+        for token in _listed(settings.get(name)):
+            whole_number(name, token, 0, None if vocabulary is None else vocabulary - 1)
 
 
 def _check_type(name: str, value: Any) -> None:
-    """Refuse a value of another kind than the setting's."""
+    """Refuse a value of the wrong type or out of range."""
     if name in _TOKENS:
-        for one in _listed(value):
-            whole_number(name, one, -1)
+        for token in _listed(value):
+            whole_number(name, token, -1)
     elif name in _WHOLE:
         whole_number(name, value, *_WHOLE[name])
     elif name in _NUMBERS:
@@ -183,8 +183,8 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
 
 
 def _is_temperature(value: Any) -> bool:
-    # Logits are divided by it in float32, so one that is tiny makes them infinite; 0, which speech
-    # recognizers take for greedy search, is transformers' own to judge.
+    # Logits are divided by it in float32, so a tiny one makes them infinite. Speech recognizers use
+    # 0 for greedy search; transformers itself checks that.
     number = isinstance(value, int | float) and math.isfinite(value)
     return number and (value == 0 or value >= 1e-6)
 
@@ -193,20 +193,22 @@ def generation_config_of(job: Job) -> GenerationConfig:
     """The generation settings of a run: the user's own config, else the checkpoint's.
 
     Raises:
-        UsageError: What the user gave is no generation config, or asks for what cannot be done.
-        CheckpointError: The checkpoint's cannot be read, or asks for what cannot be done.
+        UsageError: The user's is no generation config, or has settings that are refused.
+        CheckpointError: The checkpoint's cannot be read, or has settings that are refused.
     """
-    given = job.settings.get("generation_config")
+    user_config = job.settings.get("generation_config")
     vocabulary = getattr(job.config.get_text_config(decoder=True), "vocab_size", None)
     config = _of_checkpoint(job, vocabulary)
     check_tokens(job.settings, vocabulary)
-    if given is not None:
-        if not isinstance(given, GenerationConfig):
+    if user_config is not None:
+        if not isinstance(user_config, GenerationConfig):
             raise UsageError(
-                f"generation_config is {type_named(given)}",
+                f"generation_config is {type_named(user_config)}",
                 "Give transformers' GenerationConfig.",
             )
-        asked = {name: value for name, value in given.to_diff_dict().items() if value is not None}
+        asked = {
+            name: value for name, value in user_config.to_diff_dict().items() if value is not None
+        }
         check_settings(asked)
         check_tokens(asked, vocabulary)
         for name in GenerationConfig().to_dict():
@@ -220,15 +222,15 @@ def _of_checkpoint(job: Job, vocabulary: int | None) -> GenerationConfig:
     if not path.is_file():
         return GenerationConfig.from_model_config(job.config)
     try:
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
             raise TypeError("it is no JSON object")
-        with quiet_loading():  # of flags that have no use beside others
-            GenerationConfig.from_dict(found)  # transformers' checks, of what is left out too
-        found = {name: value for name, value in found.items() if name not in _CHANGE_NOTHING}
-        check_settings(found)
-        check_tokens(found, vocabulary)
-        return GenerationConfig.from_dict(found)
+        with quiet_loading():  # it warns of flags without effect
+            GenerationConfig.from_dict(values)  # transformers checks the ignored settings too
+        values = {name: value for name, value in values.items() if name not in _CHANGE_NOTHING}
+        check_settings(values)
+        check_tokens(values, vocabulary)
+        return GenerationConfig.from_dict(values)
     except (ValueError, TypeError, RecursionError, UsageError) as error:
         raise CheckpointError(
             f"{path} cannot be used: {error}", "Correct it, or take it from the checkpoint again."

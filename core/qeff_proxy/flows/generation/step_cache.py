@@ -1,4 +1,4 @@
-"""The cache as transformers' generation loop carries it from step to step."""
+"""The engine's cache, in the form that transformers' generation loop passes between steps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["StepCache", "arrays_of_cache", "fill_cache"]
 
 
 class StepCache(DynamicCache):  # type: ignore[misc]
-    """A cache that keeps what the engine gave, as it is, for the next step.
+    """A cache that keeps the engine's arrays unchanged for the next step.
 
-    It becomes tensors only where the loop does more than hand it on: where beams are reordered, or
-    positions taken back.
+    They are converted to tensors only where the loop changes the cache: to reorder beams or to
+    remove positions.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class StepCache(DynamicCache):  # type: ignore[misc]
 
     @classmethod
     def of(cls, cache: DynamicCache | None) -> StepCache:
-        """``cache`` itself, or one that holds what it holds."""
+        """``cache`` itself, or a `StepCache` with its contents."""
         if isinstance(cache, cls):
             return cache
         made = cls()
@@ -39,16 +39,16 @@ class StepCache(DynamicCache):  # type: ignore[misc]
         return made
 
     def hold(self, arrays: Cache) -> None:
-        """Keep ``arrays`` (``past_key_values.<layer>.key`` …), and let go of what was there."""
+        """Replace the contents by ``arrays`` (``past_key_values.<layer>.key`` …)."""
         self._held = arrays
         self.layers.clear()
 
     def arrays(self) -> Cache:
-        """What it holds, as the engine takes it."""
+        """The contents, in the engine's form."""
         return self._held if self._held is not None else arrays_of_cache(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many positions it holds."""
+        """The number of cached positions."""
         if self._held is None:
             return int(super().get_seq_length(layer_idx))
         return int(next(iter(self._held.values())).shape[2]) if self._held else 0
@@ -58,7 +58,7 @@ class StepCache(DynamicCache):  # type: ignore[misc]
         self._to_tensors().reorder_cache(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions: as many as the negative number says."""
+        """Remove the last positions; their number is given as a negative number."""
         self._to_tensors().crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -70,7 +70,7 @@ class StepCache(DynamicCache):  # type: ignore[misc]
         self._to_tensors().batch_select_indices(indices)
 
     def _to_tensors(self) -> Any:
-        """What transformers' own code for a cache works on: this cache's layers."""
+        """Convert the arrays to the layers that transformers' code works on."""
         if self._held is not None:
             fill_cache(self._held, self)
             self._held = None
@@ -78,7 +78,7 @@ class StepCache(DynamicCache):  # type: ignore[misc]
 
 
 def arrays_of_cache(cache: DynamicCache | None) -> Cache:
-    """What a cache of transformers' holds, as the engine takes it."""
+    """The contents of a transformers cache, in the engine's form."""
     arrays: Cache = {}
     for index, layer in enumerate(cache.layers if cache is not None else ()):
         arrays[f"past_key_values.{index}.key"] = to_array(layer.keys)
@@ -87,7 +87,7 @@ def arrays_of_cache(cache: DynamicCache | None) -> Cache:
 
 
 def fill_cache(arrays: Cache, cache: DynamicCache | None) -> DynamicCache:
-    """Put the arrays into ``cache``, so that beams are reordered by transformers' own code."""
+    """Put the arrays into ``cache``, so that transformers' code can change it."""
     cache = cache if cache is not None else DynamicCache()
     for index in range(len(arrays) // 2):
         while len(cache.layers) <= index:
