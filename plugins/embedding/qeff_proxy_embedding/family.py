@@ -134,10 +134,10 @@ def _longest(model_limit: int, folder: Path | None) -> int:
     if path is None or not path.is_file():
         return model_limit
     try:
-        said = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
+        limit = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
     except (ValueError, AttributeError):
         return model_limit
-    return min(model_limit, said) if isinstance(said, int) and said > 0 else model_limit
+    return min(model_limit, limit) if isinstance(limit, int) and limit > 0 else model_limit
 
 
 def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
