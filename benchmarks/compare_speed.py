@@ -1,8 +1,7 @@
 """How fast two dumps are compared, and in how much memory.
 
-Writes a reference and a candidate that differs everywhere by noise, reads their files once from
-the disk as the yardstick, then compares them in a process of its own. The file cache is dropped
-before each reading.
+Writes a reference and a candidate with noise in every element, measures how fast the disk reads
+their files, then compares them in a new process. The page cache is dropped before each read.
 
     python benchmarks/compare_speed.py --gigabytes 10 --form full
 """
@@ -64,7 +63,7 @@ def write_dump(folder: Path, gigabytes: float, form: str, noise: float) -> None:
 
 
 def drop_cache(folder: Path) -> int:
-    """Have the kernel forget the files; return their bytes."""
+    """Drop the files from the page cache; return their bytes."""
     total = 0
     for path in folder.rglob("*"):
         if path.is_file():

@@ -1,9 +1,9 @@
-"""What dumps cost the real decode loop: a random GPT-2 of 124M parameters on ONNX Runtime.
+"""The cost of dumps in the real decode loop: a random GPT-2 of 124M parameters on ONNX Runtime.
 
-Within one run, steps that are dumped and steps that are not take turns (off, on, on, off …), so
-that what else the machine does falls on both alike; one run dumps the delta form, one the full
-form, and so on in turns. The time of a step is what lies between a token and the next. Reported
-are ratios of medians over all steps, their spread over the runs, and the time inside the writer.
+Within a run, steps with and without a dump alternate (off, on, on, off …), so that other load
+affects both alike; runs alternate between the delta form and the full form. The time of a step is
+the time from one token to the next. Prints ratios of medians over all steps, their spread over the
+runs, and the time inside the writer.
 
     python benchmarks/dump_decode.py
 """
@@ -32,12 +32,12 @@ from qeff_proxy.load.load_model import load_config, wrap_model
 from qeff_proxy.plugins.manager import Plugins
 
 FORMS: tuple[Literal["delta", "full"], ...] = ("delta", "full")
-_WARM_UP = 8  # steps that don't count
-_TURNS = (False, True, True, False)  # so that neither always follows the other
+_WARM_UP = 8  # steps that are not measured
+_TURNS = (False, True, True, False)  # neither kind always follows the other
 
 
 class Alternating:
-    """A recorder that hands some decode steps to a writer, and a streamer that takes the time."""
+    """A recorder that dumps some decode steps, and a streamer that measures the time of each."""
 
     def __init__(self, writer: DumpWriter) -> None:
         self.writer = writer
@@ -55,11 +55,11 @@ class Alternating:
             self.inside[index] = self.inside.get(index, 0.0) + 1e3 * spent
 
     def put(self, _value: Any) -> None:
-        """Note the time: of the prompt first, then of each token."""
+        """Record the time, first for the prompt, then for each token."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no token is buffered."""
 
     def result(self) -> dict[str, list[float]]:
         """Milliseconds of the steps without and with a dump, and inside the writer."""
@@ -74,7 +74,7 @@ class Alternating:
 
 
 def make_model(layers: int) -> Any:
-    """Make a GPT-2 of random weights."""
+    """Create a GPT-2 with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def make_model(layers: int) -> Any:
 
 
 def timed(compiled: Any, ids: Any, tokens: int, form: Any, folder: Path) -> dict[str, Any]:
-    """Generate once, dumping every other step; give milliseconds."""
+    """Generate once, dumping every other step; return milliseconds."""
     export = compiled.export
     dumped = DumpWriter(folder / form, {"model": "benchmark"}, DumpOptions(kv=form))
     with open_sessions(compiled) as sessions, dumped as writer:  # closed first, and timed
@@ -119,7 +119,7 @@ def summed_up(runs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
         "off_median_ms": round(pooled["off"], 2),
         "on_median_ms": round(pooled["on"], 2),
         "speed_kept": round(pooled["off"] / pooled["on"], 4),
-        "speed_kept_by_run": [round(one, 3) for one in sorted(kept)],
+        "speed_kept_by_run": [round(ratio, 3) for ratio in sorted(kept)],
         "writer_median_ms": round(pooled["writer"], 2),
         "speed_kept_by_writer_time": round(pooled["off"] / (pooled["off"] + pooled["writer"]), 4),
         "mb_a_token": round(sum(path.stat().st_size for path in files) / 1e6 / dumped, 3),

@@ -1,7 +1,7 @@
-"""What a dump costs a decode step, and how fast the full form reaches the disk.
+"""The cost of a dump in a decode step, and how fast the full form is written to disk.
 
 The tensors have the shapes of GPT2-124M: 12 layers, 12 heads of 64, hidden size 768. The decode
-step itself is stood for by its measured time, so that the figure is that of the writer alone.
+step is not run, only its measured time is used, so that the figure is that of the writer alone.
 
     python benchmarks/dump_speed.py
 """
@@ -29,7 +29,7 @@ Calls = list[tuple[str, dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[An
 
 
 def decode_step(past: int, cache: np.ndarray[Any, Any]) -> Calls:
-    """Return what goes into and comes out of the three parts in one decode step."""
+    """Return the inputs and outputs of the three parts in one decode step."""
     hidden = np.ones((1, 1, HIDDEN), np.float32)
     inputs: dict[str, np.ndarray[Any, Any]] = {
         "inputs_embeds": hidden,
@@ -68,7 +68,7 @@ def time_writer(folder: Path, steps: int, past: int, form: str) -> tuple[list[fl
 
 
 def time_file_each(folder: Path, steps: int, past: int) -> list[float]:
-    """Return the milliseconds a step takes when each tensor is a file: the layout not chosen."""
+    """Return the milliseconds of a step with a file for each tensor, a layout not used."""
     cache = np.zeros((1, HEADS, past + steps, HEAD_DIM), np.float32)
     seconds = []
     for index in range(steps):

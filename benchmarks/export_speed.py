@@ -1,8 +1,8 @@
-"""What an export costs: CPU seconds, peak memory and bytes, beside transformers' own exporter.
+"""The cost of an export: CPU seconds, peak memory and bytes, compared with transformers' exporter.
 
-Each export runs in a process of its own. Checkpoints have random weights, but the largest, which is
-a sparse file of zeros unless --dense is given: then one block of random numbers fills it. Rows that
-compare are interleaved, and medians are printed with their ratio.
+Each export runs in a new process. Checkpoints have random weights, except the largest, which is a
+sparse file of zeros, or with --dense one repeated block of random numbers. Rows to compare are
+interleaved; medians and their ratio are printed.
 
     python benchmarks/export_speed.py                      # all rows
     python benchmarks/export_speed.py --rows depth gpt2 --runs 3 --json export.json
@@ -53,7 +53,7 @@ SLIM = {
     "num_key_value_heads": 4,
 }
 
-#: Row → what is exported, and by whom: (label, model type, settings, dtype, exporter).
+#: Row → exports: (label, model type, settings, dtype, exporter).
 ROWS: dict[str, list[tuple[str, str, dict[str, Any], str, str]]] = {
     "depth": [
         ("2 layers", "llama", {**SLIM, "num_hidden_layers": 2}, "float32", "qeff-proxy"),
@@ -100,9 +100,9 @@ stage("exported")
 """,
 }
 
-#: What a new shape and a second compilation cost, beside a new export.
+#: Also measure a new shape and a second compilation.
 AFTERWARDS = ("specializing", "compiling again")
-#: After an export: every part at one set of fixed shapes, and `compile`, a second time, too.
+#: After an export: specialize every part to one set of fixed shapes, and compile twice.
 AFTER = """
 from qeff_proxy.backends.compile_export import compile_export
 from qeff_proxy.backends.fixed_shapes.specialize import specialize
@@ -144,7 +144,7 @@ print("RESULT" + json.dumps({{"seconds": time.perf_counter() - start, "stages": 
 def make_checkpoint(
     folder: Path, model_type: str, settings: dict[str, Any], *, dense: bool
 ) -> None:
-    """Random weights; or, beyond what is quickly made, a file of zeros, or of one block."""
+    """A checkpoint with random weights; a large one is a file of zeros, or of one block."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -175,11 +175,11 @@ def make_checkpoint(
             for _ in range(end // len(block)):
                 file.write(block)
             file.write(block[: end % len(block)])
-            # Read from the disk, as one that was not just written.
+            # Drop it from the page cache, so that it is read from the disk.
             file.flush()
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        # Zeros are no weights that a model runs on: the norms and a few rows get values.
+        # A model of zeros cannot be verified: set the norms and a few rows.
         ones = torch.ones(settings["hidden_size"]).numpy().tobytes()
         for name, entry in header.items():
             if "norm" in name:
@@ -192,7 +192,7 @@ def make_checkpoint(
 
 
 def apparent_bytes(folder: Path, *, linked: bool) -> int:
-    """Bytes below a folder; files that have another name elsewhere only with ``linked``."""
+    """Bytes below a folder; files with other hard links count only with ``linked``."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return sum(path.stat().st_size for path in files if linked or path.stat().st_nlink == 1)
 

@@ -1,9 +1,9 @@
-"""How fast models run: greedy decoding and encoding, beside other tools and beside the memory.
+"""How fast models run, greedy decoding and encoding, compared with other tools.
 
-Every contender is a process of its own, in an environment of its own where it needs packages that
-this project does not, and stays loaded. They run in turns, one at a time, so that what else the
-machine does falls on all alike. Printed are medians of a step over all turns, by the clock and of
-the processors, and their ratio to qeff-proxy's. All run the same random-weight checkpoint.
+Every contender is a process that stays loaded, in an environment of its own if it needs other
+packages. They run in turns, one at a time, so that other load affects all alike. Prints the medians
+of a step over all turns, wall-clock and CPU time, and their ratio to qeff-proxy's. All run the same
+checkpoint of random weights.
 
 ``roofline`` reads as many bytes as a step's weights have: no step in float32 can be faster.
 
@@ -60,7 +60,7 @@ QUANTIZED = [
     "qeff-proxy-int4-head",
     "genai-int4",
 ]
-#: Row → checkpoint, contenders, and what they run: (batch, tokens of the prompt, new tokens).
+#: Row → checkpoint, contenders, and the job: (batch, tokens of the prompt, new tokens).
 #: A prompt of 991 tokens and 33 new ones fill GPT-2's 1,024 positions.
 ROWS: dict[str, tuple[str, list[str], tuple[int, int, int]]] = {
     "gpt2": ("gpt2", DECODERS, (1, 32, 33)),
@@ -79,12 +79,12 @@ ROWS: dict[str, tuple[str, list[str], tuple[int, int, int]]] = {
         (32, 128, 2),
     ),
 }
-#: What a builder cannot build.
+#: Models that a contender does not support.
 MISSING = {("gpt2", "genai"), ("gpt2", "genai-int4")}
 
 
 def make_checkpoint(folder: Path, kind: str) -> None:
-    """Random weights, and a tokenizer for the builders that ask for one."""
+    """A checkpoint with random weights, and a tokenizer for contenders that need one."""
     import torch
     from transformers import (
         AutoModel,
@@ -100,13 +100,13 @@ def make_checkpoint(folder: Path, kind: str) -> None:
     auto = AutoModel if kind == "bert" else AutoModelForCausalLM
     model = auto.from_config(configs[kind])
     if kind != "bert":
-        model.generation_config.eos_token_id = None  # all generate as many tokens
+        model.generation_config.eos_token_id = None  # all generate the same number of tokens
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
 
 
 def python_of(contender: str, environments: Path) -> str:
-    """The Python that has the contender's packages; they are installed at their first use."""
+    """The Python with the contender's packages, which are installed at their first use."""
     name = ENVIRONMENTS.get(contender)
     if name is None:
         return sys.executable
@@ -148,7 +148,7 @@ class Worker:
         self.log.close()
 
     def run(self, work: tuple[int, int, int]) -> dict[str, Any]:
-        """Have it run once."""
+        """Let it run once."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(work) + "\n")
         self.process.stdin.flush()
@@ -165,7 +165,7 @@ class Worker:
 
 
 def run_row(row: str, work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run a row's contenders in turns; their milliseconds and what else they said."""
+    """Run a row's contenders in turns; return their milliseconds and other results."""
     kind, contenders, what = ROWS[row]
     checkpoint = work / kind
     if not checkpoint.exists():

@@ -1,8 +1,8 @@
-"""One contender of `run_speed.py`: loads a model, then runs what it is told on standard input.
+"""One contender of `run_speed.py`: loads a model, then runs the jobs from standard input.
 
-Each line in is a JSON list ``[batch, prompt, tokens]``; each line out a JSON object of the steps'
-milliseconds, by the clock and of the processors, and the tokens. It runs in the contender's own
-environment, so that it imports nothing that the contender does not need.
+Each input line is a JSON list ``[batch, prompt, tokens]``; each output line is a JSON object with
+the steps' milliseconds, wall-clock and CPU time, and the tokens. It runs in the contender's
+environment, so it imports only what the contender needs.
 
     python benchmarks/run_worker.py CONTENDER FOLDER THREADS
 """
@@ -19,24 +19,24 @@ from typing import Any
 
 
 def cpu_seconds() -> float:
-    """What all threads of this process have used."""
+    """The CPU time of all threads of this process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 class Clock:
-    """Handed each new token, as a streamer of transformers': that costs next to nothing."""
+    """A streamer of transformers that records when each token arrives, at almost no cost."""
 
     def __init__(self) -> None:
         self.ticks: list[tuple[float, float]] = []
 
     def put(self, tokens: Any = None) -> None:
-        """Note the time, but not that of the prompt."""
+        """Record the time, except for the prompt."""
         if tokens is None or tokens.ndim < 2:
             self.ticks.append((time.perf_counter(), cpu_seconds()))
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
     def steps(self) -> dict[str, list[float]]:
         """Milliseconds of the decode steps."""
@@ -55,7 +55,7 @@ def make_ids(batch: int, prompt: int) -> Any:
 
 
 class Transformers:
-    """PyTorch, by transformers, with the attention that it chooses or with ``eager``."""
+    """PyTorch through transformers, with its default attention or with ``eager``."""
 
     def __init__(self, folder: Path, threads: int, attention: str) -> None:
         import torch
@@ -233,7 +233,7 @@ class Encoder:
 
 
 class Roofline:
-    """Reads as many bytes as the weights of a step have: a matrix times a vector, in PyTorch."""
+    """Reads as many bytes as a step's weights have: a matrix times a vector in PyTorch."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         import torch
@@ -276,9 +276,9 @@ CONTENDERS: dict[str, Any] = {
 
 
 def main() -> None:
-    """Load the contender, and run what comes."""
+    """Load the contender, and run the jobs from standard input."""
     name, folder, threads = sys.argv[1:]
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    out, sys.stdout = sys.stdout, sys.stderr  # keep libraries' output out of the answers
     contender = CONTENDERS[name](Path(folder), int(threads))
     out.write(json.dumps({"ready": name}) + "\n")
     out.flush()

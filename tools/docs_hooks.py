@@ -1,4 +1,4 @@
-"""What mkdocs does besides: it writes the command reference from the program itself."""
+"""A hook of mkdocs that generates the command reference from the program."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qeff_proxy.errors import ProxyError
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the command reference where a page asks for it."""
+    """Replace ``<!-- commands -->`` in a page by the command reference."""
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", command_pages())
     return markdown
 
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The commands below one, by name."""
+    """A parser's subcommands, by name."""
     for action in parser._actions:  # noqa: SLF001 (argparse tells it in no other way)
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
             return dict(action.choices)
@@ -29,13 +29,13 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 
 def help_of(parser: argparse.ArgumentParser) -> str:
-    """Its help as a block."""
+    """A parser's help as a text block."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", parser.format_help())
     return f"```text\n{text.strip()}\n```\n"
 
 
 def command_pages() -> str:
-    """What ``--help`` says, of the program and of every command, and the exit codes."""
+    """The ``--help`` of the program and of every command, and the exit codes."""
     lines = [help_of(build_parser(None))]
     for name in COMMANDS:
         parser = subparsers(build_parser(name))[name]

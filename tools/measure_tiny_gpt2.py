@@ -67,7 +67,7 @@ takes about 145; of 20,000 stories told, none took more than 233.
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured, and on what."""
+    """The measurements, and their data."""
 
     stories: int
     perplexity: float
@@ -83,7 +83,7 @@ class Figures:
     model: GPT2LMHeadModel
 
     def table(self) -> str:
-        """Give the figures as a Markdown table."""
+        """The figures as a Markdown table."""
         loss = math.log(self.perplexity)
         parameters = self.model.num_parameters()
         lines = [
@@ -112,7 +112,7 @@ def continue_text(
     *,
     sample: bool = False,
 ) -> list[tuple[str, bool]]:
-    """Continue every prompt; give the whole texts, and whether each came to its own end."""
+    """Continue every prompt; return the whole texts, and whether each ended with an end token."""
     results: list[tuple[str, bool]] = []
     for start in range(0, len(prompts), 50):
         inputs = tokenizer(list(prompts[start : start + 50]), return_tensors="pt", padding=True)
@@ -133,7 +133,7 @@ def continue_text(
 def losses_and_margins(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give, for every token after the first of its text, its loss and its top-1 margin."""
+    """The loss and the top-1 margin of every token but the first of each text."""
     losses, margins = [], []
     for text in texts:
         ids = torch.tensor([[*tokenizer.encode(text), tokenizer.eos_token_id]])

@@ -1,6 +1,6 @@
-"""What training the tiny speech recognizers shares: arguments, the loop, the test.
+"""Shared code to train the tiny speech recognizers: arguments, the loop, the test.
 
-Clips with few words come first: a model finds out where a word is on one word sooner than on five.
+Clips with few words come first: a model learns alignment faster on one word than on five.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["parse_arguments", "test", "train", "write"]
 
 _BATCH = 16
-# After this share of the steps clips of any length are drawn.
+# After this share of the steps, clips of any length are used.
 _GROWING = 0.2
 
 
@@ -60,17 +60,18 @@ def train(
     """Train on clips of `TRAIN_VOICES`.
 
     Args:
-        arguments: ``steps`` and ``clips`` count; with ``start`` clips of any length come at once.
-        parameters: What is trained.
+        arguments: Uses ``steps`` and ``clips``; with ``start``, clips of any length from the start.
+        parameters: The parameters to train.
         peak_rate: The learning rate after the warm-up, which is a tenth of the steps.
-        loss_of: The loss of some sounds, ``[samples]`` each, and of what is said in them.
+        loss_of: Computes the loss from sounds, ``[samples]`` each, and their texts.
     """
     rng = np.random.default_rng(0)
     training = clips(arguments.clips, TRAIN_VOICES, 1)
     training.sort(key=lambda clip: len(clip.text.split()))
     words = np.array([len(clip.text.split()) for clip in training])
     parameters = list(parameters)
-    print(f"{sum(one.numel() for one in parameters)} parameters, {len(words)} clips", flush=True)
+    count = sum(parameter.numel() for parameter in parameters)
+    print(f"{count} parameters, {len(words)} clips", flush=True)
     optimizer = torch.optim.AdamW(parameters, peak_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, peak_rate, total_steps=arguments.steps, pct_start=0.1
@@ -96,7 +97,7 @@ def train(
 
 
 def test(transcribe: Callable[[npt.NDArray[np.float32]], str]) -> None:
-    """Print the word error rate on clips of `HELD_OUT_VOICES`, bare and with silence around."""
+    """Print the word error rate on clips of `HELD_OUT_VOICES`, without and with added silence."""
     held_out = clips(300, HELD_OUT_VOICES, 2)
     for seconds in (0.0, 0.2):
         silence = int(seconds * RATE)
@@ -117,7 +118,7 @@ def _by_voice(held_out: list[Clip]) -> dict[str, list[Clip]]:
 
 
 def write(model: Any, processor: Any, folder: Path) -> None:
-    """Write the checkpoint; everybody may read it."""
+    """Write the checkpoint, readable for all users."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)

@@ -1,8 +1,8 @@
-"""Spoken digits: what the tiny speech recognizers are trained and tested on.
+"""Spoken digits, to train and test the tiny speech recognizers.
 
-espeak-ng (Debian's package of that name) makes the speech. Held-out voices differ from the
-training ones in the variant, which sets pitch, formants and the kind of voice; both speak with the
-same accents.
+espeak-ng (Debian's package of that name) synthesizes the speech. Held-out voices differ from the
+training voices in the variant, which sets pitch, formants and the kind of voice; the accents are
+the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ESPEAK_RATE = 22_050
 
 @dataclass(frozen=True)
 class Clip:
-    """Some spoken digits: ``samples [n]`` float32 at `RATE`, what is said, and by whom."""
+    """Spoken digits: ``samples [n]`` float32 at `RATE`, their text, and the voice."""
 
     samples: npt.NDArray[np.float32]
     text: str
@@ -40,7 +40,7 @@ class Clip:
 
 
 def speak(text: str, voice: str, speed: int, pitch: int) -> npt.NDArray[np.float32]:
-    """``text`` as samples ``[n]`` at `RATE`, peak 0.5, silence at the ends cut off."""
+    """``text`` as samples ``[n]`` at `RATE`, peak 0.5, without silence at the ends."""
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", text]
     wave = subprocess.run(command, check=True, capture_output=True).stdout[_HEADER:]  # noqa: S603
     samples = np.frombuffer(wave[: len(wave) // 2 * 2], np.int16).astype(np.float32)
@@ -59,7 +59,7 @@ def clips(number: int, voices: tuple[str, ...], seed: int, longest: float = 4.8)
         voice = f"{rng.choice(ACCENTS)}+{rng.choice(voices)}"
         wanted.append((text, voice, rng.randint(130, 190), rng.randint(30, 70)))
     with ThreadPoolExecutor(2) as pool:
-        spoken = list(pool.map(lambda one: speak(*one), wanted))
+        spoken = list(pool.map(lambda arguments: speak(*arguments), wanted))
     made = [Clip(one, text, voice) for one, (text, voice, *_) in zip(spoken, wanted, strict=True)]
     return [clip for clip in made if len(clip.samples) <= longest * RATE]
 
@@ -69,8 +69,8 @@ def disturbed(
 ) -> npt.NDArray[np.float32]:
     """A training variation.
 
-    Spoken up to an eighth faster or slower (with it go pitch and formants, so that a voice becomes
-    another), silence around two of three, another loudness, noise of 20 to 60 dB below.
+    Up to an eighth faster or slower (pitch and formants change too, which makes another voice),
+    silence around two of three, another loudness, noise of 20 to 60 dB below.
     """
     samples = soxr.resample(samples, 1.0, rng.uniform(0.89, 1.125), quality="LQ")
     if rng.uniform() < 1 / 3:
@@ -84,7 +84,7 @@ def disturbed(
 
 
 def word_errors(said: str, heard: str) -> int:
-    """Words to insert, delete or exchange to make ``heard`` of ``said``."""
+    """The words to insert, delete or replace to get from ``said`` to ``heard``."""
     wanted, found = said.split(), heard.split()
     row = list(range(len(found) + 1))
     for i, word in enumerate(wanted, 1):
@@ -95,12 +95,12 @@ def word_errors(said: str, heard: str) -> int:
 
 
 def word_error_rate(pairs: list[tuple[str, str]]) -> float:
-    """Errors over words, of ``(said, heard)`` pairs."""
+    """The word error rate of ``(said, heard)`` pairs."""
     errors = sum(word_errors(said, heard) for said, heard in pairs)
     return errors / sum(len(said.split()) for said, _ in pairs)
 
 
-#: Recordings that go with the checkpoints: what is said and by which held-out voice.
+#: The recordings in the package: text and held-out voice.
 RECORDINGS = (
     ("seven three one", "en-gb-scotland+f3"),
     ("two zero nine four", "en-us+m7"),
@@ -112,7 +112,7 @@ RECORDINGS = (
 
 
 def main() -> None:
-    """Write `RECORDINGS` as FLAC files, named by what is said."""
+    """Write `RECORDINGS` as FLAC files, named by their text."""
     parser = argparse.ArgumentParser(description="Record spoken digits of held-out voices.")
     parser.add_argument("folder", type=Path, help="where to write them")
     folder = parser.parse_args().folder

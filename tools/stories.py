@@ -1,8 +1,8 @@
-"""Tell short stories from a grammar, and check whether a text is one of them.
+"""Generate short stories from a grammar, and check whether a text is one of them.
 
-The grammar is data, in ``stories.toml``. Telling and checking walk the same beats: a story
-keeps its hero, its place and its objects from the first sentence to the last, and a text is
-a story only when it does so too.
+The grammar is in ``stories.toml``. Generating and checking follow the same beats: a story keeps its
+hero, place and objects from the first sentence to the last, and a text is a story only if it does
+so, too.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Slot:
-    """One place in a template: what is told there, and how it is written."""
+    """A slot of a template: the name of its value, and how the value is written."""
 
     name: str
     form: str
     capital: bool
 
     def write(self, value: str) -> str:
-        """Write a value as this place in the sentence needs it."""
+        """Write a value in the form that this slot needs."""
         if self.form == "a":
             value = f"{'an' if value[0] in 'aeiou' else 'a'} {value}"
         elif self.form == "noun":
@@ -52,7 +52,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Beat:
-    """One step of a plot: its sentences, and how often it is told at all."""
+    """One step of a plot: its sentences, and its probability."""
 
     keep: float
     templates: tuple[tuple[str | Slot, ...], ...]
@@ -60,7 +60,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Story:
-    """A story, and the information in the choices that made it."""
+    """A story, and the information content of the choices in it."""
 
     text: str
     nats: float
@@ -78,10 +78,10 @@ def _template(text: str) -> tuple[str | Slot, ...]:
 
 
 def _weights(count: int) -> list[float]:
-    """Give the chance of each of ``count`` options, the first the likeliest.
+    """The probability of each of ``count`` options; the first is the likeliest.
 
-    In a long list, such as that of the names, all but the first are alike: to tell a second
-    time who it was, a reader has to look back.
+    In a long list, such as that of the names, all others are equally likely: to repeat a name, a
+    model has to look back.
     """
     raw = [1 / (rank + 1) if count < LONG_LIST else 1.0 for rank in range(count)]
     raw[0] *= 1 if count < LONG_LIST else count / 5
@@ -89,12 +89,12 @@ def _weights(count: int) -> list[float]:
 
 
 def _person(name: str) -> tuple[str, str, str, str]:
-    """Give the words for a person who is told about."""
+    """The words for a person in a story."""
     return ("she", "her", "her", "girl") if name in GIRLS else ("he", "him", "his", "boy")
 
 
 def _derived(bound: Bindings) -> Bindings:
-    """Give every word that follows from what is bound already."""
+    """Every word that follows from the bound slots."""
     he, him, his, girl = _person(bound["name"])
     first = bound["voice"] == "first"
     words = {
@@ -118,7 +118,7 @@ def _derived(bound: Bindings) -> Bindings:
 
 @cache
 def _derivable(voice: str) -> dict[str, set[str]]:
-    """Give, for every derived word, all it can ever be in this voice."""
+    """For every derived word, all its possible values in this voice."""
     found: dict[str, set[str]] = {}
     for name, friend, coins in product(NAMES, NAMES, NUMBERS[2:]):
         bound = {"voice": voice, "name": name, "friend": friend, "price": "one", "coins": coins}
@@ -147,10 +147,10 @@ class Grammar:
         self._sentences: list[re.Pattern[str]] = []
 
     def _options(self, slot: str, bound: Bindings) -> Sequence[str]:
-        """Give the values a slot that is not bound yet may take, the likeliest first.
+        """The possible values of an unbound slot, the likeliest first.
 
-        Every hero has habits: where the options depend on nothing else, the hero's place in
-        the list of names says which comes first.
+        Every hero has habits: if the options depend on nothing else, the hero's index in the list
+        of names decides which comes first.
         """
         if slot == "friend":
             return self._habit([n for n in NAMES if n != bound["name"]], bound)
@@ -170,11 +170,11 @@ class Grammar:
         return [*options[turn:], *options[:turn]]
 
     def _value(self, slot: Slot, bound: Bindings) -> str | None:
-        """Give the value a slot has now, or None where it is still open."""
+        """The value of a slot, or None if it is not bound."""
         return bound.get(slot.name) or _derived(bound).get(slot.name)
 
     def _needed(self, slot: Slot, bound: Bindings) -> str | None:
-        """Name a slot that must be bound before this one can be told, if any."""
+        """A slot that must be bound before this one, if any."""
         name = "friend" if slot.name in ("fhe", "fhim", "both") else slot.name
         by = self._slots.get(name, {}).get("by")
         if by and by not in bound:
@@ -182,11 +182,11 @@ class Grammar:
         return name if name != slot.name and name not in bound else None
 
     def tell(self, rng: random.Random) -> Story:
-        """Tell one story."""
+        """Generate one story."""
         nats = 0.0
 
         def choose(options: Sequence[T]) -> T:
-            """Choose one of the options, and count what the choice tells."""
+            """Choose one of the options, and add the information of the choice."""
             nonlocal nats
             weights = _weights(len(options))
             index = rng.choices(range(len(options)), weights)[0]
@@ -216,7 +216,7 @@ class Grammar:
         return Story(" ".join(told), nats)
 
     def is_story(self, text: str) -> bool:
-        """Say whether the text is a whole story: in order, in agreement, to its end."""
+        """Whether the text is a complete, consistent story with its sentences in order."""
         named = [name for name in NAMES if re.search(rf"\b{name}\b", text)]
         return any(
             self._walk(beats, 0, text, 0, {"name": name, "voice": voice, "plot": plot})
@@ -225,7 +225,7 @@ class Grammar:
         )
 
     def _walk(self, beats: list[Beat], index: int, text: str, at: int, bound: Bindings) -> bool:
-        """Say whether the beats from ``index`` on can tell the text from ``at`` to its end."""
+        """Whether the beats from ``index`` on can generate the text from ``at`` to its end."""
         if index == len(beats):
             return at == len(text) + 1
         beat = beats[index]
@@ -240,7 +240,7 @@ class Grammar:
     def _match(
         self, parts: tuple[str | Slot, ...], text: str, at: int, bound: Bindings
     ) -> Iterator[tuple[int, Bindings]]:
-        """Give every way the parts can be read at this place: where it ends, what it binds."""
+        """Every way to parse the parts at this position: where it ends, and what it binds."""
         if not parts:
             yield at, bound
             return
@@ -261,10 +261,10 @@ class Grammar:
                 yield from self._match(rest, text, at + len(written), then)
 
     def strange_sentences(self, text: str) -> list[str]:
-        """Give the sentences of the text that no story of this grammar can hold.
+        """The sentences of the text that are in no story of this grammar.
 
-        Each sentence is judged alone: whether names and objects agree from one sentence to
-        the next is what ``is_story`` says.
+        Each sentence is checked alone; ``is_story`` checks that names and objects agree between
+        sentences.
         """
         if not self._sentences:
             self._sentences = self._patterns()

@@ -1,9 +1,9 @@
 """Train the tiny GPT-2 checkpoint that ships with qeff-proxy.
 
-Everything is made here: the stories (see ``stories.py``), the byte-level BPE tokenizer, the
-weights. The same seed, number of steps and number of threads on the same machine give the
-same checkpoint. At the end the model is measured on stories that it was not trained on, and
-the figures go into the model card.
+This script creates the stories (see ``stories.py``), the byte-level BPE tokenizer and the weights.
+The same seed, number of steps and number of threads on the same machine lead to the same
+checkpoint. At the end the model is measured on held-out stories, and the figures are written to the
+model card.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ MATRIX_RATE, RATE = 0.02, 4e-3
 
 
 def tell(grammar: Grammar, seed: int) -> Iterator[Story]:
-    """Tell stories without end."""
+    """Generate stories without end."""
     rng = random.Random(seed)  # noqa: S311 - stories, not secrets
     while True:
         yield grammar.tell(rng)
 
 
 def train_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer that gives every text back as it was."""
+    """Train a lossless byte-level BPE tokenizer."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -70,7 +70,7 @@ def train_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """Make the model, untrained."""
+    """Create the untrained model."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=POSITIONS,
@@ -99,9 +99,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 def batches(
     grammar: Grammar, tokenizer: PreTrainedTokenizerFast, held_out: set[str]
 ) -> Iterator[torch.Tensor]:
-    """Give rows of whole stories, one after the other, the last cut off at the row's end.
+    """Rows of whole stories, the last of each row cut off at its end.
 
-    One row in eight begins with the end token, so that the model can also begin by itself.
+    One row in eight begins with the end token, so that the model can also start without a prompt.
     """
     stories = (story.text for story in tell(grammar, TRAIN_SEED) if story.text not in held_out)
     row = 0
@@ -117,12 +117,12 @@ def batches(
 
 
 def share_of_rate(step: int, steps: int) -> float:
-    """Give the learning rate as a share of its peak: a linear start, then a straight way down."""
+    """The learning rate as a share of its peak: linear warm-up, then linear decay."""
     return min((step + 1) / WARM_UP, (steps - step) / max(1, steps - WARM_UP))
 
 
 def train(model: GPT2LMHeadModel, rows: Iterator[torch.Tensor], steps: int) -> None:
-    """Train the model in place: Muon for the matrices of the layers, AdamW for all else."""
+    """Train the model in place: Muon for the matrices of the layers, AdamW for the others."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]

@@ -1,10 +1,10 @@
-"""Train the tiny LLaVA that comes with the vision package, and measure it on held-out drawings.
+"""Train the tiny LLaVA of the vision package, and measure it on held-out drawings.
 
     python tools/train_tiny_llava.py [--steps N] [--output FOLDER]
 
-The model says what a drawing shows: one of six colours, four shapes and five places, on
-backgrounds from white to light grey, in many sizes, a little off its place, with noise. Drawings
-are made as they are needed, from a seed; those that the model is measured on come from another.
+The model describes a drawing: one of six colours, four shapes and five places, on backgrounds from
+white to light grey, in many sizes, slightly off its place, with noise. Drawings are generated from
+a seed; the held-out drawings use another seed.
 """
 
 from __future__ import annotations
@@ -141,14 +141,14 @@ def make_model() -> LlavaForConditionalGeneration:
 
 
 def pixels_of(processor: LlavaProcessor, images: list[Image.Image]) -> torch.Tensor:
-    """``[images, 3, SIDE, SIDE]``, as the processor makes them."""
+    """``[images, 3, SIDE, SIDE]``, like the processor's output."""
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def train(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, batch: int
 ) -> None:
-    """Learn the answers, and nothing of the question."""
+    """Train on the tokens of the answers only."""
     generator = random.Random(0)  # noqa: S311 (drawings, not secrets)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template(
@@ -182,7 +182,7 @@ def train(
 
 
 def measure(model: LlavaForConditionalGeneration, processor: LlavaProcessor, count: int) -> float:
-    """The share of held-out drawings that are described wholly right."""
+    """The share of held-out drawings whose description is entirely right."""
     generator = random.Random(1)  # noqa: S311 (drawings, not secrets)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template(

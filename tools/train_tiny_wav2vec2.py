@@ -1,7 +1,7 @@
 """Train the tiny Wav2Vec2 checkpoint that ships with qeff-proxy-audio: spoken digits to letters.
 
-The speech is made by espeak-ng (see ``spoken_digits.py``). At the end the model is tested on
-voices that it was not trained on.
+espeak-ng synthesizes the speech (see ``spoken_digits.py``). At the end the model is tested on
+held-out voices.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from transformers import (
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "plugins/audio/qeff_proxy_audio/checkpoints/tiny-wav2vec2"
 PEAK_RATE = 2e-3
-# Of the bank of filters that the convolutions begin as.
+# Of the filter bank that initializes the convolutions.
 BANDS, PHASES = 32, 3
 
 
 def new_processor() -> Wav2Vec2Processor:
-    """Letters of the ten words, as the tokens of a CTC model."""
+    """The letters of the ten words as the tokens of a CTC model."""
     letters = sorted(set("".join(WORDS)))
     tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *letters]
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def new_processor() -> Wav2Vec2Processor:
 
 
 def new_model(vocabulary: int) -> Wav2Vec2ForCTC:
-    """Make the model, untrained: 20 ms a frame."""
+    """Create the untrained model: 20 ms a frame."""
     config = Wav2Vec2Config(
         vocab_size=vocabulary,
         hidden_size=96,
@@ -77,11 +77,11 @@ def new_model(vocabulary: int) -> Wav2Vec2ForCTC:
 
 @torch.no_grad()
 def begin_as_filter_bank(model: Wav2Vec2ForCTC) -> None:
-    """Let the first two convolutions begin as band passes and their energies.
+    """Initialize the first two convolutions as band-pass filters and their energies.
 
-    From noise they would need most of the training to become something of the kind. The first holds
-    each band, even on the mel scale, in three phases, of which the activation keeps the positive
-    halves; the sum of those over phases and time is about the band's energy.
+    From random weights, learning such filters would take most of the training. The first
+    convolution has each band, evenly spaced on the mel scale, in three phases; the activation keeps
+    the positive halves, whose sum over phases and time is about the band's energy.
     """
     bank, energies = (layer.conv for layer in model.wav2vec2.feature_extractor.conv_layers[:2])
     time = (torch.arange(bank.kernel_size[0]) - bank.kernel_size[0] / 2) / RATE

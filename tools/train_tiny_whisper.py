@@ -1,9 +1,8 @@
 """Train the tiny Whisper checkpoint that ships with qeff-proxy-audio: spoken digits to words.
 
-The speech is made by espeak-ng (see ``spoken_digits.py``). While training, the encoder also learns
-to tell the words by itself (a CTC loss that is thrown away afterwards), without which the decoder
-would take hours to find out where to listen. At the end the model is tested on voices that it was
-not trained on.
+espeak-ng synthesizes the speech (see ``spoken_digits.py``). During training the encoder also has a
+CTC loss on the words, whose head is discarded; without it, the decoder's cross attention would take
+hours to train. At the end the model is tested on held-out voices.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ SPECIALS = ("<|endoftext|>", "<|startoftranscript|>", "<|translate|>", "<|transc
 
 
 def new_processor() -> WhisperProcessor:
-    """The bytes, the ten words as a token each, and Whisper's special tokens."""
+    """Tokens: the bytes, the ten words, and Whisper's special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(alphabet)}
     merges: list[tuple[str, str]] = []
@@ -64,7 +63,7 @@ def new_processor() -> WhisperProcessor:
 
 
 def new_model(tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
-    """Make the model, untrained."""
+    """Create the untrained model."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
     end, start, plain = ids[SPECIALS[0]], ids[SPECIALS[1]], ids["<|notimestamps|>"]
     config = WhisperConfig(
@@ -103,7 +102,7 @@ def new_model(tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
 
 
 def targets(tokenizer: WhisperTokenizer, texts: list[str]) -> torch.Tensor:
-    """Prompt, words and end, ``[batch, tokens]``; ends fill up the shorter ones."""
+    """Prompt, words and end token, ``[batch, tokens]``, padded with end tokens."""
     ids = [tokenizer.convert_tokens_to_ids(token) for token in (SPECIALS[1], SPECIALS[-1])]
     rows = []
     for text in texts:
@@ -119,7 +118,7 @@ def losses(
     rows: torch.Tensor,
     words: list[list[int]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decoder's loss on its words and the end, and the encoder's own."""
+    """The decoder's loss on the words and the end token, and the encoder's CTC loss."""
     hidden = model.model.encoder(features).last_hidden_state
     logits = model(encoder_outputs=(hidden,), decoder_input_ids=rows[:, :-1]).logits
     spoken = cross_entropy(logits[:, 1:].flatten(0, 1), rows[:, 2:].flatten())

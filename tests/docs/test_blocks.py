@@ -1,8 +1,8 @@
-"""Every command and every piece of Python in README and docs does what the page says.
+"""Every command and every Python block in README and docs runs.
 
-A page's ``bash`` and ``python`` blocks are run in order, in a folder of the page's own, with the
-checkpoint that comes with the program where they name a model of the hub. What is only shown
-(output, files of other kinds) is ``text`` or has no language.
+A page's ``bash`` and ``python`` blocks are run in order, in a new folder, with the built-in
+checkpoint in place of a model of the hub. Blocks that are not run (output, other files) are
+``text`` or have no language.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHECKPOINT = Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
 HUB_ID = "openai-community/gpt2"  # stands for any model, as the word MODEL does
 #: Commands that other tests, or `make`, run.
 ELSEWHERE = ("pip install", "make ", "source ", ".venv/bin/pre-commit", "pytest")
-#: What must be there before a page's commands.
+#: Commands that prepare the files which a page's commands read.
 BEFORE = {
     "README.md": [
         f"qeff-proxy generate {HUB_ID} 'One day' --max-new-tokens 3 --io-dir REFERENCE",
@@ -57,8 +57,8 @@ class Block:
 
 
 def blocks_of(text: str) -> list[Block]:
-    found = FENCE.finditer(text)
-    return [Block(match["language"], match["code"], match["title"]) for match in found]
+    matches = FENCE.finditer(text)
+    return [Block(match["language"], match["code"], match["title"]) for match in matches]
 
 
 def lines_of(block: Block) -> list[str]:
@@ -113,7 +113,7 @@ def test_the_blocks_of_a_page_run(page, home, tmp_path, monkeypatch, capsys):
 
 def test_the_files_that_a_page_shows_are_those_that_are_written_or_run(tmp_path):
     written = {}
-    for kind in {one[0] for one in SHOWN.values() if isinstance(one, tuple)}:
+    for kind in {source[0] for source in SHOWN.values() if isinstance(source, tuple)}:
         written[kind] = tmp_path / kind
         write_plugin({"text": "acme-olmo"}.get(kind, f"acme-{kind}"), kind, written[kind])
     blocks = [block for page in PAGES for block in blocks_of(page.read_text(encoding="utf-8"))]

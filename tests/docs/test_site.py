@@ -1,4 +1,4 @@
-"""The documentation is built, with warnings as errors, and needs nothing from other hosts."""
+"""The documentation builds without warnings, and its pages load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def site(tmp_path_factory):
 
 
 class Sources(HTMLParser):
-    """What a browser fetches for a page."""
+    """The URLs that a browser loads for a page."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ def test_nothing_is_fetched_from_other_hosts(site):
         sources = Sources()
         sources.feed(page.read_text(encoding="utf-8"))
         assert sources.found
-        outside = [one for one in sources.found if re.match(r"(https?:)?//", one)]
+        outside = [url for url in sources.found if re.match(r"(https?:)?//", url)]
         assert outside == [], page.name
 
 
@@ -87,7 +87,7 @@ def test_messages_that_troubleshooting_names_are_those_of_the_code():
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     folders = (ROOT / "core", *(ROOT / "plugins").glob("*/qeff_proxy_*"))
     sources = [path.read_text("utf-8") for folder in folders for path in folder.rglob("*.py")]
-    # Literals that Python joins are joined here, too.
+    # Join adjacent string literals, as Python does.
     code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))
     for title in re.findall(r"^### (.*)$", page, flags=re.MULTILINE):
         for alternative in title.split(", or: "):

@@ -69,7 +69,7 @@ class PartChecks:
         expect(
             report is not None and report.max_difference <= report.tolerance * report.largest_value,
             f"the cut was not verified: {report}",
-            "The flow's verify must hold the parts against the uncut model.",
+            "The flow's verify must compare the parts with the uncut model.",
         )
 
     def test_the_verification_has_something_to_compare(self, subject: Subject) -> None:

@@ -71,7 +71,7 @@ class Run:
         inputs: Mapping[str, Array],
         outputs: Mapping[str, Array],
         *,
-        past_length: int,  # noqa: ARG002 (what a recorder is told)
+        past_length: int,  # noqa: ARG002 (a recorder's signature)
     ) -> None:
         """Keep a part's inputs and outputs (`qeff_proxy.flows.causal_engine.Recorder`)."""
         self.steps.append(Step(phase, index, part, dict(inputs), dict(outputs)))

@@ -70,8 +70,8 @@ def build_proxy(model: PreTrainedModel, lm_head: Site | Absent, kind: Kind) -> P
         )
     else:
         whole = CtcPart(model, HeadStub() if kind == "stub" else head)
-        given = TensorSpec("logits", dtype, hidden.shape if kind == "stub" else logits.shape)
-        parts = (Part("model", whole, (samples,), (given,), "model", trace_sizes=sizes),)
+        spec = TensorSpec("logits", dtype, hidden.shape if kind == "stub" else logits.shape)
+        parts = (Part("model", whole, (samples,), (spec,), "model", trace_sizes=sizes),)
     return Proxy(kind, "ctc", parts, settings)
 
 

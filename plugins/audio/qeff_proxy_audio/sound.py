@@ -104,8 +104,8 @@ def sounds_of(request: Request, rate: int) -> list[Array]:
             "Give a sound file: qeff-proxy generate MODEL speech.wav, verify MODEL --audio "
             "speech.wav, or model.generate(inputs='speech.wav') in Python.",
         )
-    said = request.options.get("sampling_rate")
-    return [load_sound(sound, rate, said) for sound in request.audio]
+    sampling = request.options.get("sampling_rate")
+    return [load_sound(sound, rate, sampling) for sound in request.audio]
 
 
 def load_sound(sound: Any, rate: int, sampling_rate: int | None = None) -> Array:

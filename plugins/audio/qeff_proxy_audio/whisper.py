@@ -100,8 +100,8 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     arguments: dict[str, Any] = {"sampling_rate": rate, "return_tensors": "pt"}
     if max(len(sound) for sound in sounds) > extractor.n_samples:
         arguments |= {"truncation": False, "padding": "longest", "return_attention_mask": True}
-    made = extractor(sounds, **arguments)
-    return {name: torch.as_tensor(made[name]) for name in made}
+    tensors = extractor(sounds, **arguments)
+    return {name: torch.as_tensor(tensors[name]) for name in tensors}
 
 
 @hookimpl

@@ -131,18 +131,18 @@ class EncoderFlow:
         pooling = pooling_of_options(settings, None, settings["hidden_size"])
         takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         rows = rows_of(job.tensors)
-        found = []
+        results = []
         for chosen in _batches(job, rows):
-            known = _filled(
+            arrays = _filled(
                 [rows[index] for index in chosen], max(len(rows[i].ids) for i in chosen)
             )
-            tensors = {name: to_tensor(value) for name, value in known.items()}
+            tensors = {name: to_tensor(value) for name, value in arrays.items()}
             mask = tensors.pop("padding_mask")
             if not takes_types:
                 del tensors["token_type_ids"]
             hidden = model(**tensors, attention_mask=mask).last_hidden_state
-            found.append(pooling(hidden, mask))
-        return found
+            results.append(pooling(hidden, mask))
+        return results
 
 
 def _batches(job: Job, rows: Sequence[Row]) -> list[list[int]]:
@@ -191,13 +191,13 @@ def rows_of(tensors: Mapping[str, torch.Tensor]) -> list[Row]:
 def _like(tensors: Mapping[str, torch.Tensor], name: str, default: Array) -> Array:
     if name not in tensors:
         return default
-    found = to_array(tensors[name].to(torch.int64))
-    if found.shape != default.shape:
+    array = to_array(tensors[name].to(torch.int64))
+    if array.shape != default.shape:
         raise UsageError(
-            f"{name} has shape {list(found.shape)}, input_ids {list(default.shape)}",
+            f"{name} has shape {list(array.shape)}, input_ids {list(default.shape)}",
             "They must be equal.",
         )
-    return found
+    return array
 
 
 def _check_lengths(rows: Sequence[Row], limit: int) -> None:

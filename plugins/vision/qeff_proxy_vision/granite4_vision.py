@@ -103,9 +103,9 @@ class LayeredBody(nn.Module):
         return layers
 
 
-def _add(features: torch.Tensor, _layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a layer is given, with the features in its hidden states."""
-    return (given[0] + features, *given[1:])
+def _add(features: torch.Tensor, _layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A layer's arguments, with the features added to its hidden states."""
+    return (arguments[0] + features, *arguments[1:])
 
 
 @hookimpl

@@ -183,8 +183,8 @@ def _deal(prompts: list[str], images: list[Any], token: str) -> list[list[Any]]:
             f"{'is' if len(images) == 1 else 'are'} {counted(len(images), 'image')}",
             "Give a list of images for each prompt.",
         )
-    left = iter(images)
-    return [[next(left) for _ in range(count)] for count in counts]
+    remaining = iter(images)
+    return [[next(remaining) for _ in range(count)] for count in counts]
 
 
 @contextmanager

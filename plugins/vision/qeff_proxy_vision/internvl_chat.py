@@ -103,9 +103,9 @@ def locate_lm_head(model: PreTrainedModel) -> Site | None:
     return _site_of(model, model.language_model.get_output_embeddings())
 
 
-def _site_of(model: PreTrainedModel, wanted: nn.Module) -> Site | None:
+def _site_of(model: PreTrainedModel, module_at_site: nn.Module) -> Site | None:
     paths = {id(module): path for path, module in model.named_modules()}
-    path = paths.get(id(wanted))
+    path = paths.get(id(module_at_site))
     return Site(path) if path is not None else None
 
 

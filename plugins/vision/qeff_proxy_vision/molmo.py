@@ -300,11 +300,11 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
             f"the checkpoint's {type(processor).__name__} does not process images",
             "Its own processor needs torchvision and einops: pip install torchvision einops.",
         )
-    made = [
+    outputs = [
         processor.process(images=[open_image(image) for image in images] or None, text=prompt)
         for prompt, images in prompts_and_images(request, "<|image|>")
     ]
-    return _padded([{name: torch.as_tensor(row[name]) for name in row} for row in made])
+    return _padded([{name: torch.as_tensor(row[name]) for name in row} for row in outputs])
 
 
 def _padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

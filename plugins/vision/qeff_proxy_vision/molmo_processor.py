@@ -75,10 +75,10 @@ def _adapted(cls: type[Any]) -> type[Any]:
             if not images:
                 start = self.tokenizer.bos_token_id or self.tokenizer.eos_token_id
                 return {"input_ids": torch.tensor([start, *tokens])}
-            own = super().process
+            process_one = super().process
             _let_einops_know_numpy()
             with standing_in(_IMAGE_LIBRARIES):
-                rows = [own(text, [image], **options) for image in images]
+                rows = [process_one(text, [image], **options) for image in images]
             return _joined(rows, len(tokens))
 
     Adapted.__name__ = Adapted.__qualname__ = cls.__name__
@@ -104,11 +104,11 @@ def _joined(rows: Sequence[Mapping[str, torch.Tensor]], text: int) -> dict[str, 
     places = []
     before = 0
     for row in rows:
-        own = row["input_ids"][1 : row["input_ids"].numel() - text]
+        image_ids = row["input_ids"][1 : row["input_ids"].numel() - text]
         index = row["image_input_idx"]
         places.append(torch.where(index >= 0, index + before, index))
-        ids.append(own)
-        before += own.numel()
+        ids.append(image_ids)
+        before += image_ids.numel()
     ids.append(rows[0]["input_ids"][rows[0]["input_ids"].numel() - text :])
     joined = {
         name: torch.cat([row[name] for row in rows])

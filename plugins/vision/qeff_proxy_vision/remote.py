@@ -140,11 +140,11 @@ def load_adapted_config(
     with standing_in(modules), _silent():
         config: PreTrainedConfig = config_class.from_pretrained(folder)
     inner = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
-    for own in (config, *inner):
-        rotary = getattr(own, "rope_parameters", None) or {}
+    for each in (config, *inner):
+        rotary = getattr(each, "rope_parameters", None) or {}
         plain = rotary.get("rope_type") == "default"
-        if plain and not type(own).__module__.startswith("transformers."):
-            own.rope_parameters = None
+        if plain and not type(each).__module__.startswith("transformers."):
+            each.rope_parameters = None
     return config
 
 

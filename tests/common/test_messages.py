@@ -1,12 +1,10 @@
-"""Plurals, articles, and lines that nothing folds."""
+"""Plurals and articles in messages."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from qeff_proxy.cli.output import print_text
 from qeff_proxy.common.messages import an, counted, type_named
-from rich.table import Table
 
 
 def test_one_is_singular() -> None:
@@ -47,15 +45,3 @@ def test_a_type_has_its_article(value: object, said: str) -> None:
 )
 def test_an_article_goes_by_the_sound(word: str, said: str) -> None:
     assert an(word) == said
-
-
-def test_a_table_in_a_pipe_folds_no_name(capsys: pytest.CaptureFixture[str]) -> None:
-    name = "body.out." + "x" * 150
-    table = Table(box=None)
-    table.add_column("tensor", overflow="fold")
-    table.add_column("what")
-    table.add_row(name, "said " * 40)
-    print_text(table)
-    heading, row = capsys.readouterr().out.splitlines()
-    assert heading.split() == ["tensor", "what"]
-    assert row.split() == [name, *["said"] * 40]
