@@ -237,7 +237,9 @@ def _marked(part: Part, lists: Sequence[LayerList] | None = None) -> Iterator[Ma
 
 def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:
     def export() -> ir.Model:
-        program: ir.Model = OnnxExporter().export(part.module, samples, config=config).program
+        exported = OnnxExporter().export(part.module, samples, config=config)
+        # Before transformers 5.23 it returns torch's ``ONNXProgram``.
+        program: ir.Model = exported.program if hasattr(exported, "program") else exported.model
         return program
 
     with lowered_in_place() as lowered:
