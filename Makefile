@@ -1,5 +1,6 @@
 # make demo    set up .venv and run the whole flow on the checkpoint that comes with the program
 # make test    set up what is missing, then lint, types, documentation and tests
+# make test-versions    a quick part of the tests with the oldest and newest torch and transformers
 # make docs    build the documentation into site/, warnings as errors
 # make release-check    build all five packages, check them, install them elsewhere and use them
 # make setup | lint | types | wheels | clean
@@ -10,13 +11,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 # Tests of one module or class share what they export, so they stay in one process.
 PYTEST_ARGS ?= -n 2 --dist loadscope
 DEMO_ARGS ?=
+VERSIONS_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: setup demo test lint types docs pytest browser wheels release-check clean
+.PHONY: setup demo test test-versions lint types docs pytest browser wheels release-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -38,6 +40,10 @@ docs: $(STAMP)
 
 pytest: $(STAMP) browser
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# Takes gigabytes and many minutes, so `make test` leaves it out.
+test-versions:
+	$(PYTHON) tools/version_table.py $(VERSIONS_ARGS)
 
 # The report of `compare` is opened in a real browser. Where a package may not be installed, its test
 # says what is missing, and QEFF_PROXY_TEST_WITHOUT_BROWSER=1 leaves it out.
