@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["Array", "given_tensor", "given_tensors", "numpy_dtype", "to_array", "to_tensor"]
+__all__ = [
+    "Array",
+    "dtype_name",
+    "given_tensor",
+    "given_tensors",
+    "numpy_dtype",
+    "to_array",
+    "to_tensor",
+]
 
 if TYPE_CHECKING:
     Array = npt.NDArray[Any]
@@ -36,12 +44,17 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(_BIT_TYPES[name][0] if name in _BIT_TYPES else name)
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The dtype as `qeff_proxy.parts.TensorSpec` spells it: ``"float32"``, ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def to_array(tensor: torch.Tensor) -> Array:
     """``tensor`` as an array on the host, sharing its memory where that is possible."""
     import torch
 
     tensor = tensor.detach().cpu()
-    name = str(tensor.dtype).removeprefix("torch.")
+    name = dtype_name(tensor.dtype)
     if name not in _BIT_TYPES:
         return tensor.numpy()
     dtype, bits = _BIT_TYPES[name]

@@ -88,7 +88,7 @@ def _path_of(kind: type, value: Any) -> Any:
 
 
 def _name_of(path: str, where: str) -> str:
-    """How an error names a field: ``.parts[0].file`` is ``'file' of 'parts'[0] of the document``."""
+    """How an error names a field: ``.parts[0].file`` is ``'file' of 'parts'[0] of …``."""
     names = [re.sub(r"\A[^\[]+", r"'\g<0>'", name) for name in path.split(".") if name]
     return " of ".join([*reversed(names), where])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from qeff_proxy.arrays import given_tensors
+from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
@@ -77,7 +77,7 @@ class EmbeddingFamily:
         width = _hidden_width(model, narrow)
         pooling = pooling_of_options(options, folder, width)
         masks = probe_masks(model, narrow)
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = dtype_name(model.dtype)
         ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
         parts: tuple[Part, ...]
         if kind == "split":

@@ -13,7 +13,7 @@ from qeff_proxy.backends.onnxruntime.options import OPTIONS as WEIGHT_OPTIONS
 from qeff_proxy.backends.onnxruntime.options import VALUES as WEIGHT_VALUES
 from qeff_proxy.backends.onnxruntime.options import WEIGHT_NAMES
 from qeff_proxy.backends.onnxruntime.session import OnnxRuntimeSession
-from qeff_proxy.common.atomic_folder import try_writing
+from qeff_proxy.common.file_errors import try_writing
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import BackendError
 

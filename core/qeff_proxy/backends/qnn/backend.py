@@ -39,7 +39,7 @@ from qeff_proxy.backends.qnn.compile import compile_graph
 from qeff_proxy.backends.qnn.options import OPTIONS, QnnOptions
 from qeff_proxy.backends.qnn.process import Worker
 from qeff_proxy.backends.qnn.quantize import WEIGHTS, quantize_graph
-from qeff_proxy.common.atomic_folder import opening
+from qeff_proxy.common.file_errors import opening
 from qeff_proxy.errors import ArtifactError, BackendError
 
 if TYPE_CHECKING:
