@@ -79,7 +79,7 @@ def to_tensor(array: Array) -> torch.Tensor:
 def given_tensor(
     name: str, value: Any, hint: str = "Give a tensor, an array or lists."
 ) -> torch.Tensor:
-    """What a user gave as an input, as a tensor.
+    """A user's input, as a tensor.
 
     Args:
         name: The input's name, for the error.
@@ -87,7 +87,7 @@ def given_tensor(
         hint: What to do, for the error.
 
     Raises:
-        UsageError: It is none of these, or a tensor without elements to read.
+        UsageError: It is something else, or a tensor without elements to read.
     """
     import torch
 
@@ -104,5 +104,5 @@ def given_tensor(
 
 
 def given_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The same of all inputs; ``None`` stands for one that is not there."""
-    return {name: given_tensor(name, one) for name, one in inputs.items() if one is not None}
+    """All inputs as tensors, without those that are ``None``."""
+    return {name: given_tensor(name, value) for name, value in inputs.items() if value is not None}

@@ -95,7 +95,7 @@ def _hold(path: Path, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> int:
 
     Raises:
         BlockingIOError: Another process holds it.
-        OSError: It cannot be opened or locked, or was replaced meanwhile.
+        OSError: It cannot be opened or locked, or another folder now has its name.
     """
     descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o644)
     try:

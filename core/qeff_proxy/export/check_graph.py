@@ -23,7 +23,7 @@ from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import ExportError
 from qeff_proxy.flows.attention_masks import build_mask
-from qeff_proxy.session.axes import axis_size
+from qeff_proxy.session.axes import size_of
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
@@ -116,7 +116,7 @@ def _sizes(part: Part) -> list[dict[str, int]]:
         {**part.trace_sizes, **sizes, **more} for sizes, more in zip(CHECK_SIZES, own, strict=True)
     ]
     elements = [
-        sum(math.prod(axis_size(axis, sizes) for axis in spec.shape) for spec in part.inputs)
+        sum(math.prod(size_of(axis, sizes) for axis in spec.shape) for spec in part.inputs)
         for sizes in found
     ]
     limit = max(_MANY_ELEMENTS, min(elements))
@@ -129,7 +129,7 @@ def _random_inputs(
     masks = {mask.name: mask for mask in part.masks}
     feeds: dict[str, Array] = {}
     for spec in part.inputs:
-        shape = [axis_size(axis, sizes) for axis in spec.shape]
+        shape = [size_of(axis, sizes) for axis in spec.shape]
         dtype = numpy_dtype(spec.dtype)
         if spec.name in masks:
             padding = np.ones((shape[0], shape[3]), np.int64)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qeff_proxy.parts import TensorSpec
     from qeff_proxy.session.session import PartLike
 
-__all__ = ["Sizes", "axes_of", "axis_size", "is_sum", "size_of", "sizes_of", "terms_of"]
+__all__ = ["Sizes", "axes_of", "is_sum", "size_of", "sizes_of", "terms_of"]
 
 #: Axis name → size.
 Sizes = dict[str, int]
@@ -48,7 +48,9 @@ def axes_of(part: PartLike) -> tuple[str, ...]:
 
 
 def size_of(axis: int | str, sizes: Mapping[str, int]) -> int:
-    """The size of an axis that `is_sum`."""
+    """The size of an axis that `is_sum`: ``"past + query"`` is the sum of the two."""
+    if isinstance(axis, int):
+        return axis
     return sum(int(term) if term.isdigit() else sizes[term] for term in terms_of(axis))
 
 
@@ -94,10 +96,3 @@ def _solve(name: str, axis: str, found: int, sizes: Sizes) -> None:
         sizes[unknown[0]] = found - rest
     elif unknown or size_of(axis, sizes) != found:
         raise BackendError(f"the axis {axis} of the input {name} cannot be {found}")
-
-
-def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
-    """The size of an axis: itself, or the sum of the named axes in ``"past + query"``."""
-    if isinstance(axis, int):
-        return axis
-    return sum(int(term) if term.isdigit() else sizes[term] for term in re.split(r"\s*\+\s*", axis))

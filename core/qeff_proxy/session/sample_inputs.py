@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qeff_proxy.session.axes import axis_size
+from qeff_proxy.session.axes import size_of
 
 if TYPE_CHECKING:
     from qeff_proxy.parts import Part, TensorSpec
@@ -26,7 +26,7 @@ def sample_inputs(part: Part, sizes: Mapping[str, int]) -> dict[str, torch.Tenso
     device = next(devices, torch.device("cpu"))
     samples = {}
     for name, spec in mangled_inputs(part):
-        shape = [axis_size(axis, sizes) for axis in spec.shape]
+        shape = [size_of(axis, sizes) for axis in spec.shape]
         make = torch.ones if spec.name == "padding_mask" else torch.zeros
         samples[name] = make(shape, dtype=getattr(torch, spec.dtype), device=device)
     return samples
