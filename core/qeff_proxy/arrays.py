@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["Array", "given_tensor", "given_tensors", "numpy_dtype", "to_array", "to_tensor"]
+__all__ = [
+    "Array",
+    "dtype_name",
+    "given_tensor",
+    "given_tensors",
+    "numpy_dtype",
+    "to_array",
+    "to_tensor",
+]
 
 if TYPE_CHECKING:
     Array = npt.NDArray[Any]
@@ -36,12 +44,17 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(_BIT_TYPES[name][0] if name in _BIT_TYPES else name)
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The dtype as `qeff_proxy.parts.TensorSpec` spells it: ``"float32"``, ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def to_array(tensor: torch.Tensor) -> Array:
     """``tensor`` as an array on the host, sharing its memory where that is possible."""
     import torch
 
     tensor = tensor.detach().cpu()
-    name = str(tensor.dtype).removeprefix("torch.")
+    name = dtype_name(tensor.dtype)
     if name not in _BIT_TYPES:
         return tensor.numpy()
     dtype, bits = _BIT_TYPES[name]
@@ -66,7 +79,7 @@ def to_tensor(array: Array) -> torch.Tensor:
 def given_tensor(
     name: str, value: Any, hint: str = "Give a tensor, an array or lists."
 ) -> torch.Tensor:
-    """What a user gave as an input, as a tensor.
+    """A user's input, as a tensor.
 
     Args:
         name: The input's name, for the error.
@@ -74,7 +87,7 @@ def given_tensor(
         hint: What to do, for the error.
 
     Raises:
-        UsageError: It is none of these, or a tensor without elements to read.
+        UsageError: It is something else, or a tensor without elements to read.
     """
     import torch
 
@@ -91,5 +104,5 @@ def given_tensor(
 
 
 def given_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The same of all inputs; ``None`` stands for one that is not there."""
-    return {name: given_tensor(name, one) for name, one in inputs.items() if one is not None}
+    """All inputs as tensors, without those that are ``None``."""
+    return {name: given_tensor(name, value) for name, value in inputs.items() if value is not None}

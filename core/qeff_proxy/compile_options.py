@@ -1,4 +1,4 @@
-"""What a user asks of ``compile``, whatever the backend."""
+"""The options of ``compile`` that all backends share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CompileOptions"]
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What a user asks of ``compile``, whatever the backend.
+    """The options of ``compile`` that all backends share.
 
     Attributes:
         batch_size: Rows of the batch, for backends of static shapes.
@@ -25,7 +25,7 @@ class CompileOptions:
         seq_len: Lengths that inputs of a single pass are padded to, each to the nearest that is
             long enough. ``None``: to the longest of the batch.
         num_cores: Cores to use: threads on a CPU. ``None``: the backend's own choice.
-        backend: What only one backend understands, by name.
+        backend: Options that only one backend has, by name.
     """
 
     batch_size: int = 1

@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree.
+"""The errors, as one tree.
 
 ::
 
@@ -43,7 +43,7 @@ class ProxyError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, hint: str | None = None) -> None:
-        problem = " ".join(problem.split())  # what other libraries say may be of several lines
+        problem = " ".join(problem.split())  # messages of other libraries may have several lines
         stop = "" if problem.endswith("?") else "."
         super().__init__(f"{problem.rstrip('.')}{stop} {hint}" if hint else problem)
         self.problem = problem

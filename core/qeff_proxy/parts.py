@@ -1,7 +1,7 @@
-"""What a cut gives: parts with named tensors, and what the host must supply to run them.
+"""The result of a cut: parts with named tensors, and what the host must supply to run them.
 
 Tensors are joined **by name**: an input that carries the name of an earlier part's output is
-handed over from it. What is left is supplied by the host: the request's own tensors
+taken from it. The host supplies the other inputs: the request's own tensors
 (``input_ids``), the attention masks (`MaskSpec`), ``position_ids`` and the cache
 (``past_key_values.<layer>.key`` and ``.value``, which the part gives back, one step longer, as
 ``present.<layer>.key`` and ``.value``).
@@ -69,9 +69,9 @@ class Part:
         name: ``"embedding"``, ``"body"``, ``"lm_head"``, ``"model"``, ``"encoder"``, ``"vision"``…
         module: Takes the inputs as keyword arguments, the dots of their names as double
             underscores, and returns a dict of the outputs by name, in order.
-        inputs: What goes in. Inputs that turn out not to reach any output are dropped from the
-            graph when it is traced.
-        outputs: What comes out, in order.
+        inputs: Its inputs. Those that do not reach any output are dropped from the graph when it
+            is traced.
+        outputs: Its outputs, in order.
         weights: Stem of the file its weights go to: ``"body"``, ``"vocabulary"``, ``"model"``…
         masks: Which of the inputs are attention masks, and of what kind.
         trace_sizes: Sizes that dynamic axes have while the part is traced, where the defaults of
@@ -99,7 +99,7 @@ class Proxy:
         flow: How the parts are run: ``"causal-lm"`` (prefill and decode steps), ``"encoder"``
             (once per batch), or a flow that a plugin package registers.
         parts: In the order they run.
-        settings: What the flow needs to know beyond names; JSON values only.
+        settings: The settings of the flow; JSON values only.
     """
 
     kind: Kind

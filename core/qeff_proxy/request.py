@@ -1,4 +1,4 @@
-"""What a user asks for: the input of the ``preprocess`` hook."""
+"""The user's request: the input of the ``preprocess`` hook."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ class Request:
 
 
 def refuse_others(request: Request, *takes: str) -> None:
-    """Refuse what a model would otherwise leave out in silence, for a ``preprocess`` hook.
+    """Refuse inputs that the model would otherwise ignore, for a ``preprocess`` hook.
 
     Args:
-        request: What the user gave; ready-made tensors pass, whatever stands beside them.
+        request: The user's request; one with ready-made tensors passes, whatever else it has.
         takes: Which of ``"prompts"``, ``"audio"`` and ``"images"`` the model takes.
 
     Raises:
-        UsageError: There is something that it does not take.
+        UsageError: The request has an input that the model does not take.
     """
     if request.inputs is not None:
         return
     for name, called in _CALLED.items():
         if name not in takes and len(getattr(request, name)):
-            wanted = " and ".join(_CALLED[one] for one in takes)
-            raise UsageError(f"this model takes {wanted}, not {called}", _GIVEN_BY[takes[-1]])
+            taken = " and ".join(_CALLED[kind] for kind in takes)
+            raise UsageError(f"this model takes {taken}, not {called}", _GIVEN_BY[takes[-1]])
 
 
 def refuse_unused(inputs: Mapping[str, Any], takes: Iterable[str]) -> None:
-    """Refuse what would change nothing, for a flow or a ``preprocess`` hook.
+    """Refuse tensors that would change nothing, for a flow or a ``preprocess`` hook.
 
     Args:
         inputs: Tensors by name; ``None`` stands for one that is not there. ``token_type_ids`` of

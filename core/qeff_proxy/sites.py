@@ -1,4 +1,4 @@
-"""Where a model's vocabulary-sized ends are: what the two ``locate`` hooks answer."""
+"""Where a model's vocabulary-sized ends are: the results of the two ``locate`` hooks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Absent:
-    """The model has no such site, and that is right.
+    """The model has no such site, by design.
 
     Attributes:
         reason: Why, in a sentence a user can read (``"audio goes in, not token ids"``).

@@ -7,13 +7,9 @@ import re
 __all__ = ["LAYER_NAME", "PAST", "PRESENT"]
 
 
-#: Names of what each layer takes or gives, caches and taps: what it is, layer, and what of it.
+#: Names of the layers' inputs and outputs (caches, taps): what it is, the layer, which tensor.
 LAYER_NAME = re.compile(
     r"(past_key_values|present|hidden_states|cross_key_values)\.(\d+)((?:\.\w+)?)"
 )
-
-
 PAST = "past_key_values."
-
-
 PRESENT = "present."

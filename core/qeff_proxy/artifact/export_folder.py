@@ -53,9 +53,9 @@ def find_export(folder: Path) -> Export | None:
 
 
 def read_export(folder: Path) -> Export:
-    """Read an export and check that it is whole.
+    """Read an export and check that it is complete.
 
-    What an interrupted export left beside it is recovered first.
+    If an export to this folder was interrupted, it is recovered first.
 
     Raises:
         ArtifactError: There is no export, it is damaged, or this version cannot read it.
@@ -89,13 +89,13 @@ def read_export(folder: Path) -> Export:
 
 
 def _mentions(graph: Path, weights: str) -> bool:
-    """Whether a graph names the weights file that it is said to point into."""
+    """Whether a graph contains the name of the weights file that the manifest gives it."""
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return data.find(weights.encode()) >= 0
 
 
 def enclosing_export(folder: Path) -> Path | None:
-    """The export that ``folder`` is, or lies in; ``None`` where there is none."""
+    """The export that ``folder`` is, or lies in; ``None`` if there is no such export."""
     for place in (folder, *folder.parents):
         if (place / MANIFEST).is_file() and any(True for _ in place.glob("*.onnx")):
             return place
@@ -103,10 +103,10 @@ def enclosing_export(folder: Path) -> Path | None:
 
 
 def check_weights_of(export: Export) -> None:
-    """Hold every weights file of an export against its hash.
+    """Compare every weights file of an export with its hash.
 
     Raises:
-        ArtifactError: One of them is not what was exported, or its hash is none that is known.
+        ArtifactError: One of them is not what was exported, or its hash is of an unknown algorithm.
     """
     for name, digest in export.hashes.items():
         if not digest.startswith(_ALGORITHM):
@@ -131,7 +131,7 @@ def cache_home() -> Path:
 
 
 def export_folder(source: str, key: Mapping[str, Any]) -> Path:
-    """The folder of an export: named by its model and a hash of all that shapes it."""
+    """The folder of an export: named by its model and a hash of its key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     slug = (
         re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").split("/")[-1]).strip("-.") or "model"

@@ -47,8 +47,8 @@ class ExportedPart:
         file: Its ONNX file, in the export's folder.
         weights: The weights file it points into, or ``None`` where it has no weights.
         sha256: Of the ONNX file.
-        inputs: What it takes.
-        outputs: What it gives.
+        inputs: Its inputs.
+        outputs: Its outputs.
         masks: Which inputs are attention masks.
     """
 
@@ -74,10 +74,10 @@ class Export:
         parts: In the order they run.
         files: Weights file → bytes.
         cut: The sites, and what was verified of the cut.
-        settings: What the flow needs besides.
+        settings: The settings of the flow.
         made_by: Versions of what made it, and the plugin that did.
-        hashes: Weights file → algorithm and hash, ``"blake3:…"``; checked when it is compiled, not
-            when it is opened.
+        hashes: Weights file → algorithm and hash, ``"blake3:…"``; checked by `compile`, not by a
+            reader.
         processor: Names of the files that were written to `processor_folder`.
     """
 

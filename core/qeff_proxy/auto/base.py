@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.auto.qefficient import ELSEWHERE, HARDWARE_OPTIONS
 from qeff_proxy.auto.right_class import with_right_class
 from qeff_proxy.backends.compile_export import Compiled, compile_export
@@ -118,7 +119,7 @@ class ProxyModel:
         loaded = load_model(
             "" if folder is None else str(pretrained_model_name_or_path),
             auto_class=cls.task.auto_class,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             unused=cls.task.unused,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.backends.lengths import has_cache, with_fixed_shapes
 from qeff_proxy.backends.registry import load_backend
-from qeff_proxy.common.atomic_folder import locked, opening, recover_folder, staged_folder
+from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
+from qeff_proxy.common.file_errors import opening
 from qeff_proxy.compile_options import CompileOptions
 
 if TYPE_CHECKING:

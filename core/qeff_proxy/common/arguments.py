@@ -1,7 +1,7 @@
-"""Is an argument of the kind that it must be? What the faces, flows and options share.
+"""Check the arguments of public functions, flows and options.
 
-Each function gives the value back, so that it can stand where the value is used, and raises
-`UsageError`, one line that names the argument, where it cannot be right.
+Each function returns the value if it is valid, and raises `UsageError` otherwise: one line that
+names the argument.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qeff_proxy.errors import UsageError
 
 __all__ = ["callables", "flag", "number", "one_of", "path", "processor", "texts", "whole_number"]
 
-#: One of these is what tokenizers, feature extractors and processors have.
+#: Tokenizers, feature extractors and processors have at least one of these attributes.
 _OF_PROCESSORS = (
     "batch_decode",
     "decode",
@@ -30,7 +30,7 @@ _OF_PROCESSORS = (
 
 
 def whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """A whole number from ``least`` to ``most``; ``True`` and 1.0 are none."""
+    """A whole number from ``least`` to ``most``; ``True`` and 1.0 are refused."""
     if type(value) is not int or value < least or (most is not None and value > most):
         if most is not None:
             allowed = f"from {least} to {most}"
@@ -59,8 +59,8 @@ def flag(name: str, value: Any) -> bool:
 
 def one_of(name: str, value: Any, known: Iterable[Any]) -> Any:
     """One of ``known``, of the same type."""
-    for one in known:
-        if type(value) is type(one) and value == one:
+    for choice in known:
+        if type(value) is type(choice) and value == choice:
             return value
     allowed = ", ".join(map(str, known))
     raise UsageError(f"{name} is {_shown(value)}", f"It must be one of {allowed}.")
@@ -84,25 +84,25 @@ def texts(name: str, value: Any) -> list[str]:
         return [value]
     if isinstance(value, bytes) or not hasattr(value, "__iter__"):
         raise UsageError(f"{name} is {_shown(value)}", "Give a string, or a list of strings.")
-    found = list(value)
-    for one in found:
-        if not isinstance(one, str):
-            raise UsageError(f"{name} has {_shown(one)}, which is no text", "Give strings.")
-    return found
+    members = list(value)
+    for member in members:
+        if not isinstance(member, str):
+            raise UsageError(f"{name} has {_shown(member)}, which is no text", "Give strings.")
+    return members
 
 
 def callables(name: str, value: Any) -> Any:
     """A list whose members can be called."""
-    if not isinstance(value, list | tuple) or not all(callable(one) for one in value):
+    if not isinstance(value, list | tuple) or not all(callable(member) for member in value):
         raise UsageError(f"{name} is {_shown(value)}", "Give a list of functions.")
     return value
 
 
 def processor(name: str, value: Any) -> Any:
-    """Something that a tokenizer, feature extractor or processor may be; ``None`` for none."""
+    """A tokenizer, feature extractor or processor, by its attributes; ``None`` stays ``None``."""
     if value is None:
         return None
-    if isinstance(value, type) or not any(hasattr(value, one) for one in _OF_PROCESSORS):
+    if isinstance(value, type) or not any(hasattr(value, name) for name in _OF_PROCESSORS):
         what = f"the class {value.__name__}" if isinstance(value, type) else _shown(value)
         raise UsageError(
             f"{name} is {what}, which is no tokenizer or processor",
@@ -112,7 +112,7 @@ def processor(name: str, value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """The value as an error shows it: in one line, and not all of what is long."""
+    """The value as an error shows it: in one line, shortened to 60 characters."""
     plain = isinstance(value, str | bytes | int | float | list | tuple | dict | None)
     text = " ".join(repr(value).split()) if plain else type_named(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

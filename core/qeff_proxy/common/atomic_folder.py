@@ -10,7 +10,6 @@ process ends, however it ends. So a folder beside a target that nobody holds is 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import itertools
 import os
@@ -22,9 +21,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qeff_proxy.errors import ArtifactError, BackendError
-
-_SYSTEM_ERROR = re.compile(r"os error (\d+)|No space left on device")
+from qeff_proxy.common.file_errors import writing
+from qeff_proxy.errors import ArtifactError
 
 __all__ = [
     "FolderKind",
@@ -32,80 +30,11 @@ __all__ = [
     "foreign_entry",
     "held",
     "locked",
-    "opening",
     "recover_folder",
     "replaced_folder",
     "settle_folder",
     "staged_folder",
-    "try_writing",
-    "writing",
 ]
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusals to write (disk full, no permission) into one clear line.
-
-    Raises:
-        ArtifactError: The system refused.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise _refusal(path, error) from error
-    except Exception as error:
-        # safetensors and ONNX Runtime wrap the system's error in one of their own.
-        number = _SYSTEM_ERROR.search(str(error))
-        if number is None:
-            raise
-        code = int(number[1]) if number[1] else errno.ENOSPC
-        raise _refusal(path, OSError(code, os.strerror(code))) from error
-
-
-@contextmanager
-def opening(folder: Path | None) -> Iterator[None]:
-    """Say what to do where files that were compiled before cannot be opened now.
-
-    Args:
-        folder: Where they lie; ``None`` where they were compiled just now.
-    """
-    try:
-        yield
-    except BackendError as error:
-        if folder is None:
-            raise
-        again = f"If {folder} was damaged, compile again (qeff-proxy compile --force)."
-        hint = f"{error.hint.rstrip('.')}. {again}" if error.hint else again
-        raise BackendError(error.problem, hint) from error
-
-
-def try_writing(folder: Path) -> None:
-    """Write a mebibyte to a folder and remove it: for libraries that do not say why they cannot.
-
-    Raises:
-        OSError: The system refuses that, too; says why.
-    """
-    probe = folder / f"probe-{uuid.uuid4().hex[:12]}"
-    try:
-        probe.write_bytes(bytes(1 << 20))
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _refusal(path: Path, error: OSError) -> ArtifactError:
-    hints = {
-        errno.ENOSPC: "Free space there, or set QEFF_HOME (or --output) to another disk.",
-        errno.EFBIG: "The system's limit on file sizes is too low; see ulimit -f.",
-        errno.EDQUOT: "Free space there, or set QEFF_HOME (or --output) to another disk.",
-        errno.ENOENT: "Choose a folder that can be written to.",
-        errno.EACCES: "Set QEFF_HOME (or --output) to a folder you may write to.",
-        errno.EPERM: "Set QEFF_HOME (or --output) to a folder you may write to.",
-        errno.EROFS: "Set QEFF_HOME (or --output) to a folder you may write to.",
-        errno.ENOTDIR: "A file stands where a folder is needed; choose another place.",
-        errno.EEXIST: "A file stands where a folder is needed; choose another place.",
-    }
-    reason = error.strerror or str(error)
-    return ArtifactError(f"cannot write {path}: {reason}", hints.get(error.errno or 0))
 
 
 @dataclass(frozen=True)
@@ -166,7 +95,7 @@ def _hold(path: Path, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> int:
 
     Raises:
         BlockingIOError: Another process holds it.
-        OSError: It cannot be opened or locked, or was replaced meanwhile.
+        OSError: It cannot be opened or locked, or another folder now has its name.
     """
     descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o644)
     try:

@@ -73,7 +73,7 @@ def check_fields(kind: type[_T], value: Any, where: str) -> _T:
     try:
         return msgspec.convert(value, kind, dec_hook=_path_of)
     except msgspec.ValidationError as error:
-        # Only a value of the document that is none of some known ones can be unprintable.
+        # The message may quote a value of the document, which may hold control characters.
         message = str(error).encode("unicode_escape").decode()
         at = _AT.search(message)
         problem = message[: at.start()] if at else message

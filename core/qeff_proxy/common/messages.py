@@ -1,4 +1,4 @@
-"""Plurals and articles for what is said to people."""
+"""Plurals and articles for messages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _SPOKEN_WITHOUT = ("uni", "use", "eu", "one")
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """A number with its noun: ``1 step``, ``2 steps``; ``many`` where an ``s`` does not do."""
+    """A number with its noun: ``1 step``, ``2 steps``; ``many`` is an irregular plural."""
     return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 def an(word: str) -> str:
-    """A word behind its article: ``an int``, ``a list``, ``an 'embedding'``, ``an RMSNorm``."""
+    """A word with its article: ``an int``, ``a list``, ``an 'embedding'``, ``an RMSNorm``."""
     said = word.lstrip("'\"`")
     if said[:2].isupper():
         vowel = said[0] in _READ_WITH_VOWEL
@@ -28,10 +28,10 @@ def an(word: str) -> str:
 
 
 def type_named(value: object) -> str:
-    """What a value is, with its article: ``an int``."""
+    """The type of a value, with its article: ``an int``."""
     return an(type(value).__name__)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its type where it says nothing."""
+    """The first line of an exception's message, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

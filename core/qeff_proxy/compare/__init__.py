@@ -1,4 +1,4 @@
-"""Hold one dump against another: how far apart they are, and where they first part.
+"""Compare one dump with another: how far apart they are, and where they first diverge.
 
 Nothing here needs torch or transformers.
 """

@@ -2,7 +2,7 @@
 
 1. `pair_dumps` (pairing): which record stands against which.
 2. `measure_pair` (streaming): run through the files in blocks.
-3. `_judge`: hold the numbers of each step against the tensor's tolerance.
+3. `_judge`: compare the numbers of each step with the tensor's tolerance.
 4. `_find_first`: the first step, and in it the first tensor, that failed; and that differs at all.
 """
 

@@ -1,4 +1,4 @@
-"""Which record of the candidate stands against which of the reference, and in what order."""
+"""Which record of the candidate is compared with which of the reference, and in what order."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def pair_dumps(reference: Dump, candidate: Dump, globs: Sequence[str]) -> Pairin
     """Pair the records of two dumps by step, part, direction, tensor and layer.
 
     Args:
-        reference: What the candidate is held against.
+        reference: What the candidate is compared with.
         candidate: The other.
         globs: Over tensor names; others are left out on both sides.
     """

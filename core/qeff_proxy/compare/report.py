@@ -65,7 +65,7 @@ def build_report(comparison: Comparison) -> str:
         ("@TITLE@", html.escape(title)),
         (
             "@SUBTITLE@",
-            html.escape(f"{counted(len(comparison.steps), 'step')} held against each other"),
+            html.escape(f"{counted(len(comparison.steps), 'step')} compared"),
         ),
         ("@VERDICT@", _verdict(comparison)),
         ("@SCRIPT@", package.joinpath("report.js").read_text(encoding="utf-8")),

@@ -1,4 +1,4 @@
-"""The file of a report: where it may be written, and how it gets there whole."""
+"""The file of a report: where it may be written, and how it is written atomically."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_report_place(path: str | PathLike[str]) -> None:
     if place.suffix.lower() in _ENDINGS:
         return
     owner = enclosing_export(place.parent) or next(
-        (one for one in place.parents if listed_files(one / MANIFEST) is not None), None
+        (folder for folder in place.parents if listed_files(folder / MANIFEST) is not None), None
     )
     if owner is not None:
         raise DumpError(
@@ -38,12 +38,12 @@ def check_report_place(path: str | PathLike[str]) -> None:
 
 
 def write_whole(path: str | PathLike[str], text: str) -> None:
-    """Write a file beside its place and move it there, so that what stood there stays until then.
+    """Write a file beside ``path`` and move it there, so that an older file stays until then.
 
-    A place that is no file, such as ``/dev/stdout``, is written to as it is.
+    A path that is not a regular file, such as ``/dev/stdout``, is written to directly.
 
     Raises:
-        OSError: It cannot be written. What stood there is as it was.
+        OSError: It cannot be written. An older file is then unchanged.
     """
     place = Path(path).resolve()
     if place.exists() and not stat.S_ISREG(place.stat().st_mode):

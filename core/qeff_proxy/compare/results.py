@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.common.json_schema import plain_json
 from qeff_proxy.compare.statistics import cosine, sqnr_db
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class PairStats:
         sqnr: Signal-to-quantization-noise ratio in dB; infinite without error.
         peak: Largest magnitude of the reference.
         outside: Elements beyond the elementwise tolerance.
-        unmatched: NaN and infinite elements that stand against something else.
+        unmatched: NaN and infinite elements that the other dump does not have at that place.
         unmatched_at: Index of the first of them, or None.
         reference_nan: NaN elements of the reference.
         candidate_nan: NaN elements of the candidate.
@@ -98,23 +99,11 @@ class PairStats:
             candidate_inf=int(row["candidate_inf"]),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; what is infinite or not a number becomes None."""
-        return {key: _plain(value) for key, value in self.__dict__.items()}
-
 
 def _index(flat: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     if math.prod(shape) == 0:
         return ()
     return tuple(int(n) for n in np.unravel_index(int(flat), shape))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 @dataclass(frozen=True)
@@ -128,8 +117,8 @@ class TensorComparison:
         reference_dtype: Its true dtype in the reference.
         candidate_dtype: Its true dtype in the candidate.
         shape: Of its first common record in the reference.
-        tolerance: What it was held to.
-        steps: Positions of the steps that were held against each other, in `Comparison.steps`.
+        tolerance: The limits that its errors were compared with.
+        steps: Positions of the steps that were compared, in `Comparison.steps`.
         step_passed: For each of them, whether it passed (bool).
         step_error: For each of them, the largest error over the reference's peak (float64).
         step_sqnr: For each of them, the SQNR in dB (float64).
@@ -179,20 +168,20 @@ class TensorComparison:
             "problem": self.problem,
             "steps_compared": len(self.steps),
             "steps_failed": int((~self.step_passed).sum()),
-            "worst": self.worst.to_json() if self.worst else None,
-            "first_failure": self.first_failure.to_json() if self.first_failure else None,
+            "worst": plain_json(self.worst),
+            "first_failure": plain_json(self.first_failure),
             "by_step": {
                 "step": [steps[p].label for p in self.steps],
-                "passed": [bool(p) for p in self.step_passed],
-                "error_over_peak": [_plain(float(e)) for e in self.step_error],
-                "sqnr": [_plain(float(e)) for e in self.step_sqnr],
+                "passed": self.step_passed.tolist(),
+                "error_over_peak": plain_json(self.step_error.tolist()),
+                "sqnr": plain_json(self.step_sqnr.tolist()),
             },
         }
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where the two runs first part, and how the error grows from there.
+    """Where the two runs first diverge, and how the error grows from there.
 
     Attributes:
         step: The first step with a tensor that failed (or, of a difference, that differs).
@@ -215,9 +204,11 @@ class Divergence:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        fields = {key: _plain(value) for key, value in self.__dict__.items()}
-        fields["growth"] = [{"at": at, "error_over_peak": _plain(e)} for at, e in self.growth]
-        return fields
+        value = plain_json(self)
+        return {
+            **value,
+            "growth": [{"at": at, "error_over_peak": error} for at, error in value["growth"]],
+        }
 
 
 @dataclass(frozen=True)
@@ -250,7 +241,7 @@ class Comparison:
 
     @property
     def origin(self) -> Divergence | None:
-        """Where the runs part within tolerance, before the first divergence if there is one.
+        """Where the runs diverge within tolerance, before the first divergence if there is one.
 
         None unless equality before it says that it is more than rounding: both runs are of one
         backend with one set of options, or a layer or a step before it is equal.

@@ -75,9 +75,9 @@ class _Side:
 def shapes_agree(
     pair: Pair, left: int, right: int, reference: list[StepInfo], candidate: list[StepInfo]
 ) -> bool:
-    """Whether two records can be held against each other.
+    """Whether two records can be compared.
 
-    The delta form of a cache tensor can be held against the full one: the rows that both have.
+    The delta form of a cache tensor can be compared with the full one: in the rows of both.
     """
     first = pair.reference.index.record_shape(left)
     second = pair.candidate.index.record_shape(right)

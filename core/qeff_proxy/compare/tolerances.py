@@ -16,7 +16,7 @@ __all__ = ["COMPUTED_IN", "DEFAULTS", "Tolerance", "Tolerances", "parse_toleranc
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What one tensor is held to; a limit that is None is not checked.
+    """The limits of one tensor's errors; a limit that is None is not checked.
 
     Attributes:
         atol: With ``rtol``: every element must have ``|candidate - reference| <= atol + rtol *
@@ -80,7 +80,7 @@ class Tolerances:
         overrides: (glob over ``part.direction.tensor[.layer-NN]``, tolerance); the last that
             matches replaces the default of the dtype whole.
         precision: What the candidate computes in (`COMPUTED_IN`), where that is narrower than its
-            tensors' own dtype: floating tensors are held to what it allows.
+            tensors' own dtype: floating tensors get its limits.
     """
 
     overrides: tuple[tuple[str, Tolerance], ...] = ()
@@ -96,7 +96,7 @@ class Tolerances:
         return cls(tuple(parse_tolerance(text) for text in texts))
 
     def check_used(self, names: Iterable[str]) -> None:
-        """Refuse an override that holds none of these tensors: a limit that nobody is held to.
+        """Refuse an override that matches none of these tensors: its limit would never be checked.
 
         Raises:
             UsageError: Names the glob, and some of the tensors.
@@ -117,7 +117,7 @@ class Tolerances:
         return replace(self, overrides=tuple(used))
 
     def of(self, name: str, reference_dtype: str, candidate_dtype: str) -> Tolerance:
-        """Return what the tensor ``name`` is held to: integers and booleans must be equal."""
+        """Return the limits of the tensor ``name``: integers and booleans must be equal."""
         for glob, tolerance in reversed(self.overrides):
             if fnmatchcase(name, glob):
                 return tolerance

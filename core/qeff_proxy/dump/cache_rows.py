@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import DumpError
+from qeff_proxy.tensor_names import PAST, PRESENT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["CACHE_AXIS", "CONSTANT_INPUTS", "PAST", "PRESENT", "cut_rows", "locate_rows"]
+__all__ = ["CACHE_AXIS", "CONSTANT_INPUTS", "cut_rows", "locate_rows"]
 
-PAST = "past_key_values."
-PRESENT = "present."
 # Inputs that a run computes once and feeds to every step.
 CONSTANT_INPUTS = ("cross_", "encoder_hidden_states")
 # Of [batch, heads, rows, head_dim].

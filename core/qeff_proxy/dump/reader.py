@@ -1,6 +1,6 @@
 """Read dumps, lazily, and refuse what is not one.
 
-Opening a dump reads the manifest and the header of every file, and holds each against the other;
+Opening a dump reads the manifest and the header of every file, and compares the two;
 elements are read when they are asked for, and their checksums with them.
 """
 
@@ -198,7 +198,7 @@ class Dump:
     def _cache_rows(self, key: TensorName, position: int, *, before: bool) -> NDArray[Any]:
         """Join the rows that all steps up to ``position`` (without it: ``before``) added."""
         until = self.steps[position]
-        wanted = until.past_length if before else None
+        rows_expected = until.past_length if before else None
         pieces: list[NDArray[Any]] = []
         rows = 0
         for step in self.steps[: position + (not before)]:
@@ -212,12 +212,14 @@ class Dump:
                 break
             pieces.append(self._record(step.phase, step.index, key, at))
             rows += pieces[-1].shape[CACHE_AXIS]
-        if wanted is None:
+        if rows_expected is None:
             last = self._record(until.phase, until.index, key, position) if not before else None
-            wanted = (until.past_length or 0) + (0 if last is None else last.shape[CACHE_AXIS])
-        if rows != wanted:
+            rows_expected = (until.past_length or 0) + (
+                0 if last is None else last.shape[CACHE_AXIS]
+            )
+        if rows != rows_expected:
             raise DumpError(
-                f"{key} of {until.label} has {counted(wanted, 'row')}, of which "
+                f"{key} of {until.label} has {counted(rows_expected, 'row')}, of which "
                 f"{self.folder} holds {rows}",
                 "Dump all steps, or use kv='full'.",
             )

@@ -46,7 +46,7 @@ class TensorStream:
         name: Whose records these are.
         delta: The records are the cache rows that each step added.
         constant: An input that does not change within a phase: unchanged records are not repeated.
-        omitted: Nothing is written, since ``rows_of`` already holds every element.
+        rows_of: The output that already holds every element, so that nothing is written, or None.
     """
 
     def __init__(self, folder: Path, phase: Phase, name: TensorName, graph_name: str) -> None:

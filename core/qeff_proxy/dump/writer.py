@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qeff_proxy.common.atomic_folder import replaced_folder
 from qeff_proxy.common.messages import counted
-from qeff_proxy.dump.cache_rows import CONSTANT_INPUTS, PAST, PRESENT, cut_rows, locate_rows
+from qeff_proxy.dump.cache_rows import CONSTANT_INPUTS, cut_rows, locate_rows
 from qeff_proxy.dump.format import FORMAT, MANIFEST, PHASES, VERSION, name_tensor, step_label
 from qeff_proxy.dump.place import DUMPS, check_replaceable, write_error
 from qeff_proxy.dump.selection import DumpOptions, StepSelection, matches_any
 from qeff_proxy.dump.streams import TensorStream
 from qeff_proxy.errors import DumpError, ProxyError
+from qeff_proxy.tensor_names import PAST, PRESENT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import torch
 
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.artifact.hashes import name_digest, new_digest
 from qeff_proxy.common.direct_io import PIECE, FileReader, FileWriter
 from qeff_proxy.errors import ArtifactError, CheckpointError
@@ -201,7 +202,7 @@ def _pour(reader: FileReader, place: StoredTensor, sink: _Sink, nan: _NanFinder)
 
 def _is_same(found: StoredWeight, tensor: torch.Tensor) -> bool:
     """Whether a tensor of the checkpoint equals the weight byte for byte."""
-    code = _CODES[str(tensor.dtype).removeprefix("torch.")]
+    code = _CODES[dtype_name(tensor.dtype)]
     return found.place.dtype == code and _has_shape(found, tensor)
 
 
@@ -252,7 +253,7 @@ def _layout(stored: Mapping[str, torch.Tensor]) -> tuple[dict[str, StoredTensor]
     end = 0
     for name in order:
         tensor = stored[name]
-        code = _CODES[str(tensor.dtype).removeprefix("torch.")]
+        code = _CODES[dtype_name(tensor.dtype)]
         begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
         entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
         spans[name] = (code, tuple(tensor.shape), begin, end - begin)

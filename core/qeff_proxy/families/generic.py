@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qeff_proxy.arrays import given_tensors
+from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder import (
     DecoderLayout,
@@ -147,10 +147,6 @@ def _decoder_path(model: PreTrainedModel) -> str | None:
     return _path_of(model, decoder) if decoder is not model else None
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _split_parts(
     model: PreTrainedModel,
     decoder_path: str,
@@ -159,7 +155,7 @@ def _split_parts(
     hidden_size: int,
     vocabulary: int,
 ) -> tuple[Part, ...]:
-    dtype = _dtype_name(model.dtype)
+    dtype = dtype_name(model.dtype)
     ids = TensorSpec("input_ids", "int64", ("batch", "query"))
     embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", hidden_size))
     hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", hidden_size))
@@ -184,7 +180,7 @@ def _split_parts(
 def _whole_part(
     model: PreTrainedModel, layout: DecoderLayout, dtype: torch.dtype, width: int
 ) -> Part:
-    name = _dtype_name(dtype)
+    name = dtype_name(dtype)
     return Part(
         "model",
         DecoderPart(model, layout, "input_ids", "logits"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.errors import CutError
 from qeff_proxy.flows.flow import CutReport
 from qeff_proxy.sites import Absent
@@ -66,7 +67,7 @@ def check_equal(
             outputs NaN or infinity.
     """
     name = type(model).__name__
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     where = _where(sites)
     if expected.shape != actual.shape:
         raise CutError(

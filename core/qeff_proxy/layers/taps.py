@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.arguments import texts
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.layers.layer_lists import find_layer_list
@@ -204,7 +205,7 @@ def _tapped(part: Part, layers: Sequence[nn.Module], taps: Sequence[str]) -> Par
     own = {spec.name for spec in part.outputs}
     # The trace tells which of these axes are dynamic.
     specs = [
-        TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
         for name, tensor in outputs.items()
         if name not in own
     ]

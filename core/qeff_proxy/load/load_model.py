@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.common.private_names import attention_of
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
@@ -250,7 +251,7 @@ def most_positions(config: PreTrainedConfig) -> int | None:
 
 def check_dtype(dtype: str | torch.dtype) -> str:
     """The dtype's name, if a model can be exported in it (`UsageError` if not)."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in DTYPES:
         raise UsageError(f"dtype {name!r} is none of {', '.join(DTYPES)}")
     return name

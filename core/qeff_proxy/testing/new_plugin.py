@@ -14,7 +14,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from qeff_proxy.common.atomic_folder import staged_folder, writing
+from qeff_proxy.common.atomic_folder import staged_folder
+from qeff_proxy.common.file_errors import writing
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import HOOK_API_VERSION
 from qeff_proxy.plugins.manager import Plugins

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.decoder import HeadStub
@@ -55,7 +56,7 @@ def build_proxy(model: PreTrainedModel, lm_head: Site | Absent, kind: Kind) -> P
         return None
     head = model.get_submodule(lm_head.module)
     hidden_size, vocabulary = int(head.weight.shape[1]), int(head.weight.shape[0])
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     samples = TensorSpec("input_values", dtype, ("batch", "samples"))
     hidden = TensorSpec("last_hidden_state", dtype, ("batch", "frames", hidden_size))
     logits = TensorSpec("logits", dtype, ("batch", "frames", vocabulary))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub, HeadStub
 from qeff_proxy.hookspecs import hookimpl
@@ -55,7 +56,7 @@ def build_proxy(
     if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
         return None
     config = model.config
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     table = model.get_submodule(embedding.module)
     head = model.get_submodule(lm_head.module)
     width, vocabulary = int(config.d_model), int(head.weight.shape[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from qeff_proxy.arrays import given_tensors
+from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
@@ -82,7 +82,7 @@ class EmbeddingFamily:
         vector = pooled if dense is None else dense.width
         pooling = pooling_of_options(options, own, vector)
         masks = probe_masks(model, narrow)
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = dtype_name(model.dtype)
         ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
         parts: tuple[Part, ...]
         if kind == "split":

@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.model_masks import provide_masks, record_masks
@@ -64,7 +65,7 @@ class EncoderPart(nn.Module):
 
     def inputs(self, first: TensorSpec) -> tuple[TensorSpec, ...]:
         """``first`` and the other inputs: masks, token types, and the padding mask for pooling."""
-        dtype = str(self.model.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.model.dtype)
         ids = ("batch", "sequence")
         names = [TensorSpec("token_type_ids", "int64", ids)] if self.takes_token_types else []
         shape = ("batch", 1, "sequence", "sequence")
@@ -77,7 +78,7 @@ class EncoderPart(nn.Module):
 
     def output(self, width: int) -> TensorSpec:
         """The output; ``width`` is that of the hidden states."""
-        dtype = str(self.model.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.model.dtype)
         if not self.pooling.pools:
             return TensorSpec("last_hidden_state", dtype, ("batch", "sequence", width))
         return TensorSpec("sentence_embedding", dtype, ("batch", self._vector_width(width)))

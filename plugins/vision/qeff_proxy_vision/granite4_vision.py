@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, TensorSpec
 from torch import nn
@@ -141,7 +142,7 @@ def build_proxy(
         for target in targets
     ]
     settings = ImageSettings(config.image_token_id, tuple(merges), grid=grid)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     extra = tuple(
         TensorSpec(f"layer_features.{target}", dtype, ("batch", "query", text.hidden_size))
         for target in targets

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from qeff_proxy.arrays import given_tensors
+from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
@@ -97,7 +97,7 @@ def checked_tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         raise UsageError("there are no input_ids", "Pass the processor's output, or prompts.")
     if ids.dim() not in {1, 2} or ids.is_floating_point() or not ids.numel():
         raise UsageError(
-            f"input_ids are {str(ids.dtype).removeprefix('torch.')} of shape {list(ids.shape)}",
+            f"input_ids are {dtype_name(ids.dtype)} of shape {list(ids.shape)}",
             "They must be integers, [batch, length].",
         )
     mask = tensors.get("attention_mask")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.families.decoder import CacheLayer, DecoderLayout
 from qeff_proxy.parts import MaskSpec, Proxy
 from torch import nn
@@ -75,7 +76,7 @@ def build_language_parts(model: Any) -> Proxy:
         _Head(model.output),
         DecoderLayout((layer,) * config.num_hidden_layers, (mask,)),
         (config.hidden_size, model.output.weight.shape[0]),
-        str(model.dtype).removeprefix("torch."),
+        dtype_name(model.dtype),
     )
 
 

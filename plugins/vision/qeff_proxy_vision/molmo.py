@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.arrays import dtype_name, to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.families.decoder import CacheLayer, DecoderLayout
 from qeff_proxy.families.model_cache import cache_of
@@ -198,7 +198,7 @@ def build_proxy(model: PreTrainedModel, kind: Kind, options: Mapping[str, Any]) 
     """A vision part with the backbone; the language model is cut into its parts."""
     config = model.model.config
     text = marked_text(_text_parts(model, config), kind, options)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     vision = config.vision_backbone
     across, down = vision.image_num_patch
     patches, values = across * down, vision.image_patch_size**2 * 3
@@ -239,7 +239,7 @@ def _text_parts(model: PreTrainedModel, config: Any) -> Proxy:
     layer = CacheLayer(heads, width, heads, width)
     mask = MaskSpec("attention_mask", "causal")
     layout = DecoderLayout((layer,) * config.n_layers, (mask,))
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     scale = config.d_model**-0.5 if config.scale_logits else None
     wte = transformer.wte
     return language_proxy(

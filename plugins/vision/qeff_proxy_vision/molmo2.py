@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, Part, TensorSpec
 from torch import nn
@@ -77,7 +78,7 @@ def build_proxy(
     text_proxy = cut_text(model, embedding, lm_head, kind, options)
     config, inner = model.config, model.model
     vision, text = config.vision_config, config.text_config
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     patches = vision.num_position_embeddings
     values = vision.num_channels * vision.patch_size**2
     adapter = inner.multi_modal_projector

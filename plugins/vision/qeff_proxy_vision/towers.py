@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Part, TensorSpec
 from torch import nn
@@ -91,7 +92,7 @@ def pixel_part(
         image: Channels, height and width of a tile.
         features: Name of each output → its axes.
     """
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return Part(
         "vision",
         module,

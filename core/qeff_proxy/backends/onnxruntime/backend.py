@@ -29,7 +29,7 @@ from qeff_proxy.backends.onnxruntime.options import (
 )
 from qeff_proxy.backends.onnxruntime.rewritten_graph import RewrittenGraph
 from qeff_proxy.backends.onnxruntime.session import OnnxRuntimeSession
-from qeff_proxy.common.atomic_folder import try_writing
+from qeff_proxy.common.file_errors import try_writing
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import BackendError
 

@@ -13,7 +13,7 @@ from qeff_proxy.backends.fixed_shapes.session import StaticSession
 from qeff_proxy.backends.onnxruntime.open_graph import open_graph, run_graph
 from qeff_proxy.backends.qnn.options import LOWEST_MASK
 from qeff_proxy.backends.qnn.process import Worker
-from qeff_proxy.common.atomic_folder import opening
+from qeff_proxy.common.file_errors import opening
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:

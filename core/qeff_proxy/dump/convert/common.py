@@ -100,7 +100,7 @@ class ConversionSource:
         return [step for step in self.dump.steps if step.phase in phases]
 
     def graph_names(self, phase: Phase, direction: Direction) -> list[str]:
-        """Return what the graph calls its inputs or outputs, as far as they were dumped."""
+        """Return the graph's names of the inputs or outputs that were dumped."""
         return list(self._names.get((phase, direction), {}))
 
     def array(self, step: StepInfo, direction: Direction, graph_name: str) -> NDArray[Any]:
@@ -202,9 +202,9 @@ def npy_from_bytes(data: bytes, where: str) -> NDArray[Any]:
         shape, fortran, dtype = read(buffer)
     except (ValueError, KeyError, SyntaxError, TypeError, RecursionError) as error:
         raise DumpError(f"{where} is not a .npy array: {error}") from error
-    left = len(data) - buffer.tell()
-    if dtype.hasobject or dtype.names or math.prod(shape) * dtype.itemsize != left:
-        raise DumpError(f"{where} declares {dtype} {shape}, but {left} bytes follow")
+    remaining = len(data) - buffer.tell()
+    if dtype.hasobject or dtype.names or math.prod(shape) * dtype.itemsize != remaining:
+        raise DumpError(f"{where} declares {dtype} {shape}, but {remaining} bytes follow")
     flat = np.frombuffer(data, dtype, offset=buffer.tell())
     return flat.reshape(shape, order="F" if fortran else "C")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.errors import UsageError
 
 __all__ = ["checked_ids", "checked_mask"]
@@ -31,7 +32,7 @@ def checked_ids(tensors: Mapping[str, torch.Tensor], rows: int | None = None) ->
             f"input_ids has shape {list(ids.shape)}", "Give [batch, sequence], neither zero."
         )
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        kind = str(ids.dtype).removeprefix("torch.")
+        kind = dtype_name(ids.dtype)
         raise UsageError(f"input_ids are {kind}", "Token ids are whole numbers.")
     ids = ids.to(torch.int64)
     wrong = ids[ids < 0 if rows is None else (ids < 0) | (ids >= rows)]

@@ -1,0 +1,83 @@
+"""What the system says about files, as errors of one line with a hint."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qeff_proxy.errors import ArtifactError, BackendError
+
+__all__ = ["opening", "try_writing", "writing"]
+
+_SYSTEM_ERROR = re.compile(r"os error (\d+)|No space left on device")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write (disk full, no permission) into one line with a hint.
+
+    Raises:
+        ArtifactError: The system refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _refusal(path, error) from error
+    except Exception as error:
+        # safetensors and ONNX Runtime wrap the system's error in one of their own.
+        number = _SYSTEM_ERROR.search(str(error))
+        if number is None:
+            raise
+        code = int(number[1]) if number[1] else errno.ENOSPC
+        raise _refusal(path, OSError(code, os.strerror(code))) from error
+
+
+@contextmanager
+def opening(folder: Path | None) -> Iterator[None]:
+    """Say what to do if files that an earlier run compiled cannot be opened.
+
+    Args:
+        folder: Where they lie; ``None`` if they were compiled just now.
+    """
+    try:
+        yield
+    except BackendError as error:
+        if folder is None:
+            raise
+        again = f"If {folder} was damaged, compile again (qeff-proxy compile --force)."
+        hint = f"{error.hint.rstrip('.')}. {again}" if error.hint else again
+        raise BackendError(error.problem, hint) from error
+
+
+def try_writing(folder: Path) -> None:
+    """Write a mebibyte to a folder and remove it, after a library failed without a reason.
+
+    Raises:
+        OSError: The system refuses; says why.
+    """
+    probe = folder / f"probe-{uuid.uuid4().hex[:12]}"
+    try:
+        probe.write_bytes(bytes(1 << 20))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _refusal(path: Path, error: OSError) -> ArtifactError:
+    hints = {
+        errno.ENOSPC: "Free space there, or set QEFF_HOME (or --output) to another disk.",
+        errno.EFBIG: "The system's limit on file sizes is too low; see ulimit -f.",
+        errno.EDQUOT: "Free space there, or set QEFF_HOME (or --output) to another disk.",
+        errno.ENOENT: "Choose a folder that can be written to.",
+        errno.EACCES: "Set QEFF_HOME (or --output) to a folder you may write to.",
+        errno.EPERM: "Set QEFF_HOME (or --output) to a folder you may write to.",
+        errno.EROFS: "Set QEFF_HOME (or --output) to a folder you may write to.",
+        errno.ENOTDIR: "A file stands where a folder is needed; choose another place.",
+        errno.EEXIST: "A file stands where a folder is needed; choose another place.",
+    }
+    reason = error.strerror or str(error)
+    return ArtifactError(f"cannot write {path}: {reason}", hints.get(error.errno or 0))
