@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,7 @@ def try_backend(
         equal, tokens = count_equal_tokens(reference, candidate, generates=run.generates)
         report = _report_path(run.options.html, name, several=several)
     except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
+        _drop_locals(error)
         seconds = time.perf_counter() - start
         return BackendResult(name, error, result, None, 0, 0, seconds, None)
     if report is not None:
@@ -155,6 +157,13 @@ def why_untimed(name: str, options: CompileOptions) -> str | None:
     untimed = getattr(backend, "untimed", None)
     reason: str | None = untimed(options) if callable(untimed) else untimed
     return reason
+
+
+def _drop_locals(error: BaseException | None) -> None:
+    """Let go of the sessions and arrays in the frames of an error that a result keeps."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _report_path(html: Path | None, name: str, *, several: bool) -> Path | None:
