@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,7 @@ def try_backend(
         equal, tokens = count_equal_tokens(reference, candidate, generates=run.generates)
         report = _report_path(run.options.html, name, several=several)
     except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
+        _drop_locals(error)
         seconds = time.perf_counter() - start
         return BackendResult(name, error, result, None, 0, 0, seconds, None)
     if report is not None:
@@ -151,6 +153,13 @@ def why_untimed(name: str, options: CompileOptions) -> str | None:
         BackendError: It cannot be used at all.
     """
     return load_backend(name).untimed(options)
+
+
+def _drop_locals(error: BaseException | None) -> None:
+    """Let go of the sessions and arrays in the frames of an error that a result keeps."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _report_path(html: Path | None, name: str, *, several: bool) -> Path | None:
