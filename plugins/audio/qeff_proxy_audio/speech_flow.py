@@ -197,7 +197,7 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
             decoder_input_ids: ``[batch, query]`` int64.
             decoder_attention_mask: ``[batch, past + query]``; ``None`` for no padding.
             encoder_outputs: The output of `get_encoder`; its rows may be repeated and reordered.
-            past_key_values: The cache, which is returned with the new positions.
+            past_key_values: The cache, taken over and given back longer.
 
         Returns:
             ``logits [batch, query, vocabulary]`` float32 and the cache.
@@ -285,7 +285,7 @@ class _EncoderRunner(nn.Module):
 
 @contextmanager
 def _quiet_generation() -> Iterator[None]:
-    """Silence transformers' warnings about settings that its own code passes twice."""
+    """Leave out transformers' notes to itself on settings that its own code gives twice."""
     logger = logging.getLogger("transformers.generation")
     level = logger.level
     logger.setLevel(logging.ERROR)
