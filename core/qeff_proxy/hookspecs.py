@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from qeff_proxy.request import Request
+from qeff_proxy.sites import Absent, Site
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from qeff_proxy.parts import Kind, Proxy
-    from qeff_proxy.request import Request
-    from qeff_proxy.sites import Absent, Site
 
 __all__ = ["HOOK_API_VERSION", "PROJECT_NAME", "hookimpl", "hookspec"]
 

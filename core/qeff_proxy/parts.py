@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from qeff_proxy.common.json_schema import Count, Text  # noqa: TC001 - `read_as` evaluates them
+from qeff_proxy.common.json_schema import Count, Text
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.causal_lm import new_tokens
 from qeff_proxy.auto.qefficient import only_runtime, without_runtime
@@ -15,13 +18,10 @@ from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
+from qeff_proxy.run.run_compiled import RunResult
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from qeff_proxy.flows.generation.generate import PerfMetrics
-    from qeff_proxy.run.run_compiled import RunResult
 
 __all__ = ["QEFFAutoModelForCTC", "QEFFAutoModelForSpeechSeq2Seq", "SpeechResult", "Transcript"]
 

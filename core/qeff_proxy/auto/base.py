@@ -8,27 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qeff_proxy.arrays import dtype_name
+from qeff_proxy.artifact.export_folder import Export
 from qeff_proxy.auto.qefficient import ELSEWHERE, HARDWARE_OPTIONS
 from qeff_proxy.auto.right_class import with_right_class
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.common import arguments
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import ProxyError, UnsupportedModelError, UsageError
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.load_model import LoadedModel, load_model, with_options, wrap_model
 from qeff_proxy.load.load_processor import load_processor
+from qeff_proxy.load.tasks import Task
+from qeff_proxy.parts import Kind
 from qeff_proxy.plugins.manager import Plugins
+from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import RunResult, run_compiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.dump import DumpOptions
-    from qeff_proxy.load.tasks import Task
-    from qeff_proxy.parts import Kind
-    from qeff_proxy.request import Request
 
 __all__ = ["ProxyModel"]
 

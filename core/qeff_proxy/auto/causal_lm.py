@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.qefficient import without_runtime
 from qeff_proxy.common.arguments import processor, texts
@@ -17,9 +20,6 @@ from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from qeff_proxy.flows.generation.generate import PerfMetrics
 
 __all__ = [

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.qefficient import only_runtime
@@ -17,9 +18,6 @@ from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 __all__ = ["EmbeddingResult", "QEFFAutoModel"]
 

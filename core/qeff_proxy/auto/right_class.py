@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qeff_proxy.common.messages import an
 from qeff_proxy.common.private_names import model_classes
 from qeff_proxy.errors import CheckpointError, PluginError, ProxyError, UnsupportedModelError
 from qeff_proxy.load.checkpoint_files import read_config_file
-from qeff_proxy.load.tasks import TASKS
+from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.load.tasks import TASKS, Task
 from qeff_proxy.plugins.entry_points import GENERIC
-
-if TYPE_CHECKING:
-    from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.load.tasks import Task
-    from qeff_proxy.plugins.manager import Plugins
+from qeff_proxy.plugins.manager import Plugins
 
 __all__ = ["with_right_class"]
 

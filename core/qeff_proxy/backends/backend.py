@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.common.arguments import flag, one_of, whole_number
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
+from qeff_proxy.plugins.hooks import Hooks
 
 if TYPE_CHECKING:
     from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.plugins.hooks import Hooks
     from qeff_proxy.session.session import Session
 
 __all__ = ["Backend", "usable_cores"]

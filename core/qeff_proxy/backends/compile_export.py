@@ -20,10 +20,10 @@ from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
 from qeff_proxy.common.file_errors import opening
 from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.plugins.hooks import Hooks
 
 if TYPE_CHECKING:
     from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.plugins.hooks import Hooks
     from qeff_proxy.session.session import Session
 
 __all__ = ["Compiled", "compile_export", "fixed_lengths", "open_sessions"]

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qeff_proxy.compile_options import CompileOptions
+
 if TYPE_CHECKING:
-    from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.session.session import PartLike
 
 __all__ = ["DEFAULT_CTX_LEN", "DEFAULT_PREFILL_SEQ_LEN", "has_cache", "with_fixed_shapes"]

@@ -11,17 +11,13 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import importlib_metadata
 
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.errors import BackendError, PluginError, UsageError
-from qeff_proxy.plugins.entry_points import find_entries, find_entry, load_entry
-
-if TYPE_CHECKING:
-    from qeff_proxy.plugins.entry_points import PackageEntry
-
+from qeff_proxy.plugins.entry_points import PackageEntry, find_entries, find_entry, load_entry
 
 __all__ = [
     "BUILTIN_BACKENDS",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qeff_proxy.artifact.export_folder import Export
 from qeff_proxy.cli.inputs import add_image_option, hint_of_image, parse_rows
 from qeff_proxy.cli.options import (
     add_compile_options,
@@ -17,11 +18,8 @@ from qeff_proxy.cli.options import (
 )
 from qeff_proxy.cli.output import print_json, print_text
 from qeff_proxy.errors import UsageError
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.request import Request
-    from qeff_proxy.run.run_compiled import RunResult
+from qeff_proxy.request import Request
+from qeff_proxy.run.run_compiled import RunResult
 
 __all__ = ["configure", "run"]
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.backends.compile_export import Compiled
 from qeff_proxy.cli.output import add_json_option, stage_display
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
+from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.tasks import CUT_OPTIONS
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.backends.compile_export import Compiled
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.parts import Kind
-    from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.parts import Kind
+from qeff_proxy.plugins.hooks import Hooks
 
 __all__ = [
     "add_backend_option",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.artifact.export_folder import Export
 from qeff_proxy.cli.inputs import add_image_option, parse_rows, read_prompts
 from qeff_proxy.cli.options import (
     add_backend_option,
@@ -23,13 +24,12 @@ from qeff_proxy.cli.options import (
 from qeff_proxy.cli.output import print_json, print_text, stage_display
 from qeff_proxy.cli.speed_table import command_for, speed_lines
 from qeff_proxy.errors import UsageError
+from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.request import Request
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.request import Request
     from qeff_proxy.verify.results import BackendResult, Verification
 
 __all__ = ["configure", "run"]

@@ -15,6 +15,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.common.messages import counted
 from qeff_proxy.compare.pairing import pair_dumps
@@ -22,16 +23,13 @@ from qeff_proxy.compare.results import Comparison, Divergence, PairStats, Tensor
 from qeff_proxy.compare.statistics import STATS, cosine, join, relative_peak, sqnr_db
 from qeff_proxy.compare.streaming import measure_pair, shapes_agree
 from qeff_proxy.compare.tolerances import Tolerances
-from qeff_proxy.dump import Dump, read_dump
+from qeff_proxy.dump import Dump, StepInfo, read_dump
 from qeff_proxy.dump.format import DTYPES
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from qeff_proxy.compare.pairing import Pair, Pairing
     from qeff_proxy.compare.tolerances import Tolerance
-    from qeff_proxy.dump import StepInfo
 
 __all__ = ["compare_dumps"]
 

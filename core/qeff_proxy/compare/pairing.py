@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from qeff_proxy.dump import Dump, StepInfo, StoredTensor, TensorName
+from qeff_proxy.dump.format import Phase
 from qeff_proxy.dump.selection import matches_any
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from qeff_proxy.dump import Dump, StepInfo, StoredTensor, TensorName
-    from qeff_proxy.dump.format import Phase
 
 __all__ = ["Pair", "Pairing", "pair_dumps"]
 

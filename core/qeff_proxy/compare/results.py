@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.common.json_schema import plain_json
 from qeff_proxy.compare.statistics import cosine, sqnr_db
+from qeff_proxy.dump import StepInfo, TensorName
+from qeff_proxy.dump.format import Phase
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from qeff_proxy.compare.tolerances import Tolerance
-    from qeff_proxy.dump import StepInfo, TensorName
-    from qeff_proxy.dump.format import Phase
 
 __all__ = ["Comparison", "Divergence", "PairStats", "TensorComparison"]
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.dump.format import DTYPES, as_values
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = [
     "STATS",

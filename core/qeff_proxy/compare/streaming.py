@@ -13,16 +13,15 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.compare.statistics import STATS, Scratch, measure, merge, to_numbers
+from qeff_proxy.dump import StepInfo, StoredTensor
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from qeff_proxy.compare.pairing import Pair
-    from qeff_proxy.dump import StepInfo, StoredTensor
 
 __all__ = ["measure_pair", "shapes_agree"]
 

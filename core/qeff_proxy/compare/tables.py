@@ -6,6 +6,7 @@ import math
 import shutil
 from typing import TYPE_CHECKING
 
+from qeff_proxy.compare.results import Comparison, TensorComparison
 from qeff_proxy.compare.verdict import (
     describe_verdict,
     format_error,
@@ -17,8 +18,6 @@ from qeff_proxy.compare.verdict import (
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from qeff_proxy.compare.results import Comparison, TensorComparison
 
 __all__ = ["render_comparison"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.cut.locate_sites import locate_sites, site_to_json
@@ -14,12 +14,10 @@ from qeff_proxy.cut.model_snapshot import changes_between, snapshot_model
 from qeff_proxy.errors import CutError, PluginError
 from qeff_proxy.flows.equality import NEEDS_PLUGIN
 from qeff_proxy.flows.flow import CutReport, load_flow
+from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.parts import Kind, Proxy
+from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.sites import Absent, Site
-
-if TYPE_CHECKING:
-    from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.parts import Kind, Proxy
-    from qeff_proxy.plugins.hooks import Hooks
 
 __all__ = ["Cut", "cut_model", "site_weights"]
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from qeff_proxy.cut.cut_model import cut_model, site_weights
 from qeff_proxy.cut.locate_sites import site_to_json
+from qeff_proxy.flows.flow import CutReport
 from qeff_proxy.layers.layer_lists import describe_kinds, find_layer_list
 from qeff_proxy.load.first_layers import NotSampled, enough_layers
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from qeff_proxy.flows.flow import CutReport
-    from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.plugins.hooks import Hooks
-    from qeff_proxy.sites import Absent, Site
+from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.sites import Absent, Site
 
 __all__ = ["Inspection", "inspect_model"]
 

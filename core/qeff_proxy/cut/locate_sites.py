@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import PluginError
+from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.sites import Absent, Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qeff_proxy.plugins.hooks import Hooks
 
 __all__ = ["locate_sites", "site_to_json"]
 

@@ -7,12 +7,10 @@ the verification would compare two wrongs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
 
 __all__ = ["changes_between", "snapshot_model"]
 

@@ -24,14 +24,14 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.plugins.entry_points import (
     ENVIRONMENT_VARIABLE,
     PackageEntry,
+    Selection,
     find_entries,
     load_entry,
     pick_entry,
 )
+from qeff_proxy.request import Request
 
 if TYPE_CHECKING:
-    from qeff_proxy.plugins.entry_points import Selection
-    from qeff_proxy.request import Request
     from qeff_proxy.run.run_compiled import RunResult
 
 __all__ = ["BUILTIN_DEMO", "ENTRY_POINT_GROUP", "Demo", "choose", "find_demos", "load"]

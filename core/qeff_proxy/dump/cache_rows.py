@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from numpy.typing import NDArray
 
 from qeff_proxy.errors import DumpError
 from qeff_proxy.tensor_names import PAST, PRESENT
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["CACHE_AXIS", "CONSTANT_INPUTS", "cut_rows", "locate_rows"]
 

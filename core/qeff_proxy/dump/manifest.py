@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.common.json_schema import Count, FieldError, read_as
 from qeff_proxy.common.messages import counted
@@ -22,9 +23,6 @@ from qeff_proxy.dump.format import (
     step_label,
 )
 from qeff_proxy.dump.rules import refuse
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["Manifest", "OmittedTensor", "StepInfo", "TensorIndex", "check_manifest"]
 

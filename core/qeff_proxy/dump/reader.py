@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
@@ -24,8 +25,6 @@ from qeff_proxy.dump.rules import parse_json, refuse
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from qeff_proxy.dump.format import Phase
     from qeff_proxy.dump.manifest import Manifest, OmittedTensor, StepInfo, TensorIndex
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.dump.format import DTYPES, HEADER_BYTES, MAX_RANK, dtype_name, step_label
 from qeff_proxy.dump.npy import build_header
 from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from qeff_proxy.dump.format import Phase, TensorName
 
 __all__ = ["TensorStream", "runs_of"]

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from numpy.typing import NDArray
+
 from qeff_proxy.common.atomic_folder import replaced_folder
 from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.cache_rows import CONSTANT_INPUTS, cut_rows, locate_rows
@@ -28,8 +30,6 @@ from qeff_proxy.errors import DumpError, ProxyError
 from qeff_proxy.tensor_names import PAST, PRESENT
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from qeff_proxy.dump.format import Direction, Phase, TensorName
 
 __all__ = ["DumpWriter"]

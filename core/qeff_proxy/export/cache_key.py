@@ -11,12 +11,12 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from importlib_metadata import version
 
 from qeff_proxy.artifact.check_target import existing_export
-from qeff_proxy.artifact.export_folder import export_folder
+from qeff_proxy.artifact.export_folder import Export, export_folder
 from qeff_proxy.load.checkpoint_files import (
     check_weights,
     find_checkpoint,
@@ -24,11 +24,8 @@ from qeff_proxy.load.checkpoint_files import (
     read_config_file,
 )
 from qeff_proxy.load.load_model import identity_with
+from qeff_proxy.parts import Kind
 from qeff_proxy.plugins.manager import Plugins
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.parts import Kind
 
 __all__ = ["export_key", "find_known_export"]
 

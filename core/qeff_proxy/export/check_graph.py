@@ -13,21 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
 
-from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
+from qeff_proxy.arrays import Array, numpy_dtype, to_array, to_tensor
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import ExportError
 from qeff_proxy.flows.attention_masks import build_mask
+from qeff_proxy.parts import Part, TensorSpec
 from qeff_proxy.session.axes import size_of
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.parts import Part, TensorSpec
 
 __all__ = ["CHECK_SIZES", "check_graph"]
 

@@ -25,13 +25,12 @@ from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folde
 from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.errors import ArtifactError, ExportError
 from qeff_proxy.export.cache_key import export_key
-from qeff_proxy.load.load_model import most_positions
+from qeff_proxy.load.load_model import LoadedModel, most_positions
+from qeff_proxy.parts import Kind
+from qeff_proxy.plugins.hooks import Hooks
 
 if TYPE_CHECKING:
     from qeff_proxy.export.model_graphs import Graphs
-    from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.parts import Kind
-    from qeff_proxy.plugins.hooks import Hooks
 
 __all__ = ["LEAST_OPSET", "WEIGHTS", "export_key", "export_model"]
 

@@ -11,25 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qeff_proxy.cut.cut_model import cut_model, site_weights
+from qeff_proxy.cut.cut_model import Cut, cut_model, site_weights
 from qeff_proxy.errors import CheckpointError, CutError, ExportError, PluginError, ProxyError
 from qeff_proxy.export.repeat.mark_layers import NotRepeatable, marked_layers
 from qeff_proxy.export.trace.trace_part import TracedPart, trace_part, trace_sample
-from qeff_proxy.layers.layer_lists import describe_kinds, find_layer_list
+from qeff_proxy.layers.layer_lists import LayerList, describe_kinds, find_layer_list
 from qeff_proxy.layers.taps import tap_proxy
-from qeff_proxy.load.first_layers import NotSampled, at_most
+from qeff_proxy.load.first_layers import NotSampled, SampledModel, at_most
+from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.weight_sources import WeightSources
+from qeff_proxy.parts import Kind, Part, TensorSpec
+from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.tensor_names import LAYER_NAME
-
-if TYPE_CHECKING:
-    from qeff_proxy.cut.cut_model import Cut
-    from qeff_proxy.layers.layer_lists import LayerList
-    from qeff_proxy.load.first_layers import SampledModel
-    from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.parts import Kind, Part, TensorSpec
-    from qeff_proxy.plugins.hooks import Hooks
 
 __all__ = ["Graphs", "graphs_of_sample", "graphs_of_whole"]
 

@@ -12,6 +12,8 @@ from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.errors import ExportError
 from qeff_proxy.export.check_graph import check_graph
 from qeff_proxy.export.write_weights import check_and_hash, point_into, save_weights
+from qeff_proxy.load.safetensors_header import StoredTensor
+from qeff_proxy.load.weight_sources import StoredWeight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
 
     from qeff_proxy.export.model_graphs import Graphs
     from qeff_proxy.export.trace.trace_part import TracedPart
-    from qeff_proxy.load.safetensors_header import StoredTensor
-    from qeff_proxy.load.weight_sources import StoredWeight
 
     Places = Mapping[str, StoredWeight]
 

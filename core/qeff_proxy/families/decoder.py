@@ -11,11 +11,11 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -24,9 +24,6 @@ from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks, record_masks
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = [
     "CacheLayer",

@@ -7,11 +7,12 @@ base model as the body. The verified cut catches every case where these assumpti
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.errors import UnsupportedModelError
@@ -27,13 +28,8 @@ from qeff_proxy.families.decoder import (
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
-from qeff_proxy.request import refuse_others
+from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Absent, Site
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from qeff_proxy.request import Request
 
 __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
 

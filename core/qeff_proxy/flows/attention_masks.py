@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    from qeff_proxy.parts import MaskSpec
+from qeff_proxy.parts import MaskSpec
 
 __all__ = ["build_mask", "lengthen_mask"]
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.attention_masks import build_mask, lengthen_mask
-from qeff_proxy.session.cache_buffers import Buffers, Cache, HeldCache, can_run_in_place
+from qeff_proxy.parts import TensorSpec
+from qeff_proxy.session.cache_buffers import (
+    Buffers,
+    Cache,
+    HeldCache,
+    InPlaceSession,
+    can_run_in_place,
+)
+from qeff_proxy.session.session import PartLike, Session
 from qeff_proxy.tensor_names import PAST, PRESENT
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.parts import TensorSpec
-    from qeff_proxy.session.cache_buffers import InPlaceSession
-    from qeff_proxy.session.session import PartLike, Session
 
 __all__ = ["Cache", "CausalEngine", "Recorder", "StepId", "Supplier", "position_ids_of"]
 

@@ -10,25 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId, position_ids_of
 from qeff_proxy.flows.equality import check_equal, parts_must_run
+from qeff_proxy.flows.flow import CutReport, Job
+from qeff_proxy.parts import MaskSpec, Proxy
 from qeff_proxy.session.torch_session import TorchSession
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.flows.flow import CutReport, Job
-    from qeff_proxy.parts import MaskSpec, Proxy
-    from qeff_proxy.sites import Absent, Site
+from qeff_proxy.sites import Absent, Site
 
 __all__ = ["CausalFlow", "shrunk_windows", "verify_causal_cut"]
 

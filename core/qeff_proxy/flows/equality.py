@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qeff_proxy.arrays import dtype_name
+from qeff_proxy.arrays import Array, dtype_name
 from qeff_proxy.errors import CutError
 from qeff_proxy.flows.flow import CutReport
-from qeff_proxy.sites import Absent
+from qeff_proxy.sites import Absent, Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.sites import Site
 
 __all__ = ["NEEDS_PLUGIN", "TOLERANCES", "check_equal", "parts_must_run"]
 

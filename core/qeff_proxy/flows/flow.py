@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.parts import Proxy
 from qeff_proxy.plugins.entry_points import find_entry, load_entry
+from qeff_proxy.request import Request
+from qeff_proxy.sites import Absent, Site
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.flows.causal_engine import Recorder
-    from qeff_proxy.parts import Proxy
-    from qeff_proxy.request import Request
     from qeff_proxy.session.session import Session
-    from qeff_proxy.sites import Absent, Site
 
 __all__ = [
     "BUILTIN_FLOWS",

@@ -7,10 +7,8 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
 
 __all__ = ["INDEX", "uses_index"]
 

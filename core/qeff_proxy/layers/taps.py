@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,10 +24,7 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.arguments import texts
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.layers.layer_lists import find_layer_list
-from qeff_proxy.parts import TAPS, TensorSpec
-
-if TYPE_CHECKING:
-    from qeff_proxy.parts import Part, Proxy
+from qeff_proxy.parts import TAPS, Part, Proxy, TensorSpec
 
 __all__ = ["TAPS", "TappedPart", "find_tapped", "normalize_taps", "tap_proxy"]
 

@@ -20,12 +20,11 @@ from qeff_proxy.layers.layer_lists import (
     prefix_with_every_kind,
 )
 from qeff_proxy.layers.shorten import shorten
+from qeff_proxy.load.first_layers import SampledModel
+from qeff_proxy.load.load_model import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qeff_proxy.load.first_layers import SampledModel
-    from qeff_proxy.load.load_model import LoadedModel
 
 __all__ = ["Depth", "parse_depth", "with_depth"]
 

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from qeff_proxy.common.quiet import quiet_loading
-from qeff_proxy.load.safetensors_header import TORCH_DTYPES
+from qeff_proxy.load.safetensors_header import TORCH_DTYPES, StoredTensor
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
-
-    from qeff_proxy.load.safetensors_header import StoredTensor
 
 __all__ = [
     "StoredWeight",

@@ -19,16 +19,14 @@ import pluggy
 from qeff_proxy import hookspecs
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import PluginError, ProxyError, UnsupportedModelError, UsageError
-from qeff_proxy.parts import Proxy
+from qeff_proxy.parts import Kind, Proxy
 from qeff_proxy.plugins.entry_points import GENERIC
+from qeff_proxy.request import Request
 from qeff_proxy.sites import Absent, Site
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from qeff_proxy.parts import Kind
-    from qeff_proxy.request import Request
 
 __all__ = ["Hooks", "InvalidPluginError", "hook_names"]
 

@@ -13,10 +13,11 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from qeff_proxy.artifact.export_folder import Export
 from qeff_proxy.backends.compile_export import compile_export, fixed_lengths
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, staged_folder
@@ -24,12 +25,9 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump.format import MANIFEST
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.load.load_processor import load_processor
+from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.plugins.hooks import Hooks
 
 __all__ = ["Given", "requests_of", "takes_calibration", "with_calibration"]
 

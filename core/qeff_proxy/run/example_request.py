@@ -7,17 +7,15 @@ A flow knows what its models take: one that has a method ``example_request`` is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from qeff_proxy.artifact.export_folder import Export
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.flow import ExampleFlow, load_flow
+from qeff_proxy.parts import Proxy
 from qeff_proxy.request import Request
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.parts import Proxy
 
 __all__ = ["DEFAULT_PROMPT", "DEFAULT_QUESTION", "example_request", "text_example"]
 

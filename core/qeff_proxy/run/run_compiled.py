@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qeff_proxy.artifact.export_folder import KEPT, enclosing_export
-from qeff_proxy.backends.compile_export import open_sessions
+from qeff_proxy.artifact.export_folder import KEPT, Export, enclosing_export
+from qeff_proxy.backends.compile_export import Compiled, open_sessions
 from qeff_proxy.common.atomic_folder import clear_leftovers
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.dump import DumpOptions, DumpWriter
@@ -19,13 +19,9 @@ from qeff_proxy.dump.place import DUMPS, write_error
 from qeff_proxy.errors import DumpError
 from qeff_proxy.flows.flow import Job, load_flow
 from qeff_proxy.load.load_model import load_config
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.backends.compile_export import Compiled
-    from qeff_proxy.plugins.hooks import Hooks
-    from qeff_proxy.request import Request
-    from qeff_proxy.session.session import Session
+from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.request import Request
+from qeff_proxy.session.session import Session
 
 __all__ = ["RunResult", "check_io_folder", "new_run_name", "run_compiled"]
 

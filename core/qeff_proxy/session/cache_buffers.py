@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.session.session import Session
 
 if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
     from qeff_proxy.parts import TensorSpec
 
 __all__ = ["Buffers", "Cache", "HeldCache", "InPlaceSession", "can_run_in_place"]

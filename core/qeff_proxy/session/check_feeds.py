@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.errors import BackendError
 from qeff_proxy.session.axes import Sizes, size_of, terms_of
 
 if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
     from qeff_proxy.parts import TensorSpec
 
 __all__ = ["check_feeds"]

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from qeff_proxy.arrays import Array
 from qeff_proxy.errors import BackendError
 from qeff_proxy.session.check_feeds import check_feeds
 
 if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
     from qeff_proxy.parts import MaskSpec, TensorSpec
 
 __all__ = ["PartLike", "Session"]

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.session import Session
 
 if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
     from qeff_proxy.parts import Part
 
 __all__ = ["TorchSession"]

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,15 +20,12 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
 
-from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.artifact.hashes import hash_weights_file
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
 from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.parts import MaskSpec, TensorSpec
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
 
 __all__ = ["Reference", "feeds_of", "make_export", "unknown_operator"]
 

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.backends.backend import Backend
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.session.session import Session
 from qeff_proxy.testing.backend_parts import Reference
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.backends.backend import Backend
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.session.session import Session
 
 __all__ = ["BackendSubject"]
 

@@ -19,24 +19,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from qeff_proxy.arrays import Array
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.artifact.hashes import hash_weights_file, sha256_of
+from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, ProxyError
+from qeff_proxy.session.session import Session
 from qeff_proxy.testing.backend_parts import feeds_of, make_export, unknown_operator
 from qeff_proxy.testing.backend_subject import BackendSubject
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.backends.backend import Backend
-    from qeff_proxy.session.session import Session
 
 __all__ = ["BackendSuite"]
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import join_rows, pad_row, random_ids, random_weights, tiny_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from qeff_proxy.arrays import Array
 
 __all__ = [
     "CAUSAL_LM",

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,12 +17,10 @@ from qeff_proxy.cut.model_snapshot import changes_between, snapshot_model
 from qeff_proxy.errors import CutError
 from qeff_proxy.flows.flow import load_flow
 from qeff_proxy.load.load_model import with_options
+from qeff_proxy.parts import Kind, Part, Proxy
 from qeff_proxy.testing.expectations import expect, needs
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from qeff_proxy.parts import Kind, Part, Proxy
     from qeff_proxy.testing.subject import Subject
 
 __all__ = ["PartChecks"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from qeff_proxy.arrays import to_array
+from qeff_proxy.arrays import Array, to_array
 from qeff_proxy.backends.compile_export import Compiled, compile_export, open_sessions
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import read_dump
@@ -16,11 +16,7 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
 from qeff_proxy.testing.expectations import expect, expect_same, needs
-from qeff_proxy.testing.subject import global_state, is_arrays
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.testing.subject import Run, Subject
+from qeff_proxy.testing.subject import Run, Subject, global_state, is_arrays
 
 __all__ = ["RunChecks"]
 

@@ -13,34 +13,29 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.utils import logging as transformers_logging
 
+from qeff_proxy.arrays import Array
+from qeff_proxy.artifact.export_folder import Export
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.cut.cut_model import Cut, cut_model
 from qeff_proxy.export.export_model import export_model
+from qeff_proxy.flows.causal_engine import Phase
 from qeff_proxy.flows.flow import Job, load_flow
-from qeff_proxy.load.load_model import load_config, with_options, wrap_model
+from qeff_proxy.load.load_model import LoadedModel, load_config, with_options, wrap_model
+from qeff_proxy.parts import Kind, Proxy
+from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
+from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.flows.causal_engine import Phase
-    from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.parts import Kind, Proxy
-    from qeff_proxy.plugins.hooks import Hooks
-    from qeff_proxy.session.session import Session
-    from qeff_proxy.testing.family import Family
+from qeff_proxy.testing.family import Family
 
 __all__ = ["Run", "Step", "Subject", "global_state", "is_arrays"]
 

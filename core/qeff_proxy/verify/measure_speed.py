@@ -16,23 +16,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qeff_proxy.backends.compile_export import open_sessions
+from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.backends.compile_export import Compiled, open_sessions
 from qeff_proxy.common.private_names import attention_of
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.flows.flow import Flow, Job, TimedFlow, load_flow
 from qeff_proxy.load.load_model import load_config
-from qeff_proxy.verify.results import reason_of
+from qeff_proxy.session.session import Session
+from qeff_proxy.verify.results import BackendResult, reason_of
+from qeff_proxy.verify.runs import Runs
 from qeff_proxy.verify.timing import Speed, Timing, take_turns
 from qeff_proxy.verify.verify_backend import compare_with_reference, compiled_for, why_untimed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.backends.compile_export import Compiled
-    from qeff_proxy.session.session import Session
-    from qeff_proxy.verify.results import BackendResult
-    from qeff_proxy.verify.runs import Runs
 
 __all__ = ["PYTORCH", "measure_speed"]
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qeff_proxy.common.arguments import whole_number
+from qeff_proxy.compare import Tolerances
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import DumpOptions
-
-if TYPE_CHECKING:
-    from qeff_proxy.compare import Tolerances
-    from qeff_proxy.parts import Kind
+from qeff_proxy.parts import Kind
 
 __all__ = ["BEST", "VerifyOptions"]
 

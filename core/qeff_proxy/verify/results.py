@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.compare import Comparison, Divergence, TensorComparison
+from qeff_proxy.dump import Dump
 from qeff_proxy.errors import ProxyError
+from qeff_proxy.run.run_compiled import RunResult
 
 if TYPE_CHECKING:
-    from qeff_proxy.compare import Comparison, Divergence, TensorComparison
-    from qeff_proxy.dump import Dump
-    from qeff_proxy.run.run_compiled import RunResult
     from qeff_proxy.verify.timing import Speed
 
 __all__ = ["BackendResult", "Verification", "count_equal_tokens", "reason_of"]

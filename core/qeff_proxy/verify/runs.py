@@ -8,25 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from qeff_proxy.artifact.export_folder import Export
-from qeff_proxy.backends.compile_export import compile_export
+from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.errors import CheckpointError, UsageError
+from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.load_processor import load_processor
+from qeff_proxy.parts import Proxy
+from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import DEFAULT_QUESTION
 from qeff_proxy.run.replay_tokens import keep_tokens, replay_tokens
 from qeff_proxy.run.run_compiled import RunResult, new_run_name, run_compiled
+from qeff_proxy.session.session import Session
 
 if TYPE_CHECKING:
-    import torch
-
-    from qeff_proxy.backends.compile_export import Compiled
-    from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.parts import Proxy
-    from qeff_proxy.plugins.hooks import Hooks
-    from qeff_proxy.request import Request
-    from qeff_proxy.session.session import Session
     from qeff_proxy.verify.options import VerifyOptions
 
 __all__ = ["REFERENCE", "Runs", "check_request", "processor_in", "tensors_of"]

@@ -12,17 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qeff_proxy.artifact.export_folder import Export
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.backends.registry import list_backends, load_backend
 from qeff_proxy.compare import Comparison, Tolerances, compare_dumps, write_report
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import ProxyError
 from qeff_proxy.verify.results import BackendResult, count_equal_tokens
 from qeff_proxy.verify.runs import REFERENCE
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.compile_options import CompileOptions
     from qeff_proxy.verify.options import VerifyOptions
     from qeff_proxy.verify.runs import Runs
 

@@ -28,6 +28,9 @@ from qeff_proxy.errors import ProxyError, UsageError
 from qeff_proxy.layers.taps import normalize_taps
 from qeff_proxy.load.checkpoint_files import folder_named
 from qeff_proxy.load.load_model import LoadedModel, load_model
+from qeff_proxy.parts import Kind, Proxy
+from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import DEFAULT_PROMPT, example_request
 from qeff_proxy.run.run_compiled import check_io_folder
 from qeff_proxy.verify.options import BEST, VerifyOptions
@@ -42,9 +45,6 @@ from qeff_proxy.verify.verify_backend import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qeff_proxy.parts import Kind, Proxy
-    from qeff_proxy.plugins.hooks import Hooks
-    from qeff_proxy.request import Request
     from qeff_proxy.verify.results import BackendResult
     from qeff_proxy.verify.timing import Speed
 

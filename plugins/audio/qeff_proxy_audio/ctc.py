@@ -7,7 +7,7 @@ one graph from samples to hidden states, for any number of samples.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +18,12 @@ from qeff_proxy.families.decoder import HeadStub
 from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
-from qeff_proxy.request import refuse_unused
+from qeff_proxy.request import Request, refuse_unused
 from qeff_proxy.sites import Absent, Site
 from torch import nn
+from transformers import PreTrainedModel
 
 from qeff_proxy_audio.sound import feature_extractor_of, sounds_of, tensor_of
-
-if TYPE_CHECKING:
-    from qeff_proxy.request import Request
-    from transformers import PreTrainedModel
 
 __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
 

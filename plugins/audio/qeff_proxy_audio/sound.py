@@ -10,18 +10,16 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, given_tensor, to_array
 from qeff_proxy.common.messages import counted, type_named
 from qeff_proxy.errors import UsageError
+from qeff_proxy.request import Request
 
 from qeff_proxy_audio.ogg import is_cut_off
-
-if TYPE_CHECKING:
-    from qeff_proxy.request import Request
 
 __all__ = [
     "EXAMPLE",

@@ -9,37 +9,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
+from qeff_proxy.arrays import Array, numpy_dtype, to_array, to_tensor
+from qeff_proxy.artifact.export_folder import Export
 from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
-from qeff_proxy.flows.causal_engine import Cache, CausalEngine, StepId, position_ids_of
+from qeff_proxy.flows.causal_engine import Cache, CausalEngine, Recorder, StepId, position_ids_of
 from qeff_proxy.flows.equality import check_equal, parts_must_run
+from qeff_proxy.flows.flow import CutReport, Job
 from qeff_proxy.flows.generation.generate import PerfMetrics
 from qeff_proxy.flows.generation.seeding import draws_seeded
 from qeff_proxy.flows.generation.settings import check_settings, generation_config_of
 from qeff_proxy.flows.generation.step_cache import arrays_of_cache, fill_cache
+from qeff_proxy.parts import Proxy
 from qeff_proxy.request import Request
+from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
+from qeff_proxy.sites import Absent, Site
 from torch import nn
-from transformers import EncoderDecoderCache, WhisperForConditionalGeneration
+from transformers import (
+    EncoderDecoderCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    WhisperForConditionalGeneration,
+)
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from qeff_proxy_audio.sound import EXAMPLE, feature_extractor_of, load_sound
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.flows.causal_engine import Recorder
-    from qeff_proxy.flows.flow import CutReport, Job
-    from qeff_proxy.parts import Proxy
-    from qeff_proxy.session.session import Session
-    from qeff_proxy.sites import Absent, Site
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["ProxyWhisper", "SpeechFlow"]
 

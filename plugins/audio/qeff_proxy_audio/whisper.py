@@ -9,7 +9,7 @@ position embedding stays in the body. One decoder graph serves prefill and decod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name
@@ -17,17 +17,14 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub, HeadStub
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
-from qeff_proxy.request import refuse_unused
+from qeff_proxy.request import Request, refuse_unused
 from qeff_proxy.sites import Absent, Site
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qeff_proxy_audio.ctc import HeadPart
 from qeff_proxy_audio.sound import feature_extractor_of, sounds_of, tensor_of
 from qeff_proxy_audio.whisper_parts import CrossKeysPart, DecoderBody
-
-if TYPE_CHECKING:
-    from qeff_proxy.request import Request
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from qeff_proxy.families.model_cache import cache_argument
 from qeff_proxy.families.model_masks import provide_masks
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["CrossKeysPart", "DecoderBody"]
 

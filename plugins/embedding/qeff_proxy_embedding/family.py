@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name, given_tensors
@@ -17,16 +17,13 @@ from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
-from qeff_proxy.request import refuse_others
+from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Absent, Site
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qeff_proxy_embedding.part import EncoderPart, probe_masks
 from qeff_proxy_embedding.pooling import pooling_of_options
 from qeff_proxy_embedding.sentence_folder import load_dense, read_sentence_folder
-
-if TYPE_CHECKING:
-    from qeff_proxy.request import Request
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["EmbeddingFamily", "max_positions"]
 

@@ -10,29 +10,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from qeff_proxy.arrays import numpy_dtype, to_array, to_tensor
+from qeff_proxy.arrays import Array, numpy_dtype, to_array, to_tensor
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.attention_masks import build_mask
+from qeff_proxy.flows.causal_engine import Recorder
 from qeff_proxy.flows.causal_lm import shrunk_windows
 from qeff_proxy.flows.equality import check_equal, parts_must_run
+from qeff_proxy.flows.flow import CutReport, Job
+from qeff_proxy.parts import Proxy
 from qeff_proxy.request import refuse_unused
+from qeff_proxy.session.session import PartLike, Session
 from qeff_proxy.session.torch_session import TorchSession
+from qeff_proxy.sites import Absent, Site
+from transformers import PreTrainedModel
 
 from qeff_proxy_embedding.part import EncoderPart
 from qeff_proxy_embedding.pooling import pooling_of_options
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.flows.causal_engine import Recorder
-    from qeff_proxy.flows.flow import CutReport, Job
-    from qeff_proxy.parts import Proxy
-    from qeff_proxy.session.session import PartLike, Session
-    from qeff_proxy.sites import Absent, Site
-    from transformers import PreTrainedModel
 
 __all__ = ["EncoderFlow", "Row", "rows_of", "run_rows"]
 

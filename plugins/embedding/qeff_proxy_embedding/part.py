@@ -12,10 +12,9 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.families.model_masks import provide_masks, record_masks
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 from torch import nn
+from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from qeff_proxy_embedding.pooling import Pooling
     from qeff_proxy_embedding.sentence_folder import DenseLayers
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from transformers import PreTrainedConfig
 
 from qeff_proxy_embedding.family import EmbeddingFamily
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 __all__ = ["family"]
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.families.tokenize import tokenize
 from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.request import refuse_others
+from qeff_proxy.request import Request, refuse_others
 
 if TYPE_CHECKING:
     import torch
-    from qeff_proxy.request import Request
 
 __all__ = ["decode", "preprocess"]
 

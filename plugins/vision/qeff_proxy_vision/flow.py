@@ -8,31 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, to_array
+from qeff_proxy.artifact.export_folder import Export
 from qeff_proxy.errors import CutError, UsageError
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.flows.causal_lm import shrunk_windows
 from qeff_proxy.flows.equality import check_equal, parts_must_run
+from qeff_proxy.flows.flow import CutReport, Job
 from qeff_proxy.flows.generation.generate import generate_ids
+from qeff_proxy.parts import Part, Proxy
 from qeff_proxy.request import Request, refuse_unused
+from qeff_proxy.session.session import PartLike
 from qeff_proxy.session.torch_session import TorchSession
+from qeff_proxy.sites import Absent, Site
+from transformers import PreTrainedModel
 
 from qeff_proxy_vision.image_prompt import ImagePrompt
 from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.images import DRAWING, QUESTION
 from qeff_proxy_vision.proxy import VisionProxy
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
-    from qeff_proxy.flows.flow import CutReport, Job
-    from qeff_proxy.parts import Part, Proxy
-    from qeff_proxy.session.session import PartLike
-    from qeff_proxy.sites import Absent, Site
-    from transformers import PreTrainedModel
 
 __all__ = ["ImageTextFlow"]
 

@@ -7,19 +7,17 @@ the image features that replace embeddings are not scaled.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.parts import Kind
+from qeff_proxy.sites import Absent, Site
+from transformers import PreTrainedModel
 
 from qeff_proxy_vision.image_settings import Blocks, ImageSettings
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, pixel_sample
 from qeff_proxy_vision.towers import FeaturesPart, pixel_part
-
-if TYPE_CHECKING:
-    from qeff_proxy.parts import Kind
-    from qeff_proxy.sites import Absent, Site
-    from transformers import PreTrainedModel
 
 __all__ = ["build_proxy", "decode", "preprocess"]
 

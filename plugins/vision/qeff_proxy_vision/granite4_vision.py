@@ -10,23 +10,21 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, TensorSpec
+from qeff_proxy.sites import Absent, Site
 from torch import nn
+from transformers import PreTrainedModel
 
 from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, grid_sample
 from qeff_proxy_vision.tiles import TileGrid
 from qeff_proxy_vision.towers import pixel_part, with_newline
-
-if TYPE_CHECKING:
-    from qeff_proxy.sites import Absent, Site
-    from transformers import PreTrainedModel
 
 __all__ = ["LayeredBody", "LayeredTower", "build_proxy", "decode", "preprocess"]
 

@@ -8,18 +8,15 @@ positions of the images in the prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.attention_masks import build_mask
+from qeff_proxy.session.session import PartLike
 
 from qeff_proxy_vision.image_settings import ROWS, Blocks, ImageSettings, Merge
-
-if TYPE_CHECKING:
-    from qeff_proxy.session.session import PartLike
 
 __all__ = ["ImagePrompt"]
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.request import refuse_others
+from qeff_proxy.request import Request, refuse_others
 
 from qeff_proxy_vision.images import open_image
-
-if TYPE_CHECKING:
-    from qeff_proxy.request import Request
 
 __all__ = ["checked_tensors", "count_error", "decode", "preprocess", "prompts_and_images"]
 

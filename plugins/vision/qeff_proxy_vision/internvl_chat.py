@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.model_cache import cache_of
 from qeff_proxy.families.tokenize import tokenize
@@ -21,9 +21,11 @@ from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.load.checkpoint_files import find_checkpoint, read_config_file
-from qeff_proxy.request import refuse_others
+from qeff_proxy.parts import Kind, Proxy
+from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Absent, Site
 from torch import nn
+from transformers import PreTrainedModel
 
 from qeff_proxy_vision import internlm2
 from qeff_proxy_vision.image_settings import ImageSettings
@@ -33,12 +35,6 @@ from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_te
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
 from qeff_proxy_vision.tiles import split_into_tiles
 from qeff_proxy_vision.towers import pixel_part
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.parts import Kind, Proxy
-    from qeff_proxy.request import Request
-    from transformers import PreTrainedModel
 
 __all__ = [
     "Loader",

@@ -7,20 +7,18 @@ Granite multiplies embeddings in its language model's forward pass, so that stay
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.parts import Kind
+from qeff_proxy.sites import Absent, Site
+from transformers import PreTrainedModel
 
 from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, grid_sample
 from qeff_proxy_vision.tiles import TileGrid
 from qeff_proxy_vision.towers import TowerPart, pixel_part
-
-if TYPE_CHECKING:
-    from qeff_proxy.parts import Kind
-    from qeff_proxy.sites import Absent, Site
-    from transformers import PreTrainedModel
 
 __all__ = ["build_proxy", "decode", "preprocess"]
 

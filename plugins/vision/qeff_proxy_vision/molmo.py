@@ -9,34 +9,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from qeff_proxy.arrays import dtype_name, to_array, to_tensor
+from qeff_proxy.arrays import Array, dtype_name, to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.families.decoder import CacheLayer, DecoderLayout
 from qeff_proxy.families.model_cache import cache_of
 from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.load.checkpoint_files import read_config_file
-from qeff_proxy.parts import MaskSpec, Part, Proxy, TensorSpec
-from qeff_proxy.request import refuse_others
+from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
+from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Site
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import checked_tensors, decode, prompts_and_images
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, language_proxy, marked_text
 from qeff_proxy_vision.remote import load_adapted
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.parts import Kind
-    from qeff_proxy.request import Request
-    from transformers import PreTrainedModel
 
 __all__ = [
     "Loader",

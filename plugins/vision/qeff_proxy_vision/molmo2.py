@@ -7,21 +7,19 @@ patch, so that no shape in the graph depends on values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, Part, TensorSpec
+from qeff_proxy.sites import Absent, Site
 from torch import nn
+from transformers import PreTrainedModel
 
 from qeff_proxy_vision.image_settings import Blocks, ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, sample_prompt
-
-if TYPE_CHECKING:
-    from qeff_proxy.sites import Absent, Site
-    from transformers import PreTrainedModel
 
 __all__ = ["PoolingPart", "build_proxy", "decode", "preprocess"]
 

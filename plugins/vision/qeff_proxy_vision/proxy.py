@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from qeff_proxy.arrays import Array
 from qeff_proxy.errors import PluginError, UnsupportedModelError, UsageError
-from qeff_proxy.families.decoder import EmbeddingPart
+from qeff_proxy.families.decoder import DecoderLayout, EmbeddingPart
 from qeff_proxy.families.generic import build_proxy as build_text_proxy
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.sites import Absent, Site
+from torch import nn
+from transformers import PreTrainedModel
 
+from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.joined_graph import join_graphs, join_whole
 from qeff_proxy_vision.reference import model_logits
 from qeff_proxy_vision.tiles import TileGrid, sample_tiles
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.families.decoder import DecoderLayout
-    from qeff_proxy.sites import Absent, Site
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from qeff_proxy_vision.image_settings import ImageSettings
 
 __all__ = [
     "FLOW",

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.flows.causal_engine import position_ids_of
-from transformers import DynamicCache
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 __all__ = ["model_logits"]
 

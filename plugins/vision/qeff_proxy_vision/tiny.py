@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +25,10 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     Molmo2Config,
     Molmo2ForConditionalGeneration,
+    PreTrainedModel,
 )
 
 from qeff_proxy_vision.tiles import TileGrid
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["FAMILIES", "IMAGE_TOKEN", "make_model", "make_prompt", "with_random_weights"]
 

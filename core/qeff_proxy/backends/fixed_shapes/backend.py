@@ -5,16 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.fixed_shapes.plan import runs_on_host
 from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.session.session import Session
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.session.session import Session
 
 __all__ = ["FixedShapesBackend"]
 

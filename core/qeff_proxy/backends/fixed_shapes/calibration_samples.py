@@ -10,21 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qeff_proxy.dump import read_dump
+from qeff_proxy.arrays import Array
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.dump import Dump, read_dump
 from qeff_proxy.dump.format import MANIFEST, TensorName, name_tensor
+from qeff_proxy.dump.manifest import StepInfo
 from qeff_proxy.errors import UsageError
 from qeff_proxy.session.axes import axes_of, terms_of
 from qeff_proxy.session.check_feeds import check_feeds
+from qeff_proxy.session.session import PartLike
 from qeff_proxy.tensor_names import PAST, PRESENT
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.dump import Dump
-    from qeff_proxy.dump.manifest import StepInfo
-    from qeff_proxy.session.session import PartLike
 
 __all__ = ["digest_of", "dumps_in", "samples_of"]
 

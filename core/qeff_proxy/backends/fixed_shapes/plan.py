@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from qeff_proxy.artifact.export_folder import ExportedPart
 from qeff_proxy.backends.lengths import DEFAULT_CTX_LEN, DEFAULT_PREFILL_SEQ_LEN
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.session.axes import Sizes, axes_of
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import ExportedPart
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.session import PartLike
 
 __all__ = ["PADDED", "Plan", "name_of", "runs_on_host"]
 

@@ -18,21 +18,17 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.backends.fixed_shapes.plan import Plan, name_of
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
+from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import Sizes, is_sum, size_of, terms_of
-from qeff_proxy.session.session import Session
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.parts import TensorSpec
-    from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.session import PartLike, Session
 
 __all__ = ["Specialization", "StaticSession"]
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -21,11 +20,9 @@ from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import BackendError
 from qeff_proxy.graph.folding import fold_graph
 from qeff_proxy.graph.name_scopes import layer_of
+from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import is_sum, size_of
-
-if TYPE_CHECKING:
-    from qeff_proxy.parts import TensorSpec
-    from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.session import PartLike
 
 __all__ = ["WEIGHT_BYTES", "fold", "specialize"]
 

@@ -15,11 +15,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
+from qeff_proxy.arrays import Array
 from qeff_proxy.backends.fixed_shapes.compiler_fixes import constants_of
 from qeff_proxy.backends.onnxruntime.open_graph import open_graph, run_graph
 
 if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
     from qeff_proxy.backends.fixed_shapes.host_split import HostSplit
 
 __all__ = ["RangeSession", "Ranges", "bound_masks"]

@@ -15,10 +15,10 @@ Options are in `qeff_proxy.backends.onnxruntime.options`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnxruntime
 
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.onnxruntime.open_graph import open_graph
 from qeff_proxy.backends.onnxruntime.options import (
@@ -31,11 +31,8 @@ from qeff_proxy.backends.onnxruntime.rewritten_graph import RewrittenGraph
 from qeff_proxy.backends.onnxruntime.session import OnnxRuntimeSession
 from qeff_proxy.common.file_errors import try_writing
 from qeff_proxy.common.messages import first_line
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.compile_options import CompileOptions
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeSession"]
 

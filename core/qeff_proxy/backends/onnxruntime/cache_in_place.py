@@ -13,15 +13,11 @@ the past are left as they are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import onnx_ir as ir
 
+from qeff_proxy.artifact.export_folder import ExportedPart
 from qeff_proxy.backends.onnxruntime.session import PLACES
 from qeff_proxy.tensor_names import PAST
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import ExportedPart
 
 __all__ = ["write_in_place"]
 

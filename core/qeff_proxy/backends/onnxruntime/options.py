@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnxruntime
 
 from qeff_proxy.backends.backend import usable_cores
-
-if TYPE_CHECKING:
-    from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.compile_options import CompileOptions
 
 __all__ = ["OPTIONS", "VALUES", "WEIGHT_NAMES", "WeightOptions", "runtime_settings"]
 

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.backends.onnxruntime.cache_in_place import write_in_place
 from qeff_proxy.backends.onnxruntime.fuse_norms import divide_in_norms
 from qeff_proxy.backends.onnxruntime.fuse_products import merge_products
@@ -22,12 +22,9 @@ from qeff_proxy.backends.onnxruntime.options import WeightOptions
 from qeff_proxy.backends.onnxruntime.quantize import quantize_weights
 from qeff_proxy.backends.onnxruntime.rewritten_graph import RewrittenGraph
 from qeff_proxy.common.messages import first_line
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
 from qeff_proxy.tensor_names import PAST
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.compile_options import CompileOptions
 
 __all__ = ["prepare_part"]
 

@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import BackendError
+from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import size_of
-from qeff_proxy.session.cache_buffers import InPlaceSession
+from qeff_proxy.session.cache_buffers import Buffers, InPlaceSession
+from qeff_proxy.session.session import PartLike
 from qeff_proxy.tensor_names import PAST, PRESENT
 
 if TYPE_CHECKING:
     import onnxruntime
-
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.parts import TensorSpec
-    from qeff_proxy.session.cache_buffers import Buffers
-    from qeff_proxy.session.session import PartLike
 
 __all__ = ["PLACES", "OnnxRuntimeSession", "places_of"]
 

@@ -12,19 +12,16 @@ import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend, usable_cores
 from qeff_proxy.backends.fixed_shapes import Plan, StaticSession, name_of, runs_on_host
 from qeff_proxy.backends.openvino.session import OpenVinoSession
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, UsageError
-from qeff_proxy.session.axes import size_of
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.session.axes import Sizes
-    from qeff_proxy.session.session import Session
+from qeff_proxy.session.axes import Sizes, size_of
+from qeff_proxy.session.session import Session
 
 __all__ = ["OpenVinoBackend"]
 

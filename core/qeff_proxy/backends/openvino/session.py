@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qeff_proxy.arrays import numpy_dtype
+from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.errors import BackendError
-from qeff_proxy.session.session import Session
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.session import PartLike, Session
 
 __all__ = ["OpenVinoSession"]
 

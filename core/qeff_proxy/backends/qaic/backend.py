@@ -24,8 +24,9 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.backends.fixed_shapes.backend import FixedShapesBackend
 from qeff_proxy.backends.fixed_shapes.plan import Plan
 from qeff_proxy.backends.qaic.files import (
@@ -35,11 +36,8 @@ from qeff_proxy.backends.qaic.files import (
     write_specializations,
 )
 from qeff_proxy.backends.qaic.sdk import find_compiler, find_hardware_version, find_runner
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, UsageError
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.compile_options import CompileOptions
 
 __all__ = ["QaicBackend"]
 

@@ -21,13 +21,13 @@ import platform
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import onnxruntime
 import onnxruntime_qnn  # noqa: F401 (so that its absence is an error when the backend is chosen)
 from importlib_metadata import version
 
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.backends.fixed_shapes.backend import FixedShapesBackend
 from qeff_proxy.backends.fixed_shapes.plan import Plan, name_of
 from qeff_proxy.backends.qnn.calibrate import Calibrator, calibration_digest, prepared
@@ -35,12 +35,9 @@ from qeff_proxy.backends.qnn.compile import compile_graph
 from qeff_proxy.backends.qnn.options import LOWEST_MASK, OPTIONS, VALUES, QnnOptions
 from qeff_proxy.backends.qnn.quantize import WEIGHTS, quantize_graph
 from qeff_proxy.backends.qnn.session import QnnSession
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ArtifactError, BackendError
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.session.axes import Sizes
+from qeff_proxy.session.axes import Sizes
 
 __all__ = ["QnnBackend"]
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.backends.fixed_shapes.calibration_samples import digest_of, samples_of
 from qeff_proxy.backends.fixed_shapes.compiler_fixes import clean_graph
-from qeff_proxy.backends.fixed_shapes.host_split import split_host
+from qeff_proxy.backends.fixed_shapes.host_split import HostSplit, split_host
 from qeff_proxy.backends.fixed_shapes.session import StaticSession
 from qeff_proxy.backends.fixed_shapes.specialize import specialize
-from qeff_proxy.backends.fixed_shapes.tensor_ranges import RangeSession
-from qeff_proxy.backends.qnn.options import LOWEST_MASK
+from qeff_proxy.backends.fixed_shapes.tensor_ranges import Ranges, RangeSession
+from qeff_proxy.backends.qnn.options import LOWEST_MASK, QnnOptions
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
-
-if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.backends.fixed_shapes.host_split import HostSplit
-    from qeff_proxy.backends.fixed_shapes.tensor_ranges import Ranges
-    from qeff_proxy.backends.qnn.options import QnnOptions
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.session.axes import Sizes
+from qeff_proxy.session.axes import Sizes
 
 __all__ = ["Calibrator", "calibration_digest", "prepared"]
 

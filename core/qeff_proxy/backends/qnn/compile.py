@@ -6,20 +6,18 @@ import contextlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from qeff_proxy.backends.fixed_shapes.compiler_fixes import constants_of
 from qeff_proxy.backends.qnn.diagnosis import LeftNode, first_failing_node, nodes_left, reasons_in
+from qeff_proxy.backends.qnn.options import QnnOptions
 from qeff_proxy.backends.qnn.process import CrashError, RefusalError, Worker
 from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import ArtifactError, BackendError
 from qeff_proxy.graph.name_scopes import layer_of
-
-if TYPE_CHECKING:
-    from qeff_proxy.backends.qnn.options import QnnOptions
 
 __all__ = ["CompileReport", "compile_graph"]
 

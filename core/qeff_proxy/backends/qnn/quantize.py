@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from qeff_proxy.backends.fixed_shapes.fold_weights import fold_weights
-from qeff_proxy.backends.fixed_shapes.tensor_ranges import bound_masks
+from qeff_proxy.backends.fixed_shapes.tensor_ranges import Ranges, bound_masks
 from qeff_proxy.errors import BackendError
-
-if TYPE_CHECKING:
-    from qeff_proxy.backends.fixed_shapes.tensor_ranges import Ranges
 
 __all__ = ["ACTIVATION_BITS", "WEIGHTS", "quantize_graph"]
 

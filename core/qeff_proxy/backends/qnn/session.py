@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from qeff_proxy.arrays import Array
 from qeff_proxy.backends.fixed_shapes.session import StaticSession
 from qeff_proxy.backends.onnxruntime.open_graph import open_graph, run_graph
-from qeff_proxy.backends.qnn.options import LOWEST_MASK
+from qeff_proxy.backends.qnn.options import LOWEST_MASK, QnnOptions
 from qeff_proxy.backends.qnn.process import Worker
 from qeff_proxy.common.file_errors import opening
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
-
-if TYPE_CHECKING:
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.backends.qnn.options import QnnOptions
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.session.axes import Sizes
-    from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.axes import Sizes
+from qeff_proxy.session.session import PartLike
 
 __all__ = ["QnnSession"]
 

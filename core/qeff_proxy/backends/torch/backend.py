@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from qeff_proxy.arrays import Array
+from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.common.private_names import build_model
 from qeff_proxy.common.shared_change import one_model_at_a_time
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
+from qeff_proxy.parts import Kind, Part, Proxy
+from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.parts import Kind, Part, Proxy
-    from qeff_proxy.plugins.hooks import Hooks
 
 __all__ = ["ExportedPartSession", "TorchBackend", "model_of_export", "proxy_of_export"]
 

@@ -9,22 +9,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.common.atomic_folder import replaced_folder
+from qeff_proxy.dump.format import Direction, Phase, TensorName
+from qeff_proxy.dump.manifest import StepInfo
 from qeff_proxy.dump.place import DUMPS
+from qeff_proxy.dump.reader import Dump
 from qeff_proxy.dump.selection import DumpOptions
 from qeff_proxy.dump.writer import DumpWriter
 from qeff_proxy.errors import DumpError, ProxyError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from qeff_proxy.dump.format import Direction, Phase, TensorName
-    from qeff_proxy.dump.manifest import StepInfo
-    from qeff_proxy.dump.reader import Dump
 
 __all__ = [
     "ConversionSource",

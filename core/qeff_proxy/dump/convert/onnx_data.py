@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.dump.convert.common import (
     ConversionSource,
@@ -20,12 +21,8 @@ from qeff_proxy.dump.convert.common import (
     read_limited,
     write_steps,
 )
+from qeff_proxy.dump.format import Direction, Phase
 from qeff_proxy.errors import DumpError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from qeff_proxy.dump.format import Direction, Phase
 
 __all__ = ["export_onnx", "import_onnx"]
 

@@ -11,9 +11,10 @@ import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.convert.common import (
@@ -25,14 +26,10 @@ from qeff_proxy.dump.convert.common import (
     read_limited,
     write_steps,
 )
+from qeff_proxy.dump.format import Direction
+from qeff_proxy.dump.manifest import StepInfo
 from qeff_proxy.dump.rules import parse_json
 from qeff_proxy.errors import DumpError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from qeff_proxy.dump.format import Direction
-    from qeff_proxy.dump.manifest import StepInfo
 
 __all__ = ["export_polygraphy", "import_polygraphy"]
 

@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.convert.common import (
@@ -24,14 +25,9 @@ from qeff_proxy.dump.convert.common import (
     read_limited,
     write_steps,
 )
-from qeff_proxy.dump.format import DTYPES, as_values
+from qeff_proxy.dump.format import DTYPES, Direction, Phase, as_values
 from qeff_proxy.dump.rules import parse_json
 from qeff_proxy.errors import DumpError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from qeff_proxy.dump.format import Direction, Phase
 
 __all__ = ["export_qaic", "import_qaic"]
 

@@ -12,18 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+import torch
 
-from qeff_proxy.export.repeat.mark_layers import NotRepeatable
+from qeff_proxy.export.repeat.mark_layers import LayerCall, NotRepeatable
 from qeff_proxy.export.repeat.marks import DOMAIN
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
-
-if TYPE_CHECKING:
-    import torch
-
-    from qeff_proxy.export.repeat.mark_layers import LayerCall
 
 __all__ = ["expand_layers", "marks_of"]
 

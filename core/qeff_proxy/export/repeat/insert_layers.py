@@ -14,20 +14,22 @@ Layers with any other input are refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
 
 from qeff_proxy.arrays import numpy_dtype
 from qeff_proxy.export.repeat.clone_layers import marks_of
-from qeff_proxy.export.repeat.mark_layers import LayerCall, NotRepeatable, is_absent, list_of
+from qeff_proxy.export.repeat.mark_layers import (
+    LayerCall,
+    MarkedLayers,
+    NotRepeatable,
+    is_absent,
+    list_of,
+)
 from qeff_proxy.export.repeat.marks import DOMAIN
+from qeff_proxy.parts import Part
 from qeff_proxy.tensor_names import LAYER_NAME
-
-if TYPE_CHECKING:
-    from qeff_proxy.export.repeat.mark_layers import MarkedLayers
-    from qeff_proxy.parts import Part
 
 __all__ = ["put_in"]
 

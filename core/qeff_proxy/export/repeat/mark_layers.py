@@ -19,21 +19,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
 from qeff_proxy.export.repeat.layer_cache import LayerCache
 from qeff_proxy.export.repeat.marks import enter, layer, leave
 from qeff_proxy.layers.index_use import INDEX
-from qeff_proxy.layers.layer_lists import layer_lists
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from qeff_proxy.layers.layer_lists import LayerList
+from qeff_proxy.layers.layer_lists import LayerList, layer_lists
 
 __all__ = [
     "LayerCall",

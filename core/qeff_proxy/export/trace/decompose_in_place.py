@@ -19,16 +19,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
 
 from qeff_proxy.common.private_names import DECOMPOSING, find, operators
 from qeff_proxy.common.shared_change import SharedChanges
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
-    from torch.fx import Graph, GraphModule, Node
 
 __all__ = ["Lowering", "lowered_in_place"]
 

@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from qeff_proxy.errors import ExportError
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
-from qeff_proxy.parts import TensorSpec
-
-if TYPE_CHECKING:
-    from qeff_proxy.parts import Part
+from qeff_proxy.parts import Part, TensorSpec
 
 __all__ = ["set_edges"]
 

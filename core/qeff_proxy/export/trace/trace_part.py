@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
@@ -36,14 +37,9 @@ from qeff_proxy.export.trace.decompose_in_place import lowered_in_place
 from qeff_proxy.export.trace.graph_edges import set_edges
 from qeff_proxy.export.trace.operator_table import operators_read_once
 from qeff_proxy.graph.folding import fold_graph
-from qeff_proxy.layers.layer_lists import layer_lists
+from qeff_proxy.layers.layer_lists import LayerList, layer_lists
+from qeff_proxy.parts import Part, TensorSpec
 from qeff_proxy.session.sample_inputs import TRACE_SIZES, mangled_inputs, sample_inputs
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from qeff_proxy.layers.layer_lists import LayerList
-    from qeff_proxy.parts import Part, TensorSpec
 
 __all__ = ["TracedPart", "trace_part", "trace_sample"]
 

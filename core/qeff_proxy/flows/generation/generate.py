@@ -10,34 +10,28 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
-from qeff_proxy.flows.causal_engine import CausalEngine, StepId
+from qeff_proxy.flows.causal_engine import CausalEngine, Recorder, StepId, Supplier
+from qeff_proxy.flows.flow import Job
 from qeff_proxy.flows.generation.greedy import Rules, search_greedily
 from qeff_proxy.flows.generation.inputs import checked_ids, checked_mask
 from qeff_proxy.flows.generation.seeding import draws_seeded
 from qeff_proxy.flows.generation.settings import check_settings, generation_config_of
 from qeff_proxy.flows.generation.step_cache import StepCache
 from qeff_proxy.request import refuse_unused
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-    from transformers import DynamicCache, PreTrainedConfig
-
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.flows.causal_engine import Recorder, Supplier
-    from qeff_proxy.flows.flow import Job
-    from qeff_proxy.session.cache_buffers import Cache
-    from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.cache_buffers import Cache
+from qeff_proxy.session.session import PartLike
 
 __all__ = [
     "Generated",

@@ -9,19 +9,14 @@ them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from transformers import EosTokenCriteria, MaxLengthCriteria
+from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
 
-from qeff_proxy.arrays import to_array, to_tensor
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
-
-    from qeff_proxy.arrays import Array
-    from qeff_proxy.session.cache_buffers import Cache
+from qeff_proxy.arrays import Array, to_array, to_tensor
+from qeff_proxy.session.cache_buffers import Cache
 
 __all__ = ["Rules", "Run", "search_greedily"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -17,9 +17,7 @@ from qeff_proxy.common.arguments import callables, flag, number, texts, whole_nu
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.errors import CheckpointError, UsageError
-
-if TYPE_CHECKING:
-    from qeff_proxy.flows.flow import Job
+from qeff_proxy.flows.flow import Job
 
 __all__ = ["check_settings", "check_tokens", "generation_config_of"]
 

@@ -8,11 +8,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.session.cache_buffers import Cache
 
 if TYPE_CHECKING:
     import torch
-
-    from qeff_proxy.session.cache_buffers import Cache
 
 __all__ = ["StepCache", "arrays_of_cache", "fill_cache"]
 
