@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qeff_proxy.session.session import PartLike
+    from qeff_proxy.session.part_like import PartLike
 
 __all__ = ["Sizes", "axes_of", "is_sum", "size_of", "terms_of"]
 

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.errors import BackendError
 from qeff_proxy.session.check_feeds import check_feeds
+from qeff_proxy.session.part_like import PartLike
 
 if TYPE_CHECKING:
-    from qeff_proxy.parts import MaskSpec, TensorSpec
+    from qeff_proxy.parts import TensorSpec
 
 __all__ = ["PartLike", "Session"]
-
-
-class PartLike(Protocol):
-    """What a session needs to know of a part, live (`Part`) or exported (`ExportedPart`)."""
-
-    @property
-    def name(self) -> str:
-        """The part's name."""
-
-    @property
-    def inputs(self) -> Sequence[TensorSpec]:
-        """Its inputs."""
-
-    @property
-    def outputs(self) -> Sequence[TensorSpec]:
-        """Its outputs."""
-
-    @property
-    def masks(self) -> Sequence[MaskSpec]:
-        """Which inputs are attention masks."""
 
 
 class Session(ABC):
