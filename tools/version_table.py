@@ -43,11 +43,9 @@ class Versions:
 
 
 VERSIONS = (
-    Versions("2.13.0", "5.22.0", oldest=True),
-    Versions("2.13.0", "5.22.0"),
+    Versions("2.13.0", "5.20.0", oldest=True),
     Versions("2.13.0", "5.24.0"),
-    Versions("2.14.1", "5.24.0"),
-    Versions("2.15.0", "5.22.0"),
+    Versions("2.15.0", "5.20.0"),
     Versions("2.15.0", "5.24.0"),
 )
 
