@@ -40,7 +40,7 @@ class Compiled:
         backend: For which backend, by name.
         options: How.
         folder: Where the result lies.
-        was_there: Whether it was there already.
+        was_there: Whether it had been compiled before.
     """
 
     export: Export
@@ -65,11 +65,11 @@ def compile_export(
         backend: The backend's name.
         options: Shapes, cores, and what only this backend understands.
         force: Compile again even where the same was compiled already.
-        progress: Told the name of each part as its turn comes.
+        progress: Called with each stage as it starts.
 
     Raises:
-        BackendError: The backend is not there, or refuses a part.
-        UsageError: It has no such option.
+        BackendError: The backend is missing, or refuses a part.
+        UsageError: An option is unknown, or its value is wrong.
         ArtifactError: The folder is in use, or cannot be written.
     """
     options = _within_positions(export, options or CompileOptions())
@@ -113,14 +113,14 @@ def compile_export(
 
 
 def fixed_lengths(export: Export, options: CompileOptions) -> CompileOptions:
-    """The options as a backend of fixed shapes needs them: with the lengths that nobody said."""
+    """The options as a backend of fixed shapes needs them: with all lengths."""
     if not has_cache(export.parts):
         return options
     return with_fixed_shapes(options, _positions_of(export))
 
 
 def _positions_of(export: Export) -> int | None:
-    """How many positions the model has; ``None`` where it has no limit."""
+    """The model's number of positions; ``None`` if it has no limit."""
     if "most_positions" in export.settings:
         found: int | None = export.settings["most_positions"]
         return found
@@ -130,9 +130,9 @@ def _positions_of(export: Export) -> int | None:
 
 
 def _within_positions(export: Export, options: CompileOptions) -> CompileOptions:
-    """The options with a ``ctx_len`` that the model has positions for.
+    """The options, with ``ctx_len`` no longer than the model's positions.
 
-    Beyond them some backends fail in the middle of a run, and others go on with wrong numbers.
+    Beyond them some backends fail during a run, and others go on with wrong numbers.
     """
     if options.ctx_len is None or not has_cache(export.parts):
         return options
@@ -165,7 +165,7 @@ def _is_whole(folder: Path, key: dict[str, Any]) -> bool:
 
 
 def _state_of(path: Path) -> list[int]:
-    """Size and time of change: another state is compiled, and checked, anew."""
+    """Size and time of change: a changed file is compiled, and checked, again."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 

@@ -1,4 +1,4 @@
-"""The lengths a decoder is compiled for where its backend needs them and the user said none."""
+"""The default lengths of a decoder on a backend of fixed shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_CTX_LEN", "DEFAULT_PREFILL_SEQ_LEN", "has_cache", "with_fixed_shapes"]
 
-#: Of a decoder where the user says nothing; the values of QEfficient.
+#: The defaults of QEfficient.
 DEFAULT_PREFILL_SEQ_LEN = 32
 DEFAULT_CTX_LEN = 128
 
@@ -26,11 +26,11 @@ def has_cache(parts: Iterable[PartLike]) -> bool:
 
 
 def with_fixed_shapes(options: CompileOptions, most_positions: int | None = None) -> CompileOptions:
-    """The options with the lengths that a static backend needs, where the user said none.
+    """The options with default lengths where the user set none.
 
     Args:
-        options: What the user said.
-        most_positions: How many the model has; ``None`` where it has no limit.
+        options: The user's.
+        most_positions: The model's limit; ``None`` if it has none.
     """
     ctx_len = options.ctx_len or DEFAULT_CTX_LEN
     if options.ctx_len is None:

@@ -1,9 +1,8 @@
 """Calibration: the user's own inputs, as dumps that a quantizing backend reads.
 
 A backend that quantizes has the option ``calibration``: a folder of dumps. `with_calibration`
-makes that folder of whatever the user has: prompts, images or sounds are run once in float32 on
-ONNX Runtime, every tensor dumped below ``io/`` of the export; dumps are taken as they
-are. The same inputs again are a lookup.
+returns it for dumps, and makes it for prompts, images or sounds: they run once in float32 on ONNX
+Runtime, and every tensor is dumped below ``io/`` of the export. The same inputs again are a lookup.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from qeff_proxy.run.run_compiled import run_compiled
 
 __all__ = ["Given", "requests_of", "takes_calibration", "with_calibration"]
 
-#: What users give: a file or folder, a request, or several prompts or requests.
+#: A file or folder, a request, or several prompts or requests.
 Given = "str | Path | Request | Sequence[str | Request]"
 
 OPTION = "calibration"
-#: What an image is shown with, where the user gives the image alone.
+#: The prompt of an image that comes without one.
 IMAGE_PROMPT = "Describe this image in detail."
 #: Tokens that are generated for each prompt.
 NEW_TOKENS = 16
@@ -72,7 +71,7 @@ def with_calibration(
             ``None``: nothing.
         processor: The checkpoint's, where it is loaded already.
         trust_remote_code: Run Python code that comes with the checkpoint.
-        progress: Told what happens as it begins.
+        progress: Called with each stage as it starts.
 
     Raises:
         UsageError: The backend cannot be calibrated, or ``given`` is none of these.
@@ -104,7 +103,7 @@ def with_calibration(
 
 
 def requests_of(given: Any) -> list[Request]:
-    """What users give besides dumps, as requests.
+    """Prompts, images, sounds or requests, as requests.
 
     Raises:
         UsageError: It is nothing of the kind, or empty.

@@ -1,7 +1,7 @@
-"""An example of what a model takes, for whoever has a model and no input at hand.
+"""An example input of a model, for users without an input at hand.
 
-A flow knows what its models take: one that has a method ``example_request`` is asked
-(`qeff_proxy.flows.ExampleFlow`); for the others it is a line of text.
+A flow with a method ``example_request`` makes it (`qeff_proxy.flows.ExampleFlow`); for other flows
+it is a line of text.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from qeff_proxy.request import Request
 __all__ = ["DEFAULT_PROMPT", "DEFAULT_QUESTION", "example_request", "text_example"]
 
 DEFAULT_PROMPT = "One morning, Anna went to the market and"
-#: What is asked about an image where nothing else is.
+#: The default question about an image.
 DEFAULT_QUESTION = "What is this?"
 _RANDOM_IDS = 16
 
 
 def example_request(export: Export, processor: Any, proxy: Callable[[], Proxy]) -> Request:
-    """Something that an exported model can be run on.
+    """An input that an exported model can run on.
 
     Args:
         export: Of the model.
-        processor: Its tokenizer or processor; ``None`` where it has none.
-        proxy: Makes its parts, live: for flows that need to look at them.
+        processor: Its tokenizer or processor, if it has one.
+        proxy: Makes its live parts, for flows that need them.
 
     Raises:
-        UsageError: There is no input that can be made for it.
+        UsageError: No input can be made for it.
     """
     flow = load_flow(export.flow)
     if isinstance(flow, ExampleFlow):
@@ -46,7 +46,7 @@ def text_example(export: Export, processor: Any) -> Request:
     """A line of text, or random token ids where the model has no tokenizer.
 
     Raises:
-        UsageError: It has none, and its export does not say how many tokens there are.
+        UsageError: It has none, and its export has no size of the vocabulary.
     """
     if processor is not None:
         return Request(prompts=(DEFAULT_PROMPT,))

@@ -1,4 +1,4 @@
-"""Run: preprocess, the flow over the sessions, decode; with a dump where one is asked for."""
+"""Run a compiled export: preprocess, run the flow on the sessions, decode; optionally dump."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = ["RunResult", "check_io_folder", "new_run_name", "run_compiled"]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
-        outputs: What the flow gave, by name.
-        decoded: What the ``decode`` hook made of it; ``None`` where there is no processor.
-        io_folder: Where the dump lies; ``None`` without one.
+        outputs: The outputs of the flow, by name.
+        decoded: Decoded by the ``decode`` hook; ``None`` without a processor.
+        io_folder: The dump's folder; ``None`` without one.
     """
 
     outputs: Mapping[str, Any]
@@ -59,19 +59,19 @@ def run_compiled(
     Args:
         compiled: What to run.
         hooks: Of its model type.
-        request: What the user gave.
+        request: The user's input.
         processor: The checkpoint's tokenizer or processor.
-        settings: What the flow understands: ``max_new_tokens``, ``num_beams``, ``streamer`` …
+        settings: Of the flow: ``max_new_tokens``, ``num_beams``, ``streamer`` …
         write_io: Dump inputs and outputs of every run of every part.
-        io_folder: Where to; by default a new folder below ``io/`` of the export.
+        io_folder: The dump's folder; by default a new one below ``io/`` of the export.
         io_options: Which steps and tensors to keep.
         sessions: Run these, one per part, instead of what was compiled; they stay open.
-        tensors: What the ``preprocess`` hook made of the request, where it was asked before.
+        tensors: The result of the ``preprocess`` hook, if it ran before.
 
     Raises:
         UsageError: The request cannot be served.
         BackendError: A part fails.
-        DumpError: The dump cannot be written. What stood in its place is kept.
+        DumpError: The dump cannot be written. An earlier one in its place is kept.
     """
     export = compiled.export
     if tensors is None:

@@ -1,8 +1,7 @@
 """Inputs to calibrate a backend of fixed shapes with, read from dumps.
 
-A dump holds what went into every part at every step (`qeff_proxy.dump`), which is just what a
-quantizer wants to see. A step that is longer than the fixed shape is cut into pieces, as the
-engine would have run it.
+A dump holds the inputs of every part at every step (`qeff_proxy.dump`), which a quantizer needs. A
+step that is longer than the fixed shape is cut into pieces, as the engine would have run it.
 """
 
 from __future__ import annotations
@@ -95,9 +94,9 @@ def _has(dump: Dump, step: StepInfo, name: TensorName) -> bool:
 def _pieces(
     dump: Dump, step: StepInfo, part: PartLike, options: CompileOptions
 ) -> Iterator[dict[str, Array]]:
-    """What went into a part at one step, cut to chunks of ``prefill_seq_len`` where it is longer.
+    """The inputs of a part at one step, cut to chunks of ``prefill_seq_len``.
 
-    The last position comes once more by itself: a decode step.
+    The last position is added once more alone, as a decode step.
     """
 
     def read(name: str, direction: str = "in") -> Array:

@@ -1,8 +1,8 @@
-"""Takes out of a graph what depends on positions and padding alone, for the host to compute.
+"""Move what depends only on positions and padding from a graph to the host.
 
-Rotary tables, ALiBi and the counting of positions are computed of whole numbers, without weights.
-An NPU that computes in float16 gets them wrong: the cosine of a position of 500 is off by 4%, of
-8,191 by 55%, since the angle has ten bits. On the host they cost nothing and are exact.
+Rotary tables, ALiBi and the counting of positions are computed from integers, without weights. An
+NPU that computes in float16 gets them wrong: the cosine of a position of 500 is off by 4%, of 8,191
+by 55%, since the angle has ten bits. On the host they cost nothing and are exact.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["HostSplit", "split_host"]
 
 @dataclass(frozen=True)
 class HostSplit:
-    """A graph, and what the host computes for it.
+    """A graph, and the part of it that the host computes.
 
     Attributes:
-        body: The graph without what was taken out; it takes the results as inputs.
-        host: What was taken out, ``None`` where there is nothing. It takes inputs of the whole.
-        reasons: Operator of each node that was taken out.
+        body: The rest of the graph; the results of the host are inputs.
+        host: The graph for the host, with inputs of the whole; ``None`` if nothing was moved.
+        reasons: Operator of each node that was moved.
     """
 
     body: ir.Model
@@ -36,8 +36,8 @@ class HostSplit:
 def split_host(model: ir.Model) -> HostSplit:
     """Divide a graph of fixed shapes; ``model`` becomes the body.
 
-    Taken out are nodes that depend on inputs of whole numbers, on small constants and on one
-    another, and on nothing else. Looking rows up in a weight stays where the weight is.
+    Nodes move that depend only on integer inputs, small constants and each other. Looking up rows
+    of a weight stays with the weight.
     """
     CommonSubexpressionEliminationPass()(model)
     graph = model.graph
@@ -49,7 +49,7 @@ def split_host(model: ir.Model) -> HostSplit:
         for value in node.outputs
         if value.is_graph_output() or any(use.node not in moved for use in value.uses())
     ]
-    # What a whole number became by being reshaped or cast alone is no reason for a second graph.
+    # Integers that are only reshaped or cast are no reason for a second graph.
     if not any(_is_number(value) for value in edge):
         return HostSplit(model, None)
     if any(value.is_graph_output() for value in edge):

@@ -1,4 +1,4 @@
-"""From a part with dynamic axes to one of fixed shapes, without tracing again.
+"""Fix the shapes of a part with dynamic axes, without tracing again.
 
 1. The exported graph is read; its weights stay in their file.
 2. The named axes get their sizes.
@@ -41,15 +41,15 @@ def specialize(
         path: The part's ONNX file.
         part: What it takes and gives.
         sizes: Of every named axis of its inputs.
-        strict: Refuse a graph in which the shape of some tensor hangs on values (such as how many
-            rows a router gives to each expert), even though inputs and outputs have fixed shapes.
+        strict: Refuse a graph in which the shape of some tensor depends on values (such as how many
+            rows a router sends to each expert), even if inputs and outputs have fixed shapes.
 
     Returns:
         The graph, with the part's inputs and outputs, all of fixed shapes. Initializers point
         into the export's weights files (`onnx_ir.ExternalTensor`).
 
     Raises:
-        BackendError: A shape still hangs on values: names operator and node.
+        BackendError: A shape still depends on values: names operator and node.
     """
     model = ir.load(path)
     specs = {spec.name: spec for spec in part.inputs}

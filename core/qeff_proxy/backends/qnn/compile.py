@@ -1,4 +1,4 @@
-"""Compiles one graph of fixed shapes for HTP, and says what went there and what did not."""
+"""Compile one graph of fixed shapes for HTP, and report which nodes stayed on the CPU."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ def _run(
 
 
 def _make_independent(target: Path, weights: Path) -> None:
-    """Let the compiled model point into no weights file: it lies elsewhere.
+    """Take references to the export's weights out of the compiled model.
 
-    The runtime leaves weights in it that went into the context binary, and those that nodes on the
-    CPU need.
+    The runtime leaves some to weights that are in the context binary, and to those that nodes on
+    the CPU need.
     """
     model = ir.load(target)
     for name, value in list(model.graph.initializers.items()):
@@ -144,10 +144,10 @@ def _computed(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _verbose_log(model: ir.Model, weights: Path, options: QnnOptions) -> str:
-    """What the compiler says about each node: long, so it is asked only when something is wrong."""
+    """The compiler's notes on each node: long, so only read if something is wrong."""
     with tempfile.TemporaryDirectory(prefix="qeff-proxy-") as folder:
         log = Path(folder) / "verbose.log"
-        # Where it fails, what it said before is what is asked for.
+        # If it fails, the log up to there is enough.
         with contextlib.suppress(RefusalError, CrashError):
             _run(model, weights, Path(folder) / "graph.onnx", options, log, verbose=True)
         return log.read_text(encoding="utf-8", errors="replace")
@@ -174,7 +174,7 @@ def _explain(
     log: Path,
     part: str,
 ) -> None:
-    """Raise what is known of a failure, with the node at which it begins where it can be found."""
+    """Raise an error for a failure, with the node at which it begins if that can be found."""
     if "No space left" in error.problem:
         raise ArtifactError(
             f"the context binary of the {part} part cannot be written: no space left on device",

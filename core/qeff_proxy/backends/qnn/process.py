@@ -1,7 +1,7 @@
-"""The other side of `qnn_worker`: starts it, asks it, and says how it ended.
+"""Start the process of `qeff_proxy.backends.qnn.worker`, send it requests, and explain its end.
 
-A compiler that crashes, is killed for its memory or takes too long ends its own process and no
-other; here that becomes a `BackendError` which names the cause and the log.
+A compiler that crashes, is killed for its memory or takes too long ends only its own process. That
+becomes a `BackendError` that names the cause and the log.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Worker:
     """A process that compiles and runs.
 
     Args:
-        log: Where its standard error goes; what was there is kept.
+        log: Its standard error is appended to this file.
         timeout: Seconds that a request may take.
         memory_mb: Most address space it may have; ``None`` for no limit.
     """

@@ -1,4 +1,4 @@
-"""The process that compiles for Qualcomm's HTP and runs its emulator (see `qnn_process`).
+"""The process that compiles for Qualcomm's HTP and runs its emulator, for `Worker`.
 
 It is started as ``python -m qeff_proxy.backends.qnn.worker`` and imports ONNX Runtime and NumPy
 alone. Requests come on standard input, answers go to what was standard output; whatever libraries
@@ -126,7 +126,7 @@ class _Worker:
     def answer(
         self, header: Mapping[str, Any], arrays: Mapping[str, Array]
     ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Do what was asked for; what goes wrong is the answer."""
+        """Serve a request; an error becomes the answer."""
         try:
             result = getattr(self, header["do"])(header, arrays)
         except Exception as error:  # noqa: BLE001 (the runtime's exceptions share no base class)
