@@ -65,7 +65,7 @@ CHOSEN = """not Wav2Vec2 and (
     or uncut_model and (llama-4 or gpt2-2) or equal_pytorch and (bert or whisper or llava)
 )"""
 #: Older releases of transformers bring it on themselves; all other warnings stay errors.
-LIBRARY_WARNING = "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+LIBRARY_WARNING = "ignore:`torch.jit.script` is deprecated"
 #: What the subset imports besides the five packages and what they need.
 TEST_PACKAGES = ("pytest",)
 
