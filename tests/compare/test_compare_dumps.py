@@ -90,6 +90,56 @@ def test_the_first_step_counts_before_the_first_layer(good, stack, tmp_path):
     assert (first.step, first.layer) == ("decode-0002", 4)
 
 
+def _noise(share):
+    """A tensor with a peak of 1000, and noise of at most ``share`` of it."""
+    rng = np.random.default_rng(0)
+    reference = rng.standard_normal(4096).astype(np.float32)
+    reference[:64] *= 1000 / np.abs(reference[:64]).max()
+    return reference, reference + 1000 * share * rng.uniform(-1, 1, 4096).astype(np.float32)
+
+
+def test_rounding_of_a_tensor_with_a_large_peak_passes(tmp_path):
+    reference, candidate = _noise(5e-7)
+    assert np.abs(candidate - reference).max() > 4e-4  # beyond atol
+    comparison = compare_arrays(tmp_path, reference, candidate)
+    assert comparison.passed
+    assert comparison.tensors[0].worst.outside > 500
+
+
+def _spike(reference):
+    """One element off by 20 times the limit, at an SQNR that is high enough."""
+    candidate = reference.copy()
+    candidate[100] += 2e-4 * np.abs(reference).max()
+    return candidate
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda reference: _noise(2e-4)[1],
+        lambda reference: reference + np.float32(0.9e-5 * np.abs(reference).max()),
+        lambda reference: reference + np.float32(1e-2 * np.abs(reference).max()),
+        lambda reference: np.where(np.abs(reference) < 2, 0, reference),
+        _spike,
+    ],
+    ids=["more noise", "small offset", "offset", "small elements lost", "one element"],
+)
+def test_more_than_rounding_fails(tmp_path, wrong):
+    reference, _ = _noise(0)
+    comparison = compare_arrays(tmp_path, reference, wrong(reference))
+    assert not comparison.passed
+    assert "rounding:1e-05" in comparison.tensors[0].why
+
+
+def test_rounding_is_not_excused_by_a_tolerance_that_does_not_name_it(tmp_path):
+    reference, candidate = _noise(5e-7)
+    told = Tolerances.parse(["*=atol:1e-4,rtol:1e-3"])
+    assert not compare_arrays(tmp_path / "a", reference, candidate, tolerances=told).passed
+    told = Tolerances.parse(["*=rounding:1e-5"])
+    assert compare_arrays(tmp_path / "b", reference, candidate, tolerances=told).passed
+    assert not compare_arrays(tmp_path / "c", *_noise(1e-4), tolerances=told).passed
+
+
 @pytest.mark.parametrize("forms", [("delta", "full"), ("full", "delta"), ("full", "full")])
 def test_the_delta_form_is_held_against_the_full_one(stack, tmp_path, forms):
     reference = stack(tmp_path / "r", kv=forms[0])
@@ -102,7 +152,7 @@ def test_halves_are_held_to_the_coarser_dtype(good, stack, tmp_path):
     comparison = compare_dumps(good, stack(tmp_path / "c", dtype=np.float16))
     tensor = next(t for t in comparison.tensors if t.name.tensor == "last_hidden_state")
     assert (tensor.reference_dtype, tensor.candidate_dtype) == ("float32", "float16")
-    assert tensor.tolerance == Tolerance(1e-2, 1e-2)
+    assert tensor.tolerance == Tolerance(1e-2, 1e-2, rounding=1e-2)
     assert comparison.passed
     assert 0 < tensor.worst.max_abs < 1e-2
 

@@ -34,7 +34,7 @@ def test_every_dtype_has_a_default(dtype):
     "text",
     [
         *("", "x", "=atol:1", "x=", "x=atol", "x=atol:", "x=atol:a", "x=atol:-1", "x=atol:nan"),
-        *("x=size:1", "x=atol:1,atol:2", "x=atol:inf", "x=atol:1,", "x=cosine:5"),
+        *("x=size:1", "x=atol:1,atol:2", "x=atol:inf", "x=atol:1,", "x=cosine:5", "x=rounding:0"),
     ],
 )
 def test_what_is_no_tolerance_is_refused(text):
@@ -43,6 +43,6 @@ def test_what_is_no_tolerance_is_refused(text):
 
 
 def test_a_tolerance_is_written_as_it_is_read():
-    text = "atol:0.001,rtol:0.01,peak:0.1,sqnr:40,cosine:0.99"
+    text = "atol:0.001,rtol:0.01,peak:0.1,sqnr:40,cosine:0.99,rounding:1e-05"
     ((_, tolerance),) = Tolerances.parse([f"*={text}"]).overrides
     assert str(tolerance) == text

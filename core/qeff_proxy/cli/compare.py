@@ -13,8 +13,10 @@ Exit status: 0 when something was compared and all of it passed, 1 when the dump
 dump is damaged or incomplete or the two have no tensor in common.
 
 Limits of --tol: atol and rtol (every element, as numpy.allclose), peak (the largest error over the
-reference's largest magnitude), sqnr (dB, at least), cosine (at least). The last glob that matches
-replaces the tolerance of the dtype: --tol '*=peak:0.02' --tol '*.logits=cosine:0.999'.
+reference's largest magnitude), sqnr (dB, at least), cosine (at least), rounding (elements beyond
+atol and rtol pass where the largest error over the reference's largest magnitude is at most R, and
+the sqnr at least -20*log10(R)). The last glob that matches replaces the tolerance of the dtype:
+--tol '*=peak:0.02' --tol '*.logits=cosine:0.999'.
 """
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -210,7 +211,12 @@ def _comparable(
 def _judge(rows: NDArray[Any], tolerance: Tolerance) -> NDArray[np.bool_]:
     passed = rows["unmatched"] == 0
     if tolerance.elementwise is not None:
-        passed &= rows["outside"] == 0
+        within = rows["outside"] == 0
+        if tolerance.rounding is not None:
+            within |= (relative_peak(rows) <= tolerance.rounding) & (
+                sqnr_db(rows) >= -20 * math.log10(tolerance.rounding)
+            )
+        passed &= within
     if tolerance.peak is not None:
         passed &= relative_peak(rows) <= tolerance.peak
     if tolerance.sqnr is not None:

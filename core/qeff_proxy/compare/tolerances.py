@@ -25,6 +25,10 @@ class Tolerance:
         peak: The largest absolute error may be this share of the reference's largest magnitude.
         sqnr: The signal-to-quantization-noise ratio must be at least this many dB.
         cosine: The cosine similarity must be at least this.
+        rounding: Elements beyond ``atol`` and ``rtol`` pass all the same where the error of the
+            whole tensor is rounding: it is at most this share of the reference's largest magnitude,
+            and the signal-to-quantization-noise ratio at least ``-20 * log10(rounding)`` dB. The
+            elements of a sum carry the rounding of its largest terms, however small they are.
     """
 
     atol: float | None = None
@@ -32,11 +36,12 @@ class Tolerance:
     peak: float | None = None
     sqnr: float | None = None
     cosine: float | None = None
+    rounding: float | None = None
 
     @property
     def elementwise(self) -> tuple[float, float] | None:
         """``(atol, rtol)``, or None when elements are not checked one by one."""
-        if self.atol is None and self.rtol is None:
+        if self.atol is None and self.rtol is None and self.rounding is None:
             return None
         return self.atol or 0.0, self.rtol or 0.0
 
@@ -48,10 +53,10 @@ class Tolerance:
 # For the coarser dtype of the two. Runs of one model on two backends, not of one kernel: errors of
 # many layers add up, so these are wider than those of a unit test.
 DEFAULTS: dict[str, Tolerance] = {
-    "float64": Tolerance(1e-7, 1e-6),
-    "float32": Tolerance(1e-4, 1e-3),
-    "float16": Tolerance(1e-2, 1e-2),
-    "bfloat16": Tolerance(5e-2, 5e-2),
+    "float64": Tolerance(1e-7, 1e-6, rounding=1e-9),
+    "float32": Tolerance(1e-4, 1e-3, rounding=1e-5),
+    "float16": Tolerance(1e-2, 1e-2, rounding=1e-2),
+    "bfloat16": Tolerance(5e-2, 5e-2, rounding=5e-2),
     "float8_e4m3fn": Tolerance(2.5e-1, 2.5e-1),
     "float8_e4m3fnuz": Tolerance(2.5e-1, 2.5e-1),
     "float8_e5m2": Tolerance(5e-1, 5e-1),
@@ -133,8 +138,12 @@ def _epsilon(precision: str) -> float:
     return DTYPES[precision].epsilon if precision in DTYPES else math.inf
 
 
-#: The least and the most of a limit that is not just above 0; a cosine beyond 1 nothing can reach.
-_LIMITS = {"cosine": (-1.0, 1.0), "sqnr": (-sys.float_info.max, sys.float_info.max)}
+#: The least and the most of a limit, where that is not any number from 0 on.
+_LIMITS = {
+    "cosine": (-1.0, 1.0),
+    "sqnr": (-sys.float_info.max, sys.float_info.max),
+    "rounding": (sys.float_info.min, 1.0),
+}
 
 
 def parse_tolerance(text: str) -> tuple[str, Tolerance]:
