@@ -53,17 +53,22 @@ class LayerList:
 
 def find_layer_list(
     module: nn.Module,
-    depth: int = 0,
+    depth: int | None = None,
     types: tuple[type[nn.ModuleList] | type[nn.Sequential], ...] = (nn.ModuleList,),
 ) -> LayerList | None:
-    """The list of layers in ``module``: of all lists the one with the most parameters.
+    """The list of layers in ``module``.
+
+    It is the list as long as the cache is deep, before all one whose layers keep their index, as
+    layers with a cache do; else the list with the most parameters.
 
     Args:
         module: A model or a part of one.
-        depth: Number of layers that have a cache; 0 where that is not known. A list of that length
-            is preferred.
+        depth: Number of layers that have a cache; 0 where that is not known. By default that of
+            the text decoder in the module's config.
         types: What counts as a list.
     """
+    if depth is None:
+        depth = _decoder_depth(getattr(module, "config", None))
     lists = {
         path: tuple(members)
         for path, members in module.named_modules()
@@ -74,11 +79,29 @@ def find_layer_list(
     sizes = {path: _size(members) for path, members in lists.items()}
     # Of lists of equal size, such as one that holds nothing but another, the outer comes first.
     path = max(sizes, key=sizes.__getitem__)
+    indexed = {path for path in lists if _keep_index(lists[path])}
     fitting = [other for other in lists if len(lists[other]) == depth]
-    best = max(fitting, key=sizes.__getitem__, default=path)
-    # Layers may share caches; a short list deep inside a layer is not the layers for that.
-    path = best if 4 * sizes[best] > sizes[path] else path
+    best = max(fitting, key=lambda other: (other in indexed, sizes[other]), default=path)
+    # Layers may share caches; a short list deep inside a layer is not the layers for that. Beside
+    # the layers of the cache, others may be as large as they like: an image tower's.
+    rivals = [path for path in lists if best not in indexed or best.startswith(f"{path}.")]
+    path = best if all(4 * sizes[best] > sizes[other] for other in rivals) else path
     return LayerList(path, lists[path], _kinds(lists[path], _config_around(module, path)))
+
+
+def _decoder_depth(config: Any) -> int:
+    """The number of layers of a config's text decoder; 0 where it does not say."""
+    try:
+        text = config.get_text_config(decoder=True)
+    except (AttributeError, ValueError):  # no config, or one with several
+        return 0
+    depth = getattr(text, "num_hidden_layers", None)
+    return depth if isinstance(depth, int) else 0
+
+
+def _keep_index(layers: Sequence[nn.Module]) -> bool:
+    """Whether each layer keeps its index, in itself or a module below it."""
+    return all(any(INDEX in vars(one) for one in layer.modules()) for layer in layers)
 
 
 def layer_lists(module: nn.Module) -> Iterator[LayerList]:

@@ -1,6 +1,7 @@
 """Name the inputs, outputs and axes of a traced graph as its part's specs do.
 
-1. Inputs and outputs get the names of the part's specs.
+1. Inputs and outputs get the names of the part's specs, each output a value of its own
+   (`separate_outputs`).
 2. Dynamic axes get the names of the specs (`_name_axes`); the trace must not have frozen one
    (`_check_axes`).
 3. Inputs that no node reads are dropped, and so is what describes the machine that traced.
@@ -17,7 +18,22 @@ from qeff_proxy.errors import ExportError
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
 from qeff_proxy.parts import Part, TensorSpec
 
-__all__ = ["set_edges"]
+__all__ = ["separate_outputs", "set_edges"]
+
+
+def separate_outputs(graph: ir.Graph) -> None:
+    """Give each output of a graph a value of its own, in place.
+
+    The tap of the last layer may be the part's last hidden state: one value cannot have two names.
+    """
+    taken: set[ir.Value] = set()
+    for index, value in enumerate(graph.outputs):
+        if value in taken:
+            node = ir.Node("", "Identity", [value])
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[index] = node.outputs[0]
+        taken.add(value)
 
 
 def set_edges(
@@ -28,6 +44,7 @@ def set_edges(
     Raises:
         ExportError: It has other inputs or outputs than the part, or an axis was frozen.
     """
+    separate_outputs(program.graph)
     inputs = _named(program.graph.inputs, part.inputs, part, "inputs")
     outputs = _named(program.graph.outputs, part.outputs, part, "outputs")
     _name_axes(program, part)

@@ -34,7 +34,7 @@ from qeff_proxy.export.repeat.mark_layers import (
     marked_layers,
 )
 from qeff_proxy.export.trace.decompose_in_place import lowered_in_place
-from qeff_proxy.export.trace.graph_edges import set_edges
+from qeff_proxy.export.trace.graph_edges import separate_outputs, set_edges
 from qeff_proxy.export.trace.operator_table import operators_read_once
 from qeff_proxy.graph.folding import fold_graph
 from qeff_proxy.layers.layer_lists import LayerList, layer_lists
@@ -176,6 +176,7 @@ def _graph_of(
             ) from error
         weights = _detach_weights(program, part, names)
         fold_graph(program, input_size_limit=INLINE_BYTES, output_size_limit=_FOLDED_BYTES)
+        separate_outputs(program.graph)
     _check_opset(program, part, opset)
     _attach_weights(program, weights)
     return program, weights
