@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import onnx
 import pytest
 import torch
 from qeff_proxy.artifact.export_folder import read_export
-from qeff_proxy.errors import ArtifactError, ExportError, UsageError
+from qeff_proxy.errors import ArtifactError, CheckpointError, ExportError, UsageError
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.load_model import load_model, wrap_model
 from qeff_proxy.load.safetensors_header import read_header
@@ -336,3 +337,47 @@ def test_a_hash_of_another_kind_is_refused(demo_export: Path, tmp_path: Path) ->
     plain = {name: digest.removeprefix("blake3:") for name, digest in found.hashes.items()}
     with pytest.raises(ArtifactError, match=r"is not blake3:.* Export the model again"):
         check_weights_of(replace(found, hashes=plain))
+
+
+@pytest.mark.parametrize("read_early", [False, True])
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json"])
+def test_a_checkpoint_that_changes_after_it_was_loaded_is_refused(
+    name: str, read_early: bool, saved_gpt2: Path, home: Path, tmp_path: Path
+) -> None:
+    """Else the cache holds another model's export under this one's identity."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(saved_gpt2, checkpoint)
+    loaded = load_model(str(checkpoint))
+    if read_early:
+        assert loaded.model is not None
+    changed = (
+        (checkpoint / name).read_bytes().replace(b"transformers_version", b"transformers_versiom")
+    )
+    if name.endswith(".safetensors"):
+        changed = changed[:-4] + b"\0\0\0\0"
+    (tmp_path / "new").write_bytes(changed)
+    (tmp_path / "new").replace(checkpoint / name)
+    with pytest.raises(CheckpointError, match="have changed since the model was loaded"):
+        export_model(loaded, HOOKS)
+    assert not list(home.rglob("export.json"))
+
+
+def test_a_checkpoint_that_changes_before_its_weights_are_read_is_refused(
+    saved_gpt2: Path, tmp_path: Path
+) -> None:
+    """Also if it has changed back when the export is written."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(saved_gpt2, checkpoint)
+    loaded = load_model(str(checkpoint))
+    (checkpoint / "model.safetensors").rename(tmp_path / "kept")
+    (checkpoint / "model.safetensors").write_bytes((tmp_path / "kept").read_bytes())
+    with pytest.raises(CheckpointError, match="have changed since the model was loaded"):
+        _ = loaded.model
+
+
+def test_an_export_may_lie_in_the_checkpoints_folder(saved_gpt2: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(saved_gpt2, checkpoint)
+    first = export_model(load_model(str(checkpoint)), HOOKS, output=checkpoint / "export")
+    again = load_model(str(checkpoint))
+    assert export_model(again, HOOKS, output=checkpoint / "export").made_by == first.made_by

@@ -82,6 +82,7 @@ def export_model(
     Raises:
         UnsupportedModelError: No plugin knows how to cut the model, or its layers cannot be
             found.
+        CheckpointError: Its files have changed since it was loaded. Nothing was written.
         CutError: The parts do not equal the model. Nothing was written.
         ExportError: A part cannot be traced. Nothing was written.
         ArtifactError: The folder is in use, or cannot be written. An older export in it is kept.
@@ -209,6 +210,7 @@ def _write_folder(
         progress("checking graphs")
         differences = check_graphs(folder, graphs, parts, places)
         processor = _write_processor(folder / "processor", loaded, graphs)
+        loaded.check_unchanged()  # after the last of its files was read
         export = Export(
             folder,
             cut.proxy.kind,

@@ -15,6 +15,7 @@ from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.safetensors_header import read_header
 
 __all__ = [
+    "check_identity",
     "check_quantization",
     "check_weights",
     "checkpoint_identity",
@@ -268,10 +269,16 @@ def checkpoint_identity(folder: Path) -> str:
 
     It covers the small JSON files' bytes, and of the weight files the name, size, time of change,
     header and the two ends of each tensor: not all their data, which would take as long as copying
-    them. Folders in it may hold modules that belong to the model: their JSON and safetensors count.
+    them. Folders in it may hold modules that belong to the model: their JSON and safetensors count,
+    except those of exports and of hidden folders, such as one that an export is being written to.
     """
     digest = hashlib.sha256()
-    inner = sorted(path for kind in ("*/*.json", "*/*.safetensors") for path in folder.glob(kind))
+    inner = sorted(
+        path
+        for kind in ("[!.]*/*.json", "[!.]*/*.safetensors")
+        for path in folder.glob(kind)
+        if not (path.parent / "export.json").exists()
+    )
     for path in [*sorted(folder.iterdir()), *inner]:
         if not path.is_file():
             continue
@@ -289,6 +296,23 @@ def checkpoint_identity(folder: Path) -> str:
 def identity_as(folder: Path, loaded_as: str) -> str:
     """The identity of a checkpoint loaded as ``loaded_as`` (`transformers_model.class_named`)."""
     return hashlib.sha256(f"{checkpoint_identity(folder)}\0{loaded_as}".encode()).hexdigest()
+
+
+def check_identity(folder: Path, loaded_as: str, identity: str) -> None:
+    """Compare the identity of a checkpoint with the one that it had before it was read.
+
+    Raises:
+        CheckpointError: The files have changed in between, or are gone.
+    """
+    try:
+        unchanged = identity_as(folder, loaded_as) == identity
+    except (OSError, ValueError):
+        unchanged = False
+    if not unchanged:
+        raise CheckpointError(
+            f"the files of {folder} have changed since the model was loaded",
+            "Load it again, and let nothing write to the folder meanwhile.",
+        )
 
 
 def _sample(path: Path, digest: hashlib._Hash) -> None:

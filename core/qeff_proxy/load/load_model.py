@@ -17,6 +17,7 @@ from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.common.private_names import attention_of
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.load.checkpoint_files import (
+    check_identity,
     check_quantization,
     check_weights,
     find_checkpoint,
@@ -72,6 +73,8 @@ class LoadedModel:
         sample: Gives the model with only its first layers there, as many as the function it is
             given says (`qeff_proxy.load.first_layers`); ``None`` for a model made in memory.
         notes: What ``export.json`` says of the model besides; filled when it is read.
+        check_unchanged: Raises a `CheckpointError` if the files have changed since ``identity`` was
+            computed.
     """
 
     source: str
@@ -84,6 +87,7 @@ class LoadedModel:
     options: Mapping[str, Any] = field(default_factory=dict)
     sample: Callable[[Callable[[LayerList], int]], SampledModel] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    check_unchanged: Callable[[], None] = lambda: None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -141,8 +145,11 @@ def load_model(
     loaded_as = class_named(config_file, auto_class)
     identity = identity_as(folder, loaded_as)
 
+    def check_unchanged() -> None:
+        check_identity(folder, loaded_as, identity)
+
     def read(tensors: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
-        return read_model(
+        model = read_model(
             folder,
             config_file,
             auto_class=auto_class,
@@ -152,6 +159,8 @@ def load_model(
             unused=unused,
             tensors=tensors,
         )
+        check_unchanged()
+        return model
 
     def sample(choose: Callable[[LayerList], int]) -> SampledModel:
         from qeff_proxy.load.first_layers import NotSampled, sample_model
@@ -170,6 +179,7 @@ def load_model(
         read,
         trust_remote_code,
         sample=sample,
+        check_unchanged=check_unchanged,
     )
 
 
