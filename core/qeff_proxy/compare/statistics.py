@@ -287,7 +287,7 @@ def join(rows: NDArray[Any], worst: Any) -> Any:
     """
     total = worst.copy()
     for key in _SUMS:
-        total[key] = rows[key].sum()
+        total[key] = rows[key].sum(axis=0)
     total["peak"] = rows["peak"].max()
     return total
 
