@@ -93,7 +93,7 @@ def test_the_table_is_written_between_the_marks(tool, tmp_path):
     shutil.copy(tool.PAGE, page)
     row = tool.VERSIONS[0]
     results = [
-        tool.Result(row, "38 passed", passed=True, installed={"onnx": "1.21.0"}),
+        tool.Result(row, "38 passed", True, {"torch": f"{row.torch}+cpu", "onnx": "1.21.0"}),
         tool.Result(row, "not installed: no network", passed=False),
     ]
     for _ in range(2):  # it replaces the table that it wrote before

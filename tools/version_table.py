@@ -202,7 +202,9 @@ def table_of(results: Iterable[Result]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} | result |", "| --- " * (len(COLUMNS) + 1) + "|"]
     for result in results:
         asked = {"torch": result.versions.torch, "transformers": result.versions.transformers}
-        cells = [{**asked, **result.installed}.get(name, "") for name in COLUMNS]
+        releases = {**asked, **result.installed}
+        # Without the build, such as "+cpu", which differs from system to system.
+        cells = [releases.get(name, "").partition("+")[0] for name in COLUMNS]
         lines.append(f"| {' | '.join([*cells, result.outcome])} |")
     return "\n".join(lines)
 
