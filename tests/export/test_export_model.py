@@ -236,6 +236,43 @@ def test_a_graph_that_froze_a_size_inside_is_refused(make_model: Any, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_whose_code_needs_a_later_layer_is_cut_with_more(
+    make_model: Any, tmp_path: Path
+) -> None:
+    import dataclasses
+
+    from qeff_proxy.hookspecs import hookimpl
+    from torch import nn
+
+    generic = Plugins().hooks_for("none-such")
+
+    class Reaching(nn.Module):
+        def __init__(self, body: nn.Module, layers: nn.ModuleList) -> None:
+            super().__init__()
+            self.body = body
+            self.layers = (layers,)  # not registered again
+
+        def forward(self, **tensors: torch.Tensor) -> Any:
+            _ = self.layers[0][3]  # IndexError with two layers
+            return self.body(**tensors)
+
+    class Plugin:
+        @hookimpl
+        def build_proxy(self, model: Any, embedding: Any, lm_head: Any, kind: Any) -> Proxy:
+            proxy = generic.build_proxy(model, embedding, lm_head, kind)
+            embedding_part, body, *others = proxy.parts
+            body = dataclasses.replace(body, module=Reaching(body.module, model.transformer.h))
+            return dataclasses.replace(proxy, parts=(embedding_part, body, *others))
+
+    plugins = Plugins()
+    plugins.register(Plugin(), ["gpt2"], name="reaching")
+    make_model("gpt2", layers=6).save_pretrained(tmp_path / "checkpoint")
+    loaded = load_model(str(tmp_path / "checkpoint"))
+    export = export_model(loaded, plugins.hooks_for("gpt2"), output=tmp_path / "out")
+    layers = export.cut["layers"]
+    assert (layers["count"], layers["verified"]) == (6, 4), export.cut
+
+
 def test_an_older_export_and_its_dumps_survive_a_failed_and_a_forced_one(
     saved_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

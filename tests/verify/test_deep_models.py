@@ -88,8 +88,10 @@ MODELS: dict[str, Any] = {
         transformers.BertConfig(**_TEXT, num_hidden_layers=5, is_decoder=True, **_SMALL)
     ),
 }
-CASES = [(name, "float32") for name in MODELS]
-CASES += [(name, "bfloat16") for name in ("bert", "nomic_bert", "llama, tied")]
+#: Layers of the model, its tower's or encoder's with them; the others have 5.
+LAYERS = {"whisper": 10, "llava": 13, "llama, tied": 6}
+#: The others are saved as float32.
+BFLOAT16 = ("distilbert", "nomic_bert", "llama, tied")
 
 
 def request_for(name: str) -> Request | None:
@@ -107,10 +109,11 @@ def request_for(name: str) -> Request | None:
     return None
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_a_deep_checkpoint_passes(name: str, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_a_deep_checkpoint_passes(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = random_weights(MODELS[name]().eval(), 0).to(getattr(torch, dtype))
+    dtype = torch.bfloat16 if name in BFLOAT16 else torch.float32
+    model = random_weights(MODELS[name]().eval(), 0).to(dtype)
     model.save_pretrained(tmp_path / "checkpoint")
     options = VerifyOptions(max_new_tokens=4)
     result = verify_model(str(tmp_path / "checkpoint"), request=request_for(name), options=options)
@@ -119,10 +122,4 @@ def test_a_deep_checkpoint_passes(name: str, dtype: str, tmp_path: Path) -> None
     assert backend.comparison is not None
     assert backend.comparison.passed, backend.comparison
     taps = {t.name for t in backend.comparison.tensors if t.name.tensor == "hidden_states"}
-    depth = sum(len(layers) for layers in _layers_of(model))
-    assert len(taps) >= depth, sorted(taps)
-
-
-def _layers_of(model: Any) -> list[Any]:
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1]
-    return [one for one in lists if type(one[0]).__name__.endswith(("Layer", "Block"))]
+    assert len(taps) == LAYERS.get(name, 5)

@@ -9,6 +9,7 @@ same graph with the first layers only. Models that this does not work for are lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -164,7 +165,7 @@ def _cut_sample(
     progress: Callable[[str], None],
     choose: Callable[[LayerList], int],
 ) -> tuple[LoadedModel, SampledModel, Cut]:
-    """Load and cut the first layers: more of them where the plugin cannot cut so few."""
+    """Load and cut the first layers: more of them where so few cannot be cut."""
     assert loaded.sample is not None  # noqa: S101 (the caller has checked)
     sampled = loaded.sample(choose)
     while True:
@@ -172,12 +173,22 @@ def _cut_sample(
         short = replace(loaded, read=sampled.short)
         try:
             return short, sampled, _cut(short, hooks, kind, taps, sampled, progress)
-        except PluginError as error:
-            # The plugin may need a layer of a higher number. A defect of its own shows again with
-            # the whole model.
+        except NotSampled:
+            raise
+        except Exception as error:  # whatever the plugin or the model's code raises
+            # Either may need a layer of a higher number, or one counted from the end. A defect of
+            # its own shows again with the whole model.
+            if isinstance(_first_cause(error), ProxyError) and not isinstance(error, PluginError):
+                raise
             if sampled.is_whole:
                 raise NotSampled(f"its first layers cannot be cut alone: {error}") from error
         sampled = loaded.sample(partial(at_most, 2 * sampled.count))
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _cut(
@@ -232,8 +243,11 @@ def _full_depth(
                 kind=kind,
                 options=loaded.options,
             )
+        with ExitStack() as marks:
+            for part in proxy.parts:
+                marks.enter_context(marked_layers(part.module, runs=True))
             parts = tap_proxy(proxy, taps).parts
-    except (NotRepeatable, ProxyError) as error:
+    except Exception as error:  # whatever the plugin or the model's code raises without layers
         raise NotSampled(f"it cannot be cut without its layers: {error}") from error
     if [_edges(part) for part in parts] != [_edges(part) for part in cut.proxy.parts]:
         raise NotSampled("its first layers are cut into other parts than all of them")
