@@ -132,6 +132,18 @@ def test_padded_batches_give_what_pytorch_gives_for_each_row_alone(family):
     np.testing.assert_allclose(vectors, reference(model, inputs, pooling), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "weight"),
+    [("BertForSequenceClassification", "classifier.bias"), ("BertForMaskedLM", "cls.predictions")],
+)
+def test_weights_of_a_head_that_is_not_used_are_named(architecture, weight, tmp_path):
+    config = CONFIGS["bert"]()
+    getattr(transformers, architecture)(config).save_pretrained(tmp_path / "checkpoint")
+    proxy = QEFFAutoModel.from_pretrained(tmp_path / "checkpoint", enable_proxy=True)
+    with pytest.warns(UserWarning, match=rf"BertModel does not use {weight}.* head"):
+        proxy.export()
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_only_the_token_table_is_cut_and_there_is_no_head(family):
     with torch.device("meta"):
