@@ -132,6 +132,28 @@ def test_padded_batches_give_what_pytorch_gives_for_each_row_alone(family):
     np.testing.assert_allclose(vectors, reference(model, inputs, pooling), atol=1e-5)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.0, 1.1, 1.2],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 16,
+    "factor": 18.75,
+}
+
+
+def test_texts_on_both_sides_of_a_rotary_threshold_give_what_pytorch_gives_for_each_alone():
+    model = random_model(transformers.LlamaConfig(**DECODER, rope_parameters=LONGROPE))
+    inputs = random_inputs(model, (8, 40, 16, 17))
+    proxy = embedder(model, "last")
+    proxy.compile(batch_size=4)
+    expected = reference(model, inputs, "last")
+    np.testing.assert_allclose(proxy.generate(inputs).embeddings, expected, atol=1e-5)
+    proxy.compile(batch_size=4, seq_len=[64])
+    with pytest.raises(UsageError, match="seq_len 64 gives a text of 16 tokens the rotary factors"):
+        proxy.generate(inputs)
+
+
 @pytest.mark.parametrize(
     ("architecture", "weight"),
     [("BertForSequenceClassification", "classifier.bias"), ("BertForMaskedLM", "cls.predictions")],
