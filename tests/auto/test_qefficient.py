@@ -39,6 +39,14 @@ class TestFace:
         assert result.io_folder is not None
         assert (result.io_folder / "manifest.json").is_file()
 
+    @pytest.mark.parametrize("options", [{"mos": 1}, {"full_batch_size": 1}])
+    def test_an_option_that_means_nothing_here_is_named(
+        self, demo_checkpoint: Path, options: dict[str, int]
+    ) -> None:
+        model = QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, enable_proxy=True)
+        with pytest.warns(UserWarning, match=f"{min(options)} means nothing to backend"):
+            model.compile(**options)  # type: ignore[arg-type]
+
     def test_options_of_qefficient_for_elsewhere_say_where(self, demo_checkpoint: Path) -> None:
         with pytest.raises(UsageError, match=r"num_hidden_layers.*export\(num_layers=…\)"):
             QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, num_hidden_layers=2)

@@ -348,3 +348,14 @@ def test_the_version_is_the_distributions(capsys: Any) -> None:
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"qeff-proxy {version('qeff-proxy')}\n"
+
+
+@pytest.mark.parametrize("name", ["speech.wav", "speech"])
+def test_a_sound_file_is_no_prompt(
+    name: str, demo_export: Path, tmp_path: Path, capsys: Any
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"RIFF\x24\0\0\0WAVEfmt ")
+    assert "is a sound or image file" in fails(
+        capsys, "generate", str(demo_export), str(path), code=2
+    )

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from qeff_proxy.cut.cut_model import cut_model
+from qeff_proxy.cut.inspect_model import inspect_model
 from qeff_proxy.errors import CutError, PluginError, UnsupportedModelError
+from qeff_proxy.export.export_model import export_model
 from qeff_proxy.families.decoder import EmbeddingPart, HeadPart
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
@@ -261,3 +264,17 @@ def test_a_part_takes_the_models_own_parameters(make_model: Any) -> None:
     part = EmbeddingPart(model.get_input_embeddings())
     assert next(part.parameters()) is model.model.embed_tokens.weight
     assert isinstance(Part("p", part, (), (), "vocabulary"), Part)
+
+
+def test_a_model_of_images_that_no_plugin_claims_is_refused_before_its_tower_is_dropped() -> None:
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "num_hidden_layers": 1, **small},
+        text_config={"model_type": "llama", "vocab_size": 32, "num_hidden_layers": 1, **small},
+        image_token_id=5,
+    )
+    loaded = wrap_model(transformers.LlavaForConditionalGeneration(config))
+    hooks = Plugins().hooks_for(config.model_type)
+    for use in (lambda: inspect_model(loaded, hooks), lambda: export_model(loaded, hooks)):
+        with pytest.raises(UnsupportedModelError, match="models take images, and no plugin"):
+            use()

@@ -204,9 +204,9 @@ class ProxyModel:
         from qeff_proxy.backends.registry import load_backend
 
         understood = set(load_backend(backend).options)
-        for name in sorted(HARDWARE_OPTIONS & set(backend_options) - understood):
-            value = backend_options[name]
-            if value is True or value not in (None, False, 1, -1):  # 1 device, -1 for no effort
+        for name in sorted(HARDWARE_OPTIONS.keys() & backend_options.keys() - understood):
+            value, default = backend_options[name], HARDWARE_OPTIONS[name]
+            if value is not None and (value != default or type(value) is not type(default)):
                 warnings.warn(
                     f"{name} means nothing to backend {backend!r} and is ignored; it is for "
                     "QEfficient's hardware: backend='qaic'",

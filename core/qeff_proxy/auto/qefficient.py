@@ -11,22 +11,20 @@ from qeff_proxy.errors import UsageError
 __all__ = ["ELSEWHERE", "HARDWARE_OPTIONS", "only_runtime", "without_runtime"]
 
 #: Arguments of QEfficient's ``compile`` for its own hardware. Backends that have such an option get
-#: them; the others ignore them.
-HARDWARE_OPTIONS = frozenset(
-    {
-        "aic_enable_depth_first",
-        "mdp_ts_num_devices",
-        "mos",
-        "mxfp6_matmul",
-        "mxint8_kv_cache",
-        "num_devices",
-        "num_speculative_tokens",
-        "full_batch_size",
-        "kv_cache_batch_size",
-        "num_patches",
-        "img_size",
-    }
-)
+#: them; the others ignore them, with a warning unless the value is the default, which is here.
+HARDWARE_OPTIONS: dict[str, Any] = {
+    "aic_enable_depth_first": False,
+    "mdp_ts_num_devices": 1,
+    "mos": -1,
+    "mxfp6_matmul": False,
+    "mxint8_kv_cache": False,
+    "num_devices": 1,
+    "num_speculative_tokens": None,
+    "full_batch_size": None,
+    "kv_cache_batch_size": None,
+    "num_patches": None,
+    "img_size": None,
+}
 #: QEfficient's options for the device and the runtime of its hardware.
 _RUNTIME_OPTIONS = frozenset({"device_id", "device_ids", "runtime_ai100"})
 #: Options of QEfficient's ``from_pretrained``, and their counterparts here.

@@ -6,20 +6,29 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.common.private_names import model_classes
 from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.cut.locate_sites import locate_sites, site_to_json
 from qeff_proxy.cut.model_snapshot import changes_between, snapshot_model
-from qeff_proxy.errors import CutError, PluginError
+from qeff_proxy.errors import CutError, PluginError, UnsupportedModelError
 from qeff_proxy.flows.equality import NEEDS_PLUGIN
 from qeff_proxy.flows.flow import CutReport, load_flow
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.parts import Kind, Proxy
+from qeff_proxy.plugins.entry_points import GENERIC
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.sites import Absent, Site
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["Cut", "cut_model", "site_weights"]
+
+
+#: Settings of a config that has a tower, and what the tower takes.
+_TOWERS = {"vision_config": "images", "audio_config": "sound"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ def cut_model(loaded: LoadedModel, hooks: Hooks, kind: Kind, *, verify: bool = T
         PluginError: The plugin failed, or changed the model.
     """
     model = loaded.model
+    _check_towers(model, hooks)
     before = snapshot_model(model)
     sites = locate_sites(model, hooks)
     proxy = hooks.build_proxy(
@@ -96,6 +106,21 @@ def site_weights(loaded: LoadedModel, site: Site | Absent) -> set[str]:
     else:
         own = {id(parameter) for parameter in model.get_submodule(site.module).parameters()}
     return {name for name, parameter in parameters.items() if id(parameter) in own}
+
+
+def _check_towers(model: PreTrainedModel, hooks: Hooks) -> None:
+    """Refuse a model of images or sounds that no plugin claims: its cut would drop the towers."""
+    if hooks.plugin != GENERIC:
+        return
+    config = model.config
+    inputs = [what for name, what in _TOWERS.items() if getattr(config, name, None) is not None]
+    if type(model) is model_classes("AutoModelForImageTextToText").get(type(config), None):
+        inputs.append("images")
+    if inputs:
+        raise UnsupportedModelError(
+            f"{hooks.model_type!r} models take {inputs[0]}, and no plugin exports their tower",
+            "`qeff-proxy plugins` lists the model types of the installed plugins.",
+        )
 
 
 def _check_body(loaded: LoadedModel, proxy: Proxy, sites: dict[str, Site | Absent]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -42,6 +43,8 @@ class NotSampled(Exception):  # noqa: N818 (no error: the whole model is loaded 
 
 
 _LONGEST_REASON = 300
+#: How many weights without a use are named.
+_SHOWN = 4
 _REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
 
 
@@ -158,10 +161,21 @@ def _check_kinds(folder: Path, model: PreTrainedModel) -> None:
 def _check_left_over(folder: Path, model: PreTrainedModel, unexpected: list[str]) -> None:
     """Refuse weights that the model has a place for but, by its config, does not use.
 
-    That is a bias of a projection made without one, or a layer beyond the last. Other leftovers
-    (heads of another task, buffers of old releases) change nothing.
+    That is a bias of a projection made without one, or a layer beyond the last. Modules that the
+    model does not have at all (the head of another task) are named in a warning. Other leftovers
+    (buffers of old releases) change nothing.
     """
     modules = dict(model.named_modules())
+    tops = {model.base_model_prefix, *dict(model.named_children())}
+    heads = [name for name in unexpected if name.partition(".")[0] not in tops]
+    if heads:
+        warnings.warn(
+            f"{type(model).__name__} does not use {', '.join(heads[:_SHOWN])}"
+            f"{'' if len(heads) <= _SHOWN else f' and {len(heads) - _SHOWN} more'} of {folder}: "
+            "they belong to a head for another task",
+            UserWarning,
+            stacklevel=2,
+        )
     for name in unexpected:
         path = name.rpartition(".")[0]
         owner = modules.get(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,7 @@ class EncoderFlow:
             batch = [rows[index] for index in chosen]
             longest = max(len(row.ids) for row in batch)
             padded = min(length for length in lengths or (longest,) if length >= longest)
+            _check_rotary(job, longest, padded)
             _check_positions(padded, job.export.settings.get("positions"))
             output = run_rows(job.export.parts, job.sessions, batch, padded, job.recorder, step)
             for index, result in zip(chosen, _unpadded(output, batch), strict=True):
@@ -143,10 +145,40 @@ class EncoderFlow:
 
 
 def _batches(job: Job, rows: Sequence[Row]) -> list[list[int]]:
-    """The row numbers of each batch; the shortest rows come first."""
+    """The row numbers of each batch; the shortest rows come first.
+
+    The rows of a batch use the same rotary factors, which the padded length decides.
+    """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     size = int(job.settings.get("batch_size") or job.options.batch_size)
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    groups = groupby(order, key=lambda index: _rotary_factors(job, len(rows[index].ids)))
+    alike = [list(group) for _, group in groups]
+    return [group[start : start + size] for group in alike for start in range(0, len(group), size)]
+
+
+def _rotary_factors(job: Job, length: int) -> int:
+    """Which rotary factors texts of this length have: equal numbers stand for equal factors.
+
+    LongRoPE has other factors beyond the original length, dynamic NTK others for each length.
+    """
+    config = job.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, Mapping))]
+    for kind in kinds:
+        rope_type = kind.get("rope_type")
+        original = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope_type in ("longrope", "dynamic") and length > original:
+            return 1 if rope_type == "longrope" else length
+    return 0
+
+
+def _check_rotary(job: Job, longest: int, padded: int) -> None:
+    if _rotary_factors(job, longest) != _rotary_factors(job, padded):
+        raise UsageError(
+            f"the compiled seq_len {padded} gives a text of {longest} tokens the rotary factors of "
+            "a longer one",
+            f"Compile with a seq_len of {longest}, too, or without seq_len.",
+        )
 
 
 def rows_of(tensors: Mapping[str, torch.Tensor]) -> list[Row]:

@@ -132,6 +132,40 @@ def test_padded_batches_give_what_pytorch_gives_for_each_row_alone(family):
     np.testing.assert_allclose(vectors, reference(model, inputs, pooling), atol=1e-5)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.0, 1.1, 1.2],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 16,
+    "factor": 18.75,
+}
+
+
+def test_texts_on_both_sides_of_a_rotary_threshold_give_what_pytorch_gives_for_each_alone():
+    model = random_model(transformers.LlamaConfig(**DECODER, rope_parameters=LONGROPE))
+    inputs = random_inputs(model, (8, 40, 16, 17))
+    proxy = embedder(model, "last")
+    proxy.compile(batch_size=4)
+    expected = reference(model, inputs, "last")
+    np.testing.assert_allclose(proxy.generate(inputs).embeddings, expected, atol=1e-5)
+    proxy.compile(batch_size=4, seq_len=[64])
+    with pytest.raises(UsageError, match="seq_len 64 gives a text of 16 tokens the rotary factors"):
+        proxy.generate(inputs)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "weight"),
+    [("BertForSequenceClassification", "classifier.bias"), ("BertForMaskedLM", "cls.predictions")],
+)
+def test_weights_of_a_head_that_is_not_used_are_named(architecture, weight, tmp_path):
+    config = CONFIGS["bert"]()
+    getattr(transformers, architecture)(config).save_pretrained(tmp_path / "checkpoint")
+    proxy = QEFFAutoModel.from_pretrained(tmp_path / "checkpoint", enable_proxy=True)
+    with pytest.warns(UserWarning, match=rf"BertModel does not use {weight}.* head"):
+        proxy.export()
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_only_the_token_table_is_cut_and_there_is_no_head(family):
     with torch.device("meta"):

@@ -6,25 +6,30 @@ For each part,
 1. `OnnxRuntimeBackend.compile` rewrites the graph for this runtime (`prepare_part`): the cache is
    written in place, operators are fused, weights are quantized where that is asked for;
 2. the runtime optimizes the graph, and saves it with its weights in the compiled folder;
-3. `OnnxRuntimeBackend.open` opens the saved graph (`open_graph`);
-4. `OnnxRuntimeSession` runs it.
+3. the result is compared with the exported graph (`computes_the_same`); where it differs, the part
+   is compiled again with its cache copied, and then without fusions;
+4. `OnnxRuntimeBackend.open` opens the saved graph (`open_graph`);
+5. `OnnxRuntimeSession` runs it.
 
 Options are in `qeff_proxy.backends.onnxruntime.options`.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import onnxruntime
 
 from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
+from qeff_proxy.backends.onnxruntime.check_rewriting import computes_the_same
 from qeff_proxy.backends.onnxruntime.open_graph import open_graph
 from qeff_proxy.backends.onnxruntime.options import (
     OPTIONS,
     VALUES,
     WEIGHT_NAMES,
+    WeightOptions,
     runtime_settings,
 )
 from qeff_proxy.backends.onnxruntime.rewritten_graph import RewrittenGraph
@@ -37,7 +42,7 @@ from qeff_proxy.errors import BackendError
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeSession"]
 
 #: Counted up with each change of `prepare_part`, so that parts are compiled anew.
-_REWRITING = "2"
+_REWRITING = "3"
 
 
 class OnnxRuntimeBackend(Backend):
@@ -63,25 +68,13 @@ class OnnxRuntimeBackend(Backend):
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> None:
         """Rewrite and optimize the part, and save it in ``folder``."""
-        # Imported here: it needs onnx_ir, which takes most of a second and is not used to run.
-        from qeff_proxy.backends.onnxruntime.prepare import prepare_part
-
         if any(spec.dtype == "bfloat16" for spec in (*part.inputs, *part.outputs)):
             raise BackendError(
                 f"ONNX Runtime's CPU kernels do not take bfloat16, which the {part.name} part has",
                 "Export in float32 or float16.",
             )
-        graph = prepare_part(export, part, options, folder)
-        settings = runtime_settings(options)
-        save = options.backend.get("save_optimized", True)
-        if save:
-            data = "session.optimized_model_external_initializers"
-            settings.optimized_model_filepath = str(folder / f"{part.name}.onnx")
-            settings.add_session_config_entry(f"{data}_file_name", f"{part.name}.data")
-            settings.add_session_config_entry(f"{data}_min_size_in_bytes", "1024")
-        _open(graph, settings, part)
-        if save:
-            graph.remove()
+        in_place = options.backend.get("in_place", True)
+        _compile(export, part, options, folder, in_place=in_place, fuse=True)
 
     def open(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
@@ -94,6 +87,49 @@ class OnnxRuntimeBackend(Backend):
         else:
             graph = RewrittenGraph.of(export, part, folder)
         return OnnxRuntimeSession(_open(graph, settings, part), part)
+
+
+def _compile(
+    export: Export,
+    part: ExportedPart,
+    options: CompileOptions,
+    folder: Path,
+    *,
+    in_place: bool,
+    fuse: bool,
+) -> None:
+    """Compile a part; again with less rewriting where it differs from the exported graph."""
+    # Imported here: it needs onnx_ir, which takes most of a second and is not used to run.
+    from qeff_proxy.backends.onnxruntime.prepare import prepare_part
+
+    graph = prepare_part(export, part, options, folder, in_place=in_place, fuse=fuse)
+    settings = runtime_settings(options)
+    save = options.backend.get("save_optimized", True)
+    if save:
+        data = "session.optimized_model_external_initializers"
+        settings.optimized_model_filepath = str(folder / f"{part.name}.onnx")
+        settings.add_session_config_entry(f"{data}_file_name", f"{part.name}.data")
+        settings.add_session_config_entry(f"{data}_min_size_in_bytes", "1024")
+    quantized = WeightOptions.of(part.name, options.backend).bits is not None
+    with OnnxRuntimeSession(_open(graph, settings, part), part) as session:
+        in_place = session.runs_in_place()
+        rewritten = bool(graph.written) and (in_place or fuse)
+        same = not rewritten or computes_the_same(session, export, part, quantized=quantized)
+    if same:
+        if save:
+            graph.remove()
+        return
+    if options.backend.get("in_place") or not in_place:
+        how = "in place" if in_place else "with fused operators"
+        warnings.warn(
+            f"the {part.name} part differs from its exported graph when it runs {how}; "
+            "it is compiled without",
+            UserWarning,
+            stacklevel=2,
+        )
+    for path in folder.glob(f"{part.name}.*"):
+        path.unlink()
+    _compile(export, part, options, folder, in_place=False, fuse=fuse and in_place)
 
 
 def _open(

@@ -1,7 +1,8 @@
 """Rewrite an exported graph for ONNX Runtime.
 
 `prepare_part` applies, in this order: `write_in_place`, `divide_in_norms`, `fuse_rotary`,
-`merge_products` and `quantize_weights`.
+`merge_products` and `quantize_weights`. `qeff_proxy.backends.onnxruntime.check_rewriting` compares
+the result with the exported graph.
 """
 
 from __future__ import annotations
@@ -30,9 +31,23 @@ __all__ = ["prepare_part"]
 
 
 def prepare_part(
-    export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+    export: Export,
+    part: ExportedPart,
+    options: CompileOptions,
+    folder: Path,
+    *,
+    in_place: bool = True,
+    fuse: bool = True,
 ) -> RewrittenGraph:
     """Rewrite a part's graph as the options ask; the exported one if there is nothing to do.
+
+    Args:
+        export: The export.
+        part: Which of its parts.
+        options: The options of the compilation.
+        folder: Where the graph goes.
+        in_place: Whether the cache may be written in place.
+        fuse: Whether operators may be fused and products merged.
 
     Raises:
         BackendError: The graph is damaged, or its weights cannot be quantized.
@@ -46,10 +61,10 @@ def prepare_part(
     graph, data = RewrittenGraph.paths(part, folder)
     with _quiet():
         changed = [
-            options.backend.get("in_place", True) and write_in_place(model, part),
-            divide_in_norms(model),
-            fuse_rotary(model),
-            _merges(part, weights, options) and merge_products(model),
+            in_place and write_in_place(model, part),
+            fuse and divide_in_norms(model),
+            fuse and fuse_rotary(model),
+            fuse and _merges(part, weights, options) and merge_products(model),
             weights.bits is not None and quantize_weights(model, data, weights),
         ]
     if any(changed):
