@@ -359,3 +359,50 @@ def test_a_sound_file_is_no_prompt(
     assert "is a sound or image file" in fails(
         capsys, "generate", str(demo_export), str(path), code=2
     )
+
+
+PROGRAM = [sys.executable, "-m", "qeff_proxy"]
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "words"),
+    [
+        ("> /dev/full", 1, "cannot write to standard output: No space left on device"),
+        (">&-", 1, "standard output is closed"),
+        ("1< /dev/null", 1, "cannot write to standard output: Bad file descriptor"),
+        ("| true", 141, ""),
+    ],
+)
+def test_an_output_that_takes_nothing(redirection: str, code: int, words: str) -> None:
+    script = f'set -o pipefail; {{ sleep 0.5; "$@"; }} {redirection}'
+    command = ["bash", "-c", script, "bash", *PROGRAM, "plugins"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert done.stderr.count("\n") == bool(words)
+
+
+def test_an_output_of_ascii(demo_export: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [*PROGRAM, "generate", str(demo_export), "Anna é", "--max-new-tokens", "2"]
+    for option in ([], ["--json"]):
+        done = subprocess.run(
+            [*command, *option], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Anna" in done.stdout
+    assert json.loads(done.stdout)["inputs"] == ["Anna é"]
+
+
+def test_a_name_that_is_not_utf8(saved_gpt2: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "caf\udce9"
+    shutil.copytree(saved_gpt2, folder)
+    assert "is not UTF-8. Rename the file or folder" in fails(capsys, "export", str(folder), code=2)
+
+
+def test_a_home_in_a_loop_of_links(
+    saved_gpt2: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "loop"))
+    assert "loop" in fails(capsys, "export", str(saved_gpt2), code=7)

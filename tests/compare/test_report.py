@@ -97,6 +97,14 @@ def test_the_page_needs_nothing_but_itself(page):
     assert "default-src 'none'" in page
 
 
+def test_a_model_that_is_called_like_a_mark_of_the_page(stack, good, tmp_path):
+    named = stack(tmp_path / "named", model="@DATA@ @SCRIPT@ @VERDICT@")
+    page = build_report(compare_dumps(named, good))
+    assert page.count("<title>Dump comparison: @DATA@ @SCRIPT@ @VERDICT@</title>") == 1
+    assert page.count('id="data"') == page.count('id="verdict"') == 1
+    assert page.count('"tensors": ') == 1
+
+
 def test_the_verdict_is_there_without_a_script(page):
     before = page.split("<script")[0]
     assert "FAILED: of 12 tensors in 5 steps" in before

@@ -8,7 +8,9 @@ imported, and it imports torch, transformers and the like inside ``run``, so tha
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from typing import NoReturn, Protocol, cast
 
 from qeff_proxy.cli.output import plain_warnings, report_error
 from qeff_proxy.common.gc_threshold import collecting_rarely
-from qeff_proxy.errors import ProxyError
+from qeff_proxy.errors import ArtifactError, ProxyError, UsageError
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
@@ -73,9 +75,39 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+#: Why standard output cannot be written: full, at a quota or limit, or opened for reading.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (0 is success; see `qeff_proxy.errors`)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # closed; the next file to be opened would get what libraries print
+        report_error("standard output is closed; redirect it to a file or to /dev/null")
+        return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):  # one that may not have every character
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return 141
+    except OSError as error:
+        if not _is_of_output(error):
+            raise
+        _discard_output()
+        report_error(f"cannot write to standard output: {error.strerror}")
+        return 1
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run a command and report its errors.
+
+    Raises:
+        OSError: Standard output is full, or its reader has closed the pipe.
+    """
     chosen = next((word for word in arguments if word in COMMANDS), None)
     parser = build_parser(chosen)
     args = parser.parse_args(arguments)
@@ -88,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        _check_names([*arguments, os.environ.get("QEFF_HOME", "")])
         with plain_warnings(), collecting_rarely():
             return _load_command(args.command).run(args)
     except ProxyError as error:
@@ -97,16 +130,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # rich turns it into an exit
-            return _broken_pipe()
+            raise error.__context__ from None
         if args.debug:
             raise
         report_error("a plugin or library ended the program; run with --debug for the trace")
         return 70
-    except BrokenPipeError:
-        return _broken_pipe()
     except Exception as error:
-        if args.debug:
+        if args.debug or isinstance(error, BrokenPipeError) or _is_of_output(error):
             raise
+        if errno.ELOOP in (getattr(each, "errno", None) for each in (error, error.__context__)):
+            report_error(f"{error}. Correct the link, or name another folder (or QEFF_HOME).")
+            return ArtifactError.exit_code
         report_error(
             f"unexpected {type(error).__name__}: {error}. This is a defect of qeff-proxy or of a "
             "plugin; run with --debug for the trace."
@@ -119,7 +153,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _broken_pipe() -> int:
-    """The reader of our output has closed the pipe; a later flush must not fail either."""
+def _is_of_output(error: Exception) -> bool:
+    """Whether standard output could not be written. An error of a file that was opened names it."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in _UNWRITABLE
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Refuse bytes that are not UTF-8: JSON, ONNX and the tokenizers have no such names."""
+    for name in names:
+        if any("\udc80" <= character <= "\udcff" for character in name):
+            raise UsageError(f"{name!r} is not UTF-8", "Rename the file or folder.")
+
+
+def _discard_output() -> None:
+    """Drop what standard output still holds, so that Python's last flush does not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141

@@ -58,22 +58,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_table(reports: Sequence[BackendReport]) -> None:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("backend", "state", "version"):
         table.add_column(heading, no_wrap=True)
     table.add_column("for", overflow="fold")
     for report in reports:
-        colour = _COLOURS[report.state]
         word = _WORDS.get(report.state, report.state)
         summary = report.summary or f"package {report.package or 'unknown'}"
         table.add_row(
-            escape(report.name),
-            f"[{colour}]{word}[/]" if colour else word,
+            report.name,
+            Text(word, _COLOURS[report.state]),
             report.version or "",
-            escape(summary),
+            summary,
         )
     print_text(table)
 
@@ -87,15 +86,14 @@ def _print_details(report: BackendReport, *, with_options: bool) -> None:
     if report.devices:
         lines.append(f"{name} finds {', '.join(report.devices)}")
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if with_options and report.options is not None:
         from rich.table import Table
-        from rich.text import Text
 
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for option, meaning in report.options.items():
-            table.add_row(Text(f"  {option}"), Text(meaning))
+            table.add_row(f"  {option}", meaning)
         console.print(f"{name} has {'the options' if report.options else 'no options'}")
         console.print(table)

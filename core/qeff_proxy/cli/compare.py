@@ -51,8 +51,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print, and return 0 when all passed, else 1."""
-    from rich.text import Text
-
     from qeff_proxy.compare import Tolerances, compare_dumps, write_report
     from qeff_proxy.compare.report_file import check_report_place
     from qeff_proxy.compare.tables import render_comparison
@@ -74,5 +72,5 @@ def run(args: argparse.Namespace) -> int:
         for renderable in render_comparison(comparison, rows=0 if args.all else 12):
             print_text(renderable)
         if args.html:
-            print_text(Text(f"Report: {args.html}"))
+            print_text(f"Report: {args.html}")
     return 0 if comparison.passed else 1

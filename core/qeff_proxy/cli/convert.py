@@ -56,8 +56,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and return 0."""
-    from rich.text import Text
-
     from qeff_proxy.dump import read_dump
 
     _check(args)
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        print_text(Text(f"Wrote {args.target} ({report['format']})"))
+        print_text(f"Wrote {args.target} ({report['format']})")
     return 0
 
 

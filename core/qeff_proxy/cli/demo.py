@@ -228,7 +228,6 @@ def _parts_table(name: str, export: Export) -> Table:
 
 
 def _result_table(export: Export, parity: dict[str, Any], perf: PerfMetrics | None) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False)
@@ -236,7 +235,7 @@ def _result_table(export: Export, parity: dict[str, Any], perf: PerfMetrics | No
     cut = ", ".join(
         f"{name} at {site['module']}" for name, site in sites.items() if "module" in site
     )
-    table.add_row("cut out", escape(cut))
+    table.add_row("cut out", cut)
     table.add_row(
         "cut verified", f"largest difference {export.cut['verified']['max_difference']:.2g}"
     )

@@ -205,7 +205,7 @@ def _report(args: argparse.Namespace, result: RunResult, *, continues: bool) -> 
         return
     if not args.stream:
         for line in _lines(args.inputs if continues else (), texts, segments, vectors, ids):
-            sys.stdout.write(line + "\n")
+            print_text(line)
     if perf is not None and ids is not None:
         rate = f", {perf.decode_perf:.1f} tokens/s after it" if perf.decode_perf else ""
         sys.stderr.write(

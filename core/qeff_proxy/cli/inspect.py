@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(inspection: Inspection) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     from qeff_proxy.sites import Absent
@@ -53,7 +52,7 @@ def _table(inspection: Inspection) -> Table:
             scale = f", times {site.scale:g}" if site.scale is not None else ""
             follows = f", then {', '.join(site.follows)}" if site.follows else ""
             text = f"{site.module}{scale}{follows}"
-        table.add_row(name.replace("_", " "), escape(text))
+        table.add_row(name.replace("_", " "), text)
     table.add_row("tied", "yes" if inspection.tied else "no")
     for kind in inspection.layers:
         details = f" ({', '.join(kind['says'])})" if kind["says"] else ""

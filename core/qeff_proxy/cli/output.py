@@ -1,4 +1,8 @@
-"""The output of commands: tables or JSON on stdout, errors in one line on stderr."""
+"""The output of commands: tables or JSON on stdout, errors in one line on stderr.
+
+Names of files and models come from others: their control characters are escaped here, and nothing
+in them is markup.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
+
+from qeff_proxy.common.messages import escape_controls
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -38,30 +44,48 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 def print_json(value: Any) -> None:
     """Print ``value`` as one indented JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    has_all = (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(value, indent=2, ensure_ascii=not has_all)
+    sys.stdout.write(escape_controls(text) + "\n")
 
 
 def stdout_console() -> Console:
     """A rich console on stdout; in a pipe or file it is so wide that no line is folded.
 
-    Folded names and paths could not be found with tools such as grep.
+    Folded names and paths could not be found with tools such as grep. Strings are not markup; for
+    a style, print a `rich.text.Text`.
     """
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _UNFOLDED)
+    class PlainConsole(Console):
+        def render_str(self, text: str, **settings: Any) -> Text:
+            return super().render_str(escape_controls(text), **settings)
+
+    width = None if sys.stdout.isatty() else _UNFOLDED
+    return PlainConsole(highlight=False, markup=False, emoji=False, width=width)
 
 
 def print_text(renderable: RenderableType) -> None:
     """Print a table, or a string as one unfolded line, on stdout."""
     if isinstance(renderable, str):
-        sys.stdout.write(renderable + "\n")
-    else:
-        stdout_console().print(renderable)
+        sys.stdout.write(escape_controls(renderable) + "\n")
+        return
+    from rich.text import Text
+
+    if isinstance(renderable, Text):
+        renderable = Text(escape_controls(renderable.plain), renderable.style)
+    stdout_console().print(renderable)
 
 
 def report_error(message: str) -> None:
     """Print ``message`` as one line on stderr."""
-    sys.stderr.write("qeff-proxy: error: " + " ".join(message.split()) + "\n")
+    _report("error", message)
+
+
+def _report(kind: str, message: str) -> None:
+    line = escape_controls(" ".join(message.split()))
+    sys.stderr.write(f"qeff-proxy: {kind}: {line}\n")
 
 
 @contextmanager
@@ -76,7 +100,7 @@ def plain_warnings() -> Iterator[None]:
         file: TextIO | None = None,  # noqa: ARG001
         line: str | None = None,  # noqa: ARG001
     ) -> None:
-        sys.stderr.write("qeff-proxy: warning: " + " ".join(str(message).split()) + "\n")
+        _report("warning", str(message))
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -95,10 +119,10 @@ def stage_display(title: str, *, quiet: bool) -> Iterator[Callable[[str], None]]
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title)
-        yield lambda stage: progress.update(task, description=f"{title}: {stage}")
+        task = progress.add_task(escape_controls(title))
+        yield lambda stage: progress.update(task, description=escape_controls(f"{title}: {stage}"))
 
 
 def format_bytes(count: int) -> str:

@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_table(reports: Sequence[PluginReport], generic: PluginReport, *, checked: bool) -> None:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("plugin", no_wrap=True)
@@ -69,18 +69,17 @@ def _print_table(reports: Sequence[PluginReport], generic: PluginReport, *, chec
         package = " ".join(filter(None, [report.distribution or "(no package)", report.version]))
         if package not in packages[-1:]:
             packages.append(package)
-            table.add_row(f"[bold]{escape(package)}[/]", "", "")
+            table.add_row(Text(package, "bold"), "", "")
         served = ", ".join(report.model_types) or ("every other" if report is generic else "")
-        colour = _COLOURS[report.state]
-        state = f"[{colour}]{report.state}[/]" if colour else report.state
-        table.add_row(f"  {escape(report.plugin)}", state, escape(served))
+        state = Text(report.state, _COLOURS[report.state])
+        table.add_row(f"  {report.plugin}", state, served)
         if report.hooks:
-            table.add_row("", "", f"[dim]hooks: {', '.join(report.hooks)}[/]")
+            table.add_row("", "", Text(f"hooks: {', '.join(report.hooks)}", "dim"))
     console = stdout_console()
     console.print(table)
     for report in (*reports, generic):
         if report.reason:
             name = " ".join(filter(None, [report.distribution, report.plugin])) or "unknown package"
-            console.print(f"{name}: {report.reason}", markup=False, soft_wrap=True)
+            console.print(f"{name}: {report.reason}", soft_wrap=True)
     if not checked:
         console.print("Nothing was imported; --check imports each plugin and checks its hooks.")

@@ -272,11 +272,13 @@ def _texts_in(decoded: Any) -> Iterator[str]:
         yield from (text for text in decoded if isinstance(text, str))
 
 
-def _row(result: BackendResult) -> list[str]:
+def _row(result: BackendResult) -> list[RenderableType]:
+    from rich.text import Text
+
     from qeff_proxy.compare.verdict import format_share
 
     if result.comparison is None:
-        return [result.backend, "[red]ERROR[/]", "", "", "", "", "", ""]
+        return [result.backend, Text("ERROR", "red"), "", "", "", "", "", ""]
     first = result.divergence
     where = ""
     if first is not None:
@@ -289,7 +291,7 @@ def _row(result: BackendResult) -> list[str]:
     sqnr, cosine = result.sqnr, result.cosine
     return [
         result.backend,
-        "[green]PASSED[/]" if result.passed else "[red]FAILED[/]",
+        Text("PASSED", "green") if result.passed else Text("FAILED", "red"),
         where or "none",
         str(worst.name) if worst is not None and result.worst_error else "none",
         format_share(result.worst_error),

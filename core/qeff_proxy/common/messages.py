@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["an", "counted", "first_line", "type_named"]
+import re
+
+__all__ = ["an", "counted", "escape_controls", "first_line", "type_named"]
+
+#: Characters that a terminal acts on, and those that have no UTF-8.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 #: Letters whose names begin with a vowel, as those of an abbreviation are read.
 _READ_WITH_VOWEL = "AEFHILMNORSX"
@@ -30,6 +35,11 @@ def an(word: str) -> str:
 def type_named(value: object) -> str:
     """The type of a value, with its article: ``an int``."""
     return an(type(value).__name__)
+
+
+def escape_controls(text: str) -> str:
+    """``text`` with its control characters, but for newline and tab, as the escapes of JSON."""
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def first_line(error: BaseException) -> str:

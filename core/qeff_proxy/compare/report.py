@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from importlib.resources import files
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -61,18 +62,15 @@ def build_report(comparison: Comparison) -> str:
     package = files("qeff_proxy.compare")
     page = package.joinpath("report.html").read_text(encoding="utf-8")
     title = "Dump comparison" + (f": {model}" if model else "")
-    for mark, value in (
-        ("@TITLE@", html.escape(title)),
-        (
-            "@SUBTITLE@",
-            html.escape(f"{counted(len(comparison.steps), 'step')} compared"),
-        ),
-        ("@VERDICT@", _verdict(comparison)),
-        ("@SCRIPT@", package.joinpath("report.js").read_text(encoding="utf-8")),
-        ("@DATA@", text),  # last: nothing in it is a mark
-    ):
-        page = page.replace(mark, value)
-    return page
+    values = {
+        "TITLE": html.escape(title),
+        "SUBTITLE": html.escape(f"{counted(len(comparison.steps), 'step')} compared"),
+        "VERDICT": _verdict(comparison),
+        "SCRIPT": package.joinpath("report.js").read_text(encoding="utf-8"),
+        "DATA": text,
+    }
+    # In one pass: a value may hold what looks like a mark.
+    return re.sub("@([A-Z]+)@", lambda mark: values.get(mark[1], mark[0]), page)
 
 
 def _verdict(comparison: Comparison) -> str:

@@ -63,13 +63,15 @@ def render_comparison(comparison: Comparison, *, rows: int = 12) -> list[Rendera
     return out
 
 
-def _row(tensor: TensorComparison) -> list[str]:
+def _row(tensor: TensorComparison) -> list[RenderableType]:
+    from rich.text import Text
+
     worst = tensor.worst
     label = str(tensor.name)
     if tensor.reference_dtype != tensor.candidate_dtype:
         label += f" ({tensor.reference_dtype} / {tensor.candidate_dtype})"
     steps = f"{int(tensor.step_passed.sum())}/{len(tensor.steps)}"
-    verdict = "[green]ok[/]" if tensor.passed else "[red]FAILED[/]"
+    verdict = Text("ok", "green") if tensor.passed else Text("FAILED", "red")
     if worst is None:
         return [verdict, label, tensor.phase, steps, "", "", "", "", ""]
     return [

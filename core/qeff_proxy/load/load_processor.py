@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qeff_proxy.common.messages import first_line
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.checkpoint_files import (
@@ -22,6 +23,9 @@ _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "*.tiktoken", "*.js
 
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+_ALL_FILES = (*_TOKENIZER_FILES, *_PROCESSOR_FILES)
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -42,16 +46,18 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if _any_file(folder, _PROCESSOR_FILES):
         kinds.insert(0, "AutoProcessor")
     reasons = [] if kinds else ["it has none of the files of one"]
+    files = sorted({path.name for pattern in _ALL_FILES for path in folder.glob(pattern)})
     for kind in kinds:
         try:
             with quiet_loading():
                 return getattr(transformers, kind).from_pretrained(
                     folder, trust_remote_code=trust_remote_code, local_files_only=True
                 )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            reasons.append(str(error).strip().splitlines()[0] if str(error) else repr(error))
+        except Exception as error:  # noqa: BLE001 (damaged files raise what they like)
+            reasons.append(first_line(error))
+    named = f", from {', '.join(files)}" if files else ""
     raise CheckpointError(
-        f"{folder} has no tokenizer that can be loaded ({reasons[-1]})",
+        f"{folder} has no tokenizer that can be loaded ({reasons[-1]}){named}",
         "Add its tokenizer files (tokenizer.json, tokenizer_config.json), or give token ids: "
         'inputs={"input_ids": …}.',
     )

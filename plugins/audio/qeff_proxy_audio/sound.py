@@ -44,6 +44,10 @@ SHORTEST = 0.025
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000
 #: An array of samples has at most this many channels; more rows than that are samples.
 MAX_CHANNELS = 8
+#: Samples of a file, over all channels: 9 hours at 16 kHz, 2 GiB. A small file can hold many more.
+MOST_SAMPLES = 2**29
+#: Frames that are read at a time.
+_BLOCK = 2**20
 #: The share of the frames in the header (for an MP3 an estimate) that the file must have.
 _WHOLE = 0.98
 _UNKNOWN_LENGTH = 2**31 - 1
@@ -177,7 +181,7 @@ def _read(path: Path) -> tuple[Array, int]:
         raise UsageError(f"{path} is empty", "Record or copy it again.")
     try:
         with soundfile.SoundFile(path) as file:
-            samples = file.read(dtype="float32", always_2d=True)
+            samples = _read_blocks(file, path)
             promised, rate, notes = file.frames, file.samplerate, file.extra_info
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise UsageError(
@@ -192,6 +196,24 @@ def _read(path: Path) -> tuple[Array, int]:
             4,
         )
     return samples, int(rate)
+
+
+def _read_blocks(file: Any, path: Path) -> Array:
+    """``[samples, channels]`` of an open file, whose header may promise more than there is.
+
+    Raises:
+        UsageError: There are more than `MOST_SAMPLES`.
+    """
+    blocks = [np.empty((0, file.channels), np.float32)]
+    count = 0
+    while (block := file.read(_BLOCK, dtype="float32", always_2d=True)).size:
+        blocks.append(block)
+        count += block.size
+        if count > MOST_SAMPLES:
+            raise UsageError(
+                f"{path} holds more than {MOST_SAMPLES:,} samples", "Cut it into shorter sounds."
+            )
+    return np.concatenate(blocks)
 
 
 def _lacks_data(notes: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import soundfile
@@ -151,3 +153,27 @@ def test_a_file_that_was_cut_off_is_told_from_a_whole_one(tmp_path, kind):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.warns(SoundWarning, match="it may have been cut off"):
         load_sound(path, 16_000)
+
+
+def test_a_header_that_promises_too_much_takes_no_memory(tmp_path):
+    path = tmp_path / "lies.flac"
+    soundfile.write(path, tone(), RATE)
+    data = bytearray(path.read_bytes())
+    data[21] |= 0x0F  # the number of samples, 36 bits: now 256 GiB of them
+    data[22:26] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match="no sound file that can be read"):
+            load_sound(path, RATE)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_small_file_of_too_many_samples_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("qeff_proxy_audio.sound.MOST_SAMPLES", 1000)
+    path = tmp_path / "long.flac"
+    soundfile.write(path, tone(), RATE)
+    with pytest.raises(UsageError, match="holds more than 1,000 samples"):
+        load_sound(path, RATE)

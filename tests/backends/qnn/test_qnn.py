@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +20,8 @@ from qeff_proxy.backends.compile_export import compile_export, open_sessions
 from qeff_proxy.backends.qnn.backend import QnnBackend
 from qeff_proxy.backends.qnn.diagnosis import reasons_in
 from qeff_proxy.backends.qnn.options import OPTIONS, SOCS, QnnOptions
-from qeff_proxy.backends.qnn.process import CrashError, Worker
+from qeff_proxy.backends.qnn.process import CrashError, RefusalError, Worker
+from qeff_proxy.backends.qnn.session import _Binary
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ArtifactError, BackendError, UsageError
@@ -296,3 +298,26 @@ def test_reasons_are_read_from_the_log() -> None:
         "\tREASON : Operators of type `Erf` are not supported\n"
     )
     assert reasons_in(log) == {"bell": "Operators of type `Erf` are not supported"}
+
+
+def test_ctrl_c_is_for_the_process_that_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The terminal sends it to both; closing a session then must not hide it."""
+    worker = Worker(tmp_path / "log", timeout=120)
+    worker._process.send_signal(signal.SIGINT)
+    with pytest.raises(RefusalError, match="unknown"):
+        worker.ask("close", key="unknown")
+
+    def interrupted(_stream: object) -> None:
+        raise KeyboardInterrupt
+
+    binary = object.__new__(_Binary)
+    binary._worker, binary._key = worker, "any"
+    with monkeypatch.context() as patch:
+        patch.setattr("qeff_proxy.backends.qnn.process.read_message", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            worker.ask("close", key="another")
+    binary.close()
+    worker.close()
+    assert worker._process.returncode == -signal.SIGKILL

@@ -68,7 +68,7 @@ class Worker:
         }
         try:
             self.ask("start", memory_mb=memory_mb, library=library)
-        except BackendError:
+        except BaseException:
             self.close()
             raise
 
@@ -90,6 +90,9 @@ class Worker:
             answer, found = read_message(self._process.stdout)
         except (EOFError, BrokenPipeError) as error:
             raise self._ended() from error
+        except BaseException:  # Ctrl-C; the answer to this request must not be read as another's
+            self._process.kill()
+            raise
         finally:
             timer.cancel()
         if "error" in answer:

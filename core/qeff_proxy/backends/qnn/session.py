@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from qeff_proxy.arrays import Array
 from qeff_proxy.backends.fixed_shapes.session import StaticSession
 from qeff_proxy.backends.onnxruntime.open_graph import open_graph, run_graph
 from qeff_proxy.backends.qnn.options import LOWEST_MASK, QnnOptions
-from qeff_proxy.backends.qnn.process import Worker
+from qeff_proxy.backends.qnn.process import CrashError, Worker
 from qeff_proxy.common.file_errors import opening
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
@@ -119,5 +120,6 @@ class _Binary:
         )
 
     def close(self) -> None:
-        """Close it in the process."""
-        self._worker.ask("close", key=self._key)
+        """Close it in the process, unless that is gone, which must not hide why."""
+        with contextlib.suppress(CrashError):
+            self._worker.ask("close", key=self._key)

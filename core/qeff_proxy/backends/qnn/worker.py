@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import sys
 from collections.abc import Mapping
@@ -143,6 +144,8 @@ def _limit_memory(megabytes: int) -> None:
 
 def main() -> None:
     """Answer requests until there are no more."""
+    # Ctrl-C is for the process that asks: it ends this one, by closing the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not come between the answers
