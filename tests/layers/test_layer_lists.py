@@ -58,3 +58,11 @@ def test_without_a_depth_the_largest_list_is_taken() -> None:
     layers = find_layer_list(Model(8, 5), depth=0)
     assert layers is not None
     assert layers.path == "tower"
+
+
+def test_of_an_encoder_and_a_decoder_the_larger_is_taken() -> None:
+    model = Model(8, 5)
+    model.config.is_encoder_decoder = True
+    layers = find_layer_list(model)
+    assert layers is not None
+    assert layers.path == "tower"

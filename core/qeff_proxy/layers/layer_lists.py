@@ -90,7 +90,12 @@ def find_layer_list(
 
 
 def _decoder_depth(config: Any) -> int:
-    """The number of layers of a config's text decoder; 0 where it does not say."""
+    """The number of layers of a config's text decoder; 0 where it does not say.
+
+    Of an encoder and a decoder either may be the layers: those of the larger are worth leaving out.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return 0
     try:
         text = config.get_text_config(decoder=True)
     except (AttributeError, ValueError):  # no config, or one with several
