@@ -80,6 +80,8 @@ def check_fields(kind: type[_T], value: Any, where: str) -> _T:
         field = _name_of(at["path"] if at else "", where)
         if at and at["key"]:
             field = f"a name in {field}"
+        if "matching regex" in problem:  # there is one, of `FileName`
+            raise FieldError(f"{field} is not a file name") from error
         raise FieldError(f"{field}: {problem[0].lower()}{problem[1:]}".replace("`", "'")) from error
 
 
