@@ -89,7 +89,7 @@ def test_a_release_that_cannot_be_installed_is_said_with_pips_reason(tool):
         "The conflict is caused by:\n"
         "    The user requested (constraint) torch<=2.14.1\n"
         "    The user requested (constraint) torch==2.15.0\n"
-        "ERROR: Cannot install torch because these package versions have conflicting dependencies.\n"
+        "ERROR: Cannot install torch because these versions have conflicting dependencies.\n"
     )
     assert tool.why_not_installed(message) == (
         "pip's constraints disagree: torch<=2.14.1, torch==2.15.0"

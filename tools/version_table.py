@@ -135,7 +135,7 @@ def install(versions: Versions) -> tuple[Path, str]:
     constraints.write_text(
         "".join(f"{name}=={release}\n" for name, release in releases.items()), "utf-8"
     )
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     pip += ["--constraint", constraints]
     packages = (ROOT, *(ROOT / "plugins" / plugin for plugin in PLUGINS))
     for command in (
