@@ -77,13 +77,22 @@ def test_the_result_is_what_pytest_says_last(tool, printed, words):
     assert tool.closing_words(printed) == words
 
 
-def test_a_release_that_the_index_lacks_is_said(tool):
+def test_a_release_that_cannot_be_installed_is_said_with_pips_reason(tool):
     message = (
         "ERROR: Could not find a version that satisfies the requirement torch==9 (from: 2)\n"
         "ERROR: No matching distribution found for torch==9\n"
     )
     assert tool.why_not_installed(message) == (
         "the package index has no torch==9 for this Python and system"
+    )
+    message = (
+        "The conflict is caused by:\n"
+        "    The user requested (constraint) torch<=2.14.1\n"
+        "    The user requested (constraint) torch==2.15.0\n"
+        "ERROR: Cannot install torch because these versions have conflicting dependencies.\n"
+    )
+    assert tool.why_not_installed(message) == (
+        "pip's constraints disagree: torch<=2.14.1, torch==2.15.0"
     )
     assert tool.why_not_installed("") == "pip said nothing"
 

@@ -135,7 +135,7 @@ def install(versions: Versions) -> tuple[Path, str]:
     constraints.write_text(
         "".join(f"{name}=={release}\n" for name, release in releases.items()), "utf-8"
     )
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     pip += ["--constraint", constraints]
     packages = (ROOT, *(ROOT / "plugins" / plugin for plugin in PLUGINS))
     for command in (
@@ -146,7 +146,7 @@ def install(versions: Versions) -> tuple[Path, str]:
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode:
-            return python, why_not_installed(done.stderr)
+            return python, why_not_installed(done.stdout + done.stderr)
     return python, ""
 
 
@@ -156,6 +156,9 @@ def why_not_installed(message: str) -> str:
     for line in errors:
         if "No matching distribution found for" in line:
             return f"the package index has no {line.rsplit(' ', 1)[1]} for this Python and system"
+    asked = re.findall(r"The user requested \(constraint\) (\S+)", message)
+    if asked:
+        return f"pip's constraints disagree: {', '.join(asked)}"
     return errors[0] if errors else (message.strip().splitlines() or ["pip said nothing"])[-1]
 
 
