@@ -53,7 +53,7 @@ def make_model(kind):
 
 def test_the_families_of_the_package_are_installed():
     found = {
-        family.model_type: family.value
+        family.name: family.value
         for family in Plugins.discover({}).families()
         if family.distribution == "qeff-proxy-text"
     }
