@@ -332,7 +332,7 @@ def test_an_option_that_cannot_be_right_is_refused(bert, options, message):
         ({}, "no input_ids"),
         ({"input_ids": np.zeros((0, 3), int)}, "neither zero"),
         ({"input_ids": np.array([1, 2])}, "texts, sequence"),
-        ({"input_ids": np.ones((1, 3), int), "attention_mask": np.ones((1, 2), int)}, "must be equal"),
+        ({"input_ids": np.ones((1, 3), int), "attention_mask": np.ones((1, 2), int)}, "be equal"),
         ({"input_ids": np.ones((1, 3), int), "attention_mask": np.zeros((1, 3), int)}, "no token"),
         ({"input_ids": np.ones((1, 3), int), "attention_mask": np.array([[1, 0, 1]])}, "between"),
         ({"input_ids": np.ones((1, 301), int)}, "300 fit"),
