@@ -22,7 +22,7 @@ HARDWARE_OPTIONS: dict[str, Any] = {
     "num_speculative_tokens": None,
     "full_batch_size": None,
     "kv_cache_batch_size": None,
-    "num_patches": None,
+    "num_patches": 1,  # of one tile, as QEfficient's examples have it
     "img_size": None,
 }
 #: QEfficient's options for the device and the runtime of its hardware.
