@@ -15,6 +15,7 @@ from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.errors import CheckpointError, ProxyError, UnsupportedModelError
 from qeff_proxy.load.checkpoint_files import file_of_tensor
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
+from qeff_proxy.load.tasks import UNUSED_WEIGHTS
 from qeff_proxy.plugins.entry_points import find_entries, load_entry, pick_entry
 
 if TYPE_CHECKING:
@@ -167,7 +168,12 @@ def _check_left_over(folder: Path, model: PreTrainedModel, unexpected: list[str]
     """
     modules = dict(model.named_modules())
     tops = {model.base_model_prefix, *dict(model.named_children())}
-    heads = [name for name in unexpected if name.partition(".")[0] not in tops]
+    heads = [
+        name
+        for name in unexpected
+        if name.partition(".")[0] not in tops
+        and not any(fnmatch(name, glob) for glob in UNUSED_WEIGHTS)
+    ]
     if heads:
         warnings.warn(
             f"{type(model).__name__} does not use {', '.join(heads[:_SHOWN])}"
