@@ -81,17 +81,18 @@ class Worker:
             RefusalError: The request failed.
             CrashError: The process ended, or took too long and was ended.
         """
+        assert self._process.stdin is not None  # noqa: S101 (both are pipes)
+        assert self._process.stdout is not None  # noqa: S101
         timer = threading.Timer(self._timeout, self._give_up)
         timer.start()
         try:
-            assert self._process.stdin is not None  # noqa: S101 (both are pipes)
-            assert self._process.stdout is not None  # noqa: S101
             write_message(self._process.stdin, {"do": do, **header}, arrays)
             answer, found = read_message(self._process.stdout)
         except (EOFError, BrokenPipeError) as error:
             raise self._ended() from error
         except BaseException:  # Ctrl-C; the answer to this request must not be read as another's
             self._process.kill()
+            self._process.stdout.read()  # it may have answered before it was killed
             raise
         finally:
             timer.cancel()
