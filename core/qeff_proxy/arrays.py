@@ -15,16 +15,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = [
-    "Array",
-    "dtype_name",
-    "given_tensor",
-    "given_tensors",
-    "numpy_dtype",
-    "to_array",
-    "to_tensor",
-]
-
 if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 else:

@@ -9,8 +9,6 @@ from typing import Any
 from qeff_proxy.common.arguments import whole_number
 from qeff_proxy.errors import UsageError
 
-__all__ = ["CompileOptions"]
-
 
 @dataclass(frozen=True)
 class CompileOptions:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["LAYER_NAME", "PAST", "PRESENT"]
-
-
 #: Names of the layers' inputs and outputs (caches, taps): what it is, the layer, which tensor.
 LAYER_NAME = re.compile(
     r"(past_key_values|present|hidden_states|cross_key_values)\.(\d+)((?:\.\w+)?)"

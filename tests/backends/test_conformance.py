@@ -13,7 +13,7 @@ from qeff_proxy.testing.tiny import random_weights, tiny_config
 from transformers import AutoModelForCausalLM
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
 
 
 class TestOnnxRuntime(BackendSuite):

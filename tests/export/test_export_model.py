@@ -98,7 +98,7 @@ def test_the_same_request_again_is_a_lookup(saved_gpt2: Path, home: Path) -> Non
 
 def test_another_kind_dtype_or_checkpoint_is_another_folder(saved_gpt2: Path, home: Path) -> None:
     from qeff_proxy.artifact.export_folder import export_folder
-    from qeff_proxy.export.export_model import export_key
+    from qeff_proxy.export.cache_key import export_key
 
     def folder(**how: Any) -> Path:
         loaded = load_model(str(saved_gpt2), dtype=how.pop("dtype", "float32"))

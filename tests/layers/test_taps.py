@@ -22,7 +22,8 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.export.export_model import export_key, export_model
+from qeff_proxy.export.cache_key import export_key
+from qeff_proxy.export.export_model import export_model
 from qeff_proxy.layers.layer_lists import find_layer_list
 from qeff_proxy.layers.taps import TappedPart, normalize_taps, tap_proxy
 from qeff_proxy.load.load_model import load_model, wrap_model

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from qeff_proxy.load.first_layers import NotSampled, all_layers, enough_layers
+from qeff_proxy.load.first_layers import all_layers, enough_layers
 from qeff_proxy.load.load_model import load_model
+from qeff_proxy.load.transformers_model import NotSampled
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])  # tied; experts fused on the way

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from qeff_proxy.artifact.export_folder import (
-    Export,
-    ExportedPart,
-    cache_home,
-    export_folder,
-    find_export,
-    read_export,
-)
+from qeff_proxy.artifact.export_folder import cache_home, export_folder, find_export, read_export
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 
 __all__ = ["Export", "ExportedPart", "cache_home", "export_folder", "find_export", "read_export"]

@@ -10,18 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qeff_proxy.artifact.export_folder import (
-    KEPT,
-    MANIFEST,
-    Export,
-    enclosing_export,
-    find_export,
-    read_export,
-)
+from qeff_proxy.artifact.export_folder import KEPT, enclosing_export, find_export, read_export
+from qeff_proxy.artifact.manifest_schema import MANIFEST, Export
 from qeff_proxy.common.atomic_folder import foreign_entry
 from qeff_proxy.errors import ArtifactError
-
-__all__ = ["check_not_another", "check_place", "existing_export"]
 
 #: What `qeff_proxy.backends.compile_export` makes in ``compiled/``: folders, their locks, and what
 #: killed runs leave.

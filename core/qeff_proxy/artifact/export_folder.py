@@ -26,21 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from qeff_proxy.artifact.hashes import _ALGORITHM, hash_weights_file, sha256_of
-from qeff_proxy.artifact.manifest_schema import MANIFEST, Export, ExportedPart, read_manifest
+from qeff_proxy.artifact.manifest_schema import MANIFEST, Export, read_manifest
 from qeff_proxy.common.atomic_folder import settle_folder
 from qeff_proxy.errors import ArtifactError
-
-__all__ = [
-    "MANIFEST",
-    "Export",
-    "ExportedPart",
-    "cache_home",
-    "check_weights_of",
-    "enclosing_export",
-    "export_folder",
-    "find_export",
-    "read_export",
-]
 
 #: Subfolders that a new export of the same folder takes over from the old one.
 KEPT = ("io",)

@@ -8,9 +8,6 @@ from typing import Any
 
 from qeff_proxy.common.direct_io import FileReader
 
-__all__ = ["hash_weights_file", "name_digest", "new_digest", "sha256_of"]
-
-
 _ALGORITHM = "blake3:"
 
 

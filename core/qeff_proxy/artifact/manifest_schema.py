@@ -26,8 +26,6 @@ from qeff_proxy.common.json_schema import (
 from qeff_proxy.dump.format import DTYPES as TENSOR_DTYPES
 from qeff_proxy.parts import TAPS, Dtype, Kind, MaskSpec, TensorSpec
 
-__all__ = ["MANIFEST", "Export", "ExportedPart", "read_manifest"]
-
 MANIFEST = "export.json"
 _SCHEMA = 1
 _HASH = re.compile(r"[a-z0-9]+:[0-9a-f]{64}")

@@ -23,8 +23,6 @@ from qeff_proxy.run.run_compiled import RunResult
 if TYPE_CHECKING:
     from qeff_proxy.flows.generation.generate import PerfMetrics
 
-__all__ = ["QEFFAutoModelForCTC", "QEFFAutoModelForSpeechSeq2Seq", "SpeechResult", "Transcript"]
-
 
 @dataclass(frozen=True)
 class Transcript:

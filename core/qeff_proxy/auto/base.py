@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qeff_proxy.arrays import dtype_name
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.auto.qefficient import ELSEWHERE, HARDWARE_OPTIONS
 from qeff_proxy.auto.right_class import with_right_class
 from qeff_proxy.backends.compile_export import Compiled, compile_export
@@ -28,8 +28,6 @@ from qeff_proxy.run.run_compiled import RunResult, run_compiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["ProxyModel"]
 
 #: The values of ``proxy=``: the kinds, and "none" for no proxy.
 KIND_NAMES: dict[str, Kind] = {

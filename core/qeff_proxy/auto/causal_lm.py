@@ -22,14 +22,6 @@ from qeff_proxy.request import Request
 if TYPE_CHECKING:
     from qeff_proxy.flows.generation.generate import PerfMetrics
 
-__all__ = [
-    "GenerationResult",
-    "QEFFAutoModelForCausalLM",
-    "check_prompts",
-    "generate_text",
-    "new_tokens",
-]
-
 
 @dataclass(frozen=True)
 class GenerationResult:

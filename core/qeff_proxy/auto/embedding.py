@@ -19,8 +19,6 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
 
-__all__ = ["EmbeddingResult", "QEFFAutoModel"]
-
 #: From this many texts on, a terminal shows a progress bar.
 _MANY = 64
 

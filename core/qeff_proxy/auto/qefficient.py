@@ -8,8 +8,6 @@ from typing import Any
 
 from qeff_proxy.errors import UsageError
 
-__all__ = ["ELSEWHERE", "HARDWARE_OPTIONS", "only_runtime", "without_runtime"]
-
 #: Arguments of QEfficient's ``compile`` for its own hardware. Backends that have such an option get
 #: them; the others ignore them, with a warning unless the value is the default, which is here.
 HARDWARE_OPTIONS: dict[str, Any] = {

@@ -11,8 +11,6 @@ from qeff_proxy.load.tasks import TASKS, Task
 from qeff_proxy.plugins.entry_points import GENERIC
 from qeff_proxy.plugins.manager import Plugins
 
-__all__ = ["with_right_class"]
-
 #: The errors that a checkpoint of another task raises.
 _SIGNS = (CheckpointError, PluginError, UnsupportedModelError)
 

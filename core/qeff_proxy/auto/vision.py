@@ -14,8 +14,6 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
 
-__all__ = ["QEFFAutoModelForImageTextToText"]
-
 
 class QEFFAutoModelForImageTextToText(ProxyModel):
     """A vision-language model.

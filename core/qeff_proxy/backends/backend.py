@@ -14,10 +14,8 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.plugins.hooks import Hooks
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
+    from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
     from qeff_proxy.session.session import Session
-
-__all__ = ["Backend", "usable_cores"]
 
 
 class Backend(ABC):

@@ -23,10 +23,8 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.plugins.hooks import Hooks
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
     from qeff_proxy.session.session import Session
-
-__all__ = ["Compiled", "compile_export", "fixed_lengths", "open_sessions"]
 
 _MANIFEST = "compile.json"
 

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 from qeff_proxy.compile_options import CompileOptions
 
 if TYPE_CHECKING:
-    from qeff_proxy.session.session import PartLike
-
-__all__ = ["DEFAULT_CTX_LEN", "DEFAULT_PREFILL_SEQ_LEN", "has_cache", "with_fixed_shapes"]
+    from qeff_proxy.session.part_like import PartLike
 
 #: The defaults of QEfficient.
 DEFAULT_PREFILL_SEQ_LEN = 32

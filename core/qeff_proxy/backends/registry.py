@@ -19,18 +19,6 @@ from qeff_proxy.backends.backend import Backend
 from qeff_proxy.errors import BackendError, PluginError, UsageError
 from qeff_proxy.plugins.entry_points import PackageEntry, find_entries, find_entry, load_entry
 
-__all__ = [
-    "BUILTIN_BACKENDS",
-    "ENTRY_POINT_GROUP",
-    "BackendReport",
-    "BackendState",
-    "check_backends",
-    "check_class",
-    "install_hint",
-    "list_backends",
-    "load_backend",
-]
-
 #: ``listed``: installed, not imported. ``missing``: what it needs is not installed. ``rival``:
 #: another package has a backend of that name.
 BackendState = Literal["listed", "ok", "missing", "rival", "failed"]

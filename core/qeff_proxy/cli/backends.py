@@ -13,8 +13,6 @@ from qeff_proxy.errors import BackendError
 if TYPE_CHECKING:
     from qeff_proxy.backends.registry import BackendReport
 
-__all__ = ["configure", "run"]
-
 _COLOURS = {"ok": "green", "failed": "red", "rival": "red", "missing": "dim", "listed": ""}
 _WORDS = {"listed": "installed", "missing": "not installed"}
 

@@ -6,8 +6,6 @@ import argparse
 
 from qeff_proxy.cli.output import add_json_option, print_json, print_text
 
-__all__ = ["configure", "run"]
-
 _EPILOG = """\
 Exit status: 0 when something was compared and all of it passed, 1 when the dumps differ, 9 when a
 dump is damaged or incomplete or the two have no tensor in common.

@@ -13,8 +13,6 @@ from qeff_proxy.cli.options import (
 )
 from qeff_proxy.cli.output import print_json, print_text
 
-__all__ = ["configure", "run"]
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""

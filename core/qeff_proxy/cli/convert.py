@@ -11,8 +11,6 @@ from qeff_proxy.cli.output import add_json_option, print_json, print_text
 if TYPE_CHECKING:
     from qeff_proxy.dump.convert import ConversionSource
 
-__all__ = ["configure", "run"]
-
 _FORMATS = ("qaic", "onnx", "polygraphy")
 #: The conversions that use an option.
 _USED_BY = {

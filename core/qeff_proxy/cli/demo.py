@@ -23,15 +23,13 @@ from qeff_proxy.errors import ProxyError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
     from qeff_proxy.demo.demos import Demo
     from qeff_proxy.flows.generation.generate import PerfMetrics
     from qeff_proxy.plugins.entry_points import PackageEntry
     from qeff_proxy.plugins.manager import Plugins
     from qeff_proxy.run.run_compiled import RunResult
     from qeff_proxy.verify.results import BackendResult
-
-__all__ = ["configure", "run"]
 
 _CHECKPOINT = "tiny-gpt2"
 _PROMPT = "Anna went to the market"

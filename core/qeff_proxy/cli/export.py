@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.cli.options import add_model_options, export_of, known_export_of
 from qeff_proxy.cli.output import format_bytes, print_json, print_text
 from qeff_proxy.common.messages import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-__all__ = ["configure", "parts_table", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.cli.inputs import add_image_option, hint_of_image, parse_rows, refuse_media
 from qeff_proxy.cli.options import (
     add_compile_options,
@@ -20,8 +20,6 @@ from qeff_proxy.cli.output import print_json, print_text
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import RunResult
-
-__all__ = ["configure", "run"]
 
 #: Input names of speech models: features, or samples.
 _SOUND_INPUTS = {"input_features", "input_values"}

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
-
-__all__ = ["add_image_option", "hint_of_image", "parse_rows", "read_prompts", "refuse_media"]
+    from qeff_proxy.artifact.manifest_schema import Export
 
 #: Input names of vision models.
 _IMAGE_INPUTS = {"pixel_values", "images"}

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from qeff_proxy.cut.inspect_model import Inspection
 
-__all__ = ["configure", "run"]
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""

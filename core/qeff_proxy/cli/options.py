@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled
 from qeff_proxy.cli.output import add_json_option, stage_display
 from qeff_proxy.compile_options import CompileOptions
@@ -16,23 +16,6 @@ from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.tasks import CUT_OPTIONS
 from qeff_proxy.parts import Kind
 from qeff_proxy.plugins.hooks import Hooks
-
-__all__ = [
-    "add_backend_option",
-    "add_calibration_option",
-    "add_compile_options",
-    "add_dump_options",
-    "add_model_options",
-    "add_shape_options",
-    "compile_options_of",
-    "compiled_of",
-    "existing_export_of",
-    "export_of",
-    "kind_of",
-    "known_export_of",
-    "loaded_of",
-    "parse_option",
-]
 
 _KINDS: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
 _DEFAULT_DTYPE = "float32"

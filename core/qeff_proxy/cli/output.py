@@ -19,18 +19,6 @@ from qeff_proxy.common.messages import escape_controls
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = [
-    "add_json_option",
-    "format_bytes",
-    "plain_warnings",
-    "print_json",
-    "print_text",
-    "report_error",
-    "stage_display",
-    "stdout_console",
-]
-
-
 #: The width of a pipe or file: more columns than any line needs.
 _UNFOLDED = 100_000
 

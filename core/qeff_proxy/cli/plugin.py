@@ -8,8 +8,6 @@ from pathlib import Path
 
 from qeff_proxy.cli.output import add_json_option, print_json, print_text
 
-__all__ = ["configure", "run"]
-
 _KINDS = ("text", "embedding", "audio", "vision")
 
 

@@ -13,8 +13,6 @@ from qeff_proxy.errors import PluginError
 from qeff_proxy.plugins.entry_points import ENVIRONMENT_VARIABLE
 from qeff_proxy.plugins.manager import PluginReport, Plugins
 
-__all__ = ["configure", "run"]
-
 _COLOURS = {"ok": "green", "failed": "red", "rival": "red", "disabled": "dim", "listed": ""}
 
 

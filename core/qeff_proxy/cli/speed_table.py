@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from qeff_proxy.verify.timing import Speed, Timing
 
-__all__ = ["command_for", "speed_lines"]
-
 #: Options of ``verify`` that change what runs, and that ``generate`` has too.
 _SHARED = (
     ("proxy", "--proxy"),

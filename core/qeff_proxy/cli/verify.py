@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.cli.inputs import add_image_option, parse_rows, read_prompts
 from qeff_proxy.cli.options import (
     add_backend_option,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qeff_proxy.verify.results import BackendResult, Verification
-
-__all__ = ["configure", "run"]
 
 _EPILOG = """\
 PyTorch runs the same input and is the reference. Every backend is fed the tokens that PyTorch

@@ -15,8 +15,6 @@ from typing import Any
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
 
-__all__ = ["callables", "flag", "number", "one_of", "path", "processor", "texts", "whole_number"]
-
 #: Tokenizers, feature extractors and processors have at least one of these attributes.
 _OF_PROCESSORS = (
     "batch_decode",

@@ -24,18 +24,6 @@ from pathlib import Path
 from qeff_proxy.common.file_errors import writing
 from qeff_proxy.errors import ArtifactError
 
-__all__ = [
-    "FolderKind",
-    "clear_leftovers",
-    "foreign_entry",
-    "held",
-    "locked",
-    "recover_folder",
-    "replaced_folder",
-    "settle_folder",
-    "staged_folder",
-]
-
 
 @dataclass(frozen=True)
 class FolderKind:

@@ -20,8 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["PIECE", "FileReader", "FileWriter"]
-
 #: Bytes that are given at a time: hashed and looked at while the processor has them at hand.
 PIECE = 1 << 20
 _BLOCK = 4 << 20  # bytes that are read or written at a time

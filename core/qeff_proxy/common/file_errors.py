@@ -12,8 +12,6 @@ from pathlib import Path
 
 from qeff_proxy.errors import ArtifactError, BackendError
 
-__all__ = ["opening", "try_writing", "writing"]
-
 _SYSTEM_ERROR = re.compile(r"os error (\d+)|No space left on device")
 
 

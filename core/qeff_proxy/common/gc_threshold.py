@@ -13,8 +13,6 @@ from functools import partial
 
 from qeff_proxy.common.shared_change import SharedChanges
 
-__all__ = ["collecting_rarely"]
-
 _OBJECTS = 100_000  # new ones between two collections, instead of Python's 700
 _CHANGES = SharedChanges()
 

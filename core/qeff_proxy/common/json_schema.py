@@ -22,17 +22,6 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 
-__all__ = [
-    "Count",
-    "FieldError",
-    "FileName",
-    "Text",
-    "check_fields",
-    "parse_strictly",
-    "plain_json",
-    "read_as",
-]
-
 #: A number of things; below the integers that some readers of JSON round.
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 #: A string that is not empty.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["an", "counted", "escape_controls", "first_line", "type_named"]
-
 #: Characters that a terminal acts on, and those that have no UTF-8.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 

@@ -16,18 +16,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = [
-    "DECOMPOSING",
-    "FOLDING",
-    "OPERATOR_TABLE",
-    "attention_of",
-    "build_model",
-    "find",
-    "matched_operator",
-    "model_classes",
-    "operators",
-]
-
 _EXPORTER = "torch.onnx._internal.exporter"
 _PROMOTION = "torch.onnx._internal.fx.passes.type_promotion"
 

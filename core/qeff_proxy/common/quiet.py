@@ -16,8 +16,6 @@ from typing import Any
 
 from qeff_proxy.common.shared_change import SharedChanges
 
-__all__ = ["quiet_loading", "quiet_logs", "quiet_tracers"]
-
 _TRACERS = ("torch.onnx", "transformers", "onnxscript", "onnx_ir")
 
 #: In this context: loggers, those below them included, whose records below the level are dropped.

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-__all__ = ["SharedChanges", "one_model_at_a_time"]
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _MODEL_LOCK = threading.RLock()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["installed_version"]
-
 
 def installed_version() -> str:
     """The version of the ``qeff-proxy`` distribution, from its metadata."""

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from qeff_proxy.compare.pairing import Pair, Pairing
     from qeff_proxy.compare.tolerances import Tolerance
 
-__all__ = ["compare_dumps"]
-
 MAX_WORKERS = 4
 
 

@@ -12,8 +12,6 @@ from qeff_proxy.dump import Dump, StepInfo, StoredTensor, TensorName
 from qeff_proxy.dump.format import Phase
 from qeff_proxy.dump.selection import matches_any
 
-__all__ = ["Pair", "Pairing", "pair_dumps"]
-
 _AFTER_ALL_LAYERS = 1_000_000
 
 

@@ -27,8 +27,6 @@ from qeff_proxy.errors import DumpError
 if TYPE_CHECKING:
     from qeff_proxy.compare.results import Comparison, TensorComparison
 
-__all__ = ["build_report", "write_report"]
-
 MAX_COLUMNS = 240
 _WORST = 6
 _NO_LAYER = 1_000_000  # what belongs to no layer comes out after all of them

@@ -13,8 +13,6 @@ from qeff_proxy.dump.format import MANIFEST
 from qeff_proxy.dump.place import listed_files
 from qeff_proxy.errors import DumpError
 
-__all__ = ["check_report_place", "write_whole"]
-
 _ENDINGS = {".html", ".htm"}
 
 

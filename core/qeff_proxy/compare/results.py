@@ -18,8 +18,6 @@ from qeff_proxy.dump.format import Phase
 if TYPE_CHECKING:
     from qeff_proxy.compare.tolerances import Tolerance
 
-__all__ = ["Comparison", "Divergence", "PairStats", "TensorComparison"]
-
 
 @dataclass(frozen=True)
 class PairStats:

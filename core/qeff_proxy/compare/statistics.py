@@ -16,18 +16,6 @@ from numpy.typing import NDArray
 
 from qeff_proxy.dump.format import DTYPES, as_values
 
-__all__ = [
-    "STATS",
-    "Scratch",
-    "cosine",
-    "join",
-    "measure",
-    "merge",
-    "relative_peak",
-    "sqnr_db",
-    "to_numbers",
-]
-
 # Over the elements that are finite in both: `finite` of `count`. Positions (`*_at`) count elements
 # from the start of the record. `outside` elements are beyond the elementwise tolerance; of the
 # NaN and infinite ones `unmatched` stand against something else.

@@ -23,8 +23,6 @@ from qeff_proxy.dump.format import DTYPES
 if TYPE_CHECKING:
     from qeff_proxy.compare.pairing import Pair
 
-__all__ = ["measure_pair", "shapes_agree"]
-
 # Elements of a block: float32 temporaries of this size stay in the processor's cache.
 BLOCK = 65_536
 # Bytes that the system is asked to fetch while a block is reckoned with.

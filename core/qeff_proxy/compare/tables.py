@@ -19,8 +19,6 @@ from qeff_proxy.compare.verdict import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["render_comparison"]
-
 #: Terminals narrower than this, in columns, are not shown the mean error and the cosine.
 _WIDE = 100
 

@@ -11,8 +11,6 @@ from fnmatch import fnmatchcase
 from qeff_proxy.dump.format import DTYPES
 from qeff_proxy.errors import UsageError
 
-__all__ = ["COMPUTED_IN", "DEFAULTS", "Tolerance", "Tolerances", "parse_tolerance"]
-
 
 @dataclass(frozen=True)
 class Tolerance:

@@ -13,16 +13,6 @@ from qeff_proxy.common.messages import counted
 if TYPE_CHECKING:
     from qeff_proxy.compare.results import Comparison, Divergence, TensorComparison
 
-__all__ = [
-    "describe_verdict",
-    "format_error",
-    "format_share",
-    "made_by",
-    "model_named",
-    "printable",
-    "rank_worst",
-]
-
 _SHOWN_LAYERS = 8
 
 

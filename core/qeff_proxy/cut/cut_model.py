@@ -24,9 +24,6 @@ from qeff_proxy.sites import Absent, Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Cut", "cut_model", "site_weights"]
-
-
 #: Settings of a config that has a tower, and what the tower takes.
 _TOWERS = {"vision_config": "images", "audio_config": "sound"}
 

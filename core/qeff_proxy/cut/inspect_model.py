@@ -12,12 +12,11 @@ from qeff_proxy.cut.cut_model import cut_model, site_weights
 from qeff_proxy.cut.locate_sites import site_to_json
 from qeff_proxy.flows.flow import CutReport
 from qeff_proxy.layers.layer_lists import describe_kinds, find_layer_list
-from qeff_proxy.load.first_layers import NotSampled, enough_layers
+from qeff_proxy.load.first_layers import enough_layers
 from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.load.transformers_model import NotSampled
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.sites import Absent, Site
-
-__all__ = ["Inspection", "inspect_model"]
 
 
 @dataclass(frozen=True)

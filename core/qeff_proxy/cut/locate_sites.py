@@ -14,8 +14,6 @@ from qeff_proxy.sites import Absent, Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["locate_sites", "site_to_json"]
-
 
 def locate_sites(model: PreTrainedModel, hooks: Hooks) -> dict[str, Site | Absent]:
     """Ask for both sites.

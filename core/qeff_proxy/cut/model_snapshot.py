@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["changes_between", "snapshot_model"]
-
 #: Elements of a tensor that are compared; of larger tensors, so many at equal distances.
 _SAMPLE = 1 << 16
 

@@ -34,8 +34,6 @@ from qeff_proxy.request import Request
 if TYPE_CHECKING:
     from qeff_proxy.run.run_compiled import RunResult
 
-__all__ = ["BUILTIN_DEMO", "ENTRY_POINT_GROUP", "Demo", "choose", "find_demos", "load"]
-
 ENTRY_POINT_GROUP = "qeff_proxy.demos"
 #: The demo of the core itself: a small language model.
 BUILTIN_DEMO = "text"

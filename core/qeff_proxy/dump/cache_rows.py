@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from qeff_proxy.errors import DumpError
 from qeff_proxy.tensor_names import PAST, PRESENT
 
-__all__ = ["CACHE_AXIS", "CONSTANT_INPUTS", "cut_rows", "locate_rows"]
-
 # Inputs that a run computes once and feeds to every step.
 CONSTANT_INPUTS = ("cross_", "encoder_hidden_states")
 # Of [batch, heads, rows, head_dim].

@@ -15,22 +15,6 @@ from numpy.typing import NDArray
 from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import DumpError
 
-__all__ = [
-    "DTYPES",
-    "FORMAT",
-    "MANIFEST",
-    "PHASES",
-    "VERSION",
-    "Direction",
-    "DtypeInfo",
-    "Phase",
-    "TensorName",
-    "as_values",
-    "dtype_name",
-    "name_tensor",
-    "step_label",
-]
-
 FORMAT = "qeff-proxy-dump"
 VERSION = 1
 MANIFEST = "manifest.json"

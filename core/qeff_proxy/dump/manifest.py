@@ -24,8 +24,6 @@ from qeff_proxy.dump.format import (
 )
 from qeff_proxy.dump.rules import refuse
 
-__all__ = ["Manifest", "OmittedTensor", "StepInfo", "TensorIndex", "check_manifest"]
-
 MAX_ELEMENTS = 2**48
 
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 from qeff_proxy.dump.format import HEADER_BYTES
 
-__all__ = ["build_header", "parse_header"]
-
 _MAGIC = b"\x93NUMPY\x01\x00"
 
 

@@ -15,8 +15,6 @@ from qeff_proxy.common.atomic_folder import FolderKind, foreign_entry
 from qeff_proxy.dump.format import FORMAT, MANIFEST, PHASES
 from qeff_proxy.errors import DumpError
 
-__all__ = ["DUMPS", "check_replaceable", "listed_files", "write_error"]
-
 
 def listed_files(manifest: Path) -> set[str] | None:
     """The files that a manifest lists; ``None`` where it is not the manifest of a dump."""

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from qeff_proxy.dump.format import Phase
     from qeff_proxy.dump.manifest import Manifest, OmittedTensor, StepInfo, TensorIndex
 
-__all__ = ["Dump", "StoredTensor", "read_dump"]
-
 MAX_MANIFEST_BYTES = 2**28
 
 

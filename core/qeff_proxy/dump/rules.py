@@ -8,8 +8,6 @@ from typing import Any, NoReturn
 from qeff_proxy.common.json_schema import parse_strictly
 from qeff_proxy.errors import DumpError
 
-__all__ = ["RULES", "BrokenRuleError", "parse_json", "refuse"]
-
 # Rule -> what it asks. The page of the specification has one paragraph for each.
 RULES = {
     "COMPLETE": "a folder with a regular file manifest.json is a dump; another is incomplete",

@@ -11,8 +11,6 @@ from typing import Literal
 from qeff_proxy.common.arguments import texts
 from qeff_proxy.errors import UsageError
 
-__all__ = ["DumpOptions", "StepSelection", "matches_any"]
-
 _EVERY = re.compile(r"every:(\d+)\Z")
 _RANGE = re.compile(r"(-?\d+)?:(-?\d+)?\Z")
 # Steps counted from the end are held in memory until the run ends, so their number is bounded.

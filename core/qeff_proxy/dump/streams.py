@@ -19,8 +19,6 @@ from qeff_proxy.errors import DumpError
 if TYPE_CHECKING:
     from qeff_proxy.dump.format import Phase, TensorName
 
-__all__ = ["TensorStream", "runs_of"]
-
 
 def runs_of(numbers: array[int]) -> list[list[int]]:
     """Return rising ``numbers`` as half-open runs: 0, 1, 2, 5 is ``[[0, 3], [5, 6]]``."""

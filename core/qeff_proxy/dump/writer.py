@@ -32,8 +32,6 @@ from qeff_proxy.tensor_names import PAST, PRESENT
 if TYPE_CHECKING:
     from qeff_proxy.dump.format import Direction, Phase, TensorName
 
-__all__ = ["DumpWriter"]
-
 # Files kept open at a time; a model with more tensors opens the others for each record.
 MAX_OPEN_FILES = 256
 

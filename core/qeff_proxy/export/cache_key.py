@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from importlib_metadata import version
 
 from qeff_proxy.artifact.check_target import existing_export
-from qeff_proxy.artifact.export_folder import Export, export_folder
+from qeff_proxy.artifact.export_folder import export_folder
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.load.checkpoint_files import (
     check_weights,
     find_checkpoint,
@@ -26,8 +27,6 @@ from qeff_proxy.load.checkpoint_files import (
 from qeff_proxy.load.load_model import identity_with
 from qeff_proxy.parts import Kind
 from qeff_proxy.plugins.manager import Plugins
-
-__all__ = ["export_key", "find_known_export"]
 
 _VERSIONS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 

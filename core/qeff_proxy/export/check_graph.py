@@ -22,8 +22,6 @@ from qeff_proxy.flows.random_inputs import random_inputs
 from qeff_proxy.parts import Part, TensorSpec
 from qeff_proxy.session.axes import size_of
 
-__all__ = ["CHECK_SIZES", "check_graph"]
-
 #: Sizes of the dynamic axes at which graphs are checked: a decode step and a first prefill.
 CHECK_SIZES: tuple[dict[str, int], ...] = (
     {"batch": 1, "query": 1, "past": 9, "sequence": 11},

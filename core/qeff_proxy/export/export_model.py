@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact.check_target import check_not_another, check_place, existing_export
-from qeff_proxy.artifact.export_folder import KEPT, MANIFEST, Export, export_folder, read_export
+from qeff_proxy.artifact.export_folder import KEPT, export_folder, read_export
+from qeff_proxy.artifact.manifest_schema import MANIFEST, Export
 from qeff_proxy.common.arguments import one_of, whole_number
 from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
 from qeff_proxy.common.gc_threshold import collecting_rarely
@@ -31,8 +32,6 @@ from qeff_proxy.plugins.hooks import Hooks
 
 if TYPE_CHECKING:
     from qeff_proxy.export.model_graphs import Graphs
-
-__all__ = ["LEAST_OPSET", "WEIGHTS", "export_key", "export_model"]
 
 _CHECKED = "BLAKE3 of the files taken, no NaN found"
 #: The exporter writes the operators of this opset, and can only convert them to later ones.
@@ -125,7 +124,8 @@ def _write(
     progress: Callable[[str], None],
 ) -> Export:
     from qeff_proxy.export.model_graphs import graphs_of_sample, graphs_of_whole
-    from qeff_proxy.load.first_layers import NotSampled, all_layers, enough_layers
+    from qeff_proxy.load.first_layers import all_layers, enough_layers
+    from qeff_proxy.load.transformers_model import NotSampled
 
     given = (loaded, hooks, kind, opset, taps, progress)
     write = partial(_write_folder, loaded, key=key, target=target, progress=progress)

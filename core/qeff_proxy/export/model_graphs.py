@@ -20,14 +20,13 @@ from qeff_proxy.export.repeat.mark_layers import NotRepeatable, marked_layers
 from qeff_proxy.export.trace.trace_part import TracedPart, trace_part, trace_sample
 from qeff_proxy.layers.layer_lists import LayerList, describe_kinds, find_layer_list
 from qeff_proxy.layers.taps import tap_proxy
-from qeff_proxy.load.first_layers import NotSampled, SampledModel, at_most
+from qeff_proxy.load.first_layers import SampledModel, at_most
 from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.load.transformers_model import NotSampled
 from qeff_proxy.load.weight_sources import WeightSources
 from qeff_proxy.parts import Kind, Part, TensorSpec
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.tensor_names import LAYER_NAME
-
-__all__ = ["Graphs", "graphs_of_sample", "graphs_of_whole"]
 
 
 @dataclass

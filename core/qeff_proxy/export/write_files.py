@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
-from qeff_proxy.artifact.export_folder import ExportedPart
 from qeff_proxy.artifact.hashes import sha256_of
+from qeff_proxy.artifact.manifest_schema import ExportedPart
 from qeff_proxy.errors import ExportError
 from qeff_proxy.export.check_graph import check_graph
 from qeff_proxy.export.write_weights import check_and_hash, point_into, save_weights
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from qeff_proxy.export.trace.trace_part import TracedPart
 
     Places = Mapping[str, StoredWeight]
-
-__all__ = ["check_graphs", "hash_linked", "write_graphs", "write_weights"]
 
 
 def write_weights(

@@ -31,8 +31,6 @@ from qeff_proxy.load.weight_sources import StoredWeight, WeightSources, map_tens
 if TYPE_CHECKING:
     from qeff_proxy.export.trace.trace_part import TracedPart
 
-__all__ = ["SavedWeights", "check_and_hash", "point_into", "save_weights"]
-
 _IR_DTYPES = {
     "F64": ir.DataType.DOUBLE,
     "F32": ir.DataType.FLOAT,

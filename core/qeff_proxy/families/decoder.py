@@ -25,17 +25,6 @@ from qeff_proxy.families.model_masks import provide_masks, record_masks
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 
-__all__ = [
-    "CacheLayer",
-    "DecoderLayout",
-    "DecoderPart",
-    "EmbeddingPart",
-    "EmbeddingStub",
-    "HeadPart",
-    "HeadStub",
-    "probe_decoder",
-]
-
 
 @dataclass(frozen=True)
 class CacheLayer:

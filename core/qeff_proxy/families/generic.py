@@ -31,8 +31,6 @@ from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Absent, Site
 
-__all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
-
 
 @hookimpl(trylast=True)
 def locate_embedding(model: PreTrainedModel) -> Site | None:

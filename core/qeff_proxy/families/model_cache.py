@@ -13,8 +13,6 @@ from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-__all__ = ["LIBRARY_CACHE_NAME", "cache_argument", "cache_of"]
-
 _OLD_NAME, _NEW_NAME = "past_key_values", "cache"
 #: The name in transformers' own outputs and in its generation loop.
 LIBRARY_CACHE_NAME: str = (

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["MASK_NAMES", "provide_masks", "record_masks"]
-
 #: Name of the graph input of each kind of mask; a model's most frequent kind has the plain name.
 MASK_NAMES: dict[MaskKind, str] = {
     "causal": "attention_mask",

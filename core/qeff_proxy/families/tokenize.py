@@ -11,8 +11,6 @@ from qeff_proxy.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["tokenize"]
-
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Tokenize prompts for generation, padded on the left to one length.

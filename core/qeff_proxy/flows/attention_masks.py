@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from qeff_proxy.parts import MaskSpec
 
-__all__ = ["build_mask", "lengthen_mask"]
-
 
 def build_mask(
     spec: MaskSpec,

@@ -23,10 +23,9 @@ from qeff_proxy.session.cache_buffers import (
     InPlaceSession,
     can_run_in_place,
 )
-from qeff_proxy.session.session import PartLike, Session
+from qeff_proxy.session.part_like import PartLike
+from qeff_proxy.session.session import Session
 from qeff_proxy.tensor_names import PAST, PRESENT
-
-__all__ = ["Cache", "CausalEngine", "Recorder", "StepId", "Supplier", "position_ids_of"]
 
 Phase = Literal["prefill", "decode"]
 

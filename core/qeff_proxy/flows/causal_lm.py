@@ -26,8 +26,6 @@ from qeff_proxy.parts import MaskSpec, Proxy
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 
-__all__ = ["CausalFlow", "shrunk_windows", "verify_causal_cut"]
-
 _STEPS = (9, 3, 1)  # queries of the prefill, of a second chunk, of a decode step
 _PADDING = 4  # padded positions in front of the second row
 _WINDOW = 5  # a sliding window short enough to hide something within these steps

@@ -16,8 +16,6 @@ from qeff_proxy.sites import Absent, Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["NEEDS_PLUGIN", "TOLERANCES", "check_equal", "parts_must_run"]
-
 #: Largest allowed difference of an element, relative to the largest element, by the model's dtype.
 #: Model and parts run the same operations, so only the order of sums may differ.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}

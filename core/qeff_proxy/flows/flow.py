@@ -22,20 +22,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
     from qeff_proxy.flows.causal_engine import Recorder
     from qeff_proxy.session.session import Session
-
-__all__ = [
-    "BUILTIN_FLOWS",
-    "ENTRY_POINT_GROUP",
-    "CutReport",
-    "ExampleFlow",
-    "Flow",
-    "Job",
-    "TimedFlow",
-    "load_flow",
-]
 
 ENTRY_POINT_GROUP = "qeff_proxy.flows"
 BUILTIN_FLOWS = {"causal-lm": "qeff_proxy.flows.causal_lm:CausalFlow"}

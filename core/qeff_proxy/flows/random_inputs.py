@@ -11,8 +11,6 @@ from qeff_proxy.flows.attention_masks import build_mask
 from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.part_like import PartLike
 
-__all__ = ["random_inputs"]
-
 
 def random_inputs(
     part: PartLike, sizes: Mapping[str, int], generator: np.random.Generator

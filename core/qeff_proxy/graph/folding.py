@@ -16,8 +16,6 @@ from onnxscript import optimizer, rewriter
 
 from qeff_proxy.common.private_names import FOLDING, find, matched_operator
 
-__all__ = ["fold_graph"]
-
 _MOST_TURNS = 2
 
 

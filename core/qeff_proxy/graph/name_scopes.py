@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["NAME_SCOPES", "layer_of"]
-
 #: Node metadata that exports keep: the module paths a node was traced from, outermost first.
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 

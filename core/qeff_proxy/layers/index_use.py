@@ -10,9 +10,6 @@ from collections.abc import Iterable
 
 from torch import nn
 
-__all__ = ["INDEX", "uses_index"]
-
-
 #: The attribute in which modules keep the index of their layer.
 INDEX = "layer_idx"
 

@@ -17,14 +17,6 @@ from torch import nn
 from qeff_proxy.arrays import to_array
 from qeff_proxy.layers.index_use import INDEX, uses_index
 
-__all__ = [
-    "LayerList",
-    "describe_kinds",
-    "find_layer_list",
-    "layer_lists",
-    "prefix_with_every_kind",
-]
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 

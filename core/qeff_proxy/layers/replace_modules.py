@@ -8,8 +8,6 @@ from typing import TypeVar
 
 from torch import nn
 
-__all__ = ["replace_modules"]
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 

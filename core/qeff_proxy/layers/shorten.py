@@ -10,8 +10,6 @@ from torch import nn
 from qeff_proxy.layers.layer_lists import LayerList, ModuleT, per_layer_settings
 from qeff_proxy.layers.replace_modules import replace_modules
 
-__all__ = ["shorten"]
-
 
 def shorten(module: ModuleT, layers: LayerList, count: int) -> ModuleT | None:
     """A copy of ``module`` with its first ``count`` layers only.

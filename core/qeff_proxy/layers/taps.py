@@ -26,8 +26,6 @@ from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.layers.layer_lists import find_layer_list
 from qeff_proxy.parts import TAPS, Part, Proxy, TensorSpec
 
-__all__ = ["TAPS", "TappedPart", "find_tapped", "normalize_taps", "tap_proxy"]
-
 _NAMES = {
     "attention": re.compile(r"attn|attention", re.IGNORECASE),
     "mlp": re.compile(

@@ -14,19 +14,6 @@ from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.safetensors_header import read_header
 
-__all__ = [
-    "check_identity",
-    "check_quantization",
-    "check_weights",
-    "checkpoint_identity",
-    "file_of_tensor",
-    "find_checkpoint",
-    "folder_named",
-    "identity_as",
-    "read_config_file",
-    "safetensors_files",
-]
-
 _SHOWN = 60  # characters of a name in an error
 _SAMPLE = 4096  # bytes
 _INDEX = "model.safetensors.index.json"

@@ -16,8 +16,6 @@ from qeff_proxy.load.safetensors_header import read_header
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["check_architectures", "check_sizes"]
-
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _LARGEST = 2**31 - 1
 #: No model has more layers; a config that says so is held against the names of the weights.

@@ -35,8 +35,6 @@ from qeff_proxy.load.weight_sources import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["NotSampled", "SampledModel", "all_layers", "at_most", "enough_layers", "sample_model"]
-
 
 @dataclass
 class SampledModel:

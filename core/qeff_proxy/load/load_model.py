@@ -27,7 +27,6 @@ from qeff_proxy.load.checkpoint_files import (
 from qeff_proxy.load.config_checks import check_architectures, check_sizes
 from qeff_proxy.load.tasks import UNUSED_WEIGHTS
 from qeff_proxy.load.transformers_model import (
-    REMOTE_CODE_GROUP,
     class_named,
     read_model,
 )
@@ -39,18 +38,6 @@ if TYPE_CHECKING:
 
     from qeff_proxy.layers.layer_lists import LayerList
     from qeff_proxy.load.first_layers import SampledModel
-
-__all__ = [
-    "DTYPES",
-    "REMOTE_CODE_GROUP",
-    "LoadedModel",
-    "identity_with",
-    "load_config",
-    "load_model",
-    "most_positions",
-    "with_options",
-    "wrap_model",
-]
 
 #: What configs call the number of positions of a decoder.
 _POSITIONS = ("max_position_embeddings", "max_target_positions")
@@ -163,7 +150,8 @@ def load_model(
         return model
 
     def sample(choose: Callable[[LayerList], int]) -> SampledModel:
-        from qeff_proxy.load.first_layers import NotSampled, sample_model
+        from qeff_proxy.load.first_layers import sample_model
+        from qeff_proxy.load.transformers_model import NotSampled
 
         if config_file.get("quantization_config"):
             raise NotSampled("its weights are quantized")

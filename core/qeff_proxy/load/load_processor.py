@@ -16,9 +16,6 @@ from qeff_proxy.load.transformers_model import (
     remote_code_adapter,
 )
 
-__all__ = ["load_processor"]
-
-
 _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "*.tiktoken", "*.jsonl", "merges.txt")
 
 

@@ -12,8 +12,6 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["TORCH_DTYPES", "StoredTensor", "read_header"]
-
 #: The format's dtypes and torch's names for them.
 TORCH_DTYPES = {
     "F64": "float64",

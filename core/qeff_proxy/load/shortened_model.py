@@ -26,8 +26,6 @@ from qeff_proxy.load.load_model import LoadedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Depth", "parse_depth", "with_depth"]
-
 #: A number of layers, or ``"auto"``: the shortest prefix that holds every kind of layer twice, or
 #: once where the model itself has but one of the kind.
 Depth = int | Literal["auto"]
@@ -90,7 +88,8 @@ def with_depth(loaded: LoadedModel, depth: str | int) -> LoadedModel:
         return sampled.first(count(sampled.layers))
 
     def read() -> PreTrainedModel:
-        from qeff_proxy.load.first_layers import NotSampled, all_layers
+        from qeff_proxy.load.first_layers import all_layers
+        from qeff_proxy.load.transformers_model import NotSampled
 
         if is_stored:
             try:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["CUT_OPTIONS", "TASKS", "UNUSED_WEIGHTS", "Task"]
-
 
 @dataclass(frozen=True)
 class Task:

@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = [
-    "REMOTE_CODE_GROUP",
-    "NotSampled",
-    "architecture_class",
-    "class_named",
-    "read_model",
-    "remote_code_adapter",
-]
-
 #: Entry points by model type: objects whose ``from_pretrained``, called as that of a transformers
 #: auto class, loads checkpoints whose own code needs help on the transformers of today (with
 #: ``state_dict`` among the arguments, from those tensors instead of the folder's files); they may

@@ -22,15 +22,6 @@ from qeff_proxy.load.safetensors_header import TORCH_DTYPES, StoredTensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "StoredWeight",
-    "WeightSources",
-    "aliases_of",
-    "converter_of",
-    "map_tensor",
-    "model_names",
-]
-
 
 @dataclass(frozen=True)
 class StoredWeight:

@@ -42,19 +42,6 @@ import importlib_metadata
 
 from qeff_proxy.errors import PluginError, ProxyError, UsageError
 
-__all__ = [
-    "ENTRY_POINT_GROUP",
-    "ENVIRONMENT_VARIABLE",
-    "GENERIC",
-    "BrokenPackage",
-    "PackageEntry",
-    "Selection",
-    "find_entries",
-    "find_entry",
-    "load_entry",
-    "pick_entry",
-]
-
 ENTRY_POINT_GROUP = "qeff_proxy.families"
 ENVIRONMENT_VARIABLE = "QEFF_PROXY_PLUGINS"
 #: The name of the core's fallback plugin wherever a package can be named.

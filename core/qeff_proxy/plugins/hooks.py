@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Hooks", "InvalidPluginError", "hook_names"]
-
 
 class InvalidPluginError(Exception):
     """An imported plugin has wrong hooks."""

@@ -31,8 +31,6 @@ from qeff_proxy.plugins.entry_points import (
 )
 from qeff_proxy.plugins.hooks import Hooks, InvalidPluginError, hook_names
 
-__all__ = ["LoadedPlugin", "PluginReport", "PluginState", "Plugins"]
-
 _CORE_PACKAGE = "qeff-proxy"
 _GENERIC_MODULE = "qeff_proxy.families.generic"
 

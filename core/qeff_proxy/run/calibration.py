@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import compile_export, fixed_lengths
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, staged_folder
@@ -27,8 +27,6 @@ from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
-
-__all__ = ["Given", "requests_of", "takes_calibration", "with_calibration"]
 
 #: A file or folder, a request, or several prompts or requests.
 Given = "str | Path | Request | Sequence[str | Request]"

@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.flow import ExampleFlow, load_flow
 from qeff_proxy.parts import Proxy
 from qeff_proxy.request import Request
-
-__all__ = ["DEFAULT_PROMPT", "DEFAULT_QUESTION", "example_request", "text_example"]
 
 DEFAULT_PROMPT = "One morning, Anna went to the market and"
 #: The default question about an image.

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["keep_tokens", "replay_tokens"]
-
 
 def keep_tokens(tokens: list[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A logits processor that appends the best token of each step to ``tokens``."""

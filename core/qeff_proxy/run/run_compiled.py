@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qeff_proxy.artifact.export_folder import KEPT, Export, enclosing_export
+from qeff_proxy.artifact.export_folder import KEPT, enclosing_export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled, open_sessions
 from qeff_proxy.common.atomic_folder import clear_leftovers
 from qeff_proxy.common.quiet import quiet_loading
@@ -22,8 +23,6 @@ from qeff_proxy.load.load_model import load_config
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.session.session import Session
-
-__all__ = ["RunResult", "check_io_folder", "new_run_name", "run_compiled"]
 
 
 @dataclass(frozen=True)

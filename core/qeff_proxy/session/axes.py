@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qeff_proxy.session.part_like import PartLike
 
-__all__ = ["Sizes", "axes_of", "is_sum", "size_of", "terms_of"]
-
 #: Axis name → size.
 Sizes = dict[str, int]
 

@@ -19,8 +19,6 @@ from qeff_proxy.session.session import Session
 if TYPE_CHECKING:
     from qeff_proxy.parts import TensorSpec
 
-__all__ = ["Buffers", "Cache", "HeldCache", "InPlaceSession", "can_run_in_place"]
-
 #: Positions by which buffers grow: few enough that reading the empty ones costs nothing.
 _BLOCK = 64
 

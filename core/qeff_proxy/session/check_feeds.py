@@ -16,8 +16,6 @@ from qeff_proxy.session.axes import Sizes, size_of, terms_of
 if TYPE_CHECKING:
     from qeff_proxy.parts import TensorSpec
 
-__all__ = ["check_feeds"]
-
 
 def check_feeds(
     part: str,

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from qeff_proxy.parts import MaskSpec, TensorSpec
 
-__all__ = ["PartLike"]
-
 
 class PartLike(Protocol):
     """What a session needs to know of a part, live (`Part`) or exported (`ExportedPart`)."""

@@ -12,9 +12,6 @@ from qeff_proxy.session.axes import size_of
 if TYPE_CHECKING:
     from qeff_proxy.parts import Part, TensorSpec
 
-__all__ = ["TRACE_SIZES", "mangled_inputs", "sample_inputs"]
-
-
 #: Sizes of dynamic axes during the trace. None of them is 1, which a trace would bake in, and no
 #: two are alike, so that no two axes are taken for one.
 TRACE_SIZES = {"batch": 2, "query": 3, "past": 5, "sequence": 7}

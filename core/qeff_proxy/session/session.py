@@ -14,8 +14,6 @@ from qeff_proxy.session.part_like import PartLike
 if TYPE_CHECKING:
     from qeff_proxy.parts import TensorSpec
 
-__all__ = ["PartLike", "Session"]
-
 
 class Session(ABC):
     """One part, ready to run on one backend.

@@ -14,8 +14,6 @@ from qeff_proxy.session.session import Session
 if TYPE_CHECKING:
     from qeff_proxy.parts import Part
 
-__all__ = ["TorchSession"]
-
 
 class TorchSession(Session):
     """Runs a live part with PyTorch.

@@ -21,13 +21,11 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
 
 from qeff_proxy.arrays import Array, numpy_dtype
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.artifact.hashes import hash_weights_file
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
 from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.parts import MaskSpec, TensorSpec
-
-__all__ = ["Reference", "feeds_of", "make_export", "unknown_operator"]
 
 _OPSET = 20
 _VOCABULARY, _WIDTH, _HEADS, _HEAD, _POSITIONS = 31, 16, 2, 8, 64

@@ -8,13 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.session.session import Session
 from qeff_proxy.testing.backend_parts import Reference
-
-__all__ = ["BackendSubject"]
 
 
 class _Suite(Protocol):

@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 
 from qeff_proxy.arrays import Array
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
 from qeff_proxy.artifact.hashes import hash_weights_file, sha256_of
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.messages import type_named
@@ -35,8 +35,6 @@ from qeff_proxy.errors import BackendError, ProxyError
 from qeff_proxy.session.session import Session
 from qeff_proxy.testing.backend_parts import feeds_of, make_export, unknown_operator
 from qeff_proxy.testing.backend_subject import BackendSubject
-
-__all__ = ["BackendSuite"]
 
 # A prefill, a decode step, another prefill of another length, a batch.
 _SHAPES = (

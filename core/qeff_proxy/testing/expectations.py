@@ -11,8 +11,6 @@ import pytest
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
 
-__all__ = ["expect", "expect_same", "needs"]
-
 FunctionT = TypeVar("FunctionT", bound="Callable[..., Any]")
 
 

@@ -14,8 +14,6 @@ from qeff_proxy.testing.expectations import expect, needs
 if TYPE_CHECKING:
     from qeff_proxy.testing.subject import Subject
 
-__all__ = ["ExportChecks"]
-
 #: Operator domains that every ONNX runtime supports.
 _DOMAINS = {"", "ai.onnx"}
 _GRAPH_TOLERANCE = 1e-4

@@ -29,8 +29,6 @@ from qeff_proxy.testing.run_checks import RunChecks
 from qeff_proxy.testing.site_checks import SiteChecks
 from qeff_proxy.testing.subject import Subject
 
-__all__ = ["FamilySuite"]
-
 _NEW_TOKENS = 4
 
 

@@ -16,17 +16,6 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import join_rows, pad_row, random_ids, random_weights, tiny_config
 
-__all__ = [
-    "CAUSAL_LM",
-    "CTC",
-    "ENCODER",
-    "IMAGE_TEXT_TO_TEXT",
-    "LENGTHS",
-    "SPEECH_SEQ2SEQ",
-    "Capabilities",
-    "Family",
-]
-
 
 @dataclass(frozen=True)
 class Capabilities:

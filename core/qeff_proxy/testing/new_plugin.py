@@ -20,8 +20,6 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import HOOK_API_VERSION
 from qeff_proxy.plugins.manager import Plugins
 
-__all__ = ["KINDS", "NewPlugin", "write_plugin"]
-
 KINDS = ("text", "embedding", "audio", "vision")
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")

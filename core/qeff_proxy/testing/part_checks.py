@@ -23,8 +23,6 @@ from qeff_proxy.testing.expectations import expect, needs
 if TYPE_CHECKING:
     from qeff_proxy.testing.subject import Subject
 
-__all__ = ["PartChecks"]
-
 _PART = re.compile(r"[a-z][a-z0-9_]*")
 _TENSOR = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z0-9_]+)*", re.IGNORECASE)
 _AXIS = re.compile(r"[a-z_][a-z0-9_]*( \+ [a-z_][a-z0-9_]*)*")

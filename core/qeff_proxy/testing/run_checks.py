@@ -18,8 +18,6 @@ from qeff_proxy.run.run_compiled import run_compiled
 from qeff_proxy.testing.expectations import expect, expect_same, needs
 from qeff_proxy.testing.subject import Run, Subject, global_state, is_arrays
 
-__all__ = ["RunChecks"]
-
 #: Tokens of a chunk; every sample has more.
 _CHUNK = 3
 _PADDING = 3

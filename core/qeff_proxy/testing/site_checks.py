@@ -13,8 +13,6 @@ from qeff_proxy.testing.expectations import expect, needs
 if TYPE_CHECKING:
     from qeff_proxy.testing.subject import Subject
 
-__all__ = ["SiteChecks"]
-
 _MIN_WORDS = 3
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.utils import logging as transformers_logging
 
 from qeff_proxy.arrays import Array
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.cut.cut_model import Cut, cut_model
@@ -36,8 +36,6 @@ from qeff_proxy.request import Request
 from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.testing.family import Family
-
-__all__ = ["Run", "Step", "Subject", "global_state", "is_arrays"]
 
 
 @dataclass(frozen=True)

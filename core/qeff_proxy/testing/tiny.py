@@ -12,8 +12,6 @@ from qeff_proxy.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["VOCABULARY", "join_rows", "pad_row", "random_ids", "random_weights", "tiny_config"]
-
 #: The vocabulary size of a tiny model. No other size in it is equal, so that an axis of this size
 #: identifies a tensor of the vocabulary.
 VOCABULARY = 131

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled, open_sessions
 from qeff_proxy.common.private_names import attention_of
 from qeff_proxy.common.quiet import quiet_loading
@@ -30,8 +30,6 @@ from qeff_proxy.verify.verify_backend import compare_with_reference, compiled_fo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["PYTORCH", "measure_speed"]
 
 #: What PyTorch's row is called.
 PYTORCH = "PyTorch"

@@ -13,8 +13,6 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.parts import Kind
 
-__all__ = ["BEST", "VerifyOptions"]
-
 #: Named in place of a backend: all that can be measured on this machine.
 BEST = "best"
 

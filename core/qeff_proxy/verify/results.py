@@ -17,8 +17,6 @@ from qeff_proxy.run.run_compiled import RunResult
 if TYPE_CHECKING:
     from qeff_proxy.verify.timing import Speed
 
-__all__ = ["BackendResult", "Verification", "count_equal_tokens", "reason_of"]
-
 
 @dataclass(frozen=True)
 class BackendResult:

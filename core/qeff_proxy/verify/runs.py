@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.errors import CheckpointError, UsageError
@@ -26,8 +26,6 @@ from qeff_proxy.session.session import Session
 
 if TYPE_CHECKING:
     from qeff_proxy.verify.options import VerifyOptions
-
-__all__ = ["REFERENCE", "Runs", "check_request", "processor_in", "tensors_of"]
 
 #: The folder of the reference's dump, beside those of the backends.
 REFERENCE = "reference"

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["NEAR", "NOISY", "Speed", "Timing", "take_turns"]
-
 #: Speeds that differ by no more than this share are as good as equal.
 NEAR = 0.05
 #: Where the middle half of the turns differs by more than this share, the machine had other work.

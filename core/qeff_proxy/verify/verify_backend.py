@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.backends.registry import list_backends, load_backend
 from qeff_proxy.compare import Comparison, Tolerances, compare_dumps, write_report
@@ -25,15 +25,6 @@ from qeff_proxy.verify.runs import REFERENCE
 if TYPE_CHECKING:
     from qeff_proxy.verify.options import VerifyOptions
     from qeff_proxy.verify.runs import Runs
-
-__all__ = [
-    "backends_to_choose_from",
-    "compare_with_reference",
-    "compiled_for",
-    "needs_fixed_shapes",
-    "try_backend",
-    "why_untimed",
-]
 
 
 def try_backend(

@@ -19,7 +19,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from qeff_proxy.artifact.export_folder import Export, find_export
+from qeff_proxy.artifact.export_folder import find_export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compare.report_file import check_report_place
@@ -31,7 +32,7 @@ from qeff_proxy.load.load_model import LoadedModel, load_model
 from qeff_proxy.parts import Kind, Proxy
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
-from qeff_proxy.run.example_request import DEFAULT_PROMPT, example_request
+from qeff_proxy.run.example_request import example_request
 from qeff_proxy.run.run_compiled import check_io_folder
 from qeff_proxy.verify.options import BEST, VerifyOptions
 from qeff_proxy.verify.results import Verification
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 
     from qeff_proxy.verify.results import BackendResult
     from qeff_proxy.verify.timing import Speed
-
-__all__ = ["DEFAULT_PROMPT", "REFERENCE", "verify_model"]
 
 _STUB = "a stub's outputs mean nothing, so there is nothing to verify"
 

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, numpy_dtype, to_array, to_tensor
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.errors import BackendError, CutError, UsageError
 from qeff_proxy.flows.causal_engine import Recorder
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.flows.flow import CutReport, Job
 from qeff_proxy.parts import Proxy
 from qeff_proxy.request import Request
-from qeff_proxy.session.session import PartLike, Session
+from qeff_proxy.session.part_like import PartLike
+from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, numpy_dtype, to_array, to_tensor
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
-from qeff_proxy.flows.causal_engine import Cache, CausalEngine, Recorder, StepId, position_ids_of
+from qeff_proxy.flows.causal_engine import CausalEngine, Recorder, StepId, position_ids_of
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.flows.flow import CutReport, Job
 from qeff_proxy.flows.generation.generate import PerfMetrics
@@ -27,6 +27,7 @@ from qeff_proxy.flows.generation.settings import check_settings, generation_conf
 from qeff_proxy.flows.generation.step_cache import arrays_of_cache, fill_cache
 from qeff_proxy.parts import Proxy
 from qeff_proxy.request import Request
+from qeff_proxy.session.cache_buffers import Cache
 from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site

@@ -24,7 +24,8 @@ from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.flows.flow import CutReport, Job
 from qeff_proxy.parts import Proxy
 from qeff_proxy.request import refuse_unused
-from qeff_proxy.session.session import PartLike, Session
+from qeff_proxy.session.part_like import PartLike
+from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, to_array
-from qeff_proxy.artifact.export_folder import Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.errors import CutError, UsageError
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.flows.causal_lm import shrunk_windows
@@ -22,7 +22,7 @@ from qeff_proxy.flows.flow import CutReport, Job
 from qeff_proxy.flows.generation.generate import generate_ids
 from qeff_proxy.parts import Part, Proxy
 from qeff_proxy.request import Request, refuse_unused
-from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.part_like import PartLike
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.attention_masks import build_mask
-from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.part_like import PartLike
 
 from qeff_proxy_vision.image_settings import ROWS, Blocks, ImageSettings, Merge
 

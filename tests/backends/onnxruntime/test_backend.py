@@ -37,7 +37,7 @@ from safetensors.numpy import load_file, save_file
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from qeff_proxy.plugins.manager import Plugins
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
     from transformers import PreTrainedModel
 
 #: Models that take a window or positions from the length of the keys, and their settings.

@@ -22,7 +22,7 @@ from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.verify_model import verify_model
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
 
 
 @pytest.fixture

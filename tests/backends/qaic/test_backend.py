@@ -16,7 +16,7 @@ from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.testing.backend_parts import feeds_of, make_export
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
 
 GOLDEN = Path(__file__).parent / "golden"
 STAND_IN = Path(__file__).parent / "qaic_compile.py"

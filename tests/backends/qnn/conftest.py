@@ -20,7 +20,8 @@ from qeff_proxy.session.axes import size_of
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
+    from qeff_proxy.artifact.manifest_schema import ExportedPart
+    from qeff_proxy.artifact.manifest_schema import Export
 
 WIDTHS = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
 CTC = {

@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from qeff_proxy.artifact.export_folder import ExportedPart
+from qeff_proxy.artifact.manifest_schema import ExportedPart
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
 from qeff_proxy.backends.qnn.backend import QnnBackend
 from qeff_proxy.backends.qnn.diagnosis import reasons_in
@@ -28,7 +28,7 @@ from qeff_proxy.errors import ArtifactError, BackendError, UsageError
 from qeff_proxy.parts import TensorSpec
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
 
 CASES = [
     ("gpt2", "body", {"batch": 1, "query": 3, "past": 5}),

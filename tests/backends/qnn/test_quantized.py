@@ -31,7 +31,7 @@ from qeff_proxy.run.calibration import requests_of, with_calibration
 from qeff_proxy.run.run_compiled import run_compiled
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
 
 PROMPTS = ("Anna went to the market", "The cat sat on the mat", "One day, a boy found a red ball")
 SHAPES = CompileOptions(prefill_seq_len=8, ctx_len=32)

@@ -19,14 +19,15 @@ from qeff_proxy.backends.fixed_shapes.compiler_fixes import clean_graph
 from qeff_proxy.backends.fixed_shapes.host_split import split_host
 from qeff_proxy.backends.fixed_shapes.specialize import specialize
 from qeff_proxy.backends.lengths import with_fixed_shapes
-from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeSession
+from qeff_proxy.backends.onnxruntime.session import OnnxRuntimeSession
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import axes_of
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
+    from qeff_proxy.artifact.manifest_schema import ExportedPart
+    from qeff_proxy.artifact.manifest_schema import Export
 
 PARTS = [
     ("gpt2", "body"),

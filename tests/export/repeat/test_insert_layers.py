@@ -21,7 +21,7 @@ from qeff_proxy.plugins.manager import Plugins
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export
+    from qeff_proxy.artifact.manifest_schema import Export
 
 MIXED = ["sliding_attention", "sliding_attention", "full_attention"]
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
 
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.fixed_shapes.plan import runs_on_host
 from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend

@@ -18,7 +18,7 @@ from qeff_proxy.dump.manifest import StepInfo
 from qeff_proxy.errors import UsageError
 from qeff_proxy.session.axes import axes_of, terms_of
 from qeff_proxy.session.check_feeds import check_feeds
-from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.part_like import PartLike
 from qeff_proxy.tensor_names import PAST, PRESENT
 
 __all__ = ["digest_of", "dumps_in", "samples_of"]

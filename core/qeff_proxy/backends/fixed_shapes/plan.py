@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qeff_proxy.artifact.export_folder import ExportedPart
+from qeff_proxy.artifact.manifest_schema import ExportedPart
 from qeff_proxy.backends.lengths import DEFAULT_CTX_LEN, DEFAULT_PREFILL_SEQ_LEN
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.session.axes import Sizes, axes_of
-from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.part_like import PartLike
 
 __all__ = ["PADDED", "Plan", "name_of", "runs_on_host"]
 

@@ -28,7 +28,8 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import Sizes, is_sum, size_of, terms_of
-from qeff_proxy.session.session import PartLike, Session
+from qeff_proxy.session.part_like import PartLike
+from qeff_proxy.session.session import Session
 
 __all__ = ["Specialization", "StaticSession"]
 

@@ -22,7 +22,7 @@ from qeff_proxy.graph.folding import fold_graph
 from qeff_proxy.graph.name_scopes import layer_of
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import is_sum, size_of
-from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.part_like import PartLike
 
 __all__ = ["WEIGHT_BYTES", "fold", "specialize"]
 

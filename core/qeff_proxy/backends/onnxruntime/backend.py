@@ -21,7 +21,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.onnxruntime.check_rewriting import computes_the_same
 from qeff_proxy.backends.onnxruntime.open_graph import open_graph
@@ -38,8 +38,6 @@ from qeff_proxy.common.file_errors import try_writing
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
-
-__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeSession"]
 
 #: Counted up with each change of `prepare_part`, so that parts are compiled anew.
 _REWRITING = "3"

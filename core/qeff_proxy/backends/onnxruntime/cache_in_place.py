@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qeff_proxy.artifact.export_folder import ExportedPart
+from qeff_proxy.artifact.manifest_schema import ExportedPart
 from qeff_proxy.backends.onnxruntime.session import PLACES
 from qeff_proxy.tensor_names import PAST
-
-__all__ = ["write_in_place"]
 
 _POSITIONS = 2  # the axis of a cache that grows
 

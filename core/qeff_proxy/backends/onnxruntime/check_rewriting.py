@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from qeff_proxy.arrays import Array
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.onnxruntime.open_graph import open_to_check
 from qeff_proxy.backends.onnxruntime.session import OnnxRuntimeSession
 from qeff_proxy.errors import BackendError
@@ -19,8 +19,6 @@ from qeff_proxy.flows.random_inputs import random_inputs
 from qeff_proxy.session.axes import axes_of
 from qeff_proxy.session.cache_buffers import Buffers
 from qeff_proxy.tensor_names import PAST, PRESENT
-
-__all__ = ["computes_the_same"]
 
 #: A first prefill, and a step in buffers that have grown once.
 _SIZES = ({"query": 3, "past": 0}, {"query": 1, "past": 66})

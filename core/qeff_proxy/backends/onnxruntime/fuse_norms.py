@@ -13,8 +13,6 @@ from onnxscript.rewriter import pattern
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["divide_in_norms"]
-
 
 def divide_in_norms(model: ir.Model) -> bool:
     """Turn ``x * Reciprocal(Sqrt(y))`` into ``x / Sqrt(y)``.

@@ -13,8 +13,6 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-__all__ = ["merge_products"]
-
 _DOMAIN = "com.microsoft"
 
 

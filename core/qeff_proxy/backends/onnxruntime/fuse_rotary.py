@@ -15,8 +15,6 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter import pattern
 
-__all__ = ["fuse_rotary"]
-
 _DOMAIN = "com.microsoft"
 
 

@@ -11,8 +11,6 @@ import onnxruntime
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
 
-__all__ = ["open_graph", "open_to_check", "run_graph"]
-
 _ONLY_FATAL = 4  # an error is raised, so it need not be printed too
 
 

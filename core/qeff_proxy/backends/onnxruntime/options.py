@@ -11,8 +11,6 @@ import onnxruntime
 from qeff_proxy.backends.backend import usable_cores
 from qeff_proxy.compile_options import CompileOptions
 
-__all__ = ["OPTIONS", "VALUES", "WEIGHT_NAMES", "WeightOptions", "runtime_settings"]
-
 _LEVELS = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,

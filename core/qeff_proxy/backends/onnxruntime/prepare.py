@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.onnxruntime.cache_in_place import write_in_place
 from qeff_proxy.backends.onnxruntime.fuse_norms import divide_in_norms
 from qeff_proxy.backends.onnxruntime.fuse_products import merge_products
@@ -26,8 +26,6 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
 from qeff_proxy.tensor_names import PAST
-
-__all__ = ["prepare_part"]
 
 
 def prepare_part(

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.backends.onnxruntime.options import WeightOptions
 
-__all__ = ["quantize_weights"]
-
 _ALIGNMENT = 4096  # a page, so that a runtime may map what it reads
 _IN_FLOAT, _IN_INT8 = 1, 4  # MatMulNBits' accuracy_level
 _INLINE = 1024  # bytes up to which a tensor stays in the graph's own file

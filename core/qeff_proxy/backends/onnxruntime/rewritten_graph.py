@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
-
-__all__ = ["RewrittenGraph"]
+    from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 
 
 @dataclass(frozen=True)

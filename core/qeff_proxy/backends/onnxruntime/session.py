@@ -14,13 +14,11 @@ from qeff_proxy.errors import BackendError
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.cache_buffers import Buffers, InPlaceSession
-from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.part_like import PartLike
 from qeff_proxy.tensor_names import PAST, PRESENT
 
 if TYPE_CHECKING:
     import onnxruntime
-
-__all__ = ["PLACES", "OnnxRuntimeSession", "places_of"]
 
 #: Inputs ``[batch, heads, query, 3]`` int64: row, head and position of each new key or value.
 PLACES = "cache_places."

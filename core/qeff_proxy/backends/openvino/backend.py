@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend, usable_cores
 from qeff_proxy.backends.fixed_shapes import Plan, StaticSession, name_of, runs_on_host
 from qeff_proxy.backends.openvino.session import OpenVinoSession

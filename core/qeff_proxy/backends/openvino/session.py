@@ -8,7 +8,8 @@ from typing import Any
 
 from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.errors import BackendError
-from qeff_proxy.session.session import PartLike, Session
+from qeff_proxy.session.part_like import PartLike
+from qeff_proxy.session.session import Session
 
 __all__ = ["OpenVinoSession"]
 

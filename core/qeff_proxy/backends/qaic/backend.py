@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.fixed_shapes.backend import FixedShapesBackend
 from qeff_proxy.backends.fixed_shapes.plan import Plan
 from qeff_proxy.backends.qaic.files import (

@@ -19,7 +19,7 @@ import onnx
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
-    from qeff_proxy.artifact.export_folder import Export, ExportedPart
+    from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
     from qeff_proxy.session.axes import Sizes
 
 __all__ = [

@@ -27,7 +27,7 @@ import onnxruntime
 import onnxruntime_qnn  # noqa: F401 (so that its absence is an error when the backend is chosen)
 from importlib_metadata import version
 
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.fixed_shapes.backend import FixedShapesBackend
 from qeff_proxy.backends.fixed_shapes.plan import Plan, name_of
 from qeff_proxy.backends.qnn.calibrate import Calibrator, calibration_digest, prepared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.fixed_shapes.calibration_samples import digest_of, samples_of
 from qeff_proxy.backends.fixed_shapes.compiler_fixes import clean_graph
 from qeff_proxy.backends.fixed_shapes.host_split import HostSplit, split_host

@@ -19,7 +19,7 @@ from qeff_proxy.common.file_errors import opening
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
 from qeff_proxy.session.axes import Sizes
-from qeff_proxy.session.session import PartLike
+from qeff_proxy.session.part_like import PartLike
 
 __all__ = ["QnnSession"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from qeff_proxy.arrays import Array
-from qeff_proxy.artifact.export_folder import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.common.private_names import build_model
@@ -28,8 +28,6 @@ from qeff_proxy.session.torch_session import TorchSession
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["ExportedPartSession", "TorchBackend", "model_of_export", "proxy_of_export"]
 
 #: While a part runs, transformers' functions that make masks are exchanged, for all threads.
 _ONE_AT_A_TIME = threading.Lock()

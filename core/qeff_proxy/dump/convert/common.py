@@ -23,17 +23,6 @@ from qeff_proxy.dump.selection import DumpOptions
 from qeff_proxy.dump.writer import DumpWriter
 from qeff_proxy.errors import DumpError, ProxyError
 
-__all__ = [
-    "ConversionSource",
-    "StepArrays",
-    "choose_part",
-    "new_folder",
-    "npy_from_bytes",
-    "npy_to_bytes",
-    "read_limited",
-    "write_steps",
-]
-
 MAX_FOREIGN_BYTES = 2**34
 
 

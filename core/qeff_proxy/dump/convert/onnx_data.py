@@ -24,8 +24,6 @@ from qeff_proxy.dump.convert.common import (
 from qeff_proxy.dump.format import Direction, Phase
 from qeff_proxy.errors import DumpError
 
-__all__ = ["export_onnx", "import_onnx"]
-
 _SET = re.compile(r"test_data_set_(\d{1,9})\Z")
 _FILE = re.compile(r"(input|output)_(\d{1,9})\.pb\Z")
 

@@ -31,8 +31,6 @@ from qeff_proxy.dump.manifest import StepInfo
 from qeff_proxy.dump.rules import parse_json
 from qeff_proxy.errors import DumpError
 
-__all__ = ["export_polygraphy", "import_polygraphy"]
-
 INPUTS, OUTPUTS = "inputs.json", "outputs.json"
 _CLASS = "polygraphy_class"
 

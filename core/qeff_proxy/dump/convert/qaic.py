@@ -29,8 +29,6 @@ from qeff_proxy.dump.format import DTYPES, Direction, Phase, as_values
 from qeff_proxy.dump.rules import parse_json
 from qeff_proxy.errors import DumpError
 
-__all__ = ["export_qaic", "import_qaic"]
-
 JSON_NAME = "aic_batch_io.json"
 # What QEfficient calls the cache -> what the graphs here call it.
 _CACHE = re.compile(r"past_(key|value)\.(\d+)(_RetainedState)?\Z")

@@ -20,8 +20,6 @@ from qeff_proxy.export.repeat.mark_layers import LayerCall, NotRepeatable
 from qeff_proxy.export.repeat.marks import DOMAIN
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
 
-__all__ = ["expand_layers", "marks_of"]
-
 #: What shapes, positions and their comparisons are made of.
 _COUNTS = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
 

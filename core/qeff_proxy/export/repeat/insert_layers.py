@@ -31,8 +31,6 @@ from qeff_proxy.export.repeat.marks import DOMAIN
 from qeff_proxy.parts import Part
 from qeff_proxy.tensor_names import LAYER_NAME
 
-__all__ = ["put_in"]
-
 
 def put_in(
     model: ir.Model, calls: Sequence[LayerCall], seen: MarkedLayers, whole: Part, part: Part

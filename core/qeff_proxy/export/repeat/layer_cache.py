@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from transformers import Cache
 
-__all__ = ["LayerCache"]
-
 
 class LayerCache:
     """The tensors that a cache holds for one layer.

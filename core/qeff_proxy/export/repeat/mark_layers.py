@@ -31,17 +31,6 @@ from qeff_proxy.export.repeat.marks import enter, layer, leave
 from qeff_proxy.layers.index_use import INDEX
 from qeff_proxy.layers.layer_lists import LayerList, layer_lists
 
-__all__ = [
-    "LayerCall",
-    "MarkedLayers",
-    "NotRepeatable",
-    "is_absent",
-    "layers_traced",
-    "list_of",
-    "marked_layers",
-]
-
-
 _SYMBOL = re.compile(r"\b[a-z]\w*\d\b")
 
 

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["DOMAIN", "enter", "layer", "leave"]
-
 #: Domain of the nodes in the ONNX graph.
 DOMAIN = "qeff_proxy"
 

@@ -28,8 +28,6 @@ from torch.fx import Graph, GraphModule, Node
 from qeff_proxy.common.private_names import DECOMPOSING, find, operators
 from qeff_proxy.common.shared_change import SharedChanges
 
-__all__ = ["Lowering", "lowered_in_place"]
-
 _ATEN = torch.ops.aten
 #: Checks of a trace's assumptions, which PyTorch removes from a graph to export, too.
 _ASSERTIONS = operators(

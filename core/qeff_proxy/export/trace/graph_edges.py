@@ -18,8 +18,6 @@ from qeff_proxy.errors import ExportError
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
 from qeff_proxy.parts import Part, TensorSpec
 
-__all__ = ["separate_outputs", "set_edges"]
-
 
 def separate_outputs(graph: ir.Graph) -> None:
     """Give each output of a graph a value of its own, in place.

@@ -19,8 +19,6 @@ from typing import Any
 from qeff_proxy.common.private_names import OPERATOR_TABLE, find
 from qeff_proxy.common.shared_change import SharedChanges
 
-__all__ = ["operators_read_once"]
-
 _ACTIVE: ContextVar[bool] = ContextVar("operators_read_once", default=False)
 _CHANGES = SharedChanges()
 

@@ -41,9 +41,6 @@ from qeff_proxy.layers.layer_lists import LayerList, layer_lists
 from qeff_proxy.parts import Part, TensorSpec
 from qeff_proxy.session.sample_inputs import TRACE_SIZES, mangled_inputs, sample_inputs
 
-__all__ = ["TracedPart", "trace_part", "trace_sample"]
-
-
 #: Tensors smaller than this, in bytes, stay inside the ONNX file.
 INLINE_BYTES = 1024
 #: Constants of more bytes are not folded: onnxscript's own limit.

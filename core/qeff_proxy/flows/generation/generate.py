@@ -31,16 +31,7 @@ from qeff_proxy.flows.generation.settings import check_settings, generation_conf
 from qeff_proxy.flows.generation.step_cache import StepCache
 from qeff_proxy.request import refuse_unused
 from qeff_proxy.session.cache_buffers import Cache
-from qeff_proxy.session.session import PartLike
-
-__all__ = [
-    "Generated",
-    "PerfMetrics",
-    "ProxyForCausalLM",
-    "generate_ids",
-    "run_generation",
-]
-
+from qeff_proxy.session.part_like import PartLike
 
 #: New tokens where neither the user nor the checkpoint gives a number.
 DEFAULT_NEW_TOKENS = 128

@@ -18,8 +18,6 @@ from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.session.cache_buffers import Cache
 
-__all__ = ["Rules", "Run", "search_greedily"]
-
 
 class Run(Protocol):
     """Runs a model on new tokens."""

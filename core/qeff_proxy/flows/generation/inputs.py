@@ -9,8 +9,6 @@ import torch
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.errors import UsageError
 
-__all__ = ["checked_ids", "checked_mask"]
-
 
 def checked_ids(tensors: Mapping[str, torch.Tensor], rows: int | None = None) -> torch.Tensor:
     """The token ids of a run, ``[batch, sequence]`` int64.

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["draws_seeded"]
-
 
 class _OwnGenerator(TorchFunctionMode):
     """Passes a generator to ``torch.multinomial``; a mode acts in its own thread only."""

@@ -19,8 +19,6 @@ from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.flows.flow import Job
 
-__all__ = ["check_settings", "check_tokens", "generation_config_of"]
-
 #: Arguments of transformers' ``generate`` that need more than single steps of one model.
 _NOT_HERE = frozenset(
     {

@@ -13,8 +13,6 @@ from qeff_proxy.session.cache_buffers import Cache
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StepCache", "arrays_of_cache", "fill_cache"]
-
 
 class StepCache(DynamicCache):  # type: ignore[misc]
     """A cache that keeps the engine's arrays unchanged for the next step.
