@@ -37,8 +37,15 @@ def demo_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_export(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path) -> Path:
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``QEFF_HOME`` in which the trained checkpoint is exported once for all tests."""
+    return tmp_path_factory.mktemp("shared-home")
+
+
+@pytest.fixture(scope="session")
+def demo_export(shared_home: Path, demo_checkpoint: Path) -> Path:
     """Its export; tests add to ``compiled`` and ``io`` alone."""
-    loaded = load_model(str(demo_checkpoint))
-    hooks = Plugins.discover().hooks_for("gpt2")
-    return export_model(loaded, hooks, output=tmp_path_factory.mktemp("demo") / "export").folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QEFF_HOME", str(shared_home))
+        hooks = Plugins.discover().hooks_for("gpt2")
+        return export_model(load_model(str(demo_checkpoint)), hooks).folder
