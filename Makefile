@@ -2,7 +2,7 @@
 # make test    set up what is missing, then lint, types, documentation and tests
 # make test-versions    a quick part of the tests with the oldest and newest torch and transformers
 # make docs    build the documentation into site/, warnings as errors
-# make release-check    build all five packages, check them, install them elsewhere and use them
+# make release-check    build all six packages, check them, install them elsewhere and use them
 # make setup | lint | types | wheels | clean
 
 # The oldest Python that serves is the one the constraints were tested with.

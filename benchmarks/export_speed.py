@@ -105,7 +105,7 @@ AFTERWARDS = ("specializing", "compiling again")
 #: After an export: specialize every part to one set of fixed shapes, and compile twice.
 AFTER = """
 from qeff_proxy.backends.compile_export import compile_export
-from qeff_proxy.backends.fixed_shapes.specialize import specialize
+from qeff_proxy_npu.fixed_shapes.specialize import specialize
 from qeff_proxy.session.axes import axes_of
 stage("specializing")
 sizes = {"batch": 1, "query": 32, "past": 96}

@@ -232,6 +232,7 @@ def test_there_is_something_to_look_at():
     assert {package_of(path) for path in PLUGINS} >= {
         "qeff_proxy_audio",
         "qeff_proxy_embedding",
+        "qeff_proxy_npu",
         "qeff_proxy_text",
         "qeff_proxy_vision",
     }

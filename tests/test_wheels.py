@@ -1,4 +1,4 @@
-"""The five wheels, in an environment that has nothing else of the project.
+"""The six wheels, in an environment that has nothing else of the project.
 
 Installing torch again would take minutes, so the environment borrows everything but the project
 from the one the tests run in: a folder of links to its packages, those of the project left out.
@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("text", "embedding", "audio", "vision")
+KINDS = ("text", "embedding", "audio", "vision", "npu")
 PROJECTS = {"qeff-proxy": ROOT} | {f"qeff-proxy-{kind}": ROOT / "plugins" / kind for kind in KINDS}
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 PACKAGES = {name: name.replace("-", "_") for name in PROJECTS}
@@ -117,7 +117,7 @@ def test_each_extra_of_the_core_brings_its_plugin_package(wheels):
             assert f"qeff-proxy-{kind}=={VERSION}; extra == '{extra}'" in needs
 
 
-def test_the_five_packages_have_one_version():
+def test_the_six_packages_have_one_version():
     projects = {
         name: tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
         for name, folder in PROJECTS.items()

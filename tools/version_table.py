@@ -66,7 +66,7 @@ CHOSEN = """not Wav2Vec2 and (
 )"""
 #: Older releases of transformers bring it on themselves; all other warnings stay errors.
 LIBRARY_WARNING = "ignore:`torch.jit.script` is deprecated"
-#: What the subset imports besides the five packages and what they need.
+#: What the subset imports besides the packages and what they need.
 TEST_PACKAGES = ("pytest",)
 
 
@@ -97,7 +97,7 @@ def pins(versions: Versions) -> dict[str, str]:
 
 
 def oldest_releases() -> dict[str, str]:
-    """Distribution name → the oldest release that the five packages allow."""
+    """Distribution name → the oldest release that the packages allow."""
     projects = (ROOT, *(ROOT / "plugins" / plugin for plugin in PLUGINS))
     oldest: dict[str, str] = {}
     for project in projects:

@@ -34,7 +34,7 @@ def test_it_lists_ours_and_imports_nothing() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["checked"] is False
     found = by_name(done)
-    assert list(found) == ["onnxruntime", "openvino", "qaic", "qnn", "torch"]
+    assert list(found) == ["onnxruntime", "torch", "openvino", "qaic", "qnn"]
     assert found["openvino"]["state"] == "listed"
     assert found["openvino"]["version"]
     assert found["openvino"]["options"] is None

@@ -33,19 +33,6 @@ class TestOnnxRuntimeOfQuantizedWeights(BackendSuite):
     tolerances = {"float32": 0.05, "float16": 0.05}  # noqa: RUF012 (as the suite has it)
 
 
-class TestOpenVino(BackendSuite):
-    backend = "openvino"
-    integer_bits = 32  # the CPU's plugin computes int64 as int32
-
-
-class TestOpenVinoOfFixedShapes(BackendSuite):
-    """What an NPU gets, on the CPU."""
-
-    backend = "openvino"
-    integer_bits = 32
-    options = {"static_shapes": True, "save_compiled": True}  # noqa: RUF012 (as the suite has it)
-
-
 class TestTorch(BackendSuite):
     """PyTorch runs the model's code and no graph, so it is tried on a real model."""
 

@@ -130,7 +130,7 @@ def test_the_names_of_ours_cannot_be_taken(site: Path) -> None:
 
 def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delitem(sys.modules, "qeff_proxy.backends.openvino.backend", raising=False)
+    monkeypatch.delitem(sys.modules, "qeff_proxy_npu.openvino.backend", raising=False)
     with pytest.raises(BackendError, match=r"pip install 'qeff-proxy\[openvino\]'"):
         load_backend("openvino")
     with pytest.raises(BackendError, match=r"no backend 'opnvino'.*Known are .*openvino"):

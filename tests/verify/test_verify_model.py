@@ -23,8 +23,9 @@ from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.request import Request
+from qeff_proxy.run.example_request import DEFAULT_PROMPT
 from qeff_proxy.verify.options import VerifyOptions
-from qeff_proxy.run.example_request import DEFAULT_PROMPT, verify_model
+from qeff_proxy.verify.verify_model import verify_model
 
 PROMPT = "Anna went to the market"
 SHORT = VerifyOptions(max_new_tokens=4)

@@ -59,7 +59,7 @@ class Backend(ABC):
         return ()
 
     def needs_fixed_shapes(self, options: CompileOptions) -> bool:  # noqa: ARG002
-        """Whether it compiles fixed shapes (`qeff_proxy.backends.fixed_shapes`).
+        """Whether it compiles fixed shapes.
 
         If so, ``ctx_len`` and ``prefill_seq_len`` are always set in `compile` and `open`.
         """

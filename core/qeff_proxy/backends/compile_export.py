@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.lengths import has_cache, with_fixed_shapes
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
+from qeff_proxy.common.code_digest import code_digest
 from qeff_proxy.common.file_errors import opening
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.plugins.hooks import Hooks
@@ -78,6 +80,7 @@ def compile_export(
     key: dict[str, Any] = {
         "backend": backend,
         "versions": dict(implementation.versions()),
+        "code": _code_of(implementation),
         "options": options.to_json(),
         "parts": {part.name: part.sha256 for part in export.parts},
         "weights": {name: _state_of(export.folder / name) for name in export.files},
@@ -108,6 +111,13 @@ def compile_export(
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
             (folder / _MANIFEST).write_text(text, encoding="utf-8")
     return Compiled(export, backend, options, target)
+
+
+def _code_of(backend: Backend) -> dict[str, str | None]:
+    """Package → hash of its code, for the backend's own and those of its base classes."""
+    classes = [base for base in type(backend).__mro__ if issubclass(base, Backend)]
+    packages = sorted({base.__module__.partition(".")[0] for base in classes})
+    return {package: code_digest(package) for package in packages}
 
 
 def fixed_lengths(export: Export, options: CompileOptions) -> CompileOptions:

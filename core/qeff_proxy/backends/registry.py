@@ -1,7 +1,8 @@
-"""Which backends there are, and what keeps any from being used: told without importing them.
+"""List the backends, say why any cannot be used, and load one by its name.
 
-Those of this package are known by name. Others are entry points of the group
-``qeff_proxy.backends``; one that cannot be read or imported stands in the list with its reason.
+Two come with the core. The others are entry points of the group ``qeff_proxy.backends``; the
+listing imports none of them, only what their packages register as `BackendListing`. A package that
+cannot be read or imported is listed with the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any, Literal, cast
 import importlib_metadata
 
 from qeff_proxy.backends.backend import Backend
-from qeff_proxy.errors import BackendError, PluginError, UsageError
+from qeff_proxy.backends.listing import BackendListing
+from qeff_proxy.errors import BackendError, PluginError, ProxyError, UsageError
 from qeff_proxy.plugins.entry_points import PackageEntry, find_entries, find_entry, load_entry
 
 #: ``listed``: installed, not imported. ``missing``: what it needs is not installed. ``rival``:
@@ -24,31 +26,16 @@ from qeff_proxy.plugins.entry_points import PackageEntry, find_entries, find_ent
 BackendState = Literal["listed", "ok", "missing", "rival", "failed"]
 
 
-@dataclass(frozen=True)
-class _Builtin:
-    """What is known of a backend of ours: what it is for, the package it needs, how to get it."""
+ENTRY_POINT_GROUP = "qeff_proxy.backends"
+_LISTING_GROUP = "qeff_proxy.backend_listings"
 
-    summary: str
-    package: str | None
-    install: str
-
-
-_BUILTIN = {
-    "onnxruntime": _Builtin("any CPU; the default", "onnxruntime", "pip install onnxruntime"),
-    "openvino": _Builtin(
-        "Intel CPUs, GPUs and NPUs", "openvino", "pip install 'qeff-proxy[openvino]'"
-    ),
-    "qaic": _Builtin(
-        "Qualcomm Cloud AI 100, compiled by the vendor's qaic-compile",
-        None,
-        "install Qualcomm's Cloud AI Apps SDK (qaic-compile in /opt/qti-aic/exec or on PATH)",
-    ),
-    "qnn": _Builtin(
-        "Qualcomm HTP: compiler, and emulator on any CPU",
-        "onnxruntime-qnn",
-        "pip install 'qeff-proxy[qnn]'",
-    ),
-    "torch": _Builtin("PyTorch, the reference", "torch", "pip install torch"),
+BUILTIN_BACKENDS = {
+    "onnxruntime": "qeff_proxy.backends.onnxruntime.backend:OnnxRuntimeBackend",
+    "torch": "qeff_proxy.backends.torch.backend:TorchBackend",
+}
+_BUILTIN_LISTINGS = {
+    "onnxruntime": BackendListing("any CPU; the default", "onnxruntime", "pip install onnxruntime"),
+    "torch": BackendListing("PyTorch, the reference", "torch", "pip install torch"),
 }
 
 
@@ -58,7 +45,7 @@ class BackendReport:
 
     Attributes:
         name: What users type.
-        summary: What it is for; empty for other packages' backends.
+        summary: What it is for; empty where its package registers no `BackendListing`.
         package: The package it needs, or that it comes from; ``None`` where it needs none.
         version: That package's version, where it is installed.
         state: Whether it can be used.
@@ -81,23 +68,12 @@ class BackendReport:
     options: Mapping[str, str] | None = None
 
 
-def install_hint(name: str) -> str:
-    """How to get what a backend of ours needs, as a sentence."""
-    known = _BUILTIN.get(name)
-    if known is None:
-        return ""
-    return (
-        f"{known.install[0].upper()}{known.install[1:]}."
-        if known.package is None
-        else (f"Install it: {known.install}.")
-    )
-
-
 def list_backends() -> list[BackendReport]:
-    """What is known of each backend, importing none: ours first, then those of other packages."""
+    """Describe each backend without importing it: the core's first, then those of packages."""
     reports = [_builtin_report(name) for name in sorted(BUILTIN_BACKENDS)]
     entries, broken = find_entries(ENTRY_POINT_GROUP)
-    reports += [_registered_report(entry, entries) for entry in entries]
+    listings, _ = find_entries(_LISTING_GROUP)
+    reports += [_registered_report(entry, entries, listings) for entry in entries]
     reports += [
         BackendReport("", "", package.distribution, None, "failed", package.reason)
         for package in broken
@@ -113,11 +89,13 @@ def check_backends(names: Sequence[str] = ()) -> list[BackendReport]:
 
     Raises:
         UsageError: There is none of a name.
+        BackendError: The package that a backend comes from is not installed.
     """
     reports = list_backends()
     known = [report.name for report in reports if report.name]
     for name in names:
         if name not in known:
+            _refuse_not_installed(name)
             raise UsageError(f"there is no backend {name!r}", f"Known are {', '.join(known)}.")
     wanted = [report for report in reports if not names or report.name in names]
     return [_checked(one) if one.state == "listed" else one for one in wanted]
@@ -135,29 +113,12 @@ def check_class(target: Any) -> type[Backend]:
 
 
 def _builtin_report(name: str) -> BackendReport:
-    known = _BUILTIN.get(name, _Builtin("", None, ""))
-    version = None
-    if known.package is not None:
-        try:
-            version = importlib_metadata.version(known.package)
-        except importlib_metadata.PackageNotFoundError:
-            reason = f"the package {known.package} is not installed"
-            return BackendReport(
-                name, known.summary, known.package, None, "missing", reason, known.install
-            )
-    if name == "qaic":
-        from qeff_proxy.backends.qaic.sdk import find_compiler
-
-        try:
-            find_compiler()
-        except BackendError as error:
-            return BackendReport(
-                name, known.summary, None, None, "missing", error.problem, known.install
-            )
-    return BackendReport(name, known.summary, known.package, version, "listed")
+    return _described(BackendReport(name, "", None, None, "listed"), _BUILTIN_LISTINGS.get(name))
 
 
-def _registered_report(entry: PackageEntry, entries: Sequence[PackageEntry]) -> BackendReport:
+def _registered_report(
+    entry: PackageEntry, entries: Sequence[PackageEntry], listings: Sequence[PackageEntry]
+) -> BackendReport:
     name = entry.name
     report = BackendReport(name, "", entry.distribution, entry.version, "listed")
     if name in BUILTIN_BACKENDS:
@@ -165,7 +126,43 @@ def _registered_report(entry: PackageEntry, entries: Sequence[PackageEntry]) -> 
     others = {e.distribution for e in entries if e.name == name and e is not entry}
     if others:
         return replace(report, state="rival", reason=f"{', '.join(sorted(others))} has it, too")
+    try:
+        return _described(report, _load_listing(entry, listings))
+    except ProxyError as error:
+        return replace(report, state="failed", reason=error.problem)
+
+
+def _described(report: BackendReport, listing: BackendListing | None) -> BackendReport:
+    """The report with what a listing says."""
+    if listing is None:
+        return report
+    if listing.requires is not None:
+        report = replace(report, package=listing.requires, version=listing.version())
+    report = replace(report, summary=listing.summary)
+    reason = listing.why_missing()
+    if reason:
+        return replace(
+            report, version=None, state="missing", reason=reason, install=listing.install
+        )
     return report
+
+
+def _load_listing(entry: PackageEntry, listings: Sequence[PackageEntry]) -> BackendListing | None:
+    """What the package of a backend registers for listing it; ``None`` where it does not.
+
+    Raises:
+        PluginError: It cannot be imported, or is no `BackendListing`.
+    """
+    for one in listings:
+        if (one.name, one.distribution) == (entry.name, entry.distribution):
+            return load_entry(one, "listing of the backend", _check_listing)
+    return None
+
+
+def _check_listing(target: Any) -> BackendListing:
+    if not isinstance(target, BackendListing):
+        raise TypeError(f"{target!r} is no {BackendListing.__module__}.BackendListing")
+    return target
 
 
 def _checked(report: BackendReport) -> BackendReport:
@@ -187,18 +184,6 @@ def _checked(report: BackendReport) -> BackendReport:
             return replace(report, state="failed", reason=reason)
 
 
-ENTRY_POINT_GROUP = "qeff_proxy.backends"
-
-
-BUILTIN_BACKENDS = {
-    "onnxruntime": "qeff_proxy.backends.onnxruntime.backend:OnnxRuntimeBackend",
-    "openvino": "qeff_proxy.backends.openvino.backend:OpenVinoBackend",
-    "qaic": "qeff_proxy.backends.qaic.backend:QaicBackend",
-    "qnn": "qeff_proxy.backends.qnn.backend:QnnBackend",
-    "torch": "qeff_proxy.backends.torch.backend:TorchBackend",
-}
-
-
 def load_backend(name: str) -> Backend:
     """Make the backend called ``name``.
 
@@ -214,14 +199,38 @@ def load_backend(name: str) -> Backend:
     try:
         return cast("Backend", getattr(importlib.import_module(module), attribute)())
     except ImportError as error:
-        raise BackendError(
-            f"backend {name!r} cannot be used: {error}", install_hint(name)
-        ) from error
+        raise _cannot_be_used(name, error, _BUILTIN_LISTINGS.get(name)) from error
 
 
 def _registered_backend(name: str) -> Backend:
     try:
         entry = find_entry(ENTRY_POINT_GROUP, "backend", name, BUILTIN_BACKENDS)
-        return load_entry(entry, "backend", lambda found: check_class(found)())
     except PluginError as error:
+        _refuse_not_installed(name)
         raise BackendError(error.problem, error.hint) from error
+    try:
+        return load_entry(entry, "backend", lambda target: check_class(target)())
+    except PluginError as error:
+        listing = _load_listing(entry, find_entries(_LISTING_GROUP)[0])
+        if isinstance(error.__cause__, ImportError) and listing is not None:
+            raise _cannot_be_used(name, error.__cause__, listing) from error
+        raise BackendError(error.problem, error.hint) from error
+
+
+def _cannot_be_used(name: str, error: ImportError, listing: BackendListing | None) -> BackendError:
+    hint = "" if listing is None else f"Install it: {listing.install}."
+    return BackendError(f"backend {name!r} cannot be used: {error}", hint)
+
+
+def _refuse_not_installed(name: str) -> None:
+    """Name the extra that brings a backend, if no package has one of that name but an extra does.
+
+    Raises:
+        BackendError: So it is.
+    """
+    extras = importlib_metadata.metadata("qeff-proxy").get_all("Provides-Extra") or ()
+    entries, _ = find_entries(ENTRY_POINT_GROUP)
+    if name in extras and name not in {entry.name for entry in entries}:
+        raise BackendError(
+            f"backend {name!r} is not installed", f"Install it: pip install 'qeff-proxy[{name}]'."
+        )

@@ -47,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
         for report in reports:
             _print_details(report, with_options=bool(args.name))
         if not checked:
-            print_text(
-                "Nothing was imported; --check imports each backend, NAME shows its options."
-            )
+            print_text("No backend was imported; --check imports each, NAME shows its options.")
     unusable = any(report.state in {"failed", "rival"} for report in reports)
     unusable |= bool(args.name) and any(report.state == "missing" for report in reports)
     return BackendError.exit_code if checked and unusable else 0

@@ -6,8 +6,6 @@ the installed packages, so that `find_known_export` imports neither PyTorch nor 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from importlib_metadata import version
 from qeff_proxy.artifact.check_target import existing_export
 from qeff_proxy.artifact.export_folder import export_folder
 from qeff_proxy.artifact.manifest_schema import Export
+from qeff_proxy.common.code_digest import code_digest
 from qeff_proxy.load.checkpoint_files import (
     check_weights,
     find_checkpoint,
@@ -77,7 +76,7 @@ def export_key(
             "code": _plugin_digest(hooks),
         },
         "qeff-proxy": version("qeff-proxy"),
-        "code": _code_digest("qeff_proxy"),
+        "code": code_digest("qeff_proxy"),
         **{name: version(name) for name in _VERSIONS},
     }
 
@@ -136,19 +135,8 @@ def find_known_export(
     return existing_export((output or export_folder(source, key)).resolve(), key)
 
 
-def _code_digest(package: str) -> str | None:
-    """A hash of all Python code of a package, so that an edited installation exports anew."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _plugin_digest(hooks: _Owner) -> str | None:
-    """The same for the package of an installed plugin; ``None`` for one registered from Python."""
+    """A hash of an installed plugin's code; ``None`` for one registered from Python."""
     if hooks.distribution is None:
         return None
-    return _code_digest(hooks.plugin.partition(":")[0].partition(".")[0])
+    return code_digest(hooks.plugin.partition(":")[0].partition(".")[0])

@@ -1,0 +1,1 @@
+"""Backends for NPUs, found through entry points, and the fixed shapes that they compile."""

@@ -1,0 +1,214 @@
+"""Run parts of fixed shapes on inputs of any size.
+
+The engine feeds a part queries, a past and a batch of any length. `StaticSession` picks the
+specialization, pads the inputs, runs it, and cuts its outputs back, so that the caller and a dump
+see the outputs of a backend of dynamic shapes:
+
+- **query**: padded behind, with zeros.
+- **past**: padded in front, with zeros. So the real positions of ``present`` = past + query lie in
+  one piece, and are cut out without a copy.
+- **attention masks**: padded keys are hidden with the lowest number that the mask has, but every
+  padded query sees itself, so that no softmax is over nothing.
+- **batch**: padded with rows of zeros; a larger batch runs in several turns.
+- Any other axis must have the specialization's size: a run of another size opens another.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+from qeff_proxy.arrays import Array, numpy_dtype
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.errors import BackendError
+from qeff_proxy.parts import TensorSpec
+from qeff_proxy.session.axes import Sizes, is_sum, size_of, terms_of
+from qeff_proxy.session.part_like import PartLike
+from qeff_proxy.session.session import Session
+
+from qeff_proxy_npu.fixed_shapes.plan import Plan, name_of
+
+__all__ = ["Specialization", "StaticSession"]
+
+#: Specializations that are kept open; more would hold the weights as many times.
+_OPEN = 4
+
+
+class Specialization(Protocol):
+    """A part compiled to one set of sizes, and open."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run it once, on arrays of exactly its sizes."""
+
+    def close(self) -> None:
+        """Release what it holds."""
+
+
+class StaticSession(Session):
+    """A part of fixed shapes, behind the session of a part of any.
+
+    Args:
+        part: The part that it runs.
+        options: Of the compilation, with all lengths
+            (`qeff_proxy.backends.lengths.with_fixed_shapes`).
+        open_specialization: Opens the part for these sizes. It is called when a run first needs
+            them, and must compile what was not compiled yet.
+        lowest_mask: Masks go no lower than this, for backends that compute in a narrower type
+            than the mask's; ``None``: the lowest number of the mask's own type.
+    """
+
+    def __init__(
+        self,
+        part: PartLike,
+        options: CompileOptions,
+        open_specialization: Callable[[Sizes], Specialization],
+        lowest_mask: float | None = None,
+    ) -> None:
+        super().__init__(part)
+        self._plan = Plan.of(part, options)
+        self._open = open_specialization
+        self._masks = {mask.name for mask in part.masks}
+        self._lowest = lowest_mask
+        self._sessions: OrderedDict[str, Specialization] = OrderedDict()
+        self._buffers: dict[str, Array] = {}
+        self._lock = threading.Lock()
+
+    def compute(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
+        """Run the part once, or once per ``batch_size`` rows."""
+        with self._lock:  # a run has the buffers to itself
+            rows = sizes.get("batch", 1)
+            size = self._plan.options.batch_size
+            if rows <= size:
+                return self._run_batch(feeds, sizes)
+            self._check_rows()
+            turns = []
+            for start in range(0, rows, size):
+                some = {
+                    spec.name: feeds[spec.name][start : start + size]
+                    if spec.shape and spec.shape[0] == "batch"
+                    else feeds[spec.name]
+                    for spec in self.part.inputs
+                }
+                turns.append(self._run_batch(some, {**sizes, "batch": min(size, rows - start)}))
+            return {name: np.concatenate([turn[name] for turn in turns]) for name in turns[0]}
+
+    def release(self) -> None:
+        """Close every specialization that is open."""
+        self._buffers.clear()
+        while self._sessions:
+            self._sessions.popitem()[1].close()
+
+    def _check_rows(self) -> None:
+        """Make sure that a batch can run in several turns: every output must have its rows."""
+        for spec in (*self.part.inputs, *self.part.outputs):
+            first = spec.shape[0] if spec.shape else None
+            elsewhere = any("batch" in terms_of(axis) for axis in spec.shape[1:])
+            lacks = spec in self.part.outputs and first != "batch"
+            if elsewhere or lacks or (first != "batch" and "batch" in terms_of(first or "")):
+                raise BackendError(
+                    f"the {self.name} part cannot run a batch in several turns: "
+                    f"{spec.name} is {list(spec.shape)}",
+                    "Compile with a larger batch_size.",
+                )
+
+    def _run_batch(self, feeds: Mapping[str, Array], real: Mapping[str, int]) -> dict[str, Array]:
+        sizes = self._plan.choose(real)
+        changed = {axis for axis in sizes if sizes[axis] != real[axis]}
+        padded = {
+            spec.name: self._pad(spec, feeds[spec.name], real, sizes) for spec in self.part.inputs
+        }
+        outputs = self._session(sizes).run(padded)
+        return {
+            spec.name: self._cut(spec, outputs[spec.name], real, sizes, changed)
+            for spec in self.part.outputs
+        }
+
+    def _session(self, sizes: Sizes) -> Specialization:
+        key = name_of(sizes)
+        if key in self._sessions:
+            self._sessions.move_to_end(key)
+            return self._sessions[key]
+        if len(self._sessions) >= _OPEN:
+            self._sessions.popitem(last=False)[1].close()
+        self._sessions[key] = self._open(sizes)
+        return self._sessions[key]
+
+    def _pad(self, spec: TensorSpec, array: Array, real: Mapping[str, int], sizes: Sizes) -> Array:
+        shape = tuple(size_of(axis, sizes) for axis in spec.shape)
+        is_mask = spec.name in self._masks
+        if array.shape == shape and not (is_mask and self._lowest is not None):
+            return array
+        fill = self._lowest_of(spec) if is_mask else 0
+        buffer = self._buffer(spec, shape)
+        buffer[...] = fill
+        where = tuple(_place(axis, real, sizes) for axis in spec.shape)
+        buffer[where] = np.maximum(array, fill) if is_mask else array
+        if is_mask:
+            _let_see_themselves(buffer, where)
+        return buffer
+
+    def _lowest_of(self, spec: TensorSpec) -> float:
+        dtype = numpy_dtype(spec.dtype)
+        if dtype.kind == "f":
+            own = float(np.finfo(dtype).min)
+        else:
+            import ml_dtypes
+
+            own = float(ml_dtypes.finfo(dtype).min)  # type: ignore[no-untyped-call]
+        return own if self._lowest is None else max(own, self._lowest)
+
+    def _buffer(self, spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+        """An array to pad into, reused while runs have this shape."""
+        buffer = self._buffers.get(spec.name)
+        if buffer is None or buffer.shape != shape:
+            buffer = self._buffers[spec.name] = np.zeros(shape, numpy_dtype(spec.dtype))
+        return buffer
+
+    def _cut(
+        self,
+        spec: TensorSpec,
+        array: Array,
+        real: Mapping[str, int],
+        sizes: Sizes,
+        changed: set[str],
+    ) -> Array:
+        for axis in spec.shape:
+            if not is_sum(axis) and changed & set(terms_of(axis)):
+                raise BackendError(
+                    f"the output {spec.name} of the {self.name} part has the axis {axis}, "
+                    f"which cannot be cut back to {real}",
+                    "Compile for the sizes of the run.",
+                )
+        if not changed:
+            return array
+        return array[
+            tuple(
+                _place(axis, real, sizes)
+                if is_sum(axis) and changed & set(terms_of(axis))
+                else slice(None)
+                for axis in spec.shape
+            )
+        ]
+
+
+def _place(axis: int | str, real: Mapping[str, int], sizes: Sizes) -> slice:
+    """The real positions of an axis: behind the padding of the past, before any other padding."""
+    terms = [term for term in terms_of(axis) if not term.isdigit()]
+    if "past" in terms[1:]:
+        raise BackendError(f"the axis {axis} cannot be padded", "Its past must come first.")
+    begin = sizes["past"] - real["past"] if terms and terms[0] == "past" else 0
+    return slice(begin, begin + size_of(axis, real))
+
+
+def _let_see_themselves(mask: Array, where: tuple[slice, ...]) -> None:
+    """Open the diagonal of padded queries and rows in ``[batch, 1, query, past + query]``."""
+    rows, queries = mask.shape[0], mask.shape[-2]
+    diagonal = mask.shape[-1] - queries + np.arange(queries)
+    last_row, last_query = where[0].stop, where[-2].stop
+    mask[last_row:, :, np.arange(queries), diagonal] = 0
+    if last_query < queries:
+        padded = np.arange(last_query, queries)
+        mask[:rows, :, padded, diagonal[padded]] = 0
