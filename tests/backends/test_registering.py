@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from qeff_proxy.backends import registry
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
 from qeff_proxy.backends.registry import check_backends, list_backends, load_backend
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.plugins import entry_points
 from qeff_proxy.testing.backend_parts import feeds_of, make_export
 
+ROOT = Path(__file__).parents[2]
 _SPEC = importlib.util.spec_from_file_location(
     "backend_packages", Path(__file__).with_name("packages.py")
 )
@@ -135,3 +139,25 @@ def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
         load_backend("openvino")
     with pytest.raises(BackendError, match=r"no backend 'opnvino'.*Known are .*openvino"):
         load_backend("opnvino")
+
+
+@pytest.mark.parametrize("name", ["openvino", "qaic", "qnn"])
+def test_a_backend_whose_package_is_not_installed_names_the_extra(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "find_entries", lambda _group: ([], []))
+    monkeypatch.setattr(entry_points, "find_entries", lambda _group: ([], []))
+    for ask in (lambda: registry.load_backend(name), lambda: registry.check_backends([name])):
+        with pytest.raises(BackendError, match=f"'{name}' is not installed") as caught:
+            ask()
+        assert f"qeff-proxy[{name}]" in caught.value.hint
+    with pytest.raises(BackendError, match="no backend 'text'"):
+        registry.load_backend("text")
+
+
+def test_each_extra_for_a_backend_brings_its_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    for name in ("openvino", "qaic", "qnn"):
+        assert any(need.startswith("qeff-proxy-npu") for need in extras[name])

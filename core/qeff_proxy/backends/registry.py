@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
-import importlib_metadata
-
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.listing import BackendListing
 from qeff_proxy.errors import BackendError, PluginError, ProxyError, UsageError
@@ -28,6 +26,8 @@ BackendState = Literal["listed", "ok", "missing", "rival", "failed"]
 
 ENTRY_POINT_GROUP = "qeff_proxy.backends"
 _LISTING_GROUP = "qeff_proxy.backend_listings"
+# Extras of this package that bring the backend of the same name.
+_EXTRAS = ("openvino", "qaic", "qnn")
 
 BUILTIN_BACKENDS = {
     "onnxruntime": "qeff_proxy.backends.onnxruntime.backend:OnnxRuntimeBackend",
@@ -223,14 +223,13 @@ def _cannot_be_used(name: str, error: ImportError, listing: BackendListing | Non
 
 
 def _refuse_not_installed(name: str) -> None:
-    """Name the extra that brings a backend, if no package has one of that name but an extra does.
+    """Name the extra that brings a backend, if no installed package has it but an extra does.
 
     Raises:
         BackendError: So it is.
     """
-    extras = importlib_metadata.metadata("qeff-proxy").get_all("Provides-Extra") or ()
     entries, _ = find_entries(ENTRY_POINT_GROUP)
-    if name in extras and name not in {entry.name for entry in entries}:
+    if name in _EXTRAS and name not in {entry.name for entry in entries}:
         raise BackendError(
             f"backend {name!r} is not installed", f"Install it: pip install 'qeff-proxy[{name}]'."
         )
