@@ -24,7 +24,6 @@ Phase = Literal["prefill", "decode"]
 Direction = Literal["in", "out"]
 
 MAX_RANK = 8
-MAX_LAYER = 9_999
 # The bytes between the start of a file and its first element; fixed, so that the header can be
 # completed when the number of steps is known. A multiple of 64 (numpy's own alignment) that holds
 # the longest header of MAX_RANK + 1 dimensions of 19 digits.

@@ -28,9 +28,6 @@ from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
 
-#: A file or folder, a request, or several prompts or requests.
-Given = "str | Path | Request | Sequence[str | Request]"
-
 OPTION = "calibration"
 #: The prompt of an image that comes without one.
 IMAGE_PROMPT = "Describe this image in detail."
