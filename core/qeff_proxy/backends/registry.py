@@ -8,14 +8,14 @@ cannot be read or imported is listed with the reason.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.listing import BackendListing
+from qeff_proxy.common.version import CORE_PACKAGE
 from qeff_proxy.errors import BackendError, PluginError, ProxyError, UsageError
 from qeff_proxy.plugins.entry_points import PackageEntry, find_entries, find_entry, load_entry
 
@@ -70,10 +70,12 @@ class BackendReport:
 
 def list_backends() -> list[BackendReport]:
     """Describe each backend without importing it: the core's first, then those of packages."""
-    reports = [_builtin_report(name) for name in sorted(BUILTIN_BACKENDS)]
+    builtin = [
+        find_entry(ENTRY_POINT_GROUP, "backend", name, BUILTIN_BACKENDS)
+        for name in sorted(BUILTIN_BACKENDS)
+    ]
     entries, broken = find_entries(ENTRY_POINT_GROUP)
-    listings, _ = find_entries(_LISTING_GROUP)
-    reports += [_registered_report(entry, entries, listings) for entry in entries]
+    reports = [_report(entry, entries) for entry in [*builtin, *entries]]
     reports += [
         BackendReport("", "", package.distribution, None, "failed", package.reason)
         for package in broken
@@ -112,22 +114,16 @@ def check_class(target: Any) -> type[Backend]:
     return target
 
 
-def _builtin_report(name: str) -> BackendReport:
-    return _described(BackendReport(name, "", None, None, "listed"), _BUILTIN_LISTINGS.get(name))
-
-
-def _registered_report(
-    entry: PackageEntry, entries: Sequence[PackageEntry], listings: Sequence[PackageEntry]
-) -> BackendReport:
+def _report(entry: PackageEntry, entries: Sequence[PackageEntry]) -> BackendReport:
     name = entry.name
     report = BackendReport(name, "", entry.distribution, entry.version, "listed")
-    if name in BUILTIN_BACKENDS:
-        return replace(report, state="rival", reason="the name is that of a backend of qeff-proxy")
     others = {e.distribution for e in entries if e.name == name and e is not entry}
-    if others:
+    if entry.distribution != CORE_PACKAGE and name in BUILTIN_BACKENDS:
+        return replace(report, state="rival", reason="the name is that of a backend of qeff-proxy")
+    if entry.distribution != CORE_PACKAGE and others:
         return replace(report, state="rival", reason=f"{', '.join(sorted(others))} has it, too")
     try:
-        return _described(report, _load_listing(entry, listings))
+        return _described(report, _load_listing(entry))
     except ProxyError as error:
         return replace(report, state="failed", reason=error.problem)
 
@@ -147,13 +143,15 @@ def _described(report: BackendReport, listing: BackendListing | None) -> Backend
     return report
 
 
-def _load_listing(entry: PackageEntry, listings: Sequence[PackageEntry]) -> BackendListing | None:
+def _load_listing(entry: PackageEntry) -> BackendListing | None:
     """What the package of a backend registers for listing it; ``None`` where it does not.
 
     Raises:
         PluginError: It cannot be imported, or is no `BackendListing`.
     """
-    for one in listings:
+    if entry.distribution == CORE_PACKAGE:
+        return _BUILTIN_LISTINGS.get(entry.name)
+    for one in find_entries(_LISTING_GROUP)[0]:
         if (one.name, one.distribution) == (entry.name, entry.distribution):
             return load_entry(one, "listing of the backend", _check_listing)
     return None
@@ -192,17 +190,6 @@ def load_backend(name: str) -> Backend:
     """
     if not isinstance(name, str):
         raise UsageError(f"backend is {name!r}", "Give the name of a backend.")
-    target = BUILTIN_BACKENDS.get(name)
-    if target is None:
-        return _registered_backend(name)
-    module, _, attribute = target.partition(":")
-    try:
-        return cast("Backend", getattr(importlib.import_module(module), attribute)())
-    except ImportError as error:
-        raise _cannot_be_used(name, error, _BUILTIN_LISTINGS.get(name)) from error
-
-
-def _registered_backend(name: str) -> Backend:
     try:
         entry = find_entry(ENTRY_POINT_GROUP, "backend", name, BUILTIN_BACKENDS)
     except PluginError as error:
@@ -211,15 +198,13 @@ def _registered_backend(name: str) -> Backend:
     try:
         return load_entry(entry, "backend", lambda target: check_class(target)())
     except PluginError as error:
-        listing = _load_listing(entry, find_entries(_LISTING_GROUP)[0])
+        listing = _load_listing(entry)
         if isinstance(error.__cause__, ImportError) and listing is not None:
-            raise _cannot_be_used(name, error.__cause__, listing) from error
+            raise BackendError(
+                f"backend {name!r} cannot be used: {error.__cause__}",
+                f"Install it: {listing.install}.",
+            ) from error
         raise BackendError(error.problem, error.hint) from error
-
-
-def _cannot_be_used(name: str, error: ImportError, listing: BackendListing | None) -> BackendError:
-    hint = "" if listing is None else f"Install it: {listing.install}."
-    return BackendError(f"backend {name!r} cannot be used: {error}", hint)
 
 
 def _refuse_not_installed(name: str) -> None:

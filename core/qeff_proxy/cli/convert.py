@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from qeff_proxy.cli.output import add_json_option, print_json, print_text
 
-if TYPE_CHECKING:
-    from qeff_proxy.dump.convert import ConversionSource
-
-_FORMATS = ("qaic", "onnx", "polygraphy")
-#: The conversions that use an option.
-_USED_BY = {
-    "dtype": ("--from qaic",),
-    "like": tuple(f"--from {name}" for name in _FORMATS),
-    "model": ("--from onnx", "--to onnx"),
-    "runner": ("--from polygraphy",),
-}
+_GROUP = "qeff_proxy.dump_formats"
+#: An option's name → that of the parameter of a format's function.
+_PARAMETERS = {"dtype": "dtypes", "like": "like", "model": "model", "runner": "runner"}
 _EPILOG = """\
-Formats: qaic is aic_batch_io.json with .raw files, onnx is test_data_set_N/{input,output}_K.pb,
-polygraphy is inputs.json and outputs.json. Each holds one graph, so one part is converted.
+Formats: onnx is test_data_set_N/{input,output}_K.pb, polygraphy is inputs.json and outputs.json;
+installed packages add others. Each holds one graph, so one part is converted.
 
 To compare another tool's outputs with a dump, give that dump with --like: the steps then get its
-names, and qaic files, which have no dtypes, its dtypes.
+names, and files without dtypes its dtypes.
 """
 
 
@@ -34,8 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=Path, help="what to convert")
     parser.add_argument("target", metavar="TARGET", type=Path, help="a new folder")
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", choices=_FORMATS, help="SOURCE is a dump; write this format")
-    way.add_argument("--from", dest="origin", choices=_FORMATS, help="write a dump of this format")
+    way.add_argument("--to", metavar="FORMAT", help="SOURCE is a dump; write this format")
+    way.add_argument("--from", dest="origin", metavar="FORMAT", help="write a dump of this format")
     parser.add_argument("--part", metavar="PART", help="the part to convert (default: body)")
     parser.add_argument("--like", metavar="DUMP", type=Path, help="a dump of the same run")
     parser.add_argument(
@@ -47,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="GLOB=DTYPE",
-        help="dtype of the graph tensors that match (qaic, repeatable)",
+        help="dtype of the graph tensors that match (formats without dtypes, repeatable)",
     )
     add_json_option(parser)
 
@@ -55,13 +49,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert and return 0."""
     from qeff_proxy.dump import read_dump
+    from qeff_proxy.dump.convert import BUILTIN_FORMATS, ConversionSource
+    from qeff_proxy.errors import PluginError, UsageError
+    from qeff_proxy.plugins.entry_points import find_entry, load_entry
 
-    _check(args)
+    function = "export_dump" if args.to else "import_dump"
+    try:
+        entry = find_entry(_GROUP, "format", args.to or args.origin, BUILTIN_FORMATS)
+    except PluginError as error:
+        raise UsageError(error.problem, error.hint) from error
+    convert = load_entry(entry, "format", lambda module: getattr(module, function))
+    options = _options(args, convert)
     if args.to:
-        _export(args)
+        convert(ConversionSource(read_dump(args.source), args.part), args.target, **options)
         report = {"written": str(args.target), "format": args.to}
     else:
-        _import(args)
+        if args.like is not None:
+            options["like"] = ConversionSource(read_dump(args.like), args.part)
+        convert(args.source, args.target, part=args.part, **options)
         dump = read_dump(args.target)
         report = {
             "written": str(args.target),
@@ -76,60 +81,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse options that this conversion does not use."""
-    chosen = f"--to {args.to}" if args.to else f"--from {args.origin}"
-    for option, uses in _USED_BY.items():
-        if getattr(args, option) and chosen not in uses:
-            from qeff_proxy.errors import UsageError
+def _options(args: argparse.Namespace, convert: Callable[..., object]) -> dict[str, Any]:
+    """The options that were given, as keyword arguments.
 
-            raise UsageError(f"{chosen} has no use for --{option}", f"Use it with {uses[0]}.")
+    Raises:
+        UsageError: The format has no use for one.
+    """
+    from qeff_proxy.errors import UsageError
 
-
-def _export(args: argparse.Namespace) -> None:
-    from qeff_proxy.dump import convert as formats
-    from qeff_proxy.dump import read_dump
-
-    source = formats.ConversionSource(read_dump(args.source), args.part)
-    if args.to == "qaic":
-        formats.export_qaic(source, args.target)
-    elif args.to == "onnx":
-        formats.export_onnx(source, args.target, model=args.model)
-    else:
-        formats.export_polygraphy(source, args.target)
-
-
-def _import(args: argparse.Namespace) -> None:
-    from qeff_proxy.dump import convert as formats
-    from qeff_proxy.dump import read_dump
-
-    like: ConversionSource | None = None
-    if args.like is not None:
-        like = formats.ConversionSource(read_dump(args.like), args.part)
-    if args.origin == "qaic":
-        formats.import_qaic(
-            args.source, args.target, like=like, part=args.part, dtypes=_dtypes(args.dtype)
-        )
-    elif args.origin == "onnx":
-        formats.import_onnx(args.source, args.target, like=like, part=args.part, model=args.model)
-    else:
-        inputs, outputs = _polygraphy_files(args.source)
-        formats.import_polygraphy(
-            inputs, outputs, args.target, runner=args.runner, like=like, part=args.part
-        )
-
-
-def _polygraphy_files(source: Path) -> tuple[Path | None, Path | None]:
-    """The files of inputs and outputs: both of a folder, or the one that was named."""
-    if source.is_dir():
-        inputs, outputs = source / "inputs.json", source / "outputs.json"
-        return inputs if inputs.exists() else None, outputs if outputs.exists() else None
-    try:
-        with source.open("rb") as file:
-            begins = file.read(64).lstrip()[:1]
-    except OSError:
-        begins = b""  # reading it as outputs reports what is wrong
-    return (source, None) if begins == b"[" else (None, source)
+    takes = inspect.signature(convert).parameters
+    given = {name: getattr(args, name) for name in _PARAMETERS if getattr(args, name)}
+    for name in given:
+        if _PARAMETERS[name] not in takes:
+            usable = [f"--{option}" for option, name in _PARAMETERS.items() if name in takes]
+            raise UsageError(
+                f"--{'to' if args.to else 'from'} {args.to or args.origin} has no use for --{name}",
+                f"It takes {', '.join(usable)}." if usable else "Leave it out.",
+            )
+    options = {_PARAMETERS[name]: value for name, value in given.items()}
+    if "dtypes" in options:
+        options["dtypes"] = _dtypes(args.dtype)
+    return options
 
 
 def _dtypes(options: list[str]) -> dict[str, str]:

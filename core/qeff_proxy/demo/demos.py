@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qeff_proxy.common.messages import type_named
-from qeff_proxy.common.version import installed_version
+from qeff_proxy.common.version import CORE_PACKAGE, installed_version
 from qeff_proxy.errors import UsageError
 from qeff_proxy.plugins.entry_points import (
     ENVIRONMENT_VARIABLE,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "qeff_proxy.demos"
 #: The demo of the core itself: a small language model.
 BUILTIN_DEMO = "text"
-_CORE_PACKAGE = "qeff-proxy"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def find_demos(selection: Selection) -> list[PackageEntry]:
         warnings.warn(f"package {named} brings no demo: {package.reason}", stacklevel=2)
     admitted = [entry for entry in entries if selection.admits(entry)]
     admitted.sort(key=lambda entry: (entry.name, entry.distribution))
-    return [PackageEntry(BUILTIN_DEMO, _CORE_PACKAGE, installed_version(), ""), *admitted]
+    return [PackageEntry(BUILTIN_DEMO, CORE_PACKAGE, installed_version(), ""), *admitted]
 
 
 def choose(entries: Sequence[PackageEntry], names: Sequence[str]) -> list[PackageEntry]:

@@ -6,7 +6,6 @@ The core ships ``causal-lm``. A package registers others as entry points of the 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,9 +142,5 @@ def load_flow(name: str) -> Flow:
     Raises:
         PluginError: No package has a flow of that name, several have, or it cannot be imported.
     """
-    target = BUILTIN_FLOWS.get(name)
-    if target is not None:
-        module, _, attribute = target.partition(":")
-        return cast("Flow", getattr(importlib.import_module(module), attribute)())
     entry = find_entry(ENTRY_POINT_GROUP, "flow", name, BUILTIN_FLOWS)
     return load_entry(entry, "flow", lambda flow_class: cast("Flow", flow_class()))

@@ -34,12 +34,13 @@ error.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import importlib_metadata
 
+from qeff_proxy.common.version import CORE_PACKAGE, installed_version
 from qeff_proxy.errors import PluginError, ProxyError, UsageError
 
 ENTRY_POINT_GROUP = "qeff_proxy.families"
@@ -143,18 +144,23 @@ def pick_entry(
     raise PluginError(f"packages {' and '.join(packages)} both have a {noun} {name!r}", hint)
 
 
-def find_entry(group: str, noun: str, name: str, builtin: Iterable[str] = ()) -> PackageEntry:
+def find_entry(
+    group: str, noun: str, name: str, builtin: Mapping[str, str] | None = None
+) -> PackageEntry:
     """The entry of ``group`` called ``name``.
 
     Args:
         group: The group of entry points.
         noun: What an entry of the group is, for messages: ``"flow"``.
         name: Of the entry.
-        builtin: Names that the core has itself, for the message.
+        builtin: The core's own entries, name → value; no package can replace them.
 
     Raises:
         PluginError: No package has such an entry, or several have.
     """
+    builtin = builtin or {}
+    if name in builtin:
+        return PackageEntry(name, CORE_PACKAGE, installed_version(), builtin[name])
     entries, broken = find_entries(group)
     entry = pick_entry(entries, noun, name)
     if entry is None:

@@ -43,7 +43,7 @@ def _graph_order(model: Path) -> dict[Direction, list[str]]:
     }
 
 
-def export_onnx(source: ConversionSource, folder: Path, *, model: Path | None = None) -> int:
+def export_dump(source: ConversionSource, folder: Path, *, model: Path | None = None) -> int:
     """Write one part of a dump as ONNX test data, one set per step.
 
     Args:
@@ -81,7 +81,7 @@ def export_onnx(source: ConversionSource, folder: Path, *, model: Path | None = 
     return len(steps)
 
 
-def import_onnx(
+def import_dump(
     path: Path,
     folder: Path,
     *,

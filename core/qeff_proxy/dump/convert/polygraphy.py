@@ -35,7 +35,7 @@ INPUTS, OUTPUTS = "inputs.json", "outputs.json"
 _CLASS = "polygraphy_class"
 
 
-def export_polygraphy(
+def export_dump(
     source: ConversionSource, folder: Path, *, runner: str = "qeff-proxy"
 ) -> tuple[Path, Path]:
     """Write one part of a dump for Polygraphy, one iteration per step.
@@ -84,32 +84,32 @@ def _encode(source: ConversionSource, step: StepInfo, direction: Direction) -> I
     yield "}" if lead == ", " else "{}"
 
 
-def import_polygraphy(
-    inputs: Path | None,
-    outputs: Path | None,
+def import_dump(
+    path: Path,
     folder: Path,
     *,
-    runner: str | None = None,
     like: ConversionSource | None = None,
     part: str | None = None,
+    runner: str | None = None,
 ) -> None:
     """Make a dump of what Polygraphy saved.
 
     Args:
-        inputs: JSON of ``--save-inputs``, or None.
-        outputs: JSON of ``--save-outputs``, or None; one of the two must be given.
+        path: JSON of ``--save-inputs`` or of ``--save-outputs``, or a folder with ``inputs.json``,
+            ``outputs.json`` or both.
         folder: Of the new dump.
-        runner: Whose outputs, when there are several.
         like: A dump of the same run, for the steps' names; without it all are prefill.
         part: The part's name in the new dump.
+        runner: Whose outputs, when there are several.
 
     Raises:
         DumpError: A file is not what Polygraphy writes, or the two have different lengths.
     """
+    inputs, outputs = _find_files(path)
     feeds = _read_inputs(inputs) if inputs is not None else None
     name, results = _read_outputs(outputs, runner) if outputs is not None else (None, None)
     if feeds is None and results is None:
-        raise DumpError("there is nothing to convert: give inputs, outputs or both")
+        raise DumpError(f"{path} has neither {INPUTS} nor {OUTPUTS}")
     if feeds is not None and results is not None and len(feeds) != len(results):
         raise DumpError(
             f"{inputs} has {counted(len(feeds), 'iteration')} and {outputs} {len(results)}"
@@ -124,6 +124,19 @@ def import_polygraphy(
 
     provenance = {"converted_from": "Polygraphy", "runner": name}
     write_steps(folder, steps(), provenance, like=like, part=part)
+
+
+def _find_files(path: Path) -> tuple[Path | None, Path | None]:
+    """The files of inputs and outputs: both of a folder, or the one that was named."""
+    if path.is_dir():
+        inputs, outputs = path / INPUTS, path / OUTPUTS
+        return inputs if inputs.exists() else None, outputs if outputs.exists() else None
+    try:
+        with path.open("rb") as file:
+            begins = file.read(64).lstrip()[:1]
+    except OSError:
+        begins = b""  # reading it as outputs reports what is wrong
+    return (path, None) if begins == b"[" else (None, path)
 
 
 def _read_inputs(path: Path) -> list[Any]:

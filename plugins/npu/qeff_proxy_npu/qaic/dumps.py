@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.convert.common import (
     ConversionSource,
@@ -35,7 +34,7 @@ _CACHE = re.compile(r"past_(key|value)\.(\d+)(_RetainedState)?\Z")
 _STEP = re.compile(r"(prefill|decode)(?:-(\d{1,9}))?\Z")
 
 
-def export_qaic(source: ConversionSource, folder: Path) -> Path:
+def export_dump(source: ConversionSource, folder: Path) -> Path:
     """Write one part of a dump for the Qualcomm tools.
 
     Args:
@@ -80,7 +79,7 @@ def _file_name(graph_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", graph_name).lstrip(".")
 
 
-def import_qaic(
+def import_dump(
     path: Path,
     folder: Path,
     *,
