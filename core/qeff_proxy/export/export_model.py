@@ -31,7 +31,7 @@ from qeff_proxy.parts import Kind
 from qeff_proxy.plugins.hooks import Hooks
 
 if TYPE_CHECKING:
-    from qeff_proxy.export.model_graphs import Graphs
+    from qeff_proxy.export.model_graphs import GraphJob, Graphs
 
 _CHECKED = "BLAKE3 of the files taken, no NaN found"
 #: The exporter writes the operators of this opset, and can only convert them to later ones.
@@ -110,30 +110,23 @@ def export_model(
         check_place(target)
         if not force and output is not None:
             check_not_another(target, key)
-        return _write(loaded, hooks, kind, opset, wanted, key, target, progress)
+        from qeff_proxy.export.model_graphs import GraphJob
+
+        return _write(GraphJob(loaded, hooks, kind, opset, wanted, progress), key, target)
 
 
-def _write(
-    loaded: LoadedModel,
-    hooks: Hooks,
-    kind: Kind,
-    opset: int | None,
-    taps: tuple[str, ...],
-    key: dict[str, Any],
-    target: Path,
-    progress: Callable[[str], None],
-) -> Export:
+def _write(job: GraphJob, key: dict[str, Any], target: Path) -> Export:
     from qeff_proxy.export.model_graphs import graphs_of_sample, graphs_of_whole
     from qeff_proxy.load.first_layers import all_layers, enough_layers
     from qeff_proxy.load.transformers_model import NotSampled
 
-    given = (loaded, hooks, kind, opset, taps, progress)
-    write = partial(_write_folder, loaded, key=key, target=target, progress=progress)
+    loaded, progress = job.loaded, job.progress
+    write = partial(_write_folder, job, key=key, target=target)
     reasons: list[str] = []
     if loaded.sample is not None and not loaded.is_read:
         verb = "linked to" if key["weights"] == "reference" else "streamed from"
         for choose in (enough_layers, all_layers):
-            make = partial(graphs_of_sample, *given, choose=choose)
+            make = partial(graphs_of_sample, job, choose=choose)
             since = f"; all layers were run, since {reasons[0]}" if reasons else ""
             try:
                 return _write_graphs(make, write, f"{verb} the checkpoint{since}", progress)
@@ -151,7 +144,7 @@ def _write(
             "Copy them (--weights copy).",
         )
     since = f", since {reasons[-1]}" if reasons else ""
-    make = partial(graphs_of_whole, *given)
+    make = partial(graphs_of_whole, job)
     return _write_graphs(make, write, f"loaded whole{since}", progress)
 
 
@@ -181,13 +174,7 @@ def _write_graphs(
     raise AssertionError("the second turn repeats no layers, so it ends above")
 
 
-def _write_folder(
-    loaded: LoadedModel,
-    graphs: Graphs,
-    key: dict[str, Any],
-    target: Path,
-    progress: Callable[[str], None],
-) -> Export:
+def _write_folder(job: GraphJob, graphs: Graphs, key: dict[str, Any], target: Path) -> Export:
     """Write a temporary folder, check its graphs, and move it into place."""
     from qeff_proxy.export.write_files import (
         check_graphs,
@@ -196,8 +183,7 @@ def _write_folder(
         write_weights,
     )
 
-    taps = key["taps"]
-    cut = graphs.cut
+    loaded, progress, cut = job.loaded, job.progress, graphs.cut
     with staged_folder(target, MANIFEST, KEPT) as folder:
         progress("writing weights")
         linked = key["weights"] == "reference"
@@ -233,7 +219,7 @@ def _write_folder(
             {
                 **cut.proxy.settings,
                 "most_positions": most_positions(graphs.model.config),
-                **({"taps": taps} if taps else {}),
+                **({"taps": key["taps"]} if job.taps else {}),
             },
             key,
             hashes,

@@ -29,6 +29,27 @@ from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.tensor_names import LAYER_NAME
 
 
+@dataclass(frozen=True)
+class GraphJob:
+    """What to make graphs of, and how.
+
+    Attributes:
+        loaded: The model.
+        hooks: Of its model type.
+        kind: How to cut it.
+        opset: As in `qeff_proxy.export.trace.trace_part`.
+        taps: Extra outputs of each layer.
+        progress: Called with the name of each stage as it starts.
+    """
+
+    loaded: LoadedModel
+    hooks: Hooks
+    kind: Kind
+    opset: int | None
+    taps: Sequence[str]
+    progress: Callable[[str], None]
+
+
 @dataclass
 class Graphs:
     """The graphs of a model, not yet written.
@@ -61,14 +82,17 @@ class Graphs:
         if traced.reason is not None:
             self.report.setdefault("traced_whole", {})[traced.name] = traced.reason
 
+    def report_layers(self, layers: LayerList, *, verified: int) -> None:
+        """Say how many layers there are, of which kinds, and how many of them were verified."""
+        self.report["layers"] = {
+            "count": len(layers.layers),
+            "verified": verified,
+            "kinds": describe_kinds(layers),
+        }
+
 
 def graphs_of_sample(
-    loaded: LoadedModel,
-    hooks: Hooks,
-    kind: Kind,
-    opset: int | None,
-    taps: Sequence[str],
-    progress: Callable[[str], None],
+    job: GraphJob,
     *,
     choose: Callable[[LayerList], int],
     repeat: bool = True,
@@ -76,12 +100,7 @@ def graphs_of_sample(
     """The graphs of a checkpoint, of which only the first layers are loaded.
 
     Args:
-        loaded: The checkpoint.
-        hooks: Of its model type.
-        kind: How to cut it.
-        opset: As in `qeff_proxy.export.trace.trace_part`.
-        taps: Extra outputs of each layer.
-        progress: Called with the name of each stage as it starts.
+        job: What to export.
         choose: How many layers to load: `enough_layers` or `all_layers`.
         repeat: As in `graphs_of_whole`; only a model with all layers can do without.
 
@@ -89,89 +108,66 @@ def graphs_of_sample(
         NotSampled: Its first layers are not enough; says why.
         CutError: The parts do not equal the model; or as `qeff_proxy.export.export_model`.
     """
-    if loaded.sample is None or loaded.is_read:
+    if job.loaded.sample is None or job.loaded.is_read:
         raise NotSampled("it is in memory")
-    short, sampled, cut = _cut_sample(loaded, hooks, kind, taps, progress, choose)
-    tensors = [*sampled.model.named_buffers(), *sampled.model.named_parameters()]
-    names = {id(tensor): name for name, tensor in tensors}
+    short, sampled, cut = _cut_sample(job, choose)
+    names = _tensor_names(sampled.model)
     graphs = Graphs(sampled.model, cut, [], [], sources=sampled.sources)
     in_layers = {id(p) for layer in sampled.layers.layers for p in layer.parameters()}
-    deep = _full_depth(loaded, hooks, kind, taps, sampled, cut)
+    deep = _full_depth(job, sampled, cut)
     for part, deep_part in zip(cut.proxy.parts, deep, strict=True):
-        progress(f"tracing {part.name}")
+        job.progress(f"tracing {part.name}")
         if part is deep_part or not any(id(p) in in_layers for p in part.module.parameters()):
-            graphs.add(trace_part(part, names, opset, repeat=repeat))
+            graphs.add(trace_part(part, names, job.opset, repeat=repeat))
         else:
-            graphs.add(*_traced_sample(part, deep_part, sampled, names, opset))
-    graphs.report["layers"] = {
-        "count": len(sampled.layers.layers),
-        "verified": sampled.count,
-        "kinds": describe_kinds(sampled.layers),
-    }
-    if kind == "split":
-        _check_separate(short, graphs)
+            graphs.add(*_traced_sample(part, deep_part, sampled, names, job.opset))
+    graphs.report_layers(sampled.layers, verified=sampled.count)
+    _check_separate(short, graphs)
     return graphs
 
 
 def graphs_of_whole(
-    loaded: LoadedModel,
-    hooks: Hooks,
-    kind: Kind,
-    opset: int | None,
-    taps: Sequence[str],
-    progress: Callable[[str], None],
+    job: GraphJob,
     *,
     repeat: bool,
 ) -> Graphs:
     """The graphs of a model that is wholly in memory.
 
     Args:
-        loaded: The model.
-        hooks: Of its model type.
-        kind: How to cut it.
-        opset: As in `qeff_proxy.export.trace.trace_part`.
-        taps: Extra outputs of each layer.
-        progress: Called with the name of each stage as it starts.
+        job: What to export.
         repeat: Trace one layer of each kind and clone it, where that is cheaper.
     """
-    cut = _cut(loaded, hooks, kind, taps, None, progress)
-    model = loaded.model
-    names = {
-        id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]
-    }
+    cut = _cut(job)
+    model = job.loaded.model
+    names = _tensor_names(model)
     graphs = Graphs(model, cut, [], [])
     for part in cut.proxy.parts:
-        progress(f"tracing {part.name}")
-        graphs.add(trace_part(part, names, opset, repeat=repeat))
+        job.progress(f"tracing {part.name}")
+        graphs.add(trace_part(part, names, job.opset, repeat=repeat))
     layers = find_layer_list(model)
     if layers is not None:
-        count = len(layers.layers)
-        graphs.report["layers"] = {
-            "count": count,
-            "verified": count,
-            "kinds": describe_kinds(layers),
-        }
-    if kind == "split":
-        _check_separate(loaded, graphs)
+        graphs.report_layers(layers, verified=len(layers.layers))
+    _check_separate(job.loaded, graphs)
     return graphs
 
 
+def _tensor_names(model: Any) -> dict[int, str]:
+    """The names of a model's buffers and parameters, by `id`."""
+    tensors = [*model.named_buffers(), *model.named_parameters()]
+    return {id(tensor): name for name, tensor in tensors}
+
+
 def _cut_sample(
-    loaded: LoadedModel,
-    hooks: Hooks,
-    kind: Kind,
-    taps: Sequence[str],
-    progress: Callable[[str], None],
-    choose: Callable[[LayerList], int],
+    job: GraphJob, choose: Callable[[LayerList], int]
 ) -> tuple[LoadedModel, SampledModel, Cut]:
     """Load and cut the first layers: more of them where so few cannot be cut."""
-    assert loaded.sample is not None  # noqa: S101 (the caller has checked)
-    sampled = loaded.sample(choose)
+    assert job.loaded.sample is not None  # noqa: S101 (the caller has checked)
+    sampled = job.loaded.sample(choose)
     while True:
         sampled.check_alike()
-        short = replace(loaded, read=sampled.short)
+        short = replace(job.loaded, read=sampled.short)
         try:
-            return short, sampled, _cut(short, hooks, kind, taps, sampled, progress)
+            return short, sampled, _cut(replace(job, loaded=short), sampled)
         except NotSampled:
             raise
         except Exception as error:  # whatever the plugin or the model's code raises
@@ -181,7 +177,7 @@ def _cut_sample(
                 raise
             if sampled.is_whole:
                 raise NotSampled(f"its first layers cannot be cut alone: {error}") from error
-        sampled = loaded.sample(partial(at_most, 2 * sampled.count))
+        sampled = job.loaded.sample(partial(at_most, 2 * sampled.count))
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -190,21 +186,14 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _cut(
-    loaded: LoadedModel,
-    hooks: Hooks,
-    kind: Kind,
-    taps: Sequence[str],
-    sampled: SampledModel | None,
-    progress: Callable[[str], None],
-) -> Cut:
-    progress("cutting and verifying")
+def _cut(job: GraphJob, sampled: SampledModel | None = None) -> Cut:
+    job.progress("cutting and verifying")
     try:
-        cut = cut_model(loaded, hooks, kind)
+        cut = cut_model(job.loaded, job.hooks, job.kind)
     except CutError:
-        _check_finite(loaded, sampled)
+        _check_finite(job.loaded, sampled)
         raise
-    return replace(cut, proxy=tap_proxy(cut.proxy, taps))
+    return replace(cut, proxy=tap_proxy(cut.proxy, job.taps))
 
 
 def _check_finite(loaded: LoadedModel, sampled: SampledModel | None) -> None:
@@ -218,14 +207,7 @@ def _check_finite(loaded: LoadedModel, sampled: SampledModel | None) -> None:
             )
 
 
-def _full_depth(
-    loaded: LoadedModel,
-    hooks: Hooks,
-    kind: Kind,
-    taps: Sequence[str],
-    sampled: SampledModel,
-    cut: Cut,
-) -> tuple[Part, ...]:
+def _full_depth(job: GraphJob, sampled: SampledModel, cut: Cut) -> tuple[Part, ...]:
     """The parts of ``cut`` with all layers; a layer without weights gives random numbers in them.
 
     Raises:
@@ -235,17 +217,17 @@ def _full_depth(
         return cut.proxy.parts
     try:
         with marked_layers(sampled.model, [sampled.layers], runs=True):
-            proxy = hooks.build_proxy(
+            proxy = job.hooks.build_proxy(
                 model=sampled.model,
                 embedding=cut.sites["embedding"],
                 lm_head=cut.sites["lm_head"],
-                kind=kind,
-                options=loaded.options,
+                kind=job.kind,
+                options=job.loaded.options,
             )
         with ExitStack() as marks:
             for part in proxy.parts:
                 marks.enter_context(marked_layers(part.module, runs=True))
-            parts = tap_proxy(proxy, taps).parts
+            parts = tap_proxy(proxy, job.taps).parts
     except Exception as error:  # whatever the plugin or the model's code raises without layers
         raise NotSampled(f"it cannot be cut without its layers: {error}") from error
     if [_edges(part) for part in parts] != [_edges(part) for part in cut.proxy.parts]:
@@ -293,7 +275,9 @@ def _check_own_weights(traced: TracedPart, part: Part, sampled: SampledModel) ->
 
 
 def _check_separate(loaded: LoadedModel, graphs: Graphs) -> None:
-    """Make sure that no weight of a site remains in the body."""
+    """Make sure that no weight of a site remains in the body of a split proxy."""
+    if graphs.cut.proxy.kind != "split":
+        return
     for name, site in graphs.cut.sites.items():
         vocabulary = site_weights(loaded, site)
         for traced_part, part in zip(graphs.traced, graphs.cut.proxy.parts, strict=True):
