@@ -290,6 +290,17 @@ def test_the_core_imports_no_plugin_and_names_no_family(path):
         assert family_faults(source, registered_families()) == []
 
 
+def test_the_core_names_no_backend_of_a_package():
+    """A vendor's compiler is its package's affair; QEfficient's options and the extras aside."""
+    npu = tomllib.loads((ROOT / "plugins" / "npu" / "pyproject.toml").read_text(encoding="utf-8"))
+    names = "|".join(npu["project"]["entry-points"]["qeff_proxy.backends"])
+    found = {relative(p) for p in CORE if re.search(rf"(?i)\b({names})", p.read_text("utf-8"))}
+    assert found == {
+        "core/qeff_proxy/auto/qefficient.py",
+        "core/qeff_proxy/backends/registry.py",
+    }
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.artifact.manifest_schema import Export
-from qeff_proxy.auto.qefficient import ELSEWHERE, HARDWARE_OPTIONS
+from qeff_proxy.auto.qefficient import ELSEWHERE, without_hardware
 from qeff_proxy.auto.right_class import with_right_class
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.common import arguments
@@ -202,26 +201,13 @@ class ProxyModel:
         from qeff_proxy.backends.registry import load_backend
 
         understood = set(load_backend(backend).options)
-        for name in sorted(HARDWARE_OPTIONS.keys() & backend_options.keys() - understood):
-            value, default = backend_options[name], HARDWARE_OPTIONS[name]
-            if value is not None and (value != default or type(value) is not type(default)):
-                warnings.warn(
-                    f"{name} means nothing to backend {backend!r} and is ignored; it is for "
-                    "QEfficient's hardware: backend='qaic'",
-                    UserWarning,
-                    stacklevel=2,
-                )
         options = CompileOptions(
             batch_size=batch_size,
             prefill_seq_len=prefill_seq_len,
             ctx_len=ctx_len,
             seq_len=_lengths(seq_len),
             num_cores=num_cores,
-            backend={
-                name: value
-                for name, value in backend_options.items()
-                if name in understood or name not in HARDWARE_OPTIONS
-            },
+            backend=without_hardware(backend_options, backend, understood),
         )
         if calibration is not None:
             from qeff_proxy.run.calibration import with_calibration

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qeff_proxy.errors import UsageError
@@ -33,6 +33,29 @@ ELSEWHERE = {
     "num_hidden_layers": "Export the first layers with export(num_layers=…).",
     "qaic_config": "Leave it out: options of a backend go to compile.",
 }
+
+
+def without_hardware(
+    options: Mapping[str, Any], backend: str, understood: Collection[str]
+) -> dict[str, Any]:
+    """Drop QEfficient's compile options for its own hardware, with a warning for each.
+
+    Args:
+        options: The options of the backend.
+        backend: Its name.
+        understood: The options it has; these are kept.
+    """
+    unknown = (HARDWARE_OPTIONS.keys() & options.keys()) - set(understood)
+    for name in sorted(unknown):
+        value, default = options[name], HARDWARE_OPTIONS[name]
+        if value is not None and (value != default or type(value) is not type(default)):
+            warnings.warn(
+                f"{name} means nothing to backend {backend!r} and is ignored; it is for "
+                "QEfficient's hardware: backend='qaic'",
+                UserWarning,
+                stacklevel=3,
+            )
+    return {name: value for name, value in options.items() if name not in unknown}
 
 
 def without_runtime(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The check before every run: are the arrays those that the part takes?
 
-Runtimes differ in what they let pass: OpenVINO reads a row of 95 numbers as one of 96, PyTorch
-broadcasts, ONNX Runtime refuses. Checked here, all of them refuse alike, and by name.
+Runtimes differ in what they accept: one reads a row of 95 numbers as one of 96, PyTorch broadcasts,
+ONNX Runtime refuses. Checked here, all of them refuse alike, and by name.
 """
 
 from __future__ import annotations
