@@ -1,11 +1,10 @@
-"""Read and write weights files in pieces, past the system's cache where they are large.
+"""Read and write weights files in pieces; large files bypass the page cache.
 
-A file that is read or written goes through the system's cache: memory is found for each page, and
-filled. For a file that was not there before, that takes several times as long as to hash it, and
-drives out what is of more use. So a large file is read and written directly, to and from a few
-mebibytes that are used over and over, unless the cache holds all of it already.
+For a file that the page cache does not hold, allocating and filling pages takes several times as
+long as hashing the file, and evicts more useful pages. Large files are therefore read and written
+with ``O_DIRECT`` through a few reused mebibytes, unless the cache already holds the whole file.
 
-Where the system or the file system has no direct way, everything goes through the cache.
+Where the operating system or file system has no direct IO, all goes through the cache.
 """
 
 from __future__ import annotations
@@ -20,36 +19,36 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-#: Bytes that are given at a time: hashed and looked at while the processor has them at hand.
+#: Bytes per piece: hashed and checked while they are in the processor's cache.
 PIECE = 1 << 20
-_BLOCK = 4 << 20  # bytes that are read or written at a time
-_CACHED = 128 << 10  # bytes that are written at a time through the cache
-_ALIGNED = 4096  # what offsets, lengths and memory of direct reads and writes are multiples of
-_LARGE = 1 << 30  # bytes of a file that the cache is of no use for
-#: The number of the system call ``cachestat`` (Linux 6.5), which the C library has no name for.
+_BLOCK = 4 << 20  # bytes per read or write
+_CACHED = 128 << 10  # bytes per write through the page cache
+_ALIGNED = 4096  # alignment of offset, length and memory in direct IO
+_LARGE = 1 << 30  # larger files bypass the page cache
+#: Number of the system call ``cachestat`` (Linux 6.5), which the C library does not wrap.
 _CACHESTAT = 451
-#: What direct reads and writes are refused with where they are not to be had.
+#: Error codes of file systems without direct IO.
 _UNABLE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def _is_cached(path: Path, size: int) -> bool:
-    """Whether the system's cache holds all of a file: as far as it says."""
+    """Whether the page cache holds the whole file; ``False`` where the system cannot tell."""
     if sys.platform != "linux":
         return False
-    asked, found = (ctypes.c_uint64 * 2)(0, size), (ctypes.c_uint64 * 5)()
+    byte_range, counts = (ctypes.c_uint64 * 2)(0, size), (ctypes.c_uint64 * 5)()
     with path.open("rb") as file:
-        if ctypes.CDLL(None).syscall(_CACHESTAT, file.fileno(), asked, found, 0) != 0:
+        if ctypes.CDLL(None).syscall(_CACHESTAT, file.fileno(), byte_range, counts, 0) != 0:
             return False
-    return found[0] * mmap.PAGESIZE >= size
+    return counts[0] * mmap.PAGESIZE >= size
 
 
-class _Way:
-    """A file, opened to be read or written, and once more to do so directly.
+class _OpenFile:
+    """A file opened twice: through the page cache, and for direct IO where that is possible.
 
     Args:
         path: The file.
         flags: As for ``os.open``.
-        direct: Whether to try.
+        direct: Whether to try direct IO.
     """
 
     def __init__(self, path: Path, flags: int, *, direct: bool) -> None:
@@ -65,14 +64,14 @@ class _Way:
                     raise
 
     def no_longer_direct(self, error: OSError) -> None:
-        """Go through the cache from now on, if that is what the error is about."""
+        """Fall back to the page cache if ``error`` refuses direct IO; else raise it."""
         if error.errno not in _UNABLE or self.direct is None:
             raise error
         os.close(self.direct)
         self.direct = None
 
     def close(self) -> None:
-        """Close it."""
+        """Close both descriptors."""
         for descriptor in (self.file, self.direct):
             if descriptor is not None:
                 os.close(descriptor)
@@ -85,63 +84,63 @@ class _Way:
         self.close()
 
 
-class FileReader(_Way):
-    """Reads parts of a file. While one block is used, the next is read, where that is direct.
+class FileReader(_OpenFile):
+    """Reads ranges of a file; direct IO reads the next block while this one is used.
 
     Args:
         path: The file.
-        direct: Past the cache; by default where it is large, and not all in the cache.
+        direct: Bypass the page cache; by default for large files that it does not hold whole.
     """
 
     def __init__(self, path: Path, *, direct: bool | None = None) -> None:
         self.size = path.stat().st_size
         if direct is None:
-            # All or nothing: whoever reads through the cache makes the system read on into it.
+            # All or nothing: reading a part through the cache makes the system read ahead into it.
             direct = self.size > _LARGE and not _is_cached(path, self.size)
         super().__init__(path, os.O_RDONLY, direct=direct)
         status = os.fstat(self.file)
         self._sparse = status.st_blocks * 512 < status.st_size
         self._buffers = [memoryview(mmap.mmap(-1, _BLOCK)) for _ in range(2)]
-        self._ahead = ThreadPoolExecutor(1, "read-ahead")  # its thread begins with its first task
+        self._ahead = ThreadPoolExecutor(1, "read-ahead")  # starts its thread with the first task
 
     def close(self) -> None:
-        """Close the file; pieces of it may still be used."""
+        """Close the file; pieces already yielded stay valid."""
         self._ahead.shutdown()
         super().close()
 
     def spans(self, begin: int, end: int) -> Iterator[tuple[bool, int, int]]:
-        """Where a range holds data and where holes, which are zeros: ``(data, begin, end)``."""
+        """Split a range into data and holes (zeros): yields ``(is data, begin, end)``."""
         while begin < end:
             stop, data = end, True
             if self._sparse:
                 try:
-                    found = min(end, os.lseek(self.file, begin, os.SEEK_DATA))
+                    data_at = min(end, os.lseek(self.file, begin, os.SEEK_DATA))
                 except OSError as error:
                     if error.errno != errno.ENXIO:
                         raise
-                    found = end  # nothing but a hole is left
-                data = found == begin
-                stop = min(end, os.lseek(self.file, begin, os.SEEK_HOLE)) if data else found
+                    data_at = end  # the rest is a hole
+                data = data_at == begin
+                stop = min(end, os.lseek(self.file, begin, os.SEEK_HOLE)) if data else data_at
             yield data, begin, stop
             begin = stop
 
     def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
-        """The bytes of a range, in order.
+        """Yield the bytes of a range, in order.
 
-        Where ``begin`` is a multiple of 8, so are offset and length of all pieces but the last, and
-        they lie so in memory. A piece is only good until the next is asked for.
+        If ``begin`` is a multiple of 8, the offset in the file, the address, and the length of all
+        pieces but the last are, too. A piece is valid until the next one is requested.
 
         Raises:
             OSError: The file cannot be read, or became shorter.
         """
         start = begin - begin % _ALIGNED if begin % 8 == 0 else begin
         blocks = [(at, min(_BLOCK, end - at)) for at in range(start, end, _BLOCK)]
-        coming = self._read_ahead(0, *blocks[0]) if blocks else None
+        pending = self._read_ahead(0, *blocks[0]) if blocks else None
         for number, (at, count) in enumerate(blocks):
             view = self._buffers[number % 2]
-            filled = 0 if coming is None else coming.result()
+            filled = 0 if pending is None else pending.result()
             last = number + 1 == len(blocks)
-            coming = None if last else self._read_ahead(number + 1, *blocks[number + 1])
+            pending = None if last else self._read_ahead(number + 1, *blocks[number + 1])
             try:
                 for first in range(0, count, PIECE):
                     stop = min(first + PIECE, count)
@@ -149,11 +148,11 @@ class FileReader(_Way):
                     if stop > begin - at:
                         yield view[max(first, begin - at) : stop]
             finally:
-                if coming is not None:
-                    coming.exception()  # nobody else may use the buffers while it is filled
+                if pending is not None:
+                    pending.exception()  # wait: the buffer must not be used while it is filled
 
     def _fill(self, view: memoryview, at: int) -> None:
-        """Read what fills a buffer, through the cache."""
+        """Fill a buffer through the page cache."""
         while view:
             got = os.preadv(self.file, [view], at)
             if got == 0:
@@ -161,16 +160,13 @@ class FileReader(_Way):
             view, at = view[got:], at + got
 
     def _read_ahead(self, number: int, at: int, count: int) -> Future[int] | None:
-        """Begin to read a block directly; ``None`` where it is to be read through the cache.
-
-        What the cache holds is copied from there by the thread that uses it.
-        """
+        """Start a direct read of a block; ``None`` if it must be read through the page cache."""
         if self.direct is None or at % _ALIGNED:
             return None
         return self._ahead.submit(self._read_directly, self._buffers[number % 2], at, count)
 
     def _read_directly(self, view: memoryview, at: int, count: int) -> int:
-        """Read into the beginning of a buffer; how much it read, nothing where it cannot."""
+        """Read into the start of a buffer; return the bytes read, 0 without direct IO."""
         if self.direct is None:
             return 0
         try:
@@ -181,13 +177,13 @@ class FileReader(_Way):
             return 0
 
 
-class FileWriter(_Way):
-    """Writes a file of a known size from its beginning to its end.
+class FileWriter(_OpenFile):
+    """Writes a file of known size sequentially.
 
     Args:
-        path: The file; replaced where it is there.
+        path: The file; an existing one is replaced.
         size: In bytes.
-        direct: Past the cache; by default where it is large.
+        direct: Bypass the page cache; by default for large files.
     """
 
     def __init__(self, path: Path, size: int, *, direct: bool | None = None) -> None:
@@ -202,11 +198,11 @@ class FileWriter(_Way):
             self.close()
             raise
         self._buffer = memoryview(mmap.mmap(-1, _BLOCK))
-        self._at = 0  # where the buffer's first byte belongs; a multiple of its length
-        self._begin = self._end = 0  # what of the buffer is still to be written
+        self._at = 0  # file offset of the buffer's first byte; a multiple of its length
+        self._begin = self._end = 0  # the part of the buffer still to be written
 
     def write(self, data: Any) -> None:
-        """Write bytes behind the last ones."""
+        """Append bytes."""
         left = memoryview(data).cast("B")
         while left:
             count = min(len(left), _BLOCK - self._end)
@@ -216,13 +212,13 @@ class FileWriter(_Way):
                 self._empty()
 
     def skip(self, count: int) -> None:
-        """Leave a hole, which reads as zeros."""
+        """Append a hole of ``count`` bytes, which reads as zeros."""
         self._empty()
         self._at, self._end = divmod(self._at + self._end + count, _BLOCK)
         self._at, self._begin = self._at * _BLOCK, self._end
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write the rest of the buffer."""
         self._empty()
 
     def _empty(self) -> None:
@@ -233,7 +229,7 @@ class FileWriter(_Way):
             except OSError as error:
                 self.no_longer_direct(error)
         while begin < end:
-            # More at a time makes the system look for memory that it has not used yet.
+            # Larger writes make the system allocate pages that are not in its caches yet.
             stop = min(begin + _CACHED, end)
             begin += os.pwrite(self.file, self._buffer[begin:stop], self._at + begin)
         self._begin = self._end

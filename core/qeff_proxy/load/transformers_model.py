@@ -120,9 +120,9 @@ def _load_tensors(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
         if "--" in str(getattr(config, "auto_map", "")):
             raise ValueError("its code lies in another repository")
-        if hasattr(config, "auto_map"):  # found in the folder, which is not passed below
-            with torch.device("meta"):
-                loader = type(loader.from_config(config, trust_remote_code=trust))
+        # An auto class looks for remote code in the folder, which is not passed below.
+        with torch.device("meta"):
+            loader = type(loader.from_config(config, trust_remote_code=trust))
     else:
         return loader.from_pretrained(folder, state_dict=tensors, **arguments)
     model, notes = loader.from_pretrained(None, config=config, state_dict=tensors, **arguments)

@@ -1,14 +1,13 @@
-"""A decoder's graph whose cache is written in place.
+"""Rewrite a decoder's graph to update its KV cache in place.
 
-An exported graph joins the past and the new keys by ``Concat``: each step copies the whole cache,
-and gives back a new one. Here each ``Concat`` becomes a ``ScatterND`` into its first input, at
-places that are a new input of the graph, ``cache_places.<heads>``. ONNX Runtime skips the copy
-where input and output of a ``ScatterND`` are the same memory, so a session that binds them so
-writes the new positions and nothing else.
+An exported graph concatenates past and new keys, so each step copies the whole cache. Here each
+``Concat`` becomes a ``ScatterND`` into its first input, at indices from a new graph input,
+``cache_places.<heads>``. ONNX Runtime skips the copy where input and output of a ``ScatterND``
+share memory, so a session that binds both to one buffer writes the new positions only.
 
-The axis ``past`` of such a graph is as long as the buffers, and so is ``past + query``: what lies
-behind the filled positions is hidden by the masks. Graphs that do anything else with the length of
-the past are left as they are.
+The axes ``past`` and ``past + query`` of such a graph are as long as the buffers; the masks hide
+positions that are not filled yet. Graphs that use the length of the past for anything else are not
+changed.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from qeff_proxy.artifact.manifest_schema import ExportedPart
 from qeff_proxy.backends.onnxruntime.session import PLACES
 from qeff_proxy.tensor_names import PAST
 
-_POSITIONS = 2  # the axis of a cache that grows
+_POSITIONS = 2  # the axis along which a cache grows
 
 
 def write_in_place(model: ir.Model, part: ExportedPart) -> bool:
-    """Rewrite ``model``, if it is a decoder whose cache can be written in place.
+    """Rewrite ``model``, if it is a decoder whose cache can be updated in place.
 
     Returns:
-        Whether it was; otherwise nothing was changed.
+        Whether it was rewritten; otherwise nothing was changed.
     """
     joins = _joins_of(model.graph, part)
     if not joins:
@@ -60,7 +59,7 @@ def write_in_place(model: ir.Model, part: ExportedPart) -> bool:
 
 
 def _joins_of(graph: ir.Graph, part: ExportedPart) -> list[tuple[ir.Value, ir.Node]]:
-    """Each cache input with the ``Concat`` that makes it longer; none where one is used else."""
+    """Each cache input and the ``Concat`` that extends it; none if any is used otherwise."""
     masks = {mask.name for mask in part.masks}
     joins: list[tuple[ir.Value, ir.Node]] = []
     specs = {spec.name: spec for spec in part.inputs}
@@ -85,7 +84,7 @@ def _joins_of(graph: ir.Graph, part: ExportedPart) -> list[tuple[ir.Value, ir.No
 
 
 def _named_by_inputs(part: ExportedPart) -> bool:
-    """Whether the sizes of all outputs can be told from the inputs', before the part has run."""
+    """Whether the shapes of all outputs follow from the inputs', before the part has run."""
     axes = [axis for spec in part.outputs for axis in spec.shape if isinstance(axis, str)]
     named = {axis for spec in part.inputs for axis in spec.shape}
     terms = {term for axis in axes if axis not in named for term in axis.split(" + ")}
@@ -93,7 +92,7 @@ def _named_by_inputs(part: ExportedPart) -> bool:
 
 
 def _join_of(past: ir.Value, graph: ir.Graph) -> ir.Node | None:
-    """The ``Concat`` of a cache input and new positions, if nothing else looks at the input."""
+    """The ``Concat`` of a cache input and new positions, if nothing else uses the input."""
     join = None
     for node, index in past.uses():
         if node.op_type == "Shape" and not node.domain:
@@ -112,7 +111,7 @@ def _join_of(past: ir.Value, graph: ir.Graph) -> ir.Node | None:
 
 
 def _axes_of(node: ir.Node, rank: int) -> set[int]:
-    """Which axes a ``Shape`` node gives the lengths of."""
+    """The axes whose lengths a ``Shape`` node returns."""
     start = node.attributes.get("start")
     end = node.attributes.get("end")
     first = int(start.value) if start is not None else 0
@@ -121,17 +120,17 @@ def _axes_of(node: ir.Node, rank: int) -> set[int]:
 
 
 def _shorten(graph: ir.Graph, node: ir.Node, query: ir.Value) -> None:
-    """Have what asks for the length of the past get that of the buffer less the queries.
+    """Replace the length of the past by that of the buffer less the number of queries.
 
-    What it adds the queries to is then as long as the buffer, as masks and keys are.
+    Past plus query is then the length of the buffer, as it is in masks and keys.
     """
     length = ir.node("Shape", [query], attributes={"start": 1, "end": 2}, name=f"{node.name}_query")
     past = ir.node("Sub", [node.outputs[0], length.outputs[0]], name=f"{node.name}_less_query")
     for new in (length, past):
         new.metadata_props.update(node.metadata_props)
-    found = past.outputs[0]
-    found.type, found.shape = node.outputs[0].type, node.outputs[0].shape
+    shortened = past.outputs[0]
+    shortened.type, shortened.shape = node.outputs[0].type, node.outputs[0].shape
     for user, index in list(node.outputs[0].uses()):
         if user is not past:
-            user.replace_input_with(index, found)
+            user.replace_input_with(index, shortened)
     graph.insert_after(node, [length, past])

@@ -1,8 +1,8 @@
-"""Matrix products of one input as one product.
+"""Merge matrix products that share an input.
 
-A decoder's layer multiplies the same input by several weights: those of queries, keys and values,
-and those of gate and up. Each product of a decode step is cut among the threads, which then wait
-for each other; one product of all the weights, side by side, has them wait once.
+A decoder layer multiplies one input by the weights of queries, keys and values, and another by
+those of gate and up. In a decode step the threads split each product and then wait for each other;
+one product of the concatenated weights makes them wait once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _DOMAIN = "com.microsoft"
 
 
 def merge_products(model: ir.Model) -> bool:
-    """Merge products in float32 of the same input with weights ``[N, K]`` that are turned for it.
+    """Merge float32 products of one input with transposed weights ``[N, K]``.
 
-    The weights are joined by a node that the runtime computes when it optimizes the graph.
+    The weights are concatenated by a node that the runtime folds when it optimizes the graph.
 
     Returns:
-        Whether there were any; otherwise nothing was changed.
+        Whether any were merged; otherwise nothing was changed.
     """
     groups: dict[ir.Value, list[tuple[ir.Node, ir.Value]]] = {}
     for node in model.graph:
@@ -42,20 +42,20 @@ def _weight_of(node: ir.Node) -> ir.Value | None:
     """The weight ``[N, K]`` of ``x @ weight.T``, if nothing else uses it."""
     if node.op_type != "MatMul" or node.domain or node.outputs[0].is_graph_output():
         return None
-    turn = node.inputs[1].producer() if node.inputs[1] is not None else None
-    if turn is None or turn.op_type != "Transpose" or turn.domain:
+    transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if transpose is None or transpose.op_type != "Transpose" or transpose.domain:
         return None
-    weight = turn.inputs[0]
+    weight = transpose.inputs[0]
     tensor = weight.const_value if weight is not None else None
     if weight is None or tensor is None or not weight.is_initializer():
         return None
-    alone = len(weight.uses()) == 1 and len(turn.outputs[0].uses()) == 1
+    used_once = len(weight.uses()) == 1 and len(transpose.outputs[0].uses()) == 1
     plain = tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2
-    return weight if alone and plain else None
+    return weight if used_once and plain else None
 
 
 def _merge(graph: ir.Graph, nodes: Sequence[ir.Node], weights: Sequence[ir.Value]) -> None:
-    """Put one product, and a ``Split`` of it, in the place of several."""
+    """Replace several products by one and a ``Split`` of its result."""
     first = nodes[0]
     name = f"{first.outputs[0].name}.merged"
     columns = np.array([weight.const_value.shape[0] for weight in weights], np.int64)  # type: ignore[union-attr]

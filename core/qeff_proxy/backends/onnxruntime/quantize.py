@@ -1,9 +1,9 @@
 """Weights of matrix products in 8 or 4 bits, by ONNX Runtime's own quantizer.
 
-Each weight ``[K, N]`` is cut into blocks of ``block_size`` rows of a column, each with a scale and
-a zero point; the product becomes a ``MatMulNBits`` node of ONNX Runtime. One weight at a time is
-read, quantized and written, so that memory does not grow with the model. What is no weight of a
-matrix product (norms, biases, tables of positions) stays as it is.
+Each column of a weight ``[K, N]`` is quantized in blocks of ``block_size`` rows with a scale and a
+zero point; the product becomes a ``MatMulNBits`` node of ONNX Runtime. Weights are read, quantized
+and written one at a time, so memory does not grow with the model. Other tensors (norms, biases,
+position tables) are not changed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.backends.onnxruntime.options import WeightOptions
 
-_ALIGNMENT = 4096  # a page, so that a runtime may map what it reads
+_ALIGNMENT = 4096  # a page, so that a runtime can map the file
 _IN_FLOAT, _IN_INT8 = 1, 4  # MatMulNBits' accuracy_level
-_INLINE = 1024  # bytes up to which a tensor stays in the graph's own file
+_INLINE = 1024  # tensors of at most so many bytes stay in the graph's file
 
 
 @dataclass(frozen=True)
@@ -40,26 +40,26 @@ def quantize_weights(model: ir.Model, data: Path, options: WeightOptions) -> boo
     """Quantize the weights of a graph's matrix products.
 
     Args:
-        model: The graph, whose weights lie in files elsewhere. It is changed.
-        data: The file that is to hold all weights of it, beside where it will be saved.
+        model: The graph, with external weights. It is changed in place.
+        data: The file to write all its weights to, in the folder the graph will be saved in.
         options: With `WeightOptions.bits`.
 
     Returns:
-        Whether there was such a weight. Where not, nothing was changed.
+        Whether any weight was quantized; otherwise nothing was changed.
 
     Raises:
-        BackendError: A weight holds numbers that are not finite.
+        BackendError: A weight has NaN or infinite elements.
     """
     graph = model.graph
-    products = [(node, found) for node in graph if (found := _weight_of(node)) is not None]
+    products = [(node, use) for node in graph if (use := _weight_of(node)) is not None]
     if not products:
         return False
     done: dict[tuple[str, bool], _Quantized] = {}
     with data.open("wb") as file:
-        for node, (weight, turned) in products:
-            key = (str(weight.name), turned)
+        for node, (weight, transposed) in products:
+            key = (str(weight.name), transposed)
             if key not in done:
-                done[key] = _quantized(graph, weight, file, options, turned=turned)
+                done[key] = _quantized(graph, weight, file, options, transposed=transposed)
             _replace(graph, node, done[key], options)
         RemoveUnusedNodesPass()(model)
         for value in graph.initializers.values():
@@ -71,13 +71,13 @@ def quantize_weights(model: ir.Model, data: Path, options: WeightOptions) -> boo
 
 
 def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
-    """The weight of a matrix product, and whether it lies as ``[N, K]``; else ``None``."""
+    """The weight of a matrix product, and whether it is stored as ``[N, K]``; else ``None``."""
     if node.domain or node.op_type not in ("MatMul", "Gemm"):
         return None
     value = node.inputs[1]
     if value is None:
         return None
-    turned = False
+    transposed = False
     if node.op_type == "Gemm":
         plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
         for name, default in plain.items():
@@ -85,24 +85,24 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
             if attribute is not None and attribute.value != default:
                 return None
         attribute = node.attributes.get("transB")
-        turned = attribute is not None and attribute.value == 1
+        transposed = attribute is not None and attribute.value == 1
     producer = value.producer()
     if producer is not None and producer.op_type == "Transpose" and not producer.domain:
         order = producer.attributes.get("perm")
         if order is not None and list(order.value) != [1, 0]:
             return None
-        value, turned = producer.inputs[0], not turned
+        value, transposed = producer.inputs[0], not transposed
     if value is None or not value.is_initializer() or value.const_value is None:
         return None
     tensor = value.const_value
     floating = tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-    return (value, turned) if floating and len(tensor.shape) == 2 else None
+    return (value, transposed) if floating and len(tensor.shape) == 2 else None
 
 
 def _quantized(
-    graph: ir.Graph, weight: ir.Value, file: BinaryIO, options: WeightOptions, *, turned: bool
+    graph: ir.Graph, weight: ir.Value, file: BinaryIO, options: WeightOptions, *, transposed: bool
 ) -> _Quantized:
-    """Quantize a weight, and write it."""
+    """Quantize a weight and write it to ``file``."""
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
         DefaultWeightOnlyQuantizer,
@@ -112,17 +112,17 @@ def _quantized(
     array = weight.const_value.numpy()
     if not np.isfinite(array).all():
         raise BackendError(
-            f"the weight {weight.name} holds numbers that are not finite, and cannot be quantized",
-            "Check the checkpoint, or leave the weights as they are with -O weights=float.",
+            f"the weight {weight.name} has NaN or infinite elements, and cannot be quantized",
+            "Check the checkpoint, or compile with -O weights=float.",
         )
-    array = np.ascontiguousarray(array.T if turned else array)
+    array = np.ascontiguousarray(array.T if transposed else array)
     config = DefaultWeightOnlyQuantConfig(
         block_size=options.block_size, is_symmetric=False, bits=options.bits
     )
     parts = DefaultWeightOnlyQuantizer(config).qbits_block_quant(array)
     values = []
     for part, ending in zip(parts, ("quantized", "scales", "zero_points"), strict=True):
-        name = f"{weight.name}.{'turned.' if turned else ''}{ending}"
+        name = f"{weight.name}.{'transposed.' if transposed else ''}{ending}"
         tensor = _stored(part, name, file)
         value = ir.Value(
             name=name,
@@ -137,7 +137,7 @@ def _quantized(
 
 
 def _stored(array: Array, name: str, file: BinaryIO) -> ir.TensorProtocol:
-    """The array as a tensor: written to the end of ``file``, or kept where it is small."""
+    """The array as a tensor: appended to ``file``, or inline if it is small."""
     if array.nbytes <= _INLINE:
         return ir.Tensor(array.copy(), name=name)
     file.write(b"\0" * (-file.tell() % _ALIGNMENT))
@@ -156,7 +156,7 @@ def _stored(array: Array, name: str, file: BinaryIO) -> ir.TensorProtocol:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, weight: _Quantized, options: WeightOptions) -> None:
-    """Put a ``MatMulNBits`` (and an addition, where there is a bias) in the place of a product.
+    """Replace a product by a ``MatMulNBits``, and an ``Add`` if it has a bias.
 
     https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
     """

@@ -1,0 +1,37 @@
+"""The Python classes export as the command does: of a checkpoint only the first layers are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qeff_proxy import QEFFAutoModel, QEFFAutoModelForCausalLM
+
+
+def weights_of(model: Any, folder: Path) -> str:
+    model.export(folder)
+    manifest = json.loads((folder / "export.json").read_text())
+    return str(manifest["cut"]["weights"])
+
+
+def test_a_deep_checkpoint_is_streamed(make_model: Any, tmp_path: Path) -> None:
+    make_model("llama", layers=5).save_pretrained(tmp_path / "llama")
+    model = QEFFAutoModelForCausalLM.from_pretrained(tmp_path / "llama", enable_proxy=True)
+    assert weights_of(model, tmp_path / "export").startswith("streamed from the checkpoint; BLAKE3")
+
+
+def test_a_deep_encoder_is_streamed(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=40,
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    model = QEFFAutoModel.from_pretrained(tmp_path / "bert", pooling="mean")
+    assert weights_of(model, tmp_path / "export").startswith("streamed from the checkpoint; BLAKE3")
