@@ -58,17 +58,25 @@ def kill_at_random(
     return os.WIFSIGNALED(status)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one layer, since it is exported again and again."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "one-layer"
+    make_model("gpt2", layers=1).save_pretrained(folder)
+    return folder
+
+
 def test_killing_an_export_leaves_the_old_one_or_the_new_one(
-    saved_gpt2: Path, tmp_path: Path
+    checkpoint: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "out"
     kinds: list[Any] = ["split", "whole"]
-    old = export_model(load_model(str(saved_gpt2)), HOOKS, "split", output=target)
+    old = export_model(load_model(str(checkpoint)), HOOKS, "split", output=target)
     (target / "io" / "run").mkdir(parents=True)
     start = time.perf_counter()
     stages: dict[str, float] = {}
     export_model(
-        load_model(str(saved_gpt2)),
+        load_model(str(checkpoint)),
         HOOKS,
         "whole",
         output=tmp_path / "timed",
@@ -80,7 +88,7 @@ def test_killing_an_export_leaves_the_old_one_or_the_new_one(
         kind = kinds[(attempt + 1) % 2]
 
         def job(progress: Any, kind: Any = kind) -> None:
-            loaded = load_model(str(saved_gpt2))
+            loaded = load_model(str(checkpoint))
             export_model(loaded, HOOKS, kind, output=target, force=True, progress=progress)
 
         stage = "writing weights" if attempt % 3 else "cutting and verifying"
@@ -89,19 +97,19 @@ def test_killing_an_export_leaves_the_old_one_or_the_new_one(
         if target.exists():
             assert read_export(target).kind in kinds
     assert killed >= 6
-    again = export_model(load_model(str(saved_gpt2)), HOOKS, "split", output=target, force=True)
+    again = export_model(load_model(str(checkpoint)), HOOKS, "split", output=target, force=True)
     assert again.parts == old.parts
     assert (target / "io" / "run").is_dir()
     leftovers = [path.name for path in tmp_path.iterdir() if ".partial-" in path.name]
     assert leftovers == []
 
 
-def test_killing_a_first_export_leaves_no_export(saved_gpt2: Path, tmp_path: Path) -> None:
+def test_killing_a_first_export_leaves_no_export(checkpoint: Path, tmp_path: Path) -> None:
     for attempt in range(4):
         target = tmp_path / f"out-{attempt}"
 
         def job(progress: Any, target: Path = target) -> None:
-            loaded = load_model(str(saved_gpt2))
+            loaded = load_model(str(checkpoint))
             export_model(loaded, HOOKS, "whole", output=target, progress=progress)
 
         kill_at_random(job, "writing weights", 0.05, attempt)

@@ -312,28 +312,6 @@ def test_a_folder_in_use(saved_gpt2: Path, tmp_path: Path, capsys: Any) -> None:
     assert "in use by another run" in message
 
 
-@pytest.mark.parametrize("limit", [20_000, 200_000])
-def test_a_full_disk(limit: int, saved_gpt2: Path, tmp_path: Path) -> None:
-    """A limit on file sizes stands for a full disk: the system refuses to write on."""
-    target = tmp_path / "out"
-    script = (
-        "import resource, signal, sys\n"
-        "from qeff_proxy.cli import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    command = ["export", str(saved_gpt2), "--output", str(target)]
-    result = subprocess.run(
-        [sys.executable, "-c", script, *command], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 7
-    assert "cannot write" in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not target.exists()
-    assert not list(tmp_path.glob(".out.partial-*"))
-
-
 def test_debug_shows_the_trace() -> None:
     from qeff_proxy.errors import CheckpointError
 
@@ -362,39 +340,6 @@ def test_a_sound_file_is_no_prompt(
     assert "is a sound or image file" in fails(
         capsys, "generate", str(demo_export), str(path), code=2
     )
-
-
-PROGRAM = [sys.executable, "-m", "qeff_proxy"]
-
-
-@pytest.mark.parametrize(
-    ("redirection", "code", "words"),
-    [
-        ("> /dev/full", 1, "cannot write to standard output: No space left on device"),
-        (">&-", 1, "standard output is closed"),
-        ("1< /dev/null", 1, "cannot write to standard output: Bad file descriptor"),
-        ("| true", 141, ""),
-    ],
-)
-def test_an_output_that_takes_nothing(redirection: str, code: int, words: str) -> None:
-    script = f'set -o pipefail; {{ sleep 0.5; "$@"; }} {redirection}'
-    command = ["bash", "-c", script, "bash", *PROGRAM, "plugins"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code
-    assert words in done.stderr
-    assert done.stderr.count("\n") == bool(words)
-
-
-def test_an_output_of_ascii(demo_export: Path) -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [*PROGRAM, "generate", str(demo_export), "Anna é", "--max-new-tokens", "2"]
-    for option in ([], ["--json"]):
-        done = subprocess.run(
-            [*command, *option], capture_output=True, text=True, check=False, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        assert "Anna" in done.stdout
-    assert json.loads(done.stdout)["inputs"] == ["Anna é"]
 
 
 def test_a_name_that_is_not_utf8(saved_gpt2: Path, tmp_path: Path, capsys: Any) -> None:

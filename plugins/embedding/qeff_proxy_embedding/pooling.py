@@ -76,7 +76,8 @@ class Pooling:
         if self.truncate_dim is not None:
             vector = vector[:, : self.truncate_dim]
         if self.normalize:
-            vector = torch.nn.functional.normalize(vector, p=2, dim=-1)
+            # As ``torch.nn.functional.normalize`` does, whose ``expand_as`` PyTorch traces twice.
+            vector = vector / vector.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return vector
 
     def _pool(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:

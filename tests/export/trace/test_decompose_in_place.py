@@ -69,7 +69,27 @@ def written(x: torch.Tensor) -> torch.Tensor:
     return y * z
 
 
-@pytest.mark.parametrize("function", [views, dtypes, written])
+def minima(x: torch.Tensor) -> torch.Tensor:
+    return torch.min(x, x.mean(dtype=torch.float64) + x.new_zeros((), dtype=torch.int64))
+
+
+def convolutions(x: torch.Tensor) -> torch.Tensor:
+    weight = torch.arange(48.0).view(4, 2, 2, 3) / 48
+    image = x.reshape(-1, 2, 2, 6)
+    once = nn.functional.conv2d(image, weight, padding="valid")
+    return nn.functional.conv2d(image, weight, None, 2, "valid", (1, 2)).sum() + once
+
+
+def normalized_weights(x: torch.Tensor) -> torch.Tensor:
+    direction, length = torch.arange(1.0, 25.0).view(4, 3, 2).sin(), torch.arange(1.0, 3.0)
+    weight = torch._weight_norm(direction, length.view(1, 1, 2), 2)
+    first = torch._weight_norm(direction, torch.arange(1.0, 5.0).view(4, 1, 1))
+    return x.flatten(1) @ torch.cat([weight, first]).reshape(24, 2)
+
+
+@pytest.mark.parametrize(
+    "function", [views, dtypes, written, minima, convolutions, normalized_weights]
+)
 def test_a_graph_of_known_operators_is_lowered_in_place(
     function: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:

@@ -12,6 +12,7 @@ from qeff_proxy.common.private_names import (
     DECOMPOSING,
     FOLDING,
     OPERATOR_TABLE,
+    TRACING,
     build_model,
     find,
     matched_operator,
@@ -28,7 +29,12 @@ from qeff_proxy.testing.tiny import random_weights
 from torch.onnx._internal.exporter import _core
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-GROUPS = {"decomposing": DECOMPOSING, "operator table": OPERATOR_TABLE, "folding": FOLDING}
+GROUPS = {
+    "decomposing": DECOMPOSING,
+    "operator table": OPERATOR_TABLE,
+    "folding": FOLDING,
+    "tracing": TRACING,
+}
 NAMES = [(group, name) for group, names in GROUPS.items() for name in names]
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 _LAYERS = {"num_hidden_layers": 2}

@@ -15,6 +15,7 @@ import torch
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.load_model import wrap_model
 from qeff_proxy.plugins.manager import Plugins
+from torch._dynamo import config as dynamo_config
 from torch.onnx._internal.exporter import _core
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import PreTrainedModel
@@ -65,6 +66,10 @@ def process_state() -> dict[str, Any]:
             torch.onnx.export,
             _core._prepare_exported_program_for_export,
             ONNXRegistry.__dict__["from_torchlib"],
+        ),
+        "notes": (
+            torch.fx.config.do_not_emit_stack_traces,
+            dynamo_config.fake_tensor_cache_enabled,
         ),
         "operators": (torch.where, torch.split, torch.nn.Module.__call__),
         "dtype": torch.get_default_dtype(),

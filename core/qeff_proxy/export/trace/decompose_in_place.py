@@ -226,6 +226,33 @@ def _reverse(node: Node) -> None:
     _become(node, _ATEN.permute.default, node.args[0], axes)
 
 
+def _minimum(node: Node) -> None:
+    _become(node, _ATEN.minimum.default, *node.args)
+
+
+def _is_unpadded(node: Node) -> bool:
+    return node.args[4:5] in ((), ("valid",)) and not node.kwargs
+
+
+def _convolve(node: Node) -> None:
+    no_padding = [[0, 0] for _ in node.args[4:5]]
+    _become(node, _ATEN.conv2d.default, *node.args[:4], *no_padding, *node.args[5:])
+
+
+def _normalize_weight(node: Node) -> None:
+    direction: Any = node.args[0]
+    length: Any = node.args[1]
+    kept = _argument(node, 2, "dim", 0)
+    axes = [axis for axis in range(_value(direction).dim()) if axis != kept]
+    with node.graph.inserting_before(node):
+        norm = node.graph.call_function(
+            _ATEN.linalg_vector_norm.default, (direction, 2, axes, True)
+        )
+        scale = node.graph.call_function(_ATEN.div.Tensor, (length, norm))
+    norm.meta = scale.meta = {**node.meta, "val": _value(length)}
+    _become(node, _ATEN.mul.Tensor, direction, scale)
+
+
 def _argument(node: Node, position: int, name: str, default: int) -> int:
     value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
     assert isinstance(value, int)  # noqa: S101 (the operator's schema)
@@ -287,6 +314,9 @@ _REWRITES: dict[Any, tuple[Callable[[Node], bool], Callable[[Node], None]]] = {
     _ATEN.dropout.default: (_is_inference, _copy),
     _ATEN.reshape.default: (_always, _view),
     _ATEN.numpy_T.default: (_always, _reverse),
+    _ATEN.min.other: (_always, _minimum),
+    _ATEN.conv2d.padding: (_is_unpadded, _convolve),
+    _ATEN._weight_norm.default: (_always, _normalize_weight),  # noqa: SLF001 (an operator)
     _ATEN.flatten.using_ints: (_always, _flatten),
     _ATEN.chunk.default: (_chunks_a_known_size, _split),
 }

@@ -35,6 +35,7 @@ from qeff_proxy.export.repeat.mark_layers import (
 )
 from qeff_proxy.export.trace.decompose_in_place import lowered_in_place
 from qeff_proxy.export.trace.graph_edges import separate_outputs, set_edges
+from qeff_proxy.export.trace.lean_trace import without_notes
 from qeff_proxy.export.trace.operator_table import operators_read_once
 from qeff_proxy.graph.folding import fold_graph
 from qeff_proxy.layers.layer_lists import LayerList, layer_lists
@@ -160,7 +161,7 @@ def _graph_of(
     samples = sample_inputs(part, sizes)
     shapes = {name: _dynamic_axes(spec) for name, spec in mangled_inputs(part)}
     config = OnnxConfig(dynamic_shapes=shapes, optimize=False, opset_version=opset)
-    with quiet_tracers(), operators_read_once():
+    with quiet_tracers(), operators_read_once(), without_notes():
         try:
             program = _trace(part, samples, config)
         except NotRepeatable:

@@ -1,0 +1,71 @@
+"""A disk or an output that takes nothing, or ASCII alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qeff_proxy.cli import main
+
+PROGRAM = [sys.executable, "-m", "qeff_proxy"]
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("limit", [20_000, 200_000])
+def test_a_full_disk(limit: int, saved_gpt2: Path, tmp_path: Path, capfd: Any) -> None:
+    """A limit on file sizes stands for a full disk: the system refuses to write on."""
+    target = tmp_path / "out"
+    child = os.fork()  # a limit cannot be lifted again, and the libraries are loaded here
+    if child == 0:
+        code = -1
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            code = main(["export", str(saved_gpt2), "--output", str(target)])
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    said = capfd.readouterr().err
+    assert os.waitstatus_to_exitcode(status) == 7, said
+    assert "cannot write" in said
+    assert said.count("\n") == 1
+    assert not target.exists()
+    assert not list(tmp_path.glob(".out.partial-*"))
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "words"),
+    [
+        ("> /dev/full", 1, "cannot write to standard output: No space left on device"),
+        (">&-", 1, "standard output is closed"),
+        ("1< /dev/null", 1, "cannot write to standard output: Bad file descriptor"),
+        ("| true", 141, ""),
+    ],
+)
+def test_an_output_that_takes_nothing(redirection: str, code: int, words: str) -> None:
+    script = f'set -o pipefail; {{ sleep 0.5; "$@"; }} {redirection}'
+    command = ["bash", "-c", script, "bash", *PROGRAM, "plugins"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert done.stderr.count("\n") == bool(words)
+
+
+def test_an_output_of_ascii(demo_export: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [*PROGRAM, "generate", str(demo_export), "Anna é", "--max-new-tokens", "2"]
+    for option in ([], ["--json"]):
+        done = subprocess.run(
+            [*command, *option], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Anna" in done.stdout
+    assert json.loads(done.stdout)["inputs"] == ["Anna é"]
