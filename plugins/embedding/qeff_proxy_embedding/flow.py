@@ -247,7 +247,8 @@ def _check_ids(rows: Sequence[Row], table: int | None) -> None:
         if wrong.size:
             raise UsageError(
                 f"{wrong[0]} is no token of this model",
-                f"Its token ids go from 0 to {(table or 0) - 1}; use its own tokenizer.",
+                f"Its token ids go from 0 to {(table or 0) - 1}. Use its own tokenizer; if that "
+                "has added tokens, resize the model's embedding (resize_token_embeddings).",
             )
 
 
