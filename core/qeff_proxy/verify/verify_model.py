@@ -181,6 +181,7 @@ def _export_of(
         opset=options.opset,
         taps="layers" if options.taps is None else options.taps,
         force=options.force,
+        wait=options.wait,
         progress=progress,
     )
 
