@@ -308,7 +308,8 @@ def test_a_folder_in_use(saved_gpt2: Path, tmp_path: Path, capsys: Any) -> None:
 
     target = tmp_path / "out"
     with locked(target):
-        message = fails(capsys, "export", str(saved_gpt2), "--output", str(target), code=7)
+        arguments = (str(saved_gpt2), "--output", str(target), "--no-wait")
+        message = fails(capsys, "export", *arguments, code=7)
     assert "in use by another run" in message
 
 

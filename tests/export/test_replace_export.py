@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,27 @@ def test_a_folder_in_use_by_another_run_is_refused(saved_gpt2: Path, tmp_path: P
         locked(tmp_path / "out"),
         pytest.raises(ArtifactError, match="in use by another run"),
     ):
-        export_model(load_model(str(saved_gpt2)), HOOKS, output=tmp_path / "out")
+        export_model(load_model(str(saved_gpt2)), HOOKS, output=tmp_path / "out", wait=False)
+
+
+def test_a_second_run_waits_for_the_first_and_takes_its_export(
+    saved_gpt2: Path, tmp_path: Path
+) -> None:
+    from qeff_proxy.common.atomic_folder import locked
+
+    loaded, stages = load_model(str(saved_gpt2)), []
+    made = export_model(loaded, HOOKS, output=tmp_path / "made")
+    lock = ExitStack()
+    lock.enter_context(locked(tmp_path / "out"))
+
+    def finish_the_first(stage: str) -> None:
+        stages.append(stage)
+        made.folder.rename(tmp_path / "out")
+        lock.close()
+
+    again = export_model(loaded, HOOKS, output=tmp_path / "out", progress=finish_the_first)
+    assert stages == ["waiting for another run to finish this export"]
+    assert again.parts == made.parts
 
 
 def test_an_interrupted_exchange_loses_no_dump(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def subject_of(fault, sound, folder, suites):
     runs = fault.runs or "make_inputs" in fault.suite
     if not fault.hooks.get("build_proxy") and (runs or fault.export or fault.session):
         borrowed = {"model": sound.model, "loaded": sound.loaded, "cut": sound.cut}
+        borrowed["checkpoint"] = sound.checkpoint
         subject.__dict__.update(borrowed, export=sound.export, sessions=sound.sessions)
     elif fault.runs or fault.check.startswith("a_stub_reads"):
         subject.__dict__.update(export=sound.export, sessions=sound.sessions)

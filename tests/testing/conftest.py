@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -21,11 +20,11 @@ FLOWS = ("Unverified", "Forgetful", "Headless", "Late", "Careless", "Unsteady")
 
 
 class SoundSuite(FamilySuite):
-    """A causal LM of one layer that the core's own plugin cuts."""
+    """A causal LM that the core's own plugin cuts."""
 
     model_type = "gpt2"
     capabilities = Capabilities(processor=True)
-    sizes: ClassVar = {"n_layer": 1}
+    layers = 5
 
     def make_processor(self):
         tokenizer = Tokenizer(models.WordLevel(WORDS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 from qeff_proxy.flows.causal_lm import CausalFlow
 from qeff_proxy.flows.flow import CutReport
 
@@ -54,7 +53,7 @@ class Unsteady(CausalFlow):
     def run(self, job):
         Unsteady.runs += 1
         outputs = super().run(job)
-        return {**outputs, "generated_ids": np.roll(outputs["generated_ids"], Unsteady.runs, 1)}
+        return {**outputs, "generated_ids": outputs["generated_ids"] + Unsteady.runs}
 
 
 class _Filter:

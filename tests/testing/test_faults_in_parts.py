@@ -15,6 +15,7 @@ import pytest
 import torch
 from conformance_faults import Fault, checks_of, cut_like, expect_seen, run_check, subject_of
 from qeff_proxy.families import generic
+from qeff_proxy.layers import find_layer_list, shorten
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.testing import CAUSAL_LM, FamilySuite, random_weights
@@ -210,6 +211,17 @@ def settings_that_are_no_json(proxy, **_):
     return replace(proxy, settings={"layers": {1, 2}})
 
 
+def keep_two_layers(model, embedding, lm_head, kind):
+    """Right for a model of one or two layers."""
+    short = shorten(model, find_layer_list(model), 2)
+    return generic.build_proxy(short, embedding, lm_head, kind)
+
+
+def look_at_the_last_layer(proxy, model, **_):
+    """It breaks where that layer is not loaded."""
+    model.transformer.h[-1].ln_1.weight.sum().item()
+
+
 def zero_model(self):
     model = random_weights(FamilySuite.make_model(self))
     with torch.no_grad():
@@ -224,6 +236,7 @@ def verified_by(flow):
 
 CUTS = [
     Fault("the_cut_is_verified", "do not equal the uncut model", cut_like(halve_the_embedding)),
+    Fault("the_cut_is_verified", "do not equal the uncut model", {"build_proxy": keep_two_layers}),
     Fault(
         "the_verification_has_something_to_compare",
         "next to nothing.*random weights",
@@ -371,6 +384,7 @@ def test_a_check_fails_on_its_fault(fault, sound, tmp_path):
 # A plugin whose parts are wrong in a way that only the files show
 
 SEEN_IN_A_FAULTY_EXPORT = {
+    "the_layers_are_streamed",
     "no_vocabulary_sized_tensor_is_in_the_body",
     "every_weight_is_stored_once",
 }
@@ -379,7 +393,12 @@ SEEN_IN_A_FAULTY_EXPORT = {
 @pytest.fixture(scope="module")
 def heavy(sound, tmp_path_factory):
     folder = tmp_path_factory.mktemp("heavy")
-    fault = Fault("", "", cut_like(carry_tables_along))
+
+    def carry_and_look(proxy, **what):
+        look_at_the_last_layer(proxy, **what)
+        return carry_tables_along(proxy, **what)
+
+    fault = Fault("", "", cut_like(carry_and_look))
     return subject_of(fault, sound, folder, type(sound.suite))
 
 
@@ -388,6 +407,7 @@ def heavy(sound, tmp_path_factory):
     [
         ("no_vocabulary_sized_tensor_is_in_the_body", "copy .131, 32., which is as large"),
         ("every_weight_is_stored_once", "weights take .* bytes, and the model has"),
+        ("the_layers_are_streamed", "all layers had to be loaded: .*without its layers"),
     ],
 )
 def test_a_check_fails_on_a_faulty_export(check, says, heavy, tmp_path):

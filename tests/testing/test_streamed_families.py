@@ -19,23 +19,6 @@ _SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 _LAYERS = 6
 
 
-def bert() -> Any:
-    config = transformers.BertConfig(vocab_size=131, num_hidden_layers=_LAYERS, **_SMALL)
-    return transformers.BertModel(config)
-
-
-def wav2vec2() -> Any:
-    config = transformers.Wav2Vec2Config(
-        vocab_size=32,
-        num_hidden_layers=_LAYERS,
-        conv_dim=(32,) * 7,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-        **_SMALL,
-    )
-    return transformers.Wav2Vec2ForCTC(config)
-
-
 def whisper(encoder_layers: int = 4, decoder_layers: int = _LAYERS) -> Any:
     config = transformers.WhisperConfig(
         vocab_size=131,
@@ -68,14 +51,12 @@ def llava() -> Any:
 @pytest.mark.parametrize(
     ("make", "options", "traced"),
     [
-        (bert, {}, {"body": 1}),
-        (wav2vec2, {}, {"body": 1}),
         (whisper, {}, {"encoder": 2, "body": 1}),
         (lambda: whisper(_LAYERS, 2), {}, {"encoder": 1}),
         (llava, {}, {"vision": 1, "body": 1}),
         (llava, {"kv_offload": False}, {"body": 2}),
     ],
-    ids=["bert", "wav2vec2", "whisper", "distilled", "llava", "llava in one graph"],
+    ids=["whisper", "distilled", "llava", "llava in one graph"],
 )
 def test_all_layers_equal_pytorch(
     make: Any, options: dict[str, Any], traced: dict[str, int], tmp_path: Path

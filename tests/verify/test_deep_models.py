@@ -17,42 +17,6 @@ _SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 _TEXT = {"vocab_size": 131, "max_position_embeddings": 64, "pad_token_id": 0}
 
 
-def whisper(encoder: int, decoder: int) -> Any:
-    return transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(
-            vocab_size=131,
-            d_model=64,
-            encoder_layers=encoder,
-            decoder_layers=decoder,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=96,
-            decoder_ffn_dim=96,
-            max_source_positions=40,
-            max_target_positions=48,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=3,
-        )
-    )
-
-
-def wav2vec2() -> Any:
-    return transformers.Wav2Vec2ForCTC(
-        transformers.Wav2Vec2Config(
-            vocab_size=32,
-            num_hidden_layers=5,
-            conv_dim=(32,) * 3,
-            conv_kernel=(10, 4, 4),
-            conv_stride=(5, 4, 4),
-            num_conv_pos_embeddings=16,
-            num_conv_pos_embedding_groups=4,
-            **_SMALL,
-        )
-    )
-
-
 def llava(tower_layers: int, text_layers: int, feature_layer: Any = -2) -> Any:
     text = transformers.LlamaConfig(**_TEXT, num_hidden_layers=text_layers, **_SMALL)
     tower = transformers.CLIPVisionConfig(
@@ -74,9 +38,6 @@ def encoder(kind: str, **sizes: Any) -> Any:
 
 
 MODELS: dict[str, Any] = {
-    "whisper": lambda: whisper(4, 6),
-    "wav2vec2": wav2vec2,
-    "bert": lambda: encoder("bert", **_SMALL),
     "distilbert": lambda: encoder("distilbert", dim=64, hidden_dim=96, n_heads=4, n_layers=5),
     "nomic_bert": lambda: encoder("nomic_bert", **_SMALL),
     "modernbert": lambda: encoder("modernbert", **_SMALL),
@@ -89,7 +50,7 @@ MODELS: dict[str, Any] = {
     ),
 }
 #: Layers of the model, its tower's or encoder's with them; the others have 5.
-LAYERS = {"whisper": 10, "llava": 13, "llama, tied": 6}
+LAYERS = {"llava": 13, "llama, tied": 6}
 #: The others are saved as float32.
 BFLOAT16 = ("distilbert", "nomic_bert", "llama, tied")
 
@@ -97,11 +58,6 @@ BFLOAT16 = ("distilbert", "nomic_bert", "llama, tied")
 def request_for(name: str) -> Request | None:
     """Input where the model has no processor that makes any."""
     generator = torch.Generator().manual_seed(0)
-    if name == "whisper":
-        features = torch.randn(1, 80, 80, generator=generator)
-        return Request(inputs={"input_features": features})
-    if name == "wav2vec2":
-        return Request(inputs={"input_values": torch.randn(1, 8000, generator=generator)})
     if name == "llava":
         ids = torch.tensor([[1, 5, 5, 5, 5, 9, 11, 17]])
         pixels = torch.randn(1, 3, 28, 28, generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from qeff_proxy.backends.torch.backend import TorchBackend
 from qeff_proxy.cli import main
 from qeff_proxy.compare import Tolerances
 from qeff_proxy.dump import read_dump
-from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.errors import ArtifactError, BackendError, UsageError
 from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import DEFAULT_PROMPT
@@ -250,6 +251,20 @@ def test_a_wrong_bit_in_the_stored_weights_is_found_against_the_checkpoint(
     assert result.divergence is not None
     assert result.divergence.layer == layer
     assert verify_model(copy, options=VerifyOptions(max_new_tokens=2)).passed
+
+
+def test_a_flipped_bit_that_keeps_size_and_time_is_named(tapped: Path, tmp_path: Path) -> None:
+    """The oracle is the hash in export.json: after the first compile nothing else looks at it."""
+    folder = shutil.copytree(tapped, tmp_path / "export")
+    verify_model(folder, options=SHORT)
+    path = folder / "body.safetensors"
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ArtifactError, match=r"body.safetensors is not what was exported"):
+        verify_model(folder, options=SHORT)
 
 
 def test_ids_are_an_input_too(

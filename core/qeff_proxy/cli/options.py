@@ -70,6 +70,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
             "--force", action="store_true", help="export again, even if the export is up to date"
         )
         parser.add_argument(
+            "--no-wait", action="store_true", help="fail if another run writes the same export"
+        )
+        parser.add_argument(
             "--taps",
             metavar="WHAT",
             help="add outputs of each layer: layers, attention, mlp, or several with commas",
@@ -240,6 +243,7 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
             num_layers=getattr(args, "num_layers", None),
             weights=getattr(args, "weights", "copy"),
             force=args.force,
+            wait=not args.no_wait,
             progress=progress,
         )
     return export, hooks

@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
                 output=args.output,
                 opset=args.opset,
                 force=args.force,
+                wait=not args.no_wait,
                 max_new_tokens=args.max_new_tokens,
                 tolerances=tolerances,
                 compile=compile_options_of(args),

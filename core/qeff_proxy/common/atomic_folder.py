@@ -15,6 +15,7 @@ import itertools
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -74,6 +75,7 @@ def _pattern(template: str) -> str:
     return template.replace(".", r"\.").format(name="(.+)", id="[a-z0-9_]{8,12}")
 
 
+_POLL = 0.2  # seconds between two tries to get a lock
 #: Folders of exports and compiled parts. One run at a time writes to them (`locked`).
 _HIDDEN = FolderKind(".{name}.partial-{id}", ".{name}.old")
 
@@ -111,21 +113,35 @@ def held(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
+def locked(target: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock of a target folder; it is released when the process ends, however it ends.
+
+    Args:
+        target: The folder.
+        waiting: Called once with what is waited for, where another run holds the lock; without it,
+            that is an error.
 
     Raises:
         ArtifactError: Another run holds it, or the parent folder cannot be written.
     """
+    path = target.with_name(f".{target.name}.lock")
+    said = False
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = _hold(target.with_name(f".{target.name}.lock"), os.O_RDWR | os.O_CREAT)
-        except BlockingIOError as error:
-            raise ArtifactError(
-                f"{target} is in use by another run",
-                "Wait until it has finished, or choose another folder.",
-            ) from error
+        while True:
+            try:
+                lock = _hold(path, os.O_RDWR | os.O_CREAT)
+                break
+            except BlockingIOError as error:
+                if waiting is None:
+                    raise ArtifactError(
+                        f"{target} is in use by another run",
+                        "Wait until it has finished, or choose another folder.",
+                    ) from error
+            if not said:
+                waiting("waiting for another run to finish this export")
+                said = True
+            time.sleep(_POLL)
     try:
         yield
     finally:

@@ -53,6 +53,7 @@ def export_model(
     num_layers: int | str | None = None,
     weights: str = "copy",
     force: bool = False,
+    wait: bool = True,
     progress: Callable[[str], None] = lambda _stage: None,
 ) -> Export:
     """Export a model.
@@ -73,6 +74,7 @@ def export_model(
             ``onnx.load`` refuses files that have two names; and whoever changes the checkpoint in
             place changes the export.
         force: Export again even if the same export exists.
+        wait: Wait for another run that writes this folder; its export serves if it is the same.
         progress: Called with the name of each stage as it starts.
 
     Returns:
@@ -103,7 +105,7 @@ def export_model(
     if not force and (found := existing_export(target, key)) is not None:
         return found  # without the lock, so that several processes can use a finished export
     check_place(target)
-    with locked(target):
+    with locked(target, progress if wait else None):
         recover_folder(target, KEPT)
         if not force and (found := existing_export(target, key)) is not None:
             return found

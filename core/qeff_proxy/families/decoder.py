@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks, record_masks
+from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 
@@ -104,7 +105,14 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
     embeddings = torch.zeros(1, 2, hidden_size, dtype=dtype, device=device)
     with torch.no_grad(), record_masks(decoder, masks):
         arguments = {cache_argument(decoder.forward): cache, "use_cache": True}
-        decoder(inputs_embeds=embeddings, **arguments)
+        try:
+            decoder(inputs_embeds=embeddings, **arguments)
+        except (IndexError, AttributeError):
+            # Where a layer keeps another state, the model needs a cache made for its config.
+            made = DynamicCache(config=decoder.config).layers
+            if all(isinstance(layer, DynamicLayer) for layer in made):
+                raise
+            cache.layers = made
     layers = []
     for index, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.dim() != 4:
@@ -148,7 +156,7 @@ class DecoderPart(nn.Module):
         self, decoder: nn.Module, layout: DecoderLayout, entry: str, exit_name: str
     ) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder = rotary_by_length(decoder)
         self.layout = layout
         self.entry = entry
         self.exit_name = exit_name

@@ -138,7 +138,9 @@ def _decoder_path(model: PreTrainedModel) -> str | None:
     decoder = model.get_decoder()
     if decoder is None or decoder is model:
         decoder = model.base_model
-    return _path_of(model, decoder) if decoder is not model else None
+    if decoder is model:  # some name another module than their decoder as the base model
+        decoder = next((one for one in model.children() if isinstance(one, PreTrainedModel)), None)
+    return _path_of(model, decoder)
 
 
 def _split_parts(

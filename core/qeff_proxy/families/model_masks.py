@@ -65,10 +65,11 @@ def provide_masks(
     """
 
     def make(creator: _Creator) -> Callable[..., Any]:
-        def provided(*_args: Any, **_kwargs: Any) -> torch.Tensor | None:
-            if creator.kind not in masks:
-                raise LookupError(f"the model asks for a {creator.kind} mask that is not provided")
-            return masks[creator.kind]
+        def provided(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+            kind = _spec_of(creator, args, kwargs).kind
+            if kind not in masks:
+                raise LookupError(f"the model asks for a {kind} mask that is not provided")
+            return masks[kind]
 
         return provided
 
@@ -84,15 +85,27 @@ def record_masks(module: nn.Module, into: dict[MaskKind, MaskSpec]) -> Iterator[
         original = getattr(masking_utils, creator.function)
 
         def recording(*args: Any, **kwargs: Any) -> Any:
-            config = args[0] if args else kwargs["config"]
-            size = getattr(config, creator.size_attribute) if creator.size_attribute else None
-            into[creator.kind] = MaskSpec(MASK_NAMES[creator.kind], creator.kind, size)
+            spec = _spec_of(creator, args, kwargs)
+            into[spec.kind] = spec
             return original(*args, **kwargs)
 
         return recording
 
     with _replaced(module, make):
         yield
+
+
+def _spec_of(creator: _Creator, args: Any, kwargs: Any) -> MaskSpec:
+    """The mask that a model asks for by calling a function with these arguments."""
+    config = args[0] if args else kwargs["config"]
+    kind = creator.kind
+    size = getattr(config, creator.size_attribute) if creator.size_attribute else None
+    everything = getattr(config, "use_bidirectional_attention", False) is True
+    if everything and kwargs.get("or_mask_function") is not None:
+        # Later keys are added to the earlier ones; the distance is less than the window's size.
+        kind = "bidirectional" if kind == "causal" else "bidirectional_sliding"
+        size = size - 1 if size else None
+    return MaskSpec(MASK_NAMES[kind], kind, size)
 
 
 #: In this context: what replaces a mask function, by the Python module that calls it and its name.

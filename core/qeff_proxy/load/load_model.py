@@ -231,7 +231,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     values = read_config_file(folder)
     try:
         if values.get("model_type") in CONFIG_MAPPING:
-            return AutoConfig.from_pretrained(folder)
+            return AutoConfig.from_pretrained(folder, return_dict=True)
         return PreTrainedConfig.from_dict(values)
     except Exception as error:  # configs check, and reckon with, their values in many ways
         raise CheckpointError(
@@ -244,7 +244,11 @@ def most_positions(config: PreTrainedConfig) -> int | None:
     """How many positions a decoder of this config has; ``None`` where it has no limit."""
     text = config.get_text_config(decoder=True)
     found = (getattr(text, name, None) for name in _POSITIONS)
-    return next((count for count in found if isinstance(count, int) and count > 0), None)
+    most = next((count for count in found if isinstance(count, int) and count > 0), None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if most is not None and rope.get("rope_type") == "dynamic":
+        return int(most * rope.get("factor", 1))  # made for more positions than it was trained with
+    return most
 
 
 def check_dtype(dtype: str | torch.dtype) -> str:

@@ -103,6 +103,7 @@ def read_model(
     _check_kinds(folder, model)
     _check_left_over(folder, model, sorted(notes.get("unexpected_keys", ())))
     _check_missing(folder, model, sorted(notes.get("missing_keys", ())), unused)
+    model.config.return_dict = True  # outputs are read by name, whatever the config asks for
     return model
 
 

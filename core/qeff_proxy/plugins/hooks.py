@@ -127,12 +127,12 @@ class Hooks:
             PluginError: A plugin failed, or returned an object of another type.
         """
         answer = self._ask("locate_embedding", Site | Absent, model=model, config=config)
-        return cast("Site | Absent", self._known(answer, "where the token embedding is"))
+        return cast("Site | Absent", self._known(answer, "where the token embedding of", model))
 
     def locate_lm_head(self, model: PreTrainedModel, config: PreTrainedConfig) -> Site | Absent:
         """Where the LM head is. As `locate_embedding`."""
         answer = self._ask("locate_lm_head", Site | Absent, model=model, config=config)
-        return cast("Site | Absent", self._known(answer, "where the LM head is"))
+        return cast("Site | Absent", self._known(answer, "where the LM head of", model))
 
     def build_proxy(
         self,
@@ -152,7 +152,7 @@ class Hooks:
             kind=kind,
             options=options or {},
         )
-        return cast("Proxy", self._known(answer, f"how to cut it ({kind})"))
+        return cast("Proxy", self._known(answer, f"what a {kind} of", model))
 
     def preprocess(self, processor: Any, request: Request) -> Mapping[str, torch.Tensor]:
         """The named input tensors (`qeff_proxy.hookspecs.preprocess`).
@@ -178,11 +178,13 @@ class Hooks:
         """
         return self._ask("decode", object, processor=processor, outputs=outputs)
 
-    def _known(self, answer: object | None, what: str) -> object:
+    def _known(self, answer: object | None, what: str, model: PreTrainedModel) -> object:
         if answer is None:
             raise UnsupportedModelError(
-                f"no plugin knows {what} in a model of type {self.model_type!r}",
-                "A plugin of your own can say so; `qeff-proxy plugins` lists those installed.",
+                f"no plugin knows {what} {type(model).__name__} is (model type "
+                f"{self.model_type!r})",
+                "A plugin of your own can say so; `qeff-proxy plugins` lists those installed. "
+                "Models whose head is for another task, such as a classifier's, are not cut.",
             )
         return answer
 

@@ -142,6 +142,17 @@ class ExportChecks:
             "Avoid Python numbers and branches that depend on shapes in the part's forward.",
         )
 
+    @needs("streams")
+    def test_the_layers_are_streamed(self, subject: Subject) -> None:
+        """Only the first layers of a checkpoint are loaded; the others' weights are copied."""
+        how = subject.export.cut["weights"]
+        expect(
+            how.startswith("streamed") and "since" not in how,
+            f"all layers had to be loaded: {how}",
+            "Don't look at values of parameters in build_proxy, nor treat layers differently by "
+            "their number. Declare capabilities without `streams` if the model itself does.",
+        )
+
     def test_the_manifest_names_the_plugin(self, subject: Subject) -> None:
         """An export names its plugin, so that a change of the plugin leads to a new export."""
         made_by = subject.export.made_by["plugin"]

@@ -14,7 +14,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.request import Request
-from qeff_proxy.testing.tiny import join_rows, pad_row, random_ids, random_weights, tiny_config
+from qeff_proxy.testing.tiny import (
+    deepen_config,
+    join_rows,
+    pad_row,
+    random_ids,
+    random_weights,
+    tiny_config,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Capabilities:
         images: It takes images.
         audio: It takes sound.
         processor: The suite implements ``make_processor`` and ``make_request``.
+        streams: The first layers can be exported without loading the others.
     """
 
     embedding: bool = True
@@ -42,6 +50,7 @@ class Capabilities:
     images: bool = False
     audio: bool = False
     processor: bool = False
+    streams: bool = True
 
     @property
     def no_embedding(self) -> bool:
@@ -77,6 +86,9 @@ class Family:
         auto_class: The transformers auto class that creates the model.
         plugin: The module or object with the hooks, if it is not installed.
         sizes: Changes to the sizes of the tiny config.
+        layers: Layers of the tiny model: enough that some are streamed and cloned. An encoder or a
+            tower has two fewer. 0 keeps the config's numbers.
+        taps: Layer outputs to add to the export; ``""`` for a model without a list of layers.
         options: The options of ``build_proxy``.
         settings: The settings of the flow, such as the number of tokens.
         tolerance: Largest difference of an element, over the largest element of its tensor.
@@ -89,6 +101,8 @@ class Family:
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     plugin: ClassVar[object | None] = None
     sizes: ClassVar[Mapping[str, Any]] = {}
+    layers: ClassVar[int] = 6
+    taps: ClassVar[str] = "layers"
     options: ClassVar[Mapping[str, Any]] = {}
     settings: ClassVar[Mapping[str, Any]] = {}
     tolerance: ClassVar[float] = 1e-4
@@ -100,9 +114,10 @@ class Family:
 
     def make_model(self) -> PreTrainedModel:
         """A tiny model with random weights, norms and biases too."""
-        return random_weights(
-            getattr(transformers, self.auto_class).from_config(self.make_config())
-        )
+        config = self.make_config()
+        if self.layers:
+            config = deepen_config(config, self.layers)
+        return random_weights(getattr(transformers, self.auto_class).from_config(config))
 
     def make_inputs(self, model: PreTrainedModel) -> Sequence[Mapping[str, torch.Tensor]]:
         """At least two inputs of one row each, of different lengths, by the parts' names."""

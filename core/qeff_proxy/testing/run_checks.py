@@ -10,6 +10,7 @@ import numpy as np
 
 from qeff_proxy.arrays import Array, to_array
 from qeff_proxy.backends.compile_export import Compiled, compile_export, open_sessions
+from qeff_proxy.compare.verdict import describe_verdict
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UsageError
@@ -17,6 +18,8 @@ from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
 from qeff_proxy.testing.expectations import expect, expect_same, needs
 from qeff_proxy.testing.subject import Run, Subject, global_state, is_arrays
+from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.verify_model import verify_model
 
 #: Tokens of a chunk; every sample has more.
 _CHUNK = 3
@@ -215,6 +218,23 @@ class RunChecks:
                     subject.suite.tolerance,
                 )
         expect(expected, "the flow gave no numbers", "Return arrays from the flow's run.")
+
+    def test_verify_passes(self, subject: Subject) -> None:
+        """``verify`` accepts the export: each tensor of each layer equals the checkpoint's."""
+        (result,) = verify_model(
+            subject.stored,
+            request=Request(inputs=subject.rows[0]),
+            options=VerifyOptions(
+                output=subject.export.folder, taps=subject.suite.taps, max_new_tokens=2
+            ),
+            hooks=subject.hooks,
+        ).results
+        said = " ".join(describe_verdict(result.comparison)) if result.comparison else result.error
+        expect(
+            result.passed,
+            f"verify failed: {said}",
+            "Run qeff-proxy verify on a checkpoint of this depth for the whole report.",
+        )
 
     @needs("processor")
     def test_the_processors_request_becomes_tensors(self, subject: Subject) -> None:

@@ -28,7 +28,14 @@ from qeff_proxy.cut.cut_model import Cut, cut_model
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.flows.causal_engine import Phase
 from qeff_proxy.flows.flow import Job, load_flow
-from qeff_proxy.load.load_model import LoadedModel, load_config, with_options, wrap_model
+from qeff_proxy.layers.taps import normalize_taps, tap_proxy
+from qeff_proxy.load.load_model import (
+    LoadedModel,
+    load_config,
+    load_model,
+    with_options,
+    wrap_model,
+)
 from qeff_proxy.parts import Kind, Proxy
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.plugins.manager import Plugins
@@ -158,9 +165,21 @@ class Subject:
         return cut_model(self.loaded, self.hooks, kind, verify=verify)
 
     @cached_property
+    def checkpoint(self) -> Path:
+        """A folder with the model."""
+        self.model.save_pretrained(self.folder / "checkpoint")
+        return self.folder / "checkpoint"
+
+    @property
+    def stored(self) -> LoadedModel:
+        """The model in its folder; nothing of it is read."""
+        return with_options(load_model(str(self.checkpoint)), self.suite.options)
+
+    @cached_property
     def export(self) -> Export:
-        """The split on disk."""
-        return export_model(self.loaded, self.hooks, "split", output=self.folder / "export")
+        """The split on disk, with layer taps: streamed from the checkpoint's folder."""
+        output = self.folder / "export"
+        return export_model(self.stored, self.hooks, "split", output=output, taps=self.suite.taps)
 
     @cached_property
     def sessions(self) -> dict[str, Session]:
@@ -169,8 +188,9 @@ class Subject:
 
     @cached_property
     def torch_sessions(self) -> dict[str, Session]:
-        """A session of PyTorch per part, on the parts of `cut`."""
-        return {part.name: TorchSession(part) for part in self.cut.proxy.parts}
+        """A session of PyTorch per part, on the parts of `cut` with the export's layer taps."""
+        proxy = tap_proxy(self.cut.proxy, normalize_taps(self.suite.taps))
+        return {part.name: TorchSession(part) for part in proxy.parts}
 
     @cached_property
     def run(self) -> Run:

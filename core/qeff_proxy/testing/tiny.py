@@ -85,6 +85,28 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     return kind(**{**sizes, **changes})
 
 
+#: Configs' names for their numbers of layers, beside those that they map to the first.
+_DEPTHS = ("num_hidden_layers", "depth", "decoder_layers", "num_decoder_layers", "encoder_layers")
+_SMALLER = ("encoder", "vision", "audio")
+
+
+def deepen_config(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Set the number of layers in a config and those within it; the kinds of layers repeat.
+
+    An encoder or a tower gets two layers fewer than the decoder.
+    """
+    for name, value in list(vars(config).items()):
+        fewer = 2 * any(word in name for word in _SMALLER)
+        if hasattr(value, "to_diff_dict"):
+            deepen_config(value, layers - fewer)
+        elif name.endswith("layer_types") and value:
+            setattr(config, name, (list(value) * layers)[:layers])
+    for name in _DEPTHS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, layers - 2 * ("encoder" in name))
+    return config
+
+
 def random_weights(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Set every parameter of ``model`` to random numbers, norms and biases included.
 

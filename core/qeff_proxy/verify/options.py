@@ -28,6 +28,7 @@ class VerifyOptions:
         output: The folder of a checkpoint's export; by default one in the cache.
         opset: ONNX opset of a checkpoint's export.
         force: Export and compile again, even where both are up to date.
+        wait: Wait for another run that writes the same export.
         max_new_tokens: Tokens to generate, for models that generate.
         tolerances: How far each tensor may be off; by default according to its dtype.
         compile: Shapes and cores, for every backend.
@@ -47,6 +48,7 @@ class VerifyOptions:
     output: Path | None = None
     opset: int | None = None
     force: bool = False
+    wait: bool = True
     max_new_tokens: int = 8
     tolerances: Tolerances | None = None
     compile: CompileOptions = field(default_factory=CompileOptions)

@@ -19,7 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from qeff_proxy.artifact.export_folder import find_export
+from qeff_proxy.artifact.export_folder import check_weights_of, find_export
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.registry import load_backend
@@ -97,6 +97,8 @@ def verify_model(
     export = _export_of(model, hooks, options, progress)
     if export.kind == "stub":
         raise UsageError(_STUB, "Export with proxy='split' to verify.")
+    progress("checking the export's weights")  # only the first compile does
+    check_weights_of(export)
     plain = _without_taps(loaded, hooks, export, options, progress)
     if any(needs_fixed_shapes(options, name) for name in names):
         # Every run has the same chunks and lengths then, so that its steps can be compared.
@@ -181,6 +183,7 @@ def _export_of(
         opset=options.opset,
         taps="layers" if options.taps is None else options.taps,
         force=options.force,
+        wait=options.wait,
         progress=progress,
     )
 

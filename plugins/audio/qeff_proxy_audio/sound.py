@@ -68,7 +68,8 @@ def feature_extractor_of(processor: Any) -> Any:
         what = "no processor" if processor is None else type_named(processor)
         raise UsageError(
             f"sound needs a processor with a feature extractor, and there is {what}",
-            "Put preprocessor_config.json beside the checkpoint, or pass processor=.",
+            "Put preprocessor_config.json beside the checkpoint, or pass processor=. A processor "
+            "with a language model needs more packages: pip install pyctcdecode kenlm.",
         )
     return extractor
 

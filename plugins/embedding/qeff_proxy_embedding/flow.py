@@ -30,7 +30,7 @@ from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 from transformers import PreTrainedModel
 
-from qeff_proxy_embedding.part import EncoderPart
+from qeff_proxy_embedding.part import EncoderPart, probe_masks
 from qeff_proxy_embedding.pooling import pooling_of_options
 
 __all__ = ["EncoderFlow", "Row", "rows_of", "run_rows"]
@@ -62,14 +62,9 @@ class EncoderFlow:
         rows = _random_rows(model)
         with shrunk_windows(model, _WINDOW):
             expected = [_reference(model, proxy, row) for row in rows]
+            masks = {mask.kind: mask for mask in probe_masks(model, model.config.hidden_size)}
             parts = [
-                replace(
-                    part,
-                    masks=tuple(
-                        replace(mask, size=min(mask.size, _WINDOW)) if mask.size else mask
-                        for mask in part.masks
-                    ),
-                )
+                replace(part, masks=tuple(masks.get(mask.kind, mask) for mask in part.masks))
                 for part in proxy.parts
             ]
             sessions = {part.name: TorchSession(part) for part in parts}
@@ -247,7 +242,8 @@ def _check_ids(rows: Sequence[Row], table: int | None) -> None:
         if wrong.size:
             raise UsageError(
                 f"{wrong[0]} is no token of this model",
-                f"Its token ids go from 0 to {(table or 0) - 1}; use its own tokenizer.",
+                f"Its token ids go from 0 to {(table or 0) - 1}. Use its own tokenizer; if that "
+                "has added tokens, resize the model's embedding (resize_token_embeddings).",
             )
 
 

@@ -10,6 +10,7 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.model_masks import provide_masks, record_masks
+from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 from torch import nn
 from transformers import PreTrainedModel
@@ -53,7 +54,7 @@ class EncoderPart(nn.Module):
         dense: DenseLayers | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = rotary_by_length(model)
         self.masks = masks
         self.pooling = pooling
         self.entry = entry

@@ -132,6 +132,18 @@ def test_padded_batches_give_what_pytorch_gives_for_each_row_alone(family):
     np.testing.assert_allclose(vectors, reference(model, inputs, pooling), atol=1e-5)
 
 
+def test_embeddinggemma_sees_later_tokens():
+    """The oracle is transformers' Gemma 3 with bidirectional attention, each text alone."""
+    config = transformers.Gemma3TextConfig(
+        **DECODER, sliding_window=12, use_bidirectional_attention=True, query_pre_attn_scalar=8
+    )
+    model = random_model(config)
+    proxy = embedder(model)
+    inputs = random_inputs(model)
+    expected = reference(model, inputs, "mean")
+    np.testing.assert_allclose(proxy.generate(inputs).embeddings, expected, atol=1e-5)
+
+
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,

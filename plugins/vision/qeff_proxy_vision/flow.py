@@ -75,7 +75,10 @@ class ImageTextFlow:
     ) -> Request:
         """A drawing and a question; noise and random tokens if no processor takes images."""
         if any(hasattr(processor, name) for name in ("image_processor", "process")):
-            return Request(prompts=(QUESTION,), images=(DRAWING,))
+            token = getattr(processor, "image_token", None)
+            templated = not token or getattr(processor, "chat_template", None)
+            question = QUESTION if templated else f"{token} {QUESTION}"
+            return Request(prompts=(question,), images=(DRAWING,))
         live = proxy()
         if not isinstance(live, VisionProxy):
             raise UsageError(

@@ -53,6 +53,12 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
             "Its image processor may need torchvision (pip install torchvision), or the "
             "checkpoint may lack preprocessor_config.json.",
         )
+    if request.images and getattr(processor, "patch_size", 0) is None:
+        raise UsageError(
+            f"processor_config.json of the checkpoint gives its {type(processor).__name__} no "
+            "patch_size, so it cannot count the image tokens",
+            "Add patch_size (and vision_feature_select_strategy) with the values of config.json.",
+        )
     prompts = [_written(processor, request, text, len(row), token) for text, row in pairs]
     images = [[open_image(image) for image in row] for _, row in pairs]
     arguments: dict[str, Any] = {"text": prompts, "return_tensors": "pt", "padding": True}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind
 from qeff_proxy.sites import Absent, Site
@@ -40,8 +41,14 @@ def build_proxy(
     tile = (vision.num_channels, vision.image_size, vision.image_size)
     hidden = config.text_config.hidden_size
     with torch.no_grad():
-        blank = torch.zeros(1, *tile, dtype=model.dtype, device=model.device)
-        rows = module(blank)["image_features"].shape[1]
+        blank = torch.zeros(2, *tile, dtype=model.dtype, device=model.device)
+        images, rows, _ = module(blank)["image_features"].shape
+    if images != len(blank):
+        raise UnsupportedModelError(
+            f"its image tower ({vision.model_type}) joins all images into one sequence, which the "
+            "llava plugin does not cut",
+            "Towers that give a fixed number of rows for each image (CLIP, SigLIP) are supported.",
+        )
     part = pixel_part(module, model.dtype, tile, {"image_features": ("batch", rows, hidden)})
 
     vocabulary = config.text_config.vocab_size

@@ -36,6 +36,7 @@ class TestLlava(FamilySuite):
             "num_key_value_heads": 2,
             "max_position_embeddings": 256,
         },
+        "vision_feature_layer": [-1, -3],
         "image_token_id": IMAGE_TOKEN,
         "image_seq_length": ROWS,
     }

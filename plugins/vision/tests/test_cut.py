@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import transformers
 from qeff_proxy import Plugins, Site
 from qeff_proxy.cut.cut_model import cut_model
-from qeff_proxy.errors import CutError, UsageError
+from qeff_proxy.errors import CutError, UnsupportedModelError, UsageError
 from qeff_proxy.flows.flow import load_flow
 from qeff_proxy.load.load_model import with_options, wrap_model
 from qeff_proxy_vision.tiny import FAMILIES
@@ -144,3 +145,21 @@ def test_a_stub_is_one_graph_without_the_vocabulary(make_model):
     assert part.outputs[0].shape == ("batch", "query", 64)
     assert not list(part.module.embedding.parameters())
     assert not list(part.module.head.parameters())
+
+
+def test_a_tower_that_joins_its_images_is_refused():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    tower = transformers.PixtralVisionConfig(
+        **sizes, num_attention_heads=4, image_size=28, patch_size=7
+    )
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    text = transformers.MistralConfig(**sizes, vocab_size=131, **heads)
+    config = transformers.LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_id=130,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    with pytest.raises(UnsupportedModelError, match=r"tower \(pixtral\) joins all images"):
+        cut(transformers.LlavaForConditionalGeneration(config))

@@ -13,6 +13,7 @@ from PIL import Image
 from qeff_proxy import QEFFAutoModelForImageTextToText, Request
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UsageError
+from qeff_proxy.flows.flow import load_flow
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
@@ -190,6 +191,22 @@ def test_the_processor_is_as_it_was(face, picture):
 def test_images_and_places_that_do_not_match(face, picture, prompts, count, options, reason):
     with pytest.raises(UsageError, match=reason):
         preprocess(face, prompts, [picture] * count, **options)
+
+
+def test_a_processor_without_a_patch_size_is_named(face, picture, monkeypatch):
+    processor = face.processor()
+    monkeypatch.setattr(processor, "patch_size", None)
+    with pytest.raises(UsageError, match="gives its LlavaProcessor no patch_size"):
+        face._hooks.preprocess(processor, Request(prompts=["<image>"], images=[picture]))
+
+
+def test_the_example_without_a_chat_template_has_a_place_for_its_image(face, monkeypatch):
+    processor = face.processor()
+    monkeypatch.setattr(processor, "chat_template", None)
+    request = load_flow("image-text-to-text").example_request(None, processor, None)
+    tensors = face._hooks.preprocess(processor, request)
+    assert tensors["pixel_values"].shape[0] == 1
+    assert (tensors["input_ids"] == processor.image_token_id).sum() == 16
 
 
 def test_images_for_a_checkpoint_with_nothing_but_a_tokenizer(face, picture):

@@ -167,9 +167,10 @@ def _graph_of(
         except NotRepeatable:
             raise
         except Exception as error:  # whatever a model's code makes torch.export raise
-            line = first_line(error)
+            cause = error.__cause__ or error  # the converter's own error says nothing
+            line = first_line(cause)
             raise ExportError(
-                f"the {part.name} part cannot be traced: {type(error).__name__}: {line}",
+                f"the {part.name} part cannot be traced: {type(cause).__name__}: {line}",
                 "Run with --debug for the trace; a plugin can build this part in another way.",
             ) from error
         weights = _detach_weights(program, part, names)

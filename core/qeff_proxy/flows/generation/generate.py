@@ -29,6 +29,7 @@ from qeff_proxy.flows.generation.inputs import checked_ids, checked_mask
 from qeff_proxy.flows.generation.seeding import draws_seeded
 from qeff_proxy.flows.generation.settings import check_settings, generation_config_of
 from qeff_proxy.flows.generation.step_cache import StepCache
+from qeff_proxy.load.load_model import most_positions
 from qeff_proxy.request import refuse_unused
 from qeff_proxy.session.cache_buffers import Cache
 from qeff_proxy.session.part_like import PartLike
@@ -245,7 +246,7 @@ def generate_ids(
         )
     check_settings(job.settings)
     text_config = job.config.get_text_config(decoder=True)
-    context = job.options.ctx_len or getattr(text_config, "max_position_embeddings", None)
+    context = job.options.ctx_len or most_positions(job.config)
     engine = CausalEngine(parts or job.export.parts, job.sessions, context, supplier)
     model = ProxyForCausalLM(
         job.config,
@@ -282,6 +283,8 @@ def _check_rotary_limit(
     """
     rope = getattr(config, "rope_parameters", None) or {}
     limit = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "dynamic" and length > config.max_position_embeddings:
+        model.prefill_seq_len = None  # each chunk would have frequencies of its own
     if rope.get("rope_type") != "longrope" or not isinstance(limit, int):
         return
     if length > limit:

@@ -38,7 +38,8 @@ def checked_ids(tensors: Mapping[str, torch.Tensor], rows: int | None = None) ->
         known = "" if rows is None else f" to {rows - 1}"
         raise UsageError(
             f"{int(wrong[0])} is no token of this model",
-            f"Its token ids go from 0{known}; use its own tokenizer.",
+            f"Its token ids go from 0{known}. Use its own tokenizer; if that has added tokens, "
+            "resize the model's embedding (resize_token_embeddings).",
         )
     return ids
 

@@ -1,0 +1,48 @@
+"""What cannot be cut is refused with what is the matter, and what only looks so is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+from qeff_proxy.cut.cut_model import cut_model
+from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.load.load_model import load_model, wrap_model
+from qeff_proxy.plugins.manager import Plugins
+from qeff_proxy.testing import random_weights, tiny_config
+
+
+def cut(loaded, kind="split"):
+    return cut_model(loaded, Plugins.discover().hooks_for(loaded.model_type), kind)
+
+
+@pytest.mark.parametrize("model_type", ["zamba2", "qwen3_next"])
+def test_a_model_with_recurrent_layers_is_refused_by_what_it_caches(model_type: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(model_type))
+    with pytest.raises(UnsupportedModelError, match="caches something else than keys and values"):
+        cut(wrap_model(model))
+
+
+@pytest.mark.parametrize("kind", ["split", "whole"])
+def test_a_classifier_is_named(kind: str) -> None:
+    model = transformers.LlamaForSequenceClassification(tiny_config("llama"))
+    with pytest.raises(UnsupportedModelError) as error:
+        cut(wrap_model(model), kind)
+    assert "LM head of LlamaForSequenceClassification" in str(error.value)
+    assert "classifier's, are not cut" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type"), [("LlamaForCausalLM", "llama"), ("BertModel", "bert")]
+)
+def test_a_config_without_return_dict_changes_nothing(
+    kind: str, model_type: str, tmp_path: Path
+) -> None:
+    """The oracle is the uncut model in transformers, which the cut is compared with."""
+    config = tiny_config(model_type, return_dict=False)
+    random_weights(getattr(transformers, kind)(config)).save_pretrained(tmp_path)
+    assert '"return_dict": false' in (tmp_path / "config.json").read_text()
+    report = cut(load_model(str(tmp_path))).report
+    assert report is not None
+    assert report.largest_value > 0
