@@ -80,8 +80,12 @@ def _stages(outputs: Sequence[ir.Value], taps: Sequence[ir.Value]) -> dict[str, 
 
 def _read_by(node: ir.Node) -> list[ir.Value]:
     """The values that a node reads, in its subgraphs too."""
-    inner = [value for one in ir.traversal.RecursiveGraphIterator([node]) for value in one.inputs]
-    return [value for value in inner if value is not None]
+    values = list(node.inputs)
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            inner = ir.traversal.RecursiveGraphIterator(attribute.as_graph())
+            values += [value for one in inner for value in one.inputs]
+    return [value for value in values if value is not None]
 
 
 def _extract(
@@ -124,5 +128,5 @@ def _take_shapes_from_own_inputs(graph: ir.Graph, specs: Mapping[str, TensorSpec
 
 def _axes(node: ir.Node, spec: TensorSpec) -> tuple[int | str, ...]:
     """The axes of an input that a ``Shape`` node gives."""
-    start, end = node.attributes.get("start"), node.attributes.get("end")
-    return spec.shape[start and start.as_int() : end and end.as_int()]
+    start, end = (node.attributes.get(name) for name in ("start", "end"))
+    return spec.shape[start.as_int() if start else None : end.as_int() if end else None]
