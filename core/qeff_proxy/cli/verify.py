@@ -177,9 +177,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_by_layer(args: argparse.Namespace) -> None:
     """Refuse options that a verification by layer has no use for."""
-    options = ("speed", "turns", "html", "calibrate", "io_dir", "io_tensors", "taps")
+    options = ("speed", "turns", "html", "calibrate", "io_dir", "io_steps", "io_tensors", "taps")
     for name in options:
-        if getattr(args, name):
+        if getattr(args, name) not in (None, False, [], "all"):
             raise UsageError(f"--{name.replace('_', '-')} and --by-layer exclude each other")
     if "best" in (args.backend or ()):
         raise UsageError("--by-layer takes no --backend best", "Name the backends.")

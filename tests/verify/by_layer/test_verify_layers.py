@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from qeff_proxy.verify.by_layer import verify_layers
 from qeff_proxy.verify.by_layer.reference import reference_parts
 from qeff_proxy.verify.by_layer.verify_layers import check_alone, verify_layers_of
 from qeff_proxy.verify.options import VerifyOptions
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 IDS = [[5, 6, 7, 8, 9, 10, 11], [0, 0, 17, 18, 19, 20, 21]]
 REQUEST = Request(inputs={"input_ids": np.array(IDS), "attention_mask": (np.array(IDS) > 0) * 1})
@@ -81,8 +84,6 @@ REQUEST_TENSORS = {name: torch.as_tensor(value) for name, value in REQUEST.input
 def test_local_errors_equal_those_of_the_whole_model(llama, tmp_path):
     """The reference by layer, with streamed weights, computes what the whole model computes."""
     streamed = verify_layers(str(llama), request=REQUEST, options=OPTIONS)
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     whole = verify_layers(wrap_model(model), request=REQUEST, options=OPTIONS)
     for one, other in zip(streamed.results[0].layers, whole.results[0].layers, strict=True):
@@ -159,3 +160,31 @@ def test_a_layer_that_reads_an_earlier_one_is_refused(llama):
     check_alone(part, graph, 3)
     with pytest.raises(UnsupportedModelError, match=r"body layer 3 also reads hidden_states\.2"):
         check_alone(part, graph, 4)
+
+
+_PEAKS = """
+import sys
+from pathlib import Path
+import numpy as np
+from qeff_proxy.request import Request
+from qeff_proxy.verify.by_layer import verify_layers
+from qeff_proxy.verify.options import VerifyOptions
+
+request = Request(inputs={"input_ids": np.arange(5, 37)[None]})
+for folder in sys.argv[1:]:
+    assert verify_layers(folder, request=request, options=VerifyOptions(max_new_tokens=4)).passed
+    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in one)
+    print(int(line.split()[1]) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_depth(tmp_path):
+    """22 more layers of 12.6 MB, 277 MB in all, need less than half of that more."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
+    for depth in (2, 24):
+        config = LlamaConfig(**sizes, vocab_size=131, num_hidden_layers=depth)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / str(depth))
+    script = [sys.executable, "-c", _PEAKS, str(tmp_path / "2"), str(tmp_path / "24")]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    shallow, deep = map(int, done.stdout.split())
+    assert deep - shallow < 22 * 12.6 / 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -110,18 +110,19 @@ class PartReference:
         self._session = TorchSession(replace(part, module=self._module))
         self._used: nn.Module | None = None
 
-    def run(self, feeds: Mapping[str, Array], stage: int) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array], stage: int, names: Set[str]) -> dict[str, Array]:
         """Run one layer.
 
         Args:
             feeds: The part's inputs and, but for the first, the output of the layer before.
             stage: The layer, or how many there are for what comes after the last.
+            names: Its outputs; the layer's own is ``hidden_states.<stage>``.
 
         Returns:
-            The layer's output as ``hidden_states.<stage>``, and all outputs of the part, of which
-            those of other layers mean nothing.
+            The outputs of these names.
         """
         self._module.stage = stage
+        self._module.names = names
         return self._session.run(feeds)
 
     @contextmanager
@@ -159,6 +160,7 @@ class _OneLayer(nn.Module):
         super().__init__()
         self.module = module
         self.stage = 0
+        self.names: Set[str] = frozenset()
         self._use = use
         self._listed = tuple(dict.fromkeys(layers))
         #: Which item of a layer's output is its hidden states; ``None`` where it has but these.
@@ -195,7 +197,7 @@ class _OneLayer(nn.Module):
         finally:
             for layer in self._listed:
                 vars(layer).pop("forward", None)
-        return {**outputs, **seen}
+        return {name: t for name, t in {**outputs, **seen}.items() if name in self.names}
 
     def _formed(self, hidden: torch.Tensor | None) -> Any:
         """Hidden states in the form in which the layers return them."""

@@ -110,7 +110,7 @@ def verify_layers(
 def verify_layers_of(
     export: Export,
     model: LoadedModel,
-    names: Sequence[str],
+    backends: Sequence[str],
     given: tuple[Request | None, Mapping[str, torch.Tensor] | None],
     options: VerifyOptions,
     hooks: Hooks,
@@ -121,13 +121,13 @@ def verify_layers_of(
     Args:
         export: With layer taps.
         model: The checkpoint.
-        names: Of the backends.
+        backends: Their names.
         given: The request and its tensors; ``None`` for the flow's example.
         options: As for `verify_layers`.
         hooks: Of its model type.
         progress: Called with the name of each stage as it starts.
     """
-    if any(needs_fixed_shapes(options, name) for name in names):
+    if any(needs_fixed_shapes(options, name) for name in backends):
         options = replace(options, compile=fixed_lengths(export, options.compile))
     proxy, weights = reference_parts(model, hooks, export)
     processor = processor_in(export.processor_folder, model.trust_remote_code)
@@ -137,7 +137,7 @@ def verify_layers_of(
         defaults = export.settings.get("request_options", {})
         tensors = tensors_of(request.with_defaults(defaults), hooks, processor)
     check_weights_of(export)
-    candidates = [_Candidate(name, export, options) for name in names]
+    candidates = [_Candidate(name, export, options) for name in backends]
     known: dict[str, Outputs] = {}
     steps: dict[str, None] = {}
     for part in export.parts:
@@ -154,7 +154,9 @@ def verify_layers_of(
                 check_alone(part, graph, stage)
                 where = layer_name(part.name, graph.layer)
                 progress(f"{where}: PyTorch")
-                expected = run.forward(graph, partial(live.run, stage=stage), whole=True)
+                names = {spec.name for spec in graph.outputs}
+                run_layer = partial(live.run, stage=stage, names=names)
+                expected = run.forward(graph, run_layer, whole=True)
                 live.release()
                 for candidate in candidates:
                     progress(f"{where}: {candidate.name}")
