@@ -109,6 +109,19 @@ def test_the_pieces_in_sequence_equal_the_whole(name, make_model, tmp_path):
             np.testing.assert_array_equal(known[output], whole[output])
 
 
+def test_a_tap_that_is_a_copy_is_read_by_the_layer_that_follows(make_model, tmp_path):
+    export = exported("llama", make_model, tmp_path / "export")
+    part = export.part("body")
+    model = ir.load(export.folder / part.file)
+    tap = next(value for value in model.graph.outputs if value.name == "hidden_states.2")
+    copy = ir.node("Identity", [tap])
+    model.graph.append(copy)
+    model.graph.outputs[list(model.graph.outputs).index(tap)] = copy.outputs[0]
+    tap.name, copy.outputs[0].name = "inner", "hidden_states.2"
+    pieces = split_layers(model, part.inputs, part.outputs)
+    assert [piece.inputs[0].name for piece in pieces[3:5]] == ["hidden_states.2", "hidden_states.3"]
+
+
 def test_a_layer_takes_its_own_cache_only(make_model, tmp_path):
     export = exported("gemma2", make_model, tmp_path / "export")
     part = export.part("body")

@@ -42,7 +42,7 @@ def split_layers(
     """Split the graph of a part; run in sequence, the pieces compute the same.
 
     Args:
-        model: The graph of the part. It is not changed.
+        model: The graph of the part; layers whose tap is a copy are made to read the tap.
         inputs: Its inputs, with the names of their axes.
         outputs: Its outputs, layer taps among them.
 
@@ -55,6 +55,7 @@ def split_layers(
         (spec for spec in outputs if _TAP.fullmatch(spec.name)),
         key=lambda spec: int(spec.name.rpartition(".")[2]),
     )
+    _read_taps(model.graph, [values[tap.name] for tap in taps])
     stages = _stages([values[spec.name] for spec in outputs], [values[tap.name] for tap in taps])
     graphs = []
     for stage in range(len(taps) + 1):
@@ -65,6 +66,21 @@ def split_layers(
             specs = (*reversed(taps[:stage]), *inputs)
             graphs.append(_extract(model, layer, specs, own))
     return graphs
+
+
+def _read_taps(graph: ir.Graph, taps: Sequence[ir.Value]) -> None:
+    """Let all that reads a layer's output read its tap, where that is a copy of it."""
+    changed = False
+    for tap in taps:
+        copy = tap.producer()
+        if copy is None or copy.op_type != "Identity" or copy.inputs[0] is None:
+            continue
+        for node, index in list(copy.inputs[0].uses()):
+            if node is not copy:
+                node.replace_input_with(index, tap)
+                changed = True
+    if changed:
+        graph.sort()
 
 
 def _stages(outputs: Sequence[ir.Value], taps: Sequence[ir.Value]) -> dict[str, int]:
