@@ -22,11 +22,12 @@ from qeff_proxy.graph.split_layers import split_layers
 from qeff_proxy.load.load_model import load_model, wrap_model
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
+from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify.by_layer import verify_layers
 from qeff_proxy.verify.by_layer.reference import reference_parts
 from qeff_proxy.verify.by_layer.verify_layers import check_alone, verify_layers_of
 from qeff_proxy.verify.options import VerifyOptions
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 IDS = [[5, 6, 7, 8, 9, 10, 11], [0, 0, 17, 18, 19, 20, 21]]
 REQUEST = Request(inputs={"input_ids": np.array(IDS), "attention_mask": (np.array(IDS) > 0) * 1})
@@ -50,6 +51,16 @@ def test_a_healthy_model_passes(name, make_model, tmp_path):
     layers = [layer.layer for layer in backend.layers]
     assert layers == [None, *range(6), None, None]
     assert all(layer.local.over_peak < 1e-6 for layer in backend.layers)
+
+
+def test_an_encoder_passes(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = BertConfig(**sizes, vocab_size=131, num_hidden_layers=5, max_position_embeddings=64)
+    random_weights(BertModel(config).eval(), 0).save_pretrained(tmp_path / "bert")
+    result = verify_layers(str(tmp_path / "bert"), options=OPTIONS)
+    (backend,) = result.results
+    assert result.passed, backend
+    assert [layer.layer for layer in backend.layers] == [None, *range(5)]
 
 
 def broken(llama: Path, folder: Path, fault: int) -> Any:
