@@ -10,3 +10,5 @@ LAYER_NAME = re.compile(
 )
 PAST = "past_key_values."
 PRESENT = "present."
+#: The outputs of layers (`qeff_proxy.layers.taps`).
+TAP = "hidden_states."

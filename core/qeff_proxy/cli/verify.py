@@ -38,6 +38,9 @@ chose, so that each step has the same inputs; "tokens" counts those it would hav
 --backend best verifies all backends that can run on this machine, measures their speed and names
 the quickest; --speed measures the named backends. It takes longer: the model is also exported
 without layer outputs, and the backends and PyTorch run the input in turns.
+--by-layer loads, compiles and runs one layer at a time: models larger than memory can be verified.
+Each layer runs on the reference's inputs (local error) and on the backend's own results so far
+(inherited error). The continuation is the prompt again, from its start.
 Exit status: 0 when every backend passed, else 1. Limits of --tol: see qeff-proxy compare --help.
 """
 #: How many inputs are printed, and how many letters of a long prompt.
@@ -92,6 +95,11 @@ def _add_outcome_options(parser: argparse.ArgumentParser) -> None:
         help="tolerance of the tensors that match, such as '*=peak:0.02' (repeatable)",
     )
     judged.add_argument("--html", type=Path, metavar="FILE", help="write a report per backend")
+    judged.add_argument(
+        "--by-layer",
+        action="store_true",
+        help="compare each layer alone, with one layer in memory at a time",
+    )
     speed = parser.add_argument_group("speed")
     speed.add_argument(
         "--speed", action="store_true", help="measure the backends that pass, and PyTorch"
@@ -109,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
             "--turns is for measuring speed, which nobody asked for",
             "Ask with --speed, or with --backend best.",
         )
+    if args.by_layer:
+        _check_by_layer(args)
     tolerances = Tolerances.parse(args.tol)
     request = _request(args)
     by_backend = _backend_options(args)
@@ -118,31 +128,40 @@ def run(args: argparse.Namespace) -> int:
         from qeff_proxy.verify.options import VerifyOptions
         from qeff_proxy.verify.verify_model import verify_model
 
-        verification = verify_model(
-            _model(args),
-            args.backend or ["onnxruntime"],
-            request,
-            VerifyOptions(
-                kind=kind_of(args),
-                taps=args.taps,
-                output=args.output,
-                opset=args.opset,
-                force=args.force,
-                wait=not args.no_wait,
-                max_new_tokens=args.max_new_tokens,
-                tolerances=tolerances,
-                compile=compile_options_of(args),
-                backends=by_backend,
-                calibration=args.calibrate and args.calibrate.expanduser(),
-                io=DumpOptions(args.io_steps, tuple(args.io_tensors or ("*",))),
-                io_folder=args.io_dir,
-                html=args.html,
-                speed=args.speed,
-                turns=VerifyOptions.turns if args.turns is None else args.turns,
-            ),
-            trust_remote_code=args.trust_remote_code,
-            progress=progress,
+        options = VerifyOptions(
+            kind=kind_of(args),
+            taps=args.taps,
+            output=args.output,
+            opset=args.opset,
+            force=args.force,
+            wait=not args.no_wait,
+            max_new_tokens=args.max_new_tokens,
+            tolerances=tolerances,
+            compile=compile_options_of(args),
+            backends=by_backend,
+            calibration=args.calibrate and args.calibrate.expanduser(),
+            io=DumpOptions(args.io_steps, tuple(args.io_tensors or ("*",))),
+            io_folder=args.io_dir,
+            html=args.html,
+            speed=args.speed,
+            turns=VerifyOptions.turns if args.turns is None else args.turns,
         )
+        backends = args.backend or ["onnxruntime"]
+        more = {"trust_remote_code": args.trust_remote_code, "progress": progress}
+        if args.by_layer:
+            from qeff_proxy.cli.layer_table import layer_lines
+            from qeff_proxy.verify.by_layer import verify_layers
+
+            layers = verify_layers(_model(args), backends, request, options, **more)
+        else:
+            verification = verify_model(_model(args), backends, request, options, **more)
+    if args.by_layer:
+        if args.json:
+            print_json(layers.to_json())
+        else:
+            for renderable in layer_lines(layers):
+                print_text(renderable)
+        return 0 if layers.passed else 1
     speed = verification.speed
     if args.json:
         report = verification.to_json()
@@ -155,6 +174,16 @@ def run(args: argparse.Namespace) -> int:
         for renderable in speed_lines(speed, args) if speed is not None else ():
             print_text(renderable)
     return 0 if verification.passed else 1
+
+
+def _check_by_layer(args: argparse.Namespace) -> None:
+    """Refuse options that a verification by layer has no use for."""
+    options = ("speed", "turns", "html", "calibrate", "io_dir", "io_steps", "io_tensors", "taps")
+    for name in options:
+        if getattr(args, name) not in (None, False, [], "all"):
+            raise UsageError(f"--{name.replace('_', '-')} and --by-layer exclude each other")
+    if "best" in (args.backend or ()):
+        raise UsageError("--by-layer takes no --backend best", "Name the backends.")
 
 
 def _model(args: argparse.Namespace) -> LoadedModel | Export:

@@ -2,7 +2,7 @@
 
 1. `pair_dumps` (pairing): which record stands against which.
 2. `measure_pair` (streaming): run through the files in blocks.
-3. `_judge`: compare the numbers of each step with the tensor's tolerance.
+3. `judge`: compare the numbers of each step with the tensor's tolerance.
 4. `_find_first`: the first step, and in it the first tensor, that failed; and that differs at all.
 """
 
@@ -142,7 +142,7 @@ def _compare_pair(
     usable = np.flatnonzero(comparable)
     for chosen, stats in measure_pair(pair, usable, tolerance.elementwise, one.steps, two.steps):
         rows[chosen] = stats
-    passed = _judge(rows, tolerance) & comparable
+    passed = judge(rows, tolerance) & comparable
     failed = np.flatnonzero(~passed & comparable)
 
     def describe(row: Any, record: int) -> PairStats:
@@ -206,7 +206,8 @@ def _comparable(
     return agree, f"shapes differ in {label}: {list(first)} against {list(second)}"
 
 
-def _judge(rows: NDArray[Any], tolerance: Tolerance) -> NDArray[np.bool_]:
+def judge(rows: NDArray[Any], tolerance: Tolerance) -> NDArray[np.bool_]:
+    """Whether each row of `STATS` is within a tolerance."""
     passed = rows["unmatched"] == 0
     if tolerance.elementwise is not None:
         within = rows["outside"] == 0

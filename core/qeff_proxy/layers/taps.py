@@ -23,7 +23,7 @@ from torch import nn
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.arguments import texts
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.layers.layer_lists import find_layer_list
+from qeff_proxy.layers.layer_lists import LayerList, find_layer_list
 from qeff_proxy.parts import TAPS, Part, Proxy, TensorSpec
 
 _NAMES = {
@@ -74,11 +74,8 @@ def tap_proxy(proxy: Proxy, taps: Sequence[str]) -> Proxy:
         return proxy
     parts = []
     for part in proxy.parts:
-        depth = sum(spec.name.startswith("present.") for spec in part.outputs) // 2
-        layers = None
-        if part.weights != "vocabulary":
-            layers = find_layer_list(part.module, depth, (nn.ModuleList, nn.Sequential))
-        if layers is None and depth:
+        layers = layers_of(part)
+        if layers is None and any(spec.name.startswith("present.") for spec in part.outputs):
             raise UnsupportedModelError(
                 f"the layers of the {part.name} part cannot be found: no list of modules in it "
                 "holds any",
@@ -91,6 +88,14 @@ def tap_proxy(proxy: Proxy, taps: Sequence[str]) -> Proxy:
             "Export without taps.",
         )
     return replace(proxy, parts=tuple(parts))
+
+
+def layers_of(part: Part) -> LayerList | None:
+    """The layers of a part that taps are for; ``None`` where it has none."""
+    if part.weights == "vocabulary":
+        return None
+    depth = sum(spec.name.startswith("present.") for spec in part.outputs) // 2
+    return find_layer_list(part.module, depth, (nn.ModuleList, nn.Sequential))
 
 
 def find_tapped(layer: nn.Module, tap: str) -> nn.Module | None:
@@ -175,7 +180,7 @@ class _Seen:
 
     def _noting(self, suffix: str) -> Any:
         def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            tensor = _first_tensor(output)
+            tensor = first_tensor(output)
             if tensor is not None:
                 # A copy, since the model may go on to change the tensor in place.
                 self.tensors[f"hidden_states.{self.layer}{suffix}"] = tensor.clone()
@@ -231,7 +236,8 @@ def _projects(module: nn.Module) -> bool:
     return isinstance(weight, torch.Tensor) and weight.dim() == 2 and not list(module.children())
 
 
-def _first_tensor(output: Any) -> torch.Tensor | None:
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """The first tensor of a layer's arguments or outputs, its hidden states."""
     if isinstance(output, torch.Tensor):
         return output
     values = output.values() if hasattr(output, "values") else output

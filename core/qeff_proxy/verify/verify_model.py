@@ -83,18 +83,18 @@ def verify_model(
             backend is not raised but kept in its result.
     """
     options = options or VerifyOptions()
-    names, left_out = _names_of(backends, options)
+    names, left_out = names_of(backends, options)
     options = replace(options, speed=options.speed or BEST in backends)
-    _check_names(names, options)
+    check_names(names, options)
     _check_places(options)
     if isinstance(model, str | Path):
-        model = _opened(folder_named(str(model)), str(model), trust_remote_code)
-    hooks = hooks or _installed_hooks(model)
+        model = opened(folder_named(str(model)), str(model), trust_remote_code)
+    hooks = hooks or installed_hooks(model)
     loaded = model if isinstance(model, LoadedModel) else None
     tensors = None
     if request is not None:
         request, tensors = check_request(request, model, hooks, trust_remote_code)
-    export = _export_of(model, hooks, options, progress)
+    export = export_of(model, hooks, options, progress)
     if export.kind == "stub":
         raise UsageError(_STUB, "Export with proxy='split' to verify.")
     progress("checking the export's weights")  # only the first compile does
@@ -104,7 +104,7 @@ def verify_model(
         # Every run has the same chunks and lengths then, so that its steps can be compared.
         options = replace(options, compile=fixed_lengths(export, options.compile))
     processor = processor_in(export.processor_folder, trust_remote_code)
-    live = cache(partial(_live_proxy, loaded, hooks, export))
+    live = cache(partial(live_proxy, loaded, hooks, export))
     if request is None:
         request = example_request(export, processor, live)
     defaults = export.settings.get("request_options", {})
@@ -130,7 +130,7 @@ def verify_model(
     )
 
 
-def _names_of(
+def names_of(
     backends: Sequence[str], options: VerifyOptions
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The named backends, each once, and those that ``best`` leaves out, with the reason."""
@@ -146,11 +146,13 @@ def _names_of(
     return names, {name: why for name, why in left_out.items() if name not in names}
 
 
-def _opened(folder: Path, source: str, trust_remote_code: bool) -> LoadedModel | Export:
+def opened(folder: Path, source: str, trust_remote_code: bool) -> LoadedModel | Export:
+    """The export in a folder, else the checkpoint that the user named."""
     return find_export(folder) or load_model(source, trust_remote_code=trust_remote_code)
 
 
-def _installed_hooks(model: LoadedModel | Export) -> Hooks:
+def installed_hooks(model: LoadedModel | Export) -> Hooks:
+    """The hooks of the installed plugin for a model."""
     from qeff_proxy.plugins.manager import Plugins
 
     if isinstance(model, LoadedModel):
@@ -158,12 +160,13 @@ def _installed_hooks(model: LoadedModel | Export) -> Hooks:
     return Plugins.discover().hooks_for(model.model["model_type"], task=model.flow)
 
 
-def _export_of(
+def export_of(
     model: LoadedModel | Export,
     hooks: Hooks,
     options: VerifyOptions,
     progress: Callable[[str], None],
 ) -> Export:
+    """Export a checkpoint with the taps asked for; an export must have them already."""
     if isinstance(model, Export):
         has = tuple(model.settings.get("taps", ()))
         if options.taps is not None and (asked := normalize_taps(options.taps)) != has:
@@ -247,7 +250,7 @@ def _check_places(options: VerifyOptions) -> None:
         check_report_place(options.html)
 
 
-def _check_names(names: Sequence[str], options: VerifyOptions) -> None:
+def check_names(names: Sequence[str], options: VerifyOptions) -> None:
     """Refuse backends or options that leave nothing to verify."""
     if not names:
         raise UsageError("no backend is named", "Name one or several, such as onnxruntime.")
@@ -263,7 +266,7 @@ def _check_names(names: Sequence[str], options: VerifyOptions) -> None:
         raise missing[0]
 
 
-def _live_proxy(loaded: LoadedModel | None, hooks: Hooks, export: Export) -> Proxy:
+def live_proxy(loaded: LoadedModel | None, hooks: Hooks, export: Export) -> Proxy:
     """The parts as PyTorch modules: of the loaded checkpoint, else of the export."""
     if loaded is None:
         from qeff_proxy.backends.torch.backend import proxy_of_export

@@ -1,0 +1,76 @@
+"""The table of ``qeff-proxy verify --by-layer``."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from qeff_proxy.verify.by_layer.results import BackendLayers, LayerError, LayerVerification
+
+
+def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
+    """For each backend a table of its layers, and which are out of line."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for result in verification.results:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(result.backend, no_wrap=True)
+        table.add_column("verdict")
+        for headings in (("local dB", "of peak"), ("inherited dB", "of peak")):
+            for heading in headings:
+                table.add_column(heading, justify="right")
+        table.add_column("worst tensor", overflow="fold")
+        for layer in result.layers:
+            numbers = (*_shown(layer.local), *_shown(layer.inherited))
+            worst = f"{layer.local.tensor} in {layer.local.step}" if layer.local.over_peak else ""
+            table.add_row(layer.name, _verdict(layer.local, layer.inherited), *numbers, worst)
+        yield table
+        yield Text(_summary(result))
+        yield ""
+    yield Text(f"steps: {len(verification.steps)}, the same tokens on PyTorch and all backends")
+    yield Text(f"export: {verification.export}")
+
+
+def _verdict(local: LayerError, inherited: LayerError) -> Text:
+    from rich.text import Text
+
+    if not local.passed:
+        return Text("FAILED", "red")
+    return Text("passed", "green") if inherited.passed else Text("inherits", "yellow")
+
+
+def _shown(error: LayerError) -> tuple[str, str]:
+    from qeff_proxy.compare.verdict import format_share
+
+    return "exact" if error.sqnr == math.inf else f"{error.sqnr:.1f}", format_share(error.over_peak)
+
+
+def _summary(result: BackendLayers) -> str:
+    """The verdict in one line."""
+    from qeff_proxy.common.messages import counted
+    from qeff_proxy.compare.verdict import printable
+
+    if result.error is not None:
+        return f"{result.backend}: ERROR in {printable(result.error)}"
+    total = counted(len(result.layers), "piece")
+    if result.faulty:
+        names = ", ".join(layer.name for layer in result.faulty)
+        return f"{result.backend}: FAILED: out of line by its own error: {names}, of {total}."
+    if not result.passed:
+        first = next(layer for layer in result.layers if not layer.inherited.passed)
+        return (
+            f"{result.backend}: FAILED: each of {total} is within tolerance alone; their errors "
+            f"add up to more at {first.name}."
+        )
+    typical = statistics.median(layer.local.sqnr for layer in result.layers)
+    return (
+        f"{result.backend}: PASSED: all of {total} are within tolerance; largest error of its own: "
+        f"{result.worst.name}, {result.worst.local.sqnr:.1f} dB (median {typical:.1f} dB)."
+    )

@@ -1,0 +1,123 @@
+"""The calls of a part in a run: found by running the flow on stand-ins that compute nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qeff_proxy.arrays import Array, numpy_dtype
+from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.session.axes import size_of
+from qeff_proxy.session.session import Session
+from qeff_proxy.tensor_names import PAST, PRESENT
+
+if TYPE_CHECKING:
+    from qeff_proxy.parts import TensorSpec
+
+#: The outputs of one part: for each call, name → array.
+Outputs = Sequence[Mapping[str, Array]]
+
+
+@dataclass
+class Call:
+    """One call of a part.
+
+    Attributes:
+        step: Its step: ``prefill-0000``.
+        inputs: Its inputs, without the cache.
+        past: The shapes of the cache's inputs, by name.
+    """
+
+    step: str
+    inputs: Mapping[str, Array]
+    past: Mapping[str, tuple[int, ...]]
+
+    def cache(self, spec: TensorSpec, before: Mapping[str, Array] | None) -> Array:
+        """The input of a cache: empty, or an output of the call before.
+
+        Raises:
+            UnsupportedModelError: It is neither.
+        """
+        shape = self.past[spec.name]
+        if 0 in shape:
+            return np.zeros(shape, numpy_dtype(spec.dtype))
+        array = (before or {}).get(spec.name.replace(PAST, PRESENT, 1))
+        if array is None or array.shape != shape:
+            raise UnsupportedModelError(
+                f"{spec.name} of {self.step} does not continue the cache of the step before",
+                "Verify the whole model instead of its layers.",
+            )
+        return array
+
+
+@dataclass
+class _Recorder:
+    """Keeps the calls of one part."""
+
+    part: str
+    calls: list[Call] = field(default_factory=list)
+
+    def step(
+        self,
+        phase: str,
+        index: int,
+        part: str,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],  # noqa: ARG002 (part of the protocol)
+        *,
+        past_length: int,  # noqa: ARG002
+    ) -> None:
+        if part == self.part:
+            past = {name: array.shape for name, array in inputs.items() if name.startswith(PAST)}
+            others = {name: array.copy() for name, array in inputs.items() if name not in past}
+            self.calls.append(Call(f"{phase}-{index:04d}", others, past))
+
+
+class _StandIn(Session):
+    """Returns outputs that are known already; zeros, without memory of their own, for others."""
+
+    def __init__(self, part: Any, known: Outputs) -> None:
+        super().__init__(part)
+        self._known: Iterator[Mapping[str, Array]] = iter(known)
+
+    def compute(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:  # noqa: ARG002
+        known = next(self._known, {})
+        return {
+            spec.name: known[spec.name] if spec.name in known else self._zeros(spec, sizes)
+            for spec in self.part.outputs
+        }
+
+    def _zeros(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+        try:
+            shape = tuple(size_of(axis, sizes) for axis in spec.shape)
+        except KeyError as error:
+            raise UnsupportedModelError(
+                f"the size of {error.args[0]!r} of {spec.name} is known only when the {self.name} "
+                "part has run",
+                "Verify the whole model instead of its layers.",
+            ) from error
+        return zeros(shape, spec.dtype)
+
+
+def zeros(shape: tuple[int, ...], dtype: str) -> Array:
+    """Zeros that take no memory; a writeable array, so that PyTorch shares it."""
+    zero = np.zeros(1, numpy_dtype(dtype))
+    return np.ndarray(shape, zero.dtype, zero, strides=(0,) * len(shape))
+
+
+def calls_of(job: Job, part: str, known: Mapping[str, Outputs]) -> list[Call]:
+    """Run a flow on stand-ins to learn how it calls a part.
+
+    Args:
+        job: The run; its settings must not depend on what the parts compute.
+        part: The part's name.
+        known: The outputs of the parts before it.
+    """
+    recorder = _Recorder(part)
+    sessions = {one.name: _StandIn(one, known.get(one.name, ())) for one in job.export.parts}
+    load_flow(job.export.flow).run(replace(job, sessions=sessions, recorder=recorder))
+    return recorder.calls

@@ -1,0 +1,206 @@
+"""The reference of a verification by layer: PyTorch, with the weights of one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from qeff_proxy.arrays import Array
+from qeff_proxy.artifact.manifest_schema import Export
+from qeff_proxy.common.shared_change import one_model_at_a_time
+from qeff_proxy.cut.cut_model import cut_model
+from qeff_proxy.layers.taps import first_tensor, layers_of
+from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.load.transformers_model import NotSampled
+from qeff_proxy.load.weight_sources import WeightSources, map_tensor
+from qeff_proxy.parts import Kind, Part, Proxy
+from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.session.torch_session import TorchSession
+
+
+class Weights:
+    """The weights of a model, which are in memory only while they are used.
+
+    At other times a parameter has the right shape and no memory of its own: one zero stands for all
+    elements.
+
+    Args:
+        model: Its parameters are emptied, but for those whose source is not known.
+        sources: Where they come from.
+    """
+
+    def __init__(self, model: nn.Module, sources: WeightSources) -> None:
+        self._sources = sources
+        self._names: dict[int, str] = {}
+        for name, parameter in list(model.named_parameters()):
+            made = any(name.startswith(f"{path}.") for path in sources.made)
+            if sources.find(name) is None and not made:
+                continue
+            empty = nn.Parameter(_empty_like(parameter), requires_grad=False)
+            self._names[id(empty)] = name
+            for alias in sources.aliases.get(name, (name,)):
+                path, _, last = alias.rpartition(".")
+                setattr(model.get_submodule(path), last, empty)
+
+    @contextmanager
+    def reading(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Give parameters their weights while the context is open."""
+        absent = {self._names[id(p)]: p for p in parameters if id(p) in self._names}
+        absent = {name: p for name, p in absent.items() if p.untyped_storage().nbytes() <= 8}
+        stored = {name: self._sources.find(name) for name in absent}
+        made = [name for name, found in stored.items() if found is None]
+        try:
+            for name, found in stored.items():
+                if found is not None:
+                    absent[name].data = map_tensor(found).to(absent[name].dtype)
+            for weights in self._sources.make_layers(made):
+                for name, weight in weights.items():
+                    absent[name].data = weight.to(absent[name].dtype)
+            yield
+        finally:
+            for parameter in absent.values():
+                parameter.data = _empty_like(parameter)
+
+
+def _empty_like(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+
+
+@one_model_at_a_time
+def reference_parts(
+    loaded: LoadedModel, hooks: Hooks, export: Export
+) -> tuple[Proxy, Weights | None]:
+    """The parts of a model in PyTorch, and what reads their weights.
+
+    Returns:
+        The parts; and ``None`` where all weights are in memory, since the model is or cannot be
+        read layer by layer.
+    """
+    kind = cast("Kind", export.kind)
+    if loaded.sample is None or loaded.is_read:
+        return cut_model(loaded, hooks, kind, verify=False).proxy, None
+    try:
+        sampled = loaded.sample(lambda _layers: 0)
+    except NotSampled:
+        return cut_model(loaded, hooks, kind, verify=False).proxy, None
+    weights = Weights(sampled.model, sampled.sources)
+    empty = replace(loaded, read=lambda: sampled.model)
+    return cut_model(empty, hooks, kind, verify=False).proxy, weights
+
+
+class PartReference:
+    """A part in PyTorch, run layer by layer.
+
+    Args:
+        part: The live part.
+        weights: Reads its weights; ``None`` where they are in memory.
+    """
+
+    def __init__(self, part: Part, weights: Weights | None) -> None:
+        layers = layers_of(part)
+        self._layers = layers.layers if layers is not None else ()
+        self._weights = weights
+        self._stack = ExitStack()
+        self._module = _OneLayer(part.module, self._layers, self._use)
+        self._session = TorchSession(replace(part, module=self._module))
+        self._used: nn.Module | None = None
+
+    def run(self, feeds: Mapping[str, Array], stage: int, names: Set[str]) -> dict[str, Array]:
+        """Run one layer.
+
+        Args:
+            feeds: The part's inputs and, but for the first, the output of the layer before.
+            stage: The layer, or how many there are for what comes after the last.
+            names: Its outputs; the layer's own is ``hidden_states.<stage>``.
+
+        Returns:
+            The outputs of these names.
+        """
+        self._module.stage = stage
+        self._module.names = names
+        return self._session.run(feeds)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the weights outside of the layers while the context is open."""
+        inside = {id(p) for layer in self._layers for p in layer.parameters()}
+        outside = [p for p in self._module.parameters() if id(p) not in inside]
+        with ExitStack() as stack:
+            stack.callback(self.release)
+            if self._weights is not None:
+                stack.enter_context(self._weights.reading(outside))
+            yield
+
+    def release(self) -> None:
+        """Let go of the weights of the layer that ran last."""
+        self._stack.close()
+        self._used = None
+
+    def _use(self, layer: nn.Module) -> None:
+        """Hold the weights of a layer until another is used."""
+        if self._weights is not None and self._used is not layer:
+            self.release()
+            self._stack.enter_context(self._weights.reading(layer.parameters()))
+            self._used = layer
+
+
+class _OneLayer(nn.Module):
+    """A part's module of which only one layer runs.
+
+    The layers before it return the value that is passed for the output of the last of them, those
+    after it their input. All code between the layers runs as ever.
+    """
+
+    def __init__(self, module: nn.Module, layers: Iterable[nn.Module], use: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.stage = 0
+        self.names: Set[str] = frozenset()
+        self._use = use
+        self._listed = tuple(dict.fromkeys(layers))
+        #: Which item of a layer's output is its hidden states; ``None`` where it has but these.
+        self._form: list[bool] | None = None
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the module's layer ``stage``; see `PartReference.run`."""
+        before = tensors.pop(f"hidden_states__{self.stage - 1}", None)
+        seen: dict[str, torch.Tensor] = {}
+        calls = iter(range(1 << 30))  # by calls, as taps count: a layer may run several times
+
+        def gate(layer: nn.Module, forward: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                number = next(calls)
+                if number == self.stage:
+                    self._use(layer)
+                    output = forward(*args, **kwargs)
+                    hidden = first_tensor(output)
+                    assert hidden is not None  # noqa: S101 (or it would have no tap)
+                    self._form = (
+                        [item is hidden for item in output] if isinstance(output, tuple) else None
+                    )
+                    seen[f"hidden_states.{number}"] = hidden.clone()
+                    return output
+                given = first_tensor((*args, *kwargs.values()))
+                return self._formed(given if before is None or number > self.stage else before)
+
+            return run
+
+        try:
+            for layer in self._listed:
+                vars(layer)["forward"] = gate(layer, layer.forward)
+            outputs = self.module(**tensors)
+        finally:
+            for layer in self._listed:
+                vars(layer).pop("forward", None)
+        return {name: t for name, t in {**outputs, **seen}.items() if name in self.names}
+
+    def _formed(self, hidden: torch.Tensor | None) -> Any:
+        """Hidden states in the form in which the layers return them."""
+        if self._form is None:
+            return hidden
+        return tuple(hidden if is_hidden else None for is_hidden in self._form)

@@ -1,0 +1,365 @@
+"""Verify a model layer by layer, with one layer in memory at a time.
+
+1. The model is exported with layer taps, as `qeff_proxy.verify.verify_model` does.
+2. `calls_of` runs the flow on stand-ins: it tells the inputs of each part in each step. The
+   continuation is known beforehand, so that no step needs the logits of the one before.
+3. `split_layers` splits a part into a graph per layer. All steps of the run go through a layer
+   before the next: first in PyTorch, with this layer's weights (`PartReference`), then on each
+   backend, which compiles the layer's graph alone.
+4. A backend runs each layer twice: on the reference's inputs, which shows the error that the layer
+   adds (local), and on its own results so far (inherited).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from qeff_proxy.arrays import Array
+from qeff_proxy.artifact.export_folder import check_weights_of
+from qeff_proxy.artifact.hashes import sha256_of
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
+from qeff_proxy.backends.compile_export import fixed_lengths
+from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.compare.tolerances import Tolerances
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.flows.flow import Job
+from qeff_proxy.graph.split_layers import LayerGraph, split_layers
+from qeff_proxy.load.checkpoint_files import folder_named
+from qeff_proxy.load.load_model import LoadedModel, load_config
+from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.request import Request
+from qeff_proxy.run.example_request import example_request
+from qeff_proxy.run.replay_tokens import replay_tokens
+from qeff_proxy.session.session import Session
+from qeff_proxy.tensor_names import PAST, PRESENT, TAP
+from qeff_proxy.verify.by_layer.calls import Call, Outputs, calls_of, zeros
+from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
+from qeff_proxy.verify.by_layer.results import (
+    BackendLayers,
+    LayerResult,
+    LayerVerification,
+    compare_layer,
+    layer_name,
+)
+from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.results import reason_of
+from qeff_proxy.verify.runs import check_request, processor_in, tensors_of
+from qeff_proxy.verify.verify_backend import needs_fixed_shapes
+from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
+
+#: Tensors of one call, by name.
+_Step = dict[str, Array]
+
+
+def verify_layers(
+    model: str | Path | LoadedModel | Export,
+    backends: Sequence[str] = ("onnxruntime",),
+    request: Request | None = None,
+    options: VerifyOptions | None = None,
+    *,
+    hooks: Hooks | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> LayerVerification:
+    """Run a model on several backends, and compare each of its layers with PyTorch.
+
+    Args:
+        model: A checkpoint: folder, hub id, or loaded.
+        backends: Their names.
+        request: The input; by default the flow's example.
+        options: Which export, input and tolerances; of the prompt, ``max_new_tokens`` tokens are
+            the continuation, again from its start.
+        hooks: Of its model type, in place of the installed plugins.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        progress: Called with the name of each stage as it starts.
+
+    Raises:
+        UsageError: There is nothing to verify, or the input cannot be right.
+        UnsupportedModelError: The model cannot be run layer by layer.
+        BackendError: None of the backends can be used.
+    """
+    options = replace(options or VerifyOptions(), taps="layers")
+    names = tuple(dict.fromkeys(backends))
+    check_names(names, options)
+    if "torch" in names:
+        raise UsageError("PyTorch is the reference", "Name another backend.")
+    if isinstance(model, str | Path):
+        model = opened(folder_named(str(model)), str(model), trust_remote_code)
+    if isinstance(model, Export):
+        raise UsageError(
+            "an export cannot be verified layer by layer", "Name the checkpoint that it is of."
+        )
+    hooks = hooks or installed_hooks(model)
+    tensors = None
+    if request is not None:
+        request, tensors = check_request(request, model, hooks, trust_remote_code)
+    export = export_of(model, hooks, options, progress)
+    return verify_layers_of(export, model, names, (request, tensors), options, hooks, progress)
+
+
+def verify_layers_of(
+    export: Export,
+    model: LoadedModel,
+    backends: Sequence[str],
+    given: tuple[Request | None, Mapping[str, torch.Tensor] | None],
+    options: VerifyOptions,
+    hooks: Hooks,
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> LayerVerification:
+    """Verify an export by layer, against the checkpoint that it was made from.
+
+    Args:
+        export: With layer taps.
+        model: The checkpoint.
+        backends: Their names.
+        given: The request and its tensors; ``None`` for the flow's example.
+        options: As for `verify_layers`.
+        hooks: Of its model type.
+        progress: Called with the name of each stage as it starts.
+    """
+    if any(needs_fixed_shapes(options, name) for name in backends):
+        options = replace(options, compile=fixed_lengths(export, options.compile))
+    proxy, weights = reference_parts(model, hooks, export)
+    processor = processor_in(export.processor_folder, model.trust_remote_code)
+    request, tensors = given
+    if tensors is None:
+        request = example_request(export, processor, lambda: proxy)
+        defaults = export.settings.get("request_options", {})
+        tensors = tensors_of(request.with_defaults(defaults), hooks, processor)
+    check_weights_of(export)
+    candidates = [_Candidate(name, export, options) for name in backends]
+    known: dict[str, Outputs] = {}
+    steps: dict[str, None] = {}
+    for part in export.parts:
+        progress(f"splitting {part.name}")
+        whole = ir.load(export.folder / part.file)
+        graphs = split_layers(whole, part.inputs, part.outputs)
+        run = _PartRun(part, calls_of(_job(export, options, tensors), part.name, known))
+        steps.update(dict.fromkeys(call.step for call in run.calls))
+        for candidate in candidates:
+            candidate.begin(part, _job(export, options, tensors))
+        live = PartReference(proxy.part(part.name), weights)
+        with live.open():
+            for stage, graph in enumerate(graphs):
+                check_alone(part, graph, stage)
+                where = layer_name(part.name, graph.layer)
+                progress(f"{where}: PyTorch")
+                names = {spec.name for spec in graph.outputs}
+                run_layer = partial(live.run, stage=stage, names=names)
+                expected = run.forward(graph, run_layer, whole=True)
+                live.release()
+                for candidate in candidates:
+                    progress(f"{where}: {candidate.name}")
+                    candidate.try_layer(graph, run, expected, graphs[stage + 1 :])
+                run.keep(expected, graphs[stage + 1 :])
+        known[part.name] = run.outputs()
+    results = tuple(candidate.result() for candidate in candidates)
+    return LayerVerification(export.model["source"], export.folder, tuple(steps), results)
+
+
+class _PartRun:
+    """The values of a part's calls, as far as the layers have run.
+
+    Args:
+        part: The part.
+        calls: Its calls.
+    """
+
+    def __init__(self, part: ExportedPart, calls: Sequence[Call]) -> None:
+        self.part = part
+        self.calls = calls
+        self._values: list[_Step] = [dict(call.inputs) for call in calls]
+
+    def forward(
+        self,
+        graph: LayerGraph,
+        run: Callable[[Mapping[str, Array]], Mapping[str, Array]],
+        *,
+        cache: Sequence[_Step] | None = None,
+        whole: bool = False,
+    ) -> list[_Step]:
+        """All calls through one layer.
+
+        Args:
+            graph: The layer.
+            run: Runs it on its inputs.
+            cache: The outputs that each call's past is taken from; by default those of this run.
+            whole: ``run`` takes all inputs of the part; the caches of other layers are zeros.
+
+        Returns:
+            The layer's outputs in each call.
+        """
+        outputs: list[_Step] = []
+        past = outputs if cache is None else cache
+        dtypes = {spec.name: spec.dtype for spec in self.part.inputs}
+        for number, (call, values) in enumerate(zip(self.calls, self._values, strict=True)):
+            feeds: _Step = {}
+            if whole:
+                feeds = {name: zeros(shape, dtypes[name]) for name, shape in call.past.items()}
+                feeds = {**call.inputs, **feeds}
+            for spec in graph.inputs:
+                if spec.name.startswith(PAST):
+                    feeds[spec.name] = call.cache(spec, past[number - 1] if number else None)
+                else:
+                    feeds[spec.name] = values[spec.name]
+            results = run(feeds)
+            outputs.append({spec.name: results[spec.name] for spec in graph.outputs})
+        return outputs
+
+    def keep(self, outputs: Sequence[_Step], following: Sequence[LayerGraph]) -> None:
+        """Keep what later layers or parts take of a layer's outputs, and drop what none takes."""
+        needed = {spec.name for graph in following for spec in graph.inputs}
+        for values, layer in zip(self._values, outputs, strict=True):
+            values.update(layer)
+            for name in list(values):
+                if name.startswith((PRESENT, TAP)) and name not in needed:
+                    del values[name]
+
+    def outputs(self) -> Outputs:
+        """The outputs of the part in each call, without caches and taps."""
+        names = {spec.name for spec in self.part.outputs}
+        return [{n: a for n, a in values.items() if n in names} for values in self._values]
+
+
+class _Candidate:
+    """One backend; after its first error it runs no more.
+
+    Args:
+        name: The backend's name.
+        export: The export.
+        options: Of the verification.
+    """
+
+    def __init__(self, name: str, export: Export, options: VerifyOptions) -> None:
+        self.name = name
+        self._export = export
+        self._options = options.compile_for(name)
+        self._tolerances = options.tolerances or Tolerances()
+        self._known: dict[str, Outputs] = {}
+        self._run: _PartRun | None = None
+        self._layers: list[LayerResult] = []
+        self._error: str | None = None
+
+    def begin(self, part: ExportedPart, job: Job) -> None:
+        """Begin a part, with the outputs of the parts before it as this backend computed them."""
+        if self._run is not None:
+            self._known[self._run.part.name] = self._run.outputs()
+        if self._error is None:
+            self._run = _PartRun(part, calls_of(job, part.name, self._known))
+
+    def try_layer(
+        self,
+        graph: LayerGraph,
+        reference: _PartRun,
+        expected: Sequence[_Step],
+        following: Sequence[LayerGraph],
+    ) -> None:
+        """Run a layer on the reference's inputs, then on the backend's own; compare both."""
+        if self._error is not None:
+            return
+        assert self._run is not None  # noqa: S101 (see `begin`)
+        part = reference.part
+        try:
+            with _layer_session(self.name, self._export, part, graph, self._options) as session:
+                local = reference.forward(graph, session.run, cache=expected)
+                inherited = self._run.forward(graph, session.run)
+        except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
+            self._error = f"{layer_name(part.name, graph.layer)}: {reason_of(error)}"
+            return
+        precision = load_backend(self.name).precision(self._options)
+        tolerances = replace(self._tolerances, precision=precision)
+        steps = [call.step for call in reference.calls]
+        wanted = dict(zip(steps, expected, strict=True))
+        errors = (
+            compare_layer(wanted, dict(zip(steps, one, strict=True)), part.name, tolerances)
+            for one in (local, inherited)
+        )
+        self._layers.append(LayerResult(part.name, graph.layer, *errors))
+        self._run.keep(inherited, following)
+
+    def result(self) -> BackendLayers:
+        """The layers that ran."""
+        return BackendLayers(self.name, tuple(self._layers), self._error)
+
+
+@contextmanager
+def _layer_session(
+    name: str, export: Export, part: ExportedPart, graph: LayerGraph, options: CompileOptions
+) -> Iterator[Session]:
+    """Compile a layer alone, and open it; its files are removed at the end.
+
+    Its graph lies beside the weights file, which it points into: external data may lie nowhere
+    else.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(
+            tempfile.NamedTemporaryFile(dir=export.folder, prefix=f".{part.name}-", suffix=".onnx")
+        )
+        path = Path(file.name)
+        ir.save(graph.model, path)
+        layer = replace(
+            part,
+            file=path.name,
+            sha256=sha256_of(path),
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            masks=tuple(mask for mask in part.masks if mask.name in {i.name for i in graph.inputs}),
+        )
+        alone = replace(export, parts=(layer,))
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(dir=export.folder, prefix=".layer-"))
+        )
+        backend = load_backend(name)
+        backend.check_options(name, options)
+        backend.compile(alone, layer, options, folder)
+        session = backend.open(alone, layer, options, folder)
+        stack.callback(session.close)
+        yield session
+
+
+def _job(export: Export, options: VerifyOptions, tensors: Mapping[str, torch.Tensor]) -> Job:
+    """A run whose tokens are known: the prompt's, again from their start, are the continuation."""
+    settings: dict[str, Any] = {}
+    if any(spec.name.startswith(PRESENT) for part in export.parts for spec in part.outputs):
+        ids = tensors.get("input_ids")
+        rows = int(export.settings.get("embedding_rows", 2))
+        if ids is None:  # the model does not start from tokens
+            ids = torch.arange(options.max_new_tokens)[None] % rows
+        ids = torch.as_tensor(ids)
+        tokens = [ids[:, number % ids.shape[1]] for number in range(options.max_new_tokens)]
+        settings = {
+            "max_new_tokens": options.max_new_tokens,
+            "do_sample": False,
+            "num_beams": 1,
+            "logits_processor": [replay_tokens(tokens)],
+        }
+    return Job(
+        export=export,
+        sessions={},
+        options=options.compile,
+        config=load_config(export.processor_folder),
+        tensors=tensors,
+        folder=export.processor_folder,
+        settings=settings,
+    )
+
+
+def check_alone(part: ExportedPart, graph: LayerGraph, stage: int) -> None:
+    """Refuse a layer that reads other layers' outputs than that of the one before it."""
+    taps = {spec.name for spec in graph.inputs if spec.name.startswith(TAP)}
+    others = sorted(taps - {f"{TAP}{stage - 1}"})
+    if others:
+        raise UnsupportedModelError(
+            f"{layer_name(part.name, graph.layer)} also reads {others[0]}",
+            "Verify the whole model instead of its layers.",
+        )

@@ -1,0 +1,201 @@
+"""``verify --by-layer``: each layer's own error, and what it inherits."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
+from qeff_proxy.cli import main
+from qeff_proxy.errors import BackendError, UnsupportedModelError, UsageError
+from qeff_proxy.export.export_model import export_model
+from qeff_proxy.graph.split_layers import split_layers
+from qeff_proxy.load.load_model import load_model, wrap_model
+from qeff_proxy.plugins.manager import Plugins
+from qeff_proxy.request import Request
+from qeff_proxy.testing.tiny import random_weights
+from qeff_proxy.verify.by_layer import verify_layers
+from qeff_proxy.verify.by_layer.reference import reference_parts
+from qeff_proxy.verify.by_layer.verify_layers import check_alone, verify_layers_of
+from qeff_proxy.verify.options import VerifyOptions
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+IDS = [[5, 6, 7, 8, 9, 10, 11], [0, 0, 17, 18, 19, 20, 21]]
+REQUEST = Request(inputs={"input_ids": np.array(IDS), "attention_mask": (np.array(IDS) > 0) * 1})
+OPTIONS = VerifyOptions(max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def llama(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "llama"
+    make_model("llama", layers=6).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_a_healthy_model_passes(name, make_model, tmp_path):
+    make_model(name, layers=6).save_pretrained(tmp_path / name)
+    result = verify_layers(str(tmp_path / name), request=REQUEST, options=OPTIONS)
+    (backend,) = result.results
+    assert result.passed, backend
+    assert result.steps == ("prefill-0000", "decode-0000", "decode-0001", "decode-0002")
+    layers = [layer.layer for layer in backend.layers]
+    assert layers == [None, *range(6), None, None]
+    assert all(layer.local.over_peak < 1e-6 for layer in backend.layers)
+
+
+def test_an_encoder_passes(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = BertConfig(**sizes, vocab_size=131, num_hidden_layers=5, max_position_embeddings=64)
+    random_weights(BertModel(config).eval(), 0).save_pretrained(tmp_path / "bert")
+    result = verify_layers(str(tmp_path / "bert"), options=OPTIONS)
+    (backend,) = result.results
+    assert result.passed, backend
+    assert [layer.layer for layer in backend.layers] == [None, *range(5)]
+
+
+def broken(llama: Path, folder: Path, fault: int) -> Any:
+    """An export in which a product of one layer has the weight of the layer before."""
+    loaded = load_model(str(llama))
+    hooks = Plugins.discover().hooks_for("llama")
+    export = export_model(loaded, hooks, output=folder, taps="layers")
+    path = export.folder / "body.onnx"
+    model = ir.load(path)
+    weights = model.graph.initializers
+    (name,) = (name for name in weights if name.endswith(f".{fault}.mlp.up_proj.weight"))
+    weights[name].const_value = weights[name.replace(f".{fault}.", f".{fault - 1}.")].const_value
+    ir.save(model, path)
+    return export, loaded, hooks
+
+
+def test_a_fault_in_one_layer_is_local_there_and_inherited_by_all_that_follow(llama, tmp_path):
+    export, loaded, hooks = broken(llama, tmp_path / "export", 3)
+    names = ["onnxruntime"]
+    result = verify_layers_of(export, loaded, names, (REQUEST, REQUEST_TENSORS), OPTIONS, hooks)
+    (backend,) = result.results
+    assert not result.passed
+    assert [layer.name for layer in backend.faulty] == ["body layer 3"]
+    inherited = [layer.name for layer in backend.layers if not layer.inherited.passed]
+    after = ["body layer 3", "body layer 4", "body layer 5", "body", "lm_head"]
+    assert inherited == after
+
+
+REQUEST_TENSORS = {name: torch.as_tensor(value) for name, value in REQUEST.inputs.items()}
+
+
+def test_local_errors_equal_those_of_the_whole_model(llama, tmp_path):
+    """The reference by layer, with streamed weights, computes what the whole model computes."""
+    streamed = verify_layers(str(llama), request=REQUEST, options=OPTIONS)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    whole = verify_layers(wrap_model(model), request=REQUEST, options=OPTIONS)
+    for one, other in zip(streamed.results[0].layers, whole.results[0].layers, strict=True):
+        assert one.name == other.name
+        assert math.isclose(one.local.over_peak, other.local.over_peak, abs_tol=1e-6)
+
+
+def test_weights_are_in_memory_only_while_they_are_used(llama):
+    loaded = load_model(str(llama))
+    hooks = Plugins.discover().hooks_for("llama")
+    export = export_model(loaded, hooks, taps="layers")
+    proxy, weights = reference_parts(loaded, hooks, export)
+    assert weights is not None
+    module = proxy.part("body").module
+
+    def held() -> int:
+        return sum(p.untyped_storage().nbytes() for p in module.parameters())
+
+    empty = held()
+    assert empty < 1000
+    with weights.reading(module.parameters()):
+        assert held() > 100 * empty
+    assert held() == empty
+
+
+def test_a_backend_that_dies_in_a_layer_keeps_what_is_known(llama, monkeypatch):
+    compile_part = OnnxRuntimeBackend.compile
+
+    def dies(self, export, part, options, folder):
+        if part.inputs[0].name == "hidden_states.1":
+            raise BackendError("no room for layer 2")
+        compile_part(self, export, part, options, folder)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "compile", dies)
+    (backend,) = verify_layers(str(llama), request=REQUEST, options=OPTIONS).results
+    assert not backend.passed
+    assert backend.error == "body layer 2: no room for layer 2"
+    assert [layer.name for layer in backend.layers] == ["embedding", "body layer 0", "body layer 1"]
+
+
+def test_nothing_is_left_in_the_export(llama, tmp_path):
+    options = replace(OPTIONS, output=tmp_path / "export")
+    verify_layers(str(llama), request=REQUEST, options=options)
+    assert not [path for path in (tmp_path / "export").iterdir() if path.name.startswith(".")]
+
+
+def test_the_command_prints_a_row_per_layer(llama, capsys):
+    arguments = ["verify", str(llama), "--by-layer", "--ids", "5,6,7,8", "--max-new-tokens", "3"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for layer in range(6):
+        assert f"body layer {layer} " in printed
+    assert "PASSED" in printed
+    assert main([*arguments, "--json", "--tol", "body.out.hidden_states.4=peak:0"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"][0]["faulty"] == ["body layer 4"]
+
+
+def test_options_without_a_use_are_refused(llama, capsys):
+    assert main(["verify", str(llama), "--by-layer", "--speed"]) == UsageError.exit_code
+    assert "--speed and --by-layer exclude each other" in capsys.readouterr().err
+
+
+def test_an_export_is_refused(demo_export):
+    with pytest.raises(UsageError, match="an export cannot be verified layer by layer"):
+        verify_layers(demo_export)
+
+
+def test_a_layer_that_reads_an_earlier_one_is_refused(llama):
+    loaded = load_model(str(llama))
+    export = export_model(loaded, Plugins.discover().hooks_for("llama"), taps="layers")
+    part = export.part("body")
+    graph = split_layers(ir.load(export.folder / part.file), part.inputs, part.outputs)[3]
+    check_alone(part, graph, 3)
+    with pytest.raises(UnsupportedModelError, match=r"body layer 3 also reads hidden_states\.2"):
+        check_alone(part, graph, 4)
+
+
+_PEAKS = """
+import sys
+from pathlib import Path
+import numpy as np
+from qeff_proxy.request import Request
+from qeff_proxy.verify.by_layer import verify_layers
+from qeff_proxy.verify.options import VerifyOptions
+
+request = Request(inputs={"input_ids": np.arange(5, 37)[None]})
+for folder in sys.argv[1:]:
+    assert verify_layers(folder, request=request, options=VerifyOptions(max_new_tokens=4)).passed
+    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in one)
+    print(int(line.split()[1]) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_depth(tmp_path):
+    """22 more layers of 12.6 MB, 277 MB in all, need less than half of that more."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
+    for depth in (2, 24):
+        config = LlamaConfig(**sizes, vocab_size=131, num_hidden_layers=depth)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / str(depth))
+    script = [sys.executable, "-c", _PEAKS, str(tmp_path / "2"), str(tmp_path / "24")]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    shallow, deep = map(int, done.stdout.split())
+    assert deep - shallow < 22 * 12.6 / 2
