@@ -22,6 +22,7 @@ from qeff_proxy.cli import main
 from qeff_proxy.compare import Tolerances
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import ArtifactError, BackendError, UsageError
+from qeff_proxy.load.load_model import load_model
 from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import DEFAULT_PROMPT
@@ -171,6 +172,22 @@ def test_a_backend_is_fed_the_references_tokens_whatever_it_would_choose(
     assert len(result.comparison.steps) == 4
 
 
+def test_the_reference_is_let_go_before_a_backend_runs(
+    tapped: Path, demo_checkpoint: Path, backend_that: Callable[..., str]
+) -> None:
+    loaded = load_model(str(demo_checkpoint))
+    held: list[bool] = []
+    name = backend_that(lambda _outputs: held.append(loaded.is_read))
+    request, options = Request(prompts=(PROMPT,)), VerifyOptions(output=tapped, max_new_tokens=2)
+    assert verify_model(loaded, [name], request, options).passed
+    assert held
+    assert not any(held)
+    weights = loaded.model.state_dict()
+    assert verify_model(loaded, [name], request, options).passed
+    assert loaded.model.state_dict().keys() == weights.keys()  # what a user has read stays
+    assert loaded.is_read
+
+
 def test_the_first_divergence_is_told_by_step_and_layer(
     first_run: dict[str, Any], tapped: Path, backend_that: Any, capsys: Any
 ) -> None:
@@ -253,7 +270,9 @@ def test_a_wrong_bit_in_the_stored_weights_is_found_against_the_checkpoint(
     assert verify_model(copy, options=VerifyOptions(max_new_tokens=2)).passed
 
 
-def test_a_flipped_bit_that_keeps_size_and_time_is_named(tapped: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_that_keeps_size_and_time_is_named(
+    first_run: dict[str, Any], tapped: Path, tmp_path: Path
+) -> None:
     """The oracle is the hash in export.json: after the first compile nothing else looks at it."""
     folder = shutil.copytree(tapped, tmp_path / "export")
     verify_model(folder, options=SHORT)

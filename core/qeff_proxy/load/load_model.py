@@ -93,6 +93,10 @@ class LoadedModel:
         """Whether `model` was used: it is then what counts, since it may have been changed."""
         return "model" in vars(self)
 
+    def forget(self) -> None:
+        """Let go of the model; `model` reads it again."""
+        vars(self).pop("model", None)
+
 
 @collecting_rarely()
 def load_model(

@@ -91,6 +91,7 @@ def verify_model(
         model = opened(folder_named(str(model)), str(model), trust_remote_code)
     hooks = hooks or installed_hooks(model)
     loaded = model if isinstance(model, LoadedModel) else None
+    reads_it = loaded is not None and not loaded.is_read
     tensors = None
     if request is not None:
         request, tensors = check_request(request, model, hooks, trust_remote_code)
@@ -113,6 +114,9 @@ def verify_model(
     run = Runs(export, hooks, request, tensors, processor, options)
     progress("running PyTorch, the reference")
     reference = run.reference(live() if loaded is not None else None)
+    live.cache_clear()
+    if loaded is not None and reads_it:
+        loaded.forget()  # before a backend holds the weights a second time
     if options.tolerances is not None:
         options.tolerances.check_used(read_dump(run.folder / REFERENCE).names())
     results = tuple(try_backend(run, name, progress, several=len(names) > 1) for name in names)
