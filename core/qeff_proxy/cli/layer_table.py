@@ -32,8 +32,10 @@ def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
             worst = f"{layer.local.tensor} in {layer.local.step}" if layer.local.over_peak else ""
             table.add_row(layer.name, _verdict(layer.local, layer.inherited), *numbers, worst)
         yield table
-        yield Text(_summary(result))
+        yield Text(_summary(result, so_far="so far, " if verification.interrupted else ""))
         yield ""
+    if verification.interrupted:
+        yield Text(f"interrupted at {verification.interrupted}: what follows did not run")
     yield Text(f"steps: {len(verification.steps)}, the same tokens on PyTorch and all backends")
     yield Text(f"export: {verification.export}")
 
@@ -52,7 +54,7 @@ def _shown(error: LayerError) -> tuple[str, str]:
     return "exact" if error.sqnr == math.inf else f"{error.sqnr:.1f}", format_share(error.over_peak)
 
 
-def _summary(result: BackendLayers) -> str:
+def _summary(result: BackendLayers, so_far: str) -> str:
     """The verdict in one line."""
     from qeff_proxy.common.messages import counted
     from qeff_proxy.compare.verdict import printable
@@ -71,6 +73,7 @@ def _summary(result: BackendLayers) -> str:
         )
     typical = statistics.median(layer.local.sqnr for layer in result.layers)
     return (
-        f"{result.backend}: PASSED: all of {total} are within tolerance; largest error of its own: "
-        f"{result.worst.name}, {result.worst.local.sqnr:.1f} dB (median {typical:.1f} dB)."
+        f"{result.backend}: {so_far or 'PASSED: '}all of {total} are within tolerance; largest "
+        f"error of its own: {result.worst.name}, {result.worst.local.sqnr:.1f} dB (median "
+        f"{typical:.1f} dB)."
     )

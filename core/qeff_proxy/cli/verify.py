@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             for renderable in layer_lines(layers):
                 print_text(renderable)
-        return 0 if layers.passed else 1
+        return 130 if layers.interrupted else 0 if layers.passed else 1
     speed = verification.speed
     if args.json:
         report = verification.to_json()

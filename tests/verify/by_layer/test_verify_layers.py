@@ -199,3 +199,23 @@ def test_memory_does_not_grow_with_depth(tmp_path):
     done = subprocess.run(script, capture_output=True, text=True, check=True)
     shallow, deep = map(int, done.stdout.split())
     assert deep - shallow < 22 * 12.6 / 2
+
+
+def test_what_ran_before_ctrl_c_is_shown(llama, tmp_path, monkeypatch, capsys):
+    opened = iter(range(100))
+    original = OnnxRuntimeBackend.open
+
+    def interrupted_open(self, *arguments):
+        if next(opened) == 3:  # the embedding, layers 0 and 1
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "open", interrupted_open)
+    output = ["--output", str(tmp_path / "export"), "--max-new-tokens", "2"]
+    ids = ["--ids", "5,6,7"]
+    assert main(["verify", str(llama), "--by-layer", *ids, *output]) == 130
+    out = " ".join(capsys.readouterr().out.split())
+    assert "body layer 1 passed" in out
+    assert "so far, all of 3 pieces are within tolerance" in out
+    assert "interrupted at body layer 2: what follows did not run" in out
+    assert not list((tmp_path / "export").glob(".*"))

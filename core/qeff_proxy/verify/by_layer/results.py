@@ -131,17 +131,20 @@ class LayerVerification:
         export: The export's folder.
         steps: The steps of the run, as dumps name them.
         results: One per backend.
+        interrupted: The layer at which the user stopped the run; ``None`` if it was completed.
     """
 
     source: str
     export: Path
     steps: tuple[str, ...]
     results: tuple[BackendLayers, ...]
+    interrupted: str | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether every backend passed."""
-        return bool(self.results) and all(result.passed for result in self.results)
+        """Whether every backend passed in all layers."""
+        complete = self.interrupted is None and bool(self.results)
+        return complete and all(result.passed for result in self.results)
 
     def to_json(self) -> dict[str, Any]:
         """The verification as a JSON object."""
@@ -150,6 +153,7 @@ class LayerVerification:
             "model": self.source,
             "export": str(self.export),
             "steps": list(self.steps),
+            "interrupted": self.interrupted,
             "backends": [result.to_json() for result in self.results],
         }
 

@@ -126,6 +126,9 @@ def verify_layers_of(
         options: As for `verify_layers`.
         hooks: Of its model type.
         progress: Called with the name of each stage as it starts.
+
+    Returns:
+        The errors of the layers; of those that ran before Ctrl-C, if there are any.
     """
     if any(needs_fixed_shapes(options, name) for name in backends):
         options = replace(options, compile=fixed_lengths(export, options.compile))
@@ -140,31 +143,38 @@ def verify_layers_of(
     candidates = [_Candidate(name, export, options) for name in backends]
     known: dict[str, Outputs] = {}
     steps: dict[str, None] = {}
-    for part in export.parts:
-        progress(f"splitting {part.name}")
-        whole = ir.load(export.folder / part.file)
-        graphs = split_layers(whole, part.inputs, part.outputs)
-        run = _PartRun(part, calls_of(_job(export, options, tensors), part.name, known))
-        steps.update(dict.fromkeys(call.step for call in run.calls))
-        for candidate in candidates:
-            candidate.begin(part, _job(export, options, tensors))
-        live = PartReference(proxy.part(part.name), weights)
-        with live.open():
-            for stage, graph in enumerate(graphs):
-                check_alone(part, graph, stage)
-                where = layer_name(part.name, graph.layer)
-                progress(f"{where}: PyTorch")
-                names = {spec.name for spec in graph.outputs}
-                run_layer = partial(live.run, stage=stage, names=names)
-                expected = run.forward(graph, run_layer, whole=True)
-                live.release()
-                for candidate in candidates:
-                    progress(f"{where}: {candidate.name}")
-                    candidate.try_layer(graph, run, expected, graphs[stage + 1 :])
-                run.keep(expected, graphs[stage + 1 :])
-        known[part.name] = run.outputs()
+    where, interrupted = "", None
+    try:
+        for part in export.parts:
+            progress(f"splitting {part.name}")
+            whole = ir.load(export.folder / part.file)
+            graphs = split_layers(whole, part.inputs, part.outputs)
+            run = _PartRun(part, calls_of(_job(export, options, tensors), part.name, known))
+            steps.update(dict.fromkeys(call.step for call in run.calls))
+            for candidate in candidates:
+                candidate.begin(part, _job(export, options, tensors))
+            live = PartReference(proxy.part(part.name), weights)
+            with live.open():
+                for stage, graph in enumerate(graphs):
+                    check_alone(part, graph, stage)
+                    where = layer_name(part.name, graph.layer)
+                    progress(f"{where}: PyTorch")
+                    names = {spec.name for spec in graph.outputs}
+                    run_layer = partial(live.run, stage=stage, names=names)
+                    expected = run.forward(graph, run_layer, whole=True)
+                    live.release()
+                    for candidate in candidates:
+                        progress(f"{where}: {candidate.name}")
+                        candidate.try_layer(graph, run, expected, graphs[stage + 1 :])
+                    run.keep(expected, graphs[stage + 1 :])
+            known[part.name] = run.outputs()
+    except KeyboardInterrupt:
+        if not any(candidate.result().layers for candidate in candidates):
+            raise
+        interrupted = where
     results = tuple(candidate.result() for candidate in candidates)
-    return LayerVerification(export.model["source"], export.folder, tuple(steps), results)
+    source = export.model["source"]
+    return LayerVerification(source, export.folder, tuple(steps), results, interrupted)
 
 
 class _PartRun:
