@@ -22,7 +22,12 @@ SOURCES = [
 #: In backquotes, one or two, or after mkdocstrings' colons; a call's parentheses may follow.
 NAME = re.compile(r"(?:`|^::: )(qeff_proxy(?:_\w+)?(?:\.\w+)+)(?:\([^`]*\))?(?:`|$)", re.MULTILINE)
 #: Groups of entry points, which need not be modules.
-GROUPS = {"qeff_proxy.backend_listings", "qeff_proxy.demos", "qeff_proxy.remote_code"}
+GROUPS = {
+    "qeff_proxy.backend_listings",
+    "qeff_proxy.demos",
+    "qeff_proxy.dump_formats",
+    "qeff_proxy.remote_code",
+}
 
 
 def unknown_names(text: str) -> list[str]:

@@ -239,11 +239,11 @@ def silent():
 
 
 def test_a_cut_that_no_plugin_knows_is_an_unsupported_model(silent):
-    with pytest.raises(UnsupportedModelError, match=r"where the token embedding is .*'rnn'"):
+    with pytest.raises(UnsupportedModelError, match=r"where the token embedding of NoneType is .*'rnn'"):
         silent.locate_embedding(None, None)
-    with pytest.raises(UnsupportedModelError, match=r"where the LM head is .*'rnn'"):
+    with pytest.raises(UnsupportedModelError, match=r"where the LM head of NoneType is .*'rnn'"):
         silent.locate_lm_head(None, None)
-    with pytest.raises(UnsupportedModelError, match=r"how to cut it \(stub\) .*'rnn'"):
+    with pytest.raises(UnsupportedModelError, match=r"what a stub of NoneType is .*'rnn'"):
         silent.build_proxy(None, Site("a"), Site("b"), "stub")
 
 
