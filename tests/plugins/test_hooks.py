@@ -239,7 +239,7 @@ def silent():
 
 
 def test_a_cut_that_no_plugin_knows_is_an_unsupported_model(silent):
-    with pytest.raises(UnsupportedModelError, match=r"where the token embedding of NoneType is .*'rnn'"):
+    with pytest.raises(UnsupportedModelError, match=r"token embedding of NoneType is .*'rnn'"):
         silent.locate_embedding(None, None)
     with pytest.raises(UnsupportedModelError, match=r"where the LM head of NoneType is .*'rnn'"):
         silent.locate_lm_head(None, None)
