@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -154,19 +155,19 @@ def verify_layers_of(
             for candidate in candidates:
                 candidate.begin(part, _job(export, options, tensors))
             live = PartReference(proxy.part(part.name), weights)
-            with live.open():
-                for stage, graph in enumerate(graphs):
-                    check_alone(part, graph, stage)
-                    where = layer_name(part.name, graph.layer)
-                    progress(f"{where}: PyTorch")
-                    names = {spec.name for spec in graph.outputs}
-                    run_layer = partial(live.run, stage=stage, names=names)
+            for stage, graph in enumerate(graphs):
+                check_alone(part, graph, stage)
+                where = layer_name(part.name, graph.layer)
+                progress(f"{where}: PyTorch")
+                names = {spec.name for spec in graph.outputs}
+                run_layer = partial(live.run, stage=stage, names=names)
+                with live.open():
                     expected = run.forward(graph, run_layer, whole=True)
-                    live.release()
-                    for candidate in candidates:
-                        progress(f"{where}: {candidate.name}")
-                        candidate.try_layer(graph, run, expected, graphs[stage + 1 :])
-                    run.keep(expected, graphs[stage + 1 :])
+                for candidate in candidates:
+                    progress(f"{where}: {candidate.name}")
+                    candidate.try_layer(graph, run, expected, graphs[stage + 1 :])
+                run.keep(expected, graphs[stage + 1 :])
+                gc.collect(1)  # graphs are cycles, which hold arrays of the layer's size
             known[part.name] = run.outputs()
     except KeyboardInterrupt:
         if not any(candidate.result().layers for candidate in candidates):
