@@ -254,16 +254,18 @@ def _normalize_weight(node: Node) -> None:
 
 
 def _pools_equal_areas(node: Node) -> bool:
-    sizes: Any = (*_value(node.args[0]).shape[-2:], *node.args[1])  # type: ignore[misc]
+    counts: Any = node.args[1]
+    sizes = (*_value(node.args[0]).shape[-2:], *counts)
     return all(isinstance(size, int) for size in sizes) and not any(
         size % count for size, count in zip(sizes[:2], sizes[2:], strict=True)
     )
 
 
 def _pool(node: Node) -> None:
-    source, counts = node.args
+    source: Any = node.args[0]
+    counts: Any = node.args[1]
     sizes = _value(source).shape[-2:]
-    area = [size // count for size, count in zip(sizes, counts, strict=True)]  # type: ignore[arg-type]
+    area = [size // count for size, count in zip(sizes, counts, strict=True)]
     _become(node, _ATEN.avg_pool2d.default, source, area, area)
 
 
