@@ -87,8 +87,14 @@ def normalized_weights(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1) @ torch.cat([weight, first]).reshape(24, 2)
 
 
+def pooled(x: torch.Tensor) -> torch.Tensor:
+    image = x.reshape(-1, 2, 2, 6)
+    once = nn.functional.interpolate(image, size=(1, 3), mode="area")
+    return once * nn.functional.adaptive_avg_pool2d(image[0], (2, 3)).sum()
+
+
 @pytest.mark.parametrize(
-    "function", [views, dtypes, written, minima, convolutions, normalized_weights]
+    "function", [views, dtypes, written, minima, convolutions, normalized_weights, pooled]
 )
 def test_a_graph_of_known_operators_is_lowered_in_place(
     function: Callable[[torch.Tensor], torch.Tensor],
@@ -111,8 +117,14 @@ def written_into_a_view(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@pytest.mark.parametrize("function", [written_through_a_view, written_into_a_view])
-def test_pytorch_decomposes_what_writes_into_shared_memory(
+def pooled_unequally(x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.adaptive_avg_pool2d(x, (3, 4))
+
+
+@pytest.mark.parametrize(
+    "function", [written_through_a_view, written_into_a_view, pooled_unequally]
+)
+def test_pytorch_decomposes_the_rest(
     function: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     difference, lowered = exported(function)

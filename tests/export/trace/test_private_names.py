@@ -37,11 +37,11 @@ GROUPS = {
 }
 NAMES = [(group, name) for group, names in GROUPS.items() for name in names]
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-_LAYERS = {"num_hidden_layers": 2}
+_LAYERS = {"num_hidden_layers": 1}
 
 
 def gpt2() -> Any:
-    config = transformers.GPT2Config(vocab_size=131, n_embd=32, n_layer=2, n_head=4)
+    config = transformers.GPT2Config(vocab_size=131, n_embd=32, n_layer=1, n_head=4)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -58,8 +58,8 @@ def whisper() -> Any:
     config = transformers.WhisperConfig(
         vocab_size=131,
         d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=1,
+        decoder_layers=1,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=48,
@@ -77,7 +77,7 @@ def whisper() -> Any:
 def llava() -> Any:
     text = transformers.LlamaConfig(vocab_size=131, **_SMALL, **_LAYERS)
     tower = transformers.CLIPVisionConfig(
-        image_size=28, patch_size=14, projection_dim=32, **_SMALL, **_LAYERS
+        image_size=28, patch_size=14, projection_dim=32, **_SMALL, num_hidden_layers=2
     )
     config = transformers.LlavaConfig(vision_config=tower, text_config=text, image_token_id=5)
     return transformers.LlavaForConditionalGeneration(config)

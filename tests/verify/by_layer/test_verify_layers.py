@@ -183,7 +183,7 @@ from qeff_proxy.verify.options import VerifyOptions
 
 request = Request(inputs={"input_ids": np.arange(5, 37)[None]})
 for folder in sys.argv[1:]:
-    assert verify_layers(folder, request=request, options=VerifyOptions(max_new_tokens=4)).passed
+    assert verify_layers(folder, request=request, options=VerifyOptions(max_new_tokens=2)).passed
     (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in one)
     print(int(line.split()[1]) // 1024)
 """

@@ -253,6 +253,22 @@ def _normalize_weight(node: Node) -> None:
     _become(node, _ATEN.mul.Tensor, direction, scale)
 
 
+def _pools_equal_areas(node: Node) -> bool:
+    counts: Any = node.args[1]
+    sizes = (*_value(node.args[0]).shape[-2:], *counts)
+    return all(isinstance(size, int) for size in sizes) and not any(
+        size % count for size, count in zip(sizes[:2], sizes[2:], strict=True)
+    )
+
+
+def _pool(node: Node) -> None:
+    source: Any = node.args[0]
+    counts: Any = node.args[1]
+    sizes = _value(source).shape[-2:]
+    area = [size // count for size, count in zip(sizes, counts, strict=True)]
+    _become(node, _ATEN.avg_pool2d.default, source, area, area)
+
+
 def _argument(node: Node, position: int, name: str, default: int) -> int:
     value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
     assert isinstance(value, int)  # noqa: S101 (the operator's schema)
@@ -318,6 +334,7 @@ _REWRITES: dict[Any, tuple[Callable[[Node], bool], Callable[[Node], None]]] = {
     _ATEN.conv2d.padding: (_is_unpadded, _convolve),
     _ATEN._weight_norm.default: (_always, _normalize_weight),  # noqa: SLF001 (an operator)
     _ATEN.flatten.using_ints: (_always, _flatten),
+    _ATEN.adaptive_avg_pool2d.default: (_pools_equal_areas, _pool),
     _ATEN.chunk.default: (_chunks_a_known_size, _split),
 }
 
