@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from qeff_proxy.parts import TensorSpec
-from qeff_proxy.session.axes import is_sum
 
 _TAP = re.compile(r"hidden_states\.(\d+)")
+_NO_SUM = re.compile(r"[^\w\s+]")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def split_layers(
     _read_taps(model.graph, [values[tap.name] for tap in taps])
     stages = _stages([values[spec.name] for spec in outputs], [values[tap.name] for tap in taps])
     # Of an input's axes, only sums can be solved for their names: "samples//10" needs its own name.
-    terms = dict.fromkeys(axis for tap in taps for axis in tap.shape if not is_sum(axis))
+    terms = dict.fromkeys(axis for tap in taps for axis in tap.shape if _NO_SUM.search(str(axis)))
     names = {axis: f"size_{number}" for number, axis in enumerate(terms)}
     read = [replace(tap, shape=tuple(names.get(one, one) for one in tap.shape)) for tap in taps]
     graphs = []
