@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from qeff_proxy.parts import TensorSpec
 
 _TAP = re.compile(r"hidden_states\.(\d+)")
+_NO_SUM = re.compile(r"[^\w\s+]")
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,17 @@ def split_layers(
     )
     _read_taps(model.graph, [values[tap.name] for tap in taps])
     stages = _stages([values[spec.name] for spec in outputs], [values[tap.name] for tap in taps])
+    # Of an input's axes, only sums can be solved for their names: "samples//10" needs its own name.
+    terms = dict.fromkeys(axis for tap in taps for axis in tap.shape if _NO_SUM.search(str(axis)))
+    names = {axis: f"size_{number}" for number, axis in enumerate(terms)}
+    read = [replace(tap, shape=tuple(names.get(one, one) for one in tap.shape)) for tap in taps]
     graphs = []
     for stage in range(len(taps) + 1):
         own = tuple(spec for spec in outputs if stages[spec.name] == stage)
         if own:
             layer = int(taps[stage].name.rpartition(".")[2]) if stage < len(taps) else None
             # The output of the layer before comes first: it has the axes of the part's first input.
-            specs = (*reversed(taps[:stage]), *inputs)
+            specs = (*reversed(read[:stage]), *inputs)
             graphs.append(_extract(model, layer, specs, own))
     return graphs
 
