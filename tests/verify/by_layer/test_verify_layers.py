@@ -25,7 +25,11 @@ from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify.by_layer import verify_layers
 from qeff_proxy.verify.by_layer.reference import reference_parts
-from qeff_proxy.verify.by_layer.verify_layers import check_alone, verify_layers_of
+from qeff_proxy.verify.by_layer.verify_layers import (
+    check_alone,
+    remove_leftovers,
+    verify_layers_of,
+)
 from qeff_proxy.verify.options import VerifyOptions
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -219,3 +223,25 @@ def test_what_ran_before_ctrl_c_is_shown(llama, tmp_path, monkeypatch, capsys):
     assert "so far, all of 3 pieces are within tolerance" in out
     assert "interrupted at body layer 2: what follows did not run" in out
     assert not list((tmp_path / "export").glob(".*"))
+
+
+def test_what_a_killed_run_left_is_removed_and_another_runs_files_stay(tmp_path):
+    for name in ("killed", "runs"):
+        (tmp_path / f".layer-{name}.onnx").write_bytes(b"x")
+        (tmp_path / f".layer-{name}.files").mkdir()
+    (tmp_path / "body.onnx").touch()
+    source = (
+        "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX);"
+        "print(1, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", source, str(tmp_path / ".layer-runs.onnx")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout.readline() == b"1\n"
+        remove_leftovers(tmp_path)
+        other.stdin.close()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == [
+        ".layer-runs.files",
+        ".layer-runs.onnx",
+        "body.onnx",
+    ]

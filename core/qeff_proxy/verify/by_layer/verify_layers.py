@@ -12,10 +12,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -141,6 +143,7 @@ def verify_layers_of(
         defaults = export.settings.get("request_options", {})
         tensors = tensors_of(request.with_defaults(defaults), hooks, processor)
     check_weights_of(export)
+    remove_leftovers(export.folder)
     candidates = [_Candidate(name, export, options) for name in backends]
     known: dict[str, Outputs] = {}
     steps: dict[str, None] = {}
@@ -303,6 +306,15 @@ class _Candidate:
         return BackendLayers(self.name, tuple(self._layers), self._error)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the layers that killed runs left in an export; those of other runs are locked."""
+    for graph in folder.glob(".layer-*.onnx"):
+        with suppress(BlockingIOError, FileNotFoundError), graph.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(graph.with_suffix(".files"), ignore_errors=True)
+            graph.unlink()
+
+
 @contextmanager
 def _layer_session(
     name: str, export: Export, part: ExportedPart, graph: LayerGraph, options: CompileOptions
@@ -314,8 +326,9 @@ def _layer_session(
     """
     with ExitStack() as stack:
         file = stack.enter_context(
-            tempfile.NamedTemporaryFile(dir=export.folder, prefix=f".{part.name}-", suffix=".onnx")
+            tempfile.NamedTemporaryFile(dir=export.folder, prefix=".layer-", suffix=".onnx")
         )
+        fcntl.flock(file, fcntl.LOCK_EX)  # see `remove_leftovers`
         path = Path(file.name)
         ir.save(graph.model, path)
         layer = replace(
@@ -327,9 +340,9 @@ def _layer_session(
             masks=tuple(mask for mask in part.masks if mask.name in {i.name for i in graph.inputs}),
         )
         alone = replace(export, parts=(layer,))
-        folder = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(dir=export.folder, prefix=".layer-"))
-        )
+        folder = path.with_suffix(".files")
+        folder.mkdir()
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         backend = load_backend(name)
         backend.check_options(name, options)
         backend.compile(alone, layer, options, folder)
