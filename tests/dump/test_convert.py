@@ -289,9 +289,6 @@ def test_a_package_brings_a_format(delta_run, tmp_path, site_packages, capsys):
         def export_dump(source, folder, *, runner=None):
             folder.mkdir()
             (folder / "names").write_text(f"{runner} {len(source.steps())}")
-
-        def import_dump(path, folder, *, like=None, part=None):
-            raise NotImplementedError
     """
     site_packages.install_metadata("acme-dumps", b"[qeff_proxy.dump_formats]\nacme = acme_dumps\n")
     (site_packages.folder / "acme_dumps.py").write_text(textwrap.dedent(source))

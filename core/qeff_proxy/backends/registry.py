@@ -75,7 +75,8 @@ def list_backends() -> list[BackendReport]:
         for name in sorted(BUILTIN_BACKENDS)
     ]
     entries, broken = find_entries(ENTRY_POINT_GROUP)
-    reports = [_report(entry, entries) for entry in [*builtin, *entries]]
+    listings, _ = find_entries(_LISTING_GROUP)
+    reports = [_report(entry, entries, listings) for entry in [*builtin, *entries]]
     reports += [
         BackendReport("", "", package.distribution, None, "failed", package.reason)
         for package in broken
@@ -114,7 +115,9 @@ def check_class(target: Any) -> type[Backend]:
     return target
 
 
-def _report(entry: PackageEntry, entries: Sequence[PackageEntry]) -> BackendReport:
+def _report(
+    entry: PackageEntry, entries: Sequence[PackageEntry], listings: Sequence[PackageEntry]
+) -> BackendReport:
     name = entry.name
     report = BackendReport(name, "", entry.distribution, entry.version, "listed")
     others = {e.distribution for e in entries if e.name == name and e is not entry}
@@ -123,7 +126,7 @@ def _report(entry: PackageEntry, entries: Sequence[PackageEntry]) -> BackendRepo
     if entry.distribution != CORE_PACKAGE and others:
         return replace(report, state="rival", reason=f"{', '.join(sorted(others))} has it, too")
     try:
-        return _described(report, _load_listing(entry))
+        return _described(report, _load_listing(entry, listings))
     except ProxyError as error:
         return replace(report, state="failed", reason=error.problem)
 
@@ -143,7 +146,7 @@ def _described(report: BackendReport, listing: BackendListing | None) -> Backend
     return report
 
 
-def _load_listing(entry: PackageEntry) -> BackendListing | None:
+def _load_listing(entry: PackageEntry, listings: Sequence[PackageEntry]) -> BackendListing | None:
     """What the package of a backend registers for listing it; ``None`` where it does not.
 
     Raises:
@@ -151,7 +154,7 @@ def _load_listing(entry: PackageEntry) -> BackendListing | None:
     """
     if entry.distribution == CORE_PACKAGE:
         return _BUILTIN_LISTINGS.get(entry.name)
-    for one in find_entries(_LISTING_GROUP)[0]:
+    for one in listings:
         if (one.name, one.distribution) == (entry.name, entry.distribution):
             return load_entry(one, "listing of the backend", _check_listing)
     return None
@@ -198,7 +201,7 @@ def load_backend(name: str) -> Backend:
     try:
         return load_entry(entry, "backend", lambda target: check_class(target)())
     except PluginError as error:
-        listing = _load_listing(entry)
+        listing = _load_listing(entry, find_entries(_LISTING_GROUP)[0])
         if isinstance(error.__cause__, ImportError) and listing is not None:
             raise BackendError(
                 f"backend {name!r} cannot be used: {error.__cause__}",

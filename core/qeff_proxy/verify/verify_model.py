@@ -83,7 +83,7 @@ def verify_model(
             backend is not raised but kept in its result.
     """
     options = options or VerifyOptions()
-    names, left_out = names_of(backends, options)
+    names, left_out = _names_of(backends, options)
     options = replace(options, speed=options.speed or BEST in backends)
     check_names(names, options)
     _check_places(options)
@@ -105,7 +105,7 @@ def verify_model(
         # Every run has the same chunks and lengths then, so that its steps can be compared.
         options = replace(options, compile=fixed_lengths(export, options.compile))
     processor = processor_in(export.processor_folder, trust_remote_code)
-    live = cache(partial(live_proxy, loaded, hooks, export))
+    live = cache(partial(_live_proxy, loaded, hooks, export))
     if request is None:
         request = example_request(export, processor, live)
     defaults = export.settings.get("request_options", {})
@@ -134,7 +134,7 @@ def verify_model(
     )
 
 
-def names_of(
+def _names_of(
     backends: Sequence[str], options: VerifyOptions
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The named backends, each once, and those that ``best`` leaves out, with the reason."""
@@ -270,7 +270,7 @@ def check_names(names: Sequence[str], options: VerifyOptions) -> None:
         raise missing[0]
 
 
-def live_proxy(loaded: LoadedModel | None, hooks: Hooks, export: Export) -> Proxy:
+def _live_proxy(loaded: LoadedModel | None, hooks: Hooks, export: Export) -> Proxy:
     """The parts as PyTorch modules: of the loaded checkpoint, else of the export."""
     if loaded is None:
         from qeff_proxy.backends.torch.backend import proxy_of_export

@@ -103,10 +103,12 @@ class PartReference:
 
     def __init__(self, part: Part, weights: Weights | None) -> None:
         layers = layers_of(part)
-        self._layers = layers.layers if layers is not None else ()
+        listed = layers.layers if layers is not None else ()
+        inside = {id(p) for layer in listed for p in layer.parameters()}
+        self._outside = [p for p in part.module.parameters() if id(p) not in inside]
         self._weights = weights
         self._stack = ExitStack()
-        self._module = _OneLayer(part.module, self._layers, self._use)
+        self._module = _OneLayer(part.module, listed, self._use)
         self._session = TorchSession(replace(part, module=self._module))
         self._used: nn.Module | None = None
 
@@ -127,24 +129,16 @@ class PartReference:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the weights outside of the layers while the context is open."""
-        inside = {id(p) for layer in self._layers for p in layer.parameters()}
-        outside = [p for p in self._module.parameters() if id(p) not in inside]
-        with ExitStack() as stack:
-            stack.callback(self.release)
+        """Hold the weights outside of the layers, and of the one that runs, while it is open."""
+        with self._stack:
+            self._used = None
             if self._weights is not None:
-                stack.enter_context(self._weights.reading(outside))
+                self._stack.enter_context(self._weights.reading(self._outside))
             yield
 
-    def release(self) -> None:
-        """Let go of the weights of the layer that ran last."""
-        self._stack.close()
-        self._used = None
-
     def _use(self, layer: nn.Module) -> None:
-        """Hold the weights of a layer until another is used."""
+        """Hold the weights of the layer that runs."""
         if self._weights is not None and self._used is not layer:
-            self.release()
             self._stack.enter_context(self._weights.reading(layer.parameters()))
             self._used = layer
 
