@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,16 @@ def test_the_commands_work(line: str, demo_export: Path, capsys: Any) -> None:
     assert capsys.readouterr().out
 
 
-def test_the_python_code_works(demo_checkpoint: Path, demo_export: Path, shared_home: Path) -> None:
+def test_the_python_code_works(
+    demo_checkpoint: Path,
+    demo_export: Path,
+    shared_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forked: Callable[..., Any],
+) -> None:
+    monkeypatch.setenv("QEFF_HOME", str(shared_home))  # where it is exported already
     code = blocks("python")[0].replace('"MODEL"', repr(str(demo_checkpoint)))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "QEFF_HOME": str(shared_home)},  # where it is exported already
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forked(exec, code, {"__name__": "__main__"})
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\[\[\d+ +\d+ +\d+ +\d+\]\]", done.stdout.strip())
 
