@@ -21,7 +21,7 @@ from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import DEFAULT_QUESTION
 from qeff_proxy.run.replay_tokens import keep_tokens, replay_tokens
-from qeff_proxy.run.run_compiled import RunResult, new_run_name, run_compiled
+from qeff_proxy.run.run_compiled import RunResult, new_io_folder, run_compiled
 from qeff_proxy.session.session import Session
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Runs:
         self.tensors = tensors
         self.processor = processor
         self.options = options
-        self.folder = options.io_folder or export.folder / "io" / f"verify-{new_run_name()}"
+        self.folder = options.io_folder or new_io_folder(export, "verify-")
         self.tokens: list[torch.Tensor] = []
         outputs = [spec.name for part in export.parts for spec in part.outputs]
         self.generates = any(name.startswith("present.") for name in outputs)
