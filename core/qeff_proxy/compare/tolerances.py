@@ -158,13 +158,17 @@ class Tolerances:
         used = [one for one in self.overrides if any(fnmatchcase(name, one[0]) for name in known)]
         return replace(self, overrides=tuple(used))
 
+    def override(self, name: str) -> Tolerance | None:
+        """The tolerance that the user gave for the tensor ``name``."""
+        globs = reversed(self.overrides)
+        return next((tolerance for glob, tolerance in globs if fnmatchcase(name, glob)), None)
+
     def of(
         self, name: str, reference_dtype: str, candidate_dtype: str, phase: str = ""
     ) -> Tolerance:
         """Return the limits of the tensor ``name``: integers and booleans must be equal."""
-        for glob, tolerance in reversed(self.overrides):
-            if fnmatchcase(name, glob):
-                return tolerance
+        if (named := self.override(name)) is not None:
+            return named
         coarser = max((reference_dtype, candidate_dtype), key=lambda d: DTYPES[d].epsilon)
         narrow = self.precision
         if narrow in COMPUTED_IN and _epsilon(narrow) >= DTYPES[coarser].epsilon > 0:
