@@ -1,0 +1,219 @@
+"""Learn from a model itself how images enter its language model.
+
+The model generates a token from a prompt with an image and one without. What its language model is
+given meanwhile tells where the features of the image go, how positions are numbered, which tokens
+see each other, and what else the images add. Whatever is not understood is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from qeff_proxy.arrays import Array, to_array
+from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.flows.attention_masks import build_mask
+from qeff_proxy.flows.causal_engine import position_ids_of
+from qeff_proxy.parts import MaskSpec
+from torch import nn
+from transformers import PreTrainedModel
+
+from qeff_proxy_vision.image_settings import Blocks
+from qeff_proxy_vision.positions import Positions
+from qeff_proxy_vision.reference import generated_logits
+
+__all__ = ["TYPES", "Learned", "learn_images"]
+
+#: Processors' outputs that tell image tokens from others.
+TYPES = ("token_type_ids", "mm_token_type_ids")
+#: What any language model may be given, which the host or the core's decoder part supplies.
+_USUAL = frozenset(
+    (
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "cache",
+        "inputs_embeds",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+        "labels",
+        *TYPES,
+    )
+)
+_DEEPSTACK = frozenset(("visual_pos_masks", "deepstack_visual_embeds"))
+_CLOSE = 1e-4  # of the largest embedding
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How images enter a language model.
+
+    Attributes:
+        positions: How tokens are numbered, if not by their distance from the first.
+        blocks: Which tokens see each other.
+        deepstack: The number of layers that further features are added after, from the first on.
+    """
+
+    positions: Positions | None
+    blocks: Blocks | None
+    deepstack: int
+
+
+def learn_images(
+    model: PreTrainedModel,
+    decoder: nn.Module,
+    sample: Mapping[str, torch.Tensor],
+    features: Mapping[str, torch.Tensor],
+    token_id: int,
+) -> Learned:
+    """Run the model on a batch of two prompts, of which the second has an image.
+
+    Args:
+        model: The model.
+        decoder: Its language model.
+        sample: The tensors of the batch.
+        features: The vision part's outputs: ``image_features [rows, hidden]`` first.
+        token_id: The image token.
+
+    Raises:
+        UnsupportedModelError: Images do something that is not understood; says what.
+    """
+    name = type(model).__name__
+    calls: list[dict[str, Any]] = []
+
+    def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        calls.append({name: value for name, value in given.items() if value is not None})
+
+    handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
+    arrays = {name: to_array(tensor) for name, tensor in sample.items()}
+    try:
+        generated_logits(model, arrays, np.array([[1], [2]]))
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{name} cannot be run on a prompt with an image: {type(error).__name__}: {error}",
+            "A plugin for this model type can.",
+        ) from error
+    finally:
+        handle.remove()
+    if len(calls) != 2:
+        raise _not_served(name, f"its language model runs {len(calls)} times in two steps")
+    first, second = calls
+    marked = arrays["input_ids"] == token_id
+    _check_embeddings(name, first, marked, next(iter(features.values())))
+    deepstack = _deepstack(decoder, first, features)
+    known = _USUAL | (_DEEPSTACK if deepstack is not None else frozenset())
+    others = [key for key, value in first.items() if key not in known and _is_data(value)]
+    if others:
+        raise _not_served(name, f"its language model takes {', '.join(others)}")
+    return Learned(
+        _positions(name, first, second, arrays["attention_mask"], marked),
+        _blocks(name, first, arrays),
+        deepstack or 0,
+    )
+
+
+def _not_served(name: str, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} is not served with images: {what}", "A plugin for this model type can cut it."
+    )
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(_is_data(one) for one in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _check_embeddings(
+    name: str, call: Mapping[str, Any], marked: Array, features: torch.Tensor
+) -> None:
+    """Make sure that features replace the embeddings of the image tokens."""
+    embeddings = call.get("inputs_embeds")
+    if embeddings is None:
+        raise _not_served(name, "its language model is given no embeddings")
+    placed = embeddings[torch.from_numpy(marked)].float()
+    expected = features.float()
+    largest = expected.abs().max().clamp(min=1e-6)
+    if placed.shape != expected.shape or (placed - expected).abs().max() > _CLOSE * largest:
+        raise _not_served(name, "the features of an image do not replace the image tokens")
+
+
+def _deepstack(
+    decoder: nn.Module, call: Mapping[str, Any], features: Mapping[str, torch.Tensor]
+) -> int | None:
+    """The number of layers that further features are added after; ``None`` if not understood."""
+    given = call.get("deepstack_visual_embeds")
+    own = list(features.values())[1:]
+    if not isinstance(given, list | tuple) or not hasattr(decoder, "_deepstack_process"):
+        return None
+    if len(given) != len(own):
+        return None
+    equal = all(
+        mine.shape == theirs.shape and torch.allclose(mine, theirs, atol=1e-3, rtol=1e-3)
+        for mine, theirs in zip(own, given, strict=True)
+    )
+    return len(own) if equal else None
+
+
+def _positions(
+    name: str, first: Mapping[str, Any], second: Mapping[str, Any], padding: Array, marked: Array
+) -> Positions | None:
+    """How the model numbers positions, checked on both prompts and the next token."""
+    given, following = first.get("position_ids"), second.get("position_ids")
+    if given is None or following is None:
+        return None
+    found, later = to_array(given), to_array(following)
+    valid = padding.astype(bool)
+    usual = position_ids_of(padding, padding.shape[1])
+    axes = found.shape[0] if found.ndim == 3 else 0
+    if not axes and (found == usual)[valid].all():
+        return None
+    planes = found if axes else found[None]
+    row = int(np.flatnonzero(marked.any(axis=1))[0])
+    image = np.flatnonzero(marked[row])
+    begin = planes[:, row, image[0] - 1] + 1
+    numbering = Positions(
+        axes,
+        int(planes[0, 0, np.flatnonzero(padding[0])[0]]),
+        tuple(tuple((axis - begin[i]).tolist()) for i, axis in enumerate(planes[:, row, image])),
+        tuple((planes[:, row, image[-1] + 1] - begin).tolist()),
+    )
+    again, after = numbering.of_prompt(padding, marked)
+    later = later[..., -1] if later.ndim == 3 else later[None, ..., -1]
+    if not (again == planes)[:, valid].all() or not (after == later).all():
+        raise _not_served(name, "it numbers positions in a way that is not understood")
+    return numbering
+
+
+def _blocks(name: str, call: Mapping[str, Any], arrays: Mapping[str, Array]) -> Blocks | None:
+    """Which tokens see each other, from the mask that the language model is given."""
+    masks = call.get("attention_mask")
+    if isinstance(masks, Mapping):
+        masks = masks.get("full_attention", next(iter(masks.values())))
+    if not isinstance(masks, torch.Tensor) or masks.dim() != 4:
+        return None  # it makes its own, of the padding
+    padding = arrays["attention_mask"]
+    sees = to_array(masks.float())[:, 0] > -1.0
+    spec = MaskSpec("attention_mask", "causal")
+    types = [tensor for tensor in TYPES if tensor in arrays]
+    known: list[Blocks | None] = [None]
+    known += [
+        Blocks(tensor, per, value) for tensor in types for value in (1, 0) for per in ("run", "row")
+    ]
+    for blocks in known:
+        inside = None if blocks is None else blocks.of_prompt(arrays)
+        mask = build_mask(spec, padding, padding.shape[1], np.dtype(np.float32), inside)
+        if ((mask[:, 0] > -1.0) == sees)[padding.astype(bool)].all():
+            return blocks
+    raise _not_served(name, "its attention mask is not understood")
