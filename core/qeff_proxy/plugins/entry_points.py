@@ -14,7 +14,7 @@ hooks::
     "mamba/encoder" = "my_package.mamba_encoder"
 
 A name ``MODEL_TYPE/TASK`` claims the model type for one task alone (the name of a flow), where one
-architecture serves several; ``*/TASK`` claims whatever no other entry claims.
+architecture serves several. ``*/TASK`` claims the model types that no package claims by name.
 
 The environment variable ``QEFF_PROXY_PLUGINS`` chooses among packages. It is a list, separated by
 commas, of
@@ -45,8 +45,6 @@ from qeff_proxy.errors import PluginError, ProxyError, UsageError
 
 ENTRY_POINT_GROUP = "qeff_proxy.families"
 ENVIRONMENT_VARIABLE = "QEFF_PROXY_PLUGINS"
-#: In place of a model type: any that no package claims.
-ANY = "*"
 #: The name of the core's fallback plugin wherever a package can be named.
 GENERIC = "generic"
 

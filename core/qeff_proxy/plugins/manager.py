@@ -21,7 +21,6 @@ from typing import Literal
 from qeff_proxy.common.version import installed_version
 from qeff_proxy.errors import PluginError
 from qeff_proxy.plugins.entry_points import (
-    ANY,
     ENTRY_POINT_GROUP,
     ENVIRONMENT_VARIABLE,
     GENERIC,
@@ -225,16 +224,14 @@ class Plugins:
             model_type: The ``model_type`` of the config.
             task: The name of the flow. A package that claims ``MODEL_TYPE/TASK`` serves the model
                 type for that task alone, and takes precedence for it; one that claims ``*/TASK``
-                serves the model types that nobody else claims.
+                serves all model types that no package claims.
             generic: Replaces the core's generic plugin; its hooks are ``trylast``.
 
         Raises:
             PluginError: Two packages claim the model type, or its plugin cannot be used.
         """
-        owner = self.owner(f"{model_type}/{task}") if task is not None else None
-        owner = owner or self.owner(model_type)
-        if owner is None and task is not None and not self._is_passed_over(model_type):
-            owner = self.owner(f"{ANY}/{task}")
+        names = [model_type] if task is None else [f"{model_type}/{task}", model_type, f"*/{task}"]
+        owner = next(filter(None, map(self.owner, names)), None)
         if generic is None:
             generic = importlib.import_module(_GENERIC_MODULE)
         if owner is None:
@@ -249,10 +246,6 @@ class Plugins:
             distribution=owner.distribution,
             version=owner.version,
         )
-
-    def _is_passed_over(self, model_type: str) -> bool:
-        """Whether a package claims the model type, and the user chose the generic plugin for it."""
-        return any(entry.name.partition("/")[0] == model_type for entry in self.entries)
 
     def check(self) -> list[PluginReport]:
         """Import every selected plugin, and report; a failing plugin affects no other."""

@@ -251,11 +251,12 @@ class ImagePrompt:
         return result
 
     def _masks(self, part: PartLike, padding: Array, shape: tuple[int, ...]) -> dict[str, Array]:
-        assert self._blocks is not None  # noqa: S101 (the caller looked)
+        settings = self.settings.blocks
+        assert self._blocks is not None and settings is not None  # noqa: S101 (the caller looked)
         blocks = self._window(self._blocks, 0, (shape[0], padding.shape[1]))
         dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in part.inputs}
         return {
             mask.name: build_mask(mask, padding, shape[1], dtypes[mask.name], blocks)
             for mask in part.masks
-            if mask.name in dtypes
+            if mask.name in dtypes and (settings.masks is None or mask.name in settings.masks)
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,11 +43,13 @@ class Blocks:
         tensor: The processor's output that has ``value`` at those tokens.
         per: ``"run"``: each run of them is a block; ``"row"``: those of a row are one block.
         value: At those tokens.
+        masks: Names of the masks by which they do; ``None`` for all.
     """
 
     tensor: str
     per: Literal["run", "row"]
     value: int = 1
+    masks: Sequence[str] | None = None
 
     def of_prompt(self, tensors: Mapping[str, Array]) -> Array | None:
         """The block of each position, -1 for none: ``[batch, length]`` int64; ``None`` if none."""

@@ -77,7 +77,8 @@ def build_proxy(
     vision = _vision(model, arguments, size, decoder_path, int(text.settings["hidden_size"]))
     sample = partial(_sample, model, vision, token_id, rows)
     decoder = model.get_submodule(decoder_path)
-    learned = learn_images(model, decoder, sample(), vision.features, token_id)
+    masks = text.part("body").masks
+    learned = learn_images(model, decoder, sample(), vision.features, token_id, masks)
     geometry = None
     if not vision.image.tiled:
         tensors = {name: value.tolist() for name, value in vision.image.geometry.items()}

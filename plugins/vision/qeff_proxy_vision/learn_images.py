@@ -7,9 +7,9 @@ see each other, and what else the images add. Whatever is not understood is refu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ _USUAL = frozenset(
     )
 )
 _DEEPSTACK = frozenset(("visual_pos_masks", "deepstack_visual_embeds"))
+_KINDS = {"causal": "full_attention", "sliding": "sliding_attention"}
+_PER: tuple[Literal["run", "row"], ...] = ("run", "row")
 _CLOSE = 1e-4  # of the largest embedding
 
 
@@ -74,6 +76,7 @@ def learn_images(
     sample: Mapping[str, torch.Tensor],
     features: Mapping[str, torch.Tensor],
     token_id: int,
+    masks: Sequence[MaskSpec],
 ) -> Learned:
     """Run the model on a batch of two prompts, of which the second has an image.
 
@@ -83,6 +86,7 @@ def learn_images(
         sample: The tensors of the batch.
         features: The vision part's outputs: ``image_features [rows, hidden]`` first.
         token_id: The image token.
+        masks: The masks of the language model, without blocks.
 
     Raises:
         UnsupportedModelError: Images do something that is not understood; says what.
@@ -116,7 +120,7 @@ def learn_images(
         raise _not_served(name, f"its language model takes {', '.join(others)}")
     return Learned(
         _positions(name, first, second, arrays["attention_mask"], marked),
-        _blocks(name, first, arrays),
+        _blocks(name, first, arrays, masks),
         deepstack or 0,
     )
 
@@ -196,24 +200,44 @@ def _positions(
     return numbering
 
 
-def _blocks(name: str, call: Mapping[str, Any], arrays: Mapping[str, Array]) -> Blocks | None:
-    """Which tokens see each other, from the mask that the language model is given."""
-    masks = call.get("attention_mask")
-    if isinstance(masks, Mapping):
-        masks = masks.get("full_attention", next(iter(masks.values())))
-    if not isinstance(masks, torch.Tensor) or masks.dim() != 4:
+def _blocks(
+    name: str, call: Mapping[str, Any], arrays: Mapping[str, Array], specs: Sequence[MaskSpec]
+) -> Blocks | None:
+    """Which tokens see each other, from the masks that the language model is given."""
+    given = call.get("attention_mask")
+    by_kind = given if isinstance(given, Mapping) else {"full_attention": given}
+    seen = {
+        spec.name: to_array(mask.float())[:, 0] > -1.0
+        for spec in specs
+        for mask in [by_kind.get(_KINDS.get(spec.kind, ""))]
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4
+    }
+    if not seen:
         return None  # it makes its own, of the padding
-    padding = arrays["attention_mask"]
-    sees = to_array(masks.float())[:, 0] > -1.0
-    spec = MaskSpec("attention_mask", "causal")
     types = [tensor for tensor in TYPES if tensor in arrays]
-    known: list[Blocks | None] = [None]
-    known += [
-        Blocks(tensor, per, value) for tensor in types for value in (1, 0) for per in ("run", "row")
-    ]
+    known = [Blocks(tensor, per, value) for tensor in types for value in (1, 0) for per in _PER]
+    alone = _equal_masks(specs, seen, arrays, None)
+    if len(alone) == len(seen):
+        return None
     for blocks in known:
-        inside = None if blocks is None else blocks.of_prompt(arrays)
-        mask = build_mask(spec, padding, padding.shape[1], np.dtype(np.float32), inside)
-        if ((mask[:, 0] > -1.0) == sees)[padding.astype(bool)].all():
-            return blocks
+        together = _equal_masks(specs, seen, arrays, blocks.of_prompt(arrays)) - alone
+        if len(together | alone) == len(seen):
+            return replace(blocks, masks=None if len(together) == len(specs) else sorted(together))
     raise _not_served(name, "its attention mask is not understood")
+
+
+def _equal_masks(
+    specs: Sequence[MaskSpec],
+    seen: Mapping[str, Array],
+    arrays: Mapping[str, Array],
+    blocks: Array | None,
+) -> set[str]:
+    """The names of the masks that the host builds with these blocks as the model does."""
+    padding = arrays["attention_mask"]
+    equal = set()
+    for spec in specs:
+        if spec.name in seen and seen[spec.name].shape[1:] == (padding.shape[1],) * 2:
+            mask = build_mask(spec, padding, padding.shape[1], np.dtype(np.float32), blocks)
+            if ((mask[:, 0] > -1.0) == seen[spec.name])[padding.astype(bool)].all():
+                equal.add(spec.name)
+    return equal
