@@ -249,8 +249,7 @@ def flow_of(loaded: LoadedModel) -> str | None:
     name = architecture_of(loaded)
     tasks = [task for task in TASKS.values() if task.auto_class != "AutoModel"]
     fitting = (t for t in tasks if name and is_class_of(name, loaded.model_type, t.auto_class))
-    task = next(fitting, None)
-    return task and task.flows[0]
+    return next((task.flows[0] for task in fitting), None)
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

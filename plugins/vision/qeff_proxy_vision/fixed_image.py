@@ -71,7 +71,7 @@ class FixedImagePart(nn.Module):
                 projector = self.model.get_submodule(self.projector)
                 outputs = {"pooler_output": projector(hidden.reshape(-1, hidden.shape[-1]))}
             features = {FEATURES: _rows(outputs["pooler_output"])}
-            for index, rows in enumerate(outputs.get("deepstack_features", None) or ()):
+            for index, rows in enumerate(outputs.get("deepstack_features") or ()):
                 features[f"{FEATURES}.{index + 1}"] = _rows(rows)  # after a layer: before the next
         return features
 
@@ -96,15 +96,15 @@ class _ConstantsStayReal(TorchFunctionMode):
         self.blanks = blanks
         self.private = find(_MODES)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _SQUEEZES and _does_nothing(args, kwargs):
             return args[0].view(args[0].shape)  # ONNX's operator refuses what PyTorch ignores
         if self.blanks and func in _EQUALS and args[0].dim() == 4 and args[1:] == (0.0,):
             args = (torch.ones(args[0].shape), 0.0)
         values = list(_leaves([args, kwargs]))
+        if getattr(func, "__name__", "").startswith("empty"):
+            return func(*args, **kwargs)  # to be filled, perhaps with what is traced
         if self.private is None or any(_is_traced(value) for value in values):
             return func(*args, **kwargs)
         with self.private.disabled():

@@ -252,7 +252,8 @@ class ImagePrompt:
 
     def _masks(self, part: PartLike, padding: Array, shape: tuple[int, ...]) -> dict[str, Array]:
         settings = self.settings.blocks
-        assert self._blocks is not None and settings is not None  # noqa: S101 (the caller looked)
+        assert self._blocks is not None  # noqa: S101 (the caller looked)
+        assert settings is not None  # noqa: S101 (blocks come from it)
         blocks = self._window(self._blocks, 0, (shape[0], padding.shape[1]))
         dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in part.inputs}
         return {

@@ -71,7 +71,14 @@ def build_proxy(
     if token_id is None:
         raise UnsupportedModelError(f"the config of {name} names no image token", _HINT)
     size = image_size_option(options.get("image_size"))
-    text = cut_text(model, embedding, lm_head, kind, options)
+    try:
+        text = cut_text(model, embedding, lm_head, kind, options)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"the language model of {name} cannot be run on its own: {type(error).__name__}: "
+            f"{first_line(error)}",
+            _HINT,
+        ) from error
     rows = int(text.settings["embedding_rows"])
     decoder_path = _decoder_path(model, text)
     vision = _vision(model, arguments, size, decoder_path, int(text.settings["hidden_size"]))
@@ -82,10 +89,11 @@ def build_proxy(
     geometry = None
     if not vision.image.tiled:
         tensors = {name: value.tolist() for name, value in vision.image.geometry.items()}
-        geometry = Geometry(tensors, vision.rows, blanks=vision.image.blanks)
+        image = vision.image
+        geometry = Geometry(tensors, vision.rows, blanks=image.blanks, padding=image.padding)
         if kind != "split" or not text.settings["kv_offload"]:
             raise UsageError(
-                f"{name} takes one image at a time, so its tower cannot be in the graph of the body",
+                f"{name} takes one image at a time: its tower cannot be in the graph of the body",
                 "Export a split (--proxy split, enable_proxy=True) without kv_offload=False.",
             )
     layers = range(1, learned.deepstack + 1)
@@ -106,12 +114,10 @@ def build_proxy(
 
 def _decoder_path(model: PreTrainedModel, text: Proxy) -> str:
     """Where the language model is in the model; the body may have a copy of it."""
-    decoder = text.part("body").module.decoder
-    return next(
-        path
-        for path, module in model.named_modules()
-        if type(module) is type(decoder) and module.config is decoder.config
-    )
+    decoder: Any = text.part("body").module.decoder
+    alike = [(path, one) for path, one in model.named_modules() if type(one) is type(decoder)]
+    path: str = next(path for path, one in alike if one.config is decoder.config)
+    return path
 
 
 @dataclass(frozen=True)

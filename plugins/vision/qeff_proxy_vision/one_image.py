@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,12 +49,15 @@ class OneImage:
         geometry: The other tensors, by name.
         tiled: ``pixel_values`` is ``[tiles, channels, height, width]`` and nothing else is needed.
         blanks: A processor pads the images of a batch with images of zeros.
+        padding: The tensor by which a processor marks padding among an image's patches, and its
+            value there.
     """
 
     pixels: torch.Tensor
     geometry: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tiled: bool = False
     blanks: bool = False
+    padding: tuple[str, int] | None = None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -133,9 +136,7 @@ def candidates(
     sizes = _sizes(model.config, size)
     form = next((name for name in _FORMS if name in arguments), PIXELS)
     for image in _FORMS.get(form, _plain)(sizes, arguments):
-        yield OneImage(
-            image.pixels.to(model.dtype), image.geometry, tiled=image.tiled, blanks=image.blanks
-        )
+        yield replace(image, pixels=image.pixels.to(model.dtype))
 
 
 def _sizes(config: Any, size: tuple[int, int] | None) -> _Sizes:
@@ -192,9 +193,10 @@ def _padded_patches(sizes: _Sizes, arguments: Sequence[str]) -> Iterator[OneImag
     height, width = _grid(sizes)
     pixels = _noise(1, height * width, sizes.channels * sizes.patch[0] * sizes.patch[1])
     shapes = {"spatial_shapes": torch.tensor([[height, width]])}
-    if "pixel_attention_mask" in arguments:
-        shapes["pixel_attention_mask"] = torch.ones(1, height * width, dtype=torch.int64)
-    yield OneImage(pixels, shapes)
+    mask = "pixel_attention_mask"
+    if mask in arguments:
+        shapes[mask] = torch.ones(1, height * width, dtype=torch.int64)
+    yield OneImage(pixels, shapes, padding=(mask, 0) if mask in arguments else None)
 
 
 def _placed_patches(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:
@@ -203,7 +205,8 @@ def _placed_patches(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:
     pixels = _noise(1, height * width, sizes.channels * sizes.patch[0] * sizes.patch[1])
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     places = torch.stack([columns.flatten(), rows.flatten()], dim=-1)[None]
-    yield OneImage(pixels.sigmoid(), {"image_position_ids": places})
+    name = "image_position_ids"
+    yield OneImage(pixels.sigmoid(), {name: places}, padding=(name, -1))
 
 
 def _masked(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:

@@ -1,7 +1,7 @@
 """The uncut model, run step by step: the reference for a cut.
 
-`model_logits` calls the model as its ``forward`` documents it. `generated_logits` lets transformers'
-``generate`` call it, which prepares positions and token types as each model wants them.
+`model_logits` calls the model as its ``forward`` documents it. `generated_logits` lets ``generate``
+of transformers call it, which prepares positions and token types as each model wants them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Arra
     return np.concatenate(pieces, axis=1)
 
 
-class _NextTokens(LogitsProcessor):  # type: ignore[no-untyped-call]
+class _NextTokens(LogitsProcessor):  # type: ignore[misc]
     """Makes generation choose the given tokens: ``[batch, steps]``."""
 
     def __init__(self, tokens: torch.Tensor, prompt: int) -> None:
