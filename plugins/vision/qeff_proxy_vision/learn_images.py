@@ -100,7 +100,8 @@ def learn_images(
     handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
     arrays = {name: to_array(tensor) for name, tensor in sample.items()}
     try:
-        generated_logits(model, arrays, np.array([[1], [2]]))
+        # One step: a model of which only the first layers are loaded runs no second one.
+        generated_logits(model, arrays, np.zeros((2, 0), np.int64))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{name} cannot be run on a prompt with an image: {type(error).__name__}: {error}",
@@ -108,9 +109,9 @@ def learn_images(
         ) from error
     finally:
         handle.remove()
-    if len(calls) != 2:
-        raise _not_served(name, f"its language model runs {len(calls)} times in two steps")
-    first, second = calls
+    if len(calls) != 1:
+        raise _not_served(name, f"its language model runs {len(calls)} times for one token")
+    (first,) = calls
     marked = arrays["input_ids"] == token_id
     _check_embeddings(name, first, marked, next(iter(features.values())))
     deepstack = _deepstack(decoder, first, features)
@@ -119,7 +120,7 @@ def learn_images(
     if others:
         raise _not_served(name, f"its language model takes {', '.join(others)}")
     return Learned(
-        _positions(name, first, second, arrays["attention_mask"], marked),
+        _positions(name, first, arrays["attention_mask"], marked),
         _blocks(name, first, arrays, masks),
         deepstack or 0,
     )
@@ -171,13 +172,13 @@ def _deepstack(
 
 
 def _positions(
-    name: str, first: Mapping[str, Any], second: Mapping[str, Any], padding: Array, marked: Array
+    name: str, call: Mapping[str, Any], padding: Array, marked: Array
 ) -> Positions | None:
-    """How the model numbers positions, checked on both prompts and the next token."""
-    given, following = first.get("position_ids"), second.get("position_ids")
-    if given is None or following is None:
+    """How the model numbers positions, checked on both prompts."""
+    given = call.get("position_ids")
+    if given is None:
         return None
-    found, later = to_array(given), to_array(following)
+    found = to_array(given)
     valid = padding.astype(bool)
     usual = position_ids_of(padding, padding.shape[1])
     axes = found.shape[0] if found.ndim == 3 else 0
@@ -193,9 +194,8 @@ def _positions(
         tuple(tuple((axis - begin[i]).tolist()) for i, axis in enumerate(planes[:, row, image])),
         tuple((planes[:, row, image[-1] + 1] - begin).tolist()),
     )
-    again, after = numbering.of_prompt(padding, marked)
-    later = later[..., -1] if later.ndim == 3 else later[None, ..., -1]
-    if not (again == planes)[:, valid].all() or not (after == later).all():
+    again, _ = numbering.of_prompt(padding, marked)
+    if not (again == planes)[:, valid].all():
         raise _not_served(name, "it numbers positions in a way that is not understood")
     return numbering
 
