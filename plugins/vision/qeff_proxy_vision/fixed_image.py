@@ -7,8 +7,10 @@ image, in loops that cannot be traced. Here the geometry is a constant of the gr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from types import MethodType
 from typing import Any
 
 import torch
@@ -49,7 +51,9 @@ class FixedImagePart(nn.Module):
         projector: str | None = None,
     ) -> None:
         super().__init__()
-        self.model = replace_modules(model, {text_path: nn.Identity()})
+        own = {path: _with_own_forward(one) for path, one in model.named_modules() if _packs(one)}
+        own = {path: one for path, one in own.items() if not path.startswith(f"{text_path}.")}
+        self.model = replace_modules(model, {text_path: nn.Identity(), **own})
         self.geometry = dict(geometry)  # no buffers, which a trace would make inputs
         self.blanks = blanks
         self.projector = projector
@@ -74,6 +78,27 @@ class FixedImagePart(nn.Module):
             for index, rows in enumerate(outputs.get("deepstack_features") or ()):
                 features[f"{FEATURES}.{index + 1}"] = _rows(rows)  # after a layer: before the next
         return features
+
+
+def _packs(module: nn.Module) -> bool:
+    """Whether this is the attention of a tower without windows, on the patches of all images."""
+    windows = getattr(getattr(module, "config", None), "window_size", None)
+    return (
+        windows is None
+        and "cu_seqlens" in inspect.signature(module.forward).parameters
+        and (hasattr(module, "scaling"))
+    )
+
+
+def _with_own_forward(module: nn.Module) -> nn.Module:
+    """A copy that keeps its ``forward`` while transformers' exporter replaces that of its class.
+
+    The replacement is for several segments of one length, and leaves out the norms of queries and
+    keys (GLM-OCR's). Here there is one image, and its lengths are constants.
+    """
+    clone = replace_modules(module, {})
+    vars(clone)["forward"] = MethodType(type(module).forward, clone)
+    return clone
 
 
 def _rows(features: Any) -> torch.Tensor:

@@ -35,7 +35,6 @@ _SETTINGS = frozenset(
         "interpolate_pos_encoding",
         "downsample_mode",
         "pixel_mask",
-        "image_merge_sizes",
     )
 )
 
@@ -125,7 +124,7 @@ def candidates(
     Raises:
         UnsupportedModelError: ``get_image_features`` takes something that is not known.
     """
-    known = {PIXELS, *_FORMS, "pixel_attention_mask"}
+    known = {PIXELS, *_FORMS, "pixel_attention_mask", "image_merge_sizes"}
     unknown = [name for name in arguments if name not in known]
     if unknown:
         raise UnsupportedModelError(
@@ -183,8 +182,10 @@ def _packed(sizes: _Sizes, arguments: Sequence[str]) -> Iterator[OneImage]:
         geometry = {"image_grid_hw": torch.tensor([[height, width]])}
     else:
         geometry = {"image_grid_thw": torch.tensor([[1, height, width]])}
-    yield OneImage(_noise(count, sizes.channels * sizes.frames * area), geometry)
-    yield OneImage(_noise(count, sizes.channels * area), geometry)
+    if "image_merge_sizes" in arguments:
+        geometry["image_merge_sizes"] = torch.tensor([sizes.merge])
+    for frames in dict.fromkeys((sizes.frames, 1, 2)):
+        yield OneImage(_noise(count, sizes.channels * frames * area), geometry)
     yield OneImage(_noise(count, sizes.channels, *sizes.patch), geometry)
 
 

@@ -1,6 +1,6 @@
 """Models that no plugin is written for, cut by what they say of themselves.
 
-Five layers of text and three of a tower, random weights, compared with transformers' own generation.
+Five layers of text and three of a tower with random weights, against transformers' generation.
 """
 
 from __future__ import annotations
