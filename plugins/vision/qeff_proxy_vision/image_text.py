@@ -13,6 +13,7 @@ parts with transformers' own generation.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,14 +89,12 @@ def build_proxy(
     learned = learn_images(model, decoder, sample(), vision.features, token_id, masks)
     geometry = None
     if not vision.image.tiled:
-        tensors = {name: value.tolist() for name, value in vision.image.geometry.items()}
-        image = vision.image
-        geometry = Geometry(tensors, vision.rows, blanks=image.blanks, padding=image.padding)
         if kind != "split" or not text.settings["kv_offload"]:
             raise UsageError(
                 f"{name} takes one image at a time: its tower cannot be in the graph of the body",
                 "Export a split (--proxy split, enable_proxy=True) without kv_offload=False.",
             )
+        geometry = _geometry(name, vision, said=size is not None)
     layers = range(1, learned.deepstack + 1)
     merges = [Merge("replace")]
     merges += [Merge("replace", f"layer_features.{n}", f"{FEATURES}.{n}") for n in layers]
@@ -110,6 +109,20 @@ def build_proxy(
     )
     text = _with_body(text, list(layers), learned.positions.axes if learned.positions else 0)
     return add_vision(text, vision.part(learned.deepstack), settings, sample, generated_logits)
+
+
+def _geometry(name: str, vision: _Vision, *, said: bool) -> Geometry:
+    """The geometry of the vision part's image; says which it is if the user has not."""
+    image = vision.image
+    if not said and not image.blanks:
+        warnings.warn(
+            f"the image tower of {name} is exported for images of {image.size[0]} x "
+            f"{image.size[1]} pixels; image_size (-C image_size=HEIGHTxWIDTH) sets another size",
+            UserWarning,
+            stacklevel=2,
+        )
+    tensors = {name: value.tolist() for name, value in image.geometry.items()}
+    return Geometry(tensors, vision.rows, blanks=image.blanks, padding=image.padding)
 
 
 def _decoder_path(model: PreTrainedModel, text: Proxy) -> str:

@@ -50,6 +50,7 @@ class OneImage:
         blanks: A processor pads the images of a batch with images of zeros.
         padding: The tensor by which a processor marks padding among an image's patches, and its
             value there.
+        size: Height and width in pixels.
     """
 
     pixels: torch.Tensor
@@ -57,6 +58,7 @@ class OneImage:
     tiled: bool = False
     blanks: bool = False
     padding: tuple[str, int] | None = None
+    size: tuple[int, int] = (0, 0)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -135,7 +137,8 @@ def candidates(
     sizes = _sizes(model.config, size)
     form = next((name for name in _FORMS if name in arguments), PIXELS)
     for image in _FORMS.get(form, _plain)(sizes, arguments):
-        yield replace(image, pixels=image.pixels.to(model.dtype))
+        pixels = image.pixels.to(model.dtype)
+        yield replace(image, pixels=pixels, size=(sizes.height, sizes.width))
 
 
 def _sizes(config: Any, size: tuple[int, int] | None) -> _Sizes:

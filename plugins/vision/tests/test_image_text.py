@@ -146,8 +146,9 @@ CONFIGS = {
         "image_token_id": IMAGE_TOKEN,
     },
 }
-#: The size of an image, where the config has none.
-SIZES = {"qwen2_5_vl": "32x64", "qwen3_vl": "32x64", "gemma4": "32x64"}
+#: The size of an image, of models that are cut for one.
+SIZES = dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "gemma4"), "32x64")
+SIZES |= dict.fromkeys(("mistral3", "llava_onevision", "glm4v"), 32)
 
 
 def make_model(model_type, **changes):
@@ -330,6 +331,12 @@ def test_tensors_that_are_not_known_are_refused():
 def test_a_tower_for_one_image_in_the_bodys_graph_is_refused(options):
     with pytest.raises(UsageError, match="takes one image at a time"):
         cut(make_model("mistral3"), **options)
+
+
+def test_the_size_of_images_is_said():
+    hooks = Plugins.discover().hooks_for("mistral3", task=FLOW)
+    with pytest.warns(UserWarning, match="exported for images of 32 x 32 pixels; image_size"):
+        cut_model(wrap_model(make_model("mistral3")), hooks, "split")
 
 
 @pytest.mark.parametrize("size", ["x", "0", "32x0", [1, 2, 3], 2.5])
