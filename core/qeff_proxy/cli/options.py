@@ -166,7 +166,7 @@ def _cut_options(args: argparse.Namespace) -> dict[str, Any]:
 def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
     """The checkpoint that ``MODEL`` names, and the hooks of its model type."""
     options = _cut_options(args)
-    from qeff_proxy.load.load_model import load_model, with_options
+    from qeff_proxy.load.load_model import flow_of, load_model, with_options
     from qeff_proxy.plugins.manager import Plugins
 
     loaded = load_model(
@@ -175,7 +175,8 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
     )
-    return with_options(loaded, options), Plugins.discover().hooks_for(loaded.model_type)
+    hooks = Plugins.discover().hooks_for(loaded.model_type, task=flow_of(loaded))
+    return with_options(loaded, options), hooks
 
 
 def existing_export_of(args: argparse.Namespace) -> Export | None:
@@ -215,7 +216,7 @@ def known_export_of(args: argparse.Namespace) -> Export | None:
 def _hooks_of(export: Export) -> Hooks:
     from qeff_proxy.plugins.manager import Plugins
 
-    return Plugins.discover().hooks_for(export.model["model_type"])
+    return Plugins.discover().hooks_for(export.model["model_type"], task=export.flow)
 
 
 def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tuple[Export, Hooks]:
