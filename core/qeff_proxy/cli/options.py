@@ -174,7 +174,8 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
     )
-    return with_options(loaded, options), Plugins.discover().hooks_for(loaded.model_type)
+    hooks = Plugins.discover().hooks_for(loaded.model_type, task=loaded.flow)
+    return with_options(loaded, options), hooks
 
 
 def existing_export_of(args: argparse.Namespace) -> Export | None:
@@ -214,7 +215,7 @@ def known_export_of(args: argparse.Namespace) -> Export | None:
 def _hooks_of(export: Export) -> Hooks:
     from qeff_proxy.plugins.manager import Plugins
 
-    return Plugins.discover().hooks_for(export.model["model_type"])
+    return Plugins.discover().hooks_for(export.model["model_type"], task=export.flow)
 
 
 def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tuple[Export, Hooks]:

@@ -29,6 +29,7 @@ from qeff_proxy.load.tasks import UNUSED_WEIGHTS
 from qeff_proxy.load.transformers_model import (
     class_named,
     read_model,
+    tasks_of,
 )
 from qeff_proxy.parts import DTYPES
 
@@ -92,6 +93,20 @@ class LoadedModel:
     def is_read(self) -> bool:
         """Whether `model` was used: it is then what counts, since it may have been changed."""
         return "model" in vars(self)
+
+    @property
+    def architecture(self) -> str | None:
+        """The class that a checkpoint's config names, or that of a model made in memory."""
+        if self.folder is None:
+            return type(self.model).__name__
+        architectures = read_config_file(self.folder).get("architectures")
+        return str(architectures[0]) if architectures else None
+
+    @property
+    def flow(self) -> str | None:
+        """The flow of the first task that its architecture is for; ``None`` where it is of none."""
+        tasks = tasks_of(str(self.architecture), self.model_type)
+        return tasks[0].flows[0] if tasks else None
 
     def forget(self) -> None:
         """Let go of the model; `model` reads it again."""

@@ -160,7 +160,7 @@ def installed_hooks(model: LoadedModel | Export) -> Hooks:
     from qeff_proxy.plugins.manager import Plugins
 
     if isinstance(model, LoadedModel):
-        return Plugins.discover().hooks_for(model.model_type)
+        return Plugins.discover().hooks_for(model.model_type, task=model.flow)
     return Plugins.discover().hooks_for(model.model["model_type"], task=model.flow)
 
 
