@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from qeff_proxy.common.messages import an
 from qeff_proxy.errors import CheckpointError, PluginError, ProxyError, UnsupportedModelError
-from qeff_proxy.load.load_model import LoadedModel
-from qeff_proxy.load.tasks import Task
-from qeff_proxy.load.transformers_model import tasks_of
+from qeff_proxy.load.load_model import LoadedModel, architecture_of, is_class_of
+from qeff_proxy.load.tasks import TASKS, Task
 from qeff_proxy.plugins.entry_points import GENERIC
 from qeff_proxy.plugins.manager import Plugins
 
@@ -27,19 +26,25 @@ def with_right_class(
     """
     if not isinstance(error, _SIGNS):
         return error
-    name = loaded.architecture
-    tasks = [
-        task
-        for task in ([] if name is None else tasks_of(name, loaded.model_type))
-        # Every model has a base model, but only some are embedding models.
-        if task.auto_class != "AutoModel" or _is_claimed(loaded.model_type, task, plugins)
-    ]
+    name = architecture_of(loaded)
+    tasks = [] if name is None else _tasks_of(name, loaded.model_type, plugins)
     if name is None or not tasks or asked in tasks:
         return error
     return UnsupportedModelError(
         f"{loaded.source} is {an(name)}, which {asked.face} is not for ({error.problem})",
         f"Load it with {tasks[0].face}.",
     )
+
+
+def _tasks_of(architecture: str, model_type: str, plugins: Plugins) -> list[Task]:
+    """The tasks that serve an architecture, the most specific first."""
+    tasks = []
+    for task in TASKS.values():
+        # Every model has a base model, but only some are embedding models.
+        served = task.auto_class != "AutoModel" or _is_claimed(model_type, task, plugins)
+        if served and is_class_of(architecture, model_type, task.auto_class):
+            tasks.append(task)
+    return tasks
 
 
 def _is_claimed(model_type: str, task: Task, plugins: Plugins) -> bool:

@@ -165,7 +165,7 @@ def _cut_options(args: argparse.Namespace) -> dict[str, Any]:
 def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
     """The checkpoint that ``MODEL`` names, and the hooks of its model type."""
     options = _cut_options(args)
-    from qeff_proxy.load.load_model import load_model, with_options
+    from qeff_proxy.load.load_model import flow_of, load_model, with_options
     from qeff_proxy.plugins.manager import Plugins
 
     loaded = load_model(
@@ -174,7 +174,7 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
     )
-    hooks = Plugins.discover().hooks_for(loaded.model_type, task=loaded.flow)
+    hooks = Plugins.discover().hooks_for(loaded.model_type, task=flow_of(loaded))
     return with_options(loaded, options), hooks
 
 

@@ -15,7 +15,7 @@ from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.errors import CheckpointError, ProxyError, UnsupportedModelError
 from qeff_proxy.load.checkpoint_files import file_of_tensor
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
-from qeff_proxy.load.tasks import TASKS, UNUSED_WEIGHTS, Task
+from qeff_proxy.load.tasks import UNUSED_WEIGHTS
 from qeff_proxy.plugins.entry_points import find_entries, load_entry, pick_entry
 
 if TYPE_CHECKING:
@@ -240,22 +240,6 @@ def class_named(config: Mapping[str, Any], auto_class: str | None) -> str:
     classes = found if isinstance(found, list | tuple) else [found]
     names: list[str] = [one.__name__ for one in classes if one is not None]
     return next((name for name in names if name == architectures[0]), (names or [auto_class])[0])
-
-
-def tasks_of(architecture: str, model_type: str) -> list[Task]:
-    """The tasks whose auto class has an architecture, the most particular first."""
-    import transformers
-
-    if model_type not in transformers.CONFIG_MAPPING:
-        return []
-    config = transformers.CONFIG_MAPPING[model_type]
-    tasks = []
-    for task in TASKS.values():
-        classes = model_classes(task.auto_class).get(config, ())
-        classes = classes if isinstance(classes, list | tuple) else (classes,)
-        if architecture in {kind.__name__ for kind in classes}:
-            tasks.append(task)
-    return tasks
 
 
 def remote_code_adapter(model_type: str) -> Any:

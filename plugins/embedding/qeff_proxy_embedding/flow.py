@@ -99,7 +99,9 @@ class EncoderFlow:
                 "Export with proxy='split' to embed.",
             )
         inputs = {spec.name for part in job.export.parts for spec in part.inputs}
-        types = ["token_type_ids"] if "token_type_ids" in inputs else []
+        # Zeros change nothing where there is one type only; tokenizers give them all the same.
+        zero = "token_type_ids" in job.tensors and not job.tensors["token_type_ids"].any()
+        types = ["token_type_ids"] if zero or "token_type_ids" in inputs else []
         refuse_unused(job.tensors, ["input_ids", "attention_mask", *types])
         rows = rows_of(job.tensors)
         lengths = job.options.seq_len

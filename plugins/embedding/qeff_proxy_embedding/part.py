@@ -53,7 +53,9 @@ class EncoderPart(nn.Module):
         self.dense = dense
         parameters = inspect.signature(self.model.forward).parameters
         self.takes_mask = "attention_mask" in parameters
-        self.takes_token_types = "token_type_ids" in parameters
+        # XLM takes token types, too, and looks them up in its token embedding.
+        kinds = getattr(model.config, "type_vocab_size", 0) or 0
+        self.takes_token_types = "token_type_ids" in parameters and kinds > 1
         self.takes_cache = "use_cache" in parameters
 
     def inputs(self, first: TensorSpec) -> tuple[TensorSpec, ...]:

@@ -66,10 +66,11 @@ def probe_model(model: PreTrainedModel) -> Probe:
     masks: dict[MaskKind, MaskSpec] = {}
     limits: list[int] = []
     try:
-        with torch.no_grad():
-            with record_masks(encoder, masks), _positions_limited(encoder, ids.shape[1], limits):
+        # Some create no mask where they are given none.
+        known = {"attention_mask": seen} if takes_mask else {}
+        with torch.no_grad(), record_masks(encoder, masks):
+            with _positions_limited(encoder, ids.shape[1], limits):
                 alone = encoder(input_ids=ids)[0]
-            known = {"attention_mask": seen} if takes_mask else {}
             longer = encoder(input_ids=padded, **known)[0]
     except Exception as error:  # whatever a model's code raises on inputs it is not made for
         raise UnsupportedModelError(

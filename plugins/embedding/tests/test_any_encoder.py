@@ -26,6 +26,8 @@ CONFIGS = {
     "t5": lambda: transformers.T5Config(
         vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=5, num_heads=4
     ),
+    # One token type, as XLM-RoBERTa's checkpoints have.
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**SIZES, type_vocab_size=1),
     # No mask: padding changes its results.
     "fnet": lambda: transformers.FNetConfig(
         **{name: size for name, size in SIZES.items() if name != "num_attention_heads"}
@@ -54,7 +56,12 @@ def embedder(request, tmp_path_factory):
 def inputs():
     ids = np.random.default_rng(1).integers(3, 99, (len(LENGTHS), max(LENGTHS)))
     mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
-    return {"input_ids": np.where(mask, ids, 0), "attention_mask": mask.astype(np.int64)}
+    types = np.zeros_like(ids)  # as tokenizers give them to models that have one type
+    return {
+        "input_ids": np.where(mask, ids, 0),
+        "attention_mask": mask.astype(np.int64),
+        "token_type_ids": types,
+    }
 
 
 def test_padded_batches_give_what_pytorch_gives_for_each_row_alone(embedder):
