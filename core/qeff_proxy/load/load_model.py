@@ -247,7 +247,7 @@ def flow_of(loaded: LoadedModel) -> str | None:
     tasks = TASKS.values()
     fitting = (t for t in tasks if name and is_class_of(name, loaded.model_type, t.auto_class))
     task = next(fitting, None)
-    return task and task.flows[0]
+    return None if task is None else task.flows[0]
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
