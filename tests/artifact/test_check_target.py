@@ -221,6 +221,7 @@ def test_compiled_files_that_were_damaged_unseen_say_what_to_do(target: Path, ca
     assert "compile again (qeff-proxy compile --force)" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("default:the files in .* are not what was compiled:UserWarning")
 def test_verify_compiles_damaged_files_again(target: Path, capsys: Any) -> None:
     """One bit of a compiled weight, with the file's size and times as they were."""
     assert main(["compile", str(target)]) == 0
