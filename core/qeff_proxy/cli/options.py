@@ -14,7 +14,7 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.tasks import CUT_OPTIONS
-from qeff_proxy.parts import Kind
+from qeff_proxy.parts import INNER_TAPS, TAPS, Kind
 from qeff_proxy.plugins.hooks import Hooks
 
 _KINDS: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
@@ -75,7 +75,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
         parser.add_argument(
             "--taps",
             metavar="WHAT",
-            help="add outputs of each layer: layers, attention, mlp, or several with commas",
+            help=f"add outputs of each layer: {', '.join((*TAPS, *INNER_TAPS))}, or a glob of its "
+            "modules such as 'self_attn.*'; several with commas",
         )
     parser.add_argument(
         "-C",
@@ -165,7 +166,7 @@ def _cut_options(args: argparse.Namespace) -> dict[str, Any]:
 def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
     """The checkpoint that ``MODEL`` names, and the hooks of its model type."""
     options = _cut_options(args)
-    from qeff_proxy.load.load_model import load_model, with_options
+    from qeff_proxy.load.load_model import flow_of, load_model, with_options
     from qeff_proxy.plugins.manager import Plugins
 
     loaded = load_model(
@@ -174,7 +175,8 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
     )
-    return with_options(loaded, options), Plugins.discover().hooks_for(loaded.model_type)
+    hooks = Plugins.discover().hooks_for(loaded.model_type, task=flow_of(loaded))
+    return with_options(loaded, options), hooks
 
 
 def existing_export_of(args: argparse.Namespace) -> Export | None:
@@ -214,7 +216,7 @@ def known_export_of(args: argparse.Namespace) -> Export | None:
 def _hooks_of(export: Export) -> Hooks:
     from qeff_proxy.plugins.manager import Plugins
 
-    return Plugins.discover().hooks_for(export.model["model_type"])
+    return Plugins.discover().hooks_for(export.model["model_type"], task=export.flow)
 
 
 def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tuple[Export, Hooks]:

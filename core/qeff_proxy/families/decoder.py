@@ -209,9 +209,12 @@ class DecoderPart(nn.Module):
 
 @dataclass
 class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
-    """The decoder outputs that causal LMs read."""
+    """The decoder's outputs; whatever else causal LMs read of them is ``None``."""
 
-    router_logits: Any = None
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
 
 
 class _Passthrough(nn.Module):

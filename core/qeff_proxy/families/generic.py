@@ -138,8 +138,13 @@ def _decoder_path(model: PreTrainedModel) -> str | None:
     decoder = model.get_decoder()
     if decoder is None or decoder is model:
         decoder = model.base_model
-    if decoder is model:  # some name another module than their decoder as the base model
-        decoder = next((one for one in model.children() if isinstance(one, PreTrainedModel)), None)
+    head = model.get_output_embeddings()
+    # Some name a module as their decoder or base model that has the head in it.
+    while decoder is model or any(one is head for one in decoder.modules()):
+        inner = (one for one in decoder.children() if isinstance(one, PreTrainedModel))
+        decoder = next(inner, None)
+        if decoder is None:
+            return None
     return _path_of(model, decoder)
 
 
@@ -169,7 +174,13 @@ def _split_parts(
             "body",
             layout.masks,
         ),
-        Part("lm_head", HeadPart(model, decoder_path), (hidden,), (logits,), "vocabulary"),
+        Part(
+            "lm_head",
+            _head_part(model, decoder_path, hidden_size),
+            (hidden,),
+            (logits,),
+            "vocabulary",
+        ),
     )
 
 
@@ -208,24 +219,44 @@ def _operations_after(
     model: PreTrainedModel, head_path: str, decoder_path: str, hidden_size: int
 ) -> tuple[str, ...]:
     """Names of the operations between the head's output and the logits."""
-    part = HeadPart(model, decoder_path)
-    head = part.model.get_submodule(head_path)
+    part = _head_part(model, decoder_path, hidden_size)
     recorder = _OperationRecorder()
 
     def start(*_: Any) -> None:
         recorder.recording = True
 
-    handle = head.register_forward_hook(start)
+    handle = part.model.get_submodule(head_path).register_forward_hook(start)
     try:
-        hidden = torch.zeros(1, 1, hidden_size, dtype=model.dtype, device=model.device)
         with torch.no_grad(), recorder:
-            part(last_hidden_state=hidden)
-    except (TypeError, AttributeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"the LM head of {type(model).__name__} cannot be run on its own: {error}",
-            "A plugin for this model type can build the head in another way.",
-        ) from error
+            part(_no_hidden(model, hidden_size))
     finally:
         handle.remove()
     silent = {"slice", "view", "detach", "alias", "_unsafe_view", "reshape"}
     return tuple(name for name in recorder.names if name not in silent)
+
+
+def _head_part(model: PreTrainedModel, decoder_path: str, hidden_size: int) -> HeadPart:
+    """The head, without the decoder; if that does not run, without the module around the decoder.
+
+    Raises:
+        UnsupportedModelError: The head does not run.
+    """
+    outer = decoder_path.rpartition(".")[0]
+    problem: Exception | None = None
+    for path in filter(None, (decoder_path, outer)):
+        part = HeadPart(model, path)
+        try:
+            with torch.no_grad():
+                part(_no_hidden(model, hidden_size))
+        except (TypeError, AttributeError, ValueError, NotImplementedError) as error:
+            problem = problem or error
+        else:
+            return part
+    raise UnsupportedModelError(
+        f"the LM head of {type(model).__name__} cannot be run on its own: {problem}",
+        "A plugin for this model type can build the head in another way.",
+    ) from problem
+
+
+def _no_hidden(model: PreTrainedModel, hidden_size: int) -> torch.Tensor:
+    return torch.zeros(1, 1, hidden_size, dtype=model.dtype, device=model.device)

@@ -33,7 +33,7 @@ def random_inputs(
         elif spec.name == "padding_mask" or dtype.kind == "b":
             feeds[spec.name] = np.ones(shape, dtype)
         elif spec.name == "position_ids":
-            positions = np.arange(shape[1]) + sizes.get("past", 0)
+            positions = np.arange(shape[-1]) + sizes.get("past", 0)
             feeds[spec.name] = np.ascontiguousarray(np.broadcast_to(positions, shape).astype(dtype))
         elif dtype.kind in "iu":
             feeds[spec.name] = generator.integers(0, 2, shape).astype(dtype)

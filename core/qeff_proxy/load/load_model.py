@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.gc_threshold import collecting_rarely
-from qeff_proxy.common.private_names import attention_of
+from qeff_proxy.common.private_names import attention_of, model_classes
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.load.checkpoint_files import (
     check_identity,
@@ -25,7 +25,7 @@ from qeff_proxy.load.checkpoint_files import (
     read_config_file,
 )
 from qeff_proxy.load.config_checks import check_architectures, check_sizes
-from qeff_proxy.load.tasks import UNUSED_WEIGHTS
+from qeff_proxy.load.tasks import TASKS, UNUSED_WEIGHTS
 from qeff_proxy.load.transformers_model import (
     class_named,
     read_model,
@@ -220,6 +220,34 @@ def wrap_model(model: PreTrainedModel, source: str | None = None) -> LoadedModel
     return LoadedModel(
         name, None, digest.hexdigest(), model.config.model_type, dtype, lambda: model
     )
+
+
+def architecture_of(loaded: LoadedModel) -> str | None:
+    """The architecture in a checkpoint's config, or the class of a model made in memory."""
+    if loaded.folder is None:
+        return type(loaded.model).__name__
+    architectures = read_config_file(loaded.folder).get("architectures")
+    return str(architectures[0]) if architectures else None
+
+
+def is_class_of(architecture: str, model_type: str, auto_class: str) -> bool:
+    """Whether an auto class of transformers makes this architecture for the model type."""
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        return False
+    classes = model_classes(auto_class).get(transformers.CONFIG_MAPPING[model_type], ())
+    classes = classes if isinstance(classes, list | tuple) else (classes,)
+    return architecture in {kind.__name__ for kind in classes}
+
+
+def flow_of(loaded: LoadedModel) -> str | None:
+    """The flow of the task that a checkpoint's architecture is for; ``None`` if it names none."""
+    name = architecture_of(loaded)
+    tasks = TASKS.values()
+    fitting = (t for t in tasks if name and is_class_of(name, loaded.model_type, t.auto_class))
+    task = next(fitting, None)
+    return None if task is None else task.flows[0]
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

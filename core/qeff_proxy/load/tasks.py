@@ -44,7 +44,7 @@ TASKS = {
         "AutoModelForImageTextToText",
         ("image-text-to-text",),
         "vision",
-        options=("kv_offload",),
+        options=("kv_offload", "image_size"),
     ),
     "text": Task(
         "QEFFAutoModelForCausalLM",

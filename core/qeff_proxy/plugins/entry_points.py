@@ -14,7 +14,7 @@ hooks::
     "mamba/encoder" = "my_package.mamba_encoder"
 
 A name ``MODEL_TYPE/TASK`` claims the model type for one task alone (the name of a flow), where one
-architecture serves several.
+architecture serves several. ``*/TASK`` claims the model types that no package claims by name.
 
 The environment variable ``QEFF_PROXY_PLUGINS`` chooses among packages. It is a list, separated by
 commas, of

@@ -223,14 +223,15 @@ class Plugins:
         Args:
             model_type: The ``model_type`` of the config.
             task: The name of the flow. A package that claims ``MODEL_TYPE/TASK`` serves the model
-                type for that task alone, and takes precedence for it.
+                type for that task alone, and takes precedence for it; one that claims ``*/TASK``
+                serves all model types that no package claims.
             generic: Replaces the core's generic plugin; its hooks are ``trylast``.
 
         Raises:
             PluginError: Two packages claim the model type, or its plugin cannot be used.
         """
-        owner = self.owner(f"{model_type}/{task}") if task is not None else None
-        owner = owner or self.owner(model_type)
+        names = [model_type] if task is None else [f"{model_type}/{task}", model_type, f"*/{task}"]
+        owner = next(filter(None, map(self.owner, names)), None)
         if generic is None:
             generic = importlib.import_module(_GENERIC_MODULE)
         if owner is None:

@@ -182,9 +182,11 @@ class PartChecks:
                     "Name dynamic axes with small letters: batch, query, past, past + query, "
                     "sequence.",
                 )
+                # Positions may be of several axes: time, height and width.
+                axis = len(spec.shape) == 3 and spec.name == "position_ids"
                 if part.name in ("embedding", "body", "lm_head"):
                     expect(
-                        spec.shape[0] == "batch",
+                        spec.shape[axis] == "batch",
                         f"the first axis of {part.name}.{spec.name} is {spec.shape[0]!r}",
                         "It is called 'batch' and is dynamic.",
                     )

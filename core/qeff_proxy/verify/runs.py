@@ -23,7 +23,7 @@ from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import DEFAULT_QUESTION
 from qeff_proxy.run.replay_tokens import keep_tokens, replay_tokens
-from qeff_proxy.run.run_compiled import RunResult, new_run_name, run_compiled
+from qeff_proxy.run.run_compiled import RunResult, new_io_folder, run_compiled
 from qeff_proxy.session.session import Session
 from qeff_proxy.verify.results import reason_of
 from qeff_proxy.verify.rounding import BITS, RoundedModule
@@ -62,7 +62,7 @@ class Runs:
         self.tensors = tensors
         self.processor = processor
         self.options = options
-        self.folder = options.io_folder or export.folder / "io" / f"verify-{new_run_name()}"
+        self.folder = options.io_folder or new_io_folder(export, "verify-")
         self.tokens: list[torch.Tensor] = []
         #: By precision, the noise floor of each tensor, or why there is none.
         self.floors: dict[str, Mapping[tuple[str, str], NoiseFloor] | str] = {}

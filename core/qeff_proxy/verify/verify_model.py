@@ -30,7 +30,7 @@ from qeff_proxy.dump import DumpOptions, read_dump
 from qeff_proxy.errors import ProxyError, UsageError
 from qeff_proxy.layers.taps import normalize_taps
 from qeff_proxy.load.checkpoint_files import folder_named
-from qeff_proxy.load.load_model import LoadedModel, load_model
+from qeff_proxy.load.load_model import LoadedModel, flow_of, load_model
 from qeff_proxy.parts import Kind, Proxy
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
@@ -166,7 +166,7 @@ def installed_hooks(model: LoadedModel | Export) -> Hooks:
     from qeff_proxy.plugins.manager import Plugins
 
     if isinstance(model, LoadedModel):
-        return Plugins.discover().hooks_for(model.model_type)
+        return Plugins.discover().hooks_for(model.model_type, task=flow_of(model))
     return Plugins.discover().hooks_for(model.model["model_type"], task=model.flow)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -99,10 +100,12 @@ class ImageTextFlow:
         """
         steps = tuple(part for part in job.export.parts if part.name != "vision")
 
+        runs = count()
+
         def run_vision(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
             outputs = job.sessions["vision"].run(feeds)
             if job.recorder is not None:
-                job.recorder.step("prefill", 0, "vision", feeds, outputs, past_length=0)
+                job.recorder.step("prefill", next(runs), "vision", feeds, outputs, past_length=0)
             return outputs
 
         tensors = {name: to_array(torch.as_tensor(value)) for name, value in job.tensors.items()}
@@ -148,6 +151,8 @@ def _pixels(settings: ImageSettings, parts: Iterable[PartLike]) -> list[str]:
     if settings.inputs:
         names = list(settings.inputs)
     blocks = settings.blocks.tensor if settings.blocks is not None else None
+    if settings.geometry is not None:
+        names = [*names, *settings.geometry.tensors]
     return [*names, *(name for name in (settings.index, blocks) if name is not None)]
 
 

@@ -16,7 +16,8 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.attention_masks import build_mask
 from qeff_proxy.session.part_like import PartLike
 
-from qeff_proxy_vision.image_settings import ROWS, Blocks, ImageSettings, Merge
+from qeff_proxy_vision.image_settings import ROWS, ImageSettings, Merge
+from qeff_proxy_vision.positions import Positions
 
 __all__ = ["ImagePrompt"]
 
@@ -54,9 +55,10 @@ class ImagePrompt:
             raise UsageError("there are no input_ids", "Pass the processor's output, or prompts.")
         self._ids = tensors["input_ids"]
         self._has_images = self._pixels[0].name in tensors
-        self._blocks = _blocks(settings.blocks, tensors)
+        self._blocks = settings.blocks.of_prompt(tensors) if settings.blocks else None
         self._features: dict[str, Array] | None = None
         self._feeds: dict[str, Array] | None = None
+        self._images: list[Array] = []
         self._rows = np.full(self._ids.shape, -1, np.int64)
         marked = self._marked()
         if marked is not None and marked.any() and not self._has_images:
@@ -91,6 +93,8 @@ class ImagePrompt:
             for merge in here:
                 target = given.get(merge.into, known.get(merge.into))
                 given[merge.into] = self._merged(merge, part, target, rows)
+        if self.settings.positions is not None and "position_ids" in names:
+            given["position_ids"] = self._positions(self.settings.positions, past, ids.shape)
         if self._blocks is not None and past < self._ids.shape[1]:
             given.update(self._masks(part, padding, ids.shape))
         return given
@@ -130,11 +134,30 @@ class ImagePrompt:
         else:
             self._place_by_token()
         if self._run_vision is not None and not self.settings.inputs:
+            runs = [self._run_vision(feeds) for feeds in self._runs()]
             self._features = {
-                name: np.asarray(value).reshape(-1, value.shape[-1])
-                for name, value in self._run_vision(self._feeds).items()
+                name: np.concatenate([run[name].reshape(-1, run[name].shape[-1]) for run in runs])
+                for name in runs[0]
             }
         return self._rows
+
+    def _runs(self) -> list[dict[str, Array]]:
+        """The inputs of each run of the vision part: one for all images, or one for each."""
+        assert self._feeds is not None  # noqa: S101 (made before)
+        if self.settings.geometry is None:
+            return [self._feeds]
+        return [{self._pixels[0].name: image} for image in self._images]
+
+    def _positions(self, numbering: Positions, past: int, shape: tuple[int, ...]) -> Array:
+        """Positions of the columns from ``past`` on; rows are repeated for beams."""
+        padding = self._tensors.get("attention_mask", np.ones_like(self._ids))
+        marked = self._marked() if self._has_images else None
+        marked = np.zeros_like(self._ids, dtype=bool) if marked is None else marked
+        prompt, after = numbering.of_prompt(padding, marked)
+        new = max(0, past + shape[1] - prompt.shape[2])
+        later = after[:, :, None] + np.arange(new)
+        columns = np.concatenate([prompt, later], axis=2)[:, :, past : past + shape[1]]
+        return numbering.shaped(np.repeat(columns, shape[0] // prompt.shape[1], axis=1))
 
     def _place_by_token(self) -> None:
         """Assign the feature rows to the image tokens in order."""
@@ -156,6 +179,8 @@ class ImagePrompt:
             return self.settings.grid.order(self._tensors["image_sizes"])
         if self.settings.skip_negative is not None:
             return np.arange(self._feeds[self.settings.skip_negative].shape[0])
+        if self.settings.geometry is not None:
+            return np.arange(len(self._images) * self.settings.geometry.rows)
         tiles = self._feeds[self._pixels[0].name].shape[0]
         return np.arange(tiles * (self.settings.rows_per_tile or 1))
 
@@ -189,6 +214,9 @@ class ImagePrompt:
                     "Let the checkpoint's processor create the tensors.",
                 )
             value = self._tensors[spec.name]
+            if self.settings.geometry is not None:
+                self._images = self.settings.geometry.images(spec, self._tensors)
+                continue
             if self.settings.grid is not None and value.ndim > len(spec.shape):
                 value = self.settings.grid.tiles(value, self._tensors["image_sizes"])
             if spec.name == self.settings.skip_negative:
@@ -223,24 +251,13 @@ class ImagePrompt:
         return result
 
     def _masks(self, part: PartLike, padding: Array, shape: tuple[int, ...]) -> dict[str, Array]:
+        settings = self.settings.blocks
         assert self._blocks is not None  # noqa: S101 (the caller looked)
+        assert settings is not None  # noqa: S101 (blocks come from it)
         blocks = self._window(self._blocks, 0, (shape[0], padding.shape[1]))
         dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in part.inputs}
         return {
             mask.name: build_mask(mask, padding, shape[1], dtypes[mask.name], blocks)
             for mask in part.masks
-            if mask.name in dtypes
+            if mask.name in dtypes and (settings.masks is None or mask.name in settings.masks)
         }
-
-
-def _blocks(blocks: Blocks | None, tensors: Mapping[str, Array]) -> Array | None:
-    """The block of each position of the prompt, -1 for none: ``[batch, length]`` int64."""
-    if blocks is None or blocks.tensor not in tensors:
-        return None
-    inside = tensors[blocks.tensor] == 1
-    if not inside.any():
-        return None
-    if blocks.per == "row":
-        return np.where(inside, 0, -1)
-    before = np.concatenate([np.zeros_like(inside[:, :1]), inside[:, :-1]], axis=1)
-    return np.where(inside, np.cumsum(inside & ~before, axis=1) - 1, -1)

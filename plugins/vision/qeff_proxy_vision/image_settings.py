@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from qeff_proxy.arrays import Array
+
+from qeff_proxy_vision.geometry import Geometry
+from qeff_proxy_vision.positions import Positions
 from qeff_proxy_vision.tiles import TileGrid
 
 __all__ = ["ROWS", "Blocks", "ImageSettings", "Merge"]
@@ -35,12 +40,28 @@ class Blocks:
     """Image tokens that attend to each other in both directions.
 
     Attributes:
-        tensor: The processor's output that is 1 at those tokens.
+        tensor: The processor's output that has ``value`` at those tokens.
         per: ``"run"``: each run of them is a block; ``"row"``: those of a row are one block.
+        value: At those tokens.
+        masks: Names of the masks by which they do; ``None`` for all.
     """
 
     tensor: str
     per: Literal["run", "row"]
+    value: int = 1
+    masks: Sequence[str] | None = None
+
+    def of_prompt(self, tensors: Mapping[str, Array]) -> Array | None:
+        """The block of each position, -1 for none: ``[batch, length]`` int64; ``None`` if none."""
+        if self.tensor not in tensors:
+            return None
+        inside = tensors[self.tensor] == self.value
+        if not inside.any():
+            return None
+        if self.per == "row":
+            return np.where(inside, 0, -1)
+        before = np.concatenate([np.zeros_like(inside[:, :1]), inside[:, :-1]], axis=1)
+        return np.where(inside, np.cumsum(inside & ~before, axis=1) - 1, -1)
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,8 @@ class ImageSettings:
             only negative numbers are left out.
         rows_per_tile: Feature rows of a tile, if their number is fixed.
         inputs: The pixels, if the body takes them itself (`qeff_proxy_vision.joined_graph`).
+        geometry: Of the images, if the vision part is made for one geometry.
+        positions: How tokens are numbered, if not by their distance from the first.
     """
 
     token_id: int | None
@@ -70,6 +93,8 @@ class ImageSettings:
     skip_negative: str | None = None
     rows_per_tile: int | None = None
     inputs: tuple[str, ...] = ()
+    geometry: Geometry | None = None
+    positions: Positions | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The settings as a JSON object."""
@@ -83,6 +108,8 @@ class ImageSettings:
             "skip_negative": self.skip_negative,
             "rows_per_tile": self.rows_per_tile,
             "inputs": list(self.inputs),
+            "geometry": vars(self.geometry) if self.geometry else None,
+            "positions": self.positions.to_json() if self.positions else None,
         }
 
     @classmethod
@@ -98,4 +125,7 @@ class ImageSettings:
             value["skip_negative"],
             value["rows_per_tile"],
             tuple(value["inputs"]),
+            # Older exports have neither.
+            Geometry(**value["geometry"]) if value.get("geometry") else None,
+            Positions.from_json(value["positions"]) if value.get("positions") else None,
         )

@@ -77,7 +77,7 @@ def with_random_weights(model: PreTrainedModel, gain: float, seed: int = 0) -> P
         seed: Of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -376,7 +376,6 @@ def _layer_session(
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         backend = load_backend(name)
         backend.check_options(name, options)
-        backend.compile(alone, layer, options, folder)
-        session = backend.open(alone, layer, options, folder)
+        session = backend.open_once(alone, layer, options, folder)
         stack.callback(session.close)
         yield session

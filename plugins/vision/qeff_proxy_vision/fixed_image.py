@@ -1,0 +1,157 @@
+"""The vision part of a model whose tower is made for one image of a fixed geometry.
+
+Towers for images of any size calculate indices, lengths and masks from the grid or the size of each
+image, in loops that cannot be traced. Here the geometry is a constant of the graph: the part takes
+``pixel_values`` of one image, and the host runs it once for each image.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from types import MethodType
+from typing import Any
+
+import torch
+from qeff_proxy.common.private_names import find
+from qeff_proxy.layers.replace_modules import replace_modules
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+__all__ = ["FEATURES", "FixedImagePart"]
+
+#: The output with an image's feature rows.
+FEATURES = "image_features"
+#: To calculate with constants while a module is traced. Else: the trace fails with an error.
+_MODES = {"disabled": "torch.utils._python_dispatch:_disable_current_modes"}
+_SQUEEZES = (torch.squeeze, torch.Tensor.squeeze)
+_EQUALS = (torch.eq, torch.Tensor.eq, torch.Tensor.__eq__)
+
+
+class FixedImagePart(nn.Module):
+    """``pixel_values`` of one image to its feature rows.
+
+    Args:
+        model: Has ``get_image_features``.
+        text_path: Dotted path of its language model, which is left out.
+        geometry: The other arguments of ``get_image_features``.
+        blanks: It compares pixels with zero to find images that are padding; there are none.
+        projector: Path of a module that it leaves to its caller to apply, if it does.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        text_path: str,
+        geometry: Mapping[str, torch.Tensor],
+        *,
+        blanks: bool = False,
+        projector: str | None = None,
+    ) -> None:
+        super().__init__()
+        own = {path: _with_own_forward(one) for path, one in model.named_modules() if _packs(one)}
+        own = {path: one for path, one in own.items() if not path.startswith(f"{text_path}.")}
+        self.model = replace_modules(model, {text_path: nn.Identity(), **own})
+        self.geometry = dict(geometry)  # no buffers, which a trace would make inputs
+        self.blanks = blanks
+        self.projector = projector
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The pixels of one image, or of tiles, to features.
+
+        Returns:
+            ``image_features [rows, hidden]``; where the tower gives features for layers of the
+            language model, too, as many rows of ``image_features.<layer>``, which are added before
+            that layer.
+        """
+        tracing = torch.compiler.is_compiling()
+        with _ConstantsStayReal(blanks=self.blanks) if tracing else nullcontext():
+            get_features: Any = self.model.get_image_features
+            outputs = get_features(pixel_values, **self.geometry, return_dict=True)
+            if self.projector is not None:
+                hidden = outputs.last_hidden_state
+                projector = self.model.get_submodule(self.projector)
+                outputs = {"pooler_output": projector(hidden.reshape(-1, hidden.shape[-1]))}
+            features = {FEATURES: _rows(outputs["pooler_output"])}
+            for index, rows in enumerate(outputs.get("deepstack_features") or ()):
+                features[f"{FEATURES}.{index + 1}"] = _rows(rows)  # after a layer: before the next
+        return features
+
+
+def _packs(module: nn.Module) -> bool:
+    """Whether this is the attention of a tower without windows, on the patches of all images."""
+    windows = getattr(getattr(module, "config", None), "window_size", None)
+    return (
+        windows is None
+        and "cu_seqlens" in inspect.signature(module.forward).parameters
+        and (hasattr(module, "scaling"))
+    )
+
+
+def _with_own_forward(module: nn.Module) -> nn.Module:
+    """A copy that keeps its ``forward`` while transformers' exporter replaces that of its class.
+
+    The replacement is for several segments of one length, and leaves out the norms of queries and
+    keys (GLM-OCR's). Here there is one image, and its lengths are constants.
+    """
+    clone = replace_modules(module, {})
+    vars(clone)["forward"] = MethodType(type(module).forward, clone)
+    return clone
+
+
+def _rows(features: Any) -> torch.Tensor:
+    """Features of one or several images, in whatever shape, as ``[rows, hidden]``."""
+    if isinstance(features, torch.Tensor):
+        return features.reshape(-1, features.shape[-1])
+    return torch.cat([_rows(one) for one in features])
+
+
+class _ConstantsStayReal(TorchFunctionMode):
+    """Calculate at once whatever depends on constants only, while a module is traced.
+
+    A tracer knows shapes and dtypes of tensors, but not the numbers in them, so that a loop over
+    the grid of an image cannot be traced. Tensors that depend neither on the inputs nor on weights
+    keep their numbers here, and enter the graph as constants.
+    """
+
+    def __init__(self, *, blanks: bool) -> None:
+        super().__init__()
+        self.blanks = blanks
+        self.private = find(_MODES)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SQUEEZES and _does_nothing(args, kwargs):
+            return args[0].view(args[0].shape)  # ONNX's operator refuses what PyTorch ignores
+        if self.blanks and func in _EQUALS and args[0].dim() == 4 and args[1:] == (0.0,):
+            args = (torch.ones(args[0].shape), 0.0)
+        values = list(_leaves([args, kwargs]))
+        if getattr(func, "__name__", "").startswith("empty"):
+            return func(*args, **kwargs)  # to be filled, perhaps with what is traced
+        if self.private is None or any(_is_traced(value) for value in values):
+            return func(*args, **kwargs)
+        with self.private.disabled():
+            return func(*args, **kwargs)
+
+
+def _does_nothing(args: Any, kwargs: Any) -> bool:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return isinstance(dim, int) and args[0].shape[dim] != 1
+
+
+def _is_traced(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return type(value) is not torch.Tensor
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value

@@ -1,0 +1,245 @@
+"""Any image-text model that no other plugin serves, cut by what the model says of itself.
+
+1. `feature_arguments` and `candidates` (`one_image`) make an image of the form that
+   ``get_image_features`` takes, and `_vision` the vision part: for any number of tiles where a
+   model takes tiles of one size, else for one image of one geometry (``-C image_size=…``).
+2. `learn_images` runs the model on a prompt with that image and watches its language model.
+3. `add_vision` puts the parts together.
+
+What is not understood is refused before anything is exported, and the verified cut compares the
+parts with transformers' own generation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from qeff_proxy.arrays import dtype_name
+from qeff_proxy.common.messages import first_line
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.sites import Absent, Site
+from torch import nn
+from transformers import PreTrainedModel
+
+from qeff_proxy_vision.fixed_image import FEATURES, FixedImagePart
+from qeff_proxy_vision.geometry import Geometry
+from qeff_proxy_vision.granite4_vision import LayeredBody
+from qeff_proxy_vision.image_settings import ImageSettings, Merge
+from qeff_proxy_vision.inputs import decode, preprocess
+from qeff_proxy_vision.learn_images import TYPES, learn_images
+from qeff_proxy_vision.one_image import (
+    OneImage,
+    candidates,
+    feature_arguments,
+    features_owner,
+    image_size_option,
+)
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text
+from qeff_proxy_vision.reference import generated_logits
+
+__all__ = ["build_proxy", "decode", "preprocess"]
+
+#: Configs' names for the token whose embedding an image's feature replaces.
+_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
+_HINT = "A plugin for this model type can cut it."
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> VisionProxy:
+    """A vision part from ``get_image_features``; the language model is cut as usual."""
+    name = type(model).__name__
+    arguments = feature_arguments(model)
+    if arguments is None:
+        raise UnsupportedModelError(
+            f"{name} has no get_image_features: its images do not become embeddings of tokens",
+            _HINT,
+        )
+    token_id = next((t for n in _TOKENS if (t := getattr(model.config, n, None)) is not None), None)
+    if token_id is None:
+        raise UnsupportedModelError(f"the config of {name} names no image token", _HINT)
+    size = image_size_option(options.get("image_size"))
+    try:
+        text = cut_text(model, embedding, lm_head, kind, options)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"the language model of {name} cannot be run on its own: {type(error).__name__}: "
+            f"{first_line(error)}",
+            _HINT,
+        ) from error
+    rows = int(text.settings["embedding_rows"])
+    decoder_path = _decoder_path(model, text)
+    vision = _vision(model, arguments, size, decoder_path, int(text.settings["hidden_size"]))
+    sample = partial(_sample, model, vision, token_id, rows)
+    decoder = model.get_submodule(decoder_path)
+    masks = text.part("body").masks
+    learned = learn_images(model, decoder, sample(), vision.features, token_id, masks)
+    geometry = None
+    if not vision.image.tiled:
+        if kind != "split" or not text.settings["kv_offload"]:
+            raise UsageError(
+                f"{name} takes one image at a time: its tower cannot be in the graph of the body",
+                "Export a split (--proxy split, enable_proxy=True) without kv_offload=False.",
+            )
+        geometry = _geometry(name, vision, said=size is not None)
+    layers = range(1, learned.deepstack + 1)
+    merges = [Merge("replace")]
+    merges += [Merge("replace", f"layer_features.{n}", f"{FEATURES}.{n}") for n in layers]
+    settings = ImageSettings(
+        token_id,
+        tuple(merges),
+        blocks=learned.blocks,
+        table_rows=rows if token_id >= rows else None,
+        rows_per_tile=vision.rows,
+        geometry=geometry,
+        positions=learned.positions,
+    )
+    text = _with_body(text, list(layers), learned.positions.axes if learned.positions else 0)
+    return add_vision(text, vision.part(learned.deepstack), settings, sample, generated_logits)
+
+
+def _geometry(name: str, vision: _Vision, *, said: bool) -> Geometry:
+    """The geometry of the vision part's image; says which it is if the user has not."""
+    image = vision.image
+    if not said and not image.blanks:
+        warnings.warn(
+            f"the image tower of {name} is exported for images of {image.size[0]} x "
+            f"{image.size[1]} pixels; image_size (-C image_size=HEIGHTxWIDTH) sets another size",
+            UserWarning,
+            stacklevel=2,
+        )
+    tensors = {name: value.tolist() for name, value in image.geometry.items()}
+    return Geometry(tensors, vision.rows, blanks=image.blanks, padding=image.padding)
+
+
+def _decoder_path(model: PreTrainedModel, text: Proxy) -> str:
+    """Where the language model is in the model; the body may have a copy of it."""
+    decoder: Any = text.part("body").module.decoder
+    alike = [(path, one) for path, one in model.named_modules() if type(one) is type(decoder)]
+    path: str = next(path for path, one in alike if one.config is decoder.config)
+    return path
+
+
+@dataclass(frozen=True)
+class _Vision:
+    """A vision part, and what it makes of an image of noise.
+
+    Attributes:
+        module: The part's module.
+        image: The image.
+        features: The outputs for it, ``[rows, hidden]`` each.
+    """
+
+    module: FixedImagePart
+    image: OneImage
+    features: dict[str, torch.Tensor]
+
+    @property
+    def rows(self) -> int:
+        """Feature rows of the image."""
+        return int(self.features[FEATURES].shape[0])
+
+    def part(self, deepstack: int) -> Part:
+        """The part, with as many outputs for layers as are used."""
+        pixels, dtype = self.image.pixels, dtype_name(self.image.pixels.dtype)
+        first: tuple[int | str, ...] = ("batch",) if self.image.tiled else (pixels.shape[0],)
+        count: tuple[int | str, ...] = ("rows",) if self.image.tiled else (self.rows,)
+        names = list(self.features)[: 1 + deepstack]
+        return Part(
+            "vision",
+            self.module,
+            (TensorSpec("pixel_values", dtype, (*first, *pixels.shape[1:])),),
+            tuple(TensorSpec(n, dtype, (*count, self.features[n].shape[1])) for n in names),
+            "vision",
+        )
+
+
+def _vision(
+    model: PreTrainedModel,
+    arguments: Sequence[str],
+    size: tuple[int, int] | None,
+    decoder_path: str,
+    width: int,
+) -> _Vision:
+    """The vision part: the first form of an image that the model makes features of."""
+    owner = features_owner(model)
+    if owner is not model:
+        decoder_path = decoder_path.partition(".")[2]
+    text_path = decoder_path.partition(".")[0]
+    problems = []
+    for image in candidates(model, arguments, size):
+        for projector in (None, "multi_modal_projector"):
+            if projector is not None and not hasattr(owner, projector):
+                continue
+            module = FixedImagePart(
+                owner, text_path, image.geometry, blanks=image.blanks, projector=projector
+            )
+            try:
+                with torch.no_grad():
+                    features = module(image.pixels)
+                    if features[FEATURES].shape[-1] == width:
+                        return _Vision(module, image, features)
+                problems.append(f"features are {features[FEATURES].shape[-1]} wide, not {width}")
+            except Exception as error:  # noqa: BLE001 (a model's code, on a form that may be wrong)
+                shape = list(image.pixels.shape)
+                problems.append(f"pixels {shape}: {type(error).__name__}: {first_line(error)}")
+    raise UnsupportedModelError(
+        f"the image-text plugin finds no pixels that {type(model).__name__} makes features of "
+        f"({problems[0]})",
+        "If its config tells no image size, give one: -C image_size=HEIGHTxWIDTH.",
+    )
+
+
+def _sample(
+    model: PreTrainedModel, vision: _Vision, token_id: int, rows: int
+) -> dict[str, torch.Tensor]:
+    """Two prompts, the first without an image and padded, the second with one."""
+    special = {
+        value
+        for config in (model.config, model.config.get_text_config())
+        for name, value in vars(config).items()
+        if isinstance(value, int) and "token" in name
+    }
+    usual = torch.tensor([number for number in range(1, rows) if number not in special])
+    before, after = 3, 5
+    length = before + vision.rows + after
+    generator = torch.Generator().manual_seed(0)
+    ids = usual[torch.randint(len(usual), (2, length), generator=generator)]
+    ids[1, before : before + vision.rows] = token_id
+    mask = torch.ones_like(ids)
+    mask[0, : vision.rows - 1] = 0
+    tensors = {"input_ids": ids * mask, "attention_mask": mask, **vision.image.tensors}
+    types = (ids == token_id).to(torch.int64)
+    takes = inspect.signature(model.forward).parameters
+    return tensors | {name: types for name in TYPES if name in takes}
+
+
+def _with_body(text: Proxy, layers: list[int], axes: int) -> Proxy:
+    """The cut language model with features for layers, and positions of several axes."""
+    body = text.part("body")
+    width, dtype = int(text.settings["hidden_size"]), body.inputs[0].dtype
+    module: nn.Module = LayeredBody(body.module, layers) if layers else body.module
+    inputs = tuple(
+        replace(spec, shape=(axes, "batch", "query"))
+        if spec.name == "position_ids" and axes
+        else spec
+        for spec in body.inputs
+    )
+    inputs += tuple(
+        TensorSpec(f"layer_features.{n}", dtype, ("batch", "query", width)) for n in layers
+    )
+    changed = replace(body, module=module, inputs=inputs)
+    return replace(text, parts=tuple(changed if p is body else p for p in text.parts))

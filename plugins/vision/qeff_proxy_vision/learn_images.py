@@ -1,0 +1,243 @@
+"""Learn from a model itself how images enter its language model.
+
+The model generates a token from a prompt with an image and one without. What its language model is
+given meanwhile tells where the features of the image go, how positions are numbered, which tokens
+see each other, and what else the images add. Whatever is not understood is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from qeff_proxy.arrays import Array, to_array
+from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.flows.attention_masks import build_mask
+from qeff_proxy.flows.causal_engine import position_ids_of
+from qeff_proxy.parts import MaskSpec
+from torch import nn
+from transformers import PreTrainedModel
+
+from qeff_proxy_vision.image_settings import Blocks
+from qeff_proxy_vision.positions import Positions
+from qeff_proxy_vision.reference import generated_logits
+
+__all__ = ["TYPES", "Learned", "learn_images"]
+
+#: Processors' outputs that tell image tokens from others.
+TYPES = ("token_type_ids", "mm_token_type_ids")
+#: What any language model may be given, which the host or the core's decoder part supplies.
+_USUAL = frozenset(
+    (
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "cache",
+        "inputs_embeds",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+        "labels",
+        *TYPES,
+    )
+)
+_DEEPSTACK = frozenset(("visual_pos_masks", "deepstack_visual_embeds"))
+_KINDS = {"causal": "full_attention", "sliding": "sliding_attention"}
+_PER: tuple[Literal["run", "row"], ...] = ("run", "row")
+_CLOSE = 1e-4  # of the largest embedding
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How images enter a language model.
+
+    Attributes:
+        positions: How tokens are numbered, if not by their distance from the first.
+        blocks: Which tokens see each other.
+        deepstack: The number of layers that further features are added after, from the first on.
+    """
+
+    positions: Positions | None
+    blocks: Blocks | None
+    deepstack: int
+
+
+def learn_images(
+    model: PreTrainedModel,
+    decoder: nn.Module,
+    sample: Mapping[str, torch.Tensor],
+    features: Mapping[str, torch.Tensor],
+    token_id: int,
+    masks: Sequence[MaskSpec],
+) -> Learned:
+    """Run the model on a batch of two prompts, of which the second has an image.
+
+    Args:
+        model: The model.
+        decoder: Its language model.
+        sample: The tensors of the batch.
+        features: The vision part's outputs: ``image_features [rows, hidden]`` first.
+        token_id: The image token.
+        masks: The masks of the language model, without blocks.
+
+    Raises:
+        UnsupportedModelError: Images do something that is not understood; says what.
+    """
+    name = type(model).__name__
+    calls: list[dict[str, Any]] = []
+
+    def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        calls.append({name: value for name, value in given.items() if value is not None})
+
+    handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
+    arrays = {name: to_array(tensor) for name, tensor in sample.items()}
+    try:
+        # One step: a model of which only the first layers are loaded runs no second one.
+        generated_logits(model, arrays, np.zeros((2, 0), np.int64))
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{name} cannot be run on a prompt with an image: {type(error).__name__}: {error}",
+            "A plugin for this model type can.",
+        ) from error
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise _not_served(name, f"its language model runs {len(calls)} times for one token")
+    (first,) = calls
+    marked = arrays["input_ids"] == token_id
+    _check_embeddings(name, first, marked, next(iter(features.values())))
+    deepstack = _deepstack(decoder, first, features)
+    known = _USUAL | (_DEEPSTACK if deepstack is not None else frozenset())
+    others = [key for key, value in first.items() if key not in known and _is_data(value)]
+    if others:
+        raise _not_served(name, f"its language model takes {', '.join(others)}")
+    return Learned(
+        _positions(name, first, arrays["attention_mask"], marked),
+        _blocks(name, first, arrays, masks),
+        deepstack or 0,
+    )
+
+
+def _not_served(name: str, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} is not served with images: {what}", "A plugin for this model type can cut it."
+    )
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(_is_data(one) for one in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _check_embeddings(
+    name: str, call: Mapping[str, Any], marked: Array, features: torch.Tensor
+) -> None:
+    """Make sure that features replace the embeddings of the image tokens."""
+    embeddings = call.get("inputs_embeds")
+    if embeddings is None:
+        raise _not_served(name, "its language model is given no embeddings")
+    placed = embeddings[torch.from_numpy(marked)].float()
+    expected = features.float()
+    largest = expected.abs().max().clamp(min=1e-6)
+    if placed.shape != expected.shape or (placed - expected).abs().max() > _CLOSE * largest:
+        raise _not_served(name, "the features of an image do not replace the image tokens")
+
+
+def _deepstack(
+    decoder: nn.Module, call: Mapping[str, Any], features: Mapping[str, torch.Tensor]
+) -> int | None:
+    """The number of layers that further features are added after; ``None`` if not understood."""
+    given = call.get("deepstack_visual_embeds")
+    own = list(features.values())[1:]
+    if not isinstance(given, list | tuple) or not hasattr(decoder, "_deepstack_process"):
+        return None
+    if len(given) != len(own):
+        return None
+    equal = all(
+        mine.shape == theirs.shape and torch.allclose(mine, theirs, atol=1e-3, rtol=1e-3)
+        for mine, theirs in zip(own, given, strict=True)
+    )
+    return len(own) if equal else None
+
+
+def _positions(
+    name: str, call: Mapping[str, Any], padding: Array, marked: Array
+) -> Positions | None:
+    """How the model numbers positions, checked on both prompts."""
+    given = call.get("position_ids")
+    if given is None:
+        return None
+    found = to_array(given)
+    valid = padding.astype(bool)
+    usual = position_ids_of(padding, padding.shape[1])
+    axes = found.shape[0] if found.ndim == 3 else 0
+    if not axes and (found == usual)[valid].all():
+        return None
+    planes = found if axes else found[None]
+    row = int(np.flatnonzero(marked.any(axis=1))[0])
+    image = np.flatnonzero(marked[row])
+    begin = planes[:, row, image[0] - 1] + 1
+    numbering = Positions(
+        axes,
+        int(planes[0, 0, np.flatnonzero(padding[0])[0]]),
+        tuple(tuple((axis - begin[i]).tolist()) for i, axis in enumerate(planes[:, row, image])),
+        tuple((planes[:, row, image[-1] + 1] - begin).tolist()),
+    )
+    again, _ = numbering.of_prompt(padding, marked)
+    if not (again == planes)[:, valid].all():
+        raise _not_served(name, "it numbers positions in a way that is not understood")
+    return numbering
+
+
+def _blocks(
+    name: str, call: Mapping[str, Any], arrays: Mapping[str, Array], specs: Sequence[MaskSpec]
+) -> Blocks | None:
+    """Which tokens see each other, from the masks that the language model is given."""
+    given = call.get("attention_mask")
+    by_kind = given if isinstance(given, Mapping) else {"full_attention": given}
+    seen = {
+        spec.name: to_array(mask.float())[:, 0] > -1.0
+        for spec in specs
+        for mask in [by_kind.get(_KINDS.get(spec.kind, ""))]
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4
+    }
+    if not seen:
+        return None  # it makes its own, of the padding
+    types = [tensor for tensor in TYPES if tensor in arrays]
+    known = [Blocks(tensor, per, value) for tensor in types for value in (1, 0) for per in _PER]
+    alone = _equal_masks(specs, seen, arrays, None)
+    if len(alone) == len(seen):
+        return None
+    for blocks in known:
+        together = _equal_masks(specs, seen, arrays, blocks.of_prompt(arrays)) - alone
+        if len(together | alone) == len(seen):
+            return replace(blocks, masks=None if len(together) == len(specs) else sorted(together))
+    raise _not_served(name, "its attention mask is not understood")
+
+
+def _equal_masks(
+    specs: Sequence[MaskSpec],
+    seen: Mapping[str, Array],
+    arrays: Mapping[str, Array],
+    blocks: Array | None,
+) -> set[str]:
+    """The names of the masks that the host builds with these blocks as the model does."""
+    padding = arrays["attention_mask"]
+    equal = set()
+    for spec in specs:
+        if spec.name in seen and seen[spec.name].shape[1:] == (padding.shape[1],) * 2:
+            mask = build_mask(spec, padding, padding.shape[1], np.dtype(np.float32), blocks)
+            if ((mask[:, 0] > -1.0) == seen[spec.name])[padding.astype(bool)].all():
+                equal.add(spec.name)
+    return equal

@@ -1,0 +1,484 @@
+"""Models that no plugin is written for, cut by what they say of themselves.
+
+Five layers of text and three of a tower with random weights, against transformers' generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from qeff_proxy import Plugins, QEFFAutoModelForImageTextToText
+from qeff_proxy.backends.compile_export import open_sessions
+from qeff_proxy.cut.cut_model import cut_model
+from qeff_proxy.errors import CutError, UnsupportedModelError, UsageError
+from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.load.load_model import with_options, wrap_model
+from qeff_proxy_vision.tiny import with_random_weights
+
+FLOW = "image-text-to-text"
+IMAGE_TOKEN, OTHER_TOKEN, PLAIN_TOKENS = 98, 97, 90
+NEW_TOKENS = 10
+TOLERANCE = 2e-4
+GREEDY = {
+    "max_new_tokens": NEW_TOKENS,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+GRID_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "patch_size": 8,
+    "out_hidden_size": 64,
+}
+AXES = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+TOKENS = {"image_token_id": IMAGE_TOKEN, "video_token_id": OTHER_TOKEN}
+SLIDING = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+CONFIGS = {
+    "aya_vision": {
+        "vision_config": {"model_type": "siglip_vision_model", **TOWER},
+        "text_config": {"model_type": "cohere2", **TEXT},
+        "image_token_id": IMAGE_TOKEN,
+        "downsample_factor": 2,
+    },
+    "llama4": {
+        "vision_config": {
+            **TOWER,
+            "intermediate_size": 128,  # of the pixels that are shuffled together
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+            "vision_output_dim": 32,
+            "pixel_shuffle_ratio": 0.5,
+        },
+        "text_config": {
+            **TEXT,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 2,
+            "attention_chunk_size": 8,
+        },
+        "image_token_index": IMAGE_TOKEN,
+    },
+    "paligemma": {
+        "vision_config": {"model_type": "siglip_vision_model", **TOWER, "projection_dim": 64},
+        "text_config": {"model_type": "gemma", **TEXT},
+        "image_token_index": IMAGE_TOKEN,
+        "projection_dim": 64,
+    },
+    "mistral3": {
+        "vision_config": {"model_type": "pixtral", **TOWER, "head_dim": 8},
+        "text_config": {"model_type": "mistral", **TEXT},
+        "image_token_index": IMAGE_TOKEN,
+    },
+    "llava_onevision": {
+        "vision_config": {"model_type": "siglip_vision_model", **TOWER},
+        "text_config": {"model_type": "qwen2", **TEXT},
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": OTHER_TOKEN,
+        "image_grid_pinpoints": [[32, 32], [32, 64], [64, 64]],
+    },
+    "smolvlm": {
+        "vision_config": TOWER,
+        "text_config": {"model_type": "llama", **TEXT},
+        "image_token_id": IMAGE_TOKEN,
+        "scale_factor": 2,
+    },
+    "qwen2_5_vl": {
+        "vision_config": {**GRID_TOWER, "window_size": 32, "fullatt_block_indexes": [2]},
+        "text_config": {**TEXT, "rope_parameters": AXES},
+        **TOKENS,
+    },
+    "qwen3_vl": {
+        "vision_config": {
+            **GRID_TOWER,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        "text_config": {**TEXT, "rope_parameters": {**AXES, "mrope_interleaved": True}},
+        **TOKENS,
+    },
+    "glm4v": {
+        "vision_config": {**TOWER, **GRID_TOWER, "num_heads": 4},
+        "text_config": {**TEXT, "rope_parameters": AXES},
+        **TOKENS,
+    },
+    "gemma4": {
+        "vision_config": {
+            **TOWER,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        },
+        "text_config": {
+            **TEXT,
+            "num_hidden_layers": 6,
+            "layer_types": SLIDING,
+            "sliding_window": 8,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 0,
+            "use_bidirectional_attention": "vision",
+        },
+        "image_token_id": IMAGE_TOKEN,
+    },
+}
+#: The size of an image, of models that are cut for one.
+SIZES = dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "gemma4"), "32x64")
+SIZES |= dict.fromkeys(("mistral3", "llava_onevision", "glm4v"), 32)
+
+
+def make_model(model_type, **changes):
+    config = transformers.CONFIG_MAPPING[model_type](**{**CONFIGS[model_type], **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    model.generation_config.eos_token_id = None
+    return with_random_weights(model, 1.5)
+
+
+def cut(model, kind="split", **options):
+    size = SIZES.get(model.config.model_type)
+    options = {**({"image_size": size} if size else {}), **options}
+    hooks = Plugins.discover().hooks_for(model.config.model_type, task=FLOW)
+    return cut_model(with_options(wrap_model(model), options), hooks, kind)
+
+
+def with_image(proxy, **settings):
+    """The proxy with other settings of how images enter."""
+    image = {**proxy.settings["image"], **settings}
+    return replace(proxy, settings={**proxy.settings, "image": image})
+
+
+#: What is learnt: tokens of an image, axes of positions, masks, layers that get features.
+LEARNT = {
+    "aya_vision": {"rows_per_tile": 4},
+    "llama4": {"rows_per_tile": 4},
+    "paligemma": {"rows_per_tile": 16, "axes": 0, "start": 1, "block": ("token_type_ids", 0, None)},
+    "mistral3": {"rows_per_tile": 4, "tensors": ["image_sizes"]},
+    "llava_onevision": {"rows_per_tile": 36, "tensors": ["image_sizes"]},
+    "smolvlm": {"rows_per_tile": 4, "tensors": ["pixel_attention_mask"]},
+    "qwen2_5_vl": {"rows_per_tile": 8, "axes": 4, "start": 0, "tensors": ["image_grid_thw"]},
+    "qwen3_vl": {
+        "rows_per_tile": 8,
+        "axes": 4,
+        "start": 0,
+        "tensors": ["image_grid_thw"],
+        "layers": ["layer_features.1", "layer_features.2"],
+    },
+    "glm4v": {"rows_per_tile": 4, "axes": 4, "start": 0, "tensors": ["image_grid_thw"]},
+    "gemma4": {
+        "rows_per_tile": 8,
+        "tensors": ["image_position_ids"],
+        "block": ("mm_token_type_ids", 1, ["sliding_attention_mask"]),
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", LEARNT)
+def test_what_a_model_does_with_images_is_learnt(model_type):
+    made = cut(make_model(model_type))
+    assert [part.name for part in made.proxy.parts] == ["vision", "embedding", "body", "lm_head"]
+    assert made.report.max_difference <= 1e-5
+    image = made.proxy.settings["image"]
+    positions, blocks, geometry = image["positions"], image["blocks"], image["geometry"]
+    learnt = {"rows_per_tile": image["rows_per_tile"]}
+    if positions:
+        learnt |= {"axes": positions["axes"], "start": positions["start"]}
+    if blocks:
+        learnt["block"] = (blocks["tensor"], blocks["value"], blocks["masks"])
+    if geometry:
+        learnt["tensors"] = list(geometry["tensors"])
+    if len(image["merges"]) > 1:
+        learnt["layers"] = [merge["into"] for merge in image["merges"][1:]]
+    assert learnt == LEARNT[model_type]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fault"),
+    [
+        ("paligemma", {"blocks": None}),
+        ("qwen3_vl", {"merges": [{"how": "replace", "into": "inputs_embeds"}]}),
+    ],
+)
+def test_what_is_learnt_matters(model_type, fault):
+    model = make_model(model_type)
+    made = cut(model)
+    faulty = with_image(made.proxy, **fault)
+    if "merges" in fault:  # the layers get no features
+        body = made.proxy.part("body")
+        features = [f"layer_features.{n}" for n in (1, 2)]
+        zeros = {name.replace(".", "__"): torch.zeros(1, 1, 64) for name in features}
+        module = Filled(body.module, zeros)
+        inputs = tuple(spec for spec in body.inputs if spec.name not in features)
+        parts = [
+            replace(part, module=module, inputs=inputs) if part is body else part
+            for part in faulty.parts
+        ]
+        faulty = replace(faulty, parts=tuple(parts))
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        load_flow(FLOW).verify(model, faulty, made.sites)
+
+
+class Filled(torch.nn.Module):
+    """A part with some of its inputs filled in."""
+
+    def __init__(self, module, tensors):
+        super().__init__()
+        self.module = module
+        self.tensors = tensors
+
+    def forward(self, **tensors):
+        return self.module(**tensors, **self.tensors)
+
+
+def test_offsets_of_an_image_that_are_wrong_fail():
+    model = make_model("qwen2_5_vl")
+    made = cut(model)
+    positions = dict(made.proxy.settings["image"]["positions"])
+    positions["image"] = [[0] * 8] * 4
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        load_flow(FLOW).verify(model, with_image(made.proxy, positions=positions), made.sites)
+
+
+# --- What is not served is refused before anything is exported ---
+
+
+def refused_by(model_type, config):
+    config = transformers.CONFIG_MAPPING[model_type](**config)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(UnsupportedModelError) as caught:
+        cut(model)
+    return str(caught.value)
+
+
+def test_images_by_cross_attention_are_refused():
+    config = {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "attention_heads": 4,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "image_size": 32,
+            "patch_size": 8,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [1],
+        },
+        "text_config": {**TEXT, "cross_attention_layers": [1]},
+        "image_token_index": IMAGE_TOKEN,
+    }
+    assert "has no get_image_features" in refused_by("mllama", config)
+
+
+def test_a_recurrent_state_is_refused():
+    rope = {**AXES, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+    linear = {f"linear_{side}_head_dim": 16 for side in ("key", "value")}
+    linear |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    config = {
+        "vision_config": {**GRID_TOWER, "num_position_embeddings": 16},
+        "text_config": {**TEXT, "rope_parameters": rope, **linear},
+        **TOKENS,
+    }
+    assert "caches something else than keys and values" in refused_by("qwen3_5", config)
+
+
+def test_tensors_that_are_not_known_are_refused():
+    config = {
+        "vision_config": {"model_type": "siglip_vision_model", **TOWER},
+        "high_res_vision_config": {
+            "model_type": "sam_vision_model",
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 8,
+            "output_channels": 16,
+            "window_size": 4,
+            "global_attn_indexes": [0],
+            "mlp_dim": 48,
+        },
+        "text_config": {"model_type": "llama", **TEXT},
+        "image_token_id": IMAGE_TOKEN,
+    }
+    said = refused_by("deepseek_vl_hybrid", config)
+    assert "come with high_res_pixel_values" in said
+
+
+@pytest.mark.parametrize("options", [{"kind": "whole"}, {"kv_offload": False}])
+def test_a_tower_for_one_image_in_the_bodys_graph_is_refused(options):
+    with pytest.raises(UsageError, match="takes one image at a time"):
+        cut(make_model("mistral3"), **options)
+
+
+def test_the_size_of_images_is_said():
+    hooks = Plugins.discover().hooks_for("mistral3", task=FLOW)
+    with pytest.warns(UserWarning, match="exported for images of 32 x 32 pixels; image_size"):
+        cut_model(wrap_model(make_model("mistral3")), hooks, "split")
+
+
+@pytest.mark.parametrize("size", ["x", "0", "32x0", [1, 2, 3], 2.5])
+def test_an_image_size_that_is_none(size):
+    with pytest.raises(UsageError, match="image_size is"):
+        cut(make_model("mistral3"), image_size=size)
+
+
+# --- Exported graphs ---
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Qwen3-VL, exported from a folder: grids, positions of several axes, features for layers."""
+    folder = tmp_path_factory.mktemp("qwen3_vl")
+    make_model("qwen3_vl").save_pretrained(folder / "checkpoint")
+    face = QEFFAutoModelForImageTextToText.from_pretrained(
+        folder / "checkpoint", enable_proxy=True, image_size="32x64"
+    )
+    face.export(folder / "export")
+    face.compile()
+    return face, face._compiled
+
+
+def make_prompt(images_per_row, grid=(1, 4, 8), seed=3):
+    """A batch of prompts, padded on the left, with images of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = grid[1] * grid[2] // 4
+
+    def text(length):
+        return torch.randint(1, PLAIN_TOKENS, (length,), generator=generator).tolist()
+
+    rows = []
+    for extra, images in enumerate(images_per_row):
+        row = text(4)
+        for _ in range(images):
+            row += [IMAGE_TOKEN] * tokens + text(2)
+        rows.append(row + text(3 + extra))
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    prompt = {"input_ids": ids, "attention_mask": mask}
+    if images := sum(images_per_row):
+        pixels = torch.randn(images * 4 * tokens, 3 * 2 * 64, generator=generator)
+        prompt |= {
+            "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
+            "pixel_values": pixels,
+            "image_grid_thw": torch.tensor([grid] * images),
+        }
+    return prompt
+
+
+class Logits:
+    """Keeps the logits of the last position of each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def step(self, phase, index, part, inputs, outputs, *, past_length):
+        if part == "lm_head":
+            self.steps.append(outputs["logits"][:, -1])
+
+
+def run(face, compiled, sessions, prompt):
+    logits = Logits()
+    job = Job(
+        export=compiled.export,
+        sessions=sessions,
+        options=compiled.options,
+        config=face.model.config,
+        tensors=prompt,
+        folder=compiled.export.folder / "none",
+        settings=GREEDY,
+        recorder=logits,
+    )
+    tokens = load_flow(FLOW).run(job)["generated_ids"]
+    return tokens, np.stack(logits.steps[-NEW_TOKENS:])
+
+
+def test_graphs_give_what_transformers_generates(exported):
+    face, compiled = exported
+    in_chunks = replace(compiled, options=replace(compiled.options, prefill_seq_len=7))
+    seen = set()
+    with open_sessions(compiled) as sessions:
+        for images_per_row in ([1], [0], [2], [0, 1], [2, 1]):
+            prompt = make_prompt(images_per_row)
+            with torch.no_grad():
+                output = face.model.generate(
+                    **prompt, **GREEDY, output_logits=True, return_dict_in_generate=True
+                )
+            expected = output.sequences[:, prompt["input_ids"].shape[1] :].numpy()
+            logits = np.stack([step.numpy() for step in output.logits])
+            for options in (compiled, in_chunks):
+                tokens, actual = run(face, options, sessions, prompt)
+                assert np.abs(actual - logits).max() <= TOLERANCE, images_per_row
+                assert (tokens == expected).all(), images_per_row
+            seen |= set(expected.flatten().tolist())
+    assert len(seen) > 8, "the model repeats itself, so that equal tokens say little"
+
+
+def test_the_layers_are_streamed(exported):
+    _, compiled = exported
+    assert compiled.export.model["model_type"] == "qwen3_vl"
+    (layers,) = [compiled.export.cut["layers"]]
+    assert layers["count"] == 5
+    assert layers["verified"] < 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda prompt: make_prompt([1], grid=(1, 4, 4)),
+            r"image 1 has image_grid_thw \[1, 4, 4\], and the export is made for \[1, 4, 8\]",
+        ),
+        (
+            lambda prompt: {n: v for n, v in prompt.items() if n != "image_grid_thw"},
+            "images need the tensor 'image_grid_thw'",
+        ),
+        (
+            lambda prompt: {**prompt, "pixel_values": prompt["pixel_values"][:, :-1]},
+            r"pixel_values has shape \[32, 383\], and the export is made for images of",
+        ),
+        (
+            lambda prompt: {**prompt, "pixel_values": prompt["pixel_values"][:-1]},
+            "which is not that of 1 images",
+        ),
+        (
+            lambda prompt: {n: v for n, v in prompt.items() if n != "pixel_values"},
+            "8 image tokens, and there is no image",
+        ),
+        (
+            lambda prompt: {**prompt, "input_ids": prompt["input_ids"].clamp(max=50)},
+            "no image token",
+        ),
+        (
+            lambda prompt: {**prompt, "input_ids": prompt["input_ids"].roll(1).fill_(98)},
+            "17 image tokens, and its images need 8",
+        ),
+    ],
+)
+def test_images_that_do_not_fit(exported, change, said):
+    face, compiled = exported
+    with open_sessions(compiled) as sessions, pytest.raises(UsageError, match=said):
+        run(face, compiled, sessions, change(make_prompt([1])))
