@@ -285,7 +285,7 @@ def test_each_layer_has_its_noise_floors(rounded):
 
 
 def test_a_small_fault_shows_beside_the_layers_like_it(rounded):
-    """Its 50 dB or more are within the limits of half precision."""
+    """Its error is within the fixed limit of half precision."""
     _, faulty = rounded
     (backend,) = faulty.results
     assert [layer.name for layer in backend.faulty] == ["body layer 3"]
@@ -318,16 +318,13 @@ def layers_with(gaps: Mapping[int, float]) -> list[LayerResult]:
         ((16.2, 16.1, 15.9, 23.0, 16.5, 16.0), [3]),  # a MiniLM and a weight scaled by 1.05, on HTP
         ((16.2, 16.1, 15.9, 15.7, 16.5, 16.0), []),
         ((10.6, 5.8, 3.8, 1.3, 3.3, 8.4, 4.1, 3.0, 5.3, -4.4, 7.7, 19.9), []),  # a healthy Llama
+        ((13.0, 1.5, 0.2, 0.1, 0.3, 0.2, 12.0), []),  # huge activations between two layers
         ((1.0, 2.0, 25.0), []),  # too few to tell what is usual
     ],
 )
 def test_layers_are_compared_with_those_like_them(gaps, faulty):
     judged = compare_alike(layers_with(dict(enumerate(gaps))))
     assert [layer.layer for layer in judged if not layer.local.passed] == faulty
-    limit = judged[0].local.kinds[0].limit
-    assert limit == pytest.approx(
-        70 - 16 - 6 if len(gaps) == 6 else 40 if len(gaps) == 3 else 44, abs=1
-    )
 
 
 def test_a_precision_that_is_not_simulated_is_said(llama, monkeypatch):
