@@ -15,7 +15,7 @@ from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify.by_layer.verify_layers import verify_layers_of
 from qeff_proxy.verify.options import VerifyOptions
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 17, 18, 19]])
 TENSORS = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
@@ -47,3 +47,25 @@ def test_a_fault_is_local_in_its_own_layer_alone(
     healthy = [layer.local for layer in result.layers if layer.passed]
     assert all(error.sqnr > decibels for error in healthy)
     assert any(np.isfinite(error.sqnr) for error in healthy)
+
+
+def test_a_weight_five_percent_too_large_shows_in_half_precision(tmp_path: Path) -> None:
+    """Its error is within 40 dB, the fixed limit; the layers like it are within 6 dB of another."""
+    config = BertConfig(**SIZES, num_hidden_layers=5, max_position_embeddings=64)
+    loaded = wrap_model(random_weights(BertModel(config), 0))
+    hooks = Plugins.discover().hooks_for("bert")
+    export = export_model(loaded, hooks, output=tmp_path / "export", taps="layers")
+    arguments = ["qnn"], (REQUEST, TENSORS), VerifyOptions(), hooks
+    path = export.folder / export.part("body").file
+    model = ir.load(path)
+    weights = model.graph.initializers
+    (name,) = (name for name in weights if name.endswith(".2.attention.output.dense.weight"))
+    values = weights[name].const_value.numpy()
+    weights[name].const_value = ir.tensor(values * np.float32(1.05), name=name)
+    ir.save(model, path)
+    (faulty,) = verify_layers_of(export, loaded, *arguments).results
+    assert faulty.error is None
+    assert [layer.name for layer in faulty.faulty] == ["body layer 2"]
+    (local,) = (layer.local for layer in faulty.faulty)
+    assert local.nearest is not None
+    assert local.nearest.sqnr < local.nearest.limit < local.nearest.floor

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
 from qeff_proxy.cli import main
+from qeff_proxy.cli.layer_table import layer_lines
 from qeff_proxy.errors import BackendError, UnsupportedModelError, UsageError
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.graph.split_layers import split_layers
@@ -25,6 +27,12 @@ from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify.by_layer import verify_layers
 from qeff_proxy.verify.by_layer.reference import reference_parts
+from qeff_proxy.verify.by_layer.results import (
+    KindError,
+    LayerError,
+    LayerResult,
+    compare_alike,
+)
 from qeff_proxy.verify.by_layer.verify_layers import (
     check_alone,
     remove_leftovers,
@@ -239,3 +247,91 @@ def test_what_a_killed_run_left_is_removed_and_another_runs_files_stay(tmp_path)
         ".layer-runs.onnx",
         "body.onnx",
     ]
+
+
+@pytest.fixture(scope="module")
+def rounded(llama, tmp_path_factory) -> Any:
+    """A backend that is said to compute in float16: healthy, then one weight of layer 3 by 2%."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxRuntimeBackend, "precision", lambda _self, _options: "float16")
+        loaded = load_model(str(llama))
+        hooks = Plugins.discover().hooks_for("llama")
+        folder = tmp_path_factory.mktemp("rounded") / "export"
+        export = export_model(loaded, hooks, output=folder, taps="layers")
+        given = ["onnxruntime"], (REQUEST, REQUEST_TENSORS), OPTIONS, hooks
+        healthy = verify_layers_of(export, loaded, *given)
+        model = ir.load(folder / "body.onnx")
+        weights = model.graph.initializers
+        (name,) = (name for name in weights if name.endswith(".3.mlp.down_proj.weight"))
+        values = weights[name].const_value.numpy()
+        weights[name].const_value = ir.tensor(values * np.float32(1.02), name=name)
+        ir.save(model, folder / "body.onnx")
+        return healthy, verify_layers_of(export, loaded, *given)
+
+
+def test_each_layer_has_its_noise_floors(rounded):
+    healthy, _ = rounded
+    assert healthy.passed
+    (backend,) = healthy.results
+    for layer in backend.layers[1:-1]:
+        floor = layer.local.nearest.floor
+        assert 50 < floor < 85
+        assert layer.inherited.nearest.floor < floor + 1
+    first, *_, last, _after, _head = (layer.inherited.nearest.floor for layer in backend.layers)
+    assert last < first
+    report = healthy.to_json()["backends"][0]["layers"][3]["local"]
+    kinds = {kind["kind"] for kind in report["kinds"]}
+    assert {"hidden_states in prefill", "present.key in decode"} < kinds
+
+
+def test_a_small_fault_shows_beside_the_layers_like_it(rounded):
+    """Its error is within the fixed limit of half precision."""
+    _, faulty = rounded
+    (backend,) = faulty.results
+    assert [layer.name for layer in backend.faulty] == ["body layer 3"]
+    local = backend.faulty[0].local
+    assert 40 < local.sqnr < local.nearest.limit
+    assert local.nearest.kind.startswith("hidden_states in ")
+    assert all(layer.inherited.passed for layer in backend.layers)
+    table, summary, *_ = layer_lines(faulty)
+    headings = [column.header for column in table.columns]
+    assert headings[2:6] == ["local dB", "floor", "limit", "of peak"]
+    assert "FAILED: out of line by its own error: body layer 3" in summary.plain
+
+
+def layers_with(gaps: Mapping[int, float]) -> list[LayerResult]:
+    """Layers whose errors are so many dB above a floor of 70."""
+    return [
+        LayerResult(
+            "body",
+            number,
+            LayerError(kinds=(KindError("hidden_states in prefill", 70 - gap, 70.0, 40.0),)),
+            LayerError(),
+        )
+        for number, gap in gaps.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "faulty"),
+    [
+        ((16.2, 16.1, 15.9, 23.0, 16.5, 16.0), [3]),  # a MiniLM and a weight scaled by 1.05, on HTP
+        ((16.2, 16.1, 15.9, 15.7, 16.5, 16.0), []),
+        ((10.6, 5.8, 3.8, 1.3, 3.3, 8.4, 4.1, 3.0, 5.3, -4.4, 7.7, 19.9), []),  # a healthy Llama
+        ((13.0, 1.5, 0.2, 0.1, 0.3, 0.2, 12.0), []),  # huge activations between two layers
+        ((1.0, 2.0, 25.0), []),  # too few to tell what is usual
+    ],
+)
+def test_layers_are_compared_with_those_like_them(gaps, faulty):
+    judged = compare_alike(layers_with(dict(enumerate(gaps))))
+    assert [layer.layer for layer in judged if not layer.local.passed] == faulty
+
+
+def test_a_precision_that_is_not_simulated_is_said(llama, monkeypatch):
+    monkeypatch.setattr(OnnxRuntimeBackend, "precision", lambda _self, _options: "a16w8")
+    result = verify_layers(str(llama), request=REQUEST, options=OPTIONS)
+    assert result.results[0].note == "there is none of a16w8"
+    said = [str(line) for line in layer_lines(result)]
+    assert (
+        "Note: the limits are fixed, not relative to a noise floor: there is none of a16w8" in said
+    )

@@ -20,9 +20,12 @@ from qeff_proxy.compare.tolerances import NoiseFloor, Tolerance, Tolerances
 
 #: A layer's local error may be so many dB further above its floor than is usual for the layers
 #: like it, or so many times their spread: the backend's own rounding is alike in all of them.
-#: Healthy layers on HTP in float16 lie within 2 dB (MiniLM, prefill of a Llama) of the usual, with
-#: a spread of 3 dB and an outlier of 15 in single decode steps; see docs/compare.md.
+#: Healthy layers on HTP in float16 lie within 5 dB of the usual (MiniLM, BERT, GPT-2, a Llama's
+#: prefill); in single decode steps the spread is 3 dB, with an outlier of 15. See docs/compare.md.
 ALIKE, SPREADS = 6.0, 6.0
+#: So many dB above the floor are usual for some layer of a healthy model: 17 for MiniLM's. In
+#: others, the rounding of a few huge activations is all the noise, and as low as the floor itself.
+USUAL = 18.0
 _FEWEST_ALIKE = 4
 _SIGMA = 1.4826  # the standard deviation of a normal distribution over its median deviation
 
@@ -274,7 +277,7 @@ def compare_alike(layers: Sequence[LayerResult]) -> tuple[LayerResult, ...]:
         usual = statistics.median(values)
         spread = statistics.median(abs(value - usual) for value in values)
         if len(values) >= _FEWEST_ALIKE:
-            most[key] = usual + max(ALIKE, SPREADS * _SIGMA * spread)
+            most[key] = max(USUAL, usual + max(ALIKE, SPREADS * _SIGMA * spread))
     judged = []
     for layer in layers:
         kinds = tuple(
