@@ -95,37 +95,12 @@ def make_model() -> ModelFactory:
     return small_model
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `QEFF_HOME` of the test's own."""
-    path = tmp_path / "home"
-    monkeypatch.setenv("QEFF_HOME", str(path))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """The suite runs two tests at a time on machines of two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def saved_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a small GPT-2, without a tokenizer."""
     folder = tmp_path_factory.mktemp("checkpoint") / "small-gpt2"
     small_model("gpt2").save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def demo_checkpoint() -> Path:
-    """The trained checkpoint that comes with the program."""
-    import qeff_proxy
-
-    return Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import pytest
 import qeff_proxy
 
 ROOT = Path(__file__).parent.parent
@@ -16,19 +16,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHECKPOINT = Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
+def test_the_text_example_works(forked: Callable[..., Any]) -> None:
+    def run() -> None:
+        sys.argv = ["text_model.py", str(CHECKPOINT)]
+        runpy.run_path(str(ROOT / "examples" / "text_model.py"), run_name="__main__")
 
-
-def test_the_text_example_works(home: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "text_model.py"), str(CHECKPOINT)],
-        env={**os.environ, "QEFF_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = forked(run)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Hi there!! My name is")
     assert (Path(result.stdout.strip().rsplit(": ", 1)[1]) / "manifest.json").is_file()

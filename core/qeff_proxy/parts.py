@@ -9,6 +9,7 @@ taken from it. The host supplies the other inputs: the request's own tensors
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -26,8 +27,17 @@ MaskKind = Literal["causal", "sliding", "chunked", "bidirectional", "bidirection
 #: The dtypes a model can be exported in.
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
-#: What a layer can give as an extra output (`qeff_proxy.layers.taps`), and how its name then ends.
+#: What a layer can give as an extra output (`qeff_proxy.layers.taps`); each is also the end of the
+#: output's name.
 TAPS = {"layers": "", "attention": ".attention", "mlp": ".mlp"}
+#: The same, of modules inside attention and MLP: these outputs are named by the module's path.
+INNER_TAPS = ("q", "k", "v", "o", "norms", "gate", "up", "down")
+_TAP_GLOB = re.compile(r"[\w.*?]*[.*?][\w.*?]*")
+
+
+def is_tap(name: str) -> bool:
+    """Whether a tap has this name; a glob of modules has a dot, an asterisk or a question mark."""
+    return name in TAPS or name in INNER_TAPS or _TAP_GLOB.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

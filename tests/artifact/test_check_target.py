@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,16 +198,13 @@ def test_the_next_run_clears_what_killed_ones_left_in_the_export(target: Path, c
     assert not any("incomplete" in name for name in names), capsys.readouterr()
 
 
-def test_a_full_disk_while_compiling_is_said(target: Path) -> None:
-    script = (
-        "import resource, signal, sys\n"
-        "from qeff_proxy.cli import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    command = [sys.executable, "-c", script, "compile", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_a_full_disk_while_compiling_is_said(target: Path, forked: Callable[..., Any]) -> None:
+    def run() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+        return main(["compile", str(target)])
+
+    done = forked(run)
     assert done.returncode == 7
     assert "cannot write" in done.stderr
     assert "File too large" in done.stderr

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.cli import main
 from qeff_proxy.errors import ArtifactError
 
 DELETED = object()
@@ -109,3 +110,32 @@ def test_no_json_object_is_refused(text: str, copied: Path) -> None:
 def test_what_was_written_is_read_as_it_was(demo_export: Path) -> None:
     export = read_export(demo_export)
     assert export.to_json() == json.loads((demo_export / "export.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (
+            put("parts", 1, "outputs", 2, "name", value="present.0.valuex"),
+            "export.json names present.0.valuex, which the graph of the body part does not have",
+        ),
+        (
+            put("parts", 1, "outputs", 0, "shape", 1, value="queryx"),
+            "the axis 'queryx' of last_hidden_state in export.json is an axis of no input",
+        ),
+    ],
+)
+def test_an_edit_that_the_graphs_contradict_is_refused_when_they_run(
+    edit: Callable[[dict[str, Any]], None],
+    words: str,
+    copied: Path,
+    demo_export: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    manifest = json.loads((demo_export / "export.json").read_text())
+    shutil.copytree(demo_export, copied, dirs_exist_ok=True)
+    assert main(["compile", str(copied)]) == 0
+    edit(manifest)
+    (copied / "export.json").write_text(json.dumps(manifest))
+    assert main(["generate", str(copied), "Hi", "--max-new-tokens", "2"]) == 7
+    assert words in capsys.readouterr().err

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +29,28 @@ def test_the_commands_work(line: str, demo_export: Path, capsys: Any) -> None:
     assert capsys.readouterr().out
 
 
-def test_the_python_code_works(demo_checkpoint: Path, demo_export: Path, shared_home: Path) -> None:
+def test_the_python_code_works(
+    demo_checkpoint: Path,
+    demo_export: Path,
+    shared_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forked: Callable[..., Any],
+) -> None:
+    monkeypatch.setenv("QEFF_HOME", str(shared_home))  # where it is exported already
     code = blocks("python")[0].replace('"MODEL"', repr(str(demo_checkpoint)))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "QEFF_HOME": str(shared_home)},  # where it is exported already
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forked(exec, code, {"__name__": "__main__"})
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\[\[\d+ +\d+ +\d+ +\d+\]\]", done.stdout.strip())
 
 
-def test_the_backend_of_the_page_passes_the_suite(tmp_path: Path) -> None:
+def test_the_backend_of_the_page_passes_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Callable[..., Any]
+) -> None:
     _, backend, suite = blocks("python")
     (tmp_path / "test_page.py").write_text(f"{backend}\n\n{suite}", encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    monkeypatch.chdir(tmp_path)
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(tmp_path)]
+    done = forked(pytest.main, options)
     assert done.returncode == 0, done.stdout
     assert re.search(r"^\d\d passed", done.stdout, flags=re.MULTILINE)
 

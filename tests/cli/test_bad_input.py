@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,9 +203,10 @@ def test_a_name_that_can_be_no_path(command: tuple[str, ...], capsys: Any) -> No
     assert "File name too long" in fails(capsys, name, "a" * 5000, *rest, code=3)
 
 
-def test_a_tokenizer_does_not_speak_beside_the_error(demo_export: Path) -> None:
-    command = [sys.executable, "-m", "qeff_proxy", "generate", str(demo_export), "word " * 1500]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_a_tokenizer_does_not_speak_beside_the_error(
+    demo_export: Path, forked: Callable[..., Any]
+) -> None:
+    done = forked(main, ["generate", str(demo_export), "word " * 1500])
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "do not fit into a context of 256" in done.stderr

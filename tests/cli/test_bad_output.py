@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,10 @@ def test_an_output_that_takes_nothing(redirection: str, code: int, words: str) -
     assert done.stderr.count("\n") == bool(words)
 
 
-def test_an_output_of_ascii(demo_export: Path) -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [*PROGRAM, "generate", str(demo_export), "Anna é", "--max-new-tokens", "2"]
+def test_an_output_of_ascii(demo_export: Path, forked: Callable[..., Any]) -> None:
+    command = ["generate", str(demo_export), "Anna é", "--max-new-tokens", "2"]
     for option in ([], ["--json"]):
-        done = subprocess.run(
-            [*command, *option], capture_output=True, text=True, check=False, env=environment
-        )
+        done = forked(main, [*command, *option], encoding="ascii")
         assert done.returncode == 0, done.stderr
         assert "Anna" in done.stdout
     assert json.loads(done.stdout)["inputs"] == ["Anna é"]

@@ -18,7 +18,7 @@ import zlib
 
 import numpy as np
 import pytest
-from qeff_proxy.compare import compare_dumps
+from qeff_proxy.compare import NoiseFloor, Tolerances, compare_dumps
 from qeff_proxy.compare.report import MAX_COLUMNS, build_report
 from qeff_proxy.dump import DumpWriter
 
@@ -234,3 +234,25 @@ def test_many_steps_share_columns(stack, browse, tmp_path):
     page = build_report(compare_dumps(dump, dump))
     cells = browse(page, "return document.querySelectorAll('#heat-map .cell').length")
     assert cells == 6 * -(-(2 * MAX_COLUMNS + 1) // 3)
+
+
+def test_the_noise_floor_and_the_limit_are_drawn_by_layer(good, bad, page, browse):
+    plain = compare_dumps(good, bad)
+    floors = {(t.phase, str(t.name)): NoiseFloor(52.0, 0.01) for t in plain.tensors}
+    limits = Tolerances(precision="float16", floors=floors)
+    comparison = compare_dumps(good, bad, tolerances=limits)
+    drawn = browse(
+        build_report(comparison),
+        """const lines = [...document.querySelectorAll("#decibel-plot polyline")];
+        return [document.getElementById("decibel-card").hidden,
+                lines.map((l) => l.getAttribute("stroke-dasharray")),
+                COLUMNS.map((c) => c[0]).filter((c) => c === "floor" || c === "limit"),
+                data.decibels[Object.keys(data.decibels)[0]][0]]""",
+    )
+    hidden, dashes, columns, point = drawn
+    assert not hidden
+    assert dashes == ["2 4", "7 4", "none"] * (len(dashes) // 3)
+    assert dashes
+    assert columns == ["floor", "limit"]
+    assert (point["floor"], point["limit"]) == (52.0, 32.0)
+    assert browse(page, "return document.getElementById('decibel-card').hidden")

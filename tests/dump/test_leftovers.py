@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from qeff_proxy.common.atomic_folder import clear_leftovers, held, replaced_folder
 from qeff_proxy.dump import DumpWriter, read_dump
+from qeff_proxy.dump.convert.common import new_folder
 from qeff_proxy.dump.place import DUMPS
+from qeff_proxy.run.run_compiled import new_io_folder
 
 WRITE = """
 import os, signal, sys
@@ -92,6 +95,30 @@ def test_what_a_living_run_writes_or_replaces_is_left_alone(tmp_path):
         assert names(tmp_path) == before
         writer.step("decode", 0, "body", {"x": np.zeros(3)}, {})
     assert read_dump(tmp_path / "d").steps
+
+
+def test_the_older_dump_is_read_where_a_kill_left_it_beside(tmp_path):
+    write(tmp_path / "d", 7.0)
+    killed_run(tmp_path / "d", at_rename=2)
+    assert not (tmp_path / "d").exists()
+    assert read_dump(tmp_path / "d").array("decode", 0, "body.in.x")[0] == 7.0
+
+
+def test_a_verification_clears_what_earlier_ones_left(tmp_path):
+    killed_run(tmp_path / "io" / "verify-1" / "onnxruntime", at_rename=0)
+    assert names(tmp_path / "io" / "verify-1") != []
+    folder = new_io_folder(SimpleNamespace(folder=tmp_path), "verify-")
+    assert folder.name.startswith("verify-20")
+    assert names(tmp_path / "io" / "verify-1") == []
+
+
+def test_a_conversion_clears_what_a_killed_one_left_and_nothing_else(tmp_path):
+    for name, file in (("c.incomplete-0123456789ab", "in.pb"), ("c.incomplete-ba9876543210", "x")):
+        (tmp_path / name / "test_data_set_0").mkdir(parents=True)
+        (tmp_path / name / "test_data_set_0" / file).touch()
+    with new_folder(tmp_path / "c") as work:
+        (work / "in.pb").touch()
+    assert names(tmp_path) == ["c", "c.incomplete-ba9876543210"]
 
 
 def test_folders_that_hold_something_else_are_not_cleared(tmp_path):

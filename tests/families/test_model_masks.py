@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.families.model_masks import provide_masks, record_masks
+from qeff_proxy.load.load_model import wrap_model
+from qeff_proxy.plugins.manager import Plugins
 from transformers.models.llama import modeling_llama
 
 TOKENS = torch.arange(8).reshape(2, 4)
@@ -48,6 +52,29 @@ def test_a_model_gets_the_hosts_mask_in_one_thread_alone(model: Any, make_model:
 def test_a_mask_nobody_provides_is_an_error(model: Any) -> None:
     with provide_masks(model, {"sliding": DIAGONAL}), pytest.raises(LookupError, match="causal"):
         run(model)
+
+
+def test_two_masks_of_one_decoder_have_two_names() -> None:
+    """BART's decoder also makes the mask over an encoder's output, which a causal LM lacks."""
+    config = transformers.BartConfig(
+        vocab_size=99,
+        d_model=32,
+        decoder_layers=5,
+        decoder_ffn_dim=40,
+        decoder_attention_heads=4,
+        max_position_embeddings=40,
+    )
+    model = transformers.BartForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    hooks = Plugins.discover().hooks_for("bart", task="causal-lm")
+    cut = cut_model(wrap_model(model), hooks, "split")  # verified
+    masks = cut.proxy.part("body").masks
+    assert {(mask.kind, mask.name) for mask in masks} == {
+        ("causal", "attention_mask"),
+        ("bidirectional", "bidirectional_attention_mask"),
+    }
 
 
 def test_masks_are_recorded_beside_a_thread_that_provides_them(model: Any) -> None:

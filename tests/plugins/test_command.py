@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from qeff_proxy.cli import main
 
 COMMAND = Path(sys.executable).with_name("qeff-proxy")
 GOOD = """
@@ -23,10 +25,17 @@ GOOD = """
 
 
 @pytest.fixture
-def command(site_packages):
+def command(site_packages, forked):
     """Run ``qeff-proxy plugins`` beside the packages of the test and no others."""
 
+    def check(arguments, select):
+        if select is not None:
+            os.environ["QEFF_PROXY_PLUGINS"] = select
+        return main(["plugins", *arguments])
+
     def run(*arguments, select=None):
+        if "--check" in arguments:  # imports all libraries
+            return forked(check, arguments, select)
         environ = {"PYTHONPATH": str(site_packages.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         if select is not None:
             environ["QEFF_PROXY_PLUGINS"] = select

@@ -92,7 +92,15 @@ def test_a_claim_on_one_task_comes_before_the_claim_on_the_model_type(tasks):
 def test_a_claim_on_one_task_concerns_no_other_task(tasks):
     assert served_by(tasks, "rnn", "causal-lm") == "acme"
     assert served_by(tasks, "rnn", None) == "acme"
-    assert served_by(tasks, "cnn", "encoder") == "qeff-proxy"
+    assert served_by(tasks, "cnn", "causal-lm") == "qeff-proxy"
+
+
+def test_a_claim_on_a_task_comes_after_all_claims_on_a_model_type(site_packages):
+    site_packages.install("acme", {"rnn": "acme_rnn"}, {"acme_rnn": PLUGIN})
+    site_packages.install("brand", {"*/sing": "brand_any"}, {"brand_any": PLUGIN})
+    assert served_by(Plugins.discover({}), "rnn", "sing") == "acme"
+    assert served_by(Plugins.discover({}), "cnn", "sing") == "brand"
+    assert served_by(Plugins.discover({}), "cnn", None) == "qeff-proxy"
 
 
 def test_of_two_installations_of_a_package_the_importable_one_counts(site_packages, tmp_path):

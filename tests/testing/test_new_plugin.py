@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -27,7 +26,7 @@ def run(command, **options):
     return done.stdout
 
 
-def test_each_kind_passes_its_suite_at_once(tmp_path, monkeypatch):
+def test_each_kind_passes_its_suite_at_once(tmp_path, monkeypatch, forked):
     monkeypatch.chdir(tmp_path)
     for kind in KINDS:
         assert main(["plugin", "new", f"acme-{kind}", "--like", kind]) == 0
@@ -35,11 +34,9 @@ def test_each_kind_passes_its_suite_at_once(tmp_path, monkeypatch):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--target", site]
     run([*pip, *options, *(tmp_path / f"acme-{kind}" for kind in KINDS), EXAMPLE])
-    environ = {**os.environ, "PYTHONPATH": str(site), "QEFF_HOME": str(tmp_path / "home")}
+    monkeypatch.syspath_prepend(site)
 
-    listing = json.loads(
-        run([sys.executable, "-m", "qeff_proxy", "plugins", "--check", "--json"], env=environ)
-    )
+    listing = json.loads(forked(main, ["plugins", "--check", "--json"]).stdout)
     ours = {one["distribution"]: one for one in listing["plugins"]}
     for kind in KINDS:
         report = ours[f"acme-{kind}"]
@@ -48,9 +45,10 @@ def test_each_kind_passes_its_suite_at_once(tmp_path, monkeypatch):
 
     options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-W", "error"]
     tests = [tmp_path / f"acme-{kind}" / "tests" for kind in KINDS] + [EXAMPLE / "tests"]
-    said = run([sys.executable, "-m", "pytest", *options, *tests], env=environ, cwd=tmp_path)
-    assert "skipped" not in said
-    passed = int(said.split(" passed")[0].split()[-1])
+    done = forked(pytest.main, [*options, "-p", "no:xdist", *map(str, tests)])
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+    passed = int(done.stdout.split(" passed")[0].split()[-1])
     assert passed > 30 * len(tests)
 
 

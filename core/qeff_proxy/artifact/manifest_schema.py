@@ -24,7 +24,7 @@ from qeff_proxy.common.json_schema import (
     read_as,
 )
 from qeff_proxy.dump.format import DTYPES as TENSOR_DTYPES
-from qeff_proxy.parts import TAPS, Dtype, Kind, MaskSpec, TensorSpec
+from qeff_proxy.parts import Dtype, Kind, MaskSpec, TensorSpec, is_tap
 
 MANIFEST = "export.json"
 _SCHEMA = 1
@@ -198,8 +198,8 @@ def read_manifest(folder: Path) -> Export:
 
 def _check_agreement(export: Export) -> None:
     taps = export.settings.get("taps", [])
-    if unknown := sorted(set(taps) - TAPS.keys()):
-        raise FieldError(f"'taps' of 'settings' has {unknown[0]!r}, which is none of {list(TAPS)}")
+    if unknown := [tap for tap in taps if not is_tap(tap)]:
+        raise FieldError(f"'taps' of 'settings' has {unknown[0]!r}, which is no tap")
     for name, value in (("kind", export.kind), ("dtype", export.dtype), ("taps", taps)):
         if export.made_by.get(name, value) != value:
             raise FieldError(f"{name!r} is {value!r}, which 'made_by' contradicts")

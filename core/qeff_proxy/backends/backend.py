@@ -54,6 +54,13 @@ class Backend(ABC):
     ) -> Session:
         """A session on what `compile` wrote into ``folder``."""
 
+    def open_once(
+        self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+    ) -> Session:
+        """Compile a part that runs a few times and is then closed, such as a single layer."""
+        self.compile(export, part, options, folder)
+        return self.open(export, part, options, folder)
+
     def devices(self) -> Sequence[str]:
         """The devices of this machine that it can use."""
         return ()

@@ -23,16 +23,22 @@ def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column(result.backend, no_wrap=True)
         table.add_column("verdict")
-        for headings in (("local dB", "of peak"), ("inherited dB", "of peak")):
-            for heading in headings:
-                table.add_column(heading, justify="right")
+        floors = any(layer.local.kinds for layer in result.layers)
+        more = ("floor", "limit") if floors else ()
+        for heading in ("local dB", *more, "of peak", "inherited dB", *more, "of peak"):
+            table.add_column(heading, justify="right")
         table.add_column("worst tensor", overflow="fold")
         for layer in result.layers:
-            numbers = (*_shown(layer.local), *_shown(layer.inherited))
+            errors = layer.local, layer.inherited
+            numbers = [text for error in errors for text in _shown(error, floors=floors)]
             worst = f"{layer.local.tensor} in {layer.local.step}" if layer.local.over_peak else ""
+            if layer.local.nearest is not None:
+                worst = layer.local.nearest.kind
             table.add_row(layer.name, _verdict(layer.local, layer.inherited), *numbers, worst)
         yield table
         yield Text(_summary(result, so_far="so far, " if verification.interrupted else ""))
+        if result.note is not None:
+            yield Text(f"Note: the limits are fixed, not relative to a noise floor: {result.note}")
         yield ""
     if verification.interrupted:
         yield Text(f"interrupted at {verification.interrupted}: what follows did not run")
@@ -48,10 +54,15 @@ def _verdict(local: LayerError, inherited: LayerError) -> Text:
     return Text("passed", "green") if inherited.passed else Text("inherits", "yellow")
 
 
-def _shown(error: LayerError) -> tuple[str, str]:
+def _shown(error: LayerError, *, floors: bool) -> list[str]:
+    """The error in dB, of the kind of tensor that is nearest to its limit, and over the peak."""
     from qeff_proxy.compare.verdict import format_share
 
-    return "exact" if error.sqnr == math.inf else f"{error.sqnr:.1f}", format_share(error.over_peak)
+    nearest = error.nearest
+    values = [error.sqnr] if nearest is None else [nearest.sqnr, nearest.floor, nearest.limit]
+    shown = ["exact" if value == math.inf else f"{value:.1f}" for value in values]
+    shown += [""] * (3 * floors - len(shown))
+    return [*shown, format_share(error.over_peak)]
 
 
 def _summary(result: BackendLayers, so_far: str) -> str:

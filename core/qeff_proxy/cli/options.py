@@ -14,7 +14,7 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.tasks import CUT_OPTIONS
-from qeff_proxy.parts import Kind
+from qeff_proxy.parts import INNER_TAPS, TAPS, Kind
 from qeff_proxy.plugins.hooks import Hooks
 
 _KINDS: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
@@ -75,7 +75,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
         parser.add_argument(
             "--taps",
             metavar="WHAT",
-            help="add outputs of each layer: layers, attention, mlp, or several with commas",
+            help=f"add outputs of each layer: {', '.join((*TAPS, *INNER_TAPS))}, or a glob of its "
+            "modules such as 'self_attn.*'; several with commas",
         )
     parser.add_argument(
         "-C",

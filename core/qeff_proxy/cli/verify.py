@@ -240,10 +240,12 @@ def _rendered(verification: Verification) -> list[RenderableType]:
     table.add_column("verdict")
     table.add_column("first divergence", no_wrap=True)
     table.add_column("worst tensor", overflow="fold")
-    for heading in ("of peak", "tokens", "SQNR dB", "cosine"):
+    floors = any(result.floor is not None for result in verification.results)
+    more = ("floor dB", "limit dB") if floors else ()
+    for heading in ("of peak", "tokens", "SQNR dB", "cosine", *more):
         table.add_column(heading, justify="right")
     for result in verification.results:
-        table.add_row(*_row(result))
+        table.add_row(*_row(result)[: len(table.columns)])
     lines: list[RenderableType] = [table, ""]
     lines += [Text(line) for line in _described_run(verification)]
     for result in verification.results:
@@ -306,7 +308,7 @@ def _row(result: BackendResult) -> list[RenderableType]:
     from qeff_proxy.compare.verdict import format_share
 
     if result.comparison is None:
-        return [result.backend, Text("ERROR", "red"), "", "", "", "", "", ""]
+        return [result.backend, Text("ERROR", "red"), "", "", "", "", "", "", "", ""]
     first = result.divergence
     where = ""
     if first is not None:
@@ -316,7 +318,7 @@ def _row(result: BackendResult) -> list[RenderableType]:
         named = layer if first.layer is None or part in {"body", "model"} else f"{part} {layer}"
         where = f"{named} in {first.step}"
     worst = result.worst
-    sqnr, cosine = result.sqnr, result.cosine
+    cosine = result.cosine
     return [
         result.backend,
         Text("PASSED", "green") if result.passed else Text("FAILED", "red"),
@@ -324,6 +326,11 @@ def _row(result: BackendResult) -> list[RenderableType]:
         str(worst.name) if worst is not None and result.worst_error else "none",
         format_share(result.worst_error),
         f"{result.equal_tokens}/{result.tokens}" if result.tokens else "",
-        "" if sqnr is None else "exact" if sqnr == math.inf else f"{sqnr:.1f}",
+        _decibels(result.sqnr),
         "" if cosine is None else f"{cosine:.6f}",
+        *(_decibels(value) for value in (result.floor, result.limit)),
     ]
+
+
+def _decibels(value: float | None) -> str:
+    return "" if value is None else "exact" if value == math.inf else f"{value:.1f}"

@@ -8,11 +8,12 @@ from __future__ import annotations
 from qeff_proxy.compare.compare_dumps import compare_dumps
 from qeff_proxy.compare.report import write_report
 from qeff_proxy.compare.results import Comparison, Divergence, PairStats, TensorComparison
-from qeff_proxy.compare.tolerances import Tolerance, Tolerances
+from qeff_proxy.compare.tolerances import NoiseFloor, Tolerance, Tolerances
 
 __all__ = [
     "Comparison",
     "Divergence",
+    "NoiseFloor",
     "PairStats",
     "TensorComparison",
     "Tolerance",

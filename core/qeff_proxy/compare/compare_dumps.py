@@ -30,7 +30,7 @@ from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
     from qeff_proxy.compare.pairing import Pair, Pairing
-    from qeff_proxy.compare.tolerances import Tolerance
+    from qeff_proxy.compare.tolerances import NoiseFloor, Tolerance
 
 MAX_WORKERS = 4
 
@@ -136,7 +136,8 @@ def _compare_pair(
     pair: Pair, order: int, limits: Tolerances, steps: list[StepInfo], one: Dump, two: Dump
 ) -> TensorComparison:
     left, right = pair.reference.index, pair.candidate.index
-    tolerance = limits.of(str(pair.name), left.dtype, right.dtype)
+    tolerance = limits.of(str(pair.name), left.dtype, right.dtype, pair.phase)
+    floor = limits.floors.get((pair.phase, str(pair.name)))
     comparable, problem = _comparable(pair, steps, one, two)
     rows = np.zeros(len(pair.steps), STATS)
     usable = np.flatnonzero(comparable)
@@ -169,7 +170,8 @@ def _compare_pair(
         worst=worst,
         first_failure=first_failure,
         problem=problem,
-        why=problem or (_explain(first_failure, tolerance) if first_failure else ""),
+        why=problem or (_explain(first_failure, tolerance, floor) if first_failure else ""),
+        floor=floor,
     )
 
 
@@ -225,8 +227,9 @@ def judge(rows: NDArray[Any], tolerance: Tolerance) -> NDArray[np.bool_]:
     return passed  # type: ignore[no-any-return]
 
 
-def _explain(stats: PairStats, tolerance: Tolerance) -> str:
+def _explain(stats: PairStats, tolerance: Tolerance, floor: NoiseFloor | None) -> str:
     """Say why a step failed."""
+    rounding = "" if floor is None else f"; PyTorch in that precision: {floor.sqnr:.1f} dB"
     if stats.unmatched:
         return (
             f"{counted(stats.unmatched, 'NaN or infinite element')} against others, first at "
@@ -239,7 +242,7 @@ def _explain(stats: PairStats, tolerance: Tolerance) -> str:
         if tolerance.elementwise is not None
         else f"{stats.step}: max error {stats.max_abs:.3g} at {list(stats.max_abs_at)} over a "
         f"peak of {stats.peak:.3g}, SQNR {stats.sqnr:.1f} dB, cosine {stats.cosine:.6f}; "
-        f"limit {tolerance}"
+        f"limit {tolerance}{rounding}"
     )
 
 

@@ -100,6 +100,51 @@ function drawLayers() {
   plot.append(svg);
 }
 
+// A line through points, each "x,y".
+function drawLine(svg, places, colour, dashes) {
+  svg.append(element("polyline", { points: places.join(" "), fill: "none", stroke: colour, "stroke-width": dashes ? 1.5 : 2, "stroke-dasharray": dashes || "none" }));
+}
+function drawDecibels() {
+  const plot = document.getElementById("decibel-plot"), legend = document.getElementById("decibel-legend");
+  const series = Object.entries(data.decibels), places = data.places;
+  if (!series.length) { document.getElementById("decibel-card").hidden = true; return; }
+  const values = series.flatMap(([, points]) => points.flatMap((p) => [p.sqnr, p.floor, p.limit])).filter((v) => typeof v === "number");
+  const low = Math.floor(Math.min(...values) / 10) * 10, high = Math.ceil(Math.max(...values) / 5) * 5 + 1;
+  const width = 1100, height = 300, left = 58, right = 16, top = 16, bottom = 42;
+  const x = (i) => left + 14 + (places.length < 2 ? 0.5 : i / (places.length - 1)) * (width - left - right - 28);
+  const y = (v) => height - bottom - (v - low) / (high - low) * (height - bottom - top);
+  const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "SQNR by layer" });
+  for (let v = low; v <= high; v += high - low > 60 ? 20 : 10) {
+    svg.append(element("line", { x1: left, x2: width - right, y1: y(v), y2: y(v), stroke: "var(--line)" }));
+    svg.append(element("text", { x: left - 8, y: y(v) + 4, "text-anchor": "end" }, v + " dB"));
+  }
+  const every = Math.ceil(places.length / 26);
+  places.forEach((place, i) => {
+    if (i % every === 0) svg.append(element("text", { x: x(i), y: height - bottom + 18, "text-anchor": "middle" }, place));
+  });
+  svg.append(element("text", { x: (left + width) / 2, y: height - 6, "text-anchor": "middle" }, data.axis));
+  series.forEach(([name, points], n) => {
+    const colour = `var(--s${n % 6})`, known = points.filter((p) => typeof p.floor === "number");
+    drawLine(svg, known.map((p) => `${x(p.place)},${y(p.floor)}`), colour, "2 4");
+    drawLine(svg, points.map((p) => `${x(p.place)},${y(p.limit)}`), colour, "7 4");
+    drawLine(svg, points.map((p) => `${x(p.place)},${y(p.sqnr)}`), colour);
+    for (const p of points) {
+      const dot = p.passed
+        ? element("circle", { cx: x(p.place), cy: y(p.sqnr), r: 4, fill: colour })
+        : element("path", { d: `M${x(p.place) - 4.5} ${y(p.sqnr) - 4.5}l9 9m0-9l-9 9`, stroke: colour, "stroke-width": 2.5 });
+      const target = element("circle", { cx: x(p.place), cy: y(p.sqnr), r: 9, fill: "transparent" });
+      const floor = p.floor === "inf" ? "exact" : p.floor.toFixed(1) + " dB";
+      explain(target, `${name}, layer ${places[p.place]}, ${p.phase}: ${p.sqnr.toFixed(1)} dB, floor ${floor}, limit ${p.limit.toFixed(1)} dB ${p.passed ? "passed" : "FAILED"}`);
+      svg.append(dot, target);
+    }
+    const item = html("span"), swatch = html("i");
+    swatch.style.background = colour;
+    item.append(swatch, name);
+    legend.append(item);
+  });
+  plot.append(svg);
+}
+
 // Two ramps of one lightness order each: what passed in blue, what failed in orange.
 function ramp(share, failed) {
   const t = Math.max(0, Math.min(1, share));
@@ -143,11 +188,12 @@ function drawHeat() {
   legend.append(html("span", `exact … ${share(10 ** high)}`, "hint"));
 }
 
+const decibels = (v) => (v === "inf" ? "exact" : v === null ? "–" : v.toFixed(1));
 const COLUMNS = [
   ["tensor", (t) => t.name, "left"], ["phase", (t) => t.phase, "left"], ["layer", (t) => t.layer],
   ["steps", (t) => t.steps], ["failed", (t) => t.failed], ["max error", (t) => t.max_abs, 0, short],
   ["at", (t) => t.at, "left"], ["mean", (t) => t.mean_abs, 0, short], ["max rel.", (t) => t.max_rel, 0, short],
-  ["error/peak", (t) => t.error, 0, share], ["SQNR dB", (t) => t.sqnr, 0, (v) => (v === "inf" ? "exact" : v === null ? "–" : v.toFixed(1))],
+  ["error/peak", (t) => t.error, 0, share], ["SQNR dB", (t) => t.sqnr, 0, decibels], ...(data.tensors.some((t) => t.floor !== null) ? [["floor", (t) => t.floor, 0, decibels], ["limit", (t) => t.limit, 0, decibels]] : []),
   ["cosine", (t) => t.cosine, 0, (v) => (v === null ? "–" : v.toFixed(6))], ["dtype", (t) => t.dtype, "left"],
   ["held to", (t) => t.tolerance, "left"], ["", (t) => (t.passed ? "ok" : "FAILED"), "left"],
 ];
@@ -208,6 +254,6 @@ function fillWorst() {
   }
   if (!data.worst.length) box.append(html("p", "No tensor differs at all.", "hint"));
 }
-drawLayers(); drawHeat(); buildTable(); fillWorst();
+drawLayers(); drawDecibels(); drawHeat(); buildTable(); fillWorst();
 dark.addEventListener("change", drawHeat);
 document.documentElement.dataset.ready = "yes";

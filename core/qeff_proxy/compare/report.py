@@ -117,6 +117,8 @@ def _row(tensor: TensorComparison) -> dict[str, Any]:
         "dtype": tensor.reference_dtype
         if same
         else f"{tensor.reference_dtype} / {tensor.candidate_dtype}",
+        "floor": _finite(tensor.floor.sqnr) if tensor.floor is not None else None,
+        "limit": tensor.tolerance.sqnr,
         "tolerance": str(tensor.tolerance),
         "passed": tensor.passed,
         "why": tensor.why,
@@ -193,8 +195,32 @@ def _layer_series(comparison: Comparison) -> dict[str, Any]:
             {"name": name, "points": [points[p] for p in sorted(points)]}
             for name, points in series.items()
         ],
+        "decibels": _decibel_series(chosen, layers),
         "first_place": layers.index(first.layer) if at_first and first else None,  # type: ignore[arg-type]
     }
+
+
+def _decibel_series(
+    tensors: list[TensorComparison], layers: list[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """SQNR, floor and limit by layer of the tensors with floors, of the worse phase."""
+    series: dict[str, dict[int, dict[str, Any]]] = {}
+    for tensor in tensors:
+        layer, limit, sqnr = tensor.name.layer, tensor.tolerance.sqnr, tensor.step_sqnr.min()
+        if layer is None or limit is None or tensor.floor is None or not math.isfinite(sqnr):
+            continue
+        point = {
+            "place": layers.index(layer),
+            "sqnr": _finite(sqnr),
+            "floor": _finite(tensor.floor.sqnr),
+            "limit": limit,
+            "phase": tensor.phase,
+            "passed": tensor.passed,
+        }
+        known = series.setdefault(tensor.name.tensor, {}).get(layer)
+        if known is None or sqnr - limit < known["sqnr"] - known["limit"]:
+            series[tensor.name.tensor][layer] = point
+    return {name: [points[layer] for layer in sorted(points)] for name, points in series.items()}
 
 
 def _heat_map(comparison: Comparison) -> dict[str, Any]:

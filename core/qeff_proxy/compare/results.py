@@ -16,7 +16,7 @@ from qeff_proxy.dump import StepInfo, TensorName
 from qeff_proxy.dump.format import Phase
 
 if TYPE_CHECKING:
-    from qeff_proxy.compare.tolerances import Tolerance
+    from qeff_proxy.compare.tolerances import NoiseFloor, Tolerance
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class TensorComparison:
         first_failure: Of the first step that failed; None when it passed or could not be measured.
         problem: Why some steps could not be measured (shapes, dtypes), or None.
         why: Why it failed, in words; empty when it passed.
+        floor: The error of PyTorch in the candidate's precision, where that was measured.
     """
 
     name: TensorName
@@ -141,6 +142,7 @@ class TensorComparison:
     first_failure: PairStats | None
     problem: str | None
     why: str
+    floor: NoiseFloor | None = None
 
     @property
     def passed(self) -> bool:
@@ -160,6 +162,7 @@ class TensorComparison:
             "candidate_dtype": self.candidate_dtype,
             "shape": list(self.shape),
             "tolerance": str(self.tolerance),
+            "floor": plain_json(self.floor),
             "passed": self.passed,
             "why": self.why,
             "problem": self.problem,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 
 from qeff_proxy.dump.format import DTYPES
@@ -75,6 +75,43 @@ COMPUTED_IN: dict[str, Tolerance] = {
 }
 
 
+#: How many dB the error may be above the noise floor, as an amplitude 10 times. Of healthy models
+#: on HTP in float16, the worst tensor is 17.6 dB above it (a trained Llama's decode steps) or 17.4
+#: (a trained MiniLM, whose GELU HTP approximates); most are within 8. See docs/compare.md.
+FLOOR_MARGIN = 20.0
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The error that rounding to the candidate's precision alone causes in one tensor.
+
+    Attributes:
+        sqnr: Its signal-to-quantization-noise ratio in dB, of the worst step.
+        peak: Its largest absolute error over the reference's largest magnitude, of the worst step.
+    """
+
+    sqnr: float
+    peak: float
+
+    def widen(self, fixed: Tolerance) -> Tolerance:
+        """``fixed``, or `FLOOR_MARGIN` above this floor where that allows more.
+
+        It never allows more than `FLOOR_MARGIN` beyond ``fixed``: a model whose outputs this
+        precision destroys is not to pass.
+        """
+        finite = math.isfinite(self.peak) and math.isfinite(self.sqnr)
+        if fixed.sqnr is None or fixed.peak is None or not finite:
+            return fixed
+        factor = 10 ** (FLOOR_MARGIN / 20)
+        least = max(self.sqnr - FLOOR_MARGIN, fixed.sqnr - FLOOR_MARGIN)
+        most = min(self.peak * factor, fixed.peak * factor)
+        return replace(
+            fixed,
+            sqnr=min(fixed.sqnr, math.floor(10 * least) / 10),
+            peak=max(fixed.peak, float(f"{most:.3g}")),
+        )
+
+
 @dataclass(frozen=True)
 class Tolerances:
     """The tolerance of every tensor.
@@ -84,10 +121,12 @@ class Tolerances:
             matches replaces the default of the dtype whole.
         precision: What the candidate computes in (`COMPUTED_IN`), where that is narrower than its
             tensors' own dtype: floating tensors get its limits.
+        floors: The noise floors of that precision, by phase and name, where they were measured.
     """
 
     overrides: tuple[tuple[str, Tolerance], ...] = ()
     precision: str | None = None
+    floors: Mapping[tuple[str, str], NoiseFloor] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> Tolerances:
@@ -119,15 +158,22 @@ class Tolerances:
         used = [one for one in self.overrides if any(fnmatchcase(name, one[0]) for name in known)]
         return replace(self, overrides=tuple(used))
 
-    def of(self, name: str, reference_dtype: str, candidate_dtype: str) -> Tolerance:
+    def override(self, name: str) -> Tolerance | None:
+        """The tolerance that the user gave for the tensor ``name``."""
+        globs = reversed(self.overrides)
+        return next((tolerance for glob, tolerance in globs if fnmatchcase(name, glob)), None)
+
+    def of(
+        self, name: str, reference_dtype: str, candidate_dtype: str, phase: str = ""
+    ) -> Tolerance:
         """Return the limits of the tensor ``name``: integers and booleans must be equal."""
-        for glob, tolerance in reversed(self.overrides):
-            if fnmatchcase(name, glob):
-                return tolerance
+        if (named := self.override(name)) is not None:
+            return named
         coarser = max((reference_dtype, candidate_dtype), key=lambda d: DTYPES[d].epsilon)
         narrow = self.precision
         if narrow in COMPUTED_IN and _epsilon(narrow) >= DTYPES[coarser].epsilon > 0:
-            return COMPUTED_IN[narrow]
+            floor = self.floors.get((phase, name))
+            return COMPUTED_IN[narrow] if floor is None else floor.widen(COMPUTED_IN[narrow])
         return DEFAULTS.get(coarser, EXACT)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qeff_proxy.common.atomic_folder import clear_leftovers
 from qeff_proxy.common.messages import counted
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES, HEADER_BYTES, MANIFEST, PHASES, TensorName, as_values
 from qeff_proxy.dump.manifest import check_manifest
 from qeff_proxy.dump.npy import parse_header
+from qeff_proxy.dump.place import DUMPS
 from qeff_proxy.dump.rules import parse_json, refuse
 from qeff_proxy.errors import DumpError
 
@@ -240,6 +243,9 @@ def _open_regular(path: Path) -> int:
 
 def _read_manifest(folder: Path) -> bytes:
     path = folder / MANIFEST
+    if not folder.is_dir():
+        with suppress(OSError):  # a run that was killed may have left the older dump beside it
+            clear_leftovers(DUMPS, folder.parent, folder.name)
     if not folder.is_dir():
         raise DumpError(f"{folder} is not a folder", "Give the folder that holds manifest.json.")
     if not path.is_file() or path.is_symlink():

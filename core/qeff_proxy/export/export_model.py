@@ -65,8 +65,8 @@ def export_model(
         output: The folder to write; by default one below `qeff_proxy.artifact.cache_home`, named
             by model and a hash of all that shapes the export.
         opset: ONNX opset, 18 or later; ``None`` takes the exporter's own choice.
-        taps: Outputs of each layer to add: ``"layers"``, ``"attention"``, ``"mlp"``, or several
-            (`qeff_proxy.layers.taps`).
+        taps: Outputs of each layer to add: ``"layers"``, ``"attention"``, ``"mlp"``, modules
+            inside of these, or several (`qeff_proxy.layers.taps`).
         num_layers: Export the first layers only: so many, or with ``"auto"`` the shortest prefix
             that holds every kind of layer twice (`qeff_proxy.load.shortened_model`).
         weights: ``"copy"``, or ``"reference"`` to link the checkpoint's own files into the export

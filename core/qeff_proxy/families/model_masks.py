@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,9 @@ def record_masks(module: nn.Module, into: dict[MaskKind, MaskSpec]) -> Iterator[
 
         def recording(*args: Any, **kwargs: Any) -> Any:
             spec = _spec_of(creator, args, kwargs)
+            taken = {other.name for kind, other in into.items() if kind != spec.kind}
+            if spec.name in taken:  # a decoder's mask over an encoder's output, beside its own
+                spec = replace(spec, name=f"{spec.kind}_{spec.name}")
             into[spec.kind] = spec
             return original(*args, **kwargs)
 

@@ -1,7 +1,8 @@
 """Find the layers of a model, and tell which are alike.
 
 Two layers are of one kind if they run the same code, with the same settings, on weights of the same
-shapes: equal in every module, shape, buffer and setting except their index. Nothing here knows an
+shapes: equal in every module, shape, constant and setting except their index. A floating-point
+buffer that a checkpoint stores is a weight, any other buffer a constant. Nothing here knows an
 architecture.
 """
 
@@ -192,6 +193,7 @@ def _size(layers: Sequence[nn.Module]) -> int:
 def _fingerprint(layer: nn.Module) -> str:
     """Equal for two layers that run the same code on weights of the same shapes."""
     digest = hashlib.sha256()
+    weights = stored_weights(layer)
     for path, module in layer.named_modules():
         settings = {
             name: value
@@ -203,6 +205,15 @@ def _fingerprint(layer: nn.Module) -> str:
             digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}".encode())
         for name, buffer in module.named_buffers(recurse=False):
             digest.update(f"{name}|{tuple(buffer.shape)}|{buffer.dtype}".encode())
-            if not buffer.is_meta:
+            if not buffer.is_meta and id(buffer) not in weights:
                 digest.update(to_array(buffer).tobytes())
     return digest.hexdigest()
+
+
+def stored_weights(module: nn.Module) -> set[int]:
+    """The `id` of each weight: parameters, and the floating-point buffers of its ``state_dict``."""
+    return {
+        id(tensor)
+        for tensor in module.state_dict(keep_vars=True).values()
+        if isinstance(tensor, nn.Parameter) or tensor.is_floating_point()
+    }

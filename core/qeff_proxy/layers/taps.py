@@ -2,8 +2,10 @@
 
 After its own outputs, a part with taps has ``hidden_states.<layer>`` (the layer's output),
 ``hidden_states.<layer>.attention`` and ``hidden_states.<layer>.mlp`` (the outputs of its attention
-and its MLP, before they are added to the residual stream). Layers count from 0 in the order in
-which they run. Two dumps of tapped parts can be compared layer by layer.
+and its MLP, before they are added to the residual stream). Modules further inside
+are tapped by kind (`INNER_TAPS`) or by a glob of their paths in the layer, and named by their
+paths: ``hidden_states.<layer>.self_attn_q_proj``. Layers count from 0 in the order in which they
+run. Two dumps of tapped parts can be compared layer by layer.
 
 A plugin need not know of taps: the layers are the members of the list of modules that is as long as
 the part's cache is deep, or else of the one with the most parameters.
@@ -15,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -24,7 +27,10 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.arguments import texts
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.layers.layer_lists import LayerList, find_layer_list
-from qeff_proxy.parts import TAPS, Part, Proxy, TensorSpec
+from qeff_proxy.parts import INNER_TAPS, TAPS, Part, Proxy, TensorSpec, is_tap
+
+#: Modules with their paths in a layer.
+_Modules = list[tuple[str, nn.Module]]
 
 _NAMES = {
     "attention": re.compile(r"attn|attention", re.IGNORECASE),
@@ -37,12 +43,26 @@ _OTHERS = re.compile(
     r"norm|(^|_)ln(_|\d|$)|dropout|drop_path|scale|cross|encoder_at", re.IGNORECASE
 )
 
+#: Projections in attention, by the last name of their paths.
+_FUSED = r"qkv|qkv_proj|c_attn|query_key_value|wqkv|w_pack|in_proj"
+_IN_ATTENTION = {
+    "q": re.compile(rf"(w?q|query)(_proj|_lin)?|q_[ab]_proj|{_FUSED}", re.IGNORECASE),
+    "k": re.compile(rf"(w?k|key)(_proj|_lin)?|kv_.*|{_FUSED}", re.IGNORECASE),
+    "v": re.compile(rf"(w?v|value)(_proj|_lin)?|kv_.*|{_FUSED}", re.IGNORECASE),
+}
+#: The same outside of attention. Where nothing has such a name, "up" is the first projection.
+_IN_MLP = {
+    "gate": re.compile(r"gate_proj|w1|wi_0|gate_up_proj"),
+    "up": re.compile(r"up_proj|w3|wi_1|gate_up_proj"),
+}
+_NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
+
 
 def normalize_taps(taps: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The taps asked for, each once, in the order of `TAPS`.
+    """The taps asked for, each once; those with a name first, in the order of `TAPS`.
 
     Args:
-        taps: Names, or one string of them with commas between; ``None`` for none.
+        taps: Names and globs, or one string with commas between; ``None`` for none.
 
     Raises:
         UsageError: There is no such tap.
@@ -52,9 +72,14 @@ def normalize_taps(taps: str | Iterable[str] | None) -> tuple[str, ...]:
         names = taps.split(",")
     names = [name.strip() for name in names if name.strip()]
     for name in names:
-        if name not in TAPS:
-            raise UsageError(f"there is no tap {name!r}", f"Known are {', '.join(TAPS)}.")
-    return tuple(name for name in TAPS if name in names)
+        if not is_tap(name):
+            raise UsageError(
+                f"there is no tap {name!r}",
+                f"Known are {', '.join((*TAPS, *INNER_TAPS))}, and globs of the modules in a layer "
+                "such as 'self_attn.*'.",
+            )
+    named = [name for name in (*TAPS, *INNER_TAPS) if name in names]
+    return tuple(dict.fromkeys((*named, *names)))
 
 
 def tap_proxy(proxy: Proxy, taps: Sequence[str]) -> Proxy:
@@ -109,18 +134,63 @@ def find_tapped(layer: nn.Module, tap: str) -> nn.Module | None:
     found = _named(layer, _NAMES[tap])
     if found is not None or tap == "attention":
         return found
+    _, outside = _projections(layer)
+    return outside[-1][1] if outside else None
+
+
+def _projections(layer: nn.Module) -> tuple[_Modules, _Modules]:
+    """The projections in a layer's attention, and those outside of it, with their paths."""
     attention = _named(layer, _NAMES["attention"])
     inside = {id(one) for one in attention.modules()} if attention is not None else set()
     others = {
         id(inner)
-        for name, one in layer.named_modules()
-        if _OTHERS.search(name.rpartition(".")[2])
+        for path, one in layer.named_modules()
+        if _OTHERS.search(_last(path))
         for inner in one.modules()
     }
-    projections = [
-        one for one in layer.modules() if _projects(one) and id(one) not in inside | others
-    ]
-    return projections[-1] if projections else None
+    projections = [item for item in layer.named_modules() if _projects(item[1])]
+    outside = [item for item in projections if id(item[1]) not in inside | others]
+    return [item for item in projections if id(item[1]) in inside], outside
+
+
+def _find_inner(layer: nn.Module, tap: str) -> _Modules:
+    """The modules that an inner tap or a glob names, with their paths."""
+    if tap not in INNER_TAPS:
+        return [item for item in layer.named_modules() if item[0] and fnmatchcase(item[0], tap)]
+    if tap == "norms":
+        leaves = [item for item in layer.named_modules() if not list(item[1].children())]
+        return [
+            (p, m) for p, m in leaves if _NORM.search(_last(p)) or _NORM.search(type(m).__name__)
+        ]
+    attention, outside = _projections(layer)
+    if tap in _IN_ATTENTION:
+        return [item for item in attention if _IN_ATTENTION[tap].fullmatch(_last(item[0]))]
+    if tap == "o":
+        kinds = _IN_ATTENTION.values()
+        return [item for item in attention if not any(k.fullmatch(_last(item[0])) for k in kinds)][
+            -1:
+        ]
+    if tap == "down":
+        return outside[-1:]
+    found = [item for item in outside if _IN_MLP[tap].fullmatch(_last(item[0]))]
+    return found or (outside[:1] if tap == "up" else [])
+
+
+def _tapped_modules(layer: nn.Module, taps: Sequence[str]) -> dict[str, dict[str, nn.Module]]:
+    """For each tap the modules whose outputs it adds, by the end of the output's name."""
+    tapped: dict[str, dict[str, nn.Module]] = {}
+    for tap in taps:
+        if tap in TAPS:
+            module = find_tapped(layer, tap)
+            tapped[tap] = {} if module is None else {TAPS[tap]: module}
+        else:
+            modules = _find_inner(layer, tap)
+            tapped[tap] = {f".{path.replace('.', '_')}": module for path, module in modules}
+    return tapped
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 class TappedPart(nn.Module):
@@ -137,9 +207,7 @@ class TappedPart(nn.Module):
         self.module = module
         self.taps = tuple(taps)
         # In a tuple, so that the layers are not registered a second time.
-        self.places = tuple(
-            (layer, {tap: find_tapped(layer, tap) for tap in taps}) for layer in layers
-        )
+        self.places = tuple((layer, _tapped_modules(layer, taps)) for layer in layers)
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the module; its own outputs come first, then the tapped ones, layer by layer."""
@@ -158,17 +226,17 @@ class _Seen:
 
     @contextmanager
     def watching(
-        self, places: Sequence[tuple[nn.Module, Mapping[str, nn.Module | None]]]
+        self, places: Sequence[tuple[nn.Module, Mapping[str, Mapping[str, nn.Module]]]]
     ) -> Iterator[None]:
         """Note the outputs of tapped modules while the context is open."""
         handles = []
         try:
             for layer, tapped in places:
                 handles.append(layer.register_forward_pre_hook(self._next_layer))
-                for tap, module in tapped.items():
-                    if module is not None:
-                        hook = self._noting(TAPS[tap])
-                        handles.append(module.register_forward_hook(hook))
+                # Several taps may name one module, such as that of a fused projection.
+                named = {end: one for modules in tapped.values() for end, one in modules.items()}
+                for end, module in named.items():
+                    handles.append(module.register_forward_hook(self._noting(end)))
             yield
         finally:
             for handle in handles:
@@ -181,7 +249,7 @@ class _Seen:
     def _noting(self, suffix: str) -> Any:
         def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
             tensor = first_tensor(output)
-            if tensor is not None:
+            if tensor is not None and tensor.is_floating_point():
                 # A copy, since the model may go on to change the tensor in place.
                 self.tensors[f"hidden_states.{self.layer}{suffix}"] = tensor.clone()
 
@@ -194,7 +262,7 @@ def _tapped(part: Part, layers: Sequence[nn.Module], taps: Sequence[str]) -> Par
 
     module = TappedPart(part.module, layers, taps).eval()
     for tap in taps:
-        if all(tapped[tap] is None for _, tapped in module.places):
+        if not any(tapped[tap] for _, tapped in module.places):
             raise UnsupportedModelError(
                 f"no {tap} can be found in the layers of the {part.name} part "
                 f"({type(layers[0]).__name__})",

@@ -242,14 +242,12 @@ def is_class_of(architecture: str, model_type: str, auto_class: str) -> bool:
 
 
 def flow_of(loaded: LoadedModel) -> str | None:
-    """The flow of the task that a checkpoint's architecture is for; ``None`` if it names none.
-
-    A base model's task is not known by its class.
-    """
+    """The flow of the task that a checkpoint's architecture is for; ``None`` if it names none."""
     name = architecture_of(loaded)
-    tasks = [task for task in TASKS.values() if task.auto_class != "AutoModel"]
+    tasks = TASKS.values()
     fitting = (t for t in tasks if name and is_class_of(name, loaded.model_type, t.auto_class))
-    return next((task.flows[0] for task in fitting), None)
+    task = next(fitting, None)
+    return None if task is None else task.flows[0]
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

@@ -105,9 +105,24 @@ def _io_folder(export: Export, asked_for: Path | None) -> Path:
     if asked_for is not None:
         check_io_folder(asked_for)
         return asked_for
-    folder = export.folder / "io" / new_run_name()
+    return new_io_folder(export)
+
+
+def new_io_folder(export: Export, prefix: str = "") -> Path:
+    """A new folder below ``io/`` of an export; what killed runs left there is cleared.
+
+    Args:
+        export: The export.
+        prefix: Of its name; ``"verify-"`` for a folder of several dumps.
+
+    Raises:
+        DumpError: The system refuses.
+    """
+    now = datetime.datetime.now(datetime.UTC)  # names sort by time
+    folder = export.folder / "io" / f"{prefix}{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     try:
-        clear_leftovers(DUMPS, folder.parent)
+        for parent in (folder.parent, *folder.parent.glob("verify-*")):
+            clear_leftovers(DUMPS, parent)
     except OSError as error:
         raise write_error(folder, error) from error
     return folder
@@ -129,12 +144,6 @@ def check_io_folder(folder: Path) -> None:
             f"{folder} is a place in the export {export}, where no dump can be kept",
             f"Name a folder below {export / KEPT[0]}, or outside of the export.",
         )
-
-
-def new_run_name() -> str:
-    """A name that sorts by time and that no other run has."""
-    now = datetime.datetime.now(datetime.UTC)
-    return f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
 def _provenance(compiled: Compiled, settings: Mapping[str, Any]) -> dict[str, Any]:

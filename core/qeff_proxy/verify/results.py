@@ -88,6 +88,16 @@ class BackendResult:
         return min((t.worst.sqnr for t in self.final if t.worst is not None), default=None)
 
     @property
+    def floor(self) -> float | None:
+        """SQNR of PyTorch in the backend's precision, of the same output; ``None`` if unknown."""
+        return min((t.floor.sqnr for t in self.final if t.floor is not None), default=None)
+
+    @property
+    def limit(self) -> float | None:
+        """The least SQNR that the output may have; ``None`` where it is not limited."""
+        return min((t.tolerance.sqnr for t in self.final if t.tolerance.sqnr), default=None)
+
+    @property
     def cosine(self) -> float | None:
         """Cosine similarity of the model's output, of the worse phase."""
         return min((t.worst.cosine for t in self.final if t.worst is not None), default=None)
@@ -107,6 +117,8 @@ class BackendResult:
             "tokens": self.tokens,
             "sqnr": _plain(self.sqnr),
             "exact": self.sqnr == math.inf,
+            "floor_sqnr": _plain(self.floor),
+            "limit_sqnr": self.limit,
             "cosine": _plain(self.cosine),
             "worst": None
             if worst is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.common.quiet import quiet_loading
+from qeff_proxy.compare import NoiseFloor, compare_dumps
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.load_processor import load_processor
@@ -21,8 +23,10 @@ from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import DEFAULT_QUESTION
 from qeff_proxy.run.replay_tokens import keep_tokens, replay_tokens
-from qeff_proxy.run.run_compiled import RunResult, new_run_name, run_compiled
+from qeff_proxy.run.run_compiled import RunResult, new_io_folder, run_compiled
 from qeff_proxy.session.session import Session
+from qeff_proxy.verify.results import reason_of
+from qeff_proxy.verify.rounding import BITS, RoundedModule
 
 if TYPE_CHECKING:
     from qeff_proxy.verify.options import VerifyOptions
@@ -58,8 +62,10 @@ class Runs:
         self.tensors = tensors
         self.processor = processor
         self.options = options
-        self.folder = options.io_folder or export.folder / "io" / f"verify-{new_run_name()}"
+        self.folder = options.io_folder or new_io_folder(export, "verify-")
         self.tokens: list[torch.Tensor] = []
+        #: By precision, the noise floor of each tensor, or why there is none.
+        self.floors: dict[str, Mapping[tuple[str, str], NoiseFloor] | str] = {}
         outputs = [spec.name for part in export.parts for spec in part.outputs]
         self.generates = any(name.startswith("present.") for name in outputs)
 
@@ -72,6 +78,37 @@ class Runs:
 
             sessions = {part.name: TorchSession(part) for part in live.parts}
         return self._run(compiled, REFERENCE, keep_tokens(self.tokens), sessions)
+
+    def measure_floor(self, live: Proxy, precision: str) -> None:
+        """Run PyTorch with the rounding of a precision, on the reference's tokens.
+
+        The model's weights are those of the reference, so that no second model is in memory.
+        """
+        if precision not in BITS:
+            self.floors[precision] = f"PyTorch cannot compute in {precision}"
+            return
+        from qeff_proxy.session.torch_session import TorchSession
+
+        compiled = compile_export(self.export, "torch", self.options.compile)
+        sessions = {
+            part.name: TorchSession(
+                replace(part, module=RoundedModule(part.module, BITS[precision]))
+            )
+            for part in live.parts
+        }
+        name = f"floor-{precision}"
+        try:
+            self._run(compiled, name, replay_tokens(self.tokens), sessions)
+        except Exception as error:  # noqa: BLE001 (without a floor, the fixed limits remain)
+            self.floors[precision] = f"PyTorch fails in {precision}: {reason_of(error)}"
+            return
+        tensors = compare_dumps(self.folder / REFERENCE, self.folder / name).tensors
+        self.floors[precision] = {
+            (t.phase, str(t.name)): NoiseFloor(
+                float(t.step_sqnr.min(initial=math.inf)), float(t.step_error.max(initial=0.0))
+            )
+            for t in tensors
+        }
 
     def candidate(self, compiled: Compiled, name: str | None = None) -> RunResult:
         """Run a backend on the tokens that PyTorch chose; ``name`` is the folder of its dump."""

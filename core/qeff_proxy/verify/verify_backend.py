@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.backends.registry import list_backends, load_backend
 from qeff_proxy.compare import Comparison, Tolerances, compare_dumps, write_report
+from qeff_proxy.compare.tolerances import COMPUTED_IN
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import ProxyError
@@ -90,11 +91,32 @@ def compare_with_reference(
         partial: Compare only tensors in both dumps, and ignore tolerances of any others.
     """
     precision = load_backend(compiled.backend).precision(compiled.options)
-    tolerances = replace(run.options.tolerances or Tolerances(), precision=precision)
+    floors = run.floors.get(precision or "", {})
+    missing = isinstance(floors, str)
+    tolerances = replace(
+        run.options.tolerances or Tolerances(),
+        precision=precision,
+        floors={} if isinstance(floors, str) else floors,
+    )
     reference, candidate = read_dump(run.folder / REFERENCE), read_dump(run.folder / dump)
     if partial:
         tolerances = tolerances.among(candidate.names())
-    return compare_dumps(reference, candidate, tolerances=tolerances, partial=partial)
+    comparison = compare_dumps(reference, candidate, tolerances=tolerances, partial=partial)
+    if not missing:
+        return comparison
+    note = f"the limits are fixed, not relative to a noise floor: {floors}"
+    return replace(comparison, notes=[*comparison.notes, note])
+
+
+def precisions_of(run: Runs, names: Iterable[str]) -> list[str]:
+    """The lower precisions in which backends compute a float32 model."""
+    found: list[str | None] = []
+    for name in names if run.export.dtype == "float32" else ():
+        try:
+            found.append(load_backend(name).precision(run.options.compile_for(name)))
+        except ProxyError:
+            continue  # its row will say so
+    return [precision for precision in dict.fromkeys(found) if precision in COMPUTED_IN]
 
 
 def needs_fixed_shapes(options: VerifyOptions, name: str) -> bool:

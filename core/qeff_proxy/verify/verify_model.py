@@ -5,7 +5,9 @@
    was loaded, so that the exported weights are verified too; for an export, its own weights.
 3. Each backend compiles the export and runs the same input. It is **fed the reference's tokens**,
    whichever it would have chosen, so that every step has the same inputs and can be compared.
-4. Each dump is compared with the reference's (`qeff_proxy.compare`).
+4. Each dump is compared with the reference's (`qeff_proxy.compare`). For a backend that computes
+   in a lower precision, PyTorch runs once more with the rounding of that (`Runs.measure_floor`):
+   its errors, the noise floor, decide how far the backend may be off.
 5. On request, speed is measured (`qeff_proxy.verify.measure_speed`) and the quickest named.
 
 A failure on one backend is reported in its row, and the others go on.
@@ -40,6 +42,7 @@ from qeff_proxy.verify.runs import REFERENCE, Runs, check_request, processor_in,
 from qeff_proxy.verify.verify_backend import (
     backends_to_choose_from,
     needs_fixed_shapes,
+    precisions_of,
     try_backend,
 )
 
@@ -114,6 +117,9 @@ def verify_model(
     run = Runs(export, hooks, request, tensors, processor, options)
     progress("running PyTorch, the reference")
     reference = run.reference(live() if loaded is not None else None)
+    for precision in precisions_of(run, names):
+        progress(f"running PyTorch in {precision}, the noise floor")
+        run.measure_floor(live(), precision)
     live.cache_clear()
     if loaded is not None and reads_it:
         loaded.forget()  # before a backend holds the weights a second time

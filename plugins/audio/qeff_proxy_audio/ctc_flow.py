@@ -2,7 +2,7 @@
 
 A sound is never padded: the model's group normalization makes zeros at the end change the whole
 transcript. A long sound is run in overlapping windows; the frames in the middle of each window are
-kept, and these join without a gap.
+kept, and these join without a gap. Features, of models that do not take samples, run in one piece.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ CHUNK_SECONDS = 30.0
 STRIDE_SECONDS = 5.0
 
 _RATE = 16_000
+_STEPS = 97  # of the features used to verify a cut
 #: ``(first sample, one past the last, first frame that is kept, one past the last)``
 Window = tuple[int, int, int, int]
+#: A window of sound ``[1, samples]`` or of features ``[1, steps, width]``, and the frames of it
+#: that are kept; ``None`` for all behind the first.
+_Piece = tuple[Array, int, int | None]
 
 
 class CtcFlow:
@@ -54,14 +58,18 @@ class CtcFlow:
             CutError: They differ, or the parts cannot be run.
         """
         settings = proxy.settings
-        samples = settings["shortest"] + 20 * settings["samples_per_frame"] + 7
-        values = np.random.default_rng(0).standard_normal((2, samples)).astype(np.float32)
+        _, _, *width = proxy.parts[0].inputs[0].shape
+        samples = _STEPS
+        if not width:
+            samples = settings["shortest"] + 20 * settings["samples_per_frame"] + 7
+        shape = (2, samples, *map(int, width))
+        values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         with torch.no_grad():
             expected = to_array(model(to_tensor(values).to(model.dtype)).logits.float())
         sessions = {part.name: TorchSession(part) for part in proxy.parts}
         with parts_must_run(model, sites):
             actual = _run_parts(proxy.parts, sessions, values, None, 0)
-        if frames_of(samples, settings) != expected.shape[1]:
+        if not width and frames_of(samples, settings) != expected.shape[1]:
             raise CutError(
                 f"{samples} samples give {expected.shape[1]} frames, and not the "
                 f"{frames_of(samples, settings)} that follow from the convolutions of its config",
@@ -71,11 +79,16 @@ class CtcFlow:
 
     def example_request(
         self,
-        export: Export,  # noqa: ARG002 (part of the protocol)
+        export: Export,
         processor: Any,
-        proxy: Callable[[], Proxy],  # noqa: ARG002
+        proxy: Callable[[], Proxy],  # noqa: ARG002 (part of the protocol)
     ) -> Request:
-        """A recording of speech, or only its samples if there is no processor."""
+        """A recording of speech; without a processor its samples, or noise as features."""
+        (sound, *_) = export.parts[0].inputs
+        if processor is None and len(sound.shape) > 2:
+            shape = (1, _STEPS, int(sound.shape[2]))
+            noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+            return Request(inputs={sound.name: noise})
         if processor is None:
             samples = load_sound(EXAMPLE, _RATE)
             return Request(inputs={"input_values": samples[None]})
@@ -102,7 +115,7 @@ class CtcFlow:
             pieces = []
             for window, first, last in windows:
                 frames = _run_parts(job.export.parts, job.sessions, window, job.recorder, step)
-                if frames.shape[1] < last:
+                if last is not None and frames.shape[1] < last:
                     raise BackendError(
                         f"{window.shape[1]} samples gave {frames.shape[1]} frames, not {last}",
                         "Export the checkpoint again.",
@@ -113,8 +126,11 @@ class CtcFlow:
         return {"predicted_ids": [sound.argmax(axis=-1) for sound in logits], "logits": logits}
 
     def amount(self, job: Job) -> tuple[float, str]:
-        """The seconds of all sounds together."""
-        return float(sum(int(n) for n in job.tensors["lengths"])) / _RATE, "seconds of sound"
+        """The seconds of all sounds together, or the steps of their features."""
+        length = float(sum(int(n) for n in job.tensors["lengths"]))
+        if "input_features" in job.tensors:
+            return length, "steps of features"
+        return length / _RATE, "seconds of sound"
 
     def run_model(self, model: PreTrainedModel, job: Job) -> object:
         """Run the uncut model on the same windows."""
@@ -125,17 +141,30 @@ class CtcFlow:
         ]
 
 
-def _sounds(job: Job) -> list[list[tuple[Array, int, int]]]:
-    """The windows of each sound, ``[1, samples]``, and which frames of each are kept.
+def _sounds(job: Job) -> list[list[_Piece]]:
+    """The windows of each sound, and which frames of each are kept.
 
     Raises:
         UsageError: A sound is too short, or the settings keep no frame of a window.
     """
     settings = job.export.settings
-    values = to_array(job.tensors["input_values"].float())
+    name = job.export.parts[0].inputs[0].name
+    if name not in job.tensors:
+        raise UsageError(
+            f"the model takes {name}, not {', '.join(set(job.tensors) - {'lengths'})}",
+            "Pass what the checkpoint's own processor makes of a sound.",
+        )
+    values = to_array(job.tensors[name].float())
+    if values.ndim > 2:
+        if job.settings.get("chunk_length_s") or job.settings.get("stride_length_s"):
+            raise UsageError(
+                "a model of features runs each sound in one piece", "Leave out chunk_length_s."
+            )
+        lengths = [int(length) for length in job.tensors["lengths"]]
+        return [[(values[i : i + 1, :length], 0, None)] for i, length in enumerate(lengths)]
     chunk = _seconds(job.settings, "chunk_length_s", CHUNK_SECONDS)
     stride = _seconds(job.settings, "stride_length_s", min(STRIDE_SECONDS, chunk / 6))
-    sounds = []
+    sounds: list[list[_Piece]] = []
     for index, length in enumerate(int(length) for length in job.tensors["lengths"]):
         if length < settings["shortest"]:
             raise UsageError(
@@ -215,8 +244,9 @@ def _run_parts(
     recorder: Recorder | None,
     step: int,
 ) -> Array:
-    """Run ``values [batch, samples]`` through all parts to ``logits``, float32."""
-    known = {"input_values": values.astype(numpy_dtype(parts[0].inputs[0].dtype))}
+    """Run ``[batch, samples]`` or ``[batch, steps, width]`` through all parts to float32 logits."""
+    sound = parts[0].inputs[0]
+    known = {sound.name: values.astype(numpy_dtype(sound.dtype))}
     for part in parts:
         feeds = {spec.name: known[spec.name] for spec in part.inputs}
         outputs = sessions[part.name].run(feeds)

@@ -22,6 +22,7 @@ from qeff_proxy.flows.causal_engine import CausalEngine, Recorder, StepId, posit
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.flows.flow import CutReport, Job
 from qeff_proxy.flows.generation.generate import PerfMetrics
+from qeff_proxy.flows.generation.inputs import checked_ids
 from qeff_proxy.flows.generation.seeding import draws_seeded
 from qeff_proxy.flows.generation.settings import check_settings, generation_config_of
 from qeff_proxy.flows.generation.step_cache import arrays_of_cache, fill_cache
@@ -125,6 +126,8 @@ class SpeechFlow:
             )
         if features.shape[-1] > frames:
             settings.setdefault("return_timestamps", True)
+        if "decoder_input_ids" in job.tensors:
+            settings["decoder_input_ids"] = _start_of(job, len(features))
         model = ProxyWhisper(job)
         _check_timestamps(model, settings, features.shape[-1] > frames)
         begin = time.perf_counter()
@@ -286,6 +289,19 @@ class _EncoderRunner(nn.Module):
         """``[batch, mel, frames]`` to row numbers, ``[batch, 1, 1]``."""
         batch = self._steps.encode(input_features)
         return BaseModelOutput(last_hidden_state=torch.arange(batch).float()[:, None, None])
+
+
+def _start_of(job: Job, sounds: int) -> torch.Tensor:
+    """The first tokens of each transcript, ``[sounds, tokens]`` int64: for language and task.
+
+    Raises:
+        UsageError: They are not tokens of this model, or not a row for each sound.
+    """
+    name = "decoder_input_ids"
+    ids = checked_ids(job.tensors, job.export.settings["vocabulary"], name)
+    if len(ids) != sounds:
+        raise UsageError(f"{name} has {len(ids)} rows for {sounds} sounds", "Give one for each.")
+    return ids
 
 
 def _check_timestamps(model: ProxyWhisper, settings: Mapping[str, Any], long: bool) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from qeff_proxy.arrays import dtype_name
+from qeff_proxy.arrays import dtype_name, given_tensor
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub, HeadStub
 from qeff_proxy.hookspecs import hookimpl
@@ -157,7 +157,7 @@ def _cache(
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The user's tensors, checked."""
-    refuse_unused(inputs, ("input_features", "attention_mask"))
+    refuse_unused(inputs, ("input_features", "attention_mask", "decoder_input_ids"))
     tensors = {"input_features": tensor_of(inputs, "input_features", ("sounds", "mel", "frames"))}
     if inputs.get("attention_mask") is not None:
         mask = tensor_of(inputs, "attention_mask", ("sounds", "frames"))
@@ -168,4 +168,7 @@ def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
                 f"These features need [{sounds}, {frames}].",
             )
         tensors["attention_mask"] = mask
+    if inputs.get("decoder_input_ids") is not None:
+        ids = given_tensor("decoder_input_ids", inputs["decoder_input_ids"], "Give token ids.")
+        tensors["decoder_input_ids"] = ids
     return tensors

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -174,14 +173,12 @@ def test_the_demo_prints_what_both_heard(capsys):
     assert demos["whisper"]["parity"]["steps"] == 5
 
 
-def test_the_example_transcribes_with_both():
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "audio_model.py", "--tiny"],
-        env={**os.environ},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_the_example_transcribes_with_both(forked):
+    def run():
+        sys.argv = ["audio_model.py", "--tiny"]
+        runpy.run_path(str(ROOT / "examples" / "audio_model.py"), run_name="__main__")
+
+    done = forked(run)
     assert done.returncode == 0, done.stderr
     for name in FACES:
         assert f"{name}: seven three one\n" in done.stdout

@@ -51,6 +51,32 @@ def test_every_steps_logits_are_those_of_one_pass(proxy, whisper, features, tmp_
     assert np.abs(deaf - expected).max() > 0.05, "the model must listen for this to mean anything"
 
 
+def test_a_start_of_ones_own_is_continued_as_transformers_continues_it(proxy, whisper, features):
+    """``decoder_input_ids``, in place of language and task tokens."""
+    start = torch.tensor([[3, 17, 42, 8], [3, 99, 5, 61]])
+    result = proxy.generate(
+        inputs={"input_features": features, "decoder_input_ids": start}, generation_len=12
+    )
+    expected = reference(whisper, features, decoder_input_ids=start, max_new_tokens=12)
+    np.testing.assert_array_equal(result.generated_ids, expected)
+    without = reference(whisper, features, max_new_tokens=12)
+    assert not np.array_equal(expected[:, -12:], without[:, -12:])
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (np.full((1, 2), 3), "decoder_input_ids has 1 rows for 2 sounds"),
+        (np.full((2, 2), 10**6), "1000000 is no token of this model"),
+        (np.full((2, 2), 1.5), "decoder_input_ids are float64"),
+        (np.full((2, 500), 3), "refuses to generate"),
+    ],
+)
+def test_a_start_that_cannot_be_right_is_refused(proxy, features, start, message):
+    with pytest.raises(UsageError, match=message):
+        proxy.generate(inputs={"input_features": features, "decoder_input_ids": start})
+
+
 def test_beams_are_those_of_transformers(proxy, whisper, features):
     result = proxy.generate(inputs={"input_features": features}, generation_len=10, num_beams=3)
     expected = reference(whisper, features, max_new_tokens=10, num_beams=3)

@@ -1,57 +1,66 @@
-"""The five hooks, shared by all families of embedding models.
+"""The five hooks of embedding models of any family.
 
-A family's module only names the path of its token embedding and the longest input.
+They learn from the model itself: ``get_input_embeddings()`` is the token embedding, ``forward``
+says whether it takes token types, and a run on a few tokens (`qeff_proxy_embedding.probe`) what
+masks it creates, how many positions it has and whether padding changes its results. Base models of
+causal LMs (Qwen3-Embedding, e5-mistral, EmbeddingGemma) are run once without a cache; of an encoder
+and a decoder (T5) the encoder is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.common.messages import type_named
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Absent, Site
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from qeff_proxy_embedding.part import EncoderPart, probe_masks
+from qeff_proxy_embedding.part import EncoderPart
 from qeff_proxy_embedding.pooling import pooling_of_options
+from qeff_proxy_embedding.probe import encoder_of, probe_model
 from qeff_proxy_embedding.sentence_folder import load_dense, read_sentence_folder
 
-__all__ = ["EmbeddingFamily", "max_positions"]
-
-
-def max_positions(config: PreTrainedConfig) -> int:
-    """The most tokens of a text if positions count from 0."""
-    return int(config.max_position_embeddings)
+__all__ = ["EmbeddingFamily", "family"]
 
 
 class EmbeddingFamily:
-    """The hooks of one family.
+    """The hooks of all families.
 
     Args:
-        token_table: Dotted path of the token embedding in the base model. Position and token type
-            embeddings stay in the body.
-        longest: The most tokens of a text, from the config.
+        token_table: Dotted path of the token embedding in the base model; by default where
+            ``get_input_embeddings()`` of the model says. Position and token type embeddings stay
+            in the body.
     """
 
-    def __init__(
-        self, token_table: str, longest: Callable[[PreTrainedConfig], int] = max_positions
-    ) -> None:
+    def __init__(self, token_table: str | None = None) -> None:
         self.token_table = token_table
-        self.longest = longest
 
     @hookimpl
     def locate_embedding(self, model: PreTrainedModel) -> Site | None:
         """The token embedding; ``None`` if the model is not a base model but has a head."""
-        return Site(self.token_table) if model.base_model is model else None
+        if model.base_model is not model:
+            return None
+        if self.token_table is not None:
+            return Site(self.token_table)
+        encoder = encoder_of(model)
+        if "input_ids" not in inspect.signature(encoder.forward).parameters:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} takes {encoder.main_input_name}, not token ids",
+                "Of models without a head, only those that embed texts are exported.",
+            )
+        table = encoder.get_input_embeddings()
+        return next((Site(path) for path, one in model.named_modules() if one is table), None)
 
     @hookimpl
     def locate_lm_head(self, model: PreTrainedModel) -> Absent | None:
@@ -71,39 +80,50 @@ class EmbeddingFamily:
         narrow = int(table.weight.shape[1])
         folder = Path(model.name_or_path) if model.name_or_path else None
         folder = folder if folder is not None and folder.is_dir() else None
-        width = _hidden_width(model, narrow)
+        probe = probe_model(model)
         # With a pooling of the user's, the modules behind the checkpoint's own do not fit.
         own = read_sentence_folder(folder, modules=options.get("pooling") is None)
-        pooled = width * (own.pooling.count("+") + 1)
+        pooled = probe.width * (own.pooling.count("+") + 1)
         dense = load_dense(own.dense, pooled)
         vector = pooled if dense is None else dense.width
         pooling = pooling_of_options(options, own, vector)
-        masks = probe_masks(model, narrow)
         dtype = dtype_name(model.dtype)
         ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
         parts: tuple[Part, ...]
         if kind == "split":
+            if "inputs_embeds" not in inspect.signature(encoder_of(model).forward).parameters:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} takes no inputs_embeds, so its token embedding cannot "
+                    "be cut off",
+                    "Export it as one graph (--proxy none), or write a plugin for it.",
+                )
             embeds = TensorSpec("inputs_embeds", dtype, ("batch", "sequence", narrow))
-            body = EncoderPart(model, masks, pooling, "inputs_embeds", dense)
-            outputs = (body.output(width),)
+            body = EncoderPart(model, probe.masks, pooling, "inputs_embeds", dense)
+            outputs = (body.output(probe.width),)
             parts = (
                 Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
-                Part("body", body, body.inputs(embeds), outputs, "body", masks),
+                Part("body", body, body.inputs(embeds), outputs, "body", probe.masks),
             )
         else:
             if kind == "stub":
                 stub = EmbeddingStub(narrow, model.dtype)
-                model = replace_modules(model, {embedding.module: stub})
-            whole = EncoderPart(model, masks, pooling, "input_ids", dense)
-            outputs = (whole.output(width),)
-            parts = (Part("model", whole, whole.inputs(ids), outputs, "model", masks),)
-        positions = self.longest(model.config)
+                paths = [
+                    path
+                    for path, one in model.named_modules(remove_duplicate=False)
+                    if one is table
+                ]
+                model = replace_modules(model, dict.fromkeys(paths, stub))
+            whole = EncoderPart(model, probe.masks, pooling, "input_ids", dense)
+            outputs = (whole.output(probe.width),)
+            parts = (Part("model", whole, whole.inputs(ids), outputs, "model", probe.masks),)
+        limits = filter(None, (probe.positions, own.max_length))
         settings = {
             **pooling.to_json(),
-            "max_length": options.get("max_length") or min(positions, own.max_length or positions),
+            "max_length": options.get("max_length") or min(limits, default=None),
             "request_options": {"prompt": own.prompt, "lower_case": own.lower_case},
-            "positions": positions,
-            "hidden_size": width,
+            "positions": probe.positions,
+            "pads": probe.pads,
+            "hidden_size": probe.width,
             "embedding_rows": int(table.weight.shape[0]),
         }
         return Proxy(kind, "encoder", parts, settings)
@@ -124,11 +144,6 @@ class EmbeddingFamily:
         if "sentence_embedding" in outputs:
             return outputs["sentence_embedding"]
         return outputs.get("last_hidden_state")
-
-
-def _hidden_width(model: PreTrainedModel, narrow: int) -> int:
-    """Width of the hidden states; some families have narrower token embeddings."""
-    return int(getattr(model.config, "hidden_size", None) or narrow)
 
 
 def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
@@ -165,3 +180,6 @@ def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
 
 def _padded(row: list[int], length: int, fill: int) -> list[int]:
     return row + [fill] * (length - len(row))
+
+
+family = EmbeddingFamily()

@@ -2,7 +2,8 @@
 
 The caller's padding is removed; rows are sorted by length, batched, and padded on the right to the
 longest row of the batch or to the nearest compiled length. Padding does not change results: to
-verify the cut, a padded batch is compared with the uncut model run on each row alone.
+verify the cut, a padded batch is compared with the uncut model run on each row alone. A model whose
+results padding changes runs rows of one length together, without any.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 from transformers import PreTrainedModel
 
-from qeff_proxy_embedding.part import EncoderPart, probe_masks
+from qeff_proxy_embedding.part import EncoderPart
 from qeff_proxy_embedding.pooling import pooling_of_options
+from qeff_proxy_embedding.probe import encoder_of, probe_model
 
 __all__ = ["EncoderFlow", "Row", "rows_of", "run_rows"]
 
@@ -56,20 +58,26 @@ class EncoderFlow:
     ) -> CutReport:
         """Compare a padded batch, run through the parts, with the model run on each row alone.
 
+        Where padding changes the model's results, each row runs through the parts alone, too.
+
         Raises:
             CutError: The results differ, or the parts cannot be run.
         """
         rows = _random_rows(model)
+        pads = proxy.settings["pads"]
         with shrunk_windows(model, _WINDOW):
             expected = [_reference(model, proxy, row) for row in rows]
-            masks = {mask.kind: mask for mask in probe_masks(model, model.config.hidden_size)}
+            masks = {mask.kind: mask for mask in probe_model(model).masks}
             parts = [
                 replace(part, masks=tuple(masks.get(mask.kind, mask) for mask in part.masks))
                 for part in proxy.parts
             ]
             sessions = {part.name: TorchSession(part) for part in parts}
             with parts_must_run(model, sites):
-                actual = _unpadded(run_rows(parts, sessions, rows, _PADDED), rows)
+                actual = []
+                for batch in [rows] if pads else [[row] for row in rows]:
+                    length = _PADDED if pads else len(batch[0].ids)
+                    actual += _unpadded(run_rows(parts, sessions, batch, length), batch)
         counts = np.concatenate([np.atleast_2d(row) for row in expected])
         return check_equal(
             model, sites, counts, np.concatenate([np.atleast_2d(one) for one in actual])
@@ -91,11 +99,13 @@ class EncoderFlow:
                 "Export with proxy='split' to embed.",
             )
         inputs = {spec.name for part in job.export.parts for spec in part.inputs}
-        types = ["token_type_ids"] if "token_type_ids" in inputs else []
+        # Zeros change nothing where there is one type only; tokenizers give them all the same.
+        zero = "token_type_ids" in job.tensors and not job.tensors["token_type_ids"].any()
+        types = ["token_type_ids"] if zero or "token_type_ids" in inputs else []
         refuse_unused(job.tensors, ["input_ids", "attention_mask", *types])
         rows = rows_of(job.tensors)
         lengths = job.options.seq_len
-        limit = min(job.export.settings["max_length"], max(lengths or (2**31,)))
+        limit = min(job.export.settings["max_length"] or 2**31, max(lengths or (2**31,)))
         _check_lengths(rows, limit)
         _check_ids(rows, job.export.settings.get("embedding_rows"))
         results: list[Any] = [None] * len(rows)
@@ -105,7 +115,7 @@ class EncoderFlow:
             batch = [rows[index] for index in chosen]
             longest = max(len(row.ids) for row in batch)
             padded = min(length for length in lengths or (longest,) if length >= longest)
-            _check_rotary(job, longest, padded)
+            _check_padding(job, longest, padded)
             _check_positions(padded, job.export.settings.get("positions"))
             output = run_rows(job.export.parts, job.sessions, batch, padded, job.recorder, step)
             for index, result in zip(chosen, _unpadded(output, batch), strict=True):
@@ -124,7 +134,8 @@ class EncoderFlow:
         """Run the uncut model on the same batches, padded to the longest, and pool."""
         settings = job.export.settings
         pooling = pooling_of_options(settings, None, settings["hidden_size"])
-        takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        model = encoder_of(model)
+        taken = inspect.signature(model.forward).parameters
         rows = rows_of(job.tensors)
         results = []
         for chosen in _batches(job, rows):
@@ -132,10 +143,8 @@ class EncoderFlow:
                 [rows[index] for index in chosen], max(len(rows[i].ids) for i in chosen)
             )
             tensors = {name: to_tensor(value) for name, value in arrays.items()}
-            mask = tensors.pop("padding_mask")
-            if not takes_types:
-                del tensors["token_type_ids"]
-            hidden = model(**tensors, attention_mask=mask).last_hidden_state
+            mask = tensors["attention_mask"] = tensors.pop("padding_mask")
+            hidden = model(**{name: one for name, one in tensors.items() if name in taken})[0]
             results.append(pooling(hidden, mask))
         return results
 
@@ -143,38 +152,46 @@ class EncoderFlow:
 def _batches(job: Job, rows: Sequence[Row]) -> list[list[int]]:
     """The row numbers of each batch; the shortest rows come first.
 
-    The rows of a batch use the same rotary factors, which the padded length decides.
+    The rows of a batch may be padded to the longest of them (`_padding_group`).
     """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     size = int(job.settings.get("batch_size") or job.options.batch_size)
-    groups = groupby(order, key=lambda index: _rotary_factors(job, len(rows[index].ids)))
+    groups = groupby(order, key=lambda index: _padding_group(job, len(rows[index].ids)))
     alike = [list(group) for _, group in groups]
     return [group[start : start + size] for group in alike for start in range(0, len(group), size)]
 
 
-def _rotary_factors(job: Job, length: int) -> int:
-    """Which rotary factors texts of this length have: equal numbers stand for equal factors.
+def _padding_group(job: Job, length: int) -> int:
+    """Texts of lengths with equal numbers may be padded to the same length.
 
-    LongRoPE has other factors beyond the original length, dynamic NTK others for each length.
+    Other lengths have other results, where a model does not leave out padding, or other rotary
+    factors: LongRoPE beyond the original length, dynamic NTK for each length beyond it.
     """
+    if not job.export.settings.get("pads", True):  # absent from older exports
+        return length
     config = job.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, Mapping))]
     for kind in kinds:
         rope_type = kind.get("rope_type")
+        if rope_type not in ("longrope", "dynamic"):
+            continue
         original = kind.get("original_max_position_embeddings") or config.max_position_embeddings
-        if rope_type in ("longrope", "dynamic") and length > original:
+        if length > original:
             return 1 if rope_type == "longrope" else length
     return 0
 
 
-def _check_rotary(job: Job, longest: int, padded: int) -> None:
-    if _rotary_factors(job, longest) != _rotary_factors(job, padded):
-        raise UsageError(
-            f"the compiled seq_len {padded} gives a text of {longest} tokens the rotary factors of "
-            "a longer one",
-            f"Compile with a seq_len of {longest}, too, or without seq_len.",
-        )
+def _check_padding(job: Job, longest: int, padded: int) -> None:
+    if _padding_group(job, longest) == _padding_group(job, padded):
+        return
+    what = "the rotary factors of a longer one"
+    if not job.export.settings.get("pads", True):
+        what = "padding, which changes the results of this model"
+    raise UsageError(
+        f"the compiled seq_len {padded} gives a text of {longest} tokens {what}",
+        f"Compile with a seq_len of {longest}, too, or without seq_len.",
+    )
 
 
 def rows_of(tensors: Mapping[str, torch.Tensor]) -> list[Row]:
@@ -323,6 +340,6 @@ def _reference(model: PreTrainedModel, proxy: Proxy, row: Row) -> Array:
     ids = to_tensor(row.ids[None])
     arguments = {"token_type_ids": to_tensor(row.types[None])} if part.takes_token_types else {}
     with torch.no_grad():
-        hidden = model(input_ids=ids, **arguments).last_hidden_state
+        hidden = encoder_of(model)(input_ids=ids, **arguments)[0]
         vector: Array = to_array(part.pooling(hidden, torch.ones_like(ids), part.dense).float())[0]
     return vector

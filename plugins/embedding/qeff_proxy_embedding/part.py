@@ -9,27 +9,19 @@ import torch
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
-from qeff_proxy.families.model_masks import provide_masks, record_masks
+from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 from torch import nn
 from transformers import PreTrainedModel
 
+from qeff_proxy_embedding.probe import encoder_of
+
 if TYPE_CHECKING:
     from qeff_proxy_embedding.pooling import Pooling
     from qeff_proxy_embedding.sentence_folder import DenseLayers
 
-__all__ = ["EncoderPart", "probe_masks"]
-
-
-def probe_masks(model: PreTrainedModel, hidden_size: int) -> tuple[MaskSpec, ...]:
-    """Run ``model`` on two embeddings and record which attention masks it creates."""
-    masks: dict[MaskKind, MaskSpec] = {}
-    device = next(model.parameters()).device
-    embeddings = torch.zeros(1, 2, hidden_size, dtype=model.dtype, device=device)
-    with torch.no_grad(), record_masks(model, masks):
-        model(inputs_embeds=embeddings)
-    return tuple(masks.values())
+__all__ = ["EncoderPart"]
 
 
 class EncoderPart(nn.Module):
@@ -39,7 +31,7 @@ class EncoderPart(nn.Module):
 
     Args:
         model: The base model, uncut: with embeddings as input it does not use its token embedding.
-        masks: The masks that `probe_masks` recorded.
+        masks: The attention masks it creates (`qeff_proxy_embedding.probe`).
         pooling: How the hidden states are pooled.
         entry: The name of the first input, ``"inputs_embeds"`` or ``"input_ids"``.
         dense: Layers between pooling and normalization, where the checkpoint has them.
@@ -54,13 +46,16 @@ class EncoderPart(nn.Module):
         dense: DenseLayers | None = None,
     ) -> None:
         super().__init__()
-        self.model = rotary_by_length(model)
+        self.model = rotary_by_length(encoder_of(model))
         self.masks = masks
         self.pooling = pooling
         self.entry = entry
         self.dense = dense
-        parameters = inspect.signature(model.forward).parameters
-        self.takes_token_types = "token_type_ids" in parameters
+        parameters = inspect.signature(self.model.forward).parameters
+        self.takes_mask = "attention_mask" in parameters
+        # XLM takes token types, too, and looks them up in its token embedding.
+        kinds = getattr(model.config, "type_vocab_size", 0) or 0
+        self.takes_token_types = "token_type_ids" in parameters and kinds > 1
         self.takes_cache = "use_cache" in parameters
 
     def inputs(self, first: TensorSpec) -> tuple[TensorSpec, ...]:
@@ -119,15 +114,14 @@ class EncoderPart(nn.Module):
             mask.kind: tensors[mask.name] for mask in self.masks
         }
         padding_mask = tensors["padding_mask"]
-        arguments: dict[str, Any] = {
-            self.entry: tensors[self.entry],
-            "attention_mask": padding_mask,
-        }
+        arguments: dict[str, Any] = {self.entry: tensors[self.entry]}
+        if self.takes_mask:
+            arguments["attention_mask"] = padding_mask
         if self.takes_token_types:
             arguments["token_type_ids"] = tensors["token_type_ids"]
         if self.takes_cache:
             arguments["use_cache"] = False
         with provide_masks(self.model, masks):
-            hidden = self.model(**arguments).last_hidden_state
+            hidden = self.model(**arguments)[0]
         name = "sentence_embedding" if self.pooling.pools else "last_hidden_state"
         return {name: self.pooling(hidden, padding_mask, self.dense)}

@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import qeff_proxy
-import torch
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.load_model import load_model
 from qeff_proxy.plugins.manager import Plugins
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `QEFF_HOME` of the test's own."""
-    path = tmp_path / "home"
-    monkeypatch.setenv("QEFF_HOME", str(path))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The suite runs two tests at a time on machines of two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def demo_checkpoint() -> Path:
-    """The trained checkpoint that comes with the program."""
-    return Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
 
 
 @pytest.fixture(scope="session")

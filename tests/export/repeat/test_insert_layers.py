@@ -76,6 +76,25 @@ def test_all_layers_equal_pytorch(
     check_bytes(folder, found)
 
 
+def test_buffers_of_the_checkpoint_are_weights(make_model: Any, tmp_path: Path) -> None:
+    """The router's correction bias is another in each layer, and chooses the experts."""
+    folder = tmp_path / "checkpoint"
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    model = make_model("glm4_moe", layers=5, n_shared_experts=1, **experts)
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+    for index, bias in enumerate(biases):
+        bias.copy_(torch.randn(4, generator=torch.Generator().manual_seed(index)))
+    model.save_pretrained(folder)
+    found = export(folder, tmp_path / "out")
+    assert found.cut["traced_layers"] == {"body": 2}  # dense, experts
+    assert found.cut["weights"].startswith("streamed from the checkpoint;")
+    assert "all layers" not in found.cut["weights"]
+    stored = load_file(found.folder / "body.safetensors")
+    for index, bias in enumerate(biases, start=1):
+        assert torch.equal(stored[f"model.layers.{index}.mlp.gate.e_score_correction_bias"], bias)
+    check_all_layers(folder, found)
+
+
 @pytest.mark.parametrize(("stored", "wanted"), [("float32", "float16"), ("bfloat16", "bfloat16")])
 def test_other_dtypes(stored: str, wanted: str, make_model: Any, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"

@@ -125,14 +125,14 @@ def test_weights_are_in_memory_only_while_they_are_used(llama):
 
 
 def test_a_backend_that_dies_in_a_layer_keeps_what_is_known(llama, monkeypatch):
-    compile_part = OnnxRuntimeBackend.compile
+    open_once = OnnxRuntimeBackend.open_once
 
     def dies(self, export, part, options, folder):
         if part.inputs[0].name == "hidden_states.1":
             raise BackendError("no room for layer 2")
-        compile_part(self, export, part, options, folder)
+        return open_once(self, export, part, options, folder)
 
-    monkeypatch.setattr(OnnxRuntimeBackend, "compile", dies)
+    monkeypatch.setattr(OnnxRuntimeBackend, "open_once", dies)
     (backend,) = verify_layers(str(llama), request=REQUEST, options=OPTIONS).results
     assert not backend.passed
     assert backend.error == "body layer 2: no room for layer 2"
@@ -177,44 +177,38 @@ def test_a_layer_that_reads_an_earlier_one_is_refused(llama):
         check_alone(part, graph, 4)
 
 
-_PEAKS = """
-import sys
-from pathlib import Path
-import numpy as np
-from qeff_proxy.request import Request
-from qeff_proxy.verify.by_layer import verify_layers
-from qeff_proxy.verify.options import VerifyOptions
-
-request = Request(inputs={"input_ids": np.arange(5, 37)[None]})
-for folder in sys.argv[1:]:
-    assert verify_layers(folder, request=request, options=VerifyOptions(max_new_tokens=2)).passed
-    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in one)
-    print(int(line.split()[1]) // 1024)
-"""
+def print_peaks(folders):
+    """The most memory in MB that this process has had after each of some verifications."""
+    request = Request(inputs={"input_ids": np.arange(5, 37)[None]})
+    for folder in folders:
+        options = VerifyOptions(max_new_tokens=2)
+        assert verify_layers(str(folder), request=request, options=options).passed
+        status = Path("/proc/self/status").read_text()
+        print(int(status.partition("VmHWM:")[2].split()[0]) // 1024)
 
 
-def test_memory_does_not_grow_with_depth(tmp_path):
+def test_memory_does_not_grow_with_depth(tmp_path, forked):
     """22 more layers of 12.6 MB, 277 MB in all, need less than half of that more."""
     sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
     for depth in (2, 24):
         config = LlamaConfig(**sizes, vocab_size=131, num_hidden_layers=depth)
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / str(depth))
-    script = [sys.executable, "-c", _PEAKS, str(tmp_path / "2"), str(tmp_path / "24")]
-    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    done = forked(print_peaks, [tmp_path / "2", tmp_path / "24"])
+    assert done.returncode == 0, done.stderr
     shallow, deep = map(int, done.stdout.split())
     assert deep - shallow < 22 * 12.6 / 2
 
 
 def test_what_ran_before_ctrl_c_is_shown(llama, tmp_path, monkeypatch, capsys):
     opened = iter(range(100))
-    original = OnnxRuntimeBackend.open
+    original = OnnxRuntimeBackend.open_once
 
     def interrupted_open(self, *arguments):
         if next(opened) == 3:  # the embedding, layers 0 and 1
             raise KeyboardInterrupt
         return original(self, *arguments)
 
-    monkeypatch.setattr(OnnxRuntimeBackend, "open", interrupted_open)
+    monkeypatch.setattr(OnnxRuntimeBackend, "open_once", interrupted_open)
     output = ["--output", str(tmp_path / "export"), "--max-new-tokens", "2"]
     ids = ["--ids", "5,6,7"]
     assert main(["verify", str(llama), "--by-layer", *ids, *output]) == 130

@@ -17,6 +17,7 @@ Options are in `qeff_proxy.backends.onnxruntime.options`.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime
@@ -24,7 +25,7 @@ import onnxruntime
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.onnxruntime.check_rewriting import computes_the_same
-from qeff_proxy.backends.onnxruntime.open_graph import open_graph
+from qeff_proxy.backends.onnxruntime.open_graph import COPYING, map_weights, open_graph
 from qeff_proxy.backends.onnxruntime.options import (
     OPTIONS,
     VALUES,
@@ -66,13 +67,18 @@ class OnnxRuntimeBackend(Backend):
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> None:
         """Rewrite and optimize the part, and save it in ``folder``."""
-        if any(spec.dtype == "bfloat16" for spec in (*part.inputs, *part.outputs)):
-            raise BackendError(
-                f"ONNX Runtime's CPU kernels do not take bfloat16, which the {part.name} part has",
-                "Export in float32 or float16.",
-            )
-        in_place = options.backend.get("in_place", True)
-        _compile(export, part, options, folder, in_place=in_place, fuse=True)
+        self._check_dtypes(part)
+        settings = runtime_settings(options)
+        save = options.backend.get("save_optimized", True)
+        if save:
+            data = "session.optimized_model_external_initializers"
+            settings.optimized_model_filepath = str(folder / f"{part.name}.onnx")
+            settings.add_session_config_entry(f"{data}_file_name", f"{part.name}.data")
+            settings.add_session_config_entry(f"{data}_min_size_in_bytes", "1024")
+        graph, session = _compiled(export, part, options, folder, settings)
+        session.close()
+        if save:
+            graph.remove()
 
     def open(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
@@ -86,55 +92,69 @@ class OnnxRuntimeBackend(Backend):
             graph = RewrittenGraph.of(export, part, folder)
         return OnnxRuntimeSession(_open(graph, settings, part), part)
 
+    def open_once(
+        self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+    ) -> OnnxRuntimeSession:
+        """A session on weights that stay mapped; nothing is saved, no product is merged."""
+        self._check_dtypes(part)
+        settings = map_weights(runtime_settings(options))
+        return _compiled(export, part, options, folder, settings, once=True)[1]
 
-def _compile(
+    def _check_dtypes(self, part: ExportedPart) -> None:
+        if any(spec.dtype == "bfloat16" for spec in (*part.inputs, *part.outputs)):
+            raise BackendError(
+                f"ONNX Runtime's CPU kernels do not take bfloat16, which the {part.name} part has",
+                "Export in float32 or float16.",
+            )
+
+
+def _compiled(
     export: Export,
     part: ExportedPart,
     options: CompileOptions,
     folder: Path,
+    settings: onnxruntime.SessionOptions,
     *,
-    in_place: bool,
-    fuse: bool,
-) -> None:
-    """Compile a part; again with less rewriting where it differs from the exported graph."""
+    once: bool = False,
+) -> tuple[RewrittenGraph, OnnxRuntimeSession]:
+    """Rewrite and open a part; with less rewriting where it differs from the exported graph."""
     # Imported here: it needs onnx_ir, which takes most of a second and is not used to run.
     from qeff_proxy.backends.onnxruntime.prepare import prepare_part
 
-    graph = prepare_part(export, part, options, folder, in_place=in_place, fuse=fuse)
-    settings = runtime_settings(options)
-    save = options.backend.get("save_optimized", True)
-    if save:
-        data = "session.optimized_model_external_initializers"
-        settings.optimized_model_filepath = str(folder / f"{part.name}.onnx")
-        settings.add_session_config_entry(f"{data}_file_name", f"{part.name}.data")
-        settings.add_session_config_entry(f"{data}_min_size_in_bytes", "1024")
     quantized = WeightOptions.of(part.name, options.backend).bits is not None
-    with OnnxRuntimeSession(_open(graph, settings, part), part) as session:
+    in_place, fuse = options.backend.get("in_place", True), True
+    while True:
+        graph = prepare_part(
+            export, part, options, folder, in_place=in_place, fuse=fuse, merge=not once
+        )
+        without = COPYING if once else ()
+        session = OnnxRuntimeSession(_open(graph, settings, part, without), part)
         in_place = session.runs_in_place()
         rewritten = bool(graph.written) and (in_place or fuse)
-        same = not rewritten or computes_the_same(session, export, part, quantized=quantized)
-    if same:
-        if save:
-            graph.remove()
-        return
-    if options.backend.get("in_place") or not in_place:
-        how = "in place" if in_place else "with fused operators"
-        warnings.warn(
-            f"the {part.name} part differs from its exported graph when it runs {how}; "
-            "it is compiled without",
-            UserWarning,
-            stacklevel=2,
-        )
-    for path in folder.glob(f"{part.name}.*"):
-        path.unlink()
-    _compile(export, part, options, folder, in_place=False, fuse=fuse and in_place)
+        if not rewritten or computes_the_same(session, export, part, quantized=quantized):
+            return graph, session
+        session.close()
+        if options.backend.get("in_place") or not in_place:
+            how = "in place" if in_place else "with fused operators"
+            warnings.warn(
+                f"the {part.name} part differs from its exported graph when it runs {how}; "
+                "it is compiled without",
+                UserWarning,
+                stacklevel=2,
+            )
+        for path in folder.glob(f"{part.name}.*"):
+            path.unlink()
+        in_place, fuse = False, fuse and in_place
 
 
 def _open(
-    graph: RewrittenGraph, settings: onnxruntime.SessionOptions, part: ExportedPart
+    graph: RewrittenGraph,
+    settings: onnxruntime.SessionOptions,
+    part: ExportedPart,
+    without: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     try:
-        return open_graph(graph.path, settings, weights=graph.weights)
+        return open_graph(graph.path, settings, weights=graph.weights, without=without)
     except Exception as error:  # the runtime's exceptions share no public base class
         if settings.optimized_model_filepath:  # the runtime does not say why it could not write
             try_writing(Path(settings.optimized_model_filepath).parent)

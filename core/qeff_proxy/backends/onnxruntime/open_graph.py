@@ -54,11 +54,19 @@ def open_to_check(graph: Path) -> onnxruntime.InferenceSession:
     """
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    return open_graph(graph, map_weights(settings), without=COPYING)
+
+
+#: The optimizers that write copies of weights.
+COPYING = ("ConstantFolding",)
+
+
+def map_weights(settings: onnxruntime.SessionOptions) -> onnxruntime.SessionOptions:
+    """Change settings for a few runs: weights stay mapped, and free memory is returned at once."""
     settings.add_session_config_entry("session.disable_prepacking", "1")
-    # Free memory is returned at once: two runs gain nothing from keeping it.
     settings.enable_cpu_mem_arena = False
     settings.enable_mem_pattern = False
-    return open_graph(graph, settings, without=["ConstantFolding"])
+    return settings
 
 
 def run_graph(

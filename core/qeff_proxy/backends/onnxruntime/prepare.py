@@ -36,6 +36,7 @@ def prepare_part(
     *,
     in_place: bool = True,
     fuse: bool = True,
+    merge: bool = True,
 ) -> RewrittenGraph:
     """Rewrite a part's graph as the options ask; the exported one if there is nothing to do.
 
@@ -45,7 +46,8 @@ def prepare_part(
         options: The options of the compilation.
         folder: Where the graph goes.
         in_place: Whether the cache may be written in place.
-        fuse: Whether operators may be fused and products merged.
+        fuse: Whether operators may be fused.
+        merge: Whether products may be merged too, which copies their weights.
 
     Raises:
         BackendError: The graph is damaged, or its weights cannot be quantized.
@@ -62,7 +64,7 @@ def prepare_part(
             in_place and write_in_place(model, part),
             fuse and divide_in_norms(model),
             fuse and fuse_rotary(model),
-            fuse and _merges(part, weights, options) and merge_products(model),
+            fuse and merge and _merges(part, weights, options) and merge_products(model),
             weights.bits is not None and quantize_weights(model, data, weights),
         ]
     if any(changed):

@@ -10,7 +10,7 @@ import numpy as np
 
 from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.common.messages import first_line
-from qeff_proxy.errors import BackendError
+from qeff_proxy.errors import ArtifactError, BackendError
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.cache_buffers import Buffers, InPlaceSession
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 #: Inputs ``[batch, heads, query, 3]`` int64: row, head and position of each new key or value.
 PLACES = "cache_places."
+_AGAIN = "Export the model again."
 
 
 class _Bound:
@@ -47,7 +48,12 @@ class _Bound:
 
     def expect(self, spec: TensorSpec, sizes: Mapping[str, int]) -> None:
         """Bind an output of the size that this step has."""
-        shape = tuple(size_of(axis, sizes) for axis in spec.shape)
+        try:
+            shape = tuple(size_of(axis, sizes) for axis in spec.shape)
+        except KeyError as error:
+            raise ArtifactError(
+                f"the axis {error} of {spec.name} in export.json is an axis of no input", _AGAIN
+            ) from error
         held = self._outputs.get(spec.name)
         if held is None or held.shape != shape:
             held = self._outputs[spec.name] = np.empty(shape, numpy_dtype(spec.dtype))
@@ -74,6 +80,14 @@ class OnnxRuntimeSession(InPlaceSession):
         self._others = [spec for spec in part.inputs if spec.name not in self._cache]
         self._outputs = [spec for spec in part.outputs if not spec.name.startswith(PRESENT)]
         inputs = [value.name for value in session.get_inputs()]
+        known = {*inputs, *(value.name for value in session.get_outputs())}
+        for spec in (*part.inputs, *part.outputs):
+            if spec.name not in known:
+                raise ArtifactError(
+                    f"export.json names {spec.name}, which the graph of the {part.name} part does "
+                    "not have",
+                    _AGAIN,
+                )
         self._heads = [int(n.removeprefix(PLACES)) for n in inputs if n.startswith(PLACES)]
 
     def compute(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,17 @@ class ConversionSource:
         return None
 
 
+def _is_converted(folder: Path) -> bool:
+    """Whether this user made the folder, and it holds files of other tools and nothing else."""
+    files = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
+    return folder.lstat().st_uid == os.getuid() and all(path.suffix in _SUFFIXES for path in files)
+
+
+#: Of the files of all formats.
+_SUFFIXES = {".json", ".pb", ".raw"}
+_CONVERTED = replace(DUMPS, is_ours=_is_converted)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to write in, which becomes ``folder`` when the block ends without an error.
@@ -121,7 +132,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() follows a link
     try:
         _check_empty(folder)
-        with replaced_folder(DUMPS, folder) as work:
+        with replaced_folder(_CONVERTED, folder) as work:
             yield work
             _check_empty(folder)
     except OSError as error:

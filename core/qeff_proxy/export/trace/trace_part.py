@@ -38,7 +38,7 @@ from qeff_proxy.export.trace.graph_edges import separate_outputs, set_edges
 from qeff_proxy.export.trace.lean_trace import without_notes
 from qeff_proxy.export.trace.operator_table import operators_read_once
 from qeff_proxy.graph.folding import fold_graph
-from qeff_proxy.layers.layer_lists import LayerList, layer_lists
+from qeff_proxy.layers.layer_lists import LayerList, layer_lists, stored_weights
 from qeff_proxy.parts import Part, TensorSpec
 from qeff_proxy.session.sample_inputs import TRACE_SIZES, mangled_inputs, sample_inputs
 
@@ -268,16 +268,17 @@ def _dynamic_axes(spec: TensorSpec) -> dict[int, Any]:
 def _detach_weights(
     program: ir.Model, part: Part, names: Mapping[int, str]
 ) -> dict[str, torch.Tensor]:
-    """Turn large initializers into graph inputs; return their tensors by their final name."""
+    """Turn weights and large constants into graph inputs; return their tensors by final name."""
     own: dict[str, torch.Tensor] = dict(part.module.named_parameters(remove_duplicate=False))
     own.update(part.module.named_buffers(remove_duplicate=False))
     graph = program.graph
+    stored = stored_weights(part.module)
     weights: dict[str, torch.Tensor] = {}
     for old_name, value in list(graph.initializers.items()):
         array = value.const_value
         if array is None:
             continue
-        if array.nbytes < INLINE_BYTES and not isinstance(own.get(old_name), torch.nn.Parameter):
+        if array.nbytes < INLINE_BYTES and id(own.get(old_name)) not in stored:
             continue
         tensor = own[old_name] if old_name in own else torch.from_numpy(array.numpy().copy())
         name = names.get(id(tensor), f"{part.name}.{old_name}")

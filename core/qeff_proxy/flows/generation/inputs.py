@@ -10,28 +10,31 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.errors import UsageError
 
 
-def checked_ids(tensors: Mapping[str, torch.Tensor], rows: int | None = None) -> torch.Tensor:
+def checked_ids(
+    tensors: Mapping[str, torch.Tensor], rows: int | None = None, name: str = "input_ids"
+) -> torch.Tensor:
     """The token ids of a run, ``[batch, sequence]`` int64.
 
     Args:
         tensors: The inputs, from the ``preprocess`` hook.
         rows: The number of tokens of the model; ``None`` where it is unknown.
+        name: The name of the ids among the inputs.
 
     Raises:
         UsageError: There are none, or they are not tokens of the model.
     """
-    ids = tensors.get("input_ids")
+    ids = tensors.get(name)
     if ids is None:
         raise UsageError(
-            f"the inputs are {', '.join(tensors) or 'none'}", "Token ids go by input_ids."
+            f"the inputs are {', '.join(tensors) or 'none'}", f"Token ids go by {name}."
         )
     if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
         raise UsageError(
-            f"input_ids has shape {list(ids.shape)}", "Give [batch, sequence], neither zero."
+            f"{name} has shape {list(ids.shape)}", "Give [batch, sequence], neither zero."
         )
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         kind = dtype_name(ids.dtype)
-        raise UsageError(f"input_ids are {kind}", "Token ids are whole numbers.")
+        raise UsageError(f"{name} are {kind}", "Token ids are whole numbers.")
     ids = ids.to(torch.int64)
     wrong = ids[ids < 0 if rows is None else (ids < 0) | (ids >= rows)]
     if wrong.numel():

@@ -7,13 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from qeff_proxy.arrays import Array, numpy_dtype
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.graph.split_layers import LayerGraph
+from qeff_proxy.load.load_model import load_config
+from qeff_proxy.run.replay_tokens import replay_tokens
 from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.session import Session
-from qeff_proxy.tensor_names import PAST, PRESENT
+from qeff_proxy.tensor_names import PAST, PRESENT, TAP
+from qeff_proxy.verify.by_layer.results import layer_name
+from qeff_proxy.verify.options import VerifyOptions
 
 if TYPE_CHECKING:
     from qeff_proxy.parts import TensorSpec
@@ -121,3 +128,41 @@ def calls_of(job: Job, part: str, known: Mapping[str, Outputs]) -> list[Call]:
     sessions = {one.name: _StandIn(one, known.get(one.name, ())) for one in job.export.parts}
     load_flow(job.export.flow).run(replace(job, sessions=sessions, recorder=recorder))
     return recorder.calls
+
+
+def job_of(export: Export, options: VerifyOptions, tensors: Mapping[str, torch.Tensor]) -> Job:
+    """A run whose tokens are known: the prompt's, again from their start, are the continuation."""
+    settings: dict[str, Any] = {}
+    if any(spec.name.startswith(PRESENT) for part in export.parts for spec in part.outputs):
+        ids = tensors.get("input_ids")
+        rows = int(export.settings.get("embedding_rows", 2))
+        if ids is None:  # the model does not start from tokens
+            ids = torch.arange(options.max_new_tokens)[None] % rows
+        ids = torch.as_tensor(ids)
+        tokens = [ids[:, number % ids.shape[1]] for number in range(options.max_new_tokens)]
+        settings = {
+            "max_new_tokens": options.max_new_tokens,
+            "do_sample": False,
+            "num_beams": 1,
+            "logits_processor": [replay_tokens(tokens)],
+        }
+    return Job(
+        export=export,
+        sessions={},
+        options=options.compile,
+        config=load_config(export.processor_folder),
+        tensors=tensors,
+        folder=export.processor_folder,
+        settings=settings,
+    )
+
+
+def check_alone(part: ExportedPart, graph: LayerGraph, stage: int) -> None:
+    """Refuse a layer that reads other layers' outputs than that of the one before it."""
+    taps = {spec.name for spec in graph.inputs if spec.name.startswith(TAP)}
+    others = sorted(taps - {f"{TAP}{stage - 1}"})
+    if others:
+        raise UnsupportedModelError(
+            f"{layer_name(part.name, graph.layer)} also reads {others[0]}",
+            "Verify the whole model instead of its layers.",
+        )

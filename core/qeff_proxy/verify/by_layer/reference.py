@@ -21,6 +21,7 @@ from qeff_proxy.load.weight_sources import WeightSources, map_tensor
 from qeff_proxy.parts import Kind, Part, Proxy
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.session.torch_session import TorchSession
+from qeff_proxy.verify.rounding import RoundedModule
 
 
 class Weights:
@@ -109,23 +110,27 @@ class PartReference:
         self._weights = weights
         self._stack = ExitStack()
         self._module = _OneLayer(part.module, listed, self._use)
-        self._session = TorchSession(replace(part, module=self._module))
+        self._part = replace(part, module=self._module)
         self._used: nn.Module | None = None
 
-    def run(self, feeds: Mapping[str, Array], stage: int, names: Set[str]) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Array], stage: int, names: Set[str], bits: int | None = None
+    ) -> dict[str, Array]:
         """Run one layer.
 
         Args:
             feeds: The part's inputs and, but for the first, the output of the layer before.
             stage: The layer, or how many there are for what comes after the last.
             names: Its outputs; the layer's own is ``hidden_states.<stage>``.
+            bits: Round what each operator computes to so many significant bits.
 
         Returns:
             The outputs of these names.
         """
         self._module.stage = stage
         self._module.names = names
-        return self._session.run(feeds)
+        module = self._module if bits is None else RoundedModule(self._module, bits)
+        return TorchSession(replace(self._part, module=module)).run(feeds)
 
     @contextmanager
     def open(self) -> Iterator[None]:

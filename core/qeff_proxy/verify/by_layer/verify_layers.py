@@ -7,7 +7,8 @@
    before the next: first in PyTorch, with this layer's weights (`PartReference`), then on each
    backend, which compiles the layer's graph alone.
 4. A backend runs each layer twice: on the reference's inputs, which shows the error that the layer
-   adds (local), and on its own results so far (inherited).
+   adds (local), and on its own results so far (inherited). For one that computes in a lower
+   precision so does PyTorch, rounded to it (`LayerFloor`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -32,30 +32,32 @@ from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.registry import load_backend
-from qeff_proxy.compare.tolerances import Tolerances
+from qeff_proxy.compare.tolerances import COMPUTED_IN, Tolerances
 from qeff_proxy.compile_options import CompileOptions
-from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.errors import ProxyError, UsageError
 from qeff_proxy.flows.flow import Job
 from qeff_proxy.graph.split_layers import LayerGraph, split_layers
 from qeff_proxy.load.checkpoint_files import folder_named
-from qeff_proxy.load.load_model import LoadedModel, load_config
+from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import example_request
-from qeff_proxy.run.replay_tokens import replay_tokens
 from qeff_proxy.session.session import Session
 from qeff_proxy.tensor_names import PAST, PRESENT, TAP
-from qeff_proxy.verify.by_layer.calls import Call, Outputs, calls_of, zeros
+from qeff_proxy.verify.by_layer.calls import Call, Outputs, calls_of, check_alone, job_of, zeros
+from qeff_proxy.verify.by_layer.floor import LayerFloor
 from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
 from qeff_proxy.verify.by_layer.results import (
     BackendLayers,
     LayerResult,
     LayerVerification,
+    compare_alike,
     compare_layer,
     layer_name,
 )
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.results import reason_of
+from qeff_proxy.verify.rounding import BITS
 from qeff_proxy.verify.runs import check_request, processor_in, tensors_of
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
@@ -145,6 +147,8 @@ def verify_layers_of(
     check_weights_of(export)
     remove_leftovers(export.folder)
     candidates = [_Candidate(name, export, options) for name in backends]
+    precisions = {candidate.precision for candidate in candidates if export.dtype == "float32"}
+    floors = {name: LayerFloor(bits) for name, bits in BITS.items() if name in precisions}
     known: dict[str, Outputs] = {}
     steps: dict[str, None] = {}
     where, interrupted = "", None
@@ -153,10 +157,13 @@ def verify_layers_of(
             progress(f"splitting {part.name}")
             whole = ir.load(export.folder / part.file)
             graphs = split_layers(whole, part.inputs, part.outputs)
-            run = _PartRun(part, calls_of(_job(export, options, tensors), part.name, known))
+            run = _PartRun(part, calls_of(job_of(export, options, tensors), part.name, known))
             steps.update(dict.fromkeys(call.step for call in run.calls))
             for candidate in candidates:
-                candidate.begin(part, _job(export, options, tensors))
+                candidate.begin(part, job_of(export, options, tensors))
+            for floor in floors.values():
+                run_of = partial(_run_of, part, lambda: job_of(export, options, tensors))
+                floor.begin(part.name, run_of)
             live = PartReference(proxy.part(part.name), weights)
             for stage, graph in enumerate(graphs):
                 check_alone(part, graph, stage)
@@ -166,9 +173,14 @@ def verify_layers_of(
                 run_layer = partial(live.run, stage=stage, names=names)
                 with live.open():
                     expected = run.forward(graph, run_layer, whole=True)
+                    by_step = run.by_step(expected)
+                    for floor in floors.values():
+                        rounded = partial(run_layer, bits=floor.bits)
+                        floor.run_layer(graph, run, by_step, graphs[stage + 1 :], rounded)
                 for candidate in candidates:
                     progress(f"{where}: {candidate.name}")
-                    candidate.try_layer(graph, run, expected, graphs[stage + 1 :])
+                    floor_of_it = floors.get(candidate.precision or "")
+                    candidate.try_layer(graph, run, expected, graphs[stage + 1 :], floor_of_it)
                 run.keep(expected, graphs[stage + 1 :])
                 gc.collect(1)  # graphs are cycles, which hold arrays of the layer's size
             known[part.name] = run.outputs()
@@ -239,6 +251,10 @@ class _PartRun:
                 if name.startswith((PRESENT, TAP)) and name not in needed:
                     del values[name]
 
+    def by_step(self, outputs: Sequence[_Step]) -> dict[str, _Step]:
+        """The outputs of a layer in each call, by the call's step."""
+        return dict(zip((call.step for call in self.calls), outputs, strict=True))
+
     def outputs(self) -> Outputs:
         """The outputs of the part in each call, without caches and taps."""
         names = {spec.name for spec in self.part.outputs}
@@ -263,6 +279,11 @@ class _Candidate:
         self._run: _PartRun | None = None
         self._layers: list[LayerResult] = []
         self._error: str | None = None
+        self._note: str | None = None
+        try:
+            self.precision = load_backend(name).precision(self._options)
+        except ProxyError:  # its first layer will say so
+            self.precision = None
 
     def begin(self, part: ExportedPart, job: Job) -> None:
         """Begin a part, with the outputs of the parts before it as this backend computed them."""
@@ -277,6 +298,7 @@ class _Candidate:
         reference: _PartRun,
         expected: Sequence[_Step],
         following: Sequence[LayerGraph],
+        floor: LayerFloor | None,
     ) -> None:
         """Run a layer on the reference's inputs, then on the backend's own; compare both."""
         if self._error is not None:
@@ -290,20 +312,29 @@ class _Candidate:
         except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
             self._error = f"{layer_name(part.name, graph.layer)}: {reason_of(error)}"
             return
-        precision = load_backend(self.name).precision(self._options)
-        tolerances = replace(self._tolerances, precision=precision)
-        steps = [call.step for call in reference.calls]
-        wanted = dict(zip(steps, expected, strict=True))
+        if self.precision in COMPUTED_IN:
+            self._note = f"there is none of {self.precision}" if floor is None else floor.failure
+        tolerances = replace(self._tolerances, precision=self.precision)
+        wanted = reference.by_step(expected)
         errors = (
-            compare_layer(wanted, dict(zip(steps, one, strict=True)), part.name, tolerances)
-            for one in (local, inherited)
+            compare_layer(
+                wanted, reference.by_step(one), part.name, replace(tolerances, floors=floors)
+            )
+            for one, floors in (
+                (local, floor.local if floor is not None else {}),
+                (inherited, floor.inherited if floor is not None else {}),
+            )
         )
         self._layers.append(LayerResult(part.name, graph.layer, *errors))
         self._run.keep(inherited, following)
 
     def result(self) -> BackendLayers:
         """The layers that ran."""
-        return BackendLayers(self.name, tuple(self._layers), self._error)
+        return BackendLayers(self.name, compare_alike(self._layers), self._error, self._note)
+
+
+def _run_of(part: ExportedPart, job: Callable[[], Job], known: Mapping[str, Outputs]) -> _PartRun:
+    return _PartRun(part, calls_of(job(), part.name, known))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -345,45 +376,6 @@ def _layer_session(
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         backend = load_backend(name)
         backend.check_options(name, options)
-        backend.compile(alone, layer, options, folder)
-        session = backend.open(alone, layer, options, folder)
+        session = backend.open_once(alone, layer, options, folder)
         stack.callback(session.close)
         yield session
-
-
-def _job(export: Export, options: VerifyOptions, tensors: Mapping[str, torch.Tensor]) -> Job:
-    """A run whose tokens are known: the prompt's, again from their start, are the continuation."""
-    settings: dict[str, Any] = {}
-    if any(spec.name.startswith(PRESENT) for part in export.parts for spec in part.outputs):
-        ids = tensors.get("input_ids")
-        rows = int(export.settings.get("embedding_rows", 2))
-        if ids is None:  # the model does not start from tokens
-            ids = torch.arange(options.max_new_tokens)[None] % rows
-        ids = torch.as_tensor(ids)
-        tokens = [ids[:, number % ids.shape[1]] for number in range(options.max_new_tokens)]
-        settings = {
-            "max_new_tokens": options.max_new_tokens,
-            "do_sample": False,
-            "num_beams": 1,
-            "logits_processor": [replay_tokens(tokens)],
-        }
-    return Job(
-        export=export,
-        sessions={},
-        options=options.compile,
-        config=load_config(export.processor_folder),
-        tensors=tensors,
-        folder=export.processor_folder,
-        settings=settings,
-    )
-
-
-def check_alone(part: ExportedPart, graph: LayerGraph, stage: int) -> None:
-    """Refuse a layer that reads other layers' outputs than that of the one before it."""
-    taps = {spec.name for spec in graph.inputs if spec.name.startswith(TAP)}
-    others = sorted(taps - {f"{TAP}{stage - 1}"})
-    if others:
-        raise UnsupportedModelError(
-            f"{layer_name(part.name, graph.layer)} also reads {others[0]}",
-            "Verify the whole model instead of its layers.",
-        )

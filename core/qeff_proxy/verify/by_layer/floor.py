@@ -1,0 +1,81 @@
+"""The noise floor of a verification by layer: the reference, rounded to a backend's precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from qeff_proxy.arrays import Array
+from qeff_proxy.compare import NoiseFloor
+from qeff_proxy.verify.by_layer.calls import Outputs
+from qeff_proxy.verify.by_layer.results import measure_floor
+from qeff_proxy.verify.results import reason_of
+
+#: By phase and name, the noise floor of each tensor of a layer.
+Floors = Mapping[tuple[str, str], NoiseFloor]
+
+
+class _Run(Protocol):
+    """The values of a part's calls (`qeff_proxy.verify.by_layer.verify_layers`)."""
+
+    def forward(self, graph: Any, run: Any, *, cache: Any = None, whole: bool = False) -> Any: ...
+    def keep(self, outputs: Any, following: Any) -> None: ...
+    def outputs(self) -> Outputs: ...
+
+
+class LayerFloor:
+    """One precision, run beside the reference.
+
+    Args:
+        bits: Its significant bits.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        #: Of the layer that ran last: on the reference's inputs, and on results so rounded so far.
+        self.local: Floors = {}
+        self.inherited: Floors = {}
+        #: Why there are no floors any more.
+        self.failure: str | None = None
+        self._part = ""
+        self._run: _Run | None = None
+        self._known: dict[str, Outputs] = {}
+
+    def begin(self, part: str, run_of: Callable[[Mapping[str, Outputs]], _Run]) -> None:
+        """Begin a part, with the outputs of the parts before it as they were rounded."""
+        if self._run is not None:
+            self._known[self._part] = self._run.outputs()
+        self._part, self._run = part, run_of(self._known)
+
+    def run_layer(
+        self,
+        graph: Any,
+        reference: _Run,
+        expected: Mapping[str, Mapping[str, Array]],
+        following: Sequence[Any],
+        run: Callable[[Mapping[str, Array]], Mapping[str, Array]],
+    ) -> None:
+        """Run a layer with ``run`` and measure its floors.
+
+        Args:
+            graph: The layer.
+            reference: The reference's run of the part.
+            expected: The reference's outputs, by step.
+            following: The layers after it.
+            run: Runs the layer, rounded, on all inputs of the part.
+        """
+        if self.failure is not None or self._run is None:
+            return
+        cache = list(expected.values())
+        try:
+            local = reference.forward(graph, run, cache=cache, whole=True)
+            inherited = self._run.forward(graph, run, whole=True)
+        except Exception as error:  # noqa: BLE001 (without a floor, the fixed limits remain)
+            self.failure = reason_of(error)
+            self.local = self.inherited = {}
+            return
+        self.local, self.inherited = (
+            measure_floor(expected, dict(zip(expected, outputs, strict=True)), self._part)
+            for outputs in (local, inherited)
+        )
+        self._run.keep(inherited, following)
