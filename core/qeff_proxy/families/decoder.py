@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks, record_masks
-from qeff_proxy.families.rotary import rotary_by_length
+from qeff_proxy.families.rotary import ComplexIndices, rotary_by_length
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 
@@ -185,7 +186,8 @@ class DecoderPart(nn.Module):
         }
         if self.takes_positions:
             arguments["position_ids"] = tensors["position_ids"]
-        with provide_masks(self.decoder, masks):
+        tracing = torch.compiler.is_compiling()
+        with provide_masks(self.decoder, masks), ComplexIndices() if tracing else nullcontext():
             outputs = self.decoder(**arguments)
         result = {self.exit_name: outputs[0]}
         for index, layer in enumerate(cache_of(outputs).layers):
