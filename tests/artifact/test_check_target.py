@@ -219,3 +219,19 @@ def test_compiled_files_that_were_damaged_unseen_say_what_to_do(target: Path, ca
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert main(["generate", str(target), "--ids", "5,6", "--max-new-tokens", "1"]) == 8
     assert "compile again (qeff-proxy compile --force)" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default:the files in .* are not what was compiled:UserWarning")
+def test_verify_compiles_damaged_files_again(target: Path, capsys: Any) -> None:
+    """One bit of a compiled weight, with the file's size and times as they were."""
+    assert main(["compile", str(target)]) == 0
+    (path,) = (target / "compiled").glob("*/body.data")
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 + 3] ^= 0x40
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert main(["verify", str(target), "--ids", "5,6", "--max-new-tokens", "1"]) == 0
+    assert "are not what was compiled: they are compiled again" in capsys.readouterr().err
+    data[len(data) // 2 + 3] ^= 0x40
+    assert path.read_bytes() == data

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from qeff_proxy import QEFFAutoModel, QEFFAutoModelForCausalLM
+from qeff_proxy.load import first_layers
+from qeff_proxy.load.transformers_model import NotSampled
 
 
 def weights_of(model: Any, folder: Path) -> str:
@@ -35,3 +39,19 @@ def test_a_deep_encoder_is_streamed(tmp_path: Path) -> None:
     BertModel(config).save_pretrained(tmp_path / "bert")
     model = QEFFAutoModel.from_pretrained(tmp_path / "bert", pooling="mean")
     assert weights_of(model, tmp_path / "export").startswith("streamed from the checkpoint; BLAKE3")
+
+
+def test_a_large_checkpoint_that_is_not_streamed_is_named_with_the_reason(
+    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_sampled(*_: Any) -> None:
+        raise NotSampled("its layers calculate with their index")
+
+    make_model("llama", layers=5).save_pretrained(tmp_path / "llama")
+    monkeypatch.setattr(first_layers, "sample_model", not_sampled)
+    model = QEFFAutoModelForCausalLM.from_pretrained(tmp_path / "llama", enable_proxy=True)
+    # The attribute of the package is the function.
+    module = importlib.import_module("qeff_proxy.export.export_model")
+    monkeypatch.setattr(module, "_LARGE", 1000)
+    with pytest.warns(UserWarning, match=r"is loaded whole \(0\.\d GB\), .* their index"):
+        assert weights_of(model, tmp_path / "export").startswith("loaded whole")

@@ -18,6 +18,7 @@ from qeff_proxy.artifact.hashes import hash_weights_file
 from qeff_proxy.backends.compile_export import compile_export
 from qeff_proxy.cli import main
 from qeff_proxy.compare import Tolerances, compare_dumps
+from qeff_proxy.compare.verdict import describe_verdict
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.dump import read_dump
@@ -251,16 +252,21 @@ def test_without_taps_the_caches_tell_the_layer_or_the_next(
 ) -> None:
     """What docs/compare.md says: the cache of a layer shows its attention's input only."""
 
-    def first(layer: int, weight: str) -> tuple[str, int | None]:
+    def first(layer: int, weight: str) -> tuple[str, int | None, str]:
         folder = tmp_path / f"{layer}-{weight}"
         bad = faulty(exports["plain"], folder, layer, weight, bit=25)
-        found = compare_dumps(good["plain"], bad).first_divergence
+        comparison = compare_dumps(good["plain"], bad)
+        found = comparison.first_divergence
         assert found is not None
-        return found.tensor, found.layer
+        (hint,) = [line for line in describe_verdict(comparison) if "--taps layers" in line]
+        return found.tensor, found.layer, hint.partition("may also be in ")[2].partition(":")[0]
 
-    assert first(2, "attn.c_attn.weight") == ("body.out.present_key.layer-02", 2)
-    assert first(2, "mlp.c_fc.weight") == ("body.out.present_key.layer-03", 3)
-    assert first(LAYERS - 1, "mlp.c_fc.weight") == ("body.out.last_hidden_state", None)
+    key = "body.out.present_key.layer-0"
+    after = "after its keys and values"
+    assert first(2, "attn.c_attn.weight") == (f"{key}2", 2, f"layer 1, {after}")
+    assert first(2, "mlp.c_fc.weight") == (f"{key}3", 3, f"layer 2, {after}")
+    last = first(LAYERS - 1, "mlp.c_fc.weight")
+    assert last == ("body.out.last_hidden_state", None, "the last layer")
 
 
 def test_attention_and_mlp_taps_tell_them_apart(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.artifact.hashes import hash_weights_file
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.lengths import has_cache, with_fixed_shapes
 from qeff_proxy.backends.registry import load_backend
@@ -56,6 +57,7 @@ def compile_export(
     options: CompileOptions | None = None,
     *,
     force: bool = False,
+    check: bool = False,
     progress: Callable[[str], None] = lambda _stage: None,
 ) -> Compiled:
     """Compile every part of an export.
@@ -65,6 +67,8 @@ def compile_export(
         backend: The backend's name.
         options: Shapes, cores, and what only this backend understands.
         force: Compile again even where the same was compiled already.
+        check: Compile again where the contents of compiled files have changed; otherwise only their
+            sizes and times are compared.
         progress: Called with each stage as it starts.
 
     Raises:
@@ -91,6 +95,13 @@ def compile_export(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     target = export.folder / "compiled" / f"{backend}-{digest}"
     there = Compiled(export, backend, options, target, was_there=True)
+    if check and not force and _is_whole(target, key) and not _has_its_contents(target):
+        warnings.warn(
+            f"the files in {target} are not what was compiled: they are compiled again",
+            UserWarning,
+            stacklevel=2,
+        )
+        force = True
     if not force and _is_whole(target, key):
         return there  # without the lock, so that what is whole can be used side by side
     with locked(target):
@@ -107,7 +118,8 @@ def compile_export(
                 implementation.compile(export, part, options, folder)
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             states = {str(path.relative_to(folder)): _state_of(path) for path in files}
-            value = {**key, "files": states}
+            hashes = {str(path.relative_to(folder)): hash_weights_file(path) for path in files}
+            value = {**key, "files": states, "hashes": hashes}
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
             (folder / _MANIFEST).write_text(text, encoding="utf-8")
     return Compiled(export, backend, options, target)
@@ -166,10 +178,17 @@ def _is_whole(folder: Path, key: dict[str, Any]) -> bool:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         files = found.pop("files")
+        found.pop("hashes", None)
         states = {name: _state_of(folder / name) for name in files}
     except (ValueError, AttributeError, KeyError, TypeError, OSError):
         return False
     return bool(found == key and files == states)
+
+
+def _has_its_contents(folder: Path) -> bool:
+    """Whether the files of a folder that is whole have the hashes that were noted, if any were."""
+    hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8")).get("hashes", {})
+    return all(hash_weights_file(folder / name) == digest for name, digest in hashes.items())
 
 
 def _state_of(path: Path) -> list[int]:

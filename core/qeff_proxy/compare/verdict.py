@@ -78,6 +78,8 @@ def describe_verdict(comparison: Comparison) -> list[str]:
         lines = [f"FAILED: {scope} are within tolerance, but the dumps do not match."]
     if comparison.first_divergence is not None:
         lines += _describe_divergence(comparison.first_divergence, failed)
+        if (hint := _untapped(comparison.first_divergence, names)) is not None:
+            lines.append(hint)
     if comparison.origin is not None:
         lines.append(_describe_origin(comparison.origin))
     lines += [f"Problem: {printable(problem)}." for problem in comparison.problems]
@@ -123,6 +125,23 @@ def _describe_divergence(first: Divergence, failed: list[TensorComparison]) -> l
     if what.problem is None:
         lines.append(f"  Held to {what.tolerance}; to accept more: --tol '{_accepting(failed)}'.")
     return lines
+
+
+def _untapped(first: Divergence, names: set[str]) -> str | None:
+    """What a divergence does not tell without layer taps: caches show only a layer's inputs."""
+    layered = any(".present_" in name for name in names)
+    if first.is_input or not layered or any(".hidden_states" in name for name in names):
+        return None
+    if first.layer == 0:
+        where = "what comes before the layers"
+    elif first.layer is not None:
+        where = f"layer {first.layer - 1}, after its keys and values"
+    else:
+        where = "the last layer"
+    return (
+        f"  The fault may also be in {where}: without layer taps only caches tell the layers. "
+        "Run again on an export with --taps layers."
+    )
 
 
 def _accepting(failed: list[TensorComparison]) -> str:

@@ -13,6 +13,7 @@ A temporary folder is written and moved into place. The same request again is a 
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ from qeff_proxy.plugins.hooks import Hooks
 if TYPE_CHECKING:
     from qeff_proxy.export.model_graphs import GraphJob, Graphs
 
+#: Bytes of weights; a smaller model may be loaded whole without a word.
+_LARGE = 1 << 30
 _CHECKED = "BLAKE3 of the files taken, no NaN found"
 #: The exporter writes the operators of this opset, and can only convert them to later ones.
 LEAST_OPSET = 18
@@ -139,6 +142,7 @@ def _write(job: GraphJob, key: dict[str, Any], target: Path) -> Export:
                     raise
                 reasons.append(f"its first layers, exported alone, failed: {why}")
             progress("loading the whole model")
+        _warn_of_size(loaded, reasons[-1])
     if key["weights"] == "reference":
         raise ArtifactError(
             f"the weights of {loaded.source} cannot be referred to: "
@@ -148,6 +152,19 @@ def _write(job: GraphJob, key: dict[str, Any], target: Path) -> Export:
     since = f", since {reasons[-1]}" if reasons else ""
     make = partial(graphs_of_whole, job)
     return _write_graphs(make, write, f"loaded whole{since}", progress)
+
+
+def _warn_of_size(loaded: LoadedModel, reason: str) -> None:
+    """Say that a large model is loaded whole, and why: it takes memory that others do not need."""
+    files = loaded.folder.glob("*.safetensors") if loaded.folder is not None else ()
+    size = sum(file.stat().st_size for file in files)
+    if size > _LARGE:
+        warnings.warn(
+            f"{loaded.source} is loaded whole ({size / 1e9:.1f} GB), not layer by layer, since "
+            f"{reason.splitlines()[0]}",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _write_graphs(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks, record_masks
-from qeff_proxy.families.rotary import rotary_by_length
+from qeff_proxy.families.rotary import ComplexIndices, rotary_by_length
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 
@@ -107,20 +109,20 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
         arguments = {cache_argument(decoder.forward): cache, "use_cache": True}
         try:
             decoder(inputs_embeds=embeddings, **arguments)
-        except (IndexError, AttributeError):
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
             # Where a layer keeps another state, the model needs a cache made for its config.
-            made = DynamicCache(config=decoder.config).layers
-            if all(isinstance(layer, DynamicLayer) for layer in made):
-                raise
-            cache.layers = made
+            for index, layer in enumerate(DynamicCache(config=decoder.config).layers):
+                if type(layer) is not DynamicLayer:
+                    raise _other_state(name, index, layer) from error
+            raise UnsupportedModelError(
+                f"{name} does not run with a cache of keys and values: {type(error).__name__}: "
+                f"{first_line(error)}",
+                "A plugin for this model type can run it with a cache of its own.",
+            ) from error
     layers = []
     for index, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.dim() != 4:
-            raise UnsupportedModelError(
-                f"layer {index} of {name} caches something else than keys and values",
-                "Recurrent and linear-attention states are not supported by the generic plugin; "
-                "write a plugin for this model type.",
-            )
+            raise _other_state(name, index, layer)
         keys, values = layer.keys, layer.values
         layers.append(CacheLayer(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
     if not layers:
@@ -128,6 +130,15 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
             f"{name} keeps no key/value cache", "Only models with a cache can be run as a decoder."
         )
     return DecoderLayout(tuple(layers), tuple(masks.values()))
+
+
+def _other_state(name: str, index: int, layer: object) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"layer {index} of {name} caches something else than keys and values "
+        f"({type(layer).__name__})",
+        "Recurrent and linear-attention states are not supported by the generic plugin; "
+        "write a plugin for this model type.",
+    )
 
 
 class EmbeddingPart(nn.Module):
@@ -185,7 +196,8 @@ class DecoderPart(nn.Module):
         }
         if self.takes_positions:
             arguments["position_ids"] = tensors["position_ids"]
-        with provide_masks(self.decoder, masks):
+        tracing = torch.compiler.is_compiling()
+        with provide_masks(self.decoder, masks), ComplexIndices() if tracing else nullcontext():
             outputs = self.decoder(**arguments)
         result = {self.exit_name: outputs[0]}
         for index, layer in enumerate(cache_of(outputs).layers):

@@ -1,4 +1,6 @@
-"""Rotary embeddings whose frequencies depend on the length, computed anew at each step.
+"""Rotary embeddings that cannot be traced as they are.
+
+Frequencies that depend on the length are computed anew at each step (`rotary_by_length`).
 
 With dynamic NTK, transformers keeps the frequencies of the longest run so far in the module, and
 decides by a comparison in Python whether to compute others; neither can be traced. For a run from
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qeff_proxy.layers.layer_lists import ModuleT
@@ -45,3 +48,12 @@ def rotary_by_length(decoder: ModuleT) -> ModuleT:
         and hasattr(type(module).forward, "__wrapped__")
     }
     return replace_modules(decoder, dynamic) if dynamic else decoder
+
+
+class ComplexIndices(TorchFunctionMode):
+    """Index complex numbers (Llama 4's rotary embedding) as pairs: ONNX has no other way."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and args[0].is_complex():
+            return torch.view_as_complex(torch.view_as_real(args[0])[args[1]])
+        return func(*args, **(kwargs or {}))

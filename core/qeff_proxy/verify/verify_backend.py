@@ -76,7 +76,7 @@ def compiled_for(run: Runs, export: Export, name: str, progress: Callable[[str],
             processor=run.processor,
             progress=progress,
         )
-    return compile_export(export, name, chosen, force=run.options.force)
+    return compile_export(export, name, chosen, force=run.options.force, check=True)
 
 
 def compare_with_reference(

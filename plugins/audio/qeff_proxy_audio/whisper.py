@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name, given_tensor
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub, HeadStub
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
@@ -32,8 +32,17 @@ _MASK = MaskSpec("attention_mask", "causal")
 
 
 @hookimpl
-def locate_embedding() -> Site:
-    """The decoder's token embedding; the position embedding stays in the body."""
+def locate_embedding(model: PreTrainedModel) -> Site:
+    """The decoder's token embedding; the position embedding stays in the body.
+
+    Raises:
+        UnsupportedModelError: It is the decoder alone, whose cross attention needs an encoder.
+    """
+    if not hasattr(model.base_model, "encoder"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is Whisper's decoder without its encoder",
+            "Export the whole recognizer (QEFFAutoModelForSpeechSeq2Seq).",
+        )
     return Site("model.decoder.embed_tokens")
 
 

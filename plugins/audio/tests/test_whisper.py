@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from qeff_proxy import QEFFAutoModelForSpeechSeq2Seq
+from qeff_proxy import QEFFAutoModelForCausalLM, QEFFAutoModelForSpeechSeq2Seq
 from qeff_proxy.compare import compare_dumps
 from qeff_proxy.dump import read_dump
-from qeff_proxy.errors import CutError, UsageError
+from qeff_proxy.errors import CutError, UnsupportedModelError, UsageError
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.sites import Site
 from qeff_proxy_audio.speech_flow import SpeechFlow
 from safetensors import safe_open
+from transformers import WhisperForCausalLM
 
 
 def reference(whisper, features, **settings):
@@ -145,6 +146,11 @@ def test_the_token_embedding_and_its_tied_head_are_cut_and_positions_stay(proxy,
         names = set(file.keys())
     assert "model.decoder.embed_positions.weight" in names
     assert not [name for name in names if "embed_tokens" in name or "proj_out" in name]
+
+
+def test_a_decoder_without_its_encoder_is_refused(whisper):
+    with pytest.raises(UnsupportedModelError, match="decoder without its encoder"):
+        QEFFAutoModelForCausalLM(WhisperForCausalLM(whisper.config), proxy="split").export()
 
 
 def test_cross_keys_of_another_layer_do_not_pass(whisper):

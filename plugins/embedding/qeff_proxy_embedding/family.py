@@ -59,7 +59,10 @@ class EmbeddingFamily:
                 f"{type(model).__name__} takes {encoder.main_input_name}, not token ids",
                 "Of models without a head, only those that embed texts are exported.",
             )
-        table = encoder.get_input_embeddings()
+        try:
+            table = encoder.get_input_embeddings()
+        except (NotImplementedError, AttributeError):
+            return None
         return next((Site(path) for path, one in model.named_modules() if one is table), None)
 
     @hookimpl

@@ -324,8 +324,9 @@ def _unpadded(output: Array, rows: Sequence[Row]) -> list[Array]:
 
 def _random_rows(model: PreTrainedModel, seed: int = 0) -> list[Row]:
     generator = np.random.default_rng(seed)
-    table = model.get_input_embeddings()
-    allowed = np.array([i for i in range(table.weight.shape[0]) if i != table.padding_idx])
+    table = encoder_of(model).get_input_embeddings()
+    pad = getattr(table, "padding_idx", None)
+    allowed = np.array([row for row in range(table.weight.shape[0]) if row != pad])
     kinds = int(getattr(model.config, "type_vocab_size", 0) or 1)
     return [
         Row(generator.choice(allowed, length), generator.integers(0, kinds, length))

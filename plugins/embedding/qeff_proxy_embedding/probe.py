@@ -56,11 +56,12 @@ def probe_model(model: PreTrainedModel) -> Probe:
     """
     encoder = encoder_of(model)
     table = encoder.get_input_embeddings()
-    allowed = [row for row in range(table.weight.shape[0]) if row != table.padding_idx]
+    pad = getattr(table, "padding_idx", None)
+    allowed = [row for row in range(table.weight.shape[0]) if row != pad]
     order = torch.randperm(len(allowed), generator=torch.Generator().manual_seed(0))
     ids = torch.tensor(allowed)[order][None, :_TOKENS].to(table.weight.device)
     padding = (0, _PADDED - ids.shape[1])
-    padded = nn.functional.pad(ids, padding, value=table.padding_idx or 0)
+    padded = nn.functional.pad(ids, padding, value=pad or 0)
     seen = nn.functional.pad(torch.ones_like(ids), padding)
     takes_mask = "attention_mask" in inspect.signature(encoder.forward).parameters
     masks: dict[MaskKind, MaskSpec] = {}

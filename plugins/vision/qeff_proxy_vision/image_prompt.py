@@ -93,6 +93,8 @@ class ImagePrompt:
             for merge in here:
                 target = given.get(merge.into, known.get(merge.into))
                 given[merge.into] = self._merged(merge, part, target, rows)
+        if ROWS in names and self.settings.features:
+            given.update(self._to_merge(part, past, ids.shape))
         if self.settings.positions is not None and "position_ids" in names:
             given["position_ids"] = self._positions(self.settings.positions, past, ids.shape)
         if self._blocks is not None and past < self._ids.shape[1]:
@@ -195,6 +197,18 @@ class ImagePrompt:
                 numpy_dtype(spec.dtype),
             )
             for spec in self._pixels
+        }
+        return {ROWS: rows, **nothing}
+
+    def _to_merge(self, part: PartLike, past: int, shape: tuple[int, ...]) -> dict[str, Array]:
+        """The features, none in steps without images, and each position's feature row."""
+        rows = self._window(self._arranged(), past, shape)
+        if self._features is not None and (rows >= 0).any():
+            return {ROWS: rows, **self._features}
+        nothing = {
+            spec.name: np.zeros((0, int(spec.shape[-1])), numpy_dtype(spec.dtype))
+            for spec in part.inputs
+            if spec.name in self.settings.features
         }
         return {ROWS: rows, **nothing}
 

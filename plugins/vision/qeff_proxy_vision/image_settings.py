@@ -80,6 +80,7 @@ class ImageSettings:
             only negative numbers are left out.
         rows_per_tile: Feature rows of a tile, if their number is fixed.
         inputs: The pixels, if the body takes them itself (`qeff_proxy_vision.joined_graph`).
+        features: The vision part's outputs that the next part takes, to merge them itself.
         geometry: Of the images, if the vision part is made for one geometry.
         positions: How tokens are numbered, if not by their distance from the first.
     """
@@ -93,6 +94,7 @@ class ImageSettings:
     skip_negative: str | None = None
     rows_per_tile: int | None = None
     inputs: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
     geometry: Geometry | None = None
     positions: Positions | None = None
 
@@ -108,6 +110,7 @@ class ImageSettings:
             "skip_negative": self.skip_negative,
             "rows_per_tile": self.rows_per_tile,
             "inputs": list(self.inputs),
+            "features": list(self.features),
             "geometry": vars(self.geometry) if self.geometry else None,
             "positions": self.positions.to_json() if self.positions else None,
         }
@@ -125,7 +128,8 @@ class ImageSettings:
             value["skip_negative"],
             value["rows_per_tile"],
             tuple(value["inputs"]),
-            # Older exports have neither.
+            # Older exports have none of these.
+            tuple(value.get("features", ())),
             Geometry(**value["geometry"]) if value.get("geometry") else None,
             Positions.from_json(value["positions"]) if value.get("positions") else None,
         )

@@ -89,10 +89,10 @@ def build_proxy(
     learned = learn_images(model, decoder, sample(), vision.features, token_id, masks)
     geometry = None
     if not vision.image.tiled:
-        if kind != "split" or not text.settings["kv_offload"]:
+        if not text.settings["kv_offload"]:
             raise UsageError(
                 f"{name} takes one image at a time: its tower cannot be in the graph of the body",
-                "Export a split (--proxy split, enable_proxy=True) without kv_offload=False.",
+                "Leave kv_offload=False out.",
             )
         geometry = _geometry(name, vision, said=size is not None)
     layers = range(1, learned.deepstack + 1)

@@ -3,6 +3,8 @@
 The body takes the pixels and ``image_rows [batch, query]`` int64, the feature row of each position
 (-1 for none), and merges the features itself. In steps without an image the tile axis is empty, so
 the tower costs nothing.
+
+`take_features` leaves the vision part a graph of its own, and lets the body merge its outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import nn
 
 from qeff_proxy_vision.image_settings import ROWS, ImageSettings, Merge
 
-__all__ = ["join_graphs", "join_whole"]
+__all__ = ["join_graphs", "join_whole", "take_features"]
 
 # Axes of the vision part, renamed so that they differ from the text's in one graph.
 _AXES = {"batch": "tiles", "sequence": "image_rows_or_crops"}
@@ -41,23 +43,8 @@ class _Joined(nn.Module):
         """Like the body, with the vision part's inputs and ``image_rows`` as further inputs."""
         pixels = {name: tensors.pop(name) for name in self.vision_inputs}
         features = self._features(pixels)
-        rows = tensors.pop(ROWS)
-        chosen = (rows >= 0)[..., None]
-        for merge in self.merges:
-            name = merge.into.replace(".", "__")
-            target = tensors.get(name)
-            if merge.features is None:
-                assert target is not None  # noqa: S101 (only what is there can be cleared)
-                tensors[name] = torch.where(chosen, torch.zeros_like(target), target)
-                continue
-            gathered = _gather(features[merge.features], rows)
-            if target is None:
-                tensors[name] = gathered
-            elif merge.how == "add":
-                tensors[name] = target + gathered
-            else:
-                tensors[name] = torch.where(chosen, gathered, target)
-        outputs: dict[str, torch.Tensor] = self.body(**tensors)
+        merged = _merged(tensors, features, self.merges)
+        outputs: dict[str, torch.Tensor] = self.body(**merged)
         return outputs
 
     def _features(self, pixels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -67,6 +54,49 @@ class _Joined(nn.Module):
             return features
         # PyTorch cannot reshape an empty tensor here; ONNX Runtime can.
         return {spec.name: first.new_zeros(0, int(spec.shape[-1])) for spec in self.outputs}
+
+
+class _Merging(nn.Module):
+    """The merging of features, and the body."""
+
+    def __init__(
+        self, body: nn.Module, features: tuple[str, ...], merges: tuple[Merge, ...]
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.features = features
+        self.merges = merges
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Like the body, with features ``[rows, hidden]`` and ``image_rows`` as further inputs."""
+        features = {name: tensors.pop(name.replace(".", "__")) for name in self.features}
+        outputs: dict[str, torch.Tensor] = self.body(**_merged(tensors, features, self.merges))
+        return outputs
+
+
+def _merged(
+    tensors: dict[str, torch.Tensor],
+    features: Mapping[str, torch.Tensor],
+    merges: tuple[Merge, ...],
+) -> dict[str, torch.Tensor]:
+    """The body's inputs, with features where ``image_rows`` says."""
+    rows = tensors.pop(ROWS)
+    chosen = (rows >= 0)[..., None]
+    for merge in merges:
+        name = merge.into.replace(".", "__")
+        target = tensors.get(name)
+        if merge.features is None:
+            assert target is not None  # noqa: S101 (only what is there can be cleared)
+            tensors[name] = torch.where(chosen, torch.zeros_like(target), target)
+            continue
+        gathered = _gather(features[merge.features], rows)
+        if target is None:
+            tensors[name] = gathered
+        elif merge.how == "add":
+            tensors[name] = target + gathered
+        else:
+            tensors[name] = torch.where(chosen, gathered, target)
+    return tensors
 
 
 def _gather(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -123,6 +153,33 @@ def join_graphs(
         (by_name["embedding"], joined, by_name["lm_head"]),
         replace(settings, inputs=names),
     )
+
+
+def take_features(
+    parts: tuple[Part, ...], settings: ImageSettings
+) -> tuple[tuple[Part, ...], ImageSettings]:
+    """Let the body take the vision part's outputs, in any number of rows, and merge them.
+
+    Returns:
+        ``vision``, ``embedding``, ``body`` and ``lm_head``, and the changed settings.
+    """
+    by_name = {part.name: part for part in parts}
+    vision, body = by_name["vision"], by_name["body"]
+    features = tuple(
+        replace(spec, shape=("feature_rows", spec.shape[-1])) for spec in vision.outputs
+    )
+    names = tuple(spec.name for spec in features)
+    fed = {merge.into for merge in settings.merges if merge.into != "inputs_embeds"}
+    rows = TensorSpec(ROWS, "int64", ("batch", "query"))
+    merging = replace(
+        body,
+        module=_Merging(body.module, names, settings.merges),
+        inputs=(*(spec for spec in body.inputs if spec.name not in fed), *features, rows),
+        trace_sizes={**body.trace_sizes, "feature_rows": 6},
+        check_sizes=({"feature_rows": 3}, {"feature_rows": 5}),
+    )
+    joined = (vision, by_name["embedding"], merging, by_name["lm_head"])
+    return joined, replace(settings, features=names)
 
 
 def join_whole(parts: tuple[Part, ...], *, stub: bool) -> tuple[Part, ...]:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qeff_proxy_vision.image_settings import ImageSettings
-from qeff_proxy_vision.joined_graph import join_graphs, join_whole
+from qeff_proxy_vision.joined_graph import join_graphs, join_whole, take_features
 from qeff_proxy_vision.reference import model_logits
 from qeff_proxy_vision.tiles import TileGrid, sample_tiles
 
@@ -153,6 +153,8 @@ def add_vision(
 ) -> VisionProxy:
     """Add the vision part before a cut language model, or inside its body.
 
+    A part for one image at a time stays a part of its own, also of a model that is not split.
+
     Args:
         text: The cut language model, with the kind of the final proxy (`marked_text`).
         vision: The vision part.
@@ -161,10 +163,14 @@ def add_vision(
         reference: Runs the uncut model, if it is not called like transformers' models.
     """
     parts = (vision, *text.parts)
-    if text.kind != "split" or not text.settings["kv_offload"]:
+    before: tuple[Part, ...] = ()
+    if settings.geometry is not None and text.kind != "split":
+        (seeing, *parts_of_text), settings = take_features(parts, settings)
+        before, parts = (seeing,), tuple(parts_of_text)
+    elif text.kind != "split" or not text.settings["kv_offload"]:
         parts, settings = join_graphs(parts, settings)
     if text.kind != "split":
-        parts = join_whole(parts, stub=text.kind == "stub")
+        parts = (*before, *join_whole(parts, stub=text.kind == "stub"))
     flow_settings = {**text.settings, "image": settings.to_json()}
     rows = flow_settings.get("embedding_rows")
     if rows is not None and settings.token_id is not None:

@@ -327,10 +327,19 @@ def test_tensors_that_are_not_known_are_refused():
     assert "come with high_res_pixel_values" in said
 
 
-@pytest.mark.parametrize("options", [{"kind": "whole"}, {"kv_offload": False}])
-def test_a_tower_for_one_image_in_the_bodys_graph_is_refused(options):
+def test_a_tower_for_one_image_in_the_bodys_graph_is_refused():
     with pytest.raises(UsageError, match="takes one image at a time"):
-        cut(make_model("mistral3"), **options)
+        cut(make_model("mistral3"), kv_offload=False)
+
+
+@pytest.mark.parametrize("model_type", ["mistral3", "qwen3_vl"])
+def test_a_tower_for_one_image_stays_a_part_of_a_model_that_is_not_split(model_type):
+    made = cut(make_model(model_type), "whole")
+    assert [part.name for part in made.proxy.parts] == ["vision", "model"]
+    assert made.report.max_difference <= 1e-5
+    stub = cut(make_model(model_type), "stub").proxy.part("model")
+    assert not list(stub.module.embedding.parameters())
+    assert not list(stub.module.head.parameters())
 
 
 def test_the_size_of_images_is_said():

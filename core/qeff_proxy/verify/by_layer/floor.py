@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
 
 from qeff_proxy.arrays import Array
+from qeff_proxy.artifact.manifest_schema import ExportedPart
 from qeff_proxy.compare import NoiseFloor
-from qeff_proxy.verify.by_layer.calls import Outputs
+from qeff_proxy.flows.flow import Job
+from qeff_proxy.graph.split_layers import LayerGraph
+from qeff_proxy.verify.by_layer.calls import Outputs, calls_of
+from qeff_proxy.verify.by_layer.part_run import PartRun, Step
 from qeff_proxy.verify.by_layer.results import measure_floor
 from qeff_proxy.verify.results import reason_of
 
 #: By phase and name, the noise floor of each tensor of a layer.
 Floors = Mapping[tuple[str, str], NoiseFloor]
-
-
-class _Run(Protocol):
-    """The values of a part's calls (`qeff_proxy.verify.by_layer.verify_layers`)."""
-
-    def forward(self, graph: Any, run: Any, *, cache: Any = None, whole: bool = False) -> Any: ...
-    def keep(self, outputs: Any, following: Any) -> None: ...
-    def outputs(self) -> Outputs: ...
 
 
 class LayerFloor:
@@ -37,22 +32,23 @@ class LayerFloor:
         self.inherited: Floors = {}
         #: Why there are no floors any more.
         self.failure: str | None = None
-        self._part = ""
-        self._run: _Run | None = None
+        self._run: PartRun | None = None
         self._known: dict[str, Outputs] = {}
 
-    def begin(self, part: str, run_of: Callable[[Mapping[str, Outputs]], _Run]) -> None:
+    def begin(self, part: ExportedPart, job: Job) -> None:
         """Begin a part, with the outputs of the parts before it as they were rounded."""
+        if self.failure is not None:
+            return
         if self._run is not None:
-            self._known[self._part] = self._run.outputs()
-        self._part, self._run = part, run_of(self._known)
+            self._known[self._run.part.name] = self._run.outputs()
+        self._run = PartRun(part, calls_of(job, part.name, self._known))
 
     def run_layer(
         self,
-        graph: Any,
-        reference: _Run,
-        expected: Mapping[str, Mapping[str, Array]],
-        following: Sequence[Any],
+        graph: LayerGraph,
+        reference: PartRun,
+        expected: Mapping[str, Step],
+        following: Sequence[LayerGraph],
         run: Callable[[Mapping[str, Array]], Mapping[str, Array]],
     ) -> None:
         """Run a layer with ``run`` and measure its floors.
@@ -75,7 +71,7 @@ class LayerFloor:
             self.local = self.inherited = {}
             return
         self.local, self.inherited = (
-            measure_floor(expected, dict(zip(expected, outputs, strict=True)), self._part)
+            measure_floor(expected, dict(zip(expected, outputs, strict=True)), reference.part.name)
             for outputs in (local, inherited)
         )
         self._run.keep(inherited, following)

@@ -26,7 +26,6 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from qeff_proxy.arrays import Array
 from qeff_proxy.artifact.export_folder import check_weights_of
 from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
@@ -43,9 +42,9 @@ from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import example_request
 from qeff_proxy.session.session import Session
-from qeff_proxy.tensor_names import PAST, PRESENT, TAP
-from qeff_proxy.verify.by_layer.calls import Call, Outputs, calls_of, check_alone, job_of, zeros
+from qeff_proxy.verify.by_layer.calls import Outputs, calls_of, check_alone, job_of
 from qeff_proxy.verify.by_layer.floor import LayerFloor
+from qeff_proxy.verify.by_layer.part_run import PartRun, Step
 from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
 from qeff_proxy.verify.by_layer.results import (
     BackendLayers,
@@ -61,9 +60,6 @@ from qeff_proxy.verify.rounding import BITS
 from qeff_proxy.verify.runs import check_request, processor_in, tensors_of
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
-
-#: Tensors of one call, by name.
-_Step = dict[str, Array]
 
 
 def verify_layers(
@@ -157,13 +153,12 @@ def verify_layers_of(
             progress(f"splitting {part.name}")
             whole = ir.load(export.folder / part.file)
             graphs = split_layers(whole, part.inputs, part.outputs)
-            run = _PartRun(part, calls_of(job_of(export, options, tensors), part.name, known))
+            run = PartRun(part, calls_of(job_of(export, options, tensors), part.name, known))
             steps.update(dict.fromkeys(call.step for call in run.calls))
             for candidate in candidates:
                 candidate.begin(part, job_of(export, options, tensors))
             for floor in floors.values():
-                run_of = partial(_run_of, part, lambda: job_of(export, options, tensors))
-                floor.begin(part.name, run_of)
+                floor.begin(part, job_of(export, options, tensors))
             live = PartReference(proxy.part(part.name), weights)
             for stage, graph in enumerate(graphs):
                 check_alone(part, graph, stage)
@@ -193,74 +188,6 @@ def verify_layers_of(
     return LayerVerification(source, export.folder, tuple(steps), results, interrupted)
 
 
-class _PartRun:
-    """The values of a part's calls, as far as the layers have run.
-
-    Args:
-        part: The part.
-        calls: Its calls.
-    """
-
-    def __init__(self, part: ExportedPart, calls: Sequence[Call]) -> None:
-        self.part = part
-        self.calls = calls
-        self._values: list[_Step] = [dict(call.inputs) for call in calls]
-
-    def forward(
-        self,
-        graph: LayerGraph,
-        run: Callable[[Mapping[str, Array]], Mapping[str, Array]],
-        *,
-        cache: Sequence[_Step] | None = None,
-        whole: bool = False,
-    ) -> list[_Step]:
-        """All calls through one layer.
-
-        Args:
-            graph: The layer.
-            run: Runs it on its inputs.
-            cache: The outputs that each call's past is taken from; by default those of this run.
-            whole: ``run`` takes all inputs of the part; the caches of other layers are zeros.
-
-        Returns:
-            The layer's outputs in each call.
-        """
-        outputs: list[_Step] = []
-        past = outputs if cache is None else cache
-        dtypes = {spec.name: spec.dtype for spec in self.part.inputs}
-        for number, (call, values) in enumerate(zip(self.calls, self._values, strict=True)):
-            feeds: _Step = {}
-            if whole:
-                feeds = {name: zeros(shape, dtypes[name]) for name, shape in call.past.items()}
-                feeds = {**call.inputs, **feeds}
-            for spec in graph.inputs:
-                if spec.name.startswith(PAST):
-                    feeds[spec.name] = call.cache(spec, past[number - 1] if number else None)
-                else:
-                    feeds[spec.name] = values[spec.name]
-            results = run(feeds)
-            outputs.append({spec.name: results[spec.name] for spec in graph.outputs})
-        return outputs
-
-    def keep(self, outputs: Sequence[_Step], following: Sequence[LayerGraph]) -> None:
-        """Keep what later layers or parts take of a layer's outputs, and drop what none takes."""
-        needed = {spec.name for graph in following for spec in graph.inputs}
-        for values, layer in zip(self._values, outputs, strict=True):
-            values.update(layer)
-            for name in list(values):
-                if name.startswith((PRESENT, TAP)) and name not in needed:
-                    del values[name]
-
-    def by_step(self, outputs: Sequence[_Step]) -> dict[str, _Step]:
-        """The outputs of a layer in each call, by the call's step."""
-        return dict(zip((call.step for call in self.calls), outputs, strict=True))
-
-    def outputs(self) -> Outputs:
-        """The outputs of the part in each call, without caches and taps."""
-        names = {spec.name for spec in self.part.outputs}
-        return [{n: a for n, a in values.items() if n in names} for values in self._values]
-
-
 class _Candidate:
     """One backend; after its first error it runs no more.
 
@@ -276,7 +203,7 @@ class _Candidate:
         self._options = options.compile_for(name)
         self._tolerances = options.tolerances or Tolerances()
         self._known: dict[str, Outputs] = {}
-        self._run: _PartRun | None = None
+        self._run: PartRun | None = None
         self._layers: list[LayerResult] = []
         self._error: str | None = None
         self._note: str | None = None
@@ -290,13 +217,13 @@ class _Candidate:
         if self._run is not None:
             self._known[self._run.part.name] = self._run.outputs()
         if self._error is None:
-            self._run = _PartRun(part, calls_of(job, part.name, self._known))
+            self._run = PartRun(part, calls_of(job, part.name, self._known))
 
     def try_layer(
         self,
         graph: LayerGraph,
-        reference: _PartRun,
-        expected: Sequence[_Step],
+        reference: PartRun,
+        expected: Sequence[Step],
         following: Sequence[LayerGraph],
         floor: LayerFloor | None,
     ) -> None:
@@ -331,10 +258,6 @@ class _Candidate:
     def result(self) -> BackendLayers:
         """The layers that ran."""
         return BackendLayers(self.name, compare_alike(self._layers), self._error, self._note)
-
-
-def _run_of(part: ExportedPart, job: Callable[[], Job], known: Mapping[str, Outputs]) -> _PartRun:
-    return _PartRun(part, calls_of(job(), part.name, known))
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,0 +1,82 @@
+"""The calls of a part, run layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from qeff_proxy.arrays import Array
+from qeff_proxy.artifact.manifest_schema import ExportedPart
+from qeff_proxy.graph.split_layers import LayerGraph
+from qeff_proxy.tensor_names import PAST, PRESENT, TAP
+from qeff_proxy.verify.by_layer.calls import Call, Outputs, zeros
+
+#: Tensors of one call, by name.
+Step = dict[str, Array]
+
+
+class PartRun:
+    """The values of a part's calls, as far as the layers have run.
+
+    Args:
+        part: The part.
+        calls: Its calls.
+    """
+
+    def __init__(self, part: ExportedPart, calls: Sequence[Call]) -> None:
+        self.part = part
+        self.calls = calls
+        self._values: list[Step] = [dict(call.inputs) for call in calls]
+
+    def forward(
+        self,
+        graph: LayerGraph,
+        run: Callable[[Mapping[str, Array]], Mapping[str, Array]],
+        *,
+        cache: Sequence[Step] | None = None,
+        whole: bool = False,
+    ) -> list[Step]:
+        """All calls through one layer.
+
+        Args:
+            graph: The layer.
+            run: Runs it on its inputs.
+            cache: The outputs that each call's past is taken from; by default those of this run.
+            whole: ``run`` takes all inputs of the part; the caches of other layers are zeros.
+
+        Returns:
+            The layer's outputs in each call.
+        """
+        outputs: list[Step] = []
+        past = outputs if cache is None else cache
+        dtypes = {spec.name: spec.dtype for spec in self.part.inputs}
+        for number, (call, values) in enumerate(zip(self.calls, self._values, strict=True)):
+            feeds: Step = {}
+            if whole:
+                feeds = {name: zeros(shape, dtypes[name]) for name, shape in call.past.items()}
+                feeds = {**call.inputs, **feeds}
+            for spec in graph.inputs:
+                if spec.name.startswith(PAST):
+                    feeds[spec.name] = call.cache(spec, past[number - 1] if number else None)
+                else:
+                    feeds[spec.name] = values[spec.name]
+            results = run(feeds)
+            outputs.append({spec.name: results[spec.name] for spec in graph.outputs})
+        return outputs
+
+    def keep(self, outputs: Sequence[Step], following: Sequence[LayerGraph]) -> None:
+        """Keep what later layers or parts take of a layer's outputs, and drop what none takes."""
+        needed = {spec.name for graph in following for spec in graph.inputs}
+        for values, layer in zip(self._values, outputs, strict=True):
+            values.update(layer)
+            for name in list(values):
+                if name.startswith((PRESENT, TAP)) and name not in needed:
+                    del values[name]
+
+    def by_step(self, outputs: Sequence[Step]) -> dict[str, Step]:
+        """The outputs of a layer in each call, by the call's step."""
+        return dict(zip((call.step for call in self.calls), outputs, strict=True))
+
+    def outputs(self) -> Outputs:
+        """The outputs of the part in each call, without caches and taps."""
+        names = {spec.name for spec in self.part.outputs}
+        return [{n: a for n, a in values.items() if n in names} for values in self._values]
