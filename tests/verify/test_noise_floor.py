@@ -40,6 +40,12 @@ def test_rounding_is_that_of_the_dtype(precision: str) -> None:
     assert torch.equal(round_to(values, BITS[precision]), expected)
 
 
+def test_large_tensors_are_rounded_in_pieces() -> None:
+    values = torch.rand(700, 1001).t() + 0.1
+    assert torch.equal(round_to(values, 11), values.half().float())
+    assert torch.equal(round_to(values[:, None], 11)[:, 0], values.half().float())
+
+
 def test_what_is_near_the_end_of_float32_is_kept() -> None:
     masked = torch.tensor([torch.finfo(torch.float32).min, -math.inf, 70_001.0])
     rounded = round_to(masked, 11)
