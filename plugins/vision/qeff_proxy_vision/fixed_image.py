@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -52,6 +53,7 @@ class FixedImagePart(nn.Module):
     ) -> None:
         super().__init__()
         own = {path: _with_own_forward(one) for path, one in model.named_modules() if _packs(one)}
+        own |= {path: _with_pairs(one) for path, one in model.named_modules() if _complex_in(one)}
         own = {path: one for path, one in own.items() if not path.startswith(f"{text_path}.")}
         self.model = replace_modules(model, {text_path: nn.Identity(), **own})
         self.geometry = dict(geometry)  # no buffers, which a trace would make inputs
@@ -99,6 +101,27 @@ def _with_own_forward(module: nn.Module) -> nn.Module:
     clone = replace_modules(module, {})
     vars(clone)["forward"] = MethodType(type(module).forward, clone)
     return clone
+
+
+def _complex_in(module: nn.Module) -> list[str]:
+    return [name for name, one in module.named_buffers(recurse=False) if one.is_complex()]
+
+
+def _with_pairs(module: nn.Module) -> nn.Module:
+    """A copy with pairs in place of complex numbers (Llama 4's), which no file of weights holds."""
+    clone = replace_modules(module, {})
+    views: dict[str, Any] = {}
+    for name in _complex_in(module):
+        number = clone._buffers.pop(name)  # noqa: SLF001 (a copy's, and no public way to take it)
+        assert number is not None  # noqa: S101 (it is complex)
+        clone.register_buffer(f"{name}_pairs", torch.view_as_real(number))
+        views[name] = property(partial(_seen_as_complex, f"{name}_pairs"))
+    clone.__class__ = type(type(module).__name__, (type(module),), views)
+    return clone
+
+
+def _seen_as_complex(pairs: str, module: Any) -> torch.Tensor:
+    return torch.view_as_complex(getattr(module, pairs))
 
 
 def _rows(features: Any) -> torch.Tensor:

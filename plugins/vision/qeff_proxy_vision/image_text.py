@@ -36,6 +36,7 @@ from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.learn_images import TYPES, learn_images
 from qeff_proxy_vision.one_image import (
+    PIXELS,
     OneImage,
     candidates,
     feature_arguments,
@@ -206,7 +207,7 @@ def _vision(
 def _sample(
     model: PreTrainedModel, vision: _Vision, token_id: int, rows: int
 ) -> dict[str, torch.Tensor]:
-    """Two prompts, the first without an image and padded, the second with one."""
+    """Two prompts, the first without an image and padded, the second with the image twice."""
     special = {
         value
         for config in (model.config, model.config.get_text_config())
@@ -214,15 +215,18 @@ def _sample(
         if isinstance(value, int) and "token" in name
     }
     usual = torch.tensor([number for number in range(1, rows) if number not in special])
-    before, after = 3, 5
-    length = before + vision.rows + after
+    places = (3, 3 + vision.rows + 2)
+    length = places[1] + vision.rows + 5
     generator = torch.Generator().manual_seed(0)
     ids = usual[torch.randint(len(usual), (2, length), generator=generator)]
-    ids[1, before : before + vision.rows] = token_id
+    for place in places:
+        ids[1, place : place + vision.rows] = token_id
     mask = torch.ones_like(ids)
-    mask[0, : vision.rows - 1] = 0
-    tensors = {"input_ids": ids * mask, "attention_mask": mask, **vision.image.tensors}
+    mask[0, : length - 8] = 0
+    images = {name: torch.cat([one] * len(places)) for name, one in vision.image.tensors.items()}
+    images[PIXELS] = torch.cat([vision.image.pixels, vision.image.pixels.flip(-1)])
     types = (ids == token_id).to(torch.int64)
+    tensors = {"input_ids": ids * mask, "attention_mask": mask, **images}
     takes = inspect.signature(model.forward).parameters
     return tensors | {name: types for name in TYPES if name in takes}
 

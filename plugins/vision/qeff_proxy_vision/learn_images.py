@@ -78,13 +78,13 @@ def learn_images(
     token_id: int,
     masks: Sequence[MaskSpec],
 ) -> Learned:
-    """Run the model on a batch of two prompts, of which the second has an image.
+    """Run the model on a batch of two prompts, of which the second has two images.
 
     Args:
         model: The model.
         decoder: Its language model.
         sample: The tensors of the batch.
-        features: The vision part's outputs: ``image_features [rows, hidden]`` first.
+        features: The vision part's outputs for the first: ``image_features [rows, hidden]`` first.
         token_id: The image token.
         masks: The masks of the language model, without blocks.
 
@@ -119,8 +119,9 @@ def learn_images(
     others = [key for key, value in first.items() if key not in known and _is_data(value)]
     if others:
         raise _not_served(name, f"its language model takes {', '.join(others)}")
+    count = len(next(iter(features.values())))
     return Learned(
-        _positions(name, first, arrays["attention_mask"], marked),
+        _positions(name, first, arrays["attention_mask"], marked, count),
         _blocks(name, first, arrays, masks),
         deepstack or 0,
     )
@@ -147,7 +148,7 @@ def _check_embeddings(
     embeddings = call.get("inputs_embeds")
     if embeddings is None:
         raise _not_served(name, "its language model is given no embeddings")
-    placed = embeddings[torch.from_numpy(marked)].float()
+    placed = embeddings[torch.from_numpy(marked)].float()[: len(features)]
     expected = features.float()
     largest = expected.abs().max().clamp(min=1e-6)
     if placed.shape != expected.shape or (placed - expected).abs().max() > _CLOSE * largest:
@@ -165,14 +166,14 @@ def _deepstack(
     if len(given) != len(own):
         return None
     equal = all(
-        mine.shape == theirs.shape and torch.allclose(mine, theirs, atol=1e-3, rtol=1e-3)
+        torch.allclose(mine, theirs[: len(mine)], atol=1e-3, rtol=1e-3)
         for mine, theirs in zip(own, given, strict=True)
     )
     return len(own) if equal else None
 
 
 def _positions(
-    name: str, call: Mapping[str, Any], padding: Array, marked: Array
+    name: str, call: Mapping[str, Any], padding: Array, marked: Array, count: int
 ) -> Positions | None:
     """How the model numbers positions, checked on both prompts."""
     given = call.get("position_ids")
@@ -186,7 +187,7 @@ def _positions(
         return None
     planes = found if axes else found[None]
     row = int(np.flatnonzero(marked.any(axis=1))[0])
-    image = np.flatnonzero(marked[row])
+    image = np.flatnonzero(marked[row])[:count]
     begin = planes[:, row, image[0] - 1] + 1
     numbering = Positions(
         axes,

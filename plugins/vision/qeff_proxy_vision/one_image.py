@@ -17,7 +17,14 @@ import torch
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from transformers import PreTrainedModel
 
-__all__ = ["OneImage", "candidates", "feature_arguments", "features_owner", "image_size_option"]
+__all__ = [
+    "PIXELS",
+    "OneImage",
+    "candidates",
+    "feature_arguments",
+    "features_owner",
+    "image_size_option",
+]
 
 PIXELS = "pixel_values"
 #: Side of an image, in pixels, where neither config nor user says it: a multiple of the usual
