@@ -231,13 +231,18 @@ def architecture_of(loaded: LoadedModel) -> str | None:
 
 
 def is_class_of(architecture: str, model_type: str, auto_class: str) -> bool:
-    """Whether an auto class of transformers makes this architecture for the model type."""
+    """Whether an auto class of transformers makes this architecture for the model type.
+
+    Of the base models that ``AutoModel`` makes, only those that take token ids count.
+    """
     import transformers
 
     if model_type not in transformers.CONFIG_MAPPING:
         return False
     classes = model_classes(auto_class).get(transformers.CONFIG_MAPPING[model_type], ())
     classes = classes if isinstance(classes, list | tuple) else (classes,)
+    if auto_class == "AutoModel":
+        classes = [kind for kind in classes if kind.main_input_name == "input_ids"]
     return architecture in {kind.__name__ for kind in classes}
 
 
