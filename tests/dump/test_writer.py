@@ -162,7 +162,8 @@ def test_more_tensors_than_files_may_be_open(tmp_path):
     arrays = {f"hidden_states.{n}": np.full(2, n, np.float32) for n in range(600)}
     before = sum(1 for _ in Path("/proc/self/fd").iterdir())
     dump = write(tmp_path / "d", *[({}, arrays) for _ in range(3)])
-    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
+    # Fewer where other tests' files were closed meanwhile.
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) <= before
     assert dump.array("decode", 2, "body.out.hidden_states.layer-599").tolist() == [599, 599]
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.artifact.hashes import hash_weights_file
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.lengths import has_cache, with_fixed_shapes
 from qeff_proxy.backends.registry import load_backend
@@ -109,6 +108,7 @@ def compile_export(
         if not force and _is_whole(target, key):
             return there
         from qeff_proxy.artifact.export_folder import check_weights_of
+        from qeff_proxy.artifact.hashes import hash_weights_file
 
         progress("checking weights")
         check_weights_of(export)
@@ -187,6 +187,8 @@ def _is_whole(folder: Path, key: dict[str, Any]) -> bool:
 
 def _has_its_contents(folder: Path) -> bool:
     """Whether the files of a folder that is whole have the hashes that were noted, if any were."""
+    from qeff_proxy.artifact.hashes import hash_weights_file  # it needs NumPy, as listings do not
+
     hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8")).get("hashes", {})
     return all(hash_weights_file(folder / name) == digest for name, digest in hashes.items())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import soundfile
@@ -150,7 +152,9 @@ def test_the_token_embedding_and_its_tied_head_are_cut_and_positions_stay(proxy,
 
 def test_a_decoder_without_its_encoder_is_refused(whisper):
     with pytest.raises(UnsupportedModelError, match="decoder without its encoder"):
-        QEFFAutoModelForCausalLM(WhisperForCausalLM(whisper.config), proxy="split").export()
+        QEFFAutoModelForCausalLM(
+            WhisperForCausalLM(copy.deepcopy(whisper.config)), proxy="split"
+        ).export()
 
 
 def test_cross_keys_of_another_layer_do_not_pass(whisper):
