@@ -10,6 +10,7 @@ and a decoder (T5) the encoder is run.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from qeff_proxy_embedding.probe import encoder_of, probe_model
 from qeff_proxy_embedding.sentence_folder import load_dense, read_sentence_folder
 
 __all__ = ["EmbeddingFamily", "family"]
+
+#: Methods of models that take more than text.
+_TOWERS = ("get_image_features", "get_video_features", "get_audio_features")
 
 
 class EmbeddingFamily:
@@ -84,6 +88,13 @@ class EmbeddingFamily:
         folder = Path(model.name_or_path) if model.name_or_path else None
         folder = folder if folder is not None and folder.is_dir() else None
         probe = probe_model(model)
+        if any(hasattr(model, name) for name in _TOWERS):
+            warnings.warn(
+                f"{type(model).__name__} embeds texts alone here: its parts for images or sounds "
+                "are left out",
+                UserWarning,
+                stacklevel=2,
+            )
         # With a pooling of the user's, the modules behind the checkpoint's own do not fit.
         own = read_sentence_folder(folder, modules=options.get("pooling") is None)
         pooled = probe.width * (own.pooling.count("+") + 1)

@@ -9,6 +9,8 @@ import transformers
 from qeff_proxy import QEFFAutoModel
 from qeff_proxy.cli import main
 from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.plugins.manager import Plugins
+from qeff_proxy.sites import Absent
 from qeff_proxy_embedding.probe import probe_model
 
 SIZES = {
@@ -117,3 +119,17 @@ def test_commands_know_the_task_by_the_architecture(tmp_path, capsys):
 def test_what_cannot_be_cut_says_why(model, message):
     with pytest.raises(UnsupportedModelError, match=message):
         QEFFAutoModel(model().eval(), proxy="split").export()
+
+
+def test_towers_that_are_left_out_are_said():
+    """The base model of an image-text model embeds texts."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    text = transformers.LlamaConfig(**sizes, vocab_size=99, num_hidden_layers=2)
+    tower = transformers.CLIPVisionConfig(
+        **sizes, image_size=28, patch_size=14, projection_dim=32, num_hidden_layers=2
+    )
+    config = transformers.LlavaConfig(vision_config=tower, text_config=text, image_token_id=5)
+    model = transformers.LlavaModel(config).eval()
+    hooks = Plugins.discover().hooks_for("no_such_type", task="encoder")
+    with pytest.warns(UserWarning, match="LlavaModel embeds texts alone here: its parts for ima"):
+        hooks.build_proxy(model, hooks.locate_embedding(model, config), Absent("none"), "split")
