@@ -94,15 +94,15 @@ def compile_export(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     target = export.folder / "compiled" / f"{backend}-{digest}"
     there = Compiled(export, backend, options, target, was_there=True)
-    if check and not force and _is_whole(target, key) and not _has_its_contents(target):
+    if not force and _is_whole(target, key):
+        if not check or _has_its_contents(target):
+            return there  # without the lock, so that what is whole can be used side by side
         warnings.warn(
             f"the files in {target} are not what was compiled: they are compiled again",
             UserWarning,
             stacklevel=2,
         )
         force = True
-    if not force and _is_whole(target, key):
-        return there  # without the lock, so that what is whole can be used side by side
     with locked(target):
         recover_folder(target)
         if not force and _is_whole(target, key):
@@ -116,9 +116,10 @@ def compile_export(
             for part in export.parts:
                 progress(f"compiling {part.name}")
                 implementation.compile(export, part, options, folder)
-            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            states = {str(path.relative_to(folder)): _state_of(path) for path in files}
-            hashes = {str(path.relative_to(folder)): hash_weights_file(path) for path in files}
+            paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            files = {str(path.relative_to(folder)): path for path in paths}
+            states = {name: _state_of(path) for name, path in files.items()}
+            hashes = {name: hash_weights_file(path) for name, path in files.items()}
             value = {**key, "files": states, "hashes": hashes}
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
             (folder / _MANIFEST).write_text(text, encoding="utf-8")

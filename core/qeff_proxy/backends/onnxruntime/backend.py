@@ -67,7 +67,6 @@ class OnnxRuntimeBackend(Backend):
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> None:
         """Rewrite and optimize the part, and save it in ``folder``."""
-        self._check_dtypes(part)
         settings = runtime_settings(options)
         save = options.backend.get("save_optimized", True)
         if save:
@@ -96,16 +95,8 @@ class OnnxRuntimeBackend(Backend):
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> OnnxRuntimeSession:
         """A session on weights that stay mapped; nothing is saved, no product is merged."""
-        self._check_dtypes(part)
         settings = map_weights(runtime_settings(options))
         return _compiled(export, part, options, folder, settings, once=True)[1]
-
-    def _check_dtypes(self, part: ExportedPart) -> None:
-        if any(spec.dtype == "bfloat16" for spec in (*part.inputs, *part.outputs)):
-            raise BackendError(
-                f"ONNX Runtime's CPU kernels do not take bfloat16, which the {part.name} part has",
-                "Export in float32 or float16.",
-            )
 
 
 def _compiled(
@@ -121,6 +112,11 @@ def _compiled(
     # Imported here: it needs onnx_ir, which takes most of a second and is not used to run.
     from qeff_proxy.backends.onnxruntime.prepare import prepare_part
 
+    if any(spec.dtype == "bfloat16" for spec in (*part.inputs, *part.outputs)):
+        raise BackendError(
+            f"ONNX Runtime's CPU kernels do not take bfloat16, which the {part.name} part has",
+            "Export in float32 or float16.",
+        )
     quantized = WeightOptions.of(part.name, options.backend).bits is not None
     in_place, fuse = options.backend.get("in_place", True), True
     while True:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
 
 _ONLY_FATAL = 4  # an error is raised, so it need not be printed too
+#: The optimizers that write copies of weights.
+COPYING = ("ConstantFolding",)
 
 
 def open_graph(
@@ -55,10 +57,6 @@ def open_to_check(graph: Path) -> onnxruntime.InferenceSession:
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     return open_graph(graph, map_weights(settings), without=COPYING)
-
-
-#: The optimizers that write copies of weights.
-COPYING = ("ConstantFolding",)
 
 
 def map_weights(settings: onnxruntime.SessionOptions) -> onnxruntime.SessionOptions:
