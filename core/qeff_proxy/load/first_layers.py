@@ -8,6 +8,7 @@ names, ties and missing weights are known of the whole model, at the price of a 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -104,7 +105,7 @@ def sample_model(
     Args:
         folder: The checkpoint.
         read: Loads it from the tensors in place of its files' (`transformers_model.read_model`).
-        choose: Number of layers to load, from all of them.
+        choose: Number of layers to load, from all of them; with none, no stored weight is loaded.
 
     Raises:
         NotSampled: It has no list of layers, or is not stored as plain safetensors.
@@ -116,7 +117,10 @@ def sample_model(
     }
     if not held:
         raise NotSampled("it has no safetensors files")
-    model = read({key: _unread(stored) for key, stored in held.items()}).eval()
+    compared = _compared(folder, held)
+    model = read(
+        {k: map_tensor(s) if k in compared else _unread(s) for k, s in held.items()}
+    ).eval()
     layers = find_layer_list(model)
     if layers is None:
         raise NotSampled("it has no list of layers")
@@ -134,7 +138,7 @@ def sample_model(
             sources.made.setdefault(layer.removesuffix("."), []).append(held[key])
         if layer not in absent:
             pieces[key] = map_tensor(held[key])
-    _read_weights(model, sources, pieces, absent)
+    _read_weights(model, sources, pieces, absent, stored=count > 0)
     layers = find_layer_list(model)  # again, since buffers that are read may set layers apart
     assert layers is not None  # noqa: S101 (see above)
     return SampledModel(model, layers, count, sources)
@@ -154,11 +158,21 @@ class _Unread(torch.Tensor):
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
+def _compared(folder: Path, held: Mapping[str, StoredWeight]) -> set[str]:
+    """The tensors that ``from_pretrained`` may compare: tied ones, stored twice; no layer's are."""
+    config = json.loads((folder / "config.json").read_text())
+    nested = [config, *(value for value in config.values() if isinstance(value, dict))]
+    if not any(one.get("tie_word_embeddings", one is config) for one in nested):
+        return set()
+    by_kind: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for key, stored in held.items():
+        if not _NUMBERED.search(key):
+            by_kind.setdefault((stored.place.dtype, tuple(stored.place.shape)), []).append(key)
+    return {key for keys in by_kind.values() if len(keys) > 1 for key in keys}
+
+
 def _unread(stored: StoredWeight) -> torch.Tensor:
-    """A tensor for ``from_pretrained``: its data where it may be compared, else its shape only."""
-    # Tied weights that are stored twice are tied where they are equal; no layer's are.
-    if not _NUMBERED.search(stored.key):
-        return map_tensor(stored)
+    """A tensor for ``from_pretrained`` with its shape and dtype, on the meta device."""
     dtype = getattr(torch, TORCH_DTYPES[stored.place.dtype])
     empty = torch.empty(stored.place.shape, dtype=dtype, device="meta")
     return empty.as_subclass(_Unread)
@@ -169,8 +183,13 @@ def _read_weights(
     sources: WeightSources,
     pieces: Mapping[str, torch.Tensor],
     absent: tuple[str, ...],
+    *,
+    stored: bool,
 ) -> None:
-    """Set the weights of a model that are on the meta device, but for those of absent layers."""
+    """Set the weights of a model that are on the meta device, but for those of absent layers.
+
+    Without ``stored``, only those that the checkpoint does not store as such.
+    """
     assert sources.make is not None  # noqa: S101 (set where the sources are)
     made = sources.make(pieces) if pieces else {}
     buffers = dict(model.named_buffers())
@@ -179,10 +198,12 @@ def _read_weights(
         left_out = name not in buffers and all(alias.startswith(absent) for alias in names)
         if left_out or not tensor.is_meta:
             continue
-        stored = sources.find(name)
-        if stored is None and name not in made:
+        source = sources.find(name)
+        if source is None and name not in made:
             raise NotSampled(f"where {name} comes from is not known")
-        value = made[name] if stored is None else map_tensor(stored)
+        if source is not None and not stored and name not in buffers:
+            continue
+        value = made[name] if source is None else map_tensor(source)
         value = value.to(tensor.dtype)
         if name not in buffers:
             value = nn.Parameter(value, tensor.requires_grad)

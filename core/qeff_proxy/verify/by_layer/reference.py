@@ -13,7 +13,7 @@ from torch import nn
 from qeff_proxy.arrays import Array
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.common.shared_change import one_model_at_a_time
-from qeff_proxy.cut.cut_model import cut_model
+from qeff_proxy.cut.cut_model import cut_model, site_weights
 from qeff_proxy.layers.taps import first_tensor, layers_of
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.transformers_model import NotSampled
@@ -38,6 +38,9 @@ class Weights:
     def __init__(self, model: nn.Module, sources: WeightSources) -> None:
         self._sources = sources
         self._names: dict[int, str] = {}
+        #: Those of the embedding and the LM head: no other part of a split proxy uses them, which
+        #: the export made sure of.
+        self.vocabulary: Set[str] = frozenset()
         for name, parameter in list(model.named_parameters()):
             made = any(name.startswith(f"{path}.") for path in sources.made)
             if sources.find(name) is None and not made:
@@ -47,6 +50,11 @@ class Weights:
             for alias in sources.aliases.get(name, (name,)):
                 path, _, last = alias.rpartition(".")
                 setattr(model.get_submodule(path), last, empty)
+
+    def used_by(self, part: Part) -> list[nn.Parameter]:
+        """The parameters that a part uses."""
+        unused = self.vocabulary if part.weights != "vocabulary" else frozenset()
+        return [p for p in part.module.parameters() if self._names.get(id(p)) not in unused]
 
     @contextmanager
     def reading(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -91,7 +99,10 @@ def reference_parts(
         return cut_model(loaded, hooks, kind, verify=False).proxy, None
     weights = Weights(sampled.model, sampled.sources)
     empty = replace(loaded, read=lambda: sampled.model)
-    return cut_model(empty, hooks, kind, verify=False).proxy, weights
+    cut = cut_model(empty, hooks, kind, verify=False)
+    if kind == "split":
+        weights.vocabulary = set().union(*(site_weights(empty, s) for s in cut.sites.values()))
+    return cut.proxy, weights
 
 
 class PartReference:
@@ -106,7 +117,8 @@ class PartReference:
         layers = layers_of(part)
         listed = layers.layers if layers is not None else ()
         inside = {id(p) for layer in listed for p in layer.parameters()}
-        self._outside = [p for p in part.module.parameters() if id(p) not in inside]
+        used = weights.used_by(part) if weights is not None else ()
+        self._outside = [p for p in used if id(p) not in inside]
         self._weights = weights
         self._stack = ExitStack()
         self._module = _OneLayer(part.module, listed, self._use)
