@@ -108,7 +108,7 @@ def verify_model(
         # Every run has the same chunks and lengths then, so that its steps can be compared.
         options = replace(options, compile=fixed_lengths(export, options.compile))
     processor = processor_in(export.processor_folder, trust_remote_code)
-    live = cache(partial(_live_proxy, loaded, hooks, export))
+    live = cache(partial(live_proxy, loaded, hooks, export))
     if request is None:
         request = example_request(export, processor, live)
     defaults = export.settings.get("request_options", {})
@@ -276,7 +276,7 @@ def check_names(names: Sequence[str], options: VerifyOptions) -> None:
         raise missing[0]
 
 
-def _live_proxy(loaded: LoadedModel | None, hooks: Hooks, export: Export) -> Proxy:
+def live_proxy(loaded: LoadedModel | None, hooks: Hooks, export: Export) -> Proxy:
     """The parts as PyTorch modules: of the loaded checkpoint, else of the export."""
     if loaded is None:
         from qeff_proxy.backends.torch.backend import proxy_of_export

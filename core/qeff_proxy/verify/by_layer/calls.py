@@ -132,20 +132,7 @@ def calls_of(job: Job, part: str, known: Mapping[str, Outputs]) -> list[Call]:
 
 def job_of(export: Export, options: VerifyOptions, tensors: Mapping[str, torch.Tensor]) -> Job:
     """A run whose tokens are known: the prompt's, again from their start, are the continuation."""
-    settings: dict[str, Any] = {}
-    if any(spec.name.startswith(PRESENT) for part in export.parts for spec in part.outputs):
-        ids = tensors.get("input_ids")
-        rows = int(export.settings.get("embedding_rows", 2))
-        if ids is None:  # the model does not start from tokens
-            ids = torch.arange(options.max_new_tokens)[None] % rows
-        ids = torch.as_tensor(ids)
-        tokens = [ids[:, number % ids.shape[1]] for number in range(options.max_new_tokens)]
-        settings = {
-            "max_new_tokens": options.max_new_tokens,
-            "do_sample": False,
-            "num_beams": 1,
-            "logits_processor": [replay_tokens(tokens)],
-        }
+    tokens = continuation(export, options, tensors)
     return Job(
         export=export,
         sessions={},
@@ -153,8 +140,32 @@ def job_of(export: Export, options: VerifyOptions, tensors: Mapping[str, torch.T
         config=load_config(export.processor_folder),
         tensors=tensors,
         folder=export.processor_folder,
-        settings=settings,
+        settings=replay_settings(tokens) if tokens else {},
     )
+
+
+def continuation(
+    export: Export, options: VerifyOptions, tensors: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """The tokens to generate, ``[batch]`` each; none where the model does not generate."""
+    if not any(spec.name.startswith(PRESENT) for part in export.parts for spec in part.outputs):
+        return []
+    rows = int(export.settings.get("embedding_rows", 2))
+    ids = tensors.get("input_ids")
+    if ids is None:  # the model does not start from tokens
+        ids = torch.arange(options.max_new_tokens)[None] % rows
+    ids = torch.as_tensor(ids)
+    return [ids[:, number % ids.shape[1]] for number in range(options.max_new_tokens)]
+
+
+def replay_settings(tokens: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The settings of a flow that generates exactly these tokens, ``[batch]`` each."""
+    return {
+        "max_new_tokens": len(tokens),
+        "do_sample": False,
+        "num_beams": 1,
+        "logits_processor": [replay_tokens(tokens)],
+    }
 
 
 def check_alone(part: ExportedPart, graph: LayerGraph, stage: int) -> None:
