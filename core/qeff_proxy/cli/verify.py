@@ -100,6 +100,12 @@ def _add_outcome_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare each layer alone, with one layer in memory at a time",
     )
+    judged.add_argument(
+        "--self",
+        action="store_true",
+        dest="itself",
+        help="compare no PyTorch: the input alone with itself in a batch, padded, in chunks …",
+    )
     speed = parser.add_argument_group("speed")
     speed.add_argument(
         "--speed", action="store_true", help="measure the backends that pass, and PyTorch"
@@ -117,8 +123,8 @@ def run(args: argparse.Namespace) -> int:
             "--turns is for measuring speed, which nobody asked for",
             "Ask with --speed, or with --backend best.",
         )
-    if args.by_layer:
-        _check_by_layer(args)
+    if args.by_layer or args.itself:
+        _check_alone(args)
     tolerances = Tolerances.parse(args.tol)
     request = _request(args)
     by_backend = _backend_options(args)
@@ -153,6 +159,11 @@ def run(args: argparse.Namespace) -> int:
             from qeff_proxy.verify.by_layer import verify_layers
 
             layers = verify_layers(_model(args), backends, request, options, **more)
+        elif args.itself:
+            from qeff_proxy.cli.self_table import self_lines
+            from qeff_proxy.verify.self_check import verify_self
+
+            agreement = verify_self(_model(args), backends, request, options, **more)
         else:
             verification = verify_model(_model(args), backends, request, options, **more)
     if args.by_layer:
@@ -162,6 +173,13 @@ def run(args: argparse.Namespace) -> int:
             for renderable in layer_lines(layers):
                 print_text(renderable)
         return 130 if layers.interrupted else 0 if layers.passed else 1
+    if args.itself:
+        if args.json:
+            print_json(agreement.to_json())
+        else:
+            for renderable in self_lines(agreement):
+                print_text(renderable)
+        return 0 if agreement.passed else 1
     speed = verification.speed
     if args.json:
         report = verification.to_json()
@@ -176,14 +194,16 @@ def run(args: argparse.Namespace) -> int:
     return 0 if verification.passed else 1
 
 
-def _check_by_layer(args: argparse.Namespace) -> None:
-    """Refuse options that a verification by layer has no use for."""
-    options = ("speed", "turns", "html", "calibrate", "io_dir", "io_steps", "io_tensors", "taps")
-    for name in options:
+def _check_alone(args: argparse.Namespace) -> None:
+    """Refuse options that a verification by layer, or without a reference, has no use for."""
+    mode = "by-layer" if args.by_layer else "self"
+    options = ("speed", "turns", "html", "calibrate", "io_dir", "io_steps", "io_tensors")
+    for name in (*options, *(("taps", "itself") if args.by_layer else ())):
         if getattr(args, name) not in (None, False, [], "all"):
-            raise UsageError(f"--{name.replace('_', '-')} and --by-layer exclude each other")
+            option = "self" if name == "itself" else name.replace("_", "-")
+            raise UsageError(f"--{option} and --{mode} exclude each other")
     if "best" in (args.backend or ()):
-        raise UsageError("--by-layer takes no --backend best", "Name the backends.")
+        raise UsageError(f"--{mode} takes no --backend best", "Name the backends.")
 
 
 def _model(args: argparse.Namespace) -> LoadedModel | Export:
