@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,18 +155,20 @@ def run(args: argparse.Namespace) -> int:
         )
         backends = args.backend or ["onnxruntime"]
         more = {"trust_remote_code": args.trust_remote_code, "progress": progress}
+        model = _model(args)
+        _choose_by_layer(args, model)
         if args.by_layer:
             from qeff_proxy.cli.layer_table import layer_lines
             from qeff_proxy.verify.by_layer import verify_layers
 
-            layers = verify_layers(_model(args), backends, request, options, **more)
+            layers = verify_layers(model, backends, request, options, **more)
         elif args.itself:
             from qeff_proxy.cli.self_table import self_lines
             from qeff_proxy.verify.self_check import verify_self
 
-            agreement = verify_self(_model(args), backends, request, options, **more)
+            agreement = verify_self(model, backends, request, options, **more)
         else:
-            verification = verify_model(_model(args), backends, request, options, **more)
+            verification = verify_model(model, backends, request, options, **more)
     if args.by_layer:
         if args.json:
             print_json(layers.to_json())
@@ -192,6 +195,26 @@ def run(args: argparse.Namespace) -> int:
         for renderable in speed_lines(speed, args) if speed is not None else ():
             print_text(renderable)
     return 0 if verification.passed else 1
+
+
+def _choose_by_layer(args: argparse.Namespace, model: LoadedModel | Export) -> None:
+    """Verify layer by layer where the memory is too small for the whole model."""
+    from qeff_proxy.load.load_model import LoadedModel
+    from qeff_proxy.verify.by_layer.memory import memory_lacking
+
+    if args.by_layer or args.itself or not isinstance(model, LoadedModel):
+        return
+    why = memory_lacking(model)
+    if why is None:
+        return
+    args.by_layer = True
+    how = "it is verified layer by layer (--by-layer)"
+    try:
+        _check_alone(args)
+    except UsageError as error:
+        args.by_layer = False
+        how = f"it would fit layer by layer, but {error}"
+    warnings.warn(f"{why}; {how}", UserWarning, stacklevel=2)
 
 
 def _check_alone(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from qeff_proxy.load.load_model import load_model, wrap_model
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import random_weights
-from qeff_proxy.verify.by_layer import verify_layers
+from qeff_proxy.verify.by_layer import memory, verify_layers
 from qeff_proxy.verify.by_layer.reference import reference_parts
 from qeff_proxy.verify.by_layer.results import (
     KindError,
@@ -335,3 +335,29 @@ def test_a_precision_that_is_not_simulated_is_said(llama, monkeypatch):
     assert (
         "Note: the limits are fixed, not relative to a noise floor: there is none of a16w8" in said
     )
+
+
+@pytest.mark.filterwarnings("default:verifying")
+def test_a_model_that_does_not_fit_in_memory_is_verified_by_layer(llama, monkeypatch, capsys):
+    monkeypatch.setattr("qeff_proxy.verify.by_layer.memory.free_memory", lambda: 1_000_000)
+    command = ["verify", str(llama), "--ids", "5,6,7,8", "--max-new-tokens", "2"]
+    assert main([*command, "--json"]) == 0
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)["backends"][0]["layers"]) == 9
+    assert "0.0 GB are free; it is verified layer by layer (--by-layer)" in said.err
+    assert main([*command, "--io-steps", "0", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "layers" not in json.loads(said.out)["backends"][0]
+    assert "but --io-steps and --by-layer exclude each other" in said.err
+
+
+def test_free_memory_is_the_least_of_the_machine_and_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
+    assert memory.free_memory() is None
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:    3000 kB\n")
+    monkeypatch.setattr(memory, "_LIMIT", tmp_path / "memory.max")
+    assert memory.free_memory() == 3000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory() == 3000 * 1024
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert memory.free_memory() == 1048576
