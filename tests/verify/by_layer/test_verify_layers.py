@@ -345,7 +345,7 @@ def test_a_model_that_does_not_fit_in_memory_is_verified_by_layer(llama, monkeyp
     said = capsys.readouterr()
     assert len(json.loads(said.out)["backends"][0]["layers"]) == 9
     assert "0.0 GB are free; it is verified layer by layer (--by-layer)" in said.err
-    assert main([*command, "--io-steps", "0", "--json"]) == 0
+    assert main([*command, "--io-steps", "first", "--json"]) == 0
     said = capsys.readouterr()
     assert "layers" not in json.loads(said.out)["backends"][0]
     assert "but --io-steps and --by-layer exclude each other" in said.err
