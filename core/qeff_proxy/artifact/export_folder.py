@@ -28,6 +28,7 @@ from typing import Any
 from qeff_proxy.artifact.hashes import _ALGORITHM, hash_weights_file, sha256_of
 from qeff_proxy.artifact.manifest_schema import MANIFEST, Export, read_manifest
 from qeff_proxy.common.atomic_folder import settle_folder
+from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.errors import ArtifactError
 
 #: Subfolders that a new export of the same folder takes over from the old one.
@@ -121,7 +122,24 @@ def cache_home() -> Path:
 def export_folder(source: str, key: Mapping[str, Any]) -> Path:
     """The folder of an export: named by its model and a hash of its key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    slug = (
-        re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").split("/")[-1]).strip("-.") or "model"
-    )
-    return cache_home() / f"{slug}-{digest}"
+    return cache_home() / f"{_slug(source)}-{digest}"
+
+
+def _slug(source: str) -> str:
+    name = source.rstrip("/").split("/")[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def check_export_place(source: str, output: Path | None) -> None:
+    """Refuse a place that cannot be written to, unless an export of the model may lie there.
+
+    Args:
+        source: The checkpoint, as the user named it.
+        output: The export's folder, where it is not one below `cache_home`.
+
+    Raises:
+        ArtifactError: It can be neither written nor found there.
+    """
+    places = cache_home().glob(f"{_slug(source)}-*") if output is None else (output,)
+    if not any((place / MANIFEST).is_file() for place in places):
+        check_writable(output or cache_home())

@@ -41,7 +41,8 @@ def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
             yield Text(f"Note: the limits are fixed, not relative to a noise floor: {result.note}")
         yield ""
     if verification.interrupted:
-        yield Text(f"interrupted at {verification.interrupted}: what follows did not run")
+        verb = "interrupted" if verification.failure is None else "stopped"
+        yield Text(f"{verb} at {verification.interrupted}: what follows did not run")
     yield Text(f"steps: {len(verification.steps)}, the same tokens on PyTorch and all backends")
     yield Text(f"export: {verification.export}")
 

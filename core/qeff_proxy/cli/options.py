@@ -227,6 +227,9 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
     export = existing_export_of(args)
     if export is not None:
         return export, _hooks_of(export)
+    from qeff_proxy.artifact.export_folder import check_export_place
+
+    check_export_place(args.model, args.output)
     loaded, hooks = loaded_of(args)
     if with_processor and loaded.folder is not None:
         from qeff_proxy.load.load_processor import load_processor

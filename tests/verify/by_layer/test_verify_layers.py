@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +228,36 @@ def test_what_ran_before_ctrl_c_is_shown(llama, tmp_path, monkeypatch, capsys):
     assert "so far, all of 3 pieces are within tolerance" in out
     assert "interrupted at body layer 2: what follows did not run" in out
     assert not list((tmp_path / "export").glob(".*"))
+
+
+@pytest.mark.parametrize("culprit", ["the program", "the backend"])
+def test_a_full_disk_ends_the_run_and_what_ran_before_is_shown(
+    culprit, llama, tmp_path, monkeypatch, capsys
+):
+    calls = iter(range(100))
+    place = (tempfile, "NamedTemporaryFile") if culprit == "the program" else (OnnxRuntimeBackend, "open_once")
+    original = getattr(*place)
+
+    def full(*arguments, **options):
+        if next(calls) == 3:  # the embedding, layers 0 and 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*arguments, **options)
+
+    folder = tmp_path / "export"
+    export_model(
+        load_model(str(llama)), Plugins.discover().hooks_for("llama"), output=folder, taps="layers"
+    )
+    monkeypatch.setattr(*place, full)
+    command = ["verify", str(llama), "--by-layer", "--output", str(folder), "--ids", "5,6,7"]
+    assert main([*command, "--max-new-tokens", "2"]) == 7
+    out, err = capsys.readouterr()
+    assert f"cannot write {folder}: No space left on device" in err
+    assert err.count("\n") == 1
+    out = " ".join(out.split())
+    assert "body layer 1 passed" in out
+    assert "so far, all of 3 pieces are within tolerance" in out
+    assert "stopped at body layer 2: what follows did not run" in out
+    assert not list(folder.glob(".*"))
 
 
 def test_what_a_killed_run_left_is_removed_and_another_runs_files_stay(tmp_path):

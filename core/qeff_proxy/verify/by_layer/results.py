@@ -17,6 +17,7 @@ from qeff_proxy.common.json_schema import plain_json
 from qeff_proxy.compare.compare_dumps import judge
 from qeff_proxy.compare.statistics import Scratch, measure, relative_peak, sqnr_db, to_numbers
 from qeff_proxy.compare.tolerances import NoiseFloor, Tolerance, Tolerances
+from qeff_proxy.errors import ArtifactError
 
 #: A layer's local error may be so many dB further above its floor than is usual for the layers
 #: like it, or so many times their spread: the backend's own rounding is alike in all of them.
@@ -170,7 +171,8 @@ class LayerVerification:
         export: The export's folder.
         steps: The steps of the run, as dumps name them.
         results: One per backend.
-        interrupted: The layer at which the user stopped the run; ``None`` if it was completed.
+        interrupted: The layer at which the run was stopped; ``None`` if it was completed.
+        failure: What stopped it, such as a full disk; ``None`` where the user did.
     """
 
     source: str
@@ -178,6 +180,7 @@ class LayerVerification:
     steps: tuple[str, ...]
     results: tuple[BackendLayers, ...]
     interrupted: str | None = None
+    failure: ArtifactError | None = None
 
     @property
     def passed(self) -> bool:
@@ -193,6 +196,7 @@ class LayerVerification:
             "export": str(self.export),
             "steps": list(self.steps),
             "interrupted": self.interrupted,
+            "error": None if self.failure is None else str(self.failure),
             "backends": [result.to_json() for result in self.results],
         }
 

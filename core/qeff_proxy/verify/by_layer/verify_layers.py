@@ -31,9 +31,10 @@ from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.common.file_errors import FULL, writing
 from qeff_proxy.compare.tolerances import COMPUTED_IN, Tolerances
 from qeff_proxy.compile_options import CompileOptions
-from qeff_proxy.errors import ProxyError, UsageError
+from qeff_proxy.errors import ArtifactError, ProxyError, UsageError
 from qeff_proxy.flows.flow import Job
 from qeff_proxy.graph.split_layers import LayerGraph, split_layers
 from qeff_proxy.load.checkpoint_files import folder_named
@@ -129,7 +130,10 @@ def verify_layers_of(
         progress: Called with the name of each stage as it starts.
 
     Returns:
-        The errors of the layers; of those that ran before Ctrl-C, if there are any.
+        The errors of the layers; of those that ran before Ctrl-C or a full disk, if there are any.
+
+    Raises:
+        ArtifactError: The export cannot be written to, and no layer ran before.
     """
     if any(needs_fixed_shapes(options, name) for name in backends):
         options = replace(options, compile=fixed_lengths(export, options.compile))
@@ -147,7 +151,7 @@ def verify_layers_of(
     floors = {name: LayerFloor(bits) for name, bits in BITS.items() if name in precisions}
     known: dict[str, Outputs] = {}
     steps: dict[str, None] = {}
-    where, interrupted = "", None
+    where, interrupted, failure = "", None, None
     try:
         for part in export.parts:
             progress(f"splitting {part.name}")
@@ -179,13 +183,14 @@ def verify_layers_of(
                 run.keep(expected, graphs[stage + 1 :])
                 gc.collect(1)  # graphs are cycles, which hold arrays of the layer's size
             known[part.name] = run.outputs()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ArtifactError) as error:
         if not any(candidate.result().layers for candidate in candidates):
             raise
         interrupted = where
+        failure = error if isinstance(error, ArtifactError) else None
     results = tuple(candidate.result() for candidate in candidates)
     source = export.model["source"]
-    return LayerVerification(source, export.folder, tuple(steps), results, interrupted)
+    return LayerVerification(source, export.folder, tuple(steps), results, interrupted, failure)
 
 
 class _Candidate:
@@ -227,15 +232,24 @@ class _Candidate:
         following: Sequence[LayerGraph],
         floor: LayerFloor | None,
     ) -> None:
-        """Run a layer on the reference's inputs, then on the backend's own; compare both."""
+        """Run a layer on the reference's inputs, then on the backend's own; compare both.
+
+        Raises:
+            ArtifactError: The layer's files cannot be written: no backend could go on.
+        """
         if self._error is not None:
             return
         assert self._run is not None  # noqa: S101 (see `begin`)
         part = reference.part
         try:
-            with _layer_session(self.name, self._export, part, graph, self._options) as session:
+            with (
+                writing(self._export.folder, FULL),
+                _layer_session(self.name, self._export, part, graph, self._options) as session,
+            ):
                 local = reference.forward(graph, session.run, cache=expected)
                 inherited = self._run.forward(graph, session.run)
+        except ArtifactError:
+            raise
         except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
             self._error = f"{layer_name(part.name, graph.layer)}: {reason_of(error)}"
             return
@@ -279,12 +293,16 @@ def _layer_session(
     else.
     """
     with ExitStack() as stack:
-        file = stack.enter_context(
-            tempfile.NamedTemporaryFile(dir=export.folder, prefix=".layer-", suffix=".onnx")
-        )
-        fcntl.flock(file, fcntl.LOCK_EX)  # see `remove_leftovers`
-        path = Path(file.name)
-        ir.save(graph.model, path)
+        with writing(export.folder):
+            file = stack.enter_context(
+                tempfile.NamedTemporaryFile(dir=export.folder, prefix=".layer-", suffix=".onnx")
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)  # see `remove_leftovers`
+            path = Path(file.name)
+            ir.save(graph.model, path)
+            folder = path.with_suffix(".files")
+            folder.mkdir()
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         layer = replace(
             part,
             file=path.name,
@@ -294,9 +312,6 @@ def _layer_session(
             masks=tuple(mask for mask in part.masks if mask.name in {i.name for i in graph.inputs}),
         )
         alone = replace(export, parts=(layer,))
-        folder = path.with_suffix(".files")
-        folder.mkdir()
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         backend = load_backend(name)
         backend.check_options(name, options)
         session = backend.open_once(alone, layer, options, folder)
