@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.backends.compile_export import compile_export
+from qeff_proxy.common.atomic_folder import locked
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ArtifactError, BackendError, UsageError
 
@@ -46,6 +48,24 @@ def test_what_was_compiled_and_then_changed_is_compiled_again(demo_export: Path)
     weights.write_bytes(bytes(len(whole)))
     assert not compile_export(export, options=options).was_there
     assert weights.read_bytes() == whole
+
+
+def test_a_second_run_waits_for_the_first_and_takes_what_it_compiled(demo_export: Path) -> None:
+    export, options, stages = read_export(demo_export), CompileOptions(ctx_len=62), list[str]()
+    folder = compile_export(export, options=options).folder
+    made = folder.rename(folder.with_name("made"))
+    lock = ExitStack()
+    lock.enter_context(locked(folder))
+    with pytest.raises(ArtifactError, match="in use by another run"):
+        compile_export(export, options=options, wait=False)
+
+    def finish_the_first(stage: str) -> None:
+        stages.append(stage)
+        made.rename(folder)
+        lock.close()
+
+    assert compile_export(export, options=options, progress=finish_the_first).was_there
+    assert stages == [f"waiting for another run to finish {folder.name}"]
 
 
 def test_a_context_beyond_the_models_positions_is_cut_to_them(demo_export: Path) -> None:

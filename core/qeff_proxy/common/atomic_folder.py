@@ -139,7 +139,7 @@ def locked(target: Path, waiting: Callable[[str], None] | None = None) -> Iterat
                         "Wait until it has finished, or choose another folder.",
                     ) from error
             if not said:
-                waiting("waiting for another run to finish this export")
+                waiting(f"waiting for another run to finish {target.name}")
                 said = True
             time.sleep(_POLL)
     try:

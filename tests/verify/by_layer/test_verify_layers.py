@@ -235,7 +235,11 @@ def test_a_full_disk_ends_the_run_and_what_ran_before_is_shown(
     culprit, llama, tmp_path, monkeypatch, capsys
 ):
     calls = iter(range(100))
-    place = (tempfile, "NamedTemporaryFile") if culprit == "the program" else (OnnxRuntimeBackend, "open_once")
+    place = (
+        (tempfile, "NamedTemporaryFile")
+        if culprit == "the program"
+        else (OnnxRuntimeBackend, "open_once")
+    )
     original = getattr(*place)
 
     def full(*arguments, **options):
