@@ -27,7 +27,7 @@ from typing import Any
 
 from qeff_proxy.artifact.hashes import _ALGORITHM, hash_weights_file, sha256_of
 from qeff_proxy.artifact.manifest_schema import MANIFEST, Export, read_manifest
-from qeff_proxy.common.atomic_folder import settle_folder
+from qeff_proxy.common.atomic_folder import HIDDEN, settle_folder
 from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.errors import ArtifactError
 
@@ -123,6 +123,13 @@ def export_folder(source: str, key: Mapping[str, Any]) -> Path:
     """The folder of an export: named by its model and a hash of its key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return cache_home() / f"{_slug(source)}-{digest}"
+
+
+def settle_home() -> None:
+    """Recover or remove what killed exports of any model left in `cache_home` (`settle_folder`)."""
+    for _, target, _ in HIDDEN.leftovers(cache_home()):
+        if re.fullmatch(r".+-[0-9a-f]{16}", target.name):  # as `export_folder` names them
+            settle_folder(target, KEPT)
 
 
 def _slug(source: str) -> str:
