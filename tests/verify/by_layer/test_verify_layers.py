@@ -144,10 +144,27 @@ def test_a_backend_that_dies_in_a_layer_keeps_what_is_known(llama, monkeypatch):
         return open_once(self, export, part, options, folder)
 
     monkeypatch.setattr(OnnxRuntimeBackend, "open_once", dies)
-    (backend,) = verify_layers(str(llama), request=REQUEST, options=OPTIONS).results
+    result = verify_layers(str(llama), request=REQUEST, options=OPTIONS)
+    (backend,) = result.results
     assert not backend.passed
     assert backend.error == "body layer 2: no room for layer 2"
-    assert [layer.name for layer in backend.layers] == ["embedding", "body layer 0", "body layer 1"]
+    names = ["embedding", *(f"body layer {number}" for number in range(6)), "body", "lm_head"]
+    assert [layer.name for layer in backend.layers] == names
+    assert [layer.name for layer in backend.layers if not layer.passed] == ["body layer 2"]
+    (table, summary, *_) = layer_lines(replace(result, results=(backend,)))
+    worst = list(table.columns[-1].cells)
+    assert worst[3] == "no room for layer 2"
+    assert summary.plain == "onnxruntime: ERROR in body layer 2: no room for layer 2"
+
+
+def test_a_backend_that_fails_in_every_layer_is_not_tried_in_all(llama, monkeypatch):
+    def dies(self, *_arguments):
+        raise BackendError("no device")
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "open_once", dies)
+    (backend,) = verify_layers(str(llama), request=REQUEST, options=OPTIONS).results
+    assert [layer.error for layer in backend.layers] == ["no device"] * 3
+    assert backend.error == "embedding: no device"
 
 
 def test_nothing_is_left_in_the_export(llama, tmp_path):

@@ -90,13 +90,16 @@ class LayerResult:
         layer: Counted from 0; ``None`` for what comes after a part's last layer, and for a part
             without layers.
         local: Its error when fed with the reference's inputs: what it adds.
-        inherited: Its error when fed with the backend's own results, of all that ran before.
+        inherited: Its error when fed with the backend's own results, of all that ran before; after
+            a layer that failed they begin anew.
+        error: Why it did not run; ``None`` where it did.
     """
 
     part: str
     layer: int | None
     local: LayerError
     inherited: LayerError
+    error: str | None = None
 
     @property
     def name(self) -> str:
@@ -116,6 +119,7 @@ class LayerResult:
             "passed": self.passed,
             "local": self.local.to_json(),
             "inherited": self.inherited.to_json(),
+            "error": self.error,
         }
 
 
@@ -125,8 +129,8 @@ class BackendLayers:
 
     Attributes:
         backend: Its name.
-        layers: Those that ran, in order.
-        error: What stopped it before the last; ``None`` where nothing did.
+        layers: Those that ran or failed, in order.
+        error: The first layer that failed, and why; ``None`` where none did.
         note: Why a backend of a lower precision has no noise floor.
     """
 

@@ -49,6 +49,7 @@ from qeff_proxy.verify.by_layer.part_run import PartRun, Step
 from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
 from qeff_proxy.verify.by_layer.results import (
     BackendLayers,
+    LayerError,
     LayerResult,
     LayerVerification,
     compare_alike,
@@ -61,6 +62,9 @@ from qeff_proxy.verify.rounding import BITS
 from qeff_proxy.verify.runs import check_request, processor_in, tensors_of
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
+
+#: A backend that fails in so many layers in a row runs no more of them.
+_MOST_FAILURES = 3
 
 
 def verify_layers(
@@ -194,7 +198,7 @@ def verify_layers_of(
 
 
 class _Candidate:
-    """One backend; after its first error it runs no more.
+    """One backend. A layer that fails takes the reference's outputs, and the next one goes on.
 
     Args:
         name: The backend's name.
@@ -211,6 +215,7 @@ class _Candidate:
         self._run: PartRun | None = None
         self._layers: list[LayerResult] = []
         self._error: str | None = None
+        self._failed_in_a_row = 0
         self._note: str | None = None
         try:
             self.precision = load_backend(name).precision(self._options)
@@ -221,7 +226,7 @@ class _Candidate:
         """Begin a part, with the outputs of the parts before it as this backend computed them."""
         if self._run is not None:
             self._known[self._run.part.name] = self._run.outputs()
-        if self._error is None:
+        if self._failed_in_a_row < _MOST_FAILURES:
             self._run = PartRun(part, calls_of(job, part.name, self._known))
 
     def try_layer(
@@ -237,7 +242,7 @@ class _Candidate:
         Raises:
             ArtifactError: The layer's files cannot be written: no backend could go on.
         """
-        if self._error is not None:
+        if self._failed_in_a_row == _MOST_FAILURES:
             return
         assert self._run is not None  # noqa: S101 (see `begin`)
         part = reference.part
@@ -251,8 +256,14 @@ class _Candidate:
         except ArtifactError:
             raise
         except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
-            self._error = f"{layer_name(part.name, graph.layer)}: {reason_of(error)}"
+            reason = reason_of(error)
+            self._error = self._error or f"{layer_name(part.name, graph.layer)}: {reason}"
+            failed = LayerError(passed=False)
+            self._layers.append(LayerResult(part.name, graph.layer, failed, failed, reason))
+            self._failed_in_a_row += 1
+            self._run.keep(expected, following)
             return
+        self._failed_in_a_row = 0
         if self.precision in COMPUTED_IN:
             self._note = f"there is none of {self.precision}" if floor is None else floor.failure
         tolerances = replace(self._tolerances, precision=self.precision)
