@@ -285,6 +285,7 @@ def test_what_a_killed_run_left_is_removed_and_another_runs_files_stay(tmp_path)
     for name in ("killed", "runs"):
         (tmp_path / f".layer-{name}.onnx").write_bytes(b"x")
         (tmp_path / f".layer-{name}.files").mkdir()
+    (tmp_path / ".layer-interrupted.files").mkdir()  # by Ctrl-C while it was removed
     (tmp_path / "body.onnx").touch()
     source = (
         "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX);"

@@ -292,6 +292,9 @@ def remove_leftovers(folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(graph.with_suffix(".files"), ignore_errors=True)
             graph.unlink()
+    for files in folder.glob(".layer-*.files"):
+        if not files.with_suffix(".onnx").exists():  # a run that goes on has both, or the graph
+            shutil.rmtree(files, ignore_errors=True)
 
 
 @contextmanager
