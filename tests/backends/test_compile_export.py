@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.artifact.export_folder import check_weights_of, read_export
 from qeff_proxy.backends.compile_export import compile_export
 from qeff_proxy.common.atomic_folder import locked
 from qeff_proxy.compile_options import CompileOptions
@@ -75,9 +75,24 @@ def test_a_context_beyond_the_models_positions_is_cut_to_them(demo_export: Path)
     assert (compiled.options.ctx_len, compiled.options.prefill_seq_len) == (256, 256)
 
 
-def test_changed_weights_are_not_compiled(demo_export: Path, tmp_path: Path) -> None:
-    from qeff_proxy.artifact.export_folder import read_export
+def test_a_file_that_is_removed_while_it_is_used_is_named(
+    demo_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(demo_export, folder)
+    export = read_export(folder)
+    (folder / "body.safetensors").unlink()
+    for use in (check_weights_of, compile_export):
+        with pytest.raises(ArtifactError, match=r"body\.safetensors was removed while it was used"):
+            use(export)
+    shutil.copyfile(demo_export / "body.safetensors", folder / "body.safetensors")
+    monkeypatch.setattr(Path, "is_file", lambda _path: True)  # there when it is looked for
+    (folder / "body.onnx").unlink()
+    with pytest.raises(ArtifactError, match=r"body\.onnx was removed while it was used"):
+        read_export(folder)
 
+
+def test_changed_weights_are_not_compiled(demo_export: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(demo_export, folder)
     compile_export(read_export(folder))

@@ -28,7 +28,7 @@ from typing import Any
 from qeff_proxy.artifact.hashes import _ALGORITHM, hash_weights_file, sha256_of
 from qeff_proxy.artifact.manifest_schema import MANIFEST, Export, read_manifest
 from qeff_proxy.common.atomic_folder import HIDDEN, settle_folder
-from qeff_proxy.common.file_errors import check_writable
+from qeff_proxy.common.file_errors import check_writable, reading
 from qeff_proxy.errors import ArtifactError
 
 #: Subfolders that a new export of the same folder takes over from the old one.
@@ -60,6 +60,14 @@ def read_export(folder: Path) -> Export:
         export = read_manifest(folder)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{manifest} is damaged: {error}", again) from error
+    with reading(folder):
+        _check_files(export, again)
+    return export
+
+
+def _check_files(export: Export, again: str) -> None:
+    """Check graphs by their hashes and weights by their sizes."""
+    folder, manifest = export.folder, export.folder / MANIFEST
     for part in export.parts:
         path = folder / part.file
         if not path.is_file() or sha256_of(path) != part.sha256:
@@ -74,7 +82,6 @@ def read_export(folder: Path) -> Export:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise ArtifactError(f"{path} is missing or does not have its {size} bytes", again)
-    return export
 
 
 def _mentions(graph: Path, weights: str) -> bool:
@@ -103,7 +110,9 @@ def check_weights_of(export: Export) -> None:
                 f"{export.folder / MANIFEST} has a hash of {name} that is not {_ALGORITHM}…",
                 "Export the model again.",
             )
-        if hash_weights_file(export.folder / name) != digest:
+        with reading(export.folder):
+            unchanged = hash_weights_file(export.folder / name) == digest
+        if not unchanged:
             raise ArtifactError(
                 f"{export.folder / name} is not what was exported: its bytes have changed",
                 "Export the model again.",

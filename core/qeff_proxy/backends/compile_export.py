@@ -20,7 +20,7 @@ from qeff_proxy.backends.lengths import has_cache, with_fixed_shapes
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
 from qeff_proxy.common.code_digest import code_digest
-from qeff_proxy.common.file_errors import opening
+from qeff_proxy.common.file_errors import opening, reading
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.plugins.hooks import Hooks
 
@@ -88,8 +88,9 @@ def compile_export(
         "code": _code_of(implementation),
         "options": options.to_json(),
         "parts": {part.name: part.sha256 for part in export.parts},
-        "weights": {name: _state_of(export.folder / name) for name in export.files},
     }
+    with reading(export.folder):
+        key["weights"] = {name: _state_of(export.folder / name) for name in export.files}
     fingerprint = dict(implementation.fingerprint(options))
     if fingerprint:
         key["inputs"] = fingerprint

@@ -66,6 +66,21 @@ def opening(folder: Path | None) -> Iterator[None]:
         raise BackendError(error.problem, hint) from error
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Name the file of an export that was removed while the program ran.
+
+    Raises:
+        ArtifactError: A file is missing.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{error.filename or folder} was removed while it was used", "Export the model again."
+        ) from error
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be made or written to, before work begins that needs it.
 

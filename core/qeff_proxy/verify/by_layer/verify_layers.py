@@ -31,7 +31,7 @@ from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.registry import load_backend
-from qeff_proxy.common.file_errors import FULL, writing
+from qeff_proxy.common.file_errors import FULL, reading, writing
 from qeff_proxy.compare.tolerances import COMPUTED_IN, Tolerances
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ArtifactError, ProxyError, UsageError
@@ -159,7 +159,8 @@ def verify_layers_of(
     try:
         for part in export.parts:
             progress(f"splitting {part.name}")
-            whole = ir.load(export.folder / part.file)
+            with reading(export.folder):
+                whole = ir.load(export.folder / part.file)
             graphs = split_layers(whole, part.inputs, part.outputs)
             run = PartRun(part, calls_of(job_of(export, options, tensors), part.name, known))
             steps.update(dict.fromkeys(call.step for call in run.calls))
