@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.artifact.export_folder import check_weights_of, read_export
 from qeff_proxy.backends.compile_export import compile_export
+from qeff_proxy.common.atomic_folder import locked
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ArtifactError, BackendError, UsageError
 
@@ -48,6 +50,24 @@ def test_what_was_compiled_and_then_changed_is_compiled_again(demo_export: Path)
     assert weights.read_bytes() == whole
 
 
+def test_a_second_run_waits_for_the_first_and_takes_what_it_compiled(demo_export: Path) -> None:
+    export, options, stages = read_export(demo_export), CompileOptions(ctx_len=62), list[str]()
+    folder = compile_export(export, options=options).folder
+    made = folder.rename(folder.with_name("made"))
+    lock = ExitStack()
+    lock.enter_context(locked(folder))
+    with pytest.raises(ArtifactError, match="in use by another run"):
+        compile_export(export, options=options, wait=False)
+
+    def finish_the_first(stage: str) -> None:
+        stages.append(stage)
+        made.rename(folder)
+        lock.close()
+
+    assert compile_export(export, options=options, progress=finish_the_first).was_there
+    assert stages == [f"waiting for another run to finish {folder.name}"]
+
+
 def test_a_context_beyond_the_models_positions_is_cut_to_them(demo_export: Path) -> None:
     options = CompileOptions(ctx_len=2048, prefill_seq_len=300)
     with pytest.warns(UserWarning, match="2048 is more than the 256 positions that .* has; 256 a"):
@@ -55,9 +75,24 @@ def test_a_context_beyond_the_models_positions_is_cut_to_them(demo_export: Path)
     assert (compiled.options.ctx_len, compiled.options.prefill_seq_len) == (256, 256)
 
 
-def test_changed_weights_are_not_compiled(demo_export: Path, tmp_path: Path) -> None:
-    from qeff_proxy.artifact.export_folder import read_export
+def test_a_file_that_is_removed_while_it_is_used_is_named(
+    demo_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(demo_export, folder)
+    export = read_export(folder)
+    (folder / "body.safetensors").unlink()
+    for use in (check_weights_of, compile_export):
+        with pytest.raises(ArtifactError, match=r"body\.safetensors was removed while it was used"):
+            use(export)
+    shutil.copyfile(demo_export / "body.safetensors", folder / "body.safetensors")
+    monkeypatch.setattr(Path, "is_file", lambda _path: True)  # there when it is looked for
+    (folder / "body.onnx").unlink()
+    with pytest.raises(ArtifactError, match=r"body\.onnx was removed while it was used"):
+        read_export(folder)
 
+
+def test_changed_weights_are_not_compiled(demo_export: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(demo_export, folder)
     compile_export(read_export(folder))

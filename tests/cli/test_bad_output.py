@@ -67,3 +67,53 @@ def test_an_output_of_ascii(demo_export: Path, forked: Callable[..., Any]) -> No
         assert done.returncode == 0, done.stderr
         assert "Anna" in done.stdout
     assert json.loads(done.stdout)["inputs"] == ["Anna é"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "{checkpoint}"),
+        ("verify", "{checkpoint}"),
+        ("verify", "{checkpoint}", "--by-layer"),
+        ("generate", "{checkpoint}", "5,6", "--ids"),
+    ],
+)
+@pytest.mark.parametrize("home", ["a folder below a file", "a read-only folder"])
+def test_a_home_that_cannot_be_written_is_named_before_the_work_begins(
+    arguments: tuple[str, ...],
+    home: str,
+    saved_gpt2: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "home" if "below" in home else tmp_path / "home"
+    monkeypatch.setenv("QEFF_HOME", str(folder))
+    if "below" not in home:  # tests may run as root, whom no mode of a folder stops
+        monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != tmp_path)
+    for load in ("qeff_proxy.cli.options.loaded_of", "qeff_proxy.cli.verify.loaded_of"):
+        monkeypatch.setattr(load, lambda *_arguments, **_options: pytest.fail("the work began"))
+    assert main([word.format(checkpoint=saved_gpt2) for word in arguments]) == 7
+    said = capsys.readouterr().err
+    assert said.startswith(f"qeff-proxy: error: cannot write {folder}: ")
+    assert said.count("\n") == 1
+
+
+def test_an_export_in_a_home_that_cannot_be_written_is_used(
+    saved_gpt2: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["export", str(saved_gpt2)]) == 0
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    assert main(["export", str(saved_gpt2)]) == 0
+    capsys.readouterr()
+
+
+def test_a_dump_that_cannot_be_written_is_named_before_the_work_begins(
+    demo_export: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    command = ["generate", str(demo_export), "5,6", "--ids", "--max-new-tokens", "1"]
+    assert main(command) == 0
+    assert main([*command, "--write-io"]) == 7
+    assert f"cannot write {demo_export}: " in capsys.readouterr().err

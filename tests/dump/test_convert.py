@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import os
 import textwrap
 import unittest
 import warnings
@@ -112,14 +114,68 @@ def test_what_polygraphy_never_wrote_is_refused(tmp_path, text):
 
 
 def test_a_pickle_in_polygraphy_json_is_refused(tmp_path):
-    import base64
-
     buffer = io.BytesIO()
     np.save(buffer, np.array([print], dtype=object), allow_pickle=True)
     array = {"array": base64.b64encode(buffer.getvalue()).decode()}
     (tmp_path / "in.json").write_text(json.dumps([{"x": array}]))
     with pytest.raises(DumpError, match="declares object"):
         polygraphy.import_dump(tmp_path / "in.json", tmp_path / "d")
+
+
+def header(descr="'<f4'", shape="(4,)"):
+    """The header of a .npy array, version 1.0."""
+    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+HOSTILE_ARRAYS = {
+    "negative sizes whose product is right": header(shape="(-1, -4)") + bytes(16),
+    "a size that overflows, times 0": header(shape=f"({2**62}, 0)"),
+    "sizes that overflow together, times 0": header(shape=f"({2**40}, 0, {2**40})"),
+    "a size of 41 digits": header(shape=f"({10**40}, 0)"),
+    "a size of 5000 digits": header(shape=f"({'9' * 5000},)"),
+    "more dimensions than NumPy has": header(shape=str((1,) * 70)) + bytes(4),
+    "a truth value as a size": header(shape="(True, 4)") + bytes(16),
+    "elements of no bytes": header("'|V0'"),
+    "an array in each element": header("('<f4', (2,))", "(2,)") + bytes(16),
+    "an open bracket": header(shape="(4,") + bytes(16),
+    "brackets in brackets": header("[" * 4000),
+    "signs before signs": header("-" * 9000),
+    "two bytes of a header": b"\x93NUMPY\x01\x00",
+}
+
+
+@pytest.mark.parametrize("array", HOSTILE_ARRAYS.values(), ids=HOSTILE_ARRAYS)
+def test_a_hostile_array_in_polygraphy_json_is_refused_in_one_line(array, tmp_path, capsys):
+    value = {"array": base64.b64encode(array).decode(), "polygraphy_class": "ndarray"}
+    (tmp_path / "in.json").write_text(json.dumps([{"x": value}]))
+    command = ["convert", str(tmp_path / "in.json"), str(tmp_path / "d"), "--from", "polygraphy"]
+    assert main(command) == 9
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert len(said) < 1000
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [["a\0b"], ["\x1b[31mred"], ["\u202eevil"], ["x", "X"], ["x" * 70000]]
+)
+def test_names_that_no_dump_can_have_leave_no_dump(names, tmp_path, capsys):
+    array = {"array": base64.b64encode(header() + bytes(16)).decode()}
+    (tmp_path / "in.json").write_text(json.dumps([dict.fromkeys(names, array)]))
+    command = ["convert", str(tmp_path / "in.json"), str(tmp_path / "d"), "--from", "polygraphy"]
+    assert main(command) == 9
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert len(said) < 2100
+    assert said[:-1].isprintable()
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DumpError, match="not a regular file"):
+        polygraphy.import_dump(tmp_path / "pipe", tmp_path / "d")
 
 
 # ONNX test data

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.common import atomic_folder
 from qeff_proxy.errors import ArtifactError, CheckpointError
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.load_model import load_model
@@ -69,8 +70,33 @@ def test_a_second_run_waits_for_the_first_and_takes_its_export(
         lock.close()
 
     again = export_model(loaded, HOOKS, output=tmp_path / "out", progress=finish_the_first)
-    assert stages == ["waiting for another run to finish this export"]
+    assert stages == ["waiting for another run to finish out"]
     assert again.parts == made.parts
+
+
+def test_what_killed_exports_of_other_models_left_is_removed(saved_gpt2: Path, home: Path) -> None:
+    left = home / ".gone-0123456789abcdef.partial-0123456789ab"
+    others = home / ".config.old", home / ".mine.partial-0123456789ab"
+    for folder in (left, *others):
+        folder.mkdir(parents=True)
+    export_model(load_model(str(saved_gpt2)), HOOKS)
+    assert not left.exists()
+    assert all(folder.is_dir() for folder in others)
+
+
+def test_ctrl_c_while_a_folder_is_made_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic_folder, "_hold", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        atomic_folder.replaced_folder(atomic_folder.HIDDEN, tmp_path / "out"),
+    ):
+        pytest.fail("it was made")
+    assert not [path for path in tmp_path.iterdir() if path.name != "home"]
 
 
 def test_an_interrupted_exchange_loses_no_dump(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
+from qeff_proxy.cli import main
 from qeff_proxy.errors import PluginError
 from qeff_proxy.plugins.manager import Plugins
 
@@ -22,6 +24,10 @@ FAULTS = {
     "a syntax error": ("def locate_embedding(:", r"SyntaxError: .*line 1"),
     "an error of its own": ("raise LookupError('no licence')", r"LookupError: no licence"),
     "leaving the interpreter": ("raise SystemExit('bye')", r"SystemExit: bye"),
+    "an exception that no one expects": (
+        "class Stop(BaseException): ...\nraise Stop('here')",
+        r"Stop: here",
+    ),
     "no hook": ("def locate_embedding(model): ...", r"has no hook; .*qeff_proxy\.hookimpl"),
     "another project's marker": (
         """
@@ -150,3 +156,38 @@ def test_a_plugin_of_this_version_of_the_hooks_may_say_so(site_packages):
         "acme", {"rnn": "acme_rnn"}, {"acme_rnn": GOOD + "\n    qeff_proxy_api = 1\n"}
     )
     assert Plugins.discover({}).owner("rnn") is not None
+
+
+@pytest.mark.parametrize("command", [("plugins", "--check"), ("backends", "acme")])
+def test_ctrl_c_says_whose_code_was_imported(command, site_packages, monkeypatch, capsys):
+    groups = (
+        b"[qeff_proxy.families]\nrnn = acme_hangs\n[qeff_proxy.backends]\nacme = acme_hangs:B\n"
+    )
+    site_packages.install_metadata("acme", groups)
+    # A module that hangs, and a user who stops it.
+    (site_packages.folder / "acme_hangs.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.setenv("QEFF_PROXY_PLUGINS", "acme")
+    assert main([*command]) == 130
+    assert "interrupted while acme_hangs" in (said := capsys.readouterr().err)
+    assert "of package acme was imported" in said
+
+
+@pytest.mark.parametrize("claim", ["*/*", "*", "rnn/", "/task", "rnn/*"])
+def test_a_claim_that_serves_nothing_is_said(claim, site_packages, capsys, monkeypatch):
+    site_packages.install("acme", {claim: "acme_good"}, {"acme_good": GOOD})
+    monkeypatch.setenv("QEFF_PROXY_PLUGINS", "acme")
+    (report,) = [r for r in Plugins.discover().reports() if r.distribution == "acme"]
+    assert report.state == "failed"
+    assert report.reason.startswith(f"{claim} claims nothing")
+
+
+def test_what_a_listing_prints_does_not_spoil_the_json(site_packages, capsys):
+    groups = (
+        b"[qeff_proxy.backends]\nacme = acme_b:B\n[qeff_proxy.backend_listings]\nacme = acme_l:L\n"
+    )
+    site_packages.install_metadata("acme", groups)
+    (site_packages.folder / "acme_l.py").write_text("print('hello')")
+    assert main(["backends", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "acme" in {backend["name"] for backend in json.loads(out)["backends"]}
+    assert err == "hello\n"

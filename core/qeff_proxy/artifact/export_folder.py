@@ -27,7 +27,8 @@ from typing import Any
 
 from qeff_proxy.artifact.hashes import _ALGORITHM, hash_weights_file, sha256_of
 from qeff_proxy.artifact.manifest_schema import MANIFEST, Export, read_manifest
-from qeff_proxy.common.atomic_folder import settle_folder
+from qeff_proxy.common.atomic_folder import HIDDEN, settle_folder
+from qeff_proxy.common.file_errors import check_writable, reading
 from qeff_proxy.errors import ArtifactError
 
 #: Subfolders that a new export of the same folder takes over from the old one.
@@ -59,6 +60,14 @@ def read_export(folder: Path) -> Export:
         export = read_manifest(folder)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{manifest} is damaged: {error}", again) from error
+    with reading(folder):
+        _check_files(export, again)
+    return export
+
+
+def _check_files(export: Export, again: str) -> None:
+    """Check graphs by their hashes and weights by their sizes."""
+    folder, manifest = export.folder, export.folder / MANIFEST
     for part in export.parts:
         path = folder / part.file
         if not path.is_file() or sha256_of(path) != part.sha256:
@@ -73,7 +82,6 @@ def read_export(folder: Path) -> Export:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise ArtifactError(f"{path} is missing or does not have its {size} bytes", again)
-    return export
 
 
 def _mentions(graph: Path, weights: str) -> bool:
@@ -102,7 +110,9 @@ def check_weights_of(export: Export) -> None:
                 f"{export.folder / MANIFEST} has a hash of {name} that is not {_ALGORITHM}…",
                 "Export the model again.",
             )
-        if hash_weights_file(export.folder / name) != digest:
+        with reading(export.folder):
+            unchanged = hash_weights_file(export.folder / name) == digest
+        if not unchanged:
             raise ArtifactError(
                 f"{export.folder / name} is not what was exported: its bytes have changed",
                 "Export the model again.",
@@ -121,7 +131,31 @@ def cache_home() -> Path:
 def export_folder(source: str, key: Mapping[str, Any]) -> Path:
     """The folder of an export: named by its model and a hash of its key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    slug = (
-        re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").split("/")[-1]).strip("-.") or "model"
-    )
-    return cache_home() / f"{slug}-{digest}"
+    return cache_home() / f"{_slug(source)}-{digest}"
+
+
+def settle_home() -> None:
+    """Recover or remove what killed exports of any model left in `cache_home` (`settle_folder`)."""
+    for _, target, _ in HIDDEN.leftovers(cache_home()):
+        if re.fullmatch(r".+-[0-9a-f]{16}", target.name):  # as `export_folder` names them
+            settle_folder(target, KEPT)
+
+
+def _slug(source: str) -> str:
+    name = source.rstrip("/").split("/")[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def check_export_place(source: str, output: Path | None) -> None:
+    """Refuse a place that cannot be written to, unless an export of the model may lie there.
+
+    Args:
+        source: The checkpoint, as the user named it.
+        output: The export's folder, where it is not one below `cache_home`.
+
+    Raises:
+        ArtifactError: It can be neither written nor found there.
+    """
+    places = cache_home().glob(f"{_slug(source)}-*") if output is None else (output,)
+    if not any((place / MANIFEST).is_file() for place in places):
+        check_writable(output or cache_home())

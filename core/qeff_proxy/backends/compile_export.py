@@ -20,7 +20,7 @@ from qeff_proxy.backends.lengths import has_cache, with_fixed_shapes
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
 from qeff_proxy.common.code_digest import code_digest
-from qeff_proxy.common.file_errors import opening
+from qeff_proxy.common.file_errors import opening, reading
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.plugins.hooks import Hooks
 
@@ -57,6 +57,7 @@ def compile_export(
     *,
     force: bool = False,
     check: bool = False,
+    wait: bool = True,
     progress: Callable[[str], None] = lambda _stage: None,
 ) -> Compiled:
     """Compile every part of an export.
@@ -68,6 +69,7 @@ def compile_export(
         force: Compile again even where the same was compiled already.
         check: Compile again where the contents of compiled files have changed; otherwise only their
             sizes and times are compared.
+        wait: Wait for another run that compiles the same; what it made serves.
         progress: Called with each stage as it starts.
 
     Raises:
@@ -86,8 +88,9 @@ def compile_export(
         "code": _code_of(implementation),
         "options": options.to_json(),
         "parts": {part.name: part.sha256 for part in export.parts},
-        "weights": {name: _state_of(export.folder / name) for name in export.files},
     }
+    with reading(export.folder):
+        key["weights"] = {name: _state_of(export.folder / name) for name in export.files}
     fingerprint = dict(implementation.fingerprint(options))
     if fingerprint:
         key["inputs"] = fingerprint
@@ -103,7 +106,7 @@ def compile_export(
             stacklevel=2,
         )
         force = True
-    with locked(target):
+    with locked(target, progress if wait else None):
         recover_folder(target)
         if not force and _is_whole(target, key):
             return there

@@ -146,10 +146,11 @@ def _run(arguments: Sequence[str]) -> int:
             "plugin; run with --debug for the trace."
         )
         return 70
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if args.debug:
             raise
-        report_error("interrupted; nothing half-written was kept")
+        where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        report_error(f"interrupted{where}; nothing half-written was kept")
         return 130
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -39,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from qeff_proxy.backends.registry import check_backends, list_backends
 
     checked = bool(args.check or args.name)
-    reports = check_backends(args.name) if checked else list_backends()
+    # What a package prints while it is imported must not spoil the JSON.
+    with contextlib.redirect_stdout(sys.stderr):
+        reports = check_backends(args.name) if checked else list_backends()
     if args.json:
         print_json({"checked": checked, "backends": [asdict(report) for report in reports]})
     else:

@@ -17,6 +17,7 @@ from qeff_proxy.cli.options import (
     export_of,
 )
 from qeff_proxy.cli.output import print_json, print_text
+from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.errors import UsageError
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import RunResult
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         args.io_steps, tuple(args.io_tensors or ("*",)), "full" if beams > 1 else args.kv
     )
     export, hooks = export_of(args, with_processor=not rows)
+    if (args.write_io or _asks_for_dump(args)) and args.io_dir is None:
+        check_writable(export.folder)
     if _generates(export):
         settings["do_sample"] = args.sample
     elif settings or args.sample or args.stream:

@@ -19,6 +19,8 @@ def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
+    from qeff_proxy.compare.verdict import printable
+
     for result in verification.results:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column(result.backend, no_wrap=True)
@@ -29,6 +31,10 @@ def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
             table.add_column(heading, justify="right")
         table.add_column("worst tensor", overflow="fold")
         for layer in result.layers:
+            if layer.error is not None:
+                blank = [""] * (len(table.columns) - 3)
+                table.add_row(layer.name, Text("ERROR", "red"), *blank, printable(layer.error))
+                continue
             errors = layer.local, layer.inherited
             numbers = [text for error in errors for text in _shown(error, floors=floors)]
             worst = f"{layer.local.tensor} in {layer.local.step}" if layer.local.over_peak else ""
@@ -41,7 +47,8 @@ def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
             yield Text(f"Note: the limits are fixed, not relative to a noise floor: {result.note}")
         yield ""
     if verification.interrupted:
-        yield Text(f"interrupted at {verification.interrupted}: what follows did not run")
+        verb = "interrupted" if verification.failure is None else "stopped"
+        yield Text(f"{verb} at {verification.interrupted}: what follows did not run")
     yield Text(f"steps: {len(verification.steps)}, the same tokens on PyTorch and all backends")
     yield Text(f"export: {verification.export}")
 
@@ -71,7 +78,9 @@ def _summary(result: BackendLayers, so_far: str) -> str:
     from qeff_proxy.compare.verdict import printable
 
     if result.error is not None:
-        return f"{result.backend}: ERROR in {printable(result.error)}"
+        failed = sum(layer.error is not None for layer in result.layers)
+        more = f", and {failed - 1} more failed" if failed > 1 else ""
+        return f"{result.backend}: ERROR in {printable(result.error)}{more}"
     total = counted(len(result.layers), "piece")
     if result.faulty:
         names = ", ".join(layer.name for layer in result.faulty)

@@ -70,7 +70,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
             "--force", action="store_true", help="export again, even if the export is up to date"
         )
         parser.add_argument(
-            "--no-wait", action="store_true", help="fail if another run writes the same export"
+            "--no-wait",
+            action="store_true",
+            help="fail if another run writes or compiles the same export",
         )
         parser.add_argument(
             "--taps",
@@ -227,6 +229,9 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
     export = existing_export_of(args)
     if export is not None:
         return export, _hooks_of(export)
+    from qeff_proxy.artifact.export_folder import check_export_place
+
+    check_export_place(args.model, args.output)
     loaded, hooks = loaded_of(args)
     if with_processor and loaded.folder is not None:
         from qeff_proxy.load.load_processor import load_processor
@@ -269,7 +274,10 @@ def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False
                 trust_remote_code=args.trust_remote_code,
                 progress=progress,
             )
-        return compile_export(export, args.backend, options, force=force, progress=progress)
+        wait = not args.no_wait
+        return compile_export(
+            export, args.backend, options, force=force, wait=wait, progress=progress
+        )
 
 
 def compile_options_of(

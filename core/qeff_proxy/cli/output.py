@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: The width of a pipe or file: more columns than any line needs.
 _UNFOLDED = 100_000
+#: Characters of an error or a warning.
+_LONGEST = 2_000
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +75,8 @@ def report_error(message: str) -> None:
 
 def _report(kind: str, message: str) -> None:
     line = escape_controls(" ".join(message.split()))
+    if len(line) > _LONGEST:  # a damaged file's text is in it; the hint at the end stays
+        line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
     sys.stderr.write(f"qeff-proxy: {kind}: {line}\n")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.artifact.manifest_schema import Export
+from qeff_proxy.artifact.manifest_schema import MANIFEST, Export
 from qeff_proxy.cli.inputs import add_image_option, parse_rows, read_prompts
 from qeff_proxy.cli.options import (
     add_backend_option,
@@ -24,6 +24,7 @@ from qeff_proxy.cli.options import (
 )
 from qeff_proxy.cli.output import print_json, print_text, stage_display
 from qeff_proxy.cli.speed_table import command_for, speed_lines
+from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.request import Request
@@ -128,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
         _check_alone(args)
     tolerances = Tolerances.parse(args.tol)
     request = _request(args)
+    _check_place(args)
     by_backend = _backend_options(args)
     with stage_display("verifying", quiet=args.json) as progress:
         progress("loading libraries")
@@ -175,6 +177,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             for renderable in layer_lines(layers):
                 print_text(renderable)
+        if layers.failure is not None:
+            raise layers.failure
         return 130 if layers.interrupted else 0 if layers.passed else 1
     if args.itself:
         if args.json:
@@ -227,6 +231,17 @@ def _check_alone(args: argparse.Namespace) -> None:
             raise UsageError(f"--{option} and --{mode} exclude each other")
     if "best" in (args.backend or ()):
         raise UsageError(f"--{mode} takes no --backend best", "Name the backends.")
+
+
+def _check_place(args: argparse.Namespace) -> None:
+    """Refuse an export's folder that cannot be written to, before anything is loaded."""
+    from qeff_proxy.artifact.export_folder import cache_home
+    from qeff_proxy.load.checkpoint_files import folder_named
+
+    if args.by_layer or args.io_dir is None:
+        folder = folder_named(args.model)
+        is_export = (folder / MANIFEST).is_file()
+        check_writable(folder if is_export else args.output or cache_home())
 
 
 def _model(args: argparse.Namespace) -> LoadedModel | Export:

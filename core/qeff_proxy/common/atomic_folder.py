@@ -77,7 +77,7 @@ def _pattern(template: str) -> str:
 
 _POLL = 0.2  # seconds between two tries to get a lock
 #: Folders of exports and compiled parts. One run at a time writes to them (`locked`).
-_HIDDEN = FolderKind(".{name}.partial-{id}", ".{name}.old")
+HIDDEN = FolderKind(".{name}.partial-{id}", ".{name}.old")
 
 
 def _hold(path: Path, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> int:
@@ -139,7 +139,7 @@ def locked(target: Path, waiting: Callable[[str], None] | None = None) -> Iterat
                         "Wait until it has finished, or choose another folder.",
                     ) from error
             if not said:
-                waiting("waiting for another run to finish this export")
+                waiting(f"waiting for another run to finish {target.name}")
                 said = True
             time.sleep(_POLL)
     try:
@@ -185,7 +185,7 @@ def recover_folder(target: Path, keep: Sequence[str] = ()) -> None:
         ArtifactError: It cannot be read or removed.
     """
     with writing(target):
-        clear_leftovers(_HIDDEN, target.parent, target.name, keep)
+        clear_leftovers(HIDDEN, target.parent, target.name, keep)
 
 
 def settle_folder(target: Path, keep: Sequence[str] = ()) -> None:
@@ -199,7 +199,7 @@ def settle_folder(target: Path, keep: Sequence[str] = ()) -> None:
         keep: As in `staged_folder`.
     """
     target = target.resolve()
-    if _HIDDEN.leftovers(target.parent, target.name):
+    if HIDDEN.leftovers(target.parent, target.name):
         with suppress(ArtifactError), locked(target):
             recover_folder(target, keep)
 
@@ -216,7 +216,7 @@ def staged_folder(target: Path, last: str, keep: Sequence[str] = ()) -> Iterator
     Raises:
         ArtifactError: It cannot be written. The older folder is then as it was.
     """
-    with writing(target), replaced_folder(_HIDDEN, target, last, keep) as staging:
+    with writing(target), replaced_folder(HIDDEN, target, last, keep) as staging:
         yield staging
 
 
@@ -259,6 +259,9 @@ def _make_staging(kind: FolderKind, target: Path) -> tuple[Path, int | None]:
             continue  # another run just took it for a leftover
         except OSError:
             return staging, None  # a file system without locks: no run can clear it, either
+        except BaseException:
+            staging.rmdir()
+            raise
 
 
 def _flush(folder: Path, last: str) -> None:

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,16 +15,28 @@ from qeff_proxy.errors import ArtifactError, BackendError
 _SYSTEM_ERROR = re.compile(r"os error (\d+)|No space left on device")
 
 
+#: The disk takes no more, whoever writes: other errors may be about another file.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, numbers: Collection[int] | None = None) -> Iterator[None]:
     """Turn the system's refusals to write (disk full, no permission) into one line with a hint.
+
+    Args:
+        path: What is written.
+        numbers: Of the errors that count as refusals; by default all.
 
     Raises:
         ArtifactError: The system refused.
     """
     try:
         yield
+    except ArtifactError:
+        raise
     except OSError as error:
+        if numbers is not None and error.errno not in numbers:
+            raise
         raise _refusal(path, error) from error
     except Exception as error:
         # safetensors and ONNX Runtime wrap the system's error in one of their own.
@@ -32,6 +44,8 @@ def writing(path: Path) -> Iterator[None]:
         if number is None:
             raise
         code = int(number[1]) if number[1] else errno.ENOSPC
+        if numbers is not None and code not in numbers:
+            raise
         raise _refusal(path, OSError(code, os.strerror(code))) from error
 
 
@@ -50,6 +64,38 @@ def opening(folder: Path | None) -> Iterator[None]:
         again = f"If {folder} was damaged, compile again (qeff-proxy compile --force)."
         hint = f"{error.hint.rstrip('.')}. {again}" if error.hint else again
         raise BackendError(error.problem, hint) from error
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Name the file of an export that was removed while the program ran.
+
+    Raises:
+        ArtifactError: A file is missing.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{error.filename or folder} was removed while it was used", "Export the model again."
+        ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before work begins that needs it.
+
+    Raises:
+        ArtifactError: So it is; says why.
+    """
+    folder = folder.absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    number = 0
+    if not place.is_dir():
+        number = errno.ENOTDIR
+    elif not os.access(place, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+    if number:
+        raise _refusal(folder, OSError(number, os.strerror(number)))
 
 
 def try_writing(folder: Path) -> None:

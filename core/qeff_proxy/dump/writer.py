@@ -30,7 +30,7 @@ from qeff_proxy.errors import DumpError, ProxyError
 from qeff_proxy.tensor_names import PAST, PRESENT
 
 if TYPE_CHECKING:
-    from qeff_proxy.dump.format import Direction, Phase, TensorName
+    from qeff_proxy.dump.format import Direction, Phase
 
 # Files kept open at a time; a model with more tensors opens the others for each record.
 MAX_OPEN_FILES = 256
@@ -80,7 +80,7 @@ class DumpWriter:
         self._folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() follows a link
         check_replaceable(self._folder)
         self._streams: dict[tuple[Phase, str, Direction, str], TensorStream | None] = {}
-        self._names: dict[tuple[str, TensorName], str] = {}
+        self._names: dict[tuple[str, str], str] = {}
         self._parts: list[str] = []
         self._steps: list[dict[str, Any]] = []
         self._seen: set[tuple[str, int]] = set()
@@ -213,7 +213,10 @@ class DumpWriter:
         name = name_tensor(part, direction, graph_name)
         if not matches_any(str(name), self._options.tensors):
             return None
-        other = self._names.setdefault((phase, name), graph_name)
+        if not graph_name.isprintable():
+            raise DumpError(f"the graph tensor {graph_name!r} has a name that cannot be printed")
+        # Some file systems do not tell upper case from lower case.
+        other = self._names.setdefault((phase, str(name).casefold()), graph_name)
         if other != graph_name:
             raise DumpError(f"the graph tensors {other!r} and {graph_name!r} are both named {name}")
         stream = TensorStream(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact.check_target import check_not_another, check_place, existing_export
-from qeff_proxy.artifact.export_folder import KEPT, export_folder, read_export
+from qeff_proxy.artifact.export_folder import KEPT, export_folder, read_export, settle_home
 from qeff_proxy.artifact.manifest_schema import MANIFEST, Export
 from qeff_proxy.common.arguments import one_of, whole_number
 from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
@@ -108,6 +108,8 @@ def export_model(
     if not force and (found := existing_export(target, key)) is not None:
         return found  # without the lock, so that several processes can use a finished export
     check_place(target)
+    if output is None:
+        settle_home()
     with locked(target, progress if wait else None):
         recover_folder(target, KEPT)
         if not force and (found := existing_export(target, key)) is not None:

@@ -34,7 +34,8 @@ error.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -186,15 +187,26 @@ def load_entry(entry: PackageEntry, noun: str, make: Callable[[Any], _Made]) -> 
         PluginError: Anything else it raises; names the package and the reason.
     """
     try:
-        return make(entry.load())
-    except ProxyError:
+        with named_if_interrupted(entry):
+            return make(entry.load())
+    except (ProxyError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise PluginError(
             f"{noun} {entry.name!r} of package {entry.distribution} cannot be used: {entry.value} "
             f"raised {type(error).__name__}: {error}",
             f"Repair the package, remove it, or choose another {noun}.",
         ) from error
+
+
+@contextmanager
+def named_if_interrupted(entry: PackageEntry) -> Iterator[None]:
+    """Say, where Ctrl-C ends a package's code that hangs, whose code it was."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note(f"while {entry.value} of package {entry.distribution} was imported")
+        raise
 
 
 def _canonical(package: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -28,10 +29,12 @@ from qeff_proxy.plugins.entry_points import (
     PackageEntry,
     Selection,
     find_entries,
+    named_if_interrupted,
 )
 from qeff_proxy.plugins.hooks import Hooks, InvalidPluginError, hook_names
 
 _CORE_PACKAGE = "qeff-proxy"
+_CLAIM = re.compile(r"([^*/]+|\*(?=/))(/[^*/]+)?")
 _GENERIC_MODULE = "qeff_proxy.families.generic"
 
 #: ``listed``: not imported yet. ``rival``: another package claims one of its model types too.
@@ -286,6 +289,8 @@ class Plugins:
         active = [entry for entry in group if self.selection.admits(entry)]
         if not active:
             state = "disabled"
+        elif not all(_CLAIM.fullmatch(entry.name) for entry in active):
+            state = "failed"
         elif state != "failed" and any(self._rivals(entry.name) for entry in active):
             state = "rival"
         return replace(report, state=state, reason="; ".join(notes))
@@ -335,6 +340,10 @@ class Plugins:
         for entry in group:
             if not self.selection.admits(entry):
                 notes.append(f"{entry.name}: not selected by {ENVIRONMENT_VARIABLE}")
+            elif not _CLAIM.fullmatch(entry.name):
+                notes.append(
+                    f"{entry.name} claims nothing: it is not MODEL_TYPE, MODEL_TYPE/TASK or */TASK"
+                )
             elif (registered := self._registered.get(entry.name)) is not None:
                 notes.append(
                     f"{entry.name}: served by {registered.name!r}, which was registered from Python"
@@ -351,10 +360,13 @@ def _generic_entry() -> PackageEntry:
 def _import_plugin(entry: PackageEntry) -> LoadedPlugin | str:
     """The plugin that ``entry`` names, or the reason it cannot be used."""
     try:
-        plugin = entry.load()
-        hooks = hook_names(plugin)
+        with named_if_interrupted(entry):
+            plugin = entry.load()
+            hooks = hook_names(plugin)
     except InvalidPluginError as error:
         return str(error)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 (a plugin's code may raise anything)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 (a plugin's code may raise anything)
         return " ".join(f"{type(error).__name__}: {error}".split())
     return LoadedPlugin(entry.value, plugin, hooks, entry.distribution, entry.version)

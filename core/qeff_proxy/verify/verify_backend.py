@@ -76,7 +76,10 @@ def compiled_for(run: Runs, export: Export, name: str, progress: Callable[[str],
             processor=run.processor,
             progress=progress,
         )
-    return compile_export(export, name, chosen, force=run.options.force, check=True)
+    force, wait = run.options.force, run.options.wait
+    return compile_export(
+        export, name, chosen, force=force, check=True, wait=wait, progress=progress
+    )
 
 
 def compare_with_reference(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -141,10 +144,27 @@ def test_a_backend_that_dies_in_a_layer_keeps_what_is_known(llama, monkeypatch):
         return open_once(self, export, part, options, folder)
 
     monkeypatch.setattr(OnnxRuntimeBackend, "open_once", dies)
-    (backend,) = verify_layers(str(llama), request=REQUEST, options=OPTIONS).results
+    result = verify_layers(str(llama), request=REQUEST, options=OPTIONS)
+    (backend,) = result.results
     assert not backend.passed
     assert backend.error == "body layer 2: no room for layer 2"
-    assert [layer.name for layer in backend.layers] == ["embedding", "body layer 0", "body layer 1"]
+    names = ["embedding", *(f"body layer {number}" for number in range(6)), "body", "lm_head"]
+    assert [layer.name for layer in backend.layers] == names
+    assert [layer.name for layer in backend.layers if not layer.passed] == ["body layer 2"]
+    (table, summary, *_) = layer_lines(replace(result, results=(backend,)))
+    worst = list(table.columns[-1].cells)
+    assert worst[3] == "no room for layer 2"
+    assert summary.plain == "onnxruntime: ERROR in body layer 2: no room for layer 2"
+
+
+def test_a_backend_that_fails_in_every_layer_is_not_tried_in_all(llama, monkeypatch):
+    def dies(self, *_arguments):
+        raise BackendError("no device")
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "open_once", dies)
+    (backend,) = verify_layers(str(llama), request=REQUEST, options=OPTIONS).results
+    assert [layer.error for layer in backend.layers] == ["no device"] * 3
+    assert backend.error == "embedding: no device"
 
 
 def test_nothing_is_left_in_the_export(llama, tmp_path):
@@ -227,10 +247,45 @@ def test_what_ran_before_ctrl_c_is_shown(llama, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "export").glob(".*"))
 
 
+@pytest.mark.parametrize("culprit", ["the program", "the backend"])
+def test_a_full_disk_ends_the_run_and_what_ran_before_is_shown(
+    culprit, llama, tmp_path, monkeypatch, capsys
+):
+    calls = iter(range(100))
+    place = (
+        (tempfile, "NamedTemporaryFile")
+        if culprit == "the program"
+        else (OnnxRuntimeBackend, "open_once")
+    )
+    original = getattr(*place)
+
+    def full(*arguments, **options):
+        if next(calls) == 3:  # the embedding, layers 0 and 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*arguments, **options)
+
+    folder = tmp_path / "export"
+    export_model(
+        load_model(str(llama)), Plugins.discover().hooks_for("llama"), output=folder, taps="layers"
+    )
+    monkeypatch.setattr(*place, full)
+    command = ["verify", str(llama), "--by-layer", "--output", str(folder), "--ids", "5,6,7"]
+    assert main([*command, "--max-new-tokens", "2"]) == 7
+    out, err = capsys.readouterr()
+    assert f"cannot write {folder}: No space left on device" in err
+    assert err.count("\n") == 1
+    out = " ".join(out.split())
+    assert "body layer 1 passed" in out
+    assert "so far, all of 3 pieces are within tolerance" in out
+    assert "stopped at body layer 2: what follows did not run" in out
+    assert not list(folder.glob(".*"))
+
+
 def test_what_a_killed_run_left_is_removed_and_another_runs_files_stay(tmp_path):
     for name in ("killed", "runs"):
         (tmp_path / f".layer-{name}.onnx").write_bytes(b"x")
         (tmp_path / f".layer-{name}.files").mkdir()
+    (tmp_path / ".layer-interrupted.files").mkdir()  # by Ctrl-C while it was removed
     (tmp_path / "body.onnx").touch()
     source = (
         "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX);"

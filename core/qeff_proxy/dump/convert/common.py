@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_proxy.common.atomic_folder import replaced_folder
-from qeff_proxy.dump.format import Direction, Phase, TensorName
-from qeff_proxy.dump.manifest import StepInfo
+from qeff_proxy.dump.format import MAX_RANK, Direction, Phase, TensorName
+from qeff_proxy.dump.manifest import MAX_ELEMENTS, StepInfo
 from qeff_proxy.dump.place import DUMPS
 from qeff_proxy.dump.reader import Dump
 from qeff_proxy.dump.selection import DumpOptions
@@ -24,6 +25,18 @@ from qeff_proxy.dump.writer import DumpWriter
 from qeff_proxy.errors import DumpError, ProxyError
 
 MAX_FOREIGN_BYTES = 2**34
+# What NumPy raises on a damaged .npy header, which it tokenizes and evaluates as Python.
+_HEADER_FAULTS = (
+    ValueError,
+    KeyError,
+    SyntaxError,
+    TypeError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    tokenize.TokenError,
+)
+_LONGEST_REASON = 200  # NumPy's reasons repeat the whole header
 
 
 @dataclass(frozen=True)
@@ -197,10 +210,18 @@ def npy_from_bytes(data: bytes, where: str) -> NDArray[Any]:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, fortran, dtype = read(buffer)
-    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError) as error:
-        raise DumpError(f"{where} is not a .npy array: {error}") from error
+    except _HEADER_FAULTS as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+        raise DumpError(f"{where} is not a .npy array: {reason}") from error
     remaining = len(data) - buffer.tell()
-    if dtype.hasobject or dtype.names or math.prod(shape) * dtype.itemsize != remaining:
+    plain = not (dtype.hasobject or dtype.names or dtype.subdtype) and dtype.itemsize
+    sizes = len(shape) <= MAX_RANK and all(type(n) is int and 0 <= n < 2**53 for n in shape)
+    if not (plain and sizes) or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
+        raise DumpError(
+            f"{where} declares {str(dtype)[:_LONGEST_REASON]} {str(shape)[:_LONGEST_REASON]}, "
+            "which no dump can hold"
+        )
+    if math.prod(shape) * dtype.itemsize != remaining:
         raise DumpError(f"{where} declares {dtype} {shape}, but {remaining} bytes follow")
     flat = np.frombuffer(data, dtype, offset=buffer.tell())
     return flat.reshape(shape, order="F" if fortran else "C")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,11 @@ def _find_files(path: Path) -> tuple[Path | None, Path | None]:
     if path.is_dir():
         inputs, outputs = path / INPUTS, path / OUTPUTS
         return inputs if inputs.exists() else None, outputs if outputs.exists() else None
-    try:
-        with path.open("rb") as file:
-            begins = file.read(64).lstrip()[:1]
-    except OSError:
-        begins = b""  # reading it as outputs reports what is wrong
+    begins = b""
+    with suppress(OSError):  # reading it as outputs reports what is wrong
+        if path.is_file():  # opening a pipe would wait for its writer
+            with path.open("rb") as file:
+                begins = file.read(64).lstrip()[:1]
     return (path, None) if begins == b"[" else (None, path)
 
 

@@ -17,6 +17,7 @@ from qeff_proxy.common.json_schema import plain_json
 from qeff_proxy.compare.compare_dumps import judge
 from qeff_proxy.compare.statistics import Scratch, measure, relative_peak, sqnr_db, to_numbers
 from qeff_proxy.compare.tolerances import NoiseFloor, Tolerance, Tolerances
+from qeff_proxy.errors import ArtifactError
 
 #: A layer's local error may be so many dB further above its floor than is usual for the layers
 #: like it, or so many times their spread: the backend's own rounding is alike in all of them.
@@ -89,13 +90,16 @@ class LayerResult:
         layer: Counted from 0; ``None`` for what comes after a part's last layer, and for a part
             without layers.
         local: Its error when fed with the reference's inputs: what it adds.
-        inherited: Its error when fed with the backend's own results, of all that ran before.
+        inherited: Its error when fed with the backend's own results, of all that ran before; after
+            a layer that failed they begin anew.
+        error: Why it did not run; ``None`` where it did.
     """
 
     part: str
     layer: int | None
     local: LayerError
     inherited: LayerError
+    error: str | None = None
 
     @property
     def name(self) -> str:
@@ -115,6 +119,7 @@ class LayerResult:
             "passed": self.passed,
             "local": self.local.to_json(),
             "inherited": self.inherited.to_json(),
+            "error": self.error,
         }
 
 
@@ -124,8 +129,8 @@ class BackendLayers:
 
     Attributes:
         backend: Its name.
-        layers: Those that ran, in order.
-        error: What stopped it before the last; ``None`` where nothing did.
+        layers: Those that ran or failed, in order.
+        error: The first layer that failed, and why; ``None`` where none did.
         note: Why a backend of a lower precision has no noise floor.
     """
 
@@ -170,7 +175,8 @@ class LayerVerification:
         export: The export's folder.
         steps: The steps of the run, as dumps name them.
         results: One per backend.
-        interrupted: The layer at which the user stopped the run; ``None`` if it was completed.
+        interrupted: The layer at which the run was stopped; ``None`` if it was completed.
+        failure: What stopped it, such as a full disk; ``None`` where the user did.
     """
 
     source: str
@@ -178,6 +184,7 @@ class LayerVerification:
     steps: tuple[str, ...]
     results: tuple[BackendLayers, ...]
     interrupted: str | None = None
+    failure: ArtifactError | None = None
 
     @property
     def passed(self) -> bool:
@@ -193,6 +200,7 @@ class LayerVerification:
             "export": str(self.export),
             "steps": list(self.steps),
             "interrupted": self.interrupted,
+            "error": None if self.failure is None else str(self.failure),
             "backends": [result.to_json() for result in self.results],
         }
 

@@ -31,9 +31,10 @@ from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.common.file_errors import FULL, reading, writing
 from qeff_proxy.compare.tolerances import COMPUTED_IN, Tolerances
 from qeff_proxy.compile_options import CompileOptions
-from qeff_proxy.errors import ProxyError, UsageError
+from qeff_proxy.errors import ArtifactError, ProxyError, UsageError
 from qeff_proxy.flows.flow import Job
 from qeff_proxy.graph.split_layers import LayerGraph, split_layers
 from qeff_proxy.load.checkpoint_files import folder_named
@@ -48,6 +49,7 @@ from qeff_proxy.verify.by_layer.part_run import PartRun, Step
 from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
 from qeff_proxy.verify.by_layer.results import (
     BackendLayers,
+    LayerError,
     LayerResult,
     LayerVerification,
     compare_alike,
@@ -60,6 +62,9 @@ from qeff_proxy.verify.rounding import BITS
 from qeff_proxy.verify.runs import check_request, processor_in, tensors_of
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
+
+#: A backend that fails in so many layers in a row runs no more of them.
+_MOST_FAILURES = 3
 
 
 def verify_layers(
@@ -129,7 +134,10 @@ def verify_layers_of(
         progress: Called with the name of each stage as it starts.
 
     Returns:
-        The errors of the layers; of those that ran before Ctrl-C, if there are any.
+        The errors of the layers; of those that ran before Ctrl-C or a full disk, if there are any.
+
+    Raises:
+        ArtifactError: The export cannot be written to, and no layer ran before.
     """
     if any(needs_fixed_shapes(options, name) for name in backends):
         options = replace(options, compile=fixed_lengths(export, options.compile))
@@ -147,11 +155,12 @@ def verify_layers_of(
     floors = {name: LayerFloor(bits) for name, bits in BITS.items() if name in precisions}
     known: dict[str, Outputs] = {}
     steps: dict[str, None] = {}
-    where, interrupted = "", None
+    where, interrupted, failure = "", None, None
     try:
         for part in export.parts:
             progress(f"splitting {part.name}")
-            whole = ir.load(export.folder / part.file)
+            with reading(export.folder):
+                whole = ir.load(export.folder / part.file)
             graphs = split_layers(whole, part.inputs, part.outputs)
             run = PartRun(part, calls_of(job_of(export, options, tensors), part.name, known))
             steps.update(dict.fromkeys(call.step for call in run.calls))
@@ -179,17 +188,18 @@ def verify_layers_of(
                 run.keep(expected, graphs[stage + 1 :])
                 gc.collect(1)  # graphs are cycles, which hold arrays of the layer's size
             known[part.name] = run.outputs()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ArtifactError) as error:
         if not any(candidate.result().layers for candidate in candidates):
             raise
         interrupted = where
+        failure = error if isinstance(error, ArtifactError) else None
     results = tuple(candidate.result() for candidate in candidates)
     source = export.model["source"]
-    return LayerVerification(source, export.folder, tuple(steps), results, interrupted)
+    return LayerVerification(source, export.folder, tuple(steps), results, interrupted, failure)
 
 
 class _Candidate:
-    """One backend; after its first error it runs no more.
+    """One backend. A layer that fails takes the reference's outputs, and the next one goes on.
 
     Args:
         name: The backend's name.
@@ -206,6 +216,7 @@ class _Candidate:
         self._run: PartRun | None = None
         self._layers: list[LayerResult] = []
         self._error: str | None = None
+        self._failed_in_a_row = 0
         self._note: str | None = None
         try:
             self.precision = load_backend(name).precision(self._options)
@@ -216,7 +227,7 @@ class _Candidate:
         """Begin a part, with the outputs of the parts before it as this backend computed them."""
         if self._run is not None:
             self._known[self._run.part.name] = self._run.outputs()
-        if self._error is None:
+        if self._failed_in_a_row < _MOST_FAILURES:
             self._run = PartRun(part, calls_of(job, part.name, self._known))
 
     def try_layer(
@@ -227,18 +238,33 @@ class _Candidate:
         following: Sequence[LayerGraph],
         floor: LayerFloor | None,
     ) -> None:
-        """Run a layer on the reference's inputs, then on the backend's own; compare both."""
-        if self._error is not None:
+        """Run a layer on the reference's inputs, then on the backend's own; compare both.
+
+        Raises:
+            ArtifactError: The layer's files cannot be written: no backend could go on.
+        """
+        if self._failed_in_a_row == _MOST_FAILURES:
             return
         assert self._run is not None  # noqa: S101 (see `begin`)
         part = reference.part
         try:
-            with _layer_session(self.name, self._export, part, graph, self._options) as session:
+            with (
+                writing(self._export.folder, FULL),
+                _layer_session(self.name, self._export, part, graph, self._options) as session,
+            ):
                 local = reference.forward(graph, session.run, cache=expected)
                 inherited = self._run.forward(graph, session.run)
+        except ArtifactError:
+            raise
         except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
-            self._error = f"{layer_name(part.name, graph.layer)}: {reason_of(error)}"
+            reason = reason_of(error)
+            self._error = self._error or f"{layer_name(part.name, graph.layer)}: {reason}"
+            failed = LayerError(passed=False)
+            self._layers.append(LayerResult(part.name, graph.layer, failed, failed, reason))
+            self._failed_in_a_row += 1
+            self._run.keep(expected, following)
             return
+        self._failed_in_a_row = 0
         if self.precision in COMPUTED_IN:
             self._note = f"there is none of {self.precision}" if floor is None else floor.failure
         tolerances = replace(self._tolerances, precision=self.precision)
@@ -267,6 +293,9 @@ def remove_leftovers(folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(graph.with_suffix(".files"), ignore_errors=True)
             graph.unlink()
+    for files in folder.glob(".layer-*.files"):
+        if not files.with_suffix(".onnx").exists():  # a run that goes on has both, or the graph
+            shutil.rmtree(files, ignore_errors=True)
 
 
 @contextmanager
@@ -279,12 +308,16 @@ def _layer_session(
     else.
     """
     with ExitStack() as stack:
-        file = stack.enter_context(
-            tempfile.NamedTemporaryFile(dir=export.folder, prefix=".layer-", suffix=".onnx")
-        )
-        fcntl.flock(file, fcntl.LOCK_EX)  # see `remove_leftovers`
-        path = Path(file.name)
-        ir.save(graph.model, path)
+        with writing(export.folder):
+            file = stack.enter_context(
+                tempfile.NamedTemporaryFile(dir=export.folder, prefix=".layer-", suffix=".onnx")
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)  # see `remove_leftovers`
+            path = Path(file.name)
+            ir.save(graph.model, path)
+            folder = path.with_suffix(".files")
+            folder.mkdir()
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         layer = replace(
             part,
             file=path.name,
@@ -294,9 +327,6 @@ def _layer_session(
             masks=tuple(mask for mask in part.masks if mask.name in {i.name for i in graph.inputs}),
         )
         alone = replace(export, parts=(layer,))
-        folder = path.with_suffix(".files")
-        folder.mkdir()
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         backend = load_backend(name)
         backend.check_options(name, options)
         session = backend.open_once(alone, layer, options, folder)
