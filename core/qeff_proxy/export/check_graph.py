@@ -68,7 +68,7 @@ def check_graph(
     try:
         session = open_to_check(path)
         limit = _rotary_limit(part)
-        for index, sizes in enumerate(_sizes(part)):
+        for index, sizes in enumerate(sizes_to_check(part)):
             if index and limit < _LONGEST and "sequence" in sizes:
                 sizes = {**sizes, "sequence": max(sizes["sequence"], limit + 2)}
             feeds = random_inputs(part, sizes, generator, index * limit)
@@ -94,7 +94,7 @@ def _rotary_limit(part: Part) -> int:
     return max(limits, default=0)
 
 
-def _sizes(part: Part) -> list[dict[str, int]]:
+def sizes_to_check(part: Part) -> list[dict[str, int]]:
     """Sizes of all axes to check a part at: those that are affordable, or the smallest."""
     special = part.check_sizes or ({},) * len(CHECK_SIZES)
     all_sizes = [

@@ -195,6 +195,7 @@ def _write_graphs(
 
 def _write_folder(job: GraphJob, graphs: Graphs, key: dict[str, Any], target: Path) -> Export:
     """Write a temporary folder, check its graphs, and move it into place."""
+    from qeff_proxy.export.check_graph import sizes_to_check
     from qeff_proxy.export.write_files import (
         check_graphs,
         hash_linked,
@@ -231,6 +232,7 @@ def _write_folder(job: GraphJob, graphs: Graphs, key: dict[str, Any], target: Pa
             {
                 **cut.to_json(),
                 "graphs": differences,
+                "check_sizes": {p.name: sizes_to_check(p)[0] for p in cut.proxy.parts},
                 "traced_layers": graphs.layers,
                 **graphs.report,
                 **loaded.notes,

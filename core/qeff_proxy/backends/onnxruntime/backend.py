@@ -41,7 +41,7 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
 
 #: Counted up with each change of `prepare_part`, so that parts are compiled anew.
-_REWRITING = "3"
+_REWRITING = "4"
 
 
 class OnnxRuntimeBackend(Backend):
@@ -133,8 +133,8 @@ def _compiled(
         if options.backend.get("in_place") or not in_place:
             how = "in place" if in_place else "with fused operators"
             warnings.warn(
-                f"the {part.name} part differs from its exported graph when it runs {how}; "
-                "it is compiled without",
+                f"the {part.name} part is not shown to equal its exported graph when it runs "
+                f"{how}; it is compiled without",
                 UserWarning,
                 stacklevel=2,
             )
