@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.backends.compile_export import compile_export
+from qeff_proxy.common.atomic_folder import locked
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ArtifactError, BackendError, UsageError
 
@@ -36,6 +38,25 @@ def test_compiling_again_is_a_lookup_and_other_options_are_not(demo_export: Path
     assert (again.folder, again.was_there) == (first.folder, True)
     assert compile_export(export, options=CompileOptions(ctx_len=65)).folder != first.folder
     assert (first.folder / "body.onnx").is_file()
+
+
+def test_a_second_run_waits_for_the_first_and_takes_what_it_compiled(
+    demo_export: Path, tmp_path: Path
+) -> None:
+    export, options = read_export(demo_export), CompileOptions(ctx_len=62)
+    target, stages, lock = compile_export(export, options=options).folder, [], ExitStack()
+    made = target.rename(tmp_path / "made")
+
+    def finish_the_first(stage: str) -> None:
+        stages.append(stage)
+        made.rename(target)
+        lock.close()
+
+    lock.enter_context(locked(target))
+    with pytest.raises(ArtifactError, match="in use by another run"):
+        compile_export(export, options=options, wait=False)
+    assert compile_export(export, options=options, progress=finish_the_first).was_there
+    assert stages == ["waiting for another run to finish this compilation"]
 
 
 def test_what_was_compiled_and_then_changed_is_compiled_again(demo_export: Path) -> None:

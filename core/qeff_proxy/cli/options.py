@@ -70,7 +70,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
             "--force", action="store_true", help="export again, even if the export is up to date"
         )
         parser.add_argument(
-            "--no-wait", action="store_true", help="fail if another run writes the same export"
+            "--no-wait",
+            action="store_true",
+            help="fail if another run writes the same export, or compiles it",
         )
         parser.add_argument(
             "--taps",
@@ -269,7 +271,14 @@ def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False
                 trust_remote_code=args.trust_remote_code,
                 progress=progress,
             )
-        return compile_export(export, args.backend, options, force=force, progress=progress)
+        return compile_export(
+            export,
+            args.backend,
+            options,
+            force=force,
+            wait=not args.no_wait,
+            progress=progress,
+        )
 
 
 def compile_options_of(

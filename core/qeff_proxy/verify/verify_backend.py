@@ -76,7 +76,15 @@ def compiled_for(run: Runs, export: Export, name: str, progress: Callable[[str],
             processor=run.processor,
             progress=progress,
         )
-    return compile_export(export, name, chosen, force=run.options.force, check=True)
+    return compile_export(
+        export,
+        name,
+        chosen,
+        force=run.options.force,
+        check=True,
+        wait=run.options.wait,
+        progress=progress,
+    )
 
 
 def compare_with_reference(
