@@ -255,7 +255,8 @@ def _write_processor(folder: Path, loaded: LoadedModel, graphs: Graphs) -> tuple
     """Copy the files that the parts need when the checkpoint is gone; return their names."""
     folder.mkdir()
     if loaded.folder is not None:
-        for pattern in _PROCESSOR_FILES:
+        code = ("*.py",) if loaded.trust_remote_code else ()  # a processor's, and what it imports
+        for pattern in (*_PROCESSOR_FILES, *code):
             for path in sorted(loaded.folder.glob(pattern)):
                 if not path.name.endswith(".index.json"):
                     shutil.copyfile(path, folder / path.name)
