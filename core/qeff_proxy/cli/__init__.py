@@ -149,7 +149,7 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         if args.debug:
             raise
-        report_error("interrupted; nothing half-written was kept")
+        report_error("interrupted; no result is half-written")
         return 130
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from qeff_proxy.common.quiet import quiet_tracers
 from qeff_proxy.errors import CheckpointError
 
 __all__ = ["try_template"]
@@ -33,7 +34,8 @@ def try_template(render: Callable[[], object]) -> None:
         return
     import resource  # Windows has no such module
 
-    child = os.fork()
+    with quiet_tracers():  # Python 3.12 warns of a fork beside threads; the child uses none of them
+        child = os.fork()
     if child == 0:
         try:
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
