@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mimetypes
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from qeff_proxy.errors import UsageError
@@ -16,11 +19,15 @@ _GIVEN_BY = {
     "audio": "Give a sound file or samples.",
     "images": "Give prompts and images.",
 }
+#: Of WAV and WebP, FLAC, Ogg, MP3, PNG, JPEG and GIF.
+_FIRST_BYTES = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\x89PNG", b"\xff\xd8\xff", b"GIF8")
 
 
 @dataclass(frozen=True)
 class Request:
     """One call's input, before any processor has seen it.
+
+    A sound or image file in the place of a prompt is refused: its path would be read as text.
 
     Attributes:
         prompts: Texts, one per row of the batch; empty where there are none.
@@ -35,6 +42,16 @@ class Request:
     images: Sequence[Any] = ()
     inputs: Mapping[str, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` where a prompt is the path of such a file."""
+        for text in self.prompts:
+            if os.path.isfile(text) and _is_media(text):  # noqa: PTH113 (as long as a prompt is)
+                raise UsageError(
+                    f"{text} is a sound or image file, and a text is taken there",
+                    "Give a prompt, and images with --image FILE or images=… where the model "
+                    "takes them.",
+                )
 
     def with_defaults(self, options: Mapping[str, Any]) -> Request:
         """The same request, with these options where it does not give them itself."""
@@ -81,6 +98,15 @@ def refuse_unused(inputs: Mapping[str, Any], takes: Iterable[str]) -> None:
             f"Leave it out: this model takes {', '.join(takes)}"
             + (", and counts positions from the mask." if name == "position_ids" else "."),
         )
+
+
+def _is_media(path: str) -> bool:
+    """Whether a file's name or its first bytes are those of a sound, an image or a video."""
+    kind = str(mimetypes.guess_type(path)[0]).partition("/")[0]
+    if kind in ("audio", "image", "video"):
+        return True
+    with Path(path).open("rb") as file:
+        return file.read(4).startswith(_FIRST_BYTES)
 
 
 def _all_zero(value: Any) -> bool:

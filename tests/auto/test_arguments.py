@@ -56,6 +56,19 @@ def test_what_a_tokenizer_gives_passes(face: Any, demo_checkpoint: Path) -> None
     assert face.generate(inputs=made, max_new_tokens=3).generated_ids.shape == (1, 3)
 
 
+def test_a_token_beyond_the_table_may_be_an_added_one(face: Any) -> None:
+    message = refused(generate, face, {"input_ids": [[5, 10**6]]})
+    assert "1000000 is no token of this model" in message
+    assert "if that has added tokens, resize the model's embedding" in message
+
+
+@pytest.mark.parametrize("name", ["speech.wav", "photo"])
+def test_the_path_of_a_sound_or_an_image_is_no_prompt(name: str, face: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x89PNG")
+    path = str(tmp_path / name)
+    assert "is a sound or image file" in refused(generate, face, prompts=["Anna went to", path])
+
+
 @pytest.mark.parametrize("kind", [bool, np.int32, np.float32])
 def test_a_mask_may_be_of_any_kind_of_number(kind: Any, face: Any) -> None:
     assert generate(face, {"attention_mask": np.ones((1, 4), kind)}) == GOES_ON

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from qeff_proxy import QEFFAutoModel, QEFFAutoModelForCausalLM
 from qeff_proxy.load import first_layers
 from qeff_proxy.load.transformers_model import NotSampled
@@ -23,6 +24,22 @@ def test_a_deep_checkpoint_is_streamed(make_model: Any, tmp_path: Path) -> None:
     make_model("llama", layers=5).save_pretrained(tmp_path / "llama")
     model = QEFFAutoModelForCausalLM.from_pretrained(tmp_path / "llama", enable_proxy=True)
     assert weights_of(model, tmp_path / "export").startswith("streamed from the checkpoint; BLAKE3")
+
+
+def test_layers_with_a_layer_id_are_streamed_and_give_the_tokens_of_transformers(
+    make_model: Any, tmp_path: Path
+) -> None:
+    settings = {"attention_types": [[["global", "local"], 3]], "window_size": 6}
+    source = make_model("gpt_neo", layers=6, **settings)
+    source.save_pretrained(tmp_path / "neo")
+    model = QEFFAutoModelForCausalLM.from_pretrained(tmp_path / "neo", proxy="split")
+    weights_of(model, tmp_path / "export")
+    manifest = json.loads((tmp_path / "export" / "export.json").read_text())
+    assert manifest["cut"]["layers"]["verified"] == 2
+    ids = torch.arange(3, 23)[None]
+    expected = source.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    result = model.generate(inputs={"input_ids": ids}, max_new_tokens=12, do_sample=False)
+    assert result.generated_ids.tolist() == expected[:, 20:].tolist()
 
 
 def test_a_deep_encoder_is_streamed(tmp_path: Path) -> None:

@@ -40,6 +40,25 @@ def test_compiling_again_is_a_lookup_and_other_options_are_not(demo_export: Path
     assert (first.folder / "body.onnx").is_file()
 
 
+def test_a_second_run_waits_for_the_first_and_takes_what_it_compiled(
+    demo_export: Path, tmp_path: Path
+) -> None:
+    export, options = read_export(demo_export), CompileOptions(ctx_len=62)
+    target, stages, lock = compile_export(export, options=options).folder, [], ExitStack()
+    made = target.rename(tmp_path / "made")
+
+    def finish_the_first(stage: str) -> None:
+        stages.append(stage)
+        made.rename(target)
+        lock.close()
+
+    lock.enter_context(locked(target))
+    with pytest.raises(ArtifactError, match="in use by another run"):
+        compile_export(export, options=options, wait=False)
+    assert compile_export(export, options=options, progress=finish_the_first).was_there
+    assert stages == ["waiting for another run to finish this compilation"]
+
+
 def test_what_was_compiled_and_then_changed_is_compiled_again(demo_export: Path) -> None:
     export = read_export(demo_export)
     options = CompileOptions(ctx_len=63)
@@ -48,24 +67,6 @@ def test_what_was_compiled_and_then_changed_is_compiled_again(demo_export: Path)
     weights.write_bytes(bytes(len(whole)))
     assert not compile_export(export, options=options).was_there
     assert weights.read_bytes() == whole
-
-
-def test_a_second_run_waits_for_the_first_and_takes_what_it_compiled(demo_export: Path) -> None:
-    export, options, stages = read_export(demo_export), CompileOptions(ctx_len=62), list[str]()
-    folder = compile_export(export, options=options).folder
-    made = folder.rename(folder.with_name("made"))
-    lock = ExitStack()
-    lock.enter_context(locked(folder))
-    with pytest.raises(ArtifactError, match="in use by another run"):
-        compile_export(export, options=options, wait=False)
-
-    def finish_the_first(stage: str) -> None:
-        stages.append(stage)
-        made.rename(folder)
-        lock.close()
-
-    assert compile_export(export, options=options, progress=finish_the_first).was_there
-    assert stages == [f"waiting for another run to finish {folder.name}"]
 
 
 def test_a_context_beyond_the_models_positions_is_cut_to_them(demo_export: Path) -> None:

@@ -95,6 +95,37 @@ def test_a_real_window_too_long_for_any_test_text_is_still_verified(make_model: 
     assert model.config.sliding_window == 100
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotary_factors_that_stay_those_of_short_texts_are_found(
+    kind: str, make_model: Any
+) -> None:
+    """The real limit is beyond any test text, so it is lowered while the cut is verified."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0 + 0.5 * i for i in range(8)]}
+    longrope = {**factors, "original_max_position_embeddings": 4096, "attention_factor": 1.0}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= longrope
+    model = make_model("llama", max_position_embeddings=8192, rope_parameters=rope)
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+
+    def short(proxy: Proxy) -> Proxy:
+        body = proxy.part("body").module
+        config = transformers.LlamaConfig(**{**model.config.to_dict(), "rope_parameters": None})
+        rotary = type(model.model.rotary_emb)(config)
+        [path] = [path for path, _ in body.named_modules() if path.endswith("rotary_emb")]
+        return exchange(proxy, "body", module=replace_modules(body, {path: rotary}))
+
+    assert cut_with(model, lambda proxy: proxy).report is not None
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        cut_with(model, short)
+    assert model.config.max_position_embeddings == 8192
+    assert model.config.rope_parameters == rope
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+
+
 def test_positions_shifted_by_one_are_found(make_model: Any) -> None:
     def shifted(proxy: Proxy) -> Proxy:
         body = proxy.part("body").module

@@ -44,6 +44,15 @@ def test_a_classifier_is_named(kind: str) -> None:
     assert "classifier's, are not cut" in str(error.value)
 
 
+def test_a_decoder_that_calls_itself_its_decoder_is_cut() -> None:
+    """Llama 4's text model; the oracle is the uncut model, which the cut is compared with."""
+    kinds = {"layer_types": None, "no_rope_layers": None, "moe_layers": None}
+    config = tiny_config("llama4_text", num_hidden_layers=5, attention_chunk_size=6, **kinds)
+    model = random_weights(transformers.Llama4ForCausalLM(config))
+    assert model.get_decoder() is model
+    assert cut(wrap_model(model)).report is not None
+
+
 @pytest.mark.parametrize(
     ("kind", "model_type"), [("LlamaForCausalLM", "llama"), ("BertModel", "bert")]
 )

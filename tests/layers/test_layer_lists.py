@@ -48,6 +48,16 @@ def test_layers_that_keep_their_index_may_be_much_smaller_than_a_tower(tower: in
     assert layers.path == "layers"
 
 
+@pytest.mark.parametrize("name", ["layer_idx", "layer_id", "layer_index"])
+def test_an_index_makes_no_kind_of_its_own(name: str) -> None:
+    model = Model(0, 5, indexed=False)
+    for index, layer in enumerate(model.layers):
+        setattr(layer, name, index)
+    layers = find_layer_list(model)
+    assert layers is not None
+    assert layers.kinds == (0,) * 5
+
+
 def test_a_short_list_within_a_layer_is_not_the_layers() -> None:
     layers = find_layer_list(Model(2, 6, experts=4), depth=4)
     assert layers is not None

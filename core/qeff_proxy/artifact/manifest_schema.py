@@ -142,6 +142,7 @@ class _Cut(TypedDict, total=False):
     sites: dict[Text, dict[str, Any]]
     verified: _Verified | None
     graphs: dict[Text, float | None]
+    check_sizes: dict[Text, dict[Text, Count]]
     traced_layers: dict[Text, Count]
     traced_whole: dict[Text, Text]
     layers: _Layers

@@ -69,13 +69,13 @@ def compile_export(
         force: Compile again even where the same was compiled already.
         check: Compile again where the contents of compiled files have changed; otherwise only their
             sizes and times are compared.
-        wait: Wait for another run that compiles the same; what it made serves.
+        wait: Wait for another run that compiles the same; what it compiled serves.
         progress: Called with each stage as it starts.
 
     Raises:
         BackendError: The backend is missing, or refuses a part.
         UsageError: An option is unknown, or its value is wrong.
-        ArtifactError: The folder is in use, or cannot be written.
+        ArtifactError: The folder cannot be written, or is in use and ``wait`` is false.
     """
     options = _within_positions(export, options or CompileOptions())
     implementation = load_backend(backend)
@@ -106,7 +106,7 @@ def compile_export(
             stacklevel=2,
         )
         force = True
-    with locked(target, progress if wait else None):
+    with locked(target, progress if wait else None, "compilation"):
         recover_folder(target)
         if not force and _is_whole(target, key):
             return there

@@ -150,7 +150,7 @@ def _run(arguments: Sequence[str]) -> int:
         if args.debug:
             raise
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-        report_error(f"interrupted{where}; nothing half-written was kept")
+        report_error(f"interrupted{where}; no result is half-written")
         return 130
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qeff_proxy.artifact.manifest_schema import Export
-from qeff_proxy.cli.inputs import add_image_option, hint_of_image, parse_rows, refuse_media
+from qeff_proxy.cli.inputs import add_image_option, hint_of_image, parse_rows
 from qeff_proxy.cli.options import (
     add_compile_options,
     add_dump_options,
@@ -158,7 +158,6 @@ def _request(
     inputs, images = tuple(args.inputs), tuple(args.image)
     if names & _SOUND_INPUTS:
         return Request(audio=inputs, images=images, options=settings)
-    refuse_media(inputs, export)
     return Request(prompts=inputs, images=images)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import mimetypes
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
 #: Input names of vision models.
 _IMAGE_INPUTS = {"pixel_values", "images"}
 _LARGEST_ID = 2**63 - 1
-#: Of WAV and WebP, FLAC, Ogg, MP3, PNG, JPEG and GIF.
-_FIRST_BYTES = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\x89PNG", b"\xff\xd8\xff", b"GIF8")
 
 
 def add_image_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -41,29 +37,6 @@ def hint_of_image(export: Export, images: Sequence[str]) -> None:
             "qeff-proxy: note: there is no image, so the model sees the text alone; give one "
             "with --image FILE\n"
         )
-
-
-def refuse_media(inputs: Sequence[str], export: Export) -> None:
-    """Refuse a sound or image file in the place of a prompt: its path would be read as text.
-
-    Raises:
-        UsageError: An input is the path of such a file.
-    """
-    for text in inputs:
-        if os.path.isfile(text) and _is_media(Path(text)):  # noqa: PTH113 (as long as a prompt is)
-            raise UsageError(
-                f"{text} is a sound or image file, and {export.model['source']} takes a text there",
-                "Give a prompt, and images with --image FILE where the model takes them.",
-            )
-
-
-def _is_media(path: Path) -> bool:
-    """Whether a file's name or its first bytes are those of a sound, an image or a video."""
-    kind = str(mimetypes.guess_type(path)[0]).partition("/")[0]
-    if kind in ("audio", "image", "video"):
-        return True
-    with path.open("rb") as file:
-        return file.read(4).startswith(_FIRST_BYTES)
 
 
 def read_prompts(path: Path | None) -> list[str]:

@@ -113,13 +113,16 @@ def held(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def locked(target: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+def locked(
+    target: Path, waiting: Callable[[str], None] | None = None, what: str = "export"
+) -> Iterator[None]:
     """Hold the lock of a target folder; it is released when the process ends, however it ends.
 
     Args:
         target: The folder.
         waiting: Called once with what is waited for, where another run holds the lock; without it,
             that is an error.
+        what: What the folder is to hold.
 
     Raises:
         ArtifactError: Another run holds it, or the parent folder cannot be written.
@@ -139,7 +142,7 @@ def locked(target: Path, waiting: Callable[[str], None] | None = None) -> Iterat
                         "Wait until it has finished, or choose another folder.",
                     ) from error
             if not said:
-                waiting(f"waiting for another run to finish {target.name}")
+                waiting(f"waiting for another run to finish this {what}")
                 said = True
             time.sleep(_POLL)
     try:

@@ -1,7 +1,9 @@
 """Compare an exported graph with the module it was traced from, at sizes it was not traced at.
 
 A trace can freeze a size inside a graph whose inputs and outputs look dynamic. Running it at other
-sizes finds that, and any other change on the way to ONNX.
+sizes finds that, and any other change on the way to ONNX. The second run starts behind the position
+where rotary factors change. A part that does not take positions would need a run of that length,
+which is made up to `_LONGEST` only.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.backends.onnxruntime.open_graph import open_to_check
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import ExportError
+from qeff_proxy.families.rotary import rotary_limits
 from qeff_proxy.flows.random_inputs import random_inputs
 from qeff_proxy.parts import Part, TensorSpec
 from qeff_proxy.session.axes import size_of
@@ -31,6 +34,8 @@ CHECK_SIZES: tuple[dict[str, int], ...] = (
 #: attention grow with the square of an image's size. (An image of 896 x 896 has 2.4 million;
 #: the scores of its 4,096 patches take 1 GB.)
 _MANY_ELEMENTS = 4_000_000
+#: The longest run that is made to pass the position where rotary factors change.
+_LONGEST = 256
 #: Largest allowed difference of an element, over the largest element of that output.
 _TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
 
@@ -62,8 +67,11 @@ def check_graph(
     generator = np.random.default_rng(seed)
     try:
         session = open_to_check(path)
-        for sizes in _sizes(part):
-            feeds = random_inputs(part, sizes, generator)
+        limit = _rotary_limit(part)
+        for index, sizes in enumerate(sizes_to_check(part)):
+            if index and limit < _LONGEST and "sequence" in sizes:
+                sizes = {**sizes, "sequence": max(sizes["sequence"], limit + 2)}
+            feeds = random_inputs(part, sizes, generator, index * limit)
             expected = _run_part(part, feeds)
             outputs = session.run(None, {spec.name: feeds[spec.name] for spec in inputs})
             for spec, actual in zip(part.outputs, outputs, strict=True):
@@ -79,7 +87,14 @@ def check_graph(
     return worst
 
 
-def _sizes(part: Part) -> list[dict[str, int]]:
+def _rotary_limit(part: Part) -> int:
+    """The last position where rotary factors change; 0 if they do not."""
+    configs = {id(m.config): m.config for m in part.module.modules() if hasattr(m, "config")}
+    limits = (limit for config in configs.values() for _, limit in rotary_limits(config))
+    return max(limits, default=0)
+
+
+def sizes_to_check(part: Part) -> list[dict[str, int]]:
     """Sizes of all axes to check a part at: those that are affordable, or the smallest."""
     special = part.check_sizes or ({},) * len(CHECK_SIZES)
     all_sizes = [

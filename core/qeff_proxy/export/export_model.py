@@ -197,6 +197,7 @@ def _write_graphs(
 
 def _write_folder(job: GraphJob, graphs: Graphs, key: dict[str, Any], target: Path) -> Export:
     """Write a temporary folder, check its graphs, and move it into place."""
+    from qeff_proxy.export.check_graph import sizes_to_check
     from qeff_proxy.export.write_files import (
         check_graphs,
         hash_linked,
@@ -233,6 +234,7 @@ def _write_folder(job: GraphJob, graphs: Graphs, key: dict[str, Any], target: Pa
             {
                 **cut.to_json(),
                 "graphs": differences,
+                "check_sizes": {p.name: sizes_to_check(p)[0] for p in cut.proxy.parts},
                 "traced_layers": graphs.layers,
                 **graphs.report,
                 **loaded.notes,
@@ -255,7 +257,8 @@ def _write_processor(folder: Path, loaded: LoadedModel, graphs: Graphs) -> tuple
     """Copy the files that the parts need when the checkpoint is gone; return their names."""
     folder.mkdir()
     if loaded.folder is not None:
-        for pattern in _PROCESSOR_FILES:
+        code = ("*.py",) if loaded.trust_remote_code else ()  # a processor's, and what it imports
+        for pattern in (*_PROCESSOR_FILES, *code):
             for path in sorted(loaded.folder.glob(pattern)):
                 if not path.name.endswith(".index.json"):
                     shutil.copyfile(path, folder / path.name)

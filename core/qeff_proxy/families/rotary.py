@@ -10,8 +10,9 @@ its beginning, computing them for the positions at hand gives the same.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +22,27 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qeff_proxy.layers.layer_lists import ModuleT
 from qeff_proxy.layers.replace_modules import replace_modules
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: The setting that says beyond which position LongRoPE changes its factors.
+LONGROPE_LIMIT = "original_max_position_embeddings"
 _DYNAMIC = "dynamic"
+
+
+def rotary_limits(config: PreTrainedConfig) -> Iterator[tuple[dict[str, Any], int]]:
+    """The settings of each rotary embedding with other factors for longer runs, and from where.
+
+    LongRoPE changes its factors once, beyond ``original_max_position_embeddings``; dynamic NTK for
+    each length beyond the model's limit. Settings may be given for each type of layer.
+    """
+    settings = getattr(config, "rope_parameters", None) or {}
+    for rope in (settings, *settings.values()):
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind == "longrope" and isinstance(rope.get(LONGROPE_LIMIT), int):
+            yield rope, rope[LONGROPE_LIMIT]
+        elif kind == _DYNAMIC:
+            yield rope, config.max_position_embeddings
 
 
 class _DynamicRotary(nn.Module):

@@ -1,14 +1,15 @@
 """The ``causal-lm`` flow, and its verified cut: the parts together must equal the uncut model.
 
 The logits of the parts are compared with those of the model on random token ids: with a left-padded
-row, over a prefill, a second chunk and a decode step, and with sliding windows shrunk so that they
-hide something. Nothing is written before this passes.
+row, over a prefill, a second chunk and a decode step, with sliding windows shrunk so that they hide
+something, and with rotary factors that change for the second chunk, where a model's change at all.
+Nothing is written before this passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.model_cache import cache_argument, cache_of
+from qeff_proxy.families.rotary import LONGROPE_LIMIT, rotary_limits
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId, position_ids_of
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.flows.flow import CutReport, Job
@@ -29,6 +31,7 @@ from qeff_proxy.sites import Absent, Site
 _STEPS = (9, 3, 1)  # queries of the prefill, of a second chunk, of a decode step
 _PADDING = 4  # padded positions in front of the second row
 _WINDOW = 5  # a sliding window short enough to hide something within these steps
+_ROTARY_LIMIT = 10  # rotary factors change after the prefill
 
 
 class CausalFlow:
@@ -75,7 +78,7 @@ def verify_causal_cut(
     ids = generator.integers(0, table_rows, (2, sum(_STEPS)))
     padding = np.ones_like(ids)
     padding[1, :_PADDING] = 0
-    with shrunk_windows(model, _WINDOW):
+    with shrunk_windows(model, _WINDOW, _ROTARY_LIMIT):
         try:
             expected = _model_logits(model, ids, padding)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -142,22 +145,38 @@ def _shrunk(mask: MaskSpec) -> MaskSpec:
 
 
 @contextmanager
-def shrunk_windows(model: PreTrainedModel, size: int) -> Iterator[None]:
+def shrunk_windows(
+    model: PreTrainedModel, size: int, rotary_limit: int | None = None
+) -> Iterator[None]:
     """Shrink the sliding windows and chunks in the model's configs to ``size``.
 
     Real windows are thousands of tokens long: on a short text, a cut that confused sliding and full
-    attention would pass.
+    attention would pass. The same holds for the position where rotary factors change: it becomes
+    ``rotary_limit``, where that is given.
     """
-    changed: list[tuple[Any, str, Any]] = []
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    try:
+    with ExitStack() as undo:
+
+        def put(owner: Any, attribute: str, value: object) -> None:
+            undo.callback(setattr, owner, attribute, getattr(owner, attribute))
+            setattr(owner, attribute, value)
+
+        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         for config in configs.values():
             for attribute in ("sliding_window", "attention_chunk_size"):
                 value = getattr(config, attribute, None)
                 if isinstance(value, int) and value > size:
-                    changed.append((config, attribute, value))
-                    setattr(config, attribute, size)
+                    put(config, attribute, size)
+            for rope, limit in rotary_limits(config):
+                if rotary_limit is None or limit <= rotary_limit:
+                    continue
+                if rope["rope_type"] == "longrope":
+                    undo.callback(rope.__setitem__, LONGROPE_LIMIT, limit)
+                    rope[LONGROPE_LIMIT] = rotary_limit
+                    continue
+                put(config, "max_position_embeddings", rotary_limit)
+                for module in model.modules():
+                    if getattr(module, "rope_type", None) == rope["rope_type"]:
+                        put(module, "inv_freq", module.inv_freq)  # grows with the length
+                        put(module, "original_max_seq_len", rotary_limit)
+                        put(module, "max_seq_len_cached", rotary_limit)
         yield
-    finally:
-        for config, attribute, value in changed:
-            setattr(config, attribute, value)

@@ -13,7 +13,10 @@ from qeff_proxy.session.part_like import PartLike
 
 
 def random_inputs(
-    part: PartLike, sizes: Mapping[str, int], generator: np.random.Generator
+    part: PartLike,
+    sizes: Mapping[str, int],
+    generator: np.random.Generator,
+    first_position: int = 0,
 ) -> dict[str, Array]:
     """Random inputs without padding: causal masks, positions that follow the past.
 
@@ -21,6 +24,7 @@ def random_inputs(
         part: The part.
         sizes: The size of each named axis.
         generator: Of the random numbers; integers are 0 or 1.
+        first_position: Added to the positions.
     """
     masks = {mask.name: mask for mask in part.masks}
     feeds: dict[str, Array] = {}
@@ -33,7 +37,7 @@ def random_inputs(
         elif spec.name == "padding_mask" or dtype.kind == "b":
             feeds[spec.name] = np.ones(shape, dtype)
         elif spec.name == "position_ids":
-            positions = np.arange(shape[-1]) + sizes.get("past", 0)
+            positions = np.arange(shape[-1]) + sizes.get("past", 0) + first_position
             feeds[spec.name] = np.ascontiguousarray(np.broadcast_to(positions, shape).astype(dtype))
         elif dtype.kind in "iu":
             feeds[spec.name] = generator.integers(0, 2, shape).astype(dtype)

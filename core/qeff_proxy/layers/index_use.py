@@ -10,12 +10,17 @@ from collections.abc import Iterable
 
 from torch import nn
 
-#: The attribute in which modules keep the index of their layer.
-INDEX = "layer_idx"
+#: The attributes in which modules keep the index of their layer, from 0.
+INDEX_NAMES = frozenset({"layer_idx", "layer_id", "layer_index"})
 
 
 #: Names of caches, which may be indexed by it: they have an entry for each layer.
 _CACHE = re.compile(r"past_key_value|cache|is_updated", re.IGNORECASE)
+
+
+def keeps_index(module: nn.Module) -> bool:
+    """Whether a module has the index of its layer."""
+    return not INDEX_NAMES.isdisjoint(vars(module))
 
 
 def uses_index(layers: Iterable[nn.Module]) -> bool:
@@ -24,7 +29,7 @@ def uses_index(layers: Iterable[nn.Module]) -> bool:
     Handing the index on to a call, as to the cache, is no calculation.
     """
     classes = {
-        type(module) for layer in layers for module in layer.modules() if INDEX in vars(module)
+        type(module) for layer in layers for module in layer.modules() if keeps_index(module)
     }
     return any(_class_uses_index(one) for one in classes)
 
@@ -39,7 +44,7 @@ def _class_uses_index(kind: type[nn.Module]) -> bool:
             continue
         for node in ast.walk(function):
             if isinstance(node, ast.BinOp | ast.Compare | ast.Subscript | ast.IfExp) and any(
-                isinstance(inner, ast.Attribute) and inner.attr == INDEX
+                isinstance(inner, ast.Attribute) and inner.attr in INDEX_NAMES
                 for child in _operands(node)
                 for inner in _without_calls(child)
             ):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from qeff_proxy.arrays import to_array
-from qeff_proxy.layers.index_use import INDEX, uses_index
+from qeff_proxy.layers.index_use import INDEX_NAMES, keeps_index, uses_index
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -99,7 +99,7 @@ def _decoder_depth(config: Any) -> int:
 
 def _keep_index(layers: Sequence[nn.Module]) -> bool:
     """Whether each layer keeps its index, in itself or a module below it."""
-    return all(any(INDEX in vars(one) for one in layer.modules()) for layer in layers)
+    return all(any(map(keeps_index, layer.modules())) for layer in layers)
 
 
 def layer_lists(module: nn.Module) -> Iterator[LayerList]:
@@ -198,7 +198,8 @@ def _fingerprint(layer: nn.Module) -> str:
         settings = {
             name: value
             for name, value in vars(module).items()
-            if name != INDEX and isinstance(value, bool | int | float | str | tuple | type(None))
+            if name not in INDEX_NAMES
+            and isinstance(value, bool | int | float | str | tuple | type(None))
         }
         digest.update(f"{path}|{type(module).__qualname__}|{sorted(settings.items())}".encode())
         for name, parameter in module.named_parameters(recurse=False):

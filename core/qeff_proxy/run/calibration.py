@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qeff_proxy.artifact.manifest_schema import Export
-from qeff_proxy.backends.compile_export import compile_export, fixed_lengths
+from qeff_proxy.backends.compile_export import Compiled, compile_export, fixed_lengths
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, staged_folder
 from qeff_proxy.compile_options import CompileOptions
@@ -93,7 +93,10 @@ def with_calibration(
         progress("running the calibration inputs")
         if processor is None:
             processor = _processor_of(export, trust_remote_code)
-        _run(export, hooks, context, requests, folder, processor)
+        compiled = compile_export(export, "onnxruntime", CompileOptions(ctx_len=context))
+        with locked(folder, progress, "calibration"):
+            if not (folder / _DONE).is_file():
+                _run(compiled, hooks, requests, folder, processor)
     return _with_folder(options, folder)
 
 
@@ -158,20 +161,18 @@ def _processor_of(export: Export, trust_remote_code: bool) -> Any:
 
 
 def _run(
-    export: Export,
+    compiled: Compiled,
     hooks: Hooks,
-    context: int | None,
     requests: Iterable[Request],
     folder: Path,
     processor: Any,
 ) -> None:
     """Run the requests in float32 and dump each; the folder is there whole or not at all."""
-    outputs = [spec.name for part in export.parts for spec in part.outputs]
+    outputs = [spec.name for part in compiled.export.parts for spec in part.outputs]
     settings: dict[str, Any] = {}
     if any(name.startswith("present.") for name in outputs):
         settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
-    compiled = compile_export(export, "onnxruntime", CompileOptions(ctx_len=context))
-    with locked(folder), staged_folder(folder, _DONE) as staging:
+    with staged_folder(folder, _DONE) as staging:
         count = 0
         for count, request in enumerate(requests, 1):
             run_compiled(

@@ -6,6 +6,7 @@ without sound) is an error, because a recognizer would still make words of it.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,9 @@ _BLOCK = 2**20
 #: The share of the frames in the header (for an MP3 an estimate) that the file must have.
 _WHOLE = 0.98
 _UNKNOWN_LENGTH = 2**31 - 1
+#: The packages of processors that decode with a language model, and a file that they write.
+_DECODERS = ("pyctcdecode", "kenlm")
+_ALPHABET = "alphabet.json"
 
 
 class SoundWarning(UserWarning):
@@ -65,11 +69,19 @@ def feature_extractor_of(processor: Any) -> Any:
     """
     extractor = getattr(processor, "feature_extractor", processor)
     if not hasattr(extractor, "sampling_rate"):
+        alphabet = Path(str(getattr(processor, "name_or_path", ""))) / _ALPHABET
+        missing = [name for name in _DECODERS if importlib.util.find_spec(name) is None]
+        if missing and alphabet.is_file():
+            raise UsageError(
+                f"{alphabet} is for a processor with a language model, which needs "
+                f"{' and '.join(missing)}",
+                f"Run pip install {' '.join(missing)}; or, to do without the language model, write "
+                "Wav2Vec2Processor as the processor_class of preprocessor_config.json.",
+            )
         what = "no processor" if processor is None else type_named(processor)
         raise UsageError(
             f"sound needs a processor with a feature extractor, and there is {what}",
-            "Put preprocessor_config.json beside the checkpoint, or pass processor=. A processor "
-            "with a language model needs more packages: pip install pyctcdecode kenlm.",
+            "Put preprocessor_config.json beside the checkpoint, or pass processor=.",
         )
     return extractor
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tracemalloc
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +12,22 @@ import soundfile
 import torch
 from qeff_proxy.errors import UsageError
 from qeff_proxy_audio.ogg import is_cut_off
-from qeff_proxy_audio.sound import SoundWarning, load_sound
+from qeff_proxy_audio.sound import SoundWarning, feature_extractor_of, load_sound
 
 RATE = 16_000
 
 
 def tone(rate=RATE, seconds=0.5, hertz=440.0):
     return (0.5 * np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate)).astype("f4")
+
+
+@pytest.mark.skipif(find_spec("pyctcdecode") is not None, reason="it is installed")
+def test_a_processor_with_a_language_model_names_what_it_needs(tmp_path):
+    """Without pyctcdecode and kenlm, transformers loads the tokenizer alone."""
+    (tmp_path / "alphabet.json").write_text("{}")
+    tokenizer = SimpleNamespace(name_or_path=str(tmp_path))
+    with pytest.raises(UsageError, match=r"alphabet\.json .* which needs pyctcdecode and kenlm"):
+        feature_extractor_of(tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])

@@ -9,6 +9,8 @@ import pytest
 import soundfile
 import torch
 from qeff_proxy import QEFFAutoModelForCausalLM, QEFFAutoModelForSpeechSeq2Seq
+from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.backends.compile_export import compile_export, open_sessions
 from qeff_proxy.compare import compare_dumps
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import CutError, UnsupportedModelError, UsageError
@@ -16,7 +18,7 @@ from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.sites import Site
 from qeff_proxy_audio.speech_flow import SpeechFlow
 from safetensors import safe_open
-from transformers import WhisperForCausalLM
+from transformers import WhisperForCausalLM, WhisperForConditionalGeneration
 
 
 def reference(whisper, features, **settings):
@@ -230,3 +232,15 @@ def test_settings_that_transformers_refuses_are_refused(proxy, features):
         proxy.generate(inputs={"input_features": features}, num_beams=0)
     with pytest.raises(UsageError, match="say the same"):
         proxy.generate(inputs={"input_features": features}, generation_len=1, max_new_tokens=1)
+
+
+def test_a_decoder_over_30_s_of_sound_is_compared_before_it_runs_in_place(whisper, monkeypatch):
+    """Its inputs are large; where nothing was compared, nothing would be warned of here."""
+    config = copy.deepcopy(whisper.config)
+    config.max_source_positions = 1500
+    export = QEFFAutoModelForSpeechSeq2Seq(WhisperForConditionalGeneration(config).eval()).export()
+    monkeypatch.setattr("qeff_proxy.backends.onnxruntime.check_rewriting._close", lambda *_: False)
+    with pytest.warns(UserWarning, match="model part is not shown to equal its exported graph"):
+        compiled = compile_export(read_export(export))
+    with open_sessions(compiled) as sessions:
+        assert not sessions["model"].runs_in_place()

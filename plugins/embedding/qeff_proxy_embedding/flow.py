@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import Array, numpy_dtype, to_array, to_tensor
 from qeff_proxy.errors import UsageError
+from qeff_proxy.families.rotary import rotary_limits
 from qeff_proxy.flows.attention_masks import build_mask
 from qeff_proxy.flows.causal_engine import Recorder
 from qeff_proxy.flows.causal_lm import shrunk_windows
@@ -29,7 +31,7 @@ from qeff_proxy.session.part_like import PartLike
 from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qeff_proxy_embedding.part import EncoderPart
 from qeff_proxy_embedding.pooling import pooling_of_options
@@ -40,6 +42,7 @@ __all__ = ["EncoderFlow", "Row", "rows_of", "run_rows"]
 _LENGTHS = (13, 9, 4)  # tokens of the rows used to verify a cut
 _PADDED = 16  # the length they are padded to
 _WINDOW = 3  # a sliding window shorter than these rows, so that it has an effect
+_ROTARY_LIMIT = 10  # rotary factors change between these lengths
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class EncoderFlow:
         """
         rows = _random_rows(model)
         pads = proxy.settings["pads"]
-        with shrunk_windows(model, _WINDOW):
+        with shrunk_windows(model, _WINDOW, _ROTARY_LIMIT):
             expected = [_reference(model, proxy, row) for row in rows]
             masks = {mask.kind: mask for mask in probe_model(model).masks}
             parts = [
@@ -75,8 +78,11 @@ class EncoderFlow:
             sessions = {part.name: TorchSession(part) for part in parts}
             with parts_must_run(model, sites):
                 actual = []
-                for batch in [rows] if pads else [[row] for row in rows]:
-                    length = _PADDED if pads else len(batch[0].ids)
+                group = partial(_padding_group, model.config, pads)
+                for number, same in groupby(rows, key=lambda row: group(len(row.ids))):
+                    batch = list(same)
+                    longest = len(batch[0].ids)
+                    length = _PADDED if group(_PADDED) == number else longest
                     actual += _unpadded(run_rows(parts, sessions, batch, length), batch)
         counts = np.concatenate([np.atleast_2d(row) for row in expected])
         return check_equal(
@@ -156,37 +162,32 @@ def _batches(job: Job, rows: Sequence[Row]) -> list[list[int]]:
     """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     size = int(job.settings.get("batch_size") or job.options.batch_size)
-    groups = groupby(order, key=lambda index: _padding_group(job, len(rows[index].ids)))
+    group = partial(_padding_group, job.config, job.export.settings.get("pads", True))
+    groups = groupby(order, key=lambda index: group(len(rows[index].ids)))
     alike = [list(group) for _, group in groups]
     return [group[start : start + size] for group in alike for start in range(0, len(group), size)]
 
 
-def _padding_group(job: Job, length: int) -> int:
+def _padding_group(config: PreTrainedConfig, pads: bool, length: int) -> int:
     """Texts of lengths with equal numbers may be padded to the same length.
 
     Other lengths have other results, where a model does not leave out padding, or other rotary
     factors: LongRoPE beyond the original length, dynamic NTK for each length beyond it.
     """
-    if not job.export.settings.get("pads", True):  # absent from older exports
+    if not pads:
         return length
-    config = job.config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, Mapping))]
-    for kind in kinds:
-        rope_type = kind.get("rope_type")
-        if rope_type not in ("longrope", "dynamic"):
-            continue
-        original = kind.get("original_max_position_embeddings") or config.max_position_embeddings
-        if length > original:
-            return 1 if rope_type == "longrope" else length
-    return 0
+    beyond = [rope for rope, limit in rotary_limits(config.get_text_config()) if length > limit]
+    if any(rope["rope_type"] == "dynamic" for rope in beyond):
+        return length
+    return len(beyond)
 
 
 def _check_padding(job: Job, longest: int, padded: int) -> None:
-    if _padding_group(job, longest) == _padding_group(job, padded):
+    pads = job.export.settings.get("pads", True)  # absent from older exports
+    if len({_padding_group(job.config, pads, length) for length in (longest, padded)}) == 1:
         return
     what = "the rotary factors of a longer one"
-    if not job.export.settings.get("pads", True):
+    if not pads:
         what = "padding, which changes the results of this model"
     raise UsageError(
         f"the compiled seq_len {padded} gives a text of {longest} tokens {what}",

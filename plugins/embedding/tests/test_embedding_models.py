@@ -12,7 +12,7 @@ import transformers
 from qeff_proxy import QEFFAutoModel
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import CutError, UsageError
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.sites import Absent, Site
 from qeff_proxy.verify.verify_model import verify_model
@@ -164,6 +164,17 @@ def test_texts_on_both_sides_of_a_rotary_threshold_give_what_pytorch_gives_for_e
     proxy.compile(batch_size=4, seq_len=[64])
     with pytest.raises(UsageError, match="seq_len 64 gives a text of 16 tokens the rotary factors"):
         proxy.generate(inputs)
+
+
+def test_the_cut_is_verified_on_both_sides_of_the_rotary_threshold(monkeypatch):
+    """The real limit is lowered for that; rows of both sides in one batch are found."""
+    long = LONGROPE | {"original_max_position_embeddings": 4096}
+    config = transformers.LlamaConfig(**DECODER, rope_parameters=long)
+    with monkeypatch.context() as change:
+        change.setattr("qeff_proxy_embedding.flow._padding_group", lambda *_: 0)
+        with pytest.raises(CutError, match="do not equal the uncut model"):
+            embedder(random_model(config)).export()
+    embedder(random_model(config)).export()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.request import Request, refuse_others
 
+from qeff_proxy_vision.chat_template import try_template
 from qeff_proxy_vision.images import open_image
 
 __all__ = ["checked_tensors", "count_error", "decode", "preprocess", "prompts_and_images"]
@@ -59,7 +61,10 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
             "patch_size, so it cannot count the image tokens",
             "Add patch_size (and vision_feature_select_strategy) with the values of config.json.",
         )
-    prompts = [_written(processor, request, text, len(row), token) for text, row in pairs]
+    prompts = [
+        _written(processor, request, text, len(row), token, first=not index)
+        for index, (text, row) in enumerate(pairs)
+    ]
     images = [[open_image(image) for image in row] for _, row in pairs]
     arguments: dict[str, Any] = {"text": prompts, "return_tensors": "pt", "padding": True}
     if any(images):
@@ -137,7 +142,9 @@ def prompts_and_images(request: Request, token: str) -> list[tuple[str, list[Any
     return list(zip(prompts, rows, strict=True))
 
 
-def _written(processor: Any, request: Request, prompt: str, count: int, token: str) -> str:
+def _written(
+    processor: Any, request: Request, prompt: str, count: int, token: str, *, first: bool
+) -> str:
     """The text for the processor: the prompt itself, or the prompt in the chat template."""
     places = prompt.count(token)
     chat = request.options.get("chat")
@@ -146,7 +153,10 @@ def _written(processor: Any, request: Request, prompt: str, count: int, token: s
     if chat:
         content = [{"type": "image"} for _ in range(count)] + [{"type": "text", "text": prompt}]
         message = [{"role": "user", "content": content}]
-        text: str = processor.apply_chat_template(message, add_generation_prompt=True)
+        render = partial(processor.apply_chat_template, message, add_generation_prompt=True)
+        if first:
+            try_template(render)
+        text: str = render()
         return text
     if places != count:
         raise count_error(prompt, token, count, f"Write {token} once for each image.")

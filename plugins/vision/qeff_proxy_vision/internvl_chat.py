@@ -8,6 +8,7 @@ of their model cards.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qeff_proxy_vision import internlm2
+from qeff_proxy_vision.chat_template import try_template
 from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import checked_tensors, count_error, decode, prompts_and_images
@@ -216,14 +218,17 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     least = int(config.get("min_dynamic_patch") or 1)
     if not config.get("dynamic_image_size", True):
         least = most = 1
-    texts, pixels = [], []
+    texts: list[str] = []
+    pixels: list[Array] = []
     for prompt, images in prompts_and_images(request, _IMAGE):
         if images and _IMAGE not in prompt:
             prompt = f"{_IMAGE}\n" * len(images) + prompt
         if prompt.count(_IMAGE) != len(images):
             hint = f"Write {_IMAGE} once for each image, or not at all."
             raise count_error(prompt, _IMAGE, len(images), hint)
-        text = _in_chat(processor, prompt) if request.options.get("chat", True) else prompt
+        text = prompt
+        if request.options.get("chat", True):
+            text = _in_chat(processor, prompt, first=not texts)
         for image in images:
             tiles = split_into_tiles(
                 open_image(image), size, (least, most), overview=config.get("use_thumbnail", False)
@@ -237,11 +242,16 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     return tensors
 
 
-def _in_chat(tokenizer: Any, prompt: str) -> str:
+def _in_chat(tokenizer: Any, prompt: str, *, first: bool) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return prompt
     message = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    render = partial(
+        tokenizer.apply_chat_template, message, tokenize=False, add_generation_prompt=True
+    )
+    if first:
+        try_template(render)
+    text: str = render()
     return text
 
 

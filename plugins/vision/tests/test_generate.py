@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import runpy
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from qeff_proxy import QEFFAutoModelForImageTextToText, Request
 from qeff_proxy.dump import read_dump
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.flows.flow import load_flow
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
@@ -148,6 +149,24 @@ def test_a_prompt_that_says_where_its_image_belongs_is_left_as_it_is(face, pictu
 def test_a_prompt_that_does_not_goes_into_the_chat_template(face, picture):
     tensors = preprocess(face, ["w1"], [picture, picture])
     assert tensors["input_ids"].tolist() == [[3] + [98] * 32 + [6, 4]]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10 ** 10 }}",
+        "{{ 'a' | center(10 ** 10) }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{% set n = namespace(t='a') %}{% for i in range(99) %}{% set n.t = n.t~n.t %}{% endfor %}",
+    ],
+)
+def test_a_chat_template_without_measure_is_refused(face, picture, template):
+    processor = face.processor()
+    processor.chat_template = template
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="chat template takes more than 1 GB"):
+        face._hooks.preprocess(processor, Request(prompts=["w1"], images=[picture]))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
 
 
 def test_prompts_are_padded_on_the_left_and_images_dealt_out(face, picture):

@@ -21,6 +21,7 @@ from qeff_proxy import Plugins, QEFFAutoModelForCausalLM, Request
 from qeff_proxy.backends.compile_export import open_sessions
 from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.errors import CheckpointError, CutError, UnsupportedModelError, UsageError
+from qeff_proxy.export.export_model import export_model
 from qeff_proxy.flows.flow import Job, load_flow
 from qeff_proxy.load.load_model import load_config, load_model
 from qeff_proxy.load.load_processor import load_processor
@@ -321,14 +322,28 @@ def test_a_language_model_that_is_not_known_is_refused(internvl):
         cut_model(loaded, Plugins.discover().hooks_for(loaded.model_type), "split")
 
 
-def test_molmos_own_processor_runs_without_what_it_imports(molmo):
+def with_processor(molmo):
     make_tokenizer().save_pretrained(molmo)
     settings = {
         "processor_class": "MolmoProcessor",
         "auto_map": {"AutoProcessor": "preprocessing_molmo.MolmoProcessor"},
     }
     (molmo / "preprocessor_config.json").write_text(json.dumps(settings))
-    processor = load_processor(molmo, trust_remote_code=True)
+    return molmo
+
+
+def test_an_export_brings_the_code_of_its_processor(molmo, tmp_path):
+    loaded = load_model(str(with_processor(molmo)), trust_remote_code=True)
+    hooks = Plugins.discover().hooks_for(loaded.model_type)
+    export = export_model(loaded, hooks, output=tmp_path / "export")
+    shutil.rmtree(molmo)
+    processor = load_processor(export.processor_folder, trust_remote_code=True)
+    request = Request(prompts=["w1 w2"], images=[[np.zeros((56, 56, 3), np.uint8)]])
+    assert preprocess_molmo(processor, request)["images"].shape == (1, 1, 16, 147)
+
+
+def test_molmos_own_processor_runs_without_what_it_imports(molmo):
+    processor = load_processor(with_processor(molmo), trust_remote_code=True)
     left = np.zeros((56, 56, 3), np.uint8)
     left[:, :28] = 255
 

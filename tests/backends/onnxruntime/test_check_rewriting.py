@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 READS_KEY_LENGTH = [
     ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 6}),
     ("roformer", {"is_decoder": True, "embedding_size": 64}),
+    ("trocr", {"d_model": 64, "decoder_layers": 5}),
 ]
 STEPS = (7, 60, 1, 1)  # from one block of the cache's buffers into the next
 
@@ -87,3 +88,19 @@ def test_a_model_that_reads_no_key_length_keeps_its_cache_in_place(demo_export: 
     ids = np.random.default_rng(5).integers(3, 31, (1, sum(STEPS)))
     for options in ({}, {"weights": "int8"}):
         assert logits_of(export, ids, **options)[1]
+
+
+def test_quantized_weights_that_say_something_else_are_warned_of(
+    demo_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantizer as Sound
+
+    def negated(self: Any, weight: Any) -> Any:
+        values, scales, zero_points = sound(self, weight)
+        return values, -scales, zero_points
+
+    sound = Sound.qbits_block_quant
+    monkeypatch.setattr(Sound, "qbits_block_quant", negated)
+    options = CompileOptions(backend={"weights": "int8"})
+    with pytest.warns(UserWarning, match="of the body part has a cosine of .* to that of the exp"):
+        compile_export(read_export(demo_export), options=options)

@@ -41,7 +41,10 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
 
 #: Counted up with each change of `prepare_part`, so that parts are compiled anew.
-_REWRITING = "3"
+_REWRITING = "4"
+
+#: Whether a graph's cache is written in place, and whether operators are fused.
+_Rewriting = tuple[bool, bool]
 
 
 class OnnxRuntimeBackend(Backend):
@@ -49,6 +52,10 @@ class OnnxRuntimeBackend(Backend):
 
     options = OPTIONS
     values = VALUES
+
+    def __init__(self) -> None:
+        #: What holds for graphs that ran once, by their structure: others like them are the same.
+        self._checked: dict[str, _Rewriting] = {}
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version, and that of how graphs are rewritten for it."""
@@ -96,7 +103,7 @@ class OnnxRuntimeBackend(Backend):
     ) -> OnnxRuntimeSession:
         """A session on weights that stay mapped; nothing is saved, no product is merged."""
         settings = map_weights(runtime_settings(options))
-        return _compiled(export, part, options, folder, settings, once=True)[1]
+        return _compiled(export, part, options, folder, settings, self._checked)[1]
 
 
 def _compiled(
@@ -105,12 +112,16 @@ def _compiled(
     options: CompileOptions,
     folder: Path,
     settings: onnxruntime.SessionOptions,
-    *,
-    once: bool = False,
+    checked: dict[str, _Rewriting] | None = None,
 ) -> tuple[RewrittenGraph, OnnxRuntimeSession]:
-    """Rewrite and open a part; with less rewriting where it differs from the exported graph."""
-    # Imported here: it needs onnx_ir, which takes most of a second and is not used to run.
+    """Rewrite and open a part; with less rewriting where it differs from the exported graph.
+
+    With ``checked`` it runs once: its weights stay where they are, and a graph that differs from
+    one in ``checked`` in names and weights alone is not compared again.
+    """
+    # Imported here: they need onnx_ir, which takes most of a second and is not used to run.
     from qeff_proxy.backends.onnxruntime.prepare import prepare_part
+    from qeff_proxy.graph.structure import structure_of_file
 
     if any(spec.dtype == "bfloat16" for spec in (*part.inputs, *part.outputs)):
         raise BackendError(
@@ -118,7 +129,10 @@ def _compiled(
             "Export in float32 or float16.",
         )
     quantized = WeightOptions.of(part.name, options.backend).bits is not None
-    in_place, fuse = options.backend.get("in_place", True), True
+    once = checked is not None
+    kind = structure_of_file(export.folder / part.file) if once and not quantized else ""
+    known = checked.get(kind) if checked is not None else None
+    in_place, fuse = known or (options.backend.get("in_place", True), True)
     while True:
         graph = prepare_part(
             export, part, options, folder, in_place=in_place, fuse=fuse, merge=not once
@@ -126,15 +140,17 @@ def _compiled(
         without = COPYING if once else ()
         session = OnnxRuntimeSession(_open(graph, settings, part, without), part)
         in_place = session.runs_in_place()
-        rewritten = bool(graph.written) and (in_place or fuse)
+        rewritten = bool(graph.written) and (in_place or fuse) and known is None
         if not rewritten or computes_the_same(session, export, part, quantized=quantized):
+            if checked is not None and kind:
+                checked[kind] = in_place, fuse
             return graph, session
         session.close()
         if options.backend.get("in_place") or not in_place:
             how = "in place" if in_place else "with fused operators"
             warnings.warn(
-                f"the {part.name} part differs from its exported graph when it runs {how}; "
-                "it is compiled without",
+                f"the {part.name} part is not shown to equal its exported graph when it runs "
+                f"{how}; it is compiled without",
                 UserWarning,
                 stacklevel=2,
             )

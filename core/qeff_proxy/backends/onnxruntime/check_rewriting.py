@@ -2,10 +2,15 @@
 
 The masks and the cache of a step in place are as long as the buffers. A model that takes positions
 or a window from the length of the keys computes something else with them, which its graph does not
-show. So both graphs run on the same random inputs, at two lengths of the buffers.
+show. So both graphs run on the same random inputs, at two lengths of the buffers. Axes of other
+names have the sizes at which the export was checked.
 """
 
 from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,19 +21,21 @@ from qeff_proxy.backends.onnxruntime.session import OnnxRuntimeSession
 from qeff_proxy.errors import BackendError
 from qeff_proxy.flows.attention_masks import lengthen_mask
 from qeff_proxy.flows.random_inputs import random_inputs
-from qeff_proxy.session.axes import axes_of
+from qeff_proxy.session.axes import axes_of, size_of
 from qeff_proxy.session.cache_buffers import Buffers
 from qeff_proxy.tensor_names import PAST, PRESENT
 
 #: A first prefill, and a step in buffers that have grown once.
 _SIZES = ({"query": 3, "past": 0}, {"query": 1, "past": 66})
 _OTHER_AXES = {"batch": 2, "sequence": 7}
-#: Parts with more elements in their inputs (images, sounds) take too long to run here.
-_MOST_ELEMENTS = 100_000
+#: Inputs with more elements (images, sounds) run as a batch of one.
+_MANY_ELEMENTS = 100_000
 #: Largest difference of an element, over the largest element of that output.
 _TOLERANCE = 1e-3
 #: The same in half precision, and where activations are rounded to 8 bits.
 _COARSE = 2e-2
+#: Quantized weights whose outputs have a smaller cosine to the exported graph's are warned of.
+_LEAST_COSINE = 0.5
 
 #: Inputs, and the outputs to expect.
 _Case = tuple[dict[str, Array], dict[str, Array]]
@@ -39,24 +46,28 @@ def computes_the_same(
 ) -> bool:
     """Whether a rewritten graph has the outputs of the exported one, on random inputs.
 
-    Nothing is compared where a part has axes whose sizes are not known, or very large inputs, or
-    where the exported graph does not run on random inputs.
+    It has not where nothing can be compared: an export of an older version does not say the sizes
+    of a part's axes, or the exported graph does not run on random inputs.
 
     Args:
         session: On the rewritten graph.
         export: The export.
         part: The part that was rewritten.
         quantized: Whether the weights were quantized: then its steps in place are compared with its
-            own steps on a cache without empty positions.
+            own steps on a cache without empty positions, and these roughly with the exported graph.
     """
     in_place = session.runs_in_place()
-    if quantized and not in_place:
-        return True
+    # closed before the other session reads its weights
+    with OnnxRuntimeSession(open_to_check(export.folder / part.file), part) as exported:
+        cases = _cases(exported, export, part)
+    if not cases:
+        return False
     if quantized:
-        cases = _cases(session, export, part)
-    else:  # closed before the other session reads its weights
-        with OnnxRuntimeSession(open_to_check(export.folder / part.file), part) as exported:
-            cases = _cases(exported, export, part)
+        own = [(feeds, session.run(feeds)) for feeds, _ in cases]
+        _warn_of_coarse_weights(part, cases, own)
+        if not in_place:
+            return True
+        cases = own
     coarse = quantized or any(spec.dtype == "float16" for spec in part.outputs)
     tolerance = _COARSE if coarse else _TOLERANCE
     for feeds, expected in cases:
@@ -72,17 +83,20 @@ def computes_the_same(
 def _cases(session: OnnxRuntimeSession, export: Export, part: ExportedPart) -> list[_Case]:
     """Random inputs of several lengths with a session's outputs; those that it can run."""
     axes = axes_of(part)
+    checked = export.cut.get("check_sizes", {}).get(part.name, {})
     most = export.settings.get("most_positions")
     cases: list[_Case] = []
     for lengths in _SIZES[: 1 + ("past" in axes)]:
-        sizes = {**_OTHER_AXES, **lengths}
+        sizes = {**checked, **_OTHER_AXES, **lengths}
         if most is not None:
             sizes["past"] = max(0, min(sizes["past"], most - sizes["query"]))
         if set(axes) - set(sizes):
             break
+        inputs = (spec.shape for spec in part.inputs if not spec.name.startswith(PAST))
+        elements = sum(math.prod(size_of(axis, sizes) for axis in shape) for shape in inputs)
+        if elements > _MANY_ELEMENTS:
+            sizes["batch"] = 1
         feeds = random_inputs(part, sizes, np.random.default_rng(0))
-        if sum(a.size for name, a in feeds.items() if not name.startswith(PAST)) > _MOST_ELEMENTS:
-            break
         try:
             cases.append((feeds, session.run(feeds)))
         except BackendError:
@@ -109,6 +123,27 @@ def _step_in_place(session: OnnxRuntimeSession, feeds: dict[str, Array]) -> dict
     outputs = session.run_in_place(others, buffers)
     views = buffers.views(past + query)
     return {**outputs, **{name.replace(PAST, PRESENT, 1): view for name, view in views.items()}}
+
+
+def _warn_of_coarse_weights(
+    part: ExportedPart, exported: Sequence[_Case], quantized: Sequence[_Case]
+) -> None:
+    """Say so where quantized weights leave little of the exported graph's outputs."""
+    for name in (spec.name for spec in part.outputs):
+        expected, actual = (
+            np.concatenate([outputs[name].astype(np.float64).ravel() for _, outputs in cases])
+            for cases in (exported, quantized)
+        )
+        lengths = float(np.linalg.norm(expected) * np.linalg.norm(actual))
+        cosine = float(expected @ actual) / lengths if lengths else 1.0
+        if not cosine >= _LEAST_COSINE:
+            warnings.warn(
+                f"with quantized weights, {name} of the {part.name} part has a cosine of "
+                f"{cosine:.2f} to that of the exported graph, on random inputs",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
 
 
 def _close(actual: Array, expected: Array, tolerance: float) -> bool:

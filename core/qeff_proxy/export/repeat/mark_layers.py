@@ -28,7 +28,7 @@ from transformers import Cache
 
 from qeff_proxy.export.repeat.layer_cache import LayerCache
 from qeff_proxy.export.repeat.marks import enter, layer, leave
-from qeff_proxy.layers.index_use import INDEX
+from qeff_proxy.layers.index_use import INDEX_NAMES
 from qeff_proxy.layers.layer_lists import LayerList, layer_lists
 
 _SYMBOL = re.compile(r"\b[a-z]\w*\d\b")
@@ -177,7 +177,10 @@ class _Call:
         self.marked = marked
         self.forward: Callable[..., Any] = module.forward
         indices = {
-            value for one in module.modules() if isinstance(value := vars(one).get(INDEX), int)
+            value
+            for one in module.modules()
+            for name in INDEX_NAMES
+            if isinstance(value := vars(one).get(name), int)
         }
         self.index = indices.pop() if len(indices) == 1 else None
 

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
+from qeff_proxy.families.rotary import rotary_limits
 from qeff_proxy.flows.causal_engine import CausalEngine, Recorder, StepId, Supplier
 from qeff_proxy.flows.flow import Job
 from qeff_proxy.flows.generation.greedy import Rules, search_greedily
@@ -281,20 +282,15 @@ def _check_rotary_limit(
     transformers runs a longer prompt with the long factors throughout, and recomputes the whole
     cache when generation crosses that position.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    limit = rope.get("original_max_position_embeddings")
-    if rope.get("rope_type") == "dynamic" and length > config.max_position_embeddings:
-        model.prefill_seq_len = None  # each chunk would have frequencies of its own
-    if rope.get("rope_type") != "longrope" or not isinstance(limit, int):
-        return
-    if length > limit:
-        model.prefill_seq_len = None
-    elif length + new > limit + 1:
-        raise UsageError(
-            f"{length} prompt tokens and {new} new ones cross position {limit}, where this model "
-            "changes its rotary factors and its whole cache",
-            f"Generate at most {limit + 1 - length} tokens, or start with a longer prompt.",
-        )
+    for rope, limit in rotary_limits(config):
+        if length > limit:
+            model.prefill_seq_len = None  # each chunk would have frequencies of its own
+        elif rope["rope_type"] == "longrope" and length + new > limit + 1:
+            raise UsageError(
+                f"{length} prompt tokens and {new} new ones cross position {limit}, where this "
+                "model changes its rotary factors and its whole cache",
+                f"Generate at most {limit + 1 - length} tokens, or start with a longer prompt.",
+            )
 
 
 def _generation_config(job: Job) -> GenerationConfig:

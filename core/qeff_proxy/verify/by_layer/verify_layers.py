@@ -29,11 +29,11 @@ import torch
 from qeff_proxy.artifact.export_folder import check_weights_of
 from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
+from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.file_errors import FULL, reading, writing
 from qeff_proxy.compare.tolerances import COMPUTED_IN, Tolerances
-from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ArtifactError, ProxyError, UsageError
 from qeff_proxy.flows.flow import Job
 from qeff_proxy.graph.split_layers import LayerGraph, split_layers
@@ -44,7 +44,7 @@ from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import example_request
 from qeff_proxy.session.session import Session
 from qeff_proxy.verify.by_layer.calls import Outputs, calls_of, check_alone, job_of
-from qeff_proxy.verify.by_layer.floor import LayerFloor
+from qeff_proxy.verify.by_layer.floor import Floors, LayerFloor
 from qeff_proxy.verify.by_layer.part_run import PartRun, Step
 from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
 from qeff_proxy.verify.by_layer.results import (
@@ -218,10 +218,17 @@ class _Candidate:
         self._error: str | None = None
         self._failed_in_a_row = 0
         self._note: str | None = None
-        try:
-            self.precision = load_backend(name).precision(self._options)
-        except ProxyError:  # its first layer will say so
-            self.precision = None
+        #: One for all layers: it may know what it learned from those before.
+        self._backend: Backend | None = None
+        self.precision: str | None = None
+        with suppress(ProxyError):  # its first layer will say so
+            self.precision = self._opened().precision(self._options)
+
+    def _opened(self) -> Backend:
+        """The backend, loaded once."""
+        if self._backend is None:
+            self._backend = load_backend(self.name)
+        return self._backend
 
     def begin(self, part: ExportedPart, job: Job) -> None:
         """Begin a part, with the outputs of the parts before it as this backend computed them."""
@@ -250,7 +257,7 @@ class _Candidate:
         try:
             with (
                 writing(self._export.folder, FULL),
-                _layer_session(self.name, self._export, part, graph, self._options) as session,
+                self._session(part, graph) as session,
             ):
                 local = reference.forward(graph, session.run, cache=expected)
                 inherited = self._run.forward(graph, session.run)
@@ -269,17 +276,56 @@ class _Candidate:
             self._note = f"there is none of {self.precision}" if floor is None else floor.failure
         tolerances = replace(self._tolerances, precision=self.precision)
         wanted = reference.by_step(expected)
-        errors = (
-            compare_layer(
-                wanted, reference.by_step(one), part.name, replace(tolerances, floors=floors)
-            )
-            for one, floors in (
-                (local, floor.local if floor is not None else {}),
-                (inherited, floor.inherited if floor is not None else {}),
+
+        def measured(outputs: Sequence[Step], floors: Floors) -> LayerError:
+            limits = replace(tolerances, floors=floors)
+            return compare_layer(wanted, reference.by_step(outputs), part.name, limits)
+
+        self._layers.append(
+            LayerResult(
+                part.name,
+                graph.layer,
+                measured(local, floor.local if floor is not None else {}),
+                measured(inherited, floor.inherited if floor is not None else {}),
             )
         )
-        self._layers.append(LayerResult(part.name, graph.layer, *errors))
         self._run.keep(inherited, following)
+
+    @contextmanager
+    def _session(self, part: ExportedPart, graph: LayerGraph) -> Iterator[Session]:
+        """Compile a layer alone, and open it; its files are removed at the end.
+
+        Its graph lies beside the weights file, which it points into: external data may lie nowhere
+        else.
+        """
+        export = self._export
+        with ExitStack() as stack:
+            with writing(export.folder):
+                file = stack.enter_context(
+                    tempfile.NamedTemporaryFile(dir=export.folder, prefix=".layer-", suffix=".onnx")
+                )
+                fcntl.flock(file, fcntl.LOCK_EX)  # see `remove_leftovers`
+                path = Path(file.name)
+                ir.save(graph.model, path)
+                folder = path.with_suffix(".files")
+                folder.mkdir()
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            layer = replace(
+                part,
+                file=path.name,
+                sha256=sha256_of(path),
+                inputs=graph.inputs,
+                outputs=graph.outputs,
+                masks=tuple(
+                    mask for mask in part.masks if mask.name in {i.name for i in graph.inputs}
+                ),
+            )
+            alone = replace(export, parts=(layer,))
+            backend = self._opened()
+            backend.check_options(self.name, self._options)
+            session = backend.open_once(alone, layer, self._options, folder)
+            stack.callback(session.close)
+            yield session
 
     def result(self) -> BackendLayers:
         """The layers that ran."""
@@ -296,39 +342,3 @@ def remove_leftovers(folder: Path) -> None:
     for files in folder.glob(".layer-*.files"):
         if not files.with_suffix(".onnx").exists():  # a run that goes on has both, or the graph
             shutil.rmtree(files, ignore_errors=True)
-
-
-@contextmanager
-def _layer_session(
-    name: str, export: Export, part: ExportedPart, graph: LayerGraph, options: CompileOptions
-) -> Iterator[Session]:
-    """Compile a layer alone, and open it; its files are removed at the end.
-
-    Its graph lies beside the weights file, which it points into: external data may lie nowhere
-    else.
-    """
-    with ExitStack() as stack:
-        with writing(export.folder):
-            file = stack.enter_context(
-                tempfile.NamedTemporaryFile(dir=export.folder, prefix=".layer-", suffix=".onnx")
-            )
-            fcntl.flock(file, fcntl.LOCK_EX)  # see `remove_leftovers`
-            path = Path(file.name)
-            ir.save(graph.model, path)
-            folder = path.with_suffix(".files")
-            folder.mkdir()
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        layer = replace(
-            part,
-            file=path.name,
-            sha256=sha256_of(path),
-            inputs=graph.inputs,
-            outputs=graph.outputs,
-            masks=tuple(mask for mask in part.masks if mask.name in {i.name for i in graph.inputs}),
-        )
-        alone = replace(export, parts=(layer,))
-        backend = load_backend(name)
-        backend.check_options(name, options)
-        session = backend.open_once(alone, layer, options, folder)
-        stack.callback(session.close)
-        yield session
