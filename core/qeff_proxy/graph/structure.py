@@ -16,23 +16,22 @@ def structure_of(model: ir.Model) -> str:
     numbers: dict[ir.Value | None, int] = {None: 0}
     lines: list[object] = []
 
-    def declare(value: ir.Value) -> None:
-        numbers[value] = len(numbers)
-        lines.append((str(value.dtype), str(value.shape)))
+    def number(value: ir.Value | None) -> int:
+        if value not in numbers:
+            assert value is not None  # noqa: S101 (it has a number)
+            numbers[value] = len(numbers)
+            tensor = value.const_value
+            small = tensor is not None and tensor.nbytes <= _SMALL
+            content = tensor.tobytes() if tensor is not None and small else b""
+            lines.append((str(value.dtype), str(value.shape), content))
+        return numbers[value]
 
-    for value in model.graph.inputs:
-        declare(value)
-    for value in model.graph.initializers.values():
-        declare(value)
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes <= _SMALL:
-            lines.append(tensor.tobytes())
+    inputs = [number(value) for value in model.graph.inputs]
     for node in model.graph:
-        for value in node.outputs:
-            declare(value)
         attributes = sorted((name, str(one.value)) for name, one in node.attributes.items())
-        lines.append((node.domain, node.op_type, attributes, [numbers[v] for v in node.inputs]))
-    lines.append([numbers[value] for value in model.graph.outputs])
+        operands = [number(value) for value in (*node.inputs, *node.outputs)]
+        lines.append((node.domain, node.op_type, attributes, len(node.inputs), operands))
+    lines.append((inputs, [number(value) for value in model.graph.outputs]))
     return hashlib.sha256(repr(lines).encode()).hexdigest()
 
 
