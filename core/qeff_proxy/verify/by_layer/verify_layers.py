@@ -269,7 +269,7 @@ class _Candidate:
             self._note = f"there is none of {self.precision}" if floor is None else floor.failure
         tolerances = replace(self._tolerances, precision=self.precision)
         wanted = reference.by_step(expected)
-        errors = (
+        errors = [
             compare_layer(
                 wanted, reference.by_step(one), part.name, replace(tolerances, floors=floors)
             )
@@ -277,8 +277,8 @@ class _Candidate:
                 (local, floor.local if floor is not None else {}),
                 (inherited, floor.inherited if floor is not None else {}),
             )
-        )
-        self._layers.append(LayerResult(part.name, graph.layer, *errors))
+        ]
+        self._layers.append(LayerResult(part.name, graph.layer, errors[0], errors[1]))
         self._run.keep(inherited, following)
 
     def result(self) -> BackendLayers:
