@@ -106,3 +106,13 @@ def test_quantized_weights_that_say_something_else_are_warned_of(
     options = CompileOptions(ctx_len=61, backend={"weights": "int8"})
     with pytest.warns(UserWarning, match="of the body part has a cosine of .* to that of the exp"):
         compile_export(read_export(folder), options=options)
+
+
+def test_a_part_whose_comparison_would_take_long_is_not_rewritten(
+    demo_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qeff_proxy.backends.onnxruntime.check_rewriting._MOST_ELEMENTS", 9)
+    export = read_export(demo_export)
+    compiled = compile_export(export, options=CompileOptions(ctx_len=60))
+    with open_sessions(compiled) as sessions:
+        assert not sessions["body"].runs_in_place()  # type: ignore[attr-defined]

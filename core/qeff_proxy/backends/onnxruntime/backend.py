@@ -24,7 +24,7 @@ import onnxruntime
 
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
-from qeff_proxy.backends.onnxruntime.check_rewriting import computes_the_same
+from qeff_proxy.backends.onnxruntime.check_rewriting import can_be_compared, computes_the_same
 from qeff_proxy.backends.onnxruntime.open_graph import COPYING, map_weights, open_graph
 from qeff_proxy.backends.onnxruntime.options import (
     OPTIONS,
@@ -118,7 +118,8 @@ def _compiled(
             "Export in float32 or float16.",
         )
     quantized = WeightOptions.of(part.name, options.backend).bits is not None
-    in_place, fuse = options.backend.get("in_place", True), True
+    fuse = can_be_compared(export, part)
+    in_place = options.backend.get("in_place", fuse)
     while True:
         graph = prepare_part(
             export, part, options, folder, in_place=in_place, fuse=fuse, merge=not once
