@@ -5,6 +5,7 @@ The oracle is transformers' eager model.
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_a_model_that_reads_no_key_length_keeps_its_cache_in_place(demo_export: 
 
 
 def test_quantized_weights_that_say_something_else_are_warned_of(
-    demo_export: Path, monkeypatch: pytest.MonkeyPatch
+    demo_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantizer as Sound
 
@@ -101,6 +102,17 @@ def test_quantized_weights_that_say_something_else_are_warned_of(
 
     sound = Sound.qbits_block_quant
     monkeypatch.setattr(Sound, "qbits_block_quant", negated)
-    options = CompileOptions(backend={"weights": "int8"})
+    folder = shutil.copytree(demo_export, tmp_path / "export")
+    options = CompileOptions(ctx_len=61, backend={"weights": "int8"})
     with pytest.warns(UserWarning, match="of the body part has a cosine of .* to that of the exp"):
-        compile_export(read_export(demo_export), options=options)
+        compile_export(read_export(folder), options=options)
+
+
+def test_a_part_whose_comparison_would_take_long_is_not_rewritten(
+    demo_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qeff_proxy.backends.onnxruntime.check_rewriting._MOST_ELEMENTS", 9)
+    export = read_export(demo_export)
+    compiled = compile_export(export, options=CompileOptions(ctx_len=60))
+    with open_sessions(compiled) as sessions:
+        assert not sessions["body"].runs_in_place()  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ import onnxruntime
 
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
-from qeff_proxy.backends.onnxruntime.check_rewriting import computes_the_same
+from qeff_proxy.backends.onnxruntime.check_rewriting import can_be_compared, computes_the_same
 from qeff_proxy.backends.onnxruntime.open_graph import COPYING, map_weights, open_graph
 from qeff_proxy.backends.onnxruntime.options import (
     OPTIONS,
@@ -132,7 +132,10 @@ def _compiled(
     once = checked is not None
     kind = structure_of_file(export.folder / part.file) if once and not quantized else ""
     known = checked.get(kind) if checked is not None else None
-    in_place, fuse = known or (options.backend.get("in_place", True), True)
+    fuse = can_be_compared(export, part)
+    in_place = options.backend.get("in_place", fuse)
+    if known is not None:
+        in_place, fuse = known
     while True:
         graph = prepare_part(
             export, part, options, folder, in_place=in_place, fuse=fuse, merge=not once

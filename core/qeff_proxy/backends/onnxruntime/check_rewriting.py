@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,15 +21,18 @@ from qeff_proxy.backends.onnxruntime.session import OnnxRuntimeSession
 from qeff_proxy.errors import BackendError
 from qeff_proxy.flows.attention_masks import lengthen_mask
 from qeff_proxy.flows.random_inputs import random_inputs
+from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import axes_of, size_of
 from qeff_proxy.session.cache_buffers import Buffers
-from qeff_proxy.tensor_names import PAST, PRESENT
+from qeff_proxy.tensor_names import LAYER_NAME, PAST, PRESENT
 
 #: A first prefill, and a step in buffers that have grown once.
 _SIZES = ({"query": 3, "past": 0}, {"query": 1, "past": 66})
 _OTHER_AXES = {"batch": 2, "sequence": 7}
 #: Inputs with more elements (images, sounds) run as a batch of one.
 _MANY_ELEMENTS = 100_000
+#: Parts with more elements in their inputs (an image of 817 x 817 has) are not rewritten.
+_MOST_ELEMENTS = 2_000_000
 #: Largest difference of an element, over the largest element of that output.
 _TOLERANCE = 1e-3
 #: The same in half precision, and where activations are rounded to 8 bits.
@@ -46,8 +49,8 @@ def computes_the_same(
 ) -> bool:
     """Whether a rewritten graph has the outputs of the exported one, on random inputs.
 
-    It has not where nothing can be compared: an export of an older version does not say the sizes
-    of a part's axes, or the exported graph does not run on random inputs.
+    It has not where nothing can be compared: the sizes of its axes are not known (an export of an
+    older version does not say them), or the exported graph does not run on random inputs.
 
     Args:
         session: On the rewritten graph.
@@ -80,28 +83,49 @@ def computes_the_same(
     return True
 
 
+def can_be_compared(export: Export, part: ExportedPart) -> bool:
+    """Whether the sizes of a part's axes are known, and a run at these takes little time.
+
+    The work of a tower's attention grows with the square of an image's size.
+    """
+    sizes = _sizes_of(export, part)
+    others = [spec for spec in part.inputs if not LAYER_NAME.match(spec.name)]  # cheap to read
+    return bool(sizes) and _elements(others, sizes[0]) <= _MOST_ELEMENTS
+
+
 def _cases(session: OnnxRuntimeSession, export: Export, part: ExportedPart) -> list[_Case]:
     """Random inputs of several lengths with a session's outputs; those that it can run."""
-    axes = axes_of(part)
-    checked = export.cut.get("check_sizes", {}).get(part.name, {})
-    most = export.settings.get("most_positions")
     cases: list[_Case] = []
-    for lengths in _SIZES[: 1 + ("past" in axes)]:
-        sizes = {**checked, **_OTHER_AXES, **lengths}
-        if most is not None:
-            sizes["past"] = max(0, min(sizes["past"], most - sizes["query"]))
-        if set(axes) - set(sizes):
-            break
-        inputs = (spec.shape for spec in part.inputs if not spec.name.startswith(PAST))
-        elements = sum(math.prod(size_of(axis, sizes) for axis in shape) for shape in inputs)
-        if elements > _MANY_ELEMENTS:
-            sizes["batch"] = 1
+    for sizes in _sizes_of(export, part):
         feeds = random_inputs(part, sizes, np.random.default_rng(0))
         try:
             cases.append((feeds, session.run(feeds)))
         except BackendError:
             break
     return cases
+
+
+def _sizes_of(export: Export, part: ExportedPart) -> list[dict[str, int]]:
+    """The sizes of a part's axes in each case; none if they are not known."""
+    axes = axes_of(part)
+    checked = export.cut.get("check_sizes", {}).get(part.name, {})
+    most = export.settings.get("most_positions")
+    cases = []
+    for lengths in _SIZES[: 1 + ("past" in axes)]:
+        sizes = {**checked, **_OTHER_AXES, **lengths}
+        if most is not None:
+            sizes["past"] = max(0, min(sizes["past"], most - sizes["query"]))
+        if set(axes) - set(sizes):
+            return []
+        inputs = [spec for spec in part.inputs if not spec.name.startswith(PAST)]
+        if _elements(inputs, sizes) > _MANY_ELEMENTS:
+            sizes["batch"] = 1
+        cases.append(sizes)
+    return cases
+
+
+def _elements(inputs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> int:
+    return sum(math.prod(size_of(axis, sizes) for axis in spec.shape) for spec in inputs)
 
 
 def _step_in_place(session: OnnxRuntimeSession, feeds: dict[str, Array]) -> dict[str, Array]:
