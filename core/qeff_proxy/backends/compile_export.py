@@ -85,7 +85,7 @@ def compile_export(
     key: dict[str, Any] = {
         "backend": backend,
         "versions": dict(implementation.versions()),
-        "code": _code_of(implementation),
+        "code": code_of(implementation),
         "options": options.to_json(),
         "parts": {part.name: part.sha256 for part in export.parts},
     }
@@ -129,7 +129,7 @@ def compile_export(
     return Compiled(export, backend, options, target)
 
 
-def _code_of(backend: Backend) -> dict[str, str | None]:
+def code_of(backend: Backend) -> dict[str, str | None]:
     """Package → hash of its code, for the backend's own and those of its base classes."""
     classes = [base for base in type(backend).__mro__ if issubclass(base, Backend)]
     packages = sorted({base.__module__.partition(".")[0] for base in classes})

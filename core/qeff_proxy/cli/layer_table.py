@@ -48,7 +48,12 @@ def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
         yield ""
     if verification.interrupted:
         verb = "interrupted" if verification.failure is None else "stopped"
-        yield Text(f"{verb} at {verification.interrupted}: what follows did not run")
+        yield Text(
+            f"{verb} at {verification.interrupted}: what follows did not run; the same command "
+            "goes on there"
+        )
+    if verification.resumed:
+        yield Text(f"up to {verification.resumed}: the results of an interrupted run")
     yield Text(f"steps: {len(verification.steps)}, the same tokens on PyTorch and all backends")
     yield Text(f"export: {verification.export}")
 

@@ -29,6 +29,7 @@ from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify.by_layer import memory, verify_layers
+from qeff_proxy.verify.by_layer.candidate import remove_leftovers
 from qeff_proxy.verify.by_layer.reference import reference_parts
 from qeff_proxy.verify.by_layer.results import (
     KindError,
@@ -38,7 +39,6 @@ from qeff_proxy.verify.by_layer.results import (
 )
 from qeff_proxy.verify.by_layer.verify_layers import (
     check_alone,
-    remove_leftovers,
     verify_layers_of,
 )
 from qeff_proxy.verify.options import VerifyOptions

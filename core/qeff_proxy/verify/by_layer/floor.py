@@ -30,6 +30,8 @@ class LayerFloor:
         #: Of the layer that ran last: on the reference's inputs, and on results so rounded so far.
         self.local: Floors = {}
         self.inherited: Floors = {}
+        #: What later layers take of that layer's outputs.
+        self.kept: list[Step] = []
         #: Why there are no floors any more.
         self.failure: str | None = None
         self._run: PartRun | None = None
@@ -74,4 +76,16 @@ class LayerFloor:
             measure_floor(expected, dict(zip(expected, outputs, strict=True)), reference.part.name)
             for outputs in (local, inherited)
         )
-        self._run.keep(inherited, following)
+        self.kept = self._run.keep(inherited, following)
+
+    def state(self) -> str | None:
+        """The state after the layer that ran last, as a JSON value."""
+        return self.failure
+
+    def restore(
+        self, kept: Sequence[Step], failure: str | None, following: Sequence[LayerGraph]
+    ) -> None:
+        """Take up a layer that an earlier run ran, instead of `run_layer`."""
+        self.failure = failure
+        if failure is None and self._run is not None:
+            self.kept = self._run.keep(kept, following)

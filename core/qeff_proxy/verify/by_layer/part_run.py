@@ -63,14 +63,22 @@ class PartRun:
             outputs.append({spec.name: results[spec.name] for spec in graph.outputs})
         return outputs
 
-    def keep(self, outputs: Sequence[Step], following: Sequence[LayerGraph]) -> None:
-        """Keep what later layers or parts take of a layer's outputs, and drop what none takes."""
+    def keep(self, outputs: Sequence[Step], following: Sequence[LayerGraph]) -> list[Step]:
+        """Keep what later layers or parts take of a layer's outputs, and drop what none takes.
+
+        Returns:
+            What of the outputs was kept, in each call.
+        """
         needed = {spec.name for graph in following for spec in graph.inputs}
         for values, layer in zip(self._values, outputs, strict=True):
             values.update(layer)
             for name in list(values):
                 if name.startswith((PRESENT, TAP)) and name not in needed:
                     del values[name]
+        return [
+            {name: array for name, array in layer.items() if name in values}
+            for values, layer in zip(self._values, outputs, strict=True)
+        ]
 
     def by_step(self, outputs: Sequence[Step]) -> dict[str, Step]:
         """The outputs of a layer in each call, by the call's step."""

@@ -177,6 +177,7 @@ class LayerVerification:
         results: One per backend.
         interrupted: The layer at which the run was stopped; ``None`` if it was completed.
         failure: What stopped it, such as a full disk; ``None`` where the user did.
+        resumed: The last layer whose results are those of an interrupted run.
     """
 
     source: str
@@ -185,6 +186,7 @@ class LayerVerification:
     results: tuple[BackendLayers, ...]
     interrupted: str | None = None
     failure: ArtifactError | None = None
+    resumed: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -201,6 +203,7 @@ class LayerVerification:
             "steps": list(self.steps),
             "interrupted": self.interrupted,
             "error": None if self.failure is None else str(self.failure),
+            "resumed": self.resumed,
             "backends": [result.to_json() for result in self.results],
         }
 

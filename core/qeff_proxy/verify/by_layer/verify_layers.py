@@ -13,12 +13,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,44 +23,31 @@ import onnx_ir as ir
 import torch
 
 from qeff_proxy.artifact.export_folder import check_weights_of
-from qeff_proxy.artifact.hashes import sha256_of
-from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
-from qeff_proxy.backends.backend import Backend
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import fixed_lengths
-from qeff_proxy.backends.registry import load_backend
-from qeff_proxy.common.file_errors import FULL, reading, writing
-from qeff_proxy.compare.tolerances import COMPUTED_IN, Tolerances
-from qeff_proxy.errors import ArtifactError, ProxyError, UsageError
-from qeff_proxy.flows.flow import Job
-from qeff_proxy.graph.split_layers import LayerGraph, split_layers
+from qeff_proxy.common.file_errors import reading
+from qeff_proxy.errors import ArtifactError, UsageError
+from qeff_proxy.graph.split_layers import split_layers
 from qeff_proxy.load.checkpoint_files import folder_named
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import example_request
-from qeff_proxy.session.session import Session
 from qeff_proxy.verify.by_layer.calls import Outputs, calls_of, check_alone, job_of
-from qeff_proxy.verify.by_layer.floor import Floors, LayerFloor
-from qeff_proxy.verify.by_layer.part_run import PartRun, Step
+from qeff_proxy.verify.by_layer.candidate import Candidate, remove_leftovers
+from qeff_proxy.verify.by_layer.floor import LayerFloor
+from qeff_proxy.verify.by_layer.journal import REFERENCE, Entry, Journal
+from qeff_proxy.verify.by_layer.part_run import PartRun
 from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
 from qeff_proxy.verify.by_layer.results import (
-    BackendLayers,
-    LayerError,
-    LayerResult,
     LayerVerification,
-    compare_alike,
-    compare_layer,
     layer_name,
 )
 from qeff_proxy.verify.options import VerifyOptions
-from qeff_proxy.verify.results import reason_of
 from qeff_proxy.verify.rounding import BITS
 from qeff_proxy.verify.runs import check_request, processor_in, tensors_of
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
-
-#: A backend that fails in so many layers in a row runs no more of them.
-_MOST_FAILURES = 3
 
 
 def verify_layers(
@@ -135,6 +118,7 @@ def verify_layers_of(
 
     Returns:
         The errors of the layers; of those that ran before Ctrl-C or a full disk, if there are any.
+        The next run of the same goes on there.
 
     Raises:
         ArtifactError: The export cannot be written to, and no layer ran before.
@@ -150,195 +134,66 @@ def verify_layers_of(
         tensors = tensors_of(request.with_defaults(defaults), hooks, processor)
     check_weights_of(export)
     remove_leftovers(export.folder)
-    candidates = [_Candidate(name, export, options) for name in backends]
+    candidates = [Candidate(name, export, options) for name in backends]
     precisions = {candidate.precision for candidate in candidates if export.dtype == "float32"}
     floors = {name: LayerFloor(bits) for name, bits in BITS.items() if name in precisions}
     known: dict[str, Outputs] = {}
     steps: dict[str, None] = {}
-    where, interrupted, failure = "", None, None
-    try:
-        for part in export.parts:
-            progress(f"splitting {part.name}")
-            with reading(export.folder):
-                whole = ir.load(export.folder / part.file)
-            graphs = split_layers(whole, part.inputs, part.outputs)
-            run = PartRun(part, calls_of(job_of(export, options, tensors), part.name, known))
-            steps.update(dict.fromkeys(call.step for call in run.calls))
-            for candidate in candidates:
-                candidate.begin(part, job_of(export, options, tensors))
-            for floor in floors.values():
-                floor.begin(part, job_of(export, options, tensors))
-            live = PartReference(proxy.part(part.name), weights)
-            for stage, graph in enumerate(graphs):
-                check_alone(part, graph, stage)
-                where = layer_name(part.name, graph.layer)
-                progress(f"{where}: PyTorch")
-                names = {spec.name for spec in graph.outputs}
-                run_layer = partial(live.run, stage=stage, names=names)
-                with live.open():
-                    expected = run.forward(graph, run_layer, whole=True)
-                    by_step = run.by_step(expected)
-                    for floor in floors.values():
-                        rounded = partial(run_layer, bits=floor.bits)
-                        floor.run_layer(graph, run, by_step, graphs[stage + 1 :], rounded)
-                for candidate in candidates:
-                    progress(f"{where}: {candidate.name}")
-                    floor_of_it = floors.get(candidate.precision or "")
-                    candidate.try_layer(graph, run, expected, graphs[stage + 1 :], floor_of_it)
-                run.keep(expected, graphs[stage + 1 :])
-                gc.collect(1)  # graphs are cycles, which hold arrays of the layer's size
-            known[part.name] = run.outputs()
-    except (KeyboardInterrupt, ArtifactError) as error:
-        if not any(candidate.result().layers for candidate in candidates):
-            raise
-        interrupted = where
-        failure = error if isinstance(error, ArtifactError) else None
-    results = tuple(candidate.result() for candidate in candidates)
-    source = export.model["source"]
-    return LayerVerification(source, export.folder, tuple(steps), results, interrupted, failure)
-
-
-class _Candidate:
-    """One backend. A layer that fails takes the reference's outputs, and the next one goes on.
-
-    Args:
-        name: The backend's name.
-        export: The export.
-        options: Of the verification.
-    """
-
-    def __init__(self, name: str, export: Export, options: VerifyOptions) -> None:
-        self.name = name
-        self._export = export
-        self._options = options.compile_for(name)
-        self._tolerances = options.tolerances or Tolerances()
-        self._known: dict[str, Outputs] = {}
-        self._run: PartRun | None = None
-        self._layers: list[LayerResult] = []
-        self._error: str | None = None
-        self._failed_in_a_row = 0
-        self._note: str | None = None
-        #: One for all layers: it may know what it learned from those before.
-        self._backend: Backend | None = None
-        self.precision: str | None = None
-        with suppress(ProxyError):  # its first layer will say so
-            self.precision = self._opened().precision(self._options)
-
-    def _opened(self) -> Backend:
-        """The backend, loaded once."""
-        if self._backend is None:
-            self._backend = load_backend(self.name)
-        return self._backend
-
-    def begin(self, part: ExportedPart, job: Job) -> None:
-        """Begin a part, with the outputs of the parts before it as this backend computed them."""
-        if self._run is not None:
-            self._known[self._run.part.name] = self._run.outputs()
-        if self._failed_in_a_row < _MOST_FAILURES:
-            self._run = PartRun(part, calls_of(job, part.name, self._known))
-
-    def try_layer(
-        self,
-        graph: LayerGraph,
-        reference: PartRun,
-        expected: Sequence[Step],
-        following: Sequence[LayerGraph],
-        floor: LayerFloor | None,
-    ) -> None:
-        """Run a layer on the reference's inputs, then on the backend's own; compare both.
-
-        Raises:
-            ArtifactError: The layer's files cannot be written: no backend could go on.
-        """
-        if self._failed_in_a_row == _MOST_FAILURES:
-            return
-        assert self._run is not None  # noqa: S101 (see `begin`)
-        part = reference.part
+    where, interrupted, failure, resumed = "", None, None, None
+    settings = [candidate.settings() for candidate in candidates]
+    settings += [options.max_new_tokens, options.tolerances, torch.__version__]
+    journal = Journal.of(export, tensors, settings)
+    with journal.held(anew=options.force):
         try:
-            with (
-                writing(self._export.folder, FULL),
-                self._session(part, graph) as session,
-            ):
-                local = reference.forward(graph, session.run, cache=expected)
-                inherited = self._run.forward(graph, session.run)
-        except ArtifactError:
-            raise
-        except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
-            reason = reason_of(error)
-            self._error = self._error or f"{layer_name(part.name, graph.layer)}: {reason}"
-            failed = LayerError(passed=False)
-            self._layers.append(LayerResult(part.name, graph.layer, failed, failed, reason))
-            self._failed_in_a_row += 1
-            self._run.keep(expected, following)
-            return
-        self._failed_in_a_row = 0
-        if self.precision in COMPUTED_IN:
-            self._note = f"there is none of {self.precision}" if floor is None else floor.failure
-        tolerances = replace(self._tolerances, precision=self.precision)
-        wanted = reference.by_step(expected)
-
-        def measured(outputs: Sequence[Step], floors: Floors) -> LayerError:
-            limits = replace(tolerances, floors=floors)
-            return compare_layer(wanted, reference.by_step(outputs), part.name, limits)
-
-        self._layers.append(
-            LayerResult(
-                part.name,
-                graph.layer,
-                measured(local, floor.local if floor is not None else {}),
-                measured(inherited, floor.inherited if floor is not None else {}),
-            )
-        )
-        self._run.keep(inherited, following)
-
-    @contextmanager
-    def _session(self, part: ExportedPart, graph: LayerGraph) -> Iterator[Session]:
-        """Compile a layer alone, and open it; its files are removed at the end.
-
-        Its graph lies beside the weights file, which it points into: external data may lie nowhere
-        else.
-        """
-        export = self._export
-        with ExitStack() as stack:
-            with writing(export.folder):
-                file = stack.enter_context(
-                    tempfile.NamedTemporaryFile(dir=export.folder, prefix=".layer-", suffix=".onnx")
-                )
-                fcntl.flock(file, fcntl.LOCK_EX)  # see `remove_leftovers`
-                path = Path(file.name)
-                ir.save(graph.model, path)
-                folder = path.with_suffix(".files")
-                folder.mkdir()
-                stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            layer = replace(
-                part,
-                file=path.name,
-                sha256=sha256_of(path),
-                inputs=graph.inputs,
-                outputs=graph.outputs,
-                masks=tuple(
-                    mask for mask in part.masks if mask.name in {i.name for i in graph.inputs}
-                ),
-            )
-            alone = replace(export, parts=(layer,))
-            backend = self._opened()
-            backend.check_options(self.name, self._options)
-            session = backend.open_once(alone, layer, self._options, folder)
-            stack.callback(session.close)
-            yield session
-
-    def result(self) -> BackendLayers:
-        """The layers that ran."""
-        return BackendLayers(self.name, compare_alike(self._layers), self._error, self._note)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the layers that killed runs left in an export; those of other runs are locked."""
-    for graph in folder.glob(".layer-*.onnx"):
-        with suppress(BlockingIOError, FileNotFoundError), graph.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(graph.with_suffix(".files"), ignore_errors=True)
-            graph.unlink()
-    for files in folder.glob(".layer-*.files"):
-        if not files.with_suffix(".onnx").exists():  # a run that goes on has both, or the graph
-            shutil.rmtree(files, ignore_errors=True)
+            for part in export.parts:
+                progress(f"splitting {part.name}")
+                with reading(export.folder):
+                    whole = ir.load(export.folder / part.file)
+                graphs = split_layers(whole, part.inputs, part.outputs)
+                run = PartRun(part, calls_of(job_of(export, options, tensors), part.name, known))
+                steps.update(dict.fromkeys(call.step for call in run.calls))
+                others: dict[str, Candidate | LayerFloor] = {c.name: c for c in candidates}
+                others |= {f"floor {name}": floor for name, floor in floors.items()}
+                for other in others.values():
+                    other.begin(part, job_of(export, options, tensors))
+                live = PartReference(proxy.part(part.name), weights)
+                for stage, graph in enumerate(graphs):
+                    check_alone(part, graph, stage)
+                    where = layer_name(part.name, graph.layer)
+                    following = graphs[stage + 1 :]
+                    earlier = journal.read(f"{part.name}-{stage:04d}")
+                    if earlier is not None:
+                        resumed = where
+                        run.keep(earlier.values[REFERENCE], following)
+                        for name, other in others.items():
+                            other.restore(earlier.values[name], earlier.states[name], following)
+                        continue
+                    progress(f"{where}: PyTorch")
+                    names = {spec.name for spec in graph.outputs}
+                    run_layer = partial(live.run, stage=stage, names=names)
+                    with live.open():
+                        expected = run.forward(graph, run_layer, whole=True)
+                        by_step = run.by_step(expected)
+                        for floor in floors.values():
+                            rounded = partial(run_layer, bits=floor.bits)
+                            floor.run_layer(graph, run, by_step, following, rounded)
+                    for candidate in candidates:
+                        progress(f"{where}: {candidate.name}")
+                        floor_of_it = floors.get(candidate.precision or "")
+                        candidate.try_layer(graph, run, expected, following, floor_of_it)
+                    values = {REFERENCE: run.keep(expected, following)}
+                    values |= {name: other.kept for name, other in others.items()}
+                    states = {name: other.state() for name, other in others.items()}
+                    journal.write(f"{part.name}-{stage:04d}", Entry(values, states))
+                    gc.collect(1)  # graphs are cycles, which hold arrays of the layer's size
+                known[part.name] = run.outputs()
+            journal.remove()
+        except (KeyboardInterrupt, ArtifactError) as error:
+            if not any(candidate.result().layers for candidate in candidates):
+                raise
+            interrupted = where
+            failure = error if isinstance(error, ArtifactError) else None
+    results = tuple(candidate.result() for candidate in candidates)
+    return LayerVerification(
+        export.model["source"], export.folder, tuple(steps), results, interrupted, failure, resumed
+    )
