@@ -30,6 +30,8 @@ class VerifyOptions:
         force: Export and compile again, even where both are up to date.
         wait: Wait for another run that writes the same export.
         max_new_tokens: Tokens to generate, for models that generate.
+        continuation: By layer and against itself, the tokens that follow the prompt, in place of
+            ``max_new_tokens``; by default the prompt again from its start.
         tolerances: How far each tensor may be off; by default according to its dtype.
         compile: Shapes and cores, for every backend.
         backends: Options of one backend, by its name.
@@ -50,6 +52,7 @@ class VerifyOptions:
     force: bool = False
     wait: bool = True
     max_new_tokens: int = 8
+    continuation: Sequence[int] = ()
     tolerances: Tolerances | None = None
     compile: CompileOptions = field(default_factory=CompileOptions)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

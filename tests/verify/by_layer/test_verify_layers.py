@@ -29,6 +29,7 @@ from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify.by_layer import memory, verify_layers
+from qeff_proxy.verify.by_layer.calls import calls_of, job_of
 from qeff_proxy.verify.by_layer.candidate import remove_leftovers
 from qeff_proxy.verify.by_layer.reference import reference_parts
 from qeff_proxy.verify.by_layer.results import (
@@ -416,3 +417,18 @@ def test_free_memory_is_the_least_of_the_machine_and_its_limit(tmp_path, monkeyp
     assert memory.free_memory() == 3000 * 1024
     (tmp_path / "memory.max").write_text("1048576\n")
     assert memory.free_memory() == 1048576
+
+
+def test_the_steps_take_a_continuation_that_is_given(llama):
+    options = replace(OPTIONS, continuation=(17, 4, 99))
+    result = verify_layers(str(llama), request=REQUEST, options=options)
+    assert result.passed
+    assert result.steps == ("prefill-0000", "decode-0000", "decode-0001")
+    loaded = load_model(str(llama))
+    hooks = Plugins.discover().hooks_for("llama")
+    export = export_model(loaded, hooks, taps="layers")
+    job = job_of(export, options, REQUEST_TENSORS)
+    calls = calls_of(job, "embedding", {})
+    assert [call.inputs["input_ids"].tolist() for call in calls[1:]] == [[[17]] * 2, [[4]] * 2]
+    with pytest.raises(UsageError, match="500 is no token of this model"):
+        verify_layers(str(llama), request=REQUEST, options=replace(OPTIONS, continuation=(500,)))

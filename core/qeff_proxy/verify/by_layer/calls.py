@@ -13,6 +13,7 @@ from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.flows.generation.inputs import checked_ids
 from qeff_proxy.graph.split_layers import LayerGraph
 from qeff_proxy.load.load_model import load_config
 from qeff_proxy.run.replay_tokens import replay_tokens
@@ -150,10 +151,14 @@ def continuation(
     """The tokens to generate, ``[batch]`` each; none where the model does not generate."""
     if not any(spec.name.startswith(PRESENT) for part in export.parts for spec in part.outputs):
         return []
-    rows = int(export.settings.get("embedding_rows", 2))
+    rows = export.settings.get("embedding_rows")
     ids = tensors.get("input_ids")
+    if options.continuation:
+        given = {"continuation": torch.tensor([list(options.continuation)])}
+        tokens = checked_ids(given, rows, "continuation")
+        return list(tokens.expand(1 if ids is None else len(ids), -1).T)
     if ids is None:  # the model does not start from tokens
-        ids = torch.arange(options.max_new_tokens)[None] % rows
+        ids = torch.arange(options.max_new_tokens)[None] % int(rows or 2)
     ids = torch.as_tensor(ids)
     return [ids[:, number % ids.shape[1]] for number in range(options.max_new_tokens)]
 
