@@ -53,7 +53,7 @@ class LayerError:
 
     Attributes:
         passed: Whether all are within their tolerances.
-        tensor: The output with the largest error over its peak.
+        tensor: The output with the largest error over its peak, of those that fail if any does.
         step: The step in which it has that.
         max_abs: Its largest absolute error.
         over_peak: That error over the reference's largest magnitude.
@@ -222,10 +222,10 @@ def compare_layer(
                 return LayerError(False, name, step, math.inf, math.inf, -math.inf)
             stats = _measure(expected, actual, tolerance, scratch)
             share, sqnr = float(relative_peak(stats)[0]), float(sqnr_db(stats)[0])
-            passed = total.passed and bool(judge(stats, tolerance)[0])
-            worse = not total.tensor or share > total.over_peak
+            fails = not bool(judge(stats, tolerance)[0])
+            worse = not total.tensor or (fails, share) > (not total.passed, total.over_peak)
             total = LayerError(
-                passed,
+                total.passed and not fails,
                 name if worse else total.tensor,
                 step if worse else total.step,
                 float(stats["max_abs"][0]) if worse else total.max_abs,
