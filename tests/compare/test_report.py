@@ -7,11 +7,7 @@ QEFF_PROXY_TEST_WITHOUT_BROWSER=1 to leave them out.
 from __future__ import annotations
 
 import dataclasses
-import html
-import json
-import os
 import re
-import shutil
 import struct
 import subprocess
 import zlib
@@ -21,68 +17,6 @@ import pytest
 from qeff_proxy.compare import NoiseFloor, Tolerances, compare_dumps
 from qeff_proxy.compare.report import MAX_COLUMNS, build_report
 from qeff_proxy.dump import DumpWriter
-
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--hide-scrollbars", "--virtual-time-budget=4000",
-]  # fmt: skip
-
-# Put before the page's own script: what goes wrong in it is written into the page.
-CATCH = """<script>
-window.faults = [];
-addEventListener("error", (e) => faults.push(String(e.message || e)));
-document.addEventListener("securitypolicyviolation", (e) => faults.push(e.violatedDirective));
-</script>"""
-
-PROBE = """<script>
-addEventListener("load", () => {
-  let out;
-  try { out = (() => { SCRIPT })(); } catch (e) { faults.push(String(e)); }
-  const pre = document.createElement("pre");
-  pre.id = "probe";
-  pre.textContent = JSON.stringify({ out, faults });
-  document.body.append(pre);
-});
-</script>"""
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    found = next(
-        (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))),
-        None,
-    )
-    if found is None:
-        if os.environ.get("QEFF_PROXY_TEST_WITHOUT_BROWSER") == "1":
-            pytest.skip("QEFF_PROXY_TEST_WITHOUT_BROWSER=1: the report is not opened in a browser")
-        pytest.fail(
-            "Chromium is not installed, so the HTML report cannot be tested: install Debian's "
-            "package 'chromium', or set QEFF_PROXY_TEST_WITHOUT_BROWSER=1 to leave these tests out"
-        )
-    return found
-
-
-@pytest.fixture
-def browse(chromium, tmp_path):
-    """Open a page in Chromium, run a script in it, and return what the script gives."""
-
-    def run(page: str, script: str, *flags: str):
-        code = PROBE.replace("SCRIPT", script)
-        page = page.replace("<head>", "<head>" + CATCH)
-        file = tmp_path / "page.html"
-        file.write_text(page.replace("</body>", code + "</body>"))
-        command = [chromium, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags]
-        done = subprocess.run(
-            [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=50
-        )
-        probe = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
-        assert probe, done.stderr[-2000:]
-        value = json.loads(html.unescape(probe[1]))
-        assert value["faults"] == []
-        return value.get("out")
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -191,7 +125,7 @@ def test_the_page_follows_the_colour_scheme(chromium, page, tmp_path, scheme, li
     (tmp_path / "page.html").write_text(page)
     picture = tmp_path / "page.png"
     subprocess.run(
-        [chromium, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}",
+        [*chromium, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}",
          f"--blink-settings=preferredColorScheme={scheme}", (tmp_path / "page.html").as_uri()],
         check=True, capture_output=True, timeout=50,
     )  # fmt: skip

@@ -218,8 +218,8 @@ def _choose_by_layer(args: argparse.Namespace, model: LoadedModel | Export) -> N
 def _check_alone(args: argparse.Namespace) -> None:
     """Refuse options that a verification by layer, or without a reference, has no use for."""
     mode = "by-layer" if args.by_layer else "self"
-    options = ("speed", "turns", "html", "calibrate", "io_dir", "io_steps", "io_tensors")
-    for name in (*options, *(("taps", "itself") if args.by_layer else ())):
+    options = ("speed", "turns", "calibrate", "io_dir", "io_steps", "io_tensors")
+    for name in (*options, *(("taps", "itself") if args.by_layer else ("html",))):
         if getattr(args, name) not in (None, False, [], "all"):
             option = "self" if name == "itself" else name.replace("_", "-")
             raise UsageError(f"--{option} and --{mode} exclude each other")

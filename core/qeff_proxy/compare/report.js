@@ -13,7 +13,7 @@ const share = (e) => {
   if (e === 0) return "0";
   return e >= 0.1 ? (100 * e).toFixed(0) + "%" : (100 * e).toPrecision(2) + "%";
 };
-const short = (v) => (v === null ? "–" : v === 0 ? "0" : Number(v).toPrecision(3));
+const short = (v) => (v === null ? "–" : v === "inf" ? "∞" : v === 0 ? "0" : v < 1e-3 ? v.toExponential(2) : v.toPrecision(3));
 
 function element(name, attributes, text) {
   const node = document.createElementNS(SVG, name);
@@ -86,7 +86,7 @@ function drawLayers() {
   if (first !== null) {
     svg.append(element("line", { x1: x(first), x2: x(first), y1: top, y2: floor, stroke: "var(--bad)", "stroke-dasharray": "4 4" }));
     const flip = first > places.length * 0.7;
-    svg.append(element("text", { x: x(first) + (flip ? -6 : 6), y: top + 10, "text-anchor": flip ? "end" : "start", style: "fill:var(--bad);font-weight:600" }, data.first_text));
+    svg.append(element("text", { x: x(first) + (flip ? -6 : 6), y: top - 4, "text-anchor": flip ? "end" : "start", style: "fill:var(--bad);font-weight:600" }, data.first_text));
   }
   series.forEach((s, n) => {
     const colour = `var(--s${n % 6})`;
@@ -111,6 +111,7 @@ function drawLayers() {
 
 // A line through points, each "x,y".
 function drawLine(svg, places, colour, dashes) {
+  if (!places.length) return;
   svg.append(element("polyline", { points: places.join(" "), fill: "none", stroke: colour, "stroke-width": dashes ? 1.5 : 2, "stroke-dasharray": dashes || "none" }));
 }
 function drawDecibels() {
@@ -142,7 +143,7 @@ function drawDecibels() {
         : element("path", { d: `M${x(p.place) - 4.5} ${y(p.sqnr) - 4.5}l9 9m0-9l-9 9`, stroke: colour, "stroke-width": 2.5 });
       const target = element("circle", { cx: x(p.place), cy: y(p.sqnr), r: 9, fill: "transparent" });
       const floor = p.floor === null ? "" : `, floor ${decibels(p.floor)}, limit ${decibels(p.limit)}`;
-      explain(target, `${name}, ${data.names[p.place]}, ${p.phase}: ${p.sqnr.toFixed(1)} dB${floor} ${p.passed ? "passed" : "FAILED"}`);
+      explain(target, `${name}, ${data.names[p.place]}, ${p.kind}: ${p.sqnr.toFixed(1)} dB${floor} ${p.passed ? "passed" : "FAILED"}`);
       svg.append(dot, target);
     }
     const item = html("span"), swatch = html("i");
@@ -202,10 +203,10 @@ const COLUMNS = [
   [data.thing, "name", "left wide"], ["error", "whose", "left"], ["phase", "phase", "left"], ["layer", "layer"],
   ["steps", "steps"], ["failed", "failed"], ["max error", "max_abs", "", short],
   ["at", "at", "left"], ["mean", "mean_abs", "", short], ["max rel.", "max_rel", "", short],
-  ["error/peak", "error", "", share], ["SQNR dB", "sqnr", "", decibels], ["floor", "floor", "", decibels], ["limit", "limit", "", decibels],
+  ["error/peak", "error", "", share], ["SQNR dB", "sqnr", "", decibels], ["floor", "floor", "", decibels], ["limit", "limit", "", decibels], ["SQNR of", "kind", "left"],
   ["cosine", "cosine", "", (v) => (v === null ? "–" : v.toFixed(6))], ["dtype", "dtype", "left"],
   ["held to", "tolerance", "left wide"], ["", "verdict", "left"],
-].filter(([, key]) => data.tensors.some((t) => key in t && (!["floor", "limit"].includes(key) || t.floor !== null)));
+].filter(([, key]) => data.tensors.some((t) => key in t && (!["floor", "limit", "kind"].includes(key) || t.floor !== null)));
 let sorted = { column: -1, down: false };
 function fillTable() {
   const words = document.getElementById("filter").value.toLowerCase();

@@ -150,7 +150,7 @@ def _verdict(lines: Sequence[str], facts: Mapping[str, str], *, passed: bool) ->
     return "".join(out)
 
 
-def _finite(value: float) -> float | str | None:
+def json_number(value: float) -> float | str | None:
     """Return a JSON value: ``inf`` as text, an undefined number as None."""
     if math.isnan(value):
         return None
@@ -184,19 +184,19 @@ def _row(tensor: TensorComparison) -> dict[str, Any]:
         "layer": tensor.name.layer,
         "steps": len(tensor.steps),
         "failed": int((~tensor.step_passed).sum()),
-        "max_abs": _finite(worst.max_abs) if worst else None,
+        "max_abs": json_number(worst.max_abs) if worst else None,
         "at": f"{worst.step} {list(worst.max_abs_at)}"
         if worst and worst.max_abs and _shows_failure(tensor)
         else "",
-        "mean_abs": _finite(worst.mean_abs) if worst else None,
-        "max_rel": _finite(worst.max_rel) if worst else None,
-        "error": _finite(_error(tensor)),
-        "sqnr": _finite(worst.sqnr) if worst else None,
+        "mean_abs": json_number(worst.mean_abs) if worst else None,
+        "max_rel": json_number(worst.max_rel) if worst else None,
+        "error": json_number(_error(tensor)),
+        "sqnr": json_number(worst.sqnr) if worst else None,
         "cosine": round(worst.cosine, 8) if worst and math.isfinite(worst.cosine) else None,
         "dtype": tensor.reference_dtype
         if same
         else f"{tensor.reference_dtype} / {tensor.candidate_dtype}",
-        "floor": _finite(tensor.floor.sqnr) if tensor.floor is not None else None,
+        "floor": json_number(tensor.floor.sqnr) if tensor.floor is not None else None,
         "limit": tensor.tolerance.sqnr,
         "tolerance": str(tensor.tolerance),
         "passed": tensor.passed,
@@ -224,7 +224,7 @@ def _card(tensor: TensorComparison) -> dict[str, Any]:
             lines.append("NaN {} / {}, infinite {} / {} (reference / candidate)".format(*nan))
     return {
         "name": f"{tensor.phase} {tensor.name}",
-        "error": _finite(_error(tensor)),
+        "error": json_number(_error(tensor)),
         "passed": tensor.passed,
         "lines": lines,
     }
@@ -256,7 +256,7 @@ def _layer_series(comparison: Comparison) -> dict[str, Any]:
         worst = _worst_step(tensor)
         point = {
             "place": place,
-            "error": _finite(float(tensor.step_error[worst])),
+            "error": json_number(float(tensor.step_error[worst])),
             "passed": tensor.passed,
             "step": comparison.steps[tensor.steps[worst]].label,
         }
@@ -290,10 +290,10 @@ def _decibel_series(
             continue
         point = {
             "place": layers.index(layer),
-            "sqnr": _finite(sqnr),
-            "floor": _finite(tensor.floor.sqnr),
+            "sqnr": json_number(sqnr),
+            "floor": json_number(tensor.floor.sqnr),
             "limit": limit,
-            "phase": tensor.phase,
+            "kind": tensor.phase,
             "passed": tensor.passed,
         }
         known = series.setdefault(tensor.name.tensor, {}).get(layer)
@@ -336,5 +336,5 @@ def _heat_map(comparison: Comparison) -> dict[str, Any]:
     for _, cells in ordered:
         for cell in cells:
             if cell is not None:
-                cell[0] = _finite(cell[0])
+                cell[0] = json_number(cell[0])
     return {"columns": columns, "rows": [{"label": k, "cells": cells} for k, cells in ordered]}

@@ -14,9 +14,11 @@ import numpy as np
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.common.json_schema import plain_json
+from qeff_proxy.common.messages import counted
 from qeff_proxy.compare.compare_dumps import judge
 from qeff_proxy.compare.statistics import Scratch, measure, relative_peak, sqnr_db, to_numbers
 from qeff_proxy.compare.tolerances import NoiseFloor, Tolerance, Tolerances
+from qeff_proxy.compare.verdict import printable
 
 #: A layer's local error may be so many dB further above its floor than is usual for the layers
 #: like it, or so many times their spread: the backend's own rounding is alike in all of them.
@@ -127,12 +129,14 @@ class BackendLayers:
         layers: Those that ran, in order.
         error: What stopped it before the last; ``None`` where nothing did.
         note: Why a backend of a lower precision has no noise floor.
+        report: The HTML report, where one was asked for.
     """
 
     backend: str
     layers: tuple[LayerResult, ...]
     error: str | None = None
     note: str | None = None
+    report: Path | None = None
 
     @property
     def passed(self) -> bool:
@@ -156,6 +160,7 @@ class BackendLayers:
             "passed": self.passed,
             "error": self.error,
             "note": self.note,
+            "report": str(self.report) if self.report is not None else None,
             "faulty": [layer.name for layer in self.faulty],
             "layers": [layer.to_json() for layer in self.layers],
         }
@@ -200,6 +205,42 @@ class LayerVerification:
 def layer_name(part: str, layer: int | None) -> str:
     """``body layer 3``, or a part's name for what is in none of its layers."""
     return part if layer is None else f"{part} layer {layer}"
+
+
+def describe_layers(result: BackendLayers, interrupted: str | None) -> list[str]:
+    """The verdict of a backend, a paragraph a line; ``interrupted`` is the run's."""
+    lines = [_summary(result, so_far="so far, " if interrupted else "")]
+    if result.note is not None:
+        lines.append(
+            f"Note: the limits are fixed, not relative to a noise floor: {printable(result.note)}"
+        )
+    if interrupted:
+        lines.append(f"interrupted at {interrupted}: what follows did not run")
+    return lines
+
+
+def _summary(result: BackendLayers, so_far: str) -> str:
+    """The verdict in one line."""
+    if result.error is not None:
+        return f"{result.backend}: ERROR in {printable(result.error)}"
+    if not result.layers:
+        return f"{result.backend}: nothing ran"
+    total = counted(len(result.layers), "piece")
+    if result.faulty:
+        names = ", ".join(layer.name for layer in result.faulty)
+        return f"{result.backend}: FAILED: out of line by its own error: {names}, of {total}."
+    if not result.passed:
+        first = next(layer for layer in result.layers if not layer.inherited.passed)
+        return (
+            f"{result.backend}: FAILED: each of {total} is within tolerance alone; their errors "
+            f"add up to more at {first.name}."
+        )
+    typical = statistics.median(layer.local.sqnr for layer in result.layers)
+    return (
+        f"{result.backend}: {so_far or 'PASSED: '}all of {total} are within tolerance; largest "
+        f"error of its own: {result.worst.name}, {result.worst.local.sqnr:.1f} dB (median "
+        f"{typical:.1f} dB)."
+    )
 
 
 def compare_layer(

@@ -31,6 +31,7 @@ from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.compare.tolerances import COMPUTED_IN, Tolerances
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ProxyError, UsageError
@@ -46,6 +47,7 @@ from qeff_proxy.verify.by_layer.calls import Outputs, calls_of, check_alone, job
 from qeff_proxy.verify.by_layer.floor import LayerFloor
 from qeff_proxy.verify.by_layer.part_run import PartRun, Step
 from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
+from qeff_proxy.verify.by_layer.report import write_layer_reports
 from qeff_proxy.verify.by_layer.results import (
     BackendLayers,
     LayerResult,
@@ -57,7 +59,7 @@ from qeff_proxy.verify.by_layer.results import (
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.results import reason_of
 from qeff_proxy.verify.rounding import BITS
-from qeff_proxy.verify.runs import check_request, processor_in, tensors_of
+from qeff_proxy.verify.runs import check_request, described_request, processor_in, tensors_of
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
 
@@ -92,6 +94,8 @@ def verify_layers(
     options = replace(options or VerifyOptions(), taps="layers")
     names = tuple(dict.fromkeys(backends))
     check_names(names, options)
+    if options.html is not None:
+        check_report_place(options.html)
     if "torch" in names:
         raise UsageError("PyTorch is the reference", "Name another backend.")
     if isinstance(model, str | Path):
@@ -185,7 +189,8 @@ def verify_layers_of(
         interrupted = where
     results = tuple(candidate.result() for candidate in candidates)
     source = export.model["source"]
-    return LayerVerification(source, export.folder, tuple(steps), results, interrupted)
+    done = LayerVerification(source, export.folder, tuple(steps), results, interrupted)
+    return write_layer_reports(done, export, options, described_request(request or Request()))
 
 
 class _Candidate:
