@@ -246,7 +246,8 @@ def test_no_column_of_the_table_is_cut_at_1280_pixels(good, bad, browse):
         max_abs_at=(1, 31, 1023, 127),
         sqnr=-123.4,
     )
-    tensors = [dataclasses.replace(t, worst=longest) for t in comparison.tensors]
+    change = {"worst": longest, "candidate_dtype": "bfloat16"}
+    tensors = [dataclasses.replace(t, **change) for t in comparison.tensors]
     page = build_report(dataclasses.replace(comparison, tensors=tensors))
     assert browse(page, script, "--window-size=1280,900") == [1280, 17, 0, True]
 
