@@ -59,17 +59,18 @@ def facts_of_backend(
     """
     try:
         backend = load_backend(name)
-        precision = backend.precision(options)
+        computed = backend.precision(options)
+        precision = f"{computed}; exported in {export.dtype}" if computed else export.dtype
         versions = described_versions(export.made_by, backend.versions())
-    except Exception as error:  # noqa: BLE001 (the report of an error must not fail by the same)
-        precision = None
-        versions = f"{described_versions(export.made_by, {})}; {name}: {reason_of(error)}"
+    except Exception:  # noqa: BLE001 (the verdict of the page tells that error, or a later one)
+        precision = f"unknown; exported in {export.dtype}"
+        versions = f"{described_versions(export.made_by, {})}; of {name} unknown"
     facts = {
         "input": described_input(inputs),
         **output,
         "backend": name,
         "options": described_options(options.to_json()),
-        "precision": f"{precision}; exported in {export.dtype}" if precision else export.dtype,
+        "precision": precision,
         "versions": versions,
         "date": today(),
     }

@@ -134,7 +134,8 @@ def test_each_backend_has_its_page(tmp_path, several):
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == names
     page = told.results[0].report.read_text()
     assert "<dt>options</dt><dd>batch_size=1, soc=SM1</dd>" in page
-    assert "<dt>versions</dt><dd>torch 2.0; engine: there is no backend" in page
+    assert "<dt>versions</dt><dd>torch 2.0; of engine unknown</dd>" in page
+    assert "<dt>continuation</dt><dd>the prompt again" in page
 
 
 def test_the_tensor_shown_for_a_failing_piece_is_one_that_fails():

@@ -24,6 +24,7 @@ _HINT = (
     "Local: on PyTorch's inputs, what the piece adds. Inherited: on the backend's own results of "
     "all that ran before."
 )
+_CONTINUATION = "the prompt again, from its start; nothing is generated"
 _WORST = 6
 
 
@@ -51,7 +52,8 @@ def write_layer_reports(
     for result in verification.results:
         path = report_path(options.html, result.backend, several=len(verification.results) > 1)
         if path is not None:
-            output = {"continuation": "the prompt again, from its start; nothing is generated"}
+            continued = any(step.startswith("decode") for step in verification.steps)
+            output = {"continuation": _CONTINUATION} if continued else {}
             chosen = options.compile_for(result.backend)
             facts = facts_of_backend(export, result.backend, chosen, inputs, output)
             page = build_layer_report(verification, result, model_named(vars(export)), facts)
