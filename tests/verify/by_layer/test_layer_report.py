@@ -21,6 +21,9 @@ from qeff_proxy.verify.by_layer.results import (
 )
 from qeff_proxy.verify.options import VerifyOptions
 
+EXPORT = SimpleNamespace(
+    model={"source": "m", "architecture": "M"}, made_by={"torch": "2.0"}, dtype="float32"
+)
 FACTS = {"input": "'Hello'", "date": "2026-01-31"}
 
 
@@ -124,11 +127,8 @@ def test_each_backend_has_its_page(tmp_path, several):
     done = verification()
     if several:
         done = replace(done, results=(*done.results, replace(done.results[0], backend="other")))
-    export = SimpleNamespace(
-        model={"source": "m", "architecture": "M"}, made_by={"torch": "2.0"}, dtype="float32"
-    )
     options = VerifyOptions(html=tmp_path / "page.html", backends={"engine": {"soc": "SM1"}})
-    told = write_layer_reports(done, export, options, {"prompts": ["Hello"]})
+    told = write_layer_reports(done, EXPORT, options, {"prompts": ["Hello"]})
     names = ["page.engine.html", "page.other.html"] if several else ["page.html"]
     assert [result.report.name for result in told.results] == names
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == names
@@ -136,6 +136,14 @@ def test_each_backend_has_its_page(tmp_path, several):
     assert "<dt>options</dt><dd>batch_size=1, soc=SM1</dd>" in page
     assert "<dt>versions</dt><dd>torch 2.0; of engine unknown</dd>" in page
     assert "<dt>continuation</dt><dd>the prompt again" in page
+
+
+def test_errors_are_not_lost_for_a_page_that_cannot_be_written(tmp_path):
+    options = VerifyOptions(html=tmp_path / "missing" / "page.html")
+    with pytest.warns(UserWarning, match="page.html cannot be written: No such file"):
+        told = write_layer_reports(verification(), EXPORT, options, {})
+    assert told.results[0].report is None
+    assert len(told.results[0].layers) == 8
 
 
 def test_the_tensor_shown_for_a_failing_piece_is_one_that_fails():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.common.messages import counted
 from qeff_proxy.compare.report import fill_page, json_number, write_page
 from qeff_proxy.compare.verdict import format_error, model_named
+from qeff_proxy.errors import DumpError
 from qeff_proxy.verify.by_layer.results import (
     BackendLayers,
     LayerResult,
@@ -34,7 +36,7 @@ def write_layer_reports(
     options: VerifyOptions,
     inputs: Mapping[str, Any],
 ) -> LayerVerification:
-    """Write a page per backend, where one was asked for.
+    """Write a page per backend, where one was asked for; warn of one that cannot be written.
 
     Args:
         verification: What is shown, be it of all pieces or of those that ran.
@@ -44,9 +46,6 @@ def write_layer_reports(
 
     Returns:
         The verification, with the places of the pages.
-
-    Raises:
-        DumpError: A page cannot be written.
     """
     results = []
     for result in verification.results:
@@ -57,7 +56,11 @@ def write_layer_reports(
             chosen = options.compile_for(result.backend)
             facts = facts_of_backend(export, result.backend, chosen, inputs, output)
             page = build_layer_report(verification, result, model_named(vars(export)), facts)
-            write_page(page, path)
+            try:
+                write_page(page, path)
+            except DumpError as error:  # the errors of all layers must not be lost for a page
+                warnings.warn(str(error), UserWarning, stacklevel=2)
+                path = None
         results.append(replace(result, report=path))
     return replace(verification, results=tuple(results))
 
