@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -18,6 +24,30 @@ if TYPE_CHECKING:
     ModelFactory = Callable[..., PreTrainedModel]
 
 VOCABULARY = 131  # a number that is no other size in these models
+
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--hide-scrollbars", "--virtual-time-budget=4000",
+]  # fmt: skip
+
+# Put before the page's own script: what goes wrong in it is written into the page.
+CATCH = """<script>
+window.faults = [];
+addEventListener("error", (e) => faults.push(String(e.message || e)));
+document.addEventListener("securitypolicyviolation", (e) => faults.push(e.violatedDirective));
+</script>"""
+
+PROBE = """<script>
+addEventListener("load", () => {
+  let out;
+  try { out = (() => { SCRIPT })(); } catch (e) { faults.push(String(e)); }
+  const pre = document.createElement("pre");
+  pre.id = "probe";
+  pre.textContent = JSON.stringify({ out, faults });
+  document.body.append(pre);
+});
+</script>"""
 
 #: Whatever a config calls its sizes.
 _SMALL: dict[str, Any] = {
@@ -172,3 +202,41 @@ def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
         file = getattr(module, "__file__", None)
         if file is not None and folder in Path(file).parents:
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    found = next(
+        (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))),
+        None,
+    )
+    if found is None:
+        if os.environ.get("QEFF_PROXY_TEST_WITHOUT_BROWSER") == "1":
+            pytest.skip("QEFF_PROXY_TEST_WITHOUT_BROWSER=1: the report is not opened in a browser")
+        pytest.fail(
+            "Chromium is not installed, so the HTML report cannot be tested: install Debian's "
+            "package 'chromium', or set QEFF_PROXY_TEST_WITHOUT_BROWSER=1 to leave these tests out"
+        )
+    return [found, *FLAGS]
+
+
+@pytest.fixture
+def browse(chromium, tmp_path):
+    """Open a page in Chromium, run a script in it, and return what the script gives."""
+
+    def run(page: str, script: str, *flags: str):
+        code = PROBE.replace("SCRIPT", script)
+        page = page.replace("<head>", "<head>" + CATCH)
+        file = tmp_path / "page.html"
+        file.write_text(page.replace("</body>", code + "</body>"))
+        command = [*chromium, f"--user-data-dir={tmp_path / 'profile'}", *flags]
+        done = subprocess.run(
+            [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=50
+        )
+        probe = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
+        assert probe, done.stderr[-2000:]
+        value = json.loads(html.unescape(probe[1]))
+        assert value["faults"] == []
+        return value.get("out")
+
+    return run

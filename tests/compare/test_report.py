@@ -7,11 +7,7 @@ QEFF_PROXY_TEST_WITHOUT_BROWSER=1 to leave them out.
 from __future__ import annotations
 
 import dataclasses
-import html
-import json
-import os
 import re
-import shutil
 import struct
 import subprocess
 import zlib
@@ -21,68 +17,6 @@ import pytest
 from qeff_proxy.compare import NoiseFloor, Tolerances, compare_dumps
 from qeff_proxy.compare.report import MAX_COLUMNS, build_report
 from qeff_proxy.dump import DumpWriter
-
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--hide-scrollbars", "--virtual-time-budget=4000",
-]  # fmt: skip
-
-# Put before the page's own script: what goes wrong in it is written into the page.
-CATCH = """<script>
-window.faults = [];
-addEventListener("error", (e) => faults.push(String(e.message || e)));
-document.addEventListener("securitypolicyviolation", (e) => faults.push(e.violatedDirective));
-</script>"""
-
-PROBE = """<script>
-addEventListener("load", () => {
-  let out;
-  try { out = (() => { SCRIPT })(); } catch (e) { faults.push(String(e)); }
-  const pre = document.createElement("pre");
-  pre.id = "probe";
-  pre.textContent = JSON.stringify({ out, faults });
-  document.body.append(pre);
-});
-</script>"""
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    found = next(
-        (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))),
-        None,
-    )
-    if found is None:
-        if os.environ.get("QEFF_PROXY_TEST_WITHOUT_BROWSER") == "1":
-            pytest.skip("QEFF_PROXY_TEST_WITHOUT_BROWSER=1: the report is not opened in a browser")
-        pytest.fail(
-            "Chromium is not installed, so the HTML report cannot be tested: install Debian's "
-            "package 'chromium', or set QEFF_PROXY_TEST_WITHOUT_BROWSER=1 to leave these tests out"
-        )
-    return found
-
-
-@pytest.fixture
-def browse(chromium, tmp_path):
-    """Open a page in Chromium, run a script in it, and return what the script gives."""
-
-    def run(page: str, script: str, *flags: str):
-        code = PROBE.replace("SCRIPT", script)
-        page = page.replace("<head>", "<head>" + CATCH)
-        file = tmp_path / "page.html"
-        file.write_text(page.replace("</body>", code + "</body>"))
-        command = [chromium, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags]
-        done = subprocess.run(
-            [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=50
-        )
-        probe = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
-        assert probe, done.stderr[-2000:]
-        value = json.loads(html.unescape(probe[1]))
-        assert value["faults"] == []
-        return value.get("out")
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -191,7 +125,7 @@ def test_the_page_follows_the_colour_scheme(chromium, page, tmp_path, scheme, li
     (tmp_path / "page.html").write_text(page)
     picture = tmp_path / "page.png"
     subprocess.run(
-        [chromium, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}",
+        [*chromium, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}",
          f"--blink-settings=preferredColorScheme={scheme}", (tmp_path / "page.html").as_uri()],
         check=True, capture_output=True, timeout=50,
     )  # fmt: skip
@@ -256,3 +190,93 @@ def test_the_noise_floor_and_the_limit_are_drawn_by_layer(good, bad, page, brows
     assert columns == ["floor", "limit"]
     assert (point["floor"], point["limit"]) == (52.0, 32.0)
     assert browse(page, "return document.getElementById('decibel-card').hidden")
+
+
+@pytest.fixture(scope="module")
+def fails_late(tmp_path_factory):
+    """A tensor whose largest error is in a step that passes: the reference is large there."""
+    folder = tmp_path_factory.mktemp("late")
+    scales = (1000.0, 1.0, 1.0)
+    for name, errors in (("reference", (0, 0, 0)), ("candidate", (0.5, 0.0, 0.1))):
+        with DumpWriter(folder / name, {"model": "m"}) as writer:
+            for index, (scale, error) in enumerate(zip(scales, errors, strict=True)):
+                values = np.linspace(-scale, scale, 8, dtype=np.float32)
+                values[3] += error
+                writer.step("decode", index, "body", {}, {"hidden_states.0": values})
+    limits = Tolerances.parse(["*=peak:0.01"])
+    return compare_dumps(folder / "reference", folder / "candidate", tolerances=limits)
+
+
+def test_the_element_shown_for_a_failing_tensor_is_of_a_step_that_fails(fails_late, browse):
+    (tensor,) = fails_late.tensors
+    assert tensor.step_passed.tolist() == [True, True, False]
+    assert tensor.worst.step == "decode-0002"
+    assert tensor.worst.max_abs == pytest.approx(0.1)
+    shown = browse(
+        build_report(fails_late),
+        "return [data.tensors[0].at, data.worst[0].lines[1], data.series[0].points[0].step]",
+    )
+    assert shown[0] == "decode-0002 [3]"
+    assert shown[1].startswith("decode-0002 [3]: ")
+    assert shown[2] == "decode-0002"
+
+
+def test_a_failing_cell_names_the_tensor_that_fails(stack, tmp_path, browse):
+    good, bad = stack(tmp_path / "a"), stack(tmp_path / "b", wrong_layer=2)
+    limits = Tolerances.parse(["*=peak:0.0000001", "body.out.hidden_states.*=peak:1"])
+    page = build_report(compare_dumps(good, bad, tolerances=limits))
+    cells = browse(page, "return data.heat.rows.find((r) => r.label === 'layer 3').cells")
+    assert {tuple(cell[1:]) for cell in cells} == {(False, "present_key")}
+
+
+def test_no_column_of_the_table_is_cut_at_1280_pixels(good, bad, browse):
+    plain = compare_dumps(good, bad)
+    floors = {(t.phase, str(t.name)): NoiseFloor(52.0, 0.01) for t in plain.tensors}
+    limits = Tolerances(precision="float16", floors=floors)
+    comparison = compare_dumps(good, bad, tolerances=limits)
+    script = """
+    const box = document.querySelector(".scroll"), last = box.querySelector("th:last-child");
+    return [innerWidth, COLUMNS.length, box.scrollWidth - box.clientWidth,
+            last.getBoundingClientRect().right <= box.getBoundingClientRect().right];
+    """
+    longest = dataclasses.replace(
+        comparison.tensors[0].worst,
+        max_abs=1.2345e-05,
+        step="prefill-0000",
+        max_abs_at=(1, 31, 1023, 127),
+        sqnr=-123.4,
+    )
+    change = {"worst": longest, "candidate_dtype": "bfloat16"}
+    tensors = [dataclasses.replace(t, **change) for t in comparison.tensors]
+    page = build_report(dataclasses.replace(comparison, tensors=tensors))
+    assert browse(page, script, "--window-size=1280,900") == [1280, 17, 0, True]
+
+
+def test_facts_are_shown_escaped_and_shortened(good, bad, browse):
+    facts = {"input": "'<b>hi</b>'", "date": "2026-01-31", "long": "x" * 5000}
+    shown = browse(
+        build_report(compare_dumps(good, bad), facts),
+        """const all = [...document.querySelectorAll("#verdict dl > *")];
+        return all.map((node) => node.textContent);""",
+    )
+    told = dict(zip(shown[::2], shown[1::2], strict=True))
+    assert told["input"] == facts["input"]
+    assert told["long"] == "x" * 1000 + "…"
+    assert set(told) == {*facts, "reference", "candidate"}
+    assert told["candidate"].endswith("stack, numpy")
+
+
+def test_a_comparison_tells_what_made_its_dumps(tmp_path):
+    made = {
+        "dtype": "float32", "prompts": ["Hello <there>"], "versions": {"engine": "4.5"},
+        "options": {"num_cores": 2, "ctx_len": None, "backend": {"soc": "SM1"}},
+        "made_by": {"torch": "2.0", "identity": "ab"},
+    }  # fmt: skip
+    for name in ("r", "c"):
+        with DumpWriter(tmp_path / name, made) as writer:
+            writer.step("prefill", 0, "encoder", {}, {"pooled": np.ones(2, np.float32)})
+    page = build_report(compare_dumps(tmp_path / "r", tmp_path / "c"))
+    assert "<dd>&#x27;Hello &lt;there&gt;&#x27;</dd>" in page
+    assert "<dt>candidate: options</dt><dd>num_cores=2, soc=SM1</dd>" in page
+    assert "<dt>candidate: versions</dt><dd>torch 2.0, engine 4.5</dd>" in page
+    assert re.search(r"<dt>date</dt><dd>\d{4}-\d\d-\d\d \d\d:\d\d UTC</dd>", page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.artifact.hashes import hash_weights_file
@@ -115,10 +117,24 @@ def test_a_missing_backend_stands_in_its_row_and_the_others_go_on(
 def test_each_backend_has_its_own_report(first_run: dict[str, Any]) -> None:
     report = first_run["report"]
     assert not report.exists()
-    assert not report.with_name("report.nonesuch.html").exists()
+    page = report.with_name("report.nonesuch.html").read_text()
+    assert "ERROR: there is no backend &#x27;nonesuch&#x27;" in page.split("<script")[0]
+    assert f"report: {report.with_name('report.nonesuch.html')}" in first_run["out"]
+    for fact in ("input</dt><dd>&#x27;Anna went", "backend</dt><dd>nonesuch", "torch "):
+        assert fact in page
     page = report.with_name("report.onnxruntime.html").read_text()
     assert page.startswith("<!doctype html>") or "<html" in page[:200]
     assert "body.out.hidden_states.layer-02" in page
+    for fact in (
+        "<dt>input</dt><dd>&#x27;Anna went to the market&#x27;</dd>",
+        "<dt>PyTorch says</dt><dd>&#x27;",
+        "<dt>options</dt><dd>batch_size=1, num_cores=1</dd>",
+        "<dt>precision</dt><dd>float32</dd>",
+        f"onnxruntime {onnxruntime.__version__}",
+        "<dt>date</dt>",
+    ):
+        assert fact in page
+    assert "would say" not in page
     assert f"report: {report.with_name('report.onnxruntime.html')}" in first_run["out"]
 
 
@@ -151,13 +167,24 @@ def test_all_passed_is_exit_code_0_and_json_tells_all(
 
 
 def test_a_backend_is_fed_the_references_tokens_whatever_it_would_choose(
-    first_run: dict[str, Any], tapped: Path, backend_that: Any
+    first_run: dict[str, Any], tapped: Path, backend_that: Any, tmp_path: Path
 ) -> None:
     def negate(outputs: dict[str, Any]) -> None:
         if "logits" in outputs:
             outputs["logits"] *= -1
 
-    found = verify_model(tapped, [backend_that(negate)], Request(prompts=(PROMPT, "One")), SHORT)
+    options = replace(SHORT, html=tmp_path / "page.html")
+    found = verify_model(tapped, [backend_that(negate)], Request(prompts=(PROMPT, "One")), options)
+    page = (tmp_path / "page.html").read_text()
+    says, would_say = (
+        re.search(f"<dt>{label}</dt><dd>(.*?)</dd>", page)
+        for label in ("PyTorch says", "strange would say")
+    )
+    assert says
+    assert would_say
+    assert says[1].count("&#x27;") == 4  # two texts
+    assert would_say[1].endswith(", each token after PyTorch&#x27;s")
+    assert says[1] not in would_say[1]
     (result,) = found.results
     assert (result.equal_tokens, result.tokens) == (0, 2 * 4)
     assert not result.passed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from qeff_proxy.verify.by_layer.results import BackendLayers, LayerError, LayerVerification
+    from qeff_proxy.verify.by_layer.results import LayerError, LayerVerification
 
 
 def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
@@ -20,6 +19,7 @@ def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
     from rich.text import Text
 
     from qeff_proxy.compare.verdict import printable
+    from qeff_proxy.verify.by_layer.results import describe_layers
 
     for result in verification.results:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -42,20 +42,13 @@ def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
                 worst = layer.local.nearest.kind
             table.add_row(layer.name, _verdict(layer.local, layer.inherited), *numbers, worst)
         yield table
-        yield Text(_summary(result, so_far="so far, " if verification.interrupted else ""))
-        if result.note is not None:
-            yield Text(f"Note: the limits are fixed, not relative to a noise floor: {result.note}")
+        yield from map(Text, describe_layers(result, verification))
         yield ""
-    if verification.interrupted:
-        verb = "interrupted" if verification.failure is None else "stopped"
-        yield Text(
-            f"{verb} at {verification.interrupted}: what follows did not run; the same command "
-            "goes on there"
-        )
-    if verification.resumed:
-        yield Text(f"up to {verification.resumed}: the results of an interrupted run")
     yield Text(f"steps: {len(verification.steps)}, the same tokens on PyTorch and all backends")
     yield Text(f"export: {verification.export}")
+    for result in verification.results:
+        if result.report is not None:
+            yield Text(f"report: {result.report}")
 
 
 def _verdict(local: LayerError, inherited: LayerError) -> Text:
@@ -75,30 +68,3 @@ def _shown(error: LayerError, *, floors: bool) -> list[str]:
     shown = ["exact" if value == math.inf else f"{value:.1f}" for value in values]
     shown += [""] * (3 * floors - len(shown))
     return [*shown, format_share(error.over_peak)]
-
-
-def _summary(result: BackendLayers, so_far: str) -> str:
-    """The verdict in one line."""
-    from qeff_proxy.common.messages import counted
-    from qeff_proxy.compare.verdict import printable
-
-    if result.error is not None:
-        failed = sum(layer.error is not None for layer in result.layers)
-        more = f", and {failed - 1} more failed" if failed > 1 else ""
-        return f"{result.backend}: ERROR in {printable(result.error)}{more}"
-    total = counted(len(result.layers), "piece")
-    if result.faulty:
-        names = ", ".join(layer.name for layer in result.faulty)
-        return f"{result.backend}: FAILED: out of line by its own error: {names}, of {total}."
-    if not result.passed:
-        first = next(layer for layer in result.layers if not layer.inherited.passed)
-        return (
-            f"{result.backend}: FAILED: each of {total} is within tolerance alone; their errors "
-            f"add up to more at {first.name}."
-        )
-    typical = statistics.median(layer.local.sqnr for layer in result.layers)
-    return (
-        f"{result.backend}: {so_far or 'PASSED: '}all of {total} are within tolerance; largest "
-        f"error of its own: {result.worst.name}, {result.worst.local.sqnr:.1f} dB (median "
-        f"{typical:.1f} dB)."
-    )

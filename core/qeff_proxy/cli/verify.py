@@ -45,8 +45,6 @@ Each layer runs on the reference's inputs (local error) and on the backend's own
 (inherited error). The continuation is the prompt again, from its start.
 Exit status: 0 when every backend passed, else 1. Limits of --tol: see qeff-proxy compare --help.
 """
-#: How many inputs are printed, and how many letters of a long prompt.
-_SHOWN, _SHOWN_LETTERS = 4, 200
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -224,8 +222,8 @@ def _choose_by_layer(args: argparse.Namespace, model: LoadedModel | Export) -> N
 def _check_alone(args: argparse.Namespace) -> None:
     """Refuse options that a verification by layer, or without a reference, has no use for."""
     mode = "by-layer" if args.by_layer else "self"
-    options = ("speed", "turns", "html", "calibrate", "io_dir", "io_steps", "io_tensors")
-    for name in (*options, *(("taps", "itself") if args.by_layer else ())):
+    options = ("speed", "turns", "calibrate", "io_dir", "io_steps", "io_tensors")
+    for name in (*options, *(("taps", "itself") if args.by_layer else ("html",))):
         if getattr(args, name) not in (None, False, [], "all"):
             option = "self" if name == "itself" else name.replace("_", "-")
             raise UsageError(f"--{option} and --{mode} exclude each other")
@@ -321,17 +319,12 @@ def _rendered(verification: Verification) -> list[RenderableType]:
 
 def _described_run(verification: Verification) -> Iterator[str]:
     """The input and PyTorch's output for it, a line each."""
+    from qeff_proxy.compare.report_facts import described_input, described_texts
     from qeff_proxy.compare.verdict import printable
 
-    inputs = verification.input
-    shown = [repr(_shortened(prompt)) for prompt in inputs["prompts"]]
-    shown += [*inputs.get("audio", ()), *inputs.get("images", ())]
-    for name in sorted(inputs.keys() - {"prompts", "audio", "images", "new_tokens"}):
-        value = inputs[name]
-        shown.append(f"{name} {[len(value), len(value[0])] if name == 'input_ids' else value}")
-    yield f"input: {printable(_listed(shown))}"
-    if texts := list(_texts_in(verification.decoded)):
-        yield f"PyTorch says: {printable(_listed([repr(text) for text in texts]))}"
+    yield f"input: {printable(described_input(verification.input))}"
+    if texts := described_texts(verification.decoded):
+        yield f"PyTorch says: {printable(texts)}"
     for part in verification.idle:
         yield (
             f"Note: the {part} part did not run on this input, so nothing of it was compared; an "
@@ -339,25 +332,6 @@ def _described_run(verification: Verification) -> Iterator[str]:
         )
     if not verification.taps:
         yield "Note: there are no layer taps; name the checkpoint to have every layer compared."
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}…"
-
-
-def _listed(shown: list[Any]) -> str:
-    """The first items, and how many more there are."""
-    more = len(shown) - _SHOWN
-    listed = ", ".join(map(str, shown[:_SHOWN]))
-    return f"{listed} and {more} more" if more > 0 else listed
-
-
-def _texts_in(decoded: Any) -> Iterator[str]:
-    """The texts in a decoded output: a list of strings, or the list under ``texts``."""
-    if isinstance(decoded, dict):
-        decoded = decoded.get("texts")
-    if isinstance(decoded, list):
-        yield from (text for text in decoded if isinstance(text, str))
 
 
 def _row(result: BackendResult) -> list[RenderableType]:

@@ -153,7 +153,8 @@ def _compare_pair(
     first_failure = describe(rows[failed[0]], int(failed[0])) if len(failed) else None
     worst = None
     if len(usable):
-        at = int(usable[np.argmax(np.where(rows["unmatched"], np.inf, rows["max_abs"])[usable])])
+        shown = failed if len(failed) else usable  # a large error of a step that passes is none
+        at = int(shown[np.argmax(np.where(rows["unmatched"], np.inf, rows["max_abs"])[shown])])
         worst = describe(join(rows[usable], rows[at]), at)
     return TensorComparison(
         name=pair.name,

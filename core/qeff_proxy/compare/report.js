@@ -13,7 +13,7 @@ const share = (e) => {
   if (e === 0) return "0";
   return e >= 0.1 ? (100 * e).toFixed(0) + "%" : (100 * e).toPrecision(2) + "%";
 };
-const short = (v) => (v === null ? "–" : v === 0 ? "0" : Number(v).toPrecision(3));
+const short = (v) => (v === null ? "–" : v === "inf" ? "∞" : v === 0 ? "0" : v < 1e-3 ? v.toExponential(2) : v.toPrecision(3));
 
 function element(name, attributes, text) {
   const node = document.createElementNS(SVG, name);
@@ -46,12 +46,24 @@ function range(values) {
 }
 const power = (k) => (k >= -6 ? parseFloat((100 * 10 ** k).toPrecision(1)) + "%" : "1e" + (k + 2) + "%");
 
+// Layers by their numbers; below them, in two rows, the names of what is not a layer.
+function drawTicks(svg, places, x, floor) {
+  const ends = [0, 0, 0];
+  places.forEach((place, i) => {
+    const half = 3.3 * String(place).length + 3;
+    const row = (isNaN(place) ? [1, 2] : [0]).find((r) => x(i) - half >= ends[r]);
+    if (row === undefined) return;
+    ends[row] = x(i) + half;
+    svg.append(element("text", { x: x(i), y: floor + 18 + 14 * row, "text-anchor": "middle" }, place));
+  });
+}
+const below = data.places.some(isNaN) ? 70 : 42;
 function drawLayers() {
   const plot = document.getElementById("layer-plot"), legend = document.getElementById("layer-legend");
   plot.replaceChildren(); legend.replaceChildren();
   const series = data.series;
   if (!series.length) { document.getElementById("layers-card").hidden = true; return; }
-  const places = data.places, width = 1100, height = 330, left = 58, right = 16, top = 16, bottom = 42;
+  const places = data.places, width = 1100, height = 288 + below, left = 58, right = 16, top = 16, bottom = below;
   const [low, high] = range(series.flatMap((s) => s.points.map((p) => p.error)));
   const floor = height - bottom;
   const x = (i) => left + 14 + (places.length < 2 ? 0.5 : i / (places.length - 1)) * (width - left - right - 28);
@@ -68,23 +80,20 @@ function drawLayers() {
   }
   svg.append(element("line", { x1: left, x2: width - right, y1: floor, y2: floor, stroke: "var(--soft)" }));
   svg.append(element("text", { x: left - 8, y: floor + 4, "text-anchor": "end" }, "exact"));
-  const every = Math.ceil(places.length / 26);
-  places.forEach((place, i) => {
-    if (i % every === 0) svg.append(element("text", { x: x(i), y: floor + 18, "text-anchor": "middle" }, place));
-  });
+  drawTicks(svg, places, x, floor);
   svg.append(element("text", { x: (left + width) / 2, y: height - 6, "text-anchor": "middle" }, data.axis));
   const first = data.first_place;
   if (first !== null) {
     svg.append(element("line", { x1: x(first), x2: x(first), y1: top, y2: floor, stroke: "var(--bad)", "stroke-dasharray": "4 4" }));
     const flip = first > places.length * 0.7;
-    svg.append(element("text", { x: x(first) + (flip ? -6 : 6), y: top + 10, "text-anchor": flip ? "end" : "start", style: "fill:var(--bad);font-weight:600" }, "first divergence"));
+    svg.append(element("text", { x: x(first) + (flip ? -6 : 6), y: top - 4, "text-anchor": flip ? "end" : "start", style: "fill:var(--bad);font-weight:600" }, data.first_text));
   }
   series.forEach((s, n) => {
     const colour = `var(--s${n % 6})`;
     const line = s.points.map((p) => `${x(p.place)},${y(p.error)}`).join(" ");
     svg.append(element("polyline", { points: line, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": n >= 6 ? "5 3" : "none" }));
     for (const p of s.points) {
-      const text = `${s.name}, layer ${places[p.place]}: ${share(p.error)} ${p.passed ? "passed" : "FAILED"} (${p.step})`;
+      const text = `${s.name}, ${data.names[p.place]}: ${share(p.error)} ${p.passed ? "passed" : "FAILED"} (${p.step})`;
       const dot = p.passed
         ? element("circle", { cx: x(p.place), cy: y(p.error), r: 4, fill: colour })
         : element("path", { d: `M${x(p.place) - 4.5} ${y(p.error) - 4.5}l9 9m0-9l-9 9`, stroke: colour, "stroke-width": 2.5 });
@@ -102,6 +111,7 @@ function drawLayers() {
 
 // A line through points, each "x,y".
 function drawLine(svg, places, colour, dashes) {
+  if (!places.length) return;
   svg.append(element("polyline", { points: places.join(" "), fill: "none", stroke: colour, "stroke-width": dashes ? 1.5 : 2, "stroke-dasharray": dashes || "none" }));
 }
 function drawDecibels() {
@@ -109,8 +119,10 @@ function drawDecibels() {
   const series = Object.entries(data.decibels), places = data.places;
   if (!series.length) { document.getElementById("decibel-card").hidden = true; return; }
   const values = series.flatMap(([, points]) => points.flatMap((p) => [p.sqnr, p.floor, p.limit])).filter((v) => typeof v === "number");
+  const floors = series.some(([, points]) => points.some((p) => p.floor !== null));
+  document.querySelectorAll(".floor").forEach((node) => { node.hidden = !floors; });
   const low = Math.floor(Math.min(...values) / 10) * 10, high = Math.ceil(Math.max(...values) / 5) * 5 + 1;
-  const width = 1100, height = 300, left = 58, right = 16, top = 16, bottom = 42;
+  const width = 1100, height = 258 + below, left = 58, right = 16, top = 16, bottom = below;
   const x = (i) => left + 14 + (places.length < 2 ? 0.5 : i / (places.length - 1)) * (width - left - right - 28);
   const y = (v) => height - bottom - (v - low) / (high - low) * (height - bottom - top);
   const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "SQNR by layer" });
@@ -118,23 +130,20 @@ function drawDecibels() {
     svg.append(element("line", { x1: left, x2: width - right, y1: y(v), y2: y(v), stroke: "var(--line)" }));
     svg.append(element("text", { x: left - 8, y: y(v) + 4, "text-anchor": "end" }, v + " dB"));
   }
-  const every = Math.ceil(places.length / 26);
-  places.forEach((place, i) => {
-    if (i % every === 0) svg.append(element("text", { x: x(i), y: height - bottom + 18, "text-anchor": "middle" }, place));
-  });
+  drawTicks(svg, places, x, height - bottom);
   svg.append(element("text", { x: (left + width) / 2, y: height - 6, "text-anchor": "middle" }, data.axis));
   series.forEach(([name, points], n) => {
     const colour = `var(--s${n % 6})`, known = points.filter((p) => typeof p.floor === "number");
     drawLine(svg, known.map((p) => `${x(p.place)},${y(p.floor)}`), colour, "2 4");
-    drawLine(svg, points.map((p) => `${x(p.place)},${y(p.limit)}`), colour, "7 4");
+    drawLine(svg, points.filter((p) => p.limit !== null).map((p) => `${x(p.place)},${y(p.limit)}`), colour, "7 4");
     drawLine(svg, points.map((p) => `${x(p.place)},${y(p.sqnr)}`), colour);
     for (const p of points) {
       const dot = p.passed
         ? element("circle", { cx: x(p.place), cy: y(p.sqnr), r: 4, fill: colour })
         : element("path", { d: `M${x(p.place) - 4.5} ${y(p.sqnr) - 4.5}l9 9m0-9l-9 9`, stroke: colour, "stroke-width": 2.5 });
       const target = element("circle", { cx: x(p.place), cy: y(p.sqnr), r: 9, fill: "transparent" });
-      const floor = p.floor === "inf" ? "exact" : p.floor.toFixed(1) + " dB";
-      explain(target, `${name}, layer ${places[p.place]}, ${p.phase}: ${p.sqnr.toFixed(1)} dB, floor ${floor}, limit ${p.limit.toFixed(1)} dB ${p.passed ? "passed" : "FAILED"}`);
+      const floor = p.floor === null ? "" : `, floor ${decibels(p.floor)}, limit ${decibels(p.limit)}`;
+      explain(target, `${name}, ${data.names[p.place]}, ${p.kind}: ${p.sqnr.toFixed(1)} dB${floor} ${p.passed ? "passed" : "FAILED"}`);
       svg.append(dot, target);
     }
     const item = html("span"), swatch = html("i");
@@ -189,34 +198,35 @@ function drawHeat() {
 }
 
 const decibels = (v) => (v === "inf" ? "exact" : v === null ? "–" : v.toFixed(1));
+// Title, key, class, format; of those that a row has.
 const COLUMNS = [
-  ["tensor", (t) => t.name, "left"], ["phase", (t) => t.phase, "left"], ["layer", (t) => t.layer],
-  ["steps", (t) => t.steps], ["failed", (t) => t.failed], ["max error", (t) => t.max_abs, 0, short],
-  ["at", (t) => t.at, "left"], ["mean", (t) => t.mean_abs, 0, short], ["max rel.", (t) => t.max_rel, 0, short],
-  ["error/peak", (t) => t.error, 0, share], ["SQNR dB", (t) => t.sqnr, 0, decibels], ...(data.tensors.some((t) => t.floor !== null) ? [["floor", (t) => t.floor, 0, decibels], ["limit", (t) => t.limit, 0, decibels]] : []),
-  ["cosine", (t) => t.cosine, 0, (v) => (v === null ? "–" : v.toFixed(6))], ["dtype", (t) => t.dtype, "left"],
-  ["held to", (t) => t.tolerance, "left"], ["", (t) => (t.passed ? "ok" : "FAILED"), "left"],
-];
+  [data.thing, "name", "left wide"], ["error", "whose", "left"], ["phase", "phase", "left"], ["layer", "layer"],
+  ["steps", "steps"], ["failed", "failed"], ["max error", "max_abs", "", short],
+  ["at", "at", "left"], ["mean", "mean_abs", "", short], ["max rel.", "max_rel", "", short],
+  ["error/peak", "error", "", share], ["SQNR dB", "sqnr", "", decibels], ["floor", "floor", "", decibels], ["limit", "limit", "", decibels], ["SQNR of", "kind", "left"],
+  ["cosine", "cosine", "", (v) => (v === null ? "–" : v.toFixed(6))], ["dtype", "dtype", "left"],
+  ["held to", "tolerance", "left wide"], ["", "verdict", "left"],
+].filter(([, key]) => data.tensors.some((t) => key in t && (!["floor", "limit", "kind"].includes(key) || t.floor !== null)));
 let sorted = { column: -1, down: false };
 function fillTable() {
   const words = document.getElementById("filter").value.toLowerCase();
   const onlyFailed = document.getElementById("only-failed").checked;
-  let rows = data.tensors.filter((t) => (t.name + " " + t.phase).toLowerCase().includes(words) && !(onlyFailed && t.passed));
+  let rows = data.tensors.filter((t) => [t.name, t.phase, t.whose].join(" ").toLowerCase().includes(words) && !(onlyFailed && t.passed));
   document.getElementById("shown").textContent = `${rows.length} of ${data.tensors.length}`;
   if (sorted.column >= 0) {
-    const value = COLUMNS[sorted.column][1], sign = sorted.down ? -1 : 1;
+    const key = COLUMNS[sorted.column][1], sign = sorted.down ? -1 : 1;
     const rank = (v) => (v === null ? -Infinity : number(v));
     rows = rows.slice().sort((a, b) => {
-      const [p, q] = [rank(value(a)), rank(value(b))];
+      const [p, q] = [rank(a[key]), rank(b[key])];
       return sign * (p < q ? -1 : p > q ? 1 : 0);
     });
   }
   const body = document.querySelector("#tensors tbody");
   body.replaceChildren(...rows.map((t) => {
     const tr = html("tr");
-    COLUMNS.forEach(([title, value, align, format], i) => {
-      const v = value(t);
-      const td = html("td", format ? format(v) : v === null ? "–" : String(v), align || "");
+    COLUMNS.forEach(([title, key, align, format], i) => {
+      const v = t[key];
+      const td = html("td", format ? format(v) : v === null ? "–" : String(v), align);
       if (i === 0) td.classList.add("mono");
       if (title === "") td.classList.add(t.passed ? "ok" : "no");
       if (title === "" && t.why) td.title = t.why;
@@ -226,6 +236,7 @@ function fillTable() {
   }));
 }
 function buildTable() {
+  if (!data.tensors.length) { document.getElementById("table-card").hidden = true; return; }
   const head = document.querySelector("#tensors thead tr");
   COLUMNS.forEach(([title, , align], i) => {
     const th = html("th"), button = html("button", title || "verdict");
@@ -245,6 +256,7 @@ function buildTable() {
 }
 function fillWorst() {
   const box = document.getElementById("worst");
+  if (!data.tensors.length) { document.getElementById("worst-card").hidden = true; return; }
   for (const t of data.worst) {
     const card = html("article");
     card.append(html("div", t.name, "name mono"));
@@ -252,7 +264,7 @@ function fillWorst() {
     for (const line of t.lines) card.append(html("div", line));
     box.append(card);
   }
-  if (!data.worst.length) box.append(html("p", "No tensor differs at all.", "hint"));
+  if (!data.worst.length) box.append(html("p", "Nothing differs at all.", "hint"));
 }
 drawLayers(); drawDecibels(); drawHeat(); buildTable(); fillWorst();
 dark.addEventListener("change", drawHeat);

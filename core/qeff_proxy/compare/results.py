@@ -119,8 +119,9 @@ class TensorComparison:
         step_passed: For each of them, whether it passed (bool).
         step_error: For each of them, the largest error over the reference's peak (float64).
         step_sqnr: For each of them, the SQNR in dB (float64).
-        worst: The step with the largest error, whose largest errors these are; counts, means,
-            cosine and SQNR are over all steps. None when nothing could be measured.
+        worst: The step with the largest error, of those that failed if any did, whose largest
+            errors these are; counts, means, cosine and SQNR are over all steps. None when nothing
+            could be measured.
         first_failure: Of the first step that failed; None when it passed or could not be measured.
         problem: Why some steps could not be measured (shapes, dtypes), or None.
         why: Why it failed, in words; empty when it passed.

@@ -26,11 +26,19 @@ def keep_tokens(tokens: list[torch.Tensor]) -> Callable[[torch.Tensor, torch.Ten
 
 def replay_tokens(
     tokens: Sequence[torch.Tensor],
+    choices: list[torch.Tensor] | None = None,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A logits processor that allows only ``tokens``, one per step."""
+    """A logits processor that allows only ``tokens``, one per step.
+
+    Args:
+        tokens: To replay.
+        choices: Where the best token of each step is appended, which may be another.
+    """
     remaining = iter(tokens)
 
     def replay(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if choices is not None:
+            choices.append(scores.argmax(-1))
         chosen = next(remaining, None)
         if chosen is None or chosen.shape[0] != scores.shape[0]:
             return scores

@@ -13,6 +13,7 @@ from typing import Any
 from qeff_proxy.artifact.export_folder import KEPT, enclosing_export
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled, open_sessions
+from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import clear_leftovers
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.dump import DumpOptions, DumpWriter
@@ -81,8 +82,9 @@ def run_compiled(
     folder = None
     if write_io:
         folder = _io_folder(export, io_folder)
-    provenance = _provenance(compiled, settings)
-    writer = DumpWriter(folder, provenance, io_options) if folder is not None else None
+    writer = None
+    if folder is not None:
+        writer = DumpWriter(folder, _provenance(compiled, request, settings), io_options)
     opened = open_sessions(compiled, hooks) if sessions is None else nullcontext(sessions)
     with writer or nullcontext(), opened as running:
         job = Job(
@@ -146,7 +148,9 @@ def check_io_folder(folder: Path) -> None:
         )
 
 
-def _provenance(compiled: Compiled, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(
+    compiled: Compiled, request: Request, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     plain = (str, int, float, bool, type(None))
     return {
         "model": compiled.export.model,
@@ -154,6 +158,8 @@ def _provenance(compiled: Compiled, settings: Mapping[str, Any]) -> dict[str, An
         "dtype": compiled.export.dtype,
         "made_by": compiled.export.made_by,
         "backend": compiled.backend,
+        "versions": dict(load_backend(compiled.backend).versions()),
         "options": compiled.options.to_json(),
+        "prompts": [str(prompt) for prompt in request.prompts],
         "settings": {name: value for name, value in settings.items() if isinstance(value, plain)},
     }

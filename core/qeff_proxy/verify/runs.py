@@ -64,6 +64,9 @@ class Runs:
         self.options = options
         self.folder = options.io_folder or new_io_folder(export, "verify-")
         self.tokens: list[torch.Tensor] = []
+        #: PyTorch's output, and the tokens that the latest candidate would have chosen.
+        self.decoded: Any = None
+        self._choices: list[torch.Tensor] = []
         #: By precision, the noise floor of each tensor, or why there is none.
         self.floors: dict[str, Mapping[tuple[str, str], NoiseFloor] | str] = {}
         outputs = [spec.name for part in export.parts for spec in part.outputs]
@@ -77,7 +80,9 @@ class Runs:
             from qeff_proxy.session.torch_session import TorchSession
 
             sessions = {part.name: TorchSession(part) for part in live.parts}
-        return self._run(compiled, REFERENCE, keep_tokens(self.tokens), sessions)
+        result = self._run(compiled, REFERENCE, keep_tokens(self.tokens), sessions)
+        self.decoded = result.decoded
+        return result
 
     def measure_floor(self, live: Proxy, precision: str) -> None:
         """Run PyTorch with the rounding of a precision, on the reference's tokens.
@@ -112,7 +117,21 @@ class Runs:
 
     def candidate(self, compiled: Compiled, name: str | None = None) -> RunResult:
         """Run a backend on the tokens that PyTorch chose; ``name`` is the folder of its dump."""
-        return self._run(compiled, name or compiled.backend, replay_tokens(self.tokens))
+        self._choices = []
+        replay = replay_tokens(self.tokens, self._choices)
+        return self._run(compiled, name or compiled.backend, replay)
+
+    def own_choice(self) -> list[str] | None:
+        """What the latest candidate would have said; ``None`` if the same, or without text."""
+        if not self._choices or not hasattr(self.processor, "batch_decode"):
+            return None
+        if len(self._choices) == len(self.tokens) and all(
+            map(torch.equal, self._choices, self.tokens)
+        ):
+            return None
+        tokens = torch.stack(self._choices, 1)
+        texts: list[str] = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        return texts
 
     def settings(
         self, chooser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -149,17 +168,20 @@ class Runs:
 
     def described(self) -> dict[str, Any]:
         """The input, as JSON values."""
-        request = self.request
-        described: dict[str, Any] = {"prompts": [str(prompt) for prompt in request.prompts]}
-        for kind in ("audio", "images"):
-            if items := getattr(request, kind):
-                described[kind] = [_described(item) for item in items]
-        for name, value in (request.inputs or {}).items():
-            array = np.asarray(value)
-            described[name] = array.tolist() if name == "input_ids" else list(array.shape)
-        if self.generates:
-            described["new_tokens"] = len(self.tokens)
-        return described
+        new = {"new_tokens": len(self.tokens)} if self.generates else {}
+        return {**described_request(self.request), **new}
+
+
+def described_request(request: Request) -> dict[str, Any]:
+    """A request, as JSON values."""
+    described: dict[str, Any] = {"prompts": [str(prompt) for prompt in request.prompts]}
+    for kind in ("audio", "images"):
+        if items := getattr(request, kind):
+            described[kind] = [_described(item) for item in items]
+    for name, value in (request.inputs or {}).items():
+        array = np.asarray(value)
+        described[name] = array.tolist() if name == "input_ids" else list(array.shape)
+    return described
 
 
 def processor_in(folder: Path, trust_remote_code: bool) -> Any:

@@ -16,11 +16,13 @@ from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.backends.registry import list_backends, load_backend
 from qeff_proxy.compare import Comparison, Tolerances, compare_dumps, write_report
+from qeff_proxy.compare.report import write_page
 from qeff_proxy.compare.tolerances import COMPUTED_IN
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import ProxyError
 from qeff_proxy.verify.results import BackendResult, count_equal_tokens
+from qeff_proxy.verify.run_facts import error_page, facts_of_run
 from qeff_proxy.verify.runs import REFERENCE
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def try_backend(
     """
     start = time.perf_counter()
     result = None
+    report = report_path(run.options.html, name, several=several)
     try:
         progress(f"compiling for {name}")
         compiled = compiled_for(run, run.export, name, progress)
@@ -50,13 +53,14 @@ def try_backend(
         comparison = compare_with_reference(run, compiled, name)
         reference, candidate = read_dump(run.folder / REFERENCE), read_dump(run.folder / name)
         equal, tokens = count_equal_tokens(reference, candidate, generates=run.generates)
-        report = _report_path(run.options.html, name, several=several)
     except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
         _drop_locals(error)
+        if report is not None:
+            write_page(error_page(run, name, result, error), report)
         seconds = time.perf_counter() - start
-        return BackendResult(name, error, result, None, 0, 0, seconds, None)
+        return BackendResult(name, error, result, None, 0, 0, seconds, report)
     if report is not None:
-        write_report(comparison, report)
+        write_report(comparison, report, facts_of_run(run, name, result))
     seconds = time.perf_counter() - start
     return BackendResult(name, None, result, comparison, equal, tokens, seconds, report)
 
@@ -178,7 +182,8 @@ def _drop_locals(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _report_path(html: Path | None, name: str, *, several: bool) -> Path | None:
+def report_path(html: Path | None, name: str, *, several: bool) -> Path | None:
+    """The file of a backend's report, with its name before the suffix where there are several."""
     if html is None or not several:
         return html
     return html.with_name(f"{html.stem}.{name}{html.suffix or '.html'}")

@@ -210,6 +210,8 @@ def test_a_dump_holds_every_step_and_equals_the_uncut_model(
     steps = [(step.phase, step.index) for step in dump.steps]
     assert steps == [("prefill", i) for i in range(chunks)] + [("decode", i) for i in range(5)]
     assert dump.provenance["backend"] == "onnxruntime"
+    assert dump.provenance["prompts"] == list(PROMPTS[:1])
+    assert "onnxruntime" in dump.provenance["versions"]
     # Inputs and outputs of a chunk belong together.
     second = dump.array("prefill", 1, "body.in.inputs_embeds")
     assert second.shape == (1, 2, 96)

@@ -136,7 +136,7 @@ def test_weights_are_in_memory_only_while_they_are_used(llama):
     assert held() == empty
 
 
-def test_a_backend_that_dies_in_a_layer_keeps_what_is_known(llama, monkeypatch):
+def test_a_backend_that_dies_in_a_layer_keeps_what_is_known(llama, monkeypatch, tmp_path):
     open_once = OnnxRuntimeBackend.open_once
 
     def dies(self, export, part, options, folder):
@@ -145,8 +145,10 @@ def test_a_backend_that_dies_in_a_layer_keeps_what_is_known(llama, monkeypatch):
         return open_once(self, export, part, options, folder)
 
     monkeypatch.setattr(OnnxRuntimeBackend, "open_once", dies)
-    result = verify_layers(str(llama), request=REQUEST, options=OPTIONS)
+    options = replace(OPTIONS, html=tmp_path / "page.html")
+    result = verify_layers(str(llama), request=REQUEST, options=options)
     (backend,) = result.results
+    assert "onnxruntime: ERROR in body layer 2: no room for layer 2" in backend.report.read_text()
     assert not backend.passed
     assert backend.error == "body layer 2: no room for layer 2"
     names = ["embedding", *(f"body layer {number}" for number in range(6)), "body", "lm_head"]
@@ -240,7 +242,11 @@ def test_what_ran_before_ctrl_c_is_shown(llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(OnnxRuntimeBackend, "open_once", interrupted_open)
     output = ["--output", str(tmp_path / "export"), "--max-new-tokens", "2"]
     ids = ["--ids", "5,6,7"]
+    output += ["--html", str(tmp_path / "page.html")]
     assert main(["verify", str(llama), "--by-layer", *ids, *output]) == 130
+    page = (tmp_path / "page.html").read_text()
+    assert "interrupted at body layer 2: what follows did not run" in page
+    assert "<dt>input</dt><dd>input_ids [1, 3]</dd>" in page
     out = " ".join(capsys.readouterr().out.split())
     assert "body layer 1 passed" in out
     assert "so far, all of 3 pieces are within tolerance" in out

@@ -14,9 +14,11 @@ import numpy as np
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.common.json_schema import plain_json
+from qeff_proxy.common.messages import counted
 from qeff_proxy.compare.compare_dumps import judge
 from qeff_proxy.compare.statistics import Scratch, measure, relative_peak, sqnr_db, to_numbers
 from qeff_proxy.compare.tolerances import NoiseFloor, Tolerance, Tolerances
+from qeff_proxy.compare.verdict import printable
 from qeff_proxy.errors import ArtifactError
 
 #: A layer's local error may be so many dB further above its floor than is usual for the layers
@@ -54,7 +56,7 @@ class LayerError:
 
     Attributes:
         passed: Whether all are within their tolerances.
-        tensor: The output with the largest error over its peak.
+        tensor: The output with the largest error over its peak, of those that fail if any does.
         step: The step in which it has that.
         max_abs: Its largest absolute error.
         over_peak: That error over the reference's largest magnitude.
@@ -132,12 +134,14 @@ class BackendLayers:
         layers: Those that ran or failed, in order.
         error: The first layer that failed, and why; ``None`` where none did.
         note: Why a backend of a lower precision has no noise floor.
+        report: The HTML report, where one was asked for.
     """
 
     backend: str
     layers: tuple[LayerResult, ...]
     error: str | None = None
     note: str | None = None
+    report: Path | None = None
 
     @property
     def passed(self) -> bool:
@@ -161,6 +165,7 @@ class BackendLayers:
             "passed": self.passed,
             "error": self.error,
             "note": self.note,
+            "report": str(self.report) if self.report is not None else None,
             "faulty": [layer.name for layer in self.faulty],
             "layers": [layer.to_json() for layer in self.layers],
         }
@@ -213,6 +218,49 @@ def layer_name(part: str, layer: int | None) -> str:
     return part if layer is None else f"{part} layer {layer}"
 
 
+def describe_layers(result: BackendLayers, run: LayerVerification) -> list[str]:
+    """The verdict of a backend, a paragraph a line."""
+    lines = [_summary(result, so_far="so far, " if run.interrupted else "")]
+    if result.note is not None:
+        lines.append(
+            f"Note: the limits are fixed, not relative to a noise floor: {printable(result.note)}"
+        )
+    if run.interrupted:
+        verb = "interrupted" if run.failure is None else "stopped"
+        lines.append(
+            f"{verb} at {run.interrupted}: what follows did not run; the same command goes on there"
+        )
+    if run.resumed:
+        lines.append(f"up to {run.resumed}: the results of an interrupted run")
+    return lines
+
+
+def _summary(result: BackendLayers, so_far: str) -> str:
+    """The verdict in one line."""
+    if result.error is not None:
+        failed = sum(layer.error is not None for layer in result.layers)
+        more = f", and {failed - 1} more failed" if failed > 1 else ""
+        return f"{result.backend}: ERROR in {printable(result.error)}{more}"
+    if not result.layers:
+        return f"{result.backend}: nothing ran"
+    total = counted(len(result.layers), "piece")
+    if result.faulty:
+        names = ", ".join(layer.name for layer in result.faulty)
+        return f"{result.backend}: FAILED: out of line by its own error: {names}, of {total}."
+    if not result.passed:
+        first = next(layer for layer in result.layers if not layer.inherited.passed)
+        return (
+            f"{result.backend}: FAILED: each of {total} is within tolerance alone; their errors "
+            f"add up to more at {first.name}."
+        )
+    typical = statistics.median(layer.local.sqnr for layer in result.layers)
+    return (
+        f"{result.backend}: {so_far or 'PASSED: '}all of {total} are within tolerance; largest "
+        f"error of its own: {result.worst.name}, {result.worst.local.sqnr:.1f} dB (median "
+        f"{typical:.1f} dB)."
+    )
+
+
 def compare_layer(
     reference: Mapping[str, Mapping[str, Array]],
     candidate: Mapping[str, Mapping[str, Array]],
@@ -233,10 +281,10 @@ def compare_layer(
                 return LayerError(False, name, step, math.inf, math.inf, -math.inf)
             stats = _measure(expected, actual, tolerance, scratch)
             share, sqnr = float(relative_peak(stats)[0]), float(sqnr_db(stats)[0])
-            passed = total.passed and bool(judge(stats, tolerance)[0])
-            worse = not total.tensor or share > total.over_peak
+            fails = not bool(judge(stats, tolerance)[0])
+            worse = not total.tensor or (fails, share) > (not total.passed, total.over_peak)
             total = LayerError(
-                passed,
+                total.passed and not fails,
                 name if worse else total.tensor,
                 step if worse else total.step,
                 float(stats["max_abs"][0]) if worse else total.max_abs,

@@ -26,6 +26,7 @@ from qeff_proxy.artifact.export_folder import check_weights_of
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.common.file_errors import reading
+from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import ArtifactError, UsageError
 from qeff_proxy.graph.split_layers import split_layers
 from qeff_proxy.load.checkpoint_files import folder_named
@@ -39,13 +40,14 @@ from qeff_proxy.verify.by_layer.floor import LayerFloor
 from qeff_proxy.verify.by_layer.journal import REFERENCE, Entry, Journal
 from qeff_proxy.verify.by_layer.part_run import PartRun
 from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
+from qeff_proxy.verify.by_layer.report import write_layer_reports
 from qeff_proxy.verify.by_layer.results import (
     LayerVerification,
     layer_name,
 )
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.rounding import BITS
-from qeff_proxy.verify.runs import check_request, processor_in, tensors_of
+from qeff_proxy.verify.runs import check_request, described_request, processor_in, tensors_of
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
 
@@ -80,6 +82,8 @@ def verify_layers(
     options = replace(options or VerifyOptions(), taps="layers")
     names = tuple(dict.fromkeys(backends))
     check_names(names, options)
+    if options.html is not None:
+        check_report_place(options.html)
     if "torch" in names:
         raise UsageError("PyTorch is the reference", "Name another backend.")
     if isinstance(model, str | Path):
@@ -194,6 +198,7 @@ def verify_layers_of(
             interrupted = where
             failure = error if isinstance(error, ArtifactError) else None
     results = tuple(candidate.result() for candidate in candidates)
-    return LayerVerification(
+    done = LayerVerification(
         export.model["source"], export.folder, tuple(steps), results, interrupted, failure, resumed
     )
+    return write_layer_reports(done, export, options, described_request(request or Request()))
