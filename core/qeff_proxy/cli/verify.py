@@ -106,6 +106,11 @@ def _add_outcome_options(parser: argparse.ArgumentParser) -> None:
         dest="itself",
         help="compare no PyTorch: the input alone with itself in a batch, padded, in chunks …",
     )
+    judged.add_argument(
+        "--continuation",
+        metavar="IDS",
+        help="with --by-layer or --self, the token ids that follow the prompt (default: the prompt's)",
+    )
     speed = parser.add_argument_group("speed")
     speed.add_argument(
         "--speed", action="store_true", help="measure the backends that pass, and PyTorch"
@@ -125,6 +130,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.by_layer or args.itself:
         _check_alone(args)
+    elif args.continuation:
+        raise UsageError("--continuation is for --by-layer and --self")
+    continuation = parse_rows([args.continuation])[0] if args.continuation else ()
     tolerances = Tolerances.parse(args.tol)
     request = _request(args)
     _check_place(args)
@@ -143,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
             force=args.force,
             wait=not args.no_wait,
             max_new_tokens=args.max_new_tokens,
+            continuation=continuation,
             tolerances=tolerances,
             compile=compile_options_of(args),
             backends=by_backend,
