@@ -109,7 +109,7 @@ def _add_outcome_options(parser: argparse.ArgumentParser) -> None:
     judged.add_argument(
         "--continuation",
         metavar="IDS",
-        help="with --by-layer or --self, the token ids that follow the prompt (default: the prompt's)",
+        help="by layer or with --self, the token ids after the prompt (default: the prompt's)",
     )
     speed = parser.add_argument_group("speed")
     speed.add_argument(
