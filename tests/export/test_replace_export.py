@@ -70,7 +70,7 @@ def test_a_second_run_waits_for_the_first_and_takes_its_export(
         lock.close()
 
     again = export_model(loaded, HOOKS, output=tmp_path / "out", progress=finish_the_first)
-    assert stages == ["waiting for another run to finish out"]
+    assert stages == ["waiting for another run to finish this export"]
     assert again.parts == made.parts
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from qeff_proxy.arrays import Array
 from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
 from qeff_proxy.cli import main
@@ -18,6 +19,7 @@ from qeff_proxy.session.session import Session
 from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify import VerifyOptions
 from qeff_proxy.verify.self_check import verify_self
+from qeff_proxy.verify.self_check.arrangements import first_row
 from transformers import BertConfig, BertModel, WhisperConfig, WhisperForConditionalGeneration
 
 IDS = np.arange(3, 20)[None] * 7 % 97
@@ -174,8 +176,10 @@ def test_one_arrangement_that_fails_does_not_stop_the_others(llama, with_fault, 
     failures = {one["arrangement"]: one["failure"] for one in backend["arrangements"]}
     assert failures.pop("in a batch") == "only one row fits"
     assert set(failures.values()) == {None}
-    assert main(command) == 1
-    assert "onnxruntime: in a batch: only one row fits" in capsys.readouterr().out
+    assert main([*command, "--debug"]) == 1
+    said = capsys.readouterr()
+    assert "onnxruntime: in a batch: only one row fits" in said.out
+    assert "in fault\n    raise BackendError" in said.err  # the traceback
 
 
 def test_what_cannot_be_checked_is_refused(llama, capsys):
@@ -185,3 +189,28 @@ def test_what_cannot_be_checked_is_refused(llama, capsys):
     assert "--speed and --self exclude each other" in capsys.readouterr().err
     assert main(["verify", str(llama), "--self", "--by-layer"]) == 2
     assert "--self and --by-layer exclude each other" in capsys.readouterr().err
+
+
+def test_the_examples_first_row_without_padding_is_taken():
+    ids = torch.tensor([[0, 0, 5], [6, 7, 8]])
+    tensors = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": ids * 2.0}
+    assert first_row(tensors)["pixel_values"].tolist() == [[12.0, 14.0, 16.0]]
+    patches = {**tensors, "pixel_values": torch.zeros(9, 4)}  # no rows of the batch
+    assert first_row(patches) is patches
+
+
+def test_an_output_that_a_session_forgets_is_named(llama, monkeypatch):
+    original = OnnxRuntimeBackend.open
+
+    def opened(self: Any, export: Any, part: Any, options: Any, folder: Path) -> Session:
+        session = original(self, export, part, options, folder)
+        compute = session.compute
+        session.compute = lambda *arguments: {
+            name: array for name, array in compute(*arguments).items() if name != "present.2.key"
+        }
+        return session
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "open", opened)
+    options = VerifyOptions(max_new_tokens=2, backends={"onnxruntime": {"in_place": False}})
+    (result,) = verify_self(str(llama), request=REQUEST, options=options).results
+    assert "the session of the body part gave no present.2.key" in result.error

@@ -13,7 +13,8 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn, Protocol, cast
 
 from qeff_proxy.cli.output import plain_warnings, report_error
@@ -121,7 +122,7 @@ def _run(arguments: Sequence[str]) -> int:
         return 2
     try:
         _check_names([*arguments, os.environ.get("QEFF_HOME", "")])
-        with plain_warnings(), collecting_rarely():
+        with plain_warnings(), collecting_rarely(), _log_shown(shown=args.debug):
             return _load_command(args.command).run(args)
     except ProxyError as error:
         if args.debug:
@@ -152,6 +153,25 @@ def _run(arguments: Sequence[str]) -> int:
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         report_error(f"interrupted{where}; no result is half-written")
         return 130
+
+
+@contextmanager
+def _log_shown(*, shown: bool) -> Iterator[None]:
+    """Print the program's own log to standard error: tracebacks of failures that a result keeps."""
+    if not shown:
+        yield
+        return
+    import logging
+
+    logger, handler = logging.getLogger("qeff_proxy"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _is_of_output(error: Exception) -> bool:

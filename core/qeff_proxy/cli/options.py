@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from qeff_proxy.cli.output import add_json_option, stage_display
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel
-from qeff_proxy.load.tasks import CUT_OPTIONS
+from qeff_proxy.load.tasks import CUT_OPTIONS, TASKS, UNUSED_WEIGHTS
 from qeff_proxy.parts import INNER_TAPS, TAPS, Kind
 from qeff_proxy.plugins.hooks import Hooks
 
@@ -35,6 +36,7 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
         "--opset": (args.opset, export.made_by.get("opset")),
         "--taps": (getattr(args, "taps", None), taps),
         "--output": (args.output, None),
+        "--task": (args.task, next((n for n, t in TASKS.items() if export.flow in t.flows), None)),
         "-C": (", ".join(args.cut_option) or None, None),
     }
     for option, (value, actual) in asked.items():
@@ -56,6 +58,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="dtype of weights and activations (default: float32)",
+    )
+    parser.add_argument(
+        "--task",
+        choices=sorted(TASKS),
+        help="what the model is for, where its config.json says something else: embedding for the "
+        "encoder of a masked LM",
     )
     if exports:
         parser.add_argument(
@@ -171,12 +179,16 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
     from qeff_proxy.load.load_model import flow_of, load_model, with_options
     from qeff_proxy.plugins.manager import Plugins
 
+    task = TASKS.get(args.task)
     loaded = load_model(
         args.model,
         dtype=args.dtype or _DEFAULT_DTYPE,
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
+        auto_class=None if task is None else task.auto_class,
+        unused=UNUSED_WEIGHTS if task is None else task.unused,
     )
+    loaded = replace(loaded, task=args.task)
     hooks = Plugins.discover().hooks_for(loaded.model_type, task=flow_of(loaded))
     return with_options(loaded, options), hooks
 
@@ -198,7 +210,8 @@ def known_export_of(args: argparse.Namespace) -> Export | None:
     Imports neither PyTorch nor transformers.
     """
     export = existing_export_of(args)
-    if export is not None or args.force or args.taps or getattr(args, "num_layers", None):
+    others = args.force or args.taps or args.task or getattr(args, "num_layers", None)
+    if export is not None or others:
         return export
     from qeff_proxy.export.cache_key import find_known_export
 

@@ -33,7 +33,7 @@ def self_lines(verification: SelfVerification) -> Iterator[RenderableType]:
         for one in result.arrangements:
             verdict = Text("agrees", "green") if one.passed else Text("FAILED", "red")
             sqnr = "exact" if one.error.sqnr == math.inf else f"{one.error.sqnr:.1f}"
-            worst = f"{one.error.tensor} of {one.worst}" if one.error.over_peak else ""
+            worst = f"{one.error.tensor}" if one.error.over_peak else ""
             if one.failure is not None:
                 verdict, sqnr = Text("ERROR", "red"), ""
             share = format_share(one.error.over_peak)

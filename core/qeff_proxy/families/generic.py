@@ -54,7 +54,8 @@ def locate_lm_head(model: PreTrainedModel) -> Site | Absent | None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has an encoder and a decoder, which the generic plugin does "
             "not cut",
-            f"A plugin for model type {model.config.model_type!r} can.",
+            f"No installed plugin claims model type {model.config.model_type!r}. Its encoder alone "
+            "is exported with --task embedding (in Python, by QEFFAutoModel).",
         )
     module = model.get_output_embeddings()
     path = _path_of(model, module)
@@ -77,7 +78,8 @@ def build_proxy(
     if not model.can_generate():
         raise UnsupportedModelError(
             f"{type(model).__name__} is no causal LM",
-            "Load it with the class for its task, or write a plugin for it.",
+            "Its encoder alone is exported with --task embedding (in Python, by QEFFAutoModel); "
+            "the head needs a plugin of its own.",
         )
     decoder_path = _decoder_path(model)
     if decoder_path is None:

@@ -62,6 +62,7 @@ class LoadedModel:
         notes: What ``export.json`` says of the model besides; filled when it is read.
         check_unchanged: Raises a `CheckpointError` if the files have changed since ``identity`` was
             computed.
+        task: The task that the user named (a key of `TASKS`); ``None``: its architecture's.
     """
 
     source: str
@@ -75,6 +76,7 @@ class LoadedModel:
     sample: Callable[[Callable[[LayerList], int]], SampledModel] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     check_unchanged: Callable[[], None] = lambda: None
+    task: str | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -247,7 +249,9 @@ def is_class_of(architecture: str, model_type: str, auto_class: str) -> bool:
 
 
 def flow_of(loaded: LoadedModel) -> str | None:
-    """The flow of the task that a checkpoint's architecture is for; ``None`` if it names none."""
+    """The flow of a checkpoint's task, or of its architecture's; ``None`` if that names none."""
+    if loaded.task is not None:
+        return TASKS[loaded.task].flows[0]
     name = architecture_of(loaded)
     tasks = TASKS.values()
     fitting = (t for t in tasks if name and is_class_of(name, loaded.model_type, t.auto_class))

@@ -184,7 +184,8 @@ class Hooks:
                 f"no plugin knows {what} {type(model).__name__} is (model type "
                 f"{self.model_type!r})",
                 "A plugin of your own can say so; `qeff-proxy plugins` lists those installed. "
-                "Models whose head is for another task, such as a classifier's, are not cut.",
+                "Models whose head is for another task, such as a classifier's, are not cut; an "
+                "encoder alone is exported with --task embedding (in Python, by QEFFAutoModel).",
             )
         return answer
 

@@ -46,7 +46,14 @@ class Session(ABC):
             BackendError: The session is closed, or the backend refuses the inputs or fails.
         """
         self.check_open()
-        return self.compute(feeds, self.check(self.part.inputs, feeds))
+        outputs = self.compute(feeds, self.check(self.part.inputs, feeds))
+        for spec in self.part.outputs:
+            if spec.name not in outputs:
+                raise BackendError(
+                    f"the session of the {self.name} part gave no {spec.name}",
+                    "Its backend must return every output of the part.",
+                )
+        return outputs
 
     def close(self) -> None:
         """Release what the session holds. Running it afterwards is an error."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -28,6 +29,9 @@ from qeff_proxy.verify.runs import REFERENCE
 if TYPE_CHECKING:
     from qeff_proxy.verify.options import VerifyOptions
     from qeff_proxy.verify.runs import Runs
+
+
+_LOG = logging.getLogger(__name__)
 
 
 def try_backend(
@@ -54,6 +58,7 @@ def try_backend(
         reference, candidate = read_dump(run.folder / REFERENCE), read_dump(run.folder / name)
         equal, tokens = count_equal_tokens(reference, candidate, generates=run.generates)
     except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
+        _LOG.debug("%s failed", name, exc_info=error)
         _drop_locals(error)
         if report is not None:
             write_page(error_page(run, name, result, error), report)

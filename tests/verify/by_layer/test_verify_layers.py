@@ -183,9 +183,11 @@ def test_the_command_prints_a_row_per_layer(llama, capsys):
     for layer in range(6):
         assert f"body layer {layer} " in printed
     assert "PASSED" in printed
-    assert main([*arguments, "--json", "--tol", "body.out.hidden_states.4=peak:0"]) == 1
+    assert main([*arguments, "--json", "--tol", "body.out.hidden_states.layer-04=peak:0"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["backends"][0]["faulty"] == ["body layer 4"]
+    assert main([*arguments, "--tol", "body.out.hidden_states.4=peak:0"]) == UsageError.exit_code
+    assert "body.out.hidden_states.4=peak:0 holds no tensor" in capsys.readouterr().err
 
 
 def test_options_without_a_use_are_refused(llama, capsys):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import onnxruntime
@@ -53,9 +54,10 @@ class OnnxRuntimeBackend(Backend):
     options = OPTIONS
     values = VALUES
 
-    def __init__(self) -> None:
-        #: What holds for graphs that ran once, by their structure: others like them are the same.
-        self._checked: dict[str, _Rewriting] = {}
+    @cached_property
+    def _checked(self) -> dict[str, _Rewriting]:
+        """By structure, the rewriting of graphs that ran once: it is right for others like them."""
+        return {}
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version, and that of how graphs are rewritten for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from qeff_proxy.verify.by_layer.results import (
 )
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.results import reason_of
+
+_LOG = logging.getLogger(__name__)
 
 #: A backend that fails in so many layers in a row runs no more of them.
 _MOST_FAILURES = 3
@@ -119,6 +122,7 @@ class Candidate:
         except ArtifactError:
             raise
         except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
+            _LOG.debug("%s failed", self.name, exc_info=error)
             reason = reason_of(error)
             self._error = self._error or f"{layer_name(part.name, graph.layer)}: {reason}"
             failed = LayerError(passed=False)

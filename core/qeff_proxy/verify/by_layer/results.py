@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from qeff_proxy.arrays import Array
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.common.json_schema import plain_json
 from qeff_proxy.common.messages import counted
 from qeff_proxy.compare.compare_dumps import judge
 from qeff_proxy.compare.statistics import Scratch, measure, relative_peak, sqnr_db, to_numbers
 from qeff_proxy.compare.tolerances import NoiseFloor, Tolerance, Tolerances
 from qeff_proxy.compare.verdict import printable
+from qeff_proxy.dump.format import name_tensor
 from qeff_proxy.errors import ArtifactError
 
 #: A layer's local error may be so many dB further above its floor than is usual for the layers
@@ -155,8 +157,8 @@ class BackendLayers:
 
     @property
     def worst(self) -> LayerResult:
-        """The layer with the largest error of its own."""
-        return max(self.layers, key=lambda layer: layer.local.over_peak)
+        """The layer with the least signal over its own error."""
+        return min(self.layers, key=lambda layer: layer.local.sqnr)
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -213,9 +215,20 @@ class LayerVerification:
         }
 
 
+def output_names(export: Export) -> list[str]:
+    """The names of the outputs of all parts, as dumps and tolerances have them."""
+    outputs = ((part.name, spec.name) for part in export.parts for spec in part.outputs)
+    return [str(name_tensor(part, "out", name)) for part, name in outputs]
+
+
 def layer_name(part: str, layer: int | None) -> str:
     """``body layer 3``, or a part's name for what is in none of its layers."""
     return part if layer is None else f"{part} layer {layer}"
+
+
+def format_decibels(sqnr: float) -> str:
+    """``63.2 dB``, or that there is no error."""
+    return "exact" if sqnr == math.inf else f"{sqnr:.1f} dB"
 
 
 def describe_layers(result: BackendLayers, run: LayerVerification) -> list[str]:
@@ -253,11 +266,12 @@ def _summary(result: BackendLayers, so_far: str) -> str:
             f"{result.backend}: FAILED: each of {total} is within tolerance alone; their errors "
             f"add up to more at {first.name}."
         )
+    least = result.worst.local.sqnr
     typical = statistics.median(layer.local.sqnr for layer in result.layers)
     return (
         f"{result.backend}: {so_far or 'PASSED: '}all of {total} are within tolerance; largest "
-        f"error of its own: {result.worst.name}, {result.worst.local.sqnr:.1f} dB (median "
-        f"{typical:.1f} dB)."
+        f"error of its own: {result.worst.name}, {format_decibels(least)} (median "
+        f"{format_decibels(typical)})."
     )
 
 
@@ -275,17 +289,17 @@ def compare_layer(
         for name, expected in outputs.items():
             actual = candidate[step][name]
             dtypes = expected.dtype.name, actual.dtype.name
-            phase, tensor = step.partition("-")[0], f"{part}.out.{name}"
+            phase, tensor = step.partition("-")[0], str(name_tensor(part, "out", name))
             tolerance = tolerances.of(tensor, *dtypes, phase)
             if expected.shape != actual.shape:
-                return LayerError(False, name, step, math.inf, math.inf, -math.inf)
+                return LayerError(False, tensor, step, math.inf, math.inf, -math.inf)
             stats = _measure(expected, actual, tolerance, scratch)
             share, sqnr = float(relative_peak(stats)[0]), float(sqnr_db(stats)[0])
             fails = not bool(judge(stats, tolerance)[0])
             worse = not total.tensor or (fails, share) > (not total.passed, total.over_peak)
             total = LayerError(
                 total.passed and not fails,
-                name if worse else total.tensor,
+                tensor if worse else total.tensor,
                 step if worse else total.step,
                 float(stats["max_abs"][0]) if worse else total.max_abs,
                 share if worse else total.over_peak,
@@ -311,7 +325,7 @@ def measure_floor(
     for step, outputs in reference.items():
         for name, expected in outputs.items():
             stats = _measure(expected, rounded[step][name], Tolerance(), scratch)
-            key = step.partition("-")[0], f"{part}.out.{name}"
+            key = step.partition("-")[0], str(name_tensor(part, "out", name))
             worst = floors.get(key, NoiseFloor(math.inf, 0.0))
             floors[key] = NoiseFloor(
                 min(worst.sqnr, float(sqnr_db(stats)[0])),

@@ -44,6 +44,7 @@ from qeff_proxy.verify.by_layer.report import write_layer_reports
 from qeff_proxy.verify.by_layer.results import (
     LayerVerification,
     layer_name,
+    output_names,
 )
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.rounding import BITS
@@ -136,6 +137,8 @@ def verify_layers_of(
         request = example_request(export, processor, lambda: proxy)
         defaults = export.settings.get("request_options", {})
         tensors = tensors_of(request.with_defaults(defaults), hooks, processor)
+    if options.tolerances is not None:
+        options.tolerances.check_used(output_names(export))
     check_weights_of(export)
     remove_leftovers(export.folder)
     candidates = [Candidate(name, export, options) for name in backends]

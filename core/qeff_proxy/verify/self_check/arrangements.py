@@ -80,6 +80,16 @@ def arrangements(export: Export, tensors: Mapping[str, torch.Tensor]) -> list[Ar
     return found
 
 
+def first_row(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The row of a batch that has no padding; all of the batch where its tensors are no rows."""
+    ids = tensors.get("input_ids")
+    if ids is None or any(len(tensor) != len(ids) for tensor in tensors.values()):
+        return tensors
+    mask = tensors.get("attention_mask")
+    row = 0 if mask is None else int(mask.sum(1).argmax())
+    return {name: tensor[row : row + 1] for name, tensor in tensors.items()}
+
+
 def _padded(
     rows: Mapping[str, torch.Tensor], by_token: set[str], count: int, *, in_front: bool = True
 ) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ reference, and for backends of which nothing else is known.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -30,12 +31,22 @@ from qeff_proxy.request import Request
 from qeff_proxy.run.example_request import example_request
 from qeff_proxy.session.session import Session
 from qeff_proxy.verify.by_layer.calls import continuation, job_of, replay_settings
-from qeff_proxy.verify.by_layer.results import compare_layer, layer_name, measure_floor
+from qeff_proxy.verify.by_layer.results import (
+    compare_layer,
+    layer_name,
+    measure_floor,
+    output_names,
+)
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.results import reason_of
 from qeff_proxy.verify.rounding import BITS
 from qeff_proxy.verify.runs import check_request, processor_in, tensors_of
-from qeff_proxy.verify.self_check.arrangements import Arrangement, Outputs, arrangements
+from qeff_proxy.verify.self_check.arrangements import (
+    Arrangement,
+    Outputs,
+    arrangements,
+    first_row,
+)
 from qeff_proxy.verify.self_check.results import Agreement, BackendAgreement, SelfVerification
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import (
@@ -45,6 +56,8 @@ from qeff_proxy.verify.verify_model import (
     live_proxy,
     opened,
 )
+
+_LOG = logging.getLogger(__name__)
 
 _RUN = "run"  # the one step that the calls of a part are joined to
 
@@ -85,6 +98,8 @@ def verify_self(
     if request is not None:
         request, tensors = check_request(request, model, hooks, trust_remote_code)
     export = export_of(model, hooks, options, progress)
+    if options.tolerances is not None:
+        options.tolerances.check_used(output_names(export))
     check_weights_of(export)
     if tensors is None:
         processor = processor_in(export.processor_folder, trust_remote_code)
@@ -93,7 +108,7 @@ def verify_self(
             export, processor, cache(lambda: live_proxy(loaded, hooks, export))
         )
         defaults = export.settings.get("request_options", {})
-        tensors = tensors_of(request.with_defaults(defaults), hooks, processor)
+        tensors = first_row(tensors_of(request.with_defaults(defaults), hooks, processor))
     ways = arrangements(export, tensors)
     results = []
     for name in names:
@@ -102,6 +117,7 @@ def verify_self(
             agreements = _agreements(export, name, ways, options, hooks, progress)
             results.append(BackendAgreement(name, agreements))
         except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
+            _LOG.debug("%s failed", name, exc_info=error)
             results.append(BackendAgreement(name, error=reason_of(error)))
     return SelfVerification(export.model["source"], export.folder, tuple(results))
 
@@ -155,6 +171,7 @@ def _agreements(
             except UsageError:  # it does not fit into the model's positions
                 continue
             except Exception as error:  # noqa: BLE001 (the other arrangements may run)
+                _LOG.debug("%s failed %s", name, way.name, exc_info=error)
                 agreements.append(Agreement(way.name, failure=reason_of(error)))
                 continue
             agreements.append(_compare(way.name, expected, actual, tolerances))
