@@ -36,7 +36,10 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
         "--opset": (args.opset, export.made_by.get("opset")),
         "--taps": (getattr(args, "taps", None), taps),
         "--output": (args.output, None),
-        "--task": (args.task, next((n for n, t in TASKS.items() if export.flow in t.flows), None)),
+        "--model-task": (
+            args.model_task,
+            next((n for n, t in TASKS.items() if export.flow in t.flows), None),
+        ),
         "-C": (", ".join(args.cut_option) or None, None),
     }
     for option, (value, actual) in asked.items():
@@ -60,7 +63,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
         help="dtype of weights and activations (default: float32)",
     )
     parser.add_argument(
-        "--task",
+        "--model-task",
         choices=sorted(TASKS),
         help="what the model is for, where its config.json says something else: embedding for the "
         "encoder of a masked LM",
@@ -179,7 +182,7 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
     from qeff_proxy.load.load_model import flow_of, load_model, with_options
     from qeff_proxy.plugins.manager import Plugins
 
-    task = TASKS.get(args.task)
+    task = TASKS.get(args.model_task)
     loaded = load_model(
         args.model,
         dtype=args.dtype or _DEFAULT_DTYPE,
@@ -188,7 +191,7 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
         auto_class=None if task is None else task.auto_class,
         unused=UNUSED_WEIGHTS if task is None else task.unused,
     )
-    loaded = replace(loaded, task=args.task)
+    loaded = replace(loaded, task=args.model_task)
     hooks = Plugins.discover().hooks_for(loaded.model_type, task=flow_of(loaded))
     return with_options(loaded, options), hooks
 
@@ -210,7 +213,7 @@ def known_export_of(args: argparse.Namespace) -> Export | None:
     Imports neither PyTorch nor transformers.
     """
     export = existing_export_of(args)
-    others = args.force or args.taps or args.task or getattr(args, "num_layers", None)
+    others = args.force or args.taps or args.model_task or getattr(args, "num_layers", None)
     if export is not None or others:
         return export
     from qeff_proxy.export.cache_key import find_known_export

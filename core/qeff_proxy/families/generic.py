@@ -55,7 +55,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site | Absent | None:
             f"{type(model).__name__} has an encoder and a decoder, which the generic plugin does "
             "not cut",
             f"No installed plugin claims model type {model.config.model_type!r}. Its encoder alone "
-            "is exported with --task embedding (in Python, by QEFFAutoModel).",
+            "is exported with --model-task embedding (in Python, by QEFFAutoModel).",
         )
     module = model.get_output_embeddings()
     path = _path_of(model, module)
@@ -78,7 +78,7 @@ def build_proxy(
     if not model.can_generate():
         raise UnsupportedModelError(
             f"{type(model).__name__} is no causal LM",
-            "Its encoder alone is exported with --task embedding (in Python, by QEFFAutoModel); "
+            "Its encoder alone is exported with --model-task embedding (in Python: QEFFAutoModel); "
             "the head needs a plugin of its own.",
         )
     decoder_path = _decoder_path(model)

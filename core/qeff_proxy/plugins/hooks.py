@@ -185,7 +185,7 @@ class Hooks:
                 f"{self.model_type!r})",
                 "A plugin of your own can say so; `qeff-proxy plugins` lists those installed. "
                 "Models whose head is for another task, such as a classifier's, are not cut; an "
-                "encoder alone is exported with --task embedding (in Python, by QEFFAutoModel).",
+                "encoder alone is exported with --model-task embedding (Python: QEFFAutoModel).",
             )
         return answer
 

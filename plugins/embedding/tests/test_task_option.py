@@ -1,4 +1,4 @@
-"""``--task``: a checkpoint is used for another task than its config names."""
+"""``--model-task``: a checkpoint is used for another task than its config names."""
 
 from __future__ import annotations
 
@@ -23,20 +23,27 @@ def masked_lm(tmp_path_factory):
 @pytest.mark.filterwarnings("default::UserWarning")  # the head is not used, which is said
 def test_the_encoder_of_a_masked_lm(masked_lm, capsys, tmp_path):
     assert main(["inspect", masked_lm]) == 4
-    assert "--task embedding (in Python, by QEFFAutoModel)" in capsys.readouterr().err
-    command = ["verify", masked_lm, "--task", "embedding", "--output", str(tmp_path / "export")]
+    assert "--model-task embedding (in Python: QEFFAutoModel)" in capsys.readouterr().err
+    command = [
+        "verify",
+        masked_lm,
+        "--model-task",
+        "embedding",
+        "--output",
+        str(tmp_path / "export"),
+    ]
     assert main([*command, "--json"]) == 0
     (backend,) = json.loads(capsys.readouterr().out)["backends"]
     assert backend["passed"]
-    export = ["inspect", masked_lm, "--task", "text"]
+    export = ["inspect", masked_lm, "--model-task", "text"]
     assert main(export) == 4
     capsys.readouterr()
-    assert main(["compile", str(tmp_path / "export"), "--task", "text"]) == 2
-    assert "--task text contradicts" in capsys.readouterr().err
-    assert main(["compile", str(tmp_path / "export"), "--task", "embedding"]) == 0
+    assert main(["compile", str(tmp_path / "export"), "--model-task", "text"]) == 2
+    assert "--model-task text contradicts" in capsys.readouterr().err
+    assert main(["compile", str(tmp_path / "export"), "--model-task", "embedding"]) == 0
 
 
 def test_a_task_that_is_none(masked_lm, capsys):
     with pytest.raises(SystemExit):
-        main(["inspect", masked_lm, "--task", "cooking"])
+        main(["inspect", masked_lm, "--model-task", "cooking"])
     assert "embedding" in capsys.readouterr().err
