@@ -153,5 +153,5 @@ def test_the_tensor_shown_for_a_failing_piece_is_one_that_fails():
     actual = {"prefill-0000": {"a": values * 1.3}, "decode-0000": {"b": values * 1.1}}
     limits = Tolerances.parse(["*=peak:0.01", "body.out.a=peak:0.5"])
     shown = compare_layer(expected, actual, "body", limits)
-    assert (shown.passed, shown.tensor, shown.step) == (False, "b", "decode-0000")
+    assert (shown.passed, shown.tensor, shown.step) == (False, "body.out.b", "decode-0000")
     assert shown.over_peak == pytest.approx(0.1)
