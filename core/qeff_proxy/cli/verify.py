@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,20 +179,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             verification = verify_model(model, backends, request, options, **more)
     if args.by_layer:
-        if args.json:
-            print_json(layers.to_json())
-        else:
-            for renderable in layer_lines(layers):
-                print_text(renderable)
+        _print(args, layers, layer_lines)
         if layers.failure is not None:
             raise layers.failure
         return 130 if layers.interrupted else 0 if layers.passed else 1
     if args.itself:
-        if args.json:
-            print_json(agreement.to_json())
-        else:
-            for renderable in self_lines(agreement):
-                print_text(renderable)
+        _print(args, agreement, self_lines)
         return 0 if agreement.passed else 1
     speed = verification.speed
     if args.json:
@@ -206,6 +198,15 @@ def run(args: argparse.Namespace) -> int:
         for renderable in speed_lines(speed, args) if speed is not None else ():
             print_text(renderable)
     return 0 if verification.passed else 1
+
+
+def _print(args: argparse.Namespace, result: Any, lines: Callable[[Any], Iterable[Any]]) -> None:
+    """Print a result as JSON, or as tables and lines."""
+    if args.json:
+        print_json(result.to_json())
+        return
+    for renderable in lines(result):
+        print_text(renderable)
 
 
 def _choose_by_layer(args: argparse.Namespace, model: LoadedModel | Export) -> None:

@@ -8,7 +8,6 @@ names, ties and missing weights are known of the whole model, at the price of a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch import nn
 from qeff_proxy.layers.index_use import uses_index
 from qeff_proxy.layers.layer_lists import LayerList, find_layer_list, prefix_with_every_kind
 from qeff_proxy.layers.shorten import shorten
-from qeff_proxy.load.checkpoint_files import safetensors_files
+from qeff_proxy.load.checkpoint_files import read_config_file, safetensors_files
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
 from qeff_proxy.load.transformers_model import NotSampled
 from qeff_proxy.load.weight_sources import (
@@ -160,7 +159,7 @@ class _Unread(torch.Tensor):
 
 def _compared(folder: Path, held: Mapping[str, StoredWeight]) -> set[str]:
     """The tensors that ``from_pretrained`` may compare: tied ones, stored twice; no layer's are."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config_file(folder)
     nested = [config, *(value for value in config.values() if isinstance(value, dict))]
     if not any(one.get("tie_word_embeddings", one is config) for one in nested):
         return set()

@@ -21,7 +21,7 @@ from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.parts import Proxy
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
-from qeff_proxy.run.example_request import DEFAULT_QUESTION
+from qeff_proxy.run.example_request import DEFAULT_QUESTION, example_request
 from qeff_proxy.run.replay_tokens import keep_tokens, replay_tokens
 from qeff_proxy.run.run_compiled import RunResult, new_io_folder, run_compiled
 from qeff_proxy.session.session import Session
@@ -193,9 +193,9 @@ def processor_in(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def check_request(
-    request: Request, model: LoadedModel | Export, hooks: Hooks, trust_remote_code: bool
-) -> tuple[Request, Mapping[str, torch.Tensor]]:
-    """Complete the request, and make its tensors, before anything is exported.
+    request: Request | None, model: LoadedModel | Export, hooks: Hooks, trust_remote_code: bool
+) -> tuple[Request | None, Mapping[str, torch.Tensor] | None]:
+    """Check the request, and make its tensors, before anything is exported; ``None`` stays so.
 
     The tensors serve for all runs, so that a warning about an input (a sound at another rate) is
     given once.
@@ -203,6 +203,8 @@ def check_request(
     Raises:
         UsageError: The model does not take this input.
     """
+    if request is None:
+        return None, None
     if any(not str(prompt).strip() for prompt in request.prompts):
         raise UsageError("a prompt is empty", "Give some text, or token ids.")
     if request.images and not request.prompts and request.inputs is None:
@@ -212,6 +214,32 @@ def check_request(
     if processor is None and folder is not None and request.prompts and request.inputs is None:
         load_processor(folder, trust_remote_code=trust_remote_code)  # raises; names what is missing
     return request, tensors_of(request, hooks, processor)
+
+
+def complete_request(
+    export: Export,
+    request: Request | None,
+    tensors: Mapping[str, torch.Tensor] | None,
+    hooks: Hooks,
+    processor: Any,
+    live: Callable[[], Proxy],
+) -> tuple[Request, Mapping[str, torch.Tensor]]:
+    """The request, or the flow's example, and its tensors with the export's own options.
+
+    Args:
+        export: What runs.
+        request: What `check_request` returned, as are its ``tensors``.
+        tensors: See ``request``.
+        hooks: Of the model type.
+        processor: The tokenizer or processor.
+        live: The parts in PyTorch, for an example without a processor.
+    """
+    if request is None:
+        request = example_request(export, processor, live)
+    defaults = export.settings.get("request_options", {})
+    if tensors is None or defaults:
+        tensors = tensors_of(request.with_defaults(defaults), hooks, processor)
+    return request, tensors
 
 
 def tensors_of(request: Request, hooks: Hooks, processor: Any) -> Mapping[str, torch.Tensor]:

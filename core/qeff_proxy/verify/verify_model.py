@@ -34,11 +34,10 @@ from qeff_proxy.load.load_model import LoadedModel, flow_of, load_model
 from qeff_proxy.parts import Kind, Proxy
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
-from qeff_proxy.run.example_request import example_request
 from qeff_proxy.run.run_compiled import check_io_folder
 from qeff_proxy.verify.options import BEST, VerifyOptions
 from qeff_proxy.verify.results import Verification
-from qeff_proxy.verify.runs import REFERENCE, Runs, check_request, processor_in, tensors_of
+from qeff_proxy.verify.runs import REFERENCE, Runs, check_request, complete_request, processor_in
 from qeff_proxy.verify.verify_backend import (
     backends_to_choose_from,
     needs_fixed_shapes,
@@ -90,14 +89,11 @@ def verify_model(
     options = replace(options, speed=options.speed or BEST in backends)
     check_names(names, options)
     _check_places(options)
-    if isinstance(model, str | Path):
-        model = opened(folder_named(str(model)), str(model), trust_remote_code)
+    model = opened(model, trust_remote_code)
     hooks = hooks or installed_hooks(model)
     loaded = model if isinstance(model, LoadedModel) else None
     reads_it = loaded is not None and not loaded.is_read
-    tensors = None
-    if request is not None:
-        request, tensors = check_request(request, model, hooks, trust_remote_code)
+    request, tensors = check_request(request, model, hooks, trust_remote_code)
     export = export_of(model, hooks, options, progress)
     if export.kind == "stub":
         raise UsageError(_STUB, "Export with proxy='split' to verify.")
@@ -109,11 +105,7 @@ def verify_model(
         options = replace(options, compile=fixed_lengths(export, options.compile))
     processor = processor_in(export.processor_folder, trust_remote_code)
     live = cache(partial(live_proxy, loaded, hooks, export))
-    if request is None:
-        request = example_request(export, processor, live)
-    defaults = export.settings.get("request_options", {})
-    if tensors is None or defaults:
-        tensors = tensors_of(request.with_defaults(defaults), hooks, processor)
+    request, tensors = complete_request(export, request, tensors, hooks, processor, live)
     run = Runs(export, hooks, request, tensors, processor, options)
     progress("running PyTorch, the reference")
     reference = run.reference(live() if loaded is not None else None)
@@ -156,9 +148,14 @@ def _names_of(
     return names, {name: why for name, why in left_out.items() if name not in names}
 
 
-def opened(folder: Path, source: str, trust_remote_code: bool) -> LoadedModel | Export:
-    """The export in a folder, else the checkpoint that the user named."""
-    return find_export(folder) or load_model(source, trust_remote_code=trust_remote_code)
+def opened(
+    model: str | Path | LoadedModel | Export, trust_remote_code: bool
+) -> LoadedModel | Export:
+    """The export in the folder that the user named, else the checkpoint of that name."""
+    if not isinstance(model, str | Path):
+        return model
+    found = find_export(folder_named(str(model)))
+    return found or load_model(str(model), trust_remote_code=trust_remote_code)
 
 
 def installed_hooks(model: LoadedModel | Export) -> Hooks:

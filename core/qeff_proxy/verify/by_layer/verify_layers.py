@@ -29,11 +29,9 @@ from qeff_proxy.common.file_errors import reading
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import ArtifactError, UsageError
 from qeff_proxy.graph.split_layers import split_layers
-from qeff_proxy.load.checkpoint_files import folder_named
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
-from qeff_proxy.run.example_request import example_request
 from qeff_proxy.verify.by_layer.calls import Outputs, calls_of, check_alone, job_of
 from qeff_proxy.verify.by_layer.candidate import Candidate, remove_leftovers
 from qeff_proxy.verify.by_layer.floor import LayerFloor
@@ -48,7 +46,12 @@ from qeff_proxy.verify.by_layer.results import (
 )
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.rounding import BITS
-from qeff_proxy.verify.runs import check_request, described_request, processor_in, tensors_of
+from qeff_proxy.verify.runs import (
+    check_request,
+    complete_request,
+    described_request,
+    processor_in,
+)
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
 
@@ -87,16 +90,13 @@ def verify_layers(
         check_report_place(options.html)
     if "torch" in names:
         raise UsageError("PyTorch is the reference", "Name another backend.")
-    if isinstance(model, str | Path):
-        model = opened(folder_named(str(model)), str(model), trust_remote_code)
+    model = opened(model, trust_remote_code)
     if isinstance(model, Export):
         raise UsageError(
             "an export cannot be verified layer by layer", "Name the checkpoint that it is of."
         )
     hooks = hooks or installed_hooks(model)
-    tensors = None
-    if request is not None:
-        request, tensors = check_request(request, model, hooks, trust_remote_code)
+    request, tensors = check_request(request, model, hooks, trust_remote_code)
     export = export_of(model, hooks, options, progress)
     return verify_layers_of(export, model, names, (request, tensors), options, hooks, progress)
 
@@ -132,11 +132,7 @@ def verify_layers_of(
         options = replace(options, compile=fixed_lengths(export, options.compile))
     proxy, weights = reference_parts(model, hooks, export)
     processor = processor_in(export.processor_folder, model.trust_remote_code)
-    request, tensors = given
-    if tensors is None:
-        request = example_request(export, processor, lambda: proxy)
-        defaults = export.settings.get("request_options", {})
-        tensors = tensors_of(request.with_defaults(defaults), hooks, processor)
+    request, tensors = complete_request(export, *given, hooks, processor, lambda: proxy)
     if options.tolerances is not None:
         options.tolerances.check_used(output_names(export))
     check_weights_of(export)
@@ -204,4 +200,4 @@ def verify_layers_of(
     done = LayerVerification(
         export.model["source"], export.folder, tuple(steps), results, interrupted, failure, resumed
     )
-    return write_layer_reports(done, export, options, described_request(request or Request()))
+    return write_layer_reports(done, export, options, described_request(request))

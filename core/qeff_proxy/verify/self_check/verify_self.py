@@ -24,11 +24,9 @@ from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compare.tolerances import COMPUTED_IN, NoiseFloor, Tolerances
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.flow import load_flow
-from qeff_proxy.load.checkpoint_files import folder_named
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
-from qeff_proxy.run.example_request import example_request
 from qeff_proxy.session.session import Session
 from qeff_proxy.verify.by_layer.calls import continuation, job_of, replay_settings
 from qeff_proxy.verify.by_layer.results import (
@@ -40,7 +38,7 @@ from qeff_proxy.verify.by_layer.results import (
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.results import reason_of
 from qeff_proxy.verify.rounding import BITS
-from qeff_proxy.verify.runs import check_request, processor_in, tensors_of
+from qeff_proxy.verify.runs import check_request, complete_request, processor_in
 from qeff_proxy.verify.self_check.arrangements import (
     Arrangement,
     Outputs,
@@ -91,25 +89,19 @@ def verify_self(
     options = options or VerifyOptions()
     names = tuple(dict.fromkeys(backends))
     check_names(names, options)
-    if isinstance(model, str | Path):
-        model = opened(folder_named(str(model)), str(model), trust_remote_code)
+    model = opened(model, trust_remote_code)
     hooks = hooks or installed_hooks(model)
-    tensors = None
-    if request is not None:
-        request, tensors = check_request(request, model, hooks, trust_remote_code)
+    is_example = request is None
+    request, tensors = check_request(request, model, hooks, trust_remote_code)
     export = export_of(model, hooks, options, progress)
     if options.tolerances is not None:
         options.tolerances.check_used(output_names(export))
     check_weights_of(export)
-    if tensors is None:
-        processor = processor_in(export.processor_folder, trust_remote_code)
-        loaded = model if isinstance(model, LoadedModel) else None
-        request = example_request(
-            export, processor, cache(lambda: live_proxy(loaded, hooks, export))
-        )
-        defaults = export.settings.get("request_options", {})
-        tensors = first_row(tensors_of(request.with_defaults(defaults), hooks, processor))
-    ways = arrangements(export, tensors)
+    processor = processor_in(export.processor_folder, trust_remote_code)
+    loaded = model if isinstance(model, LoadedModel) else None
+    live = cache(lambda: live_proxy(loaded, hooks, export))
+    _, tensors = complete_request(export, request, tensors, hooks, processor, live)
+    ways = arrangements(export, first_row(tensors) if is_example else tensors)
     results = []
     for name in names:
         progress(f"compiling for {name}")
