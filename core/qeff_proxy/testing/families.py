@@ -11,9 +11,10 @@
 pytest runs about forty checks: the plugin is found, the sites exist, the cut is verified and the
 verification detects faults, the body contains no weight of the vocabulary, names and axes follow
 the conventions, and the exported parts compute what the model computes, in steps, in chunks,
-padded, in batches and on each backend. The model, which is so deep that layers repeat, is exported
-once per class, with layer taps, from a checkpoint's folder. `Capabilities` declare what a family
-cannot do; the checks that need it are left out.
+padded, in batches and, within the tolerances of ``verify``, on each installed backend. The model,
+which is so deep that layers repeat, is exported once per class, with layer taps, from a
+checkpoint's folder. `Capabilities` declare what a family cannot do; the checks that need it are
+left out.
 """
 
 from __future__ import annotations

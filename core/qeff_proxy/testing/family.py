@@ -92,7 +92,8 @@ class Family:
         options: The options of ``build_proxy``.
         settings: The settings of the flow, such as the number of tokens.
         tolerance: Largest difference of an element, over the largest element of its tensor.
-        backends: The backends whose results are compared.
+        backends: The backends whose results are compared element by element.
+        verified_on: The backends that ``verify`` compares; by default all that are installed.
     """
 
     model_type: ClassVar[str]
@@ -107,6 +108,7 @@ class Family:
     settings: ClassVar[Mapping[str, Any]] = {}
     tolerance: ClassVar[float] = 1e-4
     backends: ClassVar[Sequence[str]] = ("onnxruntime",)
+    verified_on: ClassVar[Sequence[str]] = ()
 
     def make_config(self) -> PreTrainedConfig:
         """A config of small sizes (`tiny_config`)."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from qeff_proxy.arrays import Array, to_array
 from qeff_proxy.backends.compile_export import Compiled, compile_export, open_sessions
+from qeff_proxy.backends.registry import list_backends
 from qeff_proxy.compare.verdict import describe_verdict
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import read_dump
@@ -220,21 +221,24 @@ class RunChecks:
         expect(expected, "the flow gave no numbers", "Return arrays from the flow's run.")
 
     def test_verify_passes(self, subject: Subject) -> None:
-        """``verify`` accepts the export: each tensor of each layer equals the checkpoint's."""
-        (result,) = verify_model(
+        """``verify`` accepts each backend: every tensor of every layer equals the checkpoint's."""
+        installed = [report.name for report in list_backends() if report.state == "listed"]
+        results = verify_model(
             subject.stored,
+            subject.suite.verified_on or installed,
             request=Request(inputs=subject.rows[0]),
             options=VerifyOptions(
                 output=subject.export.folder, taps=subject.suite.taps, max_new_tokens=2
             ),
             hooks=subject.hooks,
         ).results
-        said = " ".join(describe_verdict(result.comparison)) if result.comparison else result.error
-        expect(
-            result.passed,
-            f"verify failed: {said}",
-            "Run qeff-proxy verify on a checkpoint of this depth for the whole report.",
-        )
+        for result in results:
+            verdict = result.comparison and " ".join(describe_verdict(result.comparison))
+            expect(
+                result.passed,
+                f"verify failed on {result.backend}: {verdict or result.error}",
+                "Run qeff-proxy verify on a checkpoint of this depth for the whole report.",
+            )
 
     @needs("processor")
     def test_the_processors_request_becomes_tensors(self, subject: Subject) -> None:
