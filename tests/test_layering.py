@@ -45,6 +45,7 @@ ORDER = [
     "export",
     "run",
     "verify",
+    "isolate",
     "demo",
     "auto",
     "testing",

@@ -31,6 +31,7 @@ COMMANDS = {
     "compile": "prepare the exported parts for a backend",
     "generate": "run the proxy on text, sound or images, and dump every tensor with --write-io",
     "verify": "run a model on several backends and name the first layer that differs from PyTorch",
+    "isolate": "find the operator that makes a backend's numbers wrong, and write it to a file",
     "compare": "compare two dumps and name the first layer that differs",
     "convert": "convert a dump to or from other tools' formats",
     "backends": "list backends, what they need and how to install it, their devices and options",

@@ -12,6 +12,7 @@ from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export
+    from qeff_proxy.request import Request
 
 #: Input names of vision models.
 _IMAGE_INPUTS = {"pixel_values", "images"}
@@ -27,6 +28,53 @@ def add_image_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
         metavar="FILE",
         help="an image that the text is about; may be given again",
     )
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options of `request_of`."""
+    inputs = parser.add_argument_group(
+        "input", "Without any, an example that fits the model: text, speech, or a drawing."
+    )
+    inputs.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="may be given again"
+    )
+    inputs.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="prompts, one a line; blank lines are left out",
+    )
+    inputs.add_argument(
+        "--ids", action="append", default=[], metavar="N,N,…", help="token ids instead of a prompt"
+    )
+    inputs.add_argument(
+        "--audio", action="append", default=[], metavar="FILE", help="a sound; may be given again"
+    )
+    add_image_option(inputs)
+    return inputs
+
+
+def request_of(args: argparse.Namespace) -> Request | None:
+    """The input that the command line names; ``None`` where it names none.
+
+    Raises:
+        UsageError: The options do not go together, or a file of prompts cannot be read.
+    """
+    from qeff_proxy.request import Request
+
+    if args.ids:
+        for name in ("prompt", "prompt_file", "audio", "image"):
+            if getattr(args, name):
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} and --ids exclude each other")
+        rows = parse_rows(args.ids)
+        import numpy as np
+
+        return Request(inputs={"input_ids": np.array(rows, np.int64)})
+    prompts = [*args.prompt, *read_prompts(args.prompt_file)]
+    if not prompts and not args.audio and not args.image:
+        return None
+    return Request(tuple(prompts), audio=tuple(args.audio), images=tuple(args.image))
 
 
 def hint_of_image(export: Export, images: Sequence[str]) -> None:

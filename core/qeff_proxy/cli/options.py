@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -323,3 +323,27 @@ def parse_option(text: str, option: str = "-O") -> tuple[str, Any]:
         return name, int(value)
     except ValueError:
         return name, value
+
+
+def options_by_backend(
+    args: argparse.Namespace, backends: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """The options that ``-O BACKEND.NAME=VALUE`` gives to each of some backends.
+
+    Raises:
+        UsageError: One is misspelled, or names another backend.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for text in args.backend_option:
+        backend, dot, option = text.partition(".")
+        if not dot or "=" in backend:
+            raise UsageError(f"-O {text} is not BACKEND.NAME=VALUE")
+        name, value = parse_option(option)
+        options.setdefault(backend, {})[name] = value
+    from qeff_proxy.verify.options import BEST
+
+    named = set(backends)
+    unused = sorted(set(options) - named)
+    if unused and BEST not in named:
+        raise UsageError(f"-O names {unused[0]}, which is not verified")
+    return options

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact.manifest_schema import MANIFEST, Export
-from qeff_proxy.cli.inputs import add_image_option, parse_rows, read_prompts
+from qeff_proxy.cli.inputs import add_input_options, parse_rows, request_of
 from qeff_proxy.cli.options import (
     add_backend_option,
     add_calibration_option,
@@ -20,14 +20,13 @@ from qeff_proxy.cli.options import (
     compile_options_of,
     kind_of,
     loaded_of,
-    parse_option,
+    options_by_backend,
 )
 from qeff_proxy.cli.output import print_json, print_text, stage_display
 from qeff_proxy.cli.speed_table import command_for, speed_lines
 from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel
-from qeff_proxy.request import Request
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,25 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a backend to verify, or best for all that can run here and the name of the quickest; "
         "may be given again (default: onnxruntime)",
     )
-    inputs = parser.add_argument_group(
-        "input", "Without any, an example that fits the model: text, speech, or a drawing."
-    )
-    inputs.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="may be given again"
-    )
-    inputs.add_argument(
-        "--prompt-file",
-        type=Path,
-        metavar="FILE",
-        help="prompts, one a line; blank lines are left out",
-    )
-    inputs.add_argument(
-        "--ids", action="append", default=[], metavar="N,N,…", help="token ids instead of a prompt"
-    )
-    inputs.add_argument(
-        "--audio", action="append", default=[], metavar="FILE", help="a sound; may be given again"
-    )
-    add_image_option(inputs)
+    inputs = add_input_options(parser)
     inputs.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
     _add_outcome_options(parser)
     add_shape_options(parser)
@@ -134,9 +115,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--continuation is for --by-layer and --self")
     continuation = parse_rows([args.continuation])[0] if args.continuation else ()
     tolerances = Tolerances.parse(args.tol)
-    request = _request(args)
+    request = request_of(args)
     _check_place(args)
-    by_backend = _backend_options(args)
+    by_backend = options_by_backend(args, args.backend or ["onnxruntime"])
     with stage_display("verifying", quiet=args.json) as progress:
         progress("loading libraries")
         from qeff_proxy.dump import DumpOptions
@@ -257,41 +238,6 @@ def _model(args: argparse.Namespace) -> LoadedModel | Export:
     from qeff_proxy.load.checkpoint_files import folder_named
 
     return find_export(folder_named(args.model)) or loaded_of(args)[0]
-
-
-def _request(args: argparse.Namespace) -> Request | None:
-    from qeff_proxy.request import Request
-
-    if args.ids:
-        for name in ("prompt", "prompt_file", "audio", "image"):
-            if getattr(args, name):
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} and --ids exclude each other")
-        rows = parse_rows(args.ids)
-        import numpy as np
-
-        return Request(inputs={"input_ids": np.array(rows, np.int64)})
-    prompts = [*args.prompt, *read_prompts(args.prompt_file)]
-    if not prompts and not args.audio and not args.image:
-        return None
-    return Request(tuple(prompts), audio=tuple(args.audio), images=tuple(args.image))
-
-
-def _backend_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    options: dict[str, dict[str, Any]] = {}
-    for text in args.backend_option:
-        backend, dot, option = text.partition(".")
-        if not dot or "=" in backend:
-            raise UsageError(f"-O {text} is not BACKEND.NAME=VALUE")
-        name, value = parse_option(option)
-        options.setdefault(backend, {})[name] = value
-    from qeff_proxy.verify.options import BEST
-
-    named = set(args.backend or ["onnxruntime"])
-    unused = sorted(set(options) - named)
-    if unused and BEST not in named:
-        raise UsageError(f"-O names {unused[0]}, which is not verified")
-    return options
 
 
 def _rendered(verification: Verification) -> list[RenderableType]:

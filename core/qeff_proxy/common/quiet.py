@@ -22,6 +22,7 @@ _TRACERS = ("torch.onnx", "transformers", "onnxscript", "onnx_ir")
 _QUIET: ContextVar[tuple[tuple[str, int], ...]] = ContextVar("quiet", default=())
 _TRACING: ContextVar[bool] = ContextVar("tracing", default=False)
 _LOADING: ContextVar[bool] = ContextVar("loading", default=False)
+_WITHOUT_WARNINGS: ContextVar[bool] = ContextVar("without_warnings", default=False)
 _CHANGES = SharedChanges()
 
 
@@ -56,6 +57,17 @@ def quiet_tracers() -> Iterator[None]:
             yield
     finally:
         _TRACING.reset(token)
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Drop this thread's warnings."""
+    token = _WITHOUT_WARNINGS.set(True)
+    try:
+        with _CHANGES.needed("warnings", _filter_warnings):
+            yield
+    finally:
+        _WITHOUT_WARNINGS.reset(token)
 
 
 @contextmanager
@@ -104,11 +116,11 @@ def _filter_handler(handler: logging.Handler) -> Callable[[], object]:
 
 class _WhileTracing(type):
     def __subclasscheck__(cls, subclass: type) -> bool:
-        return _TRACING.get()
+        return _TRACING.get() or _WITHOUT_WARNINGS.get()
 
 
 class _DroppedWarning(Warning, metaclass=_WhileTracing):
-    """A base class of every warning in a context that traces, and of none elsewhere.
+    """A base class of every warning in a context that drops them, and of none elsewhere.
 
     ``warnings.catch_warnings`` would replace the filters of all threads.
     """

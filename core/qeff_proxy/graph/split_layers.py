@@ -93,13 +93,13 @@ def _stages(outputs: Sequence[ir.Value], taps: Sequence[ir.Value]) -> dict[str, 
     numbers = {tap: number for number, tap in enumerate(taps)}
     after: dict[ir.Value, int] = {tap: number + 1 for tap, number in numbers.items()}
     for node in outputs[0].graph or ():
-        stage = max((after.get(value, 0) for value in _read_by(node)), default=0)
+        stage = max((after.get(value, 0) for value in read_by(node)), default=0)
         for value in node.outputs:
             after.setdefault(value, stage)
     return {str(one.name): numbers.get(one, after.get(one, 0)) for one in outputs}
 
 
-def _read_by(node: ir.Node) -> list[ir.Value]:
+def read_by(node: ir.Node) -> list[ir.Value]:
     """The values that a node reads, in its subgraphs too."""
     values = list(node.inputs)
     for attribute in node.attributes.values():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from qeff_proxy.verify.results import reason_of
 
 _LOG = logging.getLogger(__name__)
 
+#: Opens a layer of a part.
+OpenLayer = Callable[[ExportedPart, LayerGraph], AbstractContextManager[Session]]
 #: A backend that fails in so many layers in a row runs no more of them.
 _MOST_FAILURES = 3
 
@@ -80,6 +83,27 @@ class Candidate:
             self._backend = load_backend(self.name)
         return self._backend
 
+    @property
+    def tolerances(self) -> Tolerances:
+        """Of its precision, without noise floors."""
+        return replace(self._tolerances, precision=self.precision)
+
+    @property
+    def last(self) -> LayerResult | None:
+        """The result of the layer that ran last."""
+        return self._layers[-1] if self._layers else None
+
+    def fork(self) -> Candidate:
+        """A second one with the same results so far, which goes on by itself."""
+        other = copy.copy(self)
+        run = self._run.fork() if self._run is not None else None
+        vars(other).update(_layers=list(self._layers), _known=dict(self._known), _run=run)
+        return other
+
+    def versions(self) -> dict[str, str]:
+        """Versions of its compiler and runtime."""
+        return dict(self._opened().versions())
+
     def settings(self) -> object:
         """What its results depend on, besides the export and the input."""
         if self._backend is None:
@@ -102,8 +126,17 @@ class Candidate:
         expected: Sequence[Step],
         following: Sequence[LayerGraph],
         floor: LayerFloor | None,
+        session_of: OpenLayer | None = None,
     ) -> None:
         """Run a layer on the reference's inputs, then on the backend's own; compare both.
+
+        Args:
+            graph: The layer.
+            reference: The reference's run of the part.
+            expected: The reference's outputs of the layer, in each call.
+            following: The layers after it.
+            floor: The noise floor of the backend's precision.
+            session_of: Opens the layer, in place of `session`.
 
         Raises:
             ArtifactError: The layer's files cannot be written: no backend could go on.
@@ -115,7 +148,7 @@ class Candidate:
         try:
             with (
                 writing(self._export.folder, FULL),
-                self._session(part, graph) as session,
+                (session_of or self.session)(part, graph) as session,
             ):
                 local = reference.forward(graph, session.run, cache=expected)
                 inherited = self._run.forward(graph, session.run)
@@ -133,7 +166,7 @@ class Candidate:
         self._failed_in_a_row = 0
         if self.precision in COMPUTED_IN:
             self._note = f"there is none of {self.precision}" if floor is None else floor.failure
-        tolerances = replace(self._tolerances, precision=self.precision)
+        tolerances = self.tolerances
         wanted = reference.by_step(expected)
 
         def measured(outputs: Sequence[Step], floors: Floors) -> LayerError:
@@ -171,7 +204,7 @@ class Candidate:
         self._failed_in_a_row = state["failed"]
 
     @contextmanager
-    def _session(self, part: ExportedPart, graph: LayerGraph) -> Iterator[Session]:
+    def session(self, part: ExportedPart, graph: LayerGraph) -> Iterator[Session]:
         """Compile a layer alone, and open it; its files are removed at the end.
 
         Its graph lies beside the weights file, which it points into: external data may lie nowhere

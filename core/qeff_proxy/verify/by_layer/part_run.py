@@ -27,6 +27,12 @@ class PartRun:
         self.calls = calls
         self._values: list[Step] = [dict(call.inputs) for call in calls]
 
+    def fork(self) -> PartRun:
+        """A second run with the same values so far, which goes on by itself."""
+        other = PartRun(self.part, self.calls)
+        vars(other).update(_values=[dict(values) for values in self._values])
+        return other
+
     def forward(
         self,
         graph: LayerGraph,
@@ -48,20 +54,34 @@ class PartRun:
         """
         outputs: list[Step] = []
         past = outputs if cache is None else cache
-        dtypes = {spec.name: spec.dtype for spec in self.part.inputs}
-        for number, (call, values) in enumerate(zip(self.calls, self._values, strict=True)):
-            feeds: Step = {}
-            if whole:
-                feeds = {name: zeros(shape, dtypes[name]) for name, shape in call.past.items()}
-                feeds = {**call.inputs, **feeds}
-            for spec in graph.inputs:
-                if spec.name.startswith(PAST):
-                    feeds[spec.name] = call.cache(spec, past[number - 1] if number else None)
-                else:
-                    feeds[spec.name] = values[spec.name]
-            results = run(feeds)
+        for number in range(len(self.calls)):
+            results = run(self.feeds(graph, number, past, whole=whole))
             outputs.append({spec.name: results[spec.name] for spec in graph.outputs})
         return outputs
+
+    def feeds(
+        self, graph: LayerGraph, number: int, past: Sequence[Step], *, whole: bool = False
+    ) -> Step:
+        """A layer's inputs in one call.
+
+        Args:
+            graph: The layer.
+            number: Of the call.
+            past: The layer's outputs in the calls before it.
+            whole: Give all inputs of the part; the caches of other layers are zeros.
+        """
+        call, values = self.calls[number], self._values[number]
+        feeds: Step = {}
+        if whole:
+            dtypes = {spec.name: spec.dtype for spec in self.part.inputs}
+            feeds = {name: zeros(shape, dtypes[name]) for name, shape in call.past.items()}
+            feeds = {**call.inputs, **feeds}
+        for spec in graph.inputs:
+            if spec.name.startswith(PAST):
+                feeds[spec.name] = call.cache(spec, past[number - 1] if number else None)
+            else:
+                feeds[spec.name] = values[spec.name]
+        return feeds
 
     def keep(self, outputs: Sequence[Step], following: Sequence[LayerGraph]) -> list[Step]:
         """Keep what later layers or parts take of a layer's outputs, and drop what none takes.

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from qeff_proxy.artifact.export_folder import check_weights_of
 from qeff_proxy.artifact.manifest_schema import Export
@@ -28,7 +29,7 @@ from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.common.file_errors import reading
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import ArtifactError, UsageError
-from qeff_proxy.graph.split_layers import split_layers
+from qeff_proxy.graph.split_layers import LayerGraph, split_layers
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
@@ -36,7 +37,7 @@ from qeff_proxy.verify.by_layer.calls import Outputs, calls_of, check_alone, job
 from qeff_proxy.verify.by_layer.candidate import Candidate, remove_leftovers
 from qeff_proxy.verify.by_layer.floor import LayerFloor
 from qeff_proxy.verify.by_layer.journal import REFERENCE, Entry, Journal
-from qeff_proxy.verify.by_layer.part_run import PartRun
+from qeff_proxy.verify.by_layer.part_run import PartRun, Step
 from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
 from qeff_proxy.verify.by_layer.report import write_layer_reports
 from qeff_proxy.verify.by_layer.results import (
@@ -56,6 +57,32 @@ from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
 
 
+@dataclass(frozen=True)
+class LayerRun:
+    """One layer that has run.
+
+    Attributes:
+        graph: The layer.
+        reference: The reference's run of its part, before this layer.
+        expected: The reference's outputs of the layer, in each call.
+        following: The layers after it.
+        floor: The noise floor of the backend's precision; ``None`` where there is none.
+        module: The part in PyTorch.
+    """
+
+    graph: LayerGraph
+    reference: PartRun
+    expected: Sequence[Step]
+    following: Sequence[LayerGraph]
+    floor: LayerFloor | None
+    module: nn.Module
+
+
+#: Gets a layer, the backend that ran it, and that backend as it was before. What it returns runs
+#: the layers that follow, beside the backends.
+Observer = Callable[[LayerRun, Candidate, Candidate], Sequence[Candidate]]
+
+
 def verify_layers(
     model: str | Path | LoadedModel | Export,
     backends: Sequence[str] = ("onnxruntime",),
@@ -65,6 +92,7 @@ def verify_layers(
     hooks: Hooks | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda _stage: None,
+    observe: Observer | None = None,
 ) -> LayerVerification:
     """Run a model on several backends, and compare each of its layers with PyTorch.
 
@@ -77,6 +105,7 @@ def verify_layers(
         hooks: Of its model type, in place of the installed plugins.
         trust_remote_code: Run Python code that comes with the checkpoint.
         progress: Called with the name of each stage as it starts.
+        observe: As for `verify_layers_of`.
 
     Raises:
         UsageError: There is nothing to verify, or the input cannot be right.
@@ -98,7 +127,9 @@ def verify_layers(
     hooks = hooks or installed_hooks(model)
     request, tensors = check_request(request, model, hooks, trust_remote_code)
     export = export_of(model, hooks, options, progress)
-    return verify_layers_of(export, model, names, (request, tensors), options, hooks, progress)
+    return verify_layers_of(
+        export, model, names, (request, tensors), options, hooks, progress, observe
+    )
 
 
 def verify_layers_of(
@@ -109,6 +140,7 @@ def verify_layers_of(
     options: VerifyOptions,
     hooks: Hooks,
     progress: Callable[[str], None] = lambda _stage: None,
+    observe: Observer | None = None,
 ) -> LayerVerification:
     """Verify an export by layer, against the checkpoint that it was made from.
 
@@ -120,6 +152,7 @@ def verify_layers_of(
         options: As for `verify_layers`.
         hooks: Of its model type.
         progress: Called with the name of each stage as it starts.
+        observe: Sees each layer after each backend has run it. A run with one begins anew.
 
     Returns:
         The errors of the layers; of those that ran before Ctrl-C or a full disk, if there are any.
@@ -146,7 +179,7 @@ def verify_layers_of(
     settings = [candidate.settings() for candidate in candidates]
     settings += [options.max_new_tokens, options.tolerances, torch.__version__]
     journal = Journal.of(export, tensors, settings)
-    with journal.held(anew=options.force):
+    with journal.held(anew=options.force or observe is not None):
         try:
             for part in export.parts:
                 progress(f"splitting {part.name}")
@@ -157,8 +190,10 @@ def verify_layers_of(
                 steps.update(dict.fromkeys(call.step for call in run.calls))
                 others: dict[str, Candidate | LayerFloor] = {c.name: c for c in candidates}
                 others |= {f"floor {name}": floor for name, floor in floors.items()}
-                for other in others.values():
+                beginning: list[Candidate | LayerFloor] = [*candidates, *floors.values()]
+                for other in beginning:
                     other.begin(part, job_of(export, options, tensors))
+                module = proxy.part(part.name).module
                 live = PartReference(proxy.part(part.name), weights)
                 for stage, graph in enumerate(graphs):
                     check_alone(part, graph, stage)
@@ -180,14 +215,19 @@ def verify_layers_of(
                         for floor in floors.values():
                             rounded = partial(run_layer, bits=floor.bits)
                             floor.run_layer(graph, run, by_step, following, rounded)
-                    for candidate in candidates:
+                    for candidate in tuple(candidates):
                         progress(f"{where}: {candidate.name}")
                         floor_of_it = floors.get(candidate.precision or "")
+                        before = candidate.fork() if observe is not None else candidate
                         candidate.try_layer(graph, run, expected, following, floor_of_it)
+                        if observe is not None:
+                            layer = LayerRun(graph, run, expected, following, floor_of_it, module)
+                            candidates += observe(layer, candidate, before)
                     values = {REFERENCE: run.keep(expected, following)}
-                    values |= {name: other.kept for name, other in others.items()}
-                    states = {name: other.state() for name, other in others.items()}
-                    journal.write(f"{part.name}-{stage:04d}", Entry(values, states))
+                    if observe is None:
+                        values |= {name: other.kept for name, other in others.items()}
+                        states = {name: other.state() for name, other in others.items()}
+                        journal.write(f"{part.name}-{stage:04d}", Entry(values, states))
                     gc.collect(1)  # graphs are cycles, which hold arrays of the layer's size
                 known[part.name] = run.outputs()
             journal.remove()

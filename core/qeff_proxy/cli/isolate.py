@@ -1,0 +1,140 @@
+"""``qeff-proxy isolate MODEL --backend B``."""
+
+from __future__ import annotations
+
+import argparse
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qeff_proxy.cli.inputs import add_input_options, request_of
+from qeff_proxy.cli.options import (
+    add_backend_option,
+    add_model_options,
+    add_shape_options,
+    compile_options_of,
+    kind_of,
+    loaded_of,
+    options_by_backend,
+)
+from qeff_proxy.cli.output import print_json, print_text, stage_display
+from qeff_proxy.errors import UsageError
+
+if TYPE_CHECKING:
+    from qeff_proxy.isolate.capsule import Rerun
+
+_EPILOG = """\
+The model is verified layer by layer. In the first layer that is out of line by its own error,
+groups of operators run on the backend and all others exactly, until the smallest group is left that
+causes the error. The proof is the error of the model's last outputs with those operators exact.
+--capsule writes them to a file with their inputs and a script: qeff-proxy isolate FILE.zip runs it.
+Exit status: 0 when there is no fault, else 1.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.epilog = _EPILOG
+    add_model_options(parser, exports=True)
+    parser.add_argument(
+        "--backend", default="onnxruntime", metavar="NAME", help="default: onnxruntime"
+    )
+    parser.add_argument(
+        "--layer",
+        metavar="NAME",
+        help="look into this layer, such as 3 or 'body layer 3' (default: the first out of line)",
+    )
+    parser.add_argument(
+        "--capsule", type=Path, metavar="FILE.zip", help="write the cause to a file that runs alone"
+    )
+    parser.add_argument(
+        "--anonymous", action="store_true", help="with random weights in the capsule"
+    )
+    inputs = add_input_options(parser)
+    inputs.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
+    add_shape_options(parser)
+    add_backend_option(parser, "BACKEND.NAME=VALUE", "an option of the backend")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Find the fault, print it, and return 0 when there is none, else 1."""
+    if args.anonymous and args.capsule is None:
+        raise UsageError("--anonymous is for --capsule, which is not given")
+    path = Path(args.model).expanduser()
+    if path.is_file():
+        return _run_capsule(args, path)
+    request = request_of(args)
+    by_backend = options_by_backend(args, [args.backend])
+    with stage_display("isolating", quiet=args.json) as progress:
+        progress("loading libraries")
+        from qeff_proxy.isolate.isolate_fault import isolate_fault
+        from qeff_proxy.isolate.results import describe_fault
+        from qeff_proxy.verify.options import VerifyOptions
+
+        options = VerifyOptions(
+            kind=kind_of(args),
+            output=args.output,
+            opset=args.opset,
+            force=args.force,
+            wait=not args.no_wait,
+            max_new_tokens=args.max_new_tokens,
+            compile=compile_options_of(args),
+            backends=by_backend,
+        )
+        fault = isolate_fault(
+            loaded_of(args)[0],
+            args.backend,
+            request,
+            options,
+            layer=args.layer,
+            capsule=args.capsule,
+            anonymous=args.anonymous,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress,
+        )
+    if args.json:
+        print_json(fault.to_json())
+    else:
+        for line in describe_fault(fault):
+            print_text(line)
+    return 0 if fault.healthy or (fault.local.passed and fault.refused is None) else 1
+
+
+def _run_capsule(args: argparse.Namespace, path: Path) -> int:
+    """Run a capsule, and return 0 where its fault does not show, else 1."""
+    for name in ("layer", "capsule", "prompt", "prompt_file", "ids", "audio", "image", "taps"):
+        if getattr(args, name):
+            raise UsageError(f"a capsule has its own input: it takes no --{name.replace('_', '-')}")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(
+            f"{path} is neither a folder nor a capsule",
+            "Name a checkpoint's folder or hub id, or a file of --capsule.",
+        )
+    from dataclasses import replace
+
+    from qeff_proxy.isolate.capsule import run_capsule
+
+    options = options_by_backend(args, [args.backend]).get(args.backend, {})
+    compiled_for = replace(compile_options_of(args), backend=options)
+    rerun = run_capsule(path, args.backend, compiled_for)
+    if args.json:
+        print_json(rerun.to_json())
+    else:
+        for line in _describe(rerun):
+            print_text(line)
+    return 1 if rerun.shows else 0
+
+
+def _describe(rerun: Rerun) -> list[str]:
+    from qeff_proxy.compare.verdict import printable
+
+    facts = {name: printable(str(value)) for name, value in rerun.facts.items()}
+    operators = rerun.facts.get("operators") or ["?"]
+    verdict = "The fault shows here." if rerun.shows else "The fault does not show here."
+    return [
+        f"{printable(str(operators[0]))}{' …' if len(operators) > 1 else ''} of "
+        f"{facts.get('where', '?')}, {facts.get('step', '?')}: {facts.get('source', '?')}",
+        f"{facts.get('backend', '?')} gave {rerun.recorded:.3g} of the peak, {rerun.backend} gives "
+        f"{rerun.error:.3g}.",
+        verdict,
+    ]

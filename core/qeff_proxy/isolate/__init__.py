@@ -1,0 +1,15 @@
+"""Isolate a fault: from the layer that is out of line to the operator that causes it."""
+
+from qeff_proxy.isolate.capsule import read_capsule, run_capsule
+from qeff_proxy.isolate.isolate_fault import isolate_fault
+from qeff_proxy.isolate.results import Cause, Fault, OperatorFacts, describe_fault
+
+__all__ = [
+    "Cause",
+    "Fault",
+    "OperatorFacts",
+    "describe_fault",
+    "isolate_fault",
+    "read_capsule",
+    "run_capsule",
+]

@@ -1,0 +1,345 @@
+"""Isolate a fault: which operator of which layer makes a backend's numbers wrong.
+
+1. The model is verified by layer (`qeff_proxy.verify.by_layer`), until a layer is out of line by
+   its own error: on the reference's inputs.
+2. That layer's operators run one by one on the CPU, which gives the exact value of everything in
+   it (`Operators`), and is first compared with PyTorch.
+3. Groups of operators run on the backend, all others exactly, until the smallest group is left that
+   causes the error (`find_culprits`).
+4. The proof: the model goes on to its last outputs twice, as the backend computes it and with the
+   culprits exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from qeff_proxy.arrays import Array
+from qeff_proxy.artifact.manifest_schema import ExportedPart
+from qeff_proxy.compare.report_file import check_report_place
+from qeff_proxy.errors import UsageError
+from qeff_proxy.graph.split_layers import LayerGraph
+from qeff_proxy.isolate.blame import Culprit, OpenGroup, Trials, find_culprits
+from qeff_proxy.isolate.capsule import write_capsule
+from qeff_proxy.isolate.describe import describe_operator, worst_element
+from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values
+from qeff_proxy.isolate.results import Cause, Fault
+from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.request import Request
+from qeff_proxy.session.session import Session
+from qeff_proxy.verify.by_layer.candidate import Candidate, OpenLayer
+from qeff_proxy.verify.by_layer.results import (
+    LayerError,
+    LayerResult,
+    LayerVerification,
+    compare_layer,
+)
+from qeff_proxy.verify.by_layer.verify_layers import LayerRun, verify_layers
+from qeff_proxy.verify.options import VerifyOptions
+
+#: The layer's error at fixed shapes is the fault that was seen, if it is at least this share of it.
+_SAME = 0.25
+
+
+def isolate_fault(
+    model: str | Path | LoadedModel,
+    backend: str = "onnxruntime",
+    request: Request | None = None,
+    options: VerifyOptions | None = None,
+    *,
+    layer: str | None = None,
+    capsule: Path | None = None,
+    anonymous: bool = False,
+    hooks: Hooks | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> Fault:
+    """Find the operators that make a backend's numbers wrong.
+
+    Args:
+        model: A checkpoint: folder, hub id, or loaded.
+        backend: The backend's name.
+        request: The input; by default the flow's example.
+        options: As for `qeff_proxy.verify.by_layer.verify_layers`.
+        layer: Look at this one (``"body layer 3"``, or ``"3"`` where only one part has layers),
+            whether it is out of line or not; by default at the first that is.
+        capsule: Write the first cause to this file (`qeff_proxy.isolate.capsule`).
+        anonymous: Exchange the weights in it for random numbers.
+        hooks: Of its model type, in place of the installed plugins.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        progress: Called with the name of each stage as it starts.
+
+    Raises:
+        UsageError: There is nothing to verify, no such layer, or the input cannot be right.
+        UnsupportedModelError: The model cannot be run layer by layer.
+        BackendError: The backend cannot be used, or fails in the layer.
+    """
+    if capsule is not None:
+        check_report_place(capsule)
+    wanted = _Capsule(capsule, anonymous, str(getattr(model, "source", model)))
+    search = _Search(layer, wanted, progress)
+
+    def verify(search: _Search) -> LayerVerification:
+        return verify_layers(
+            model,
+            [backend],
+            request,
+            options,
+            hooks=hooks,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            observe=search,
+        )
+
+    done = verify(search)
+    if search.fault is None and layer is None and done.results[0].faulty:
+        # Only beside the layers like it is it out of line, which is known at the end.
+        search = _Search(done.results[0].faulty[0].name, wanted, progress)
+        done = verify(search)
+    result = done.results[0]
+    if search.fault is None:
+        if layer is not None:
+            known = ", ".join(one.name for one in result.layers)
+            raise UsageError(f"there is no layer {layer!r}", f"There are: {known}.")
+        if result.error is not None:
+            return Fault(
+                done.source, backend, unexplained=f"{backend} does not run: {result.error}"
+            )
+        return replace(_nothing(result.layers), source=done.source, backend=backend)
+    after = search.exact.last.inherited if search.exact and search.exact.last else None
+    before = result.layers[-1].inherited if after is not None and result.layers else None
+    return replace(search.fault, source=done.source, backend=backend, before=before, after=after)
+
+
+def _nothing(layers: Sequence[LayerResult]) -> Fault:
+    """No layer is out of line by its own error."""
+    late = next((layer for layer in layers if not layer.inherited.passed), None)
+    if late is None:
+        return Fault("", "")
+    return Fault(
+        "",
+        "",
+        part=late.part,
+        layer=late.layer,
+        step=late.inherited.step,
+        local=late.local,
+        unexplained="Each layer is within tolerance alone; their errors add up to more here. No "
+        "operator is to blame: the backend's precision is too low for this model.",
+    )
+
+
+class _Search:
+    """Looks into the first layer that is out of line, or the named one, once it has run."""
+
+    def __init__(
+        self, layer: str | None, capsule: _Capsule, progress: Callable[[str], None]
+    ) -> None:
+        self._layer = layer
+        self._capsule = capsule
+        self._progress = progress
+        self.fault: Fault | None = None
+        #: The backend with the culprits exact, which goes on beside it.
+        self.exact: Candidate | None = None
+
+    def __call__(
+        self, layer: LayerRun, candidate: Candidate, before: Candidate
+    ) -> Sequence[Candidate]:
+        """See `qeff_proxy.verify.by_layer.verify_layers.Observer`."""
+        result = candidate.last
+        if self.fault is not None or result is None or not self._is_it(result):
+            return []
+        self.fault, culprits = _look_into(layer, candidate, result, self._capsule, self._progress)
+        if not culprits or result.error is not None:
+            return []
+        numbers = {number for culprit in culprits for number in culprit.numbers}
+        self._progress(f"{result.name}: with the culprits exact")
+        before.try_layer(
+            layer.graph,
+            layer.reference,
+            layer.expected,
+            layer.following,
+            layer.floor,
+            _without(before, numbers),
+        )
+        if before.last is None or before.last.error is not None:
+            return []
+        self.exact = before
+        return [before]
+
+    def _is_it(self, result: LayerResult) -> bool:
+        if self._layer is None:
+            return not result.local.passed
+        return self._layer in (result.name, str(result.layer))
+
+
+def _look_into(
+    layer: LayerRun,
+    candidate: Candidate,
+    result: LayerResult,
+    capsule: _Capsule,
+    progress: Callable[[str], None],
+) -> tuple[Fault, list[Culprit]]:
+    """Find the culprits in one layer."""
+    part, graph = layer.reference.part, layer.graph
+    steps = [call.step for call in layer.reference.calls]
+    step = result.local.step or steps[0]
+    number = steps.index(step)
+    progress(f"{result.name}: running its operators one by one")
+    operators = Operators(graph, layer.reference.feeds(graph, number, layer.expected))
+    fault = Fault(
+        "",
+        candidate.name,
+        part.name,
+        graph.layer,
+        step,
+        len(operators.nodes),
+        result.local,
+        refused=result.error,
+    )
+
+    def compared(outputs: Values) -> LayerError:
+        expected = {step: layer.expected[number]}
+        return compare_layer(expected, {step: outputs}, part.name, candidate.tolerances)
+
+    exact = compared(operators.results(operators.values))
+    if not exact.passed:
+        return replace(
+            fault,
+            unexplained="The exported graph itself differs from PyTorch here, before any backend "
+            f"runs it ({exact.tensor}: {exact.over_peak:.3g} of the peak). Export it again with "
+            "--force.",
+        ), []
+
+    trials = Trials(operators, lambda group: candidate.session(part, group.graph))
+    whole, culprits = find_culprits(
+        trials,
+        # What is left of a lower precision's rounding is no cause of its own.
+        lambda outputs: candidate.precision is not None or compared(outputs).passed,
+        lambda stage: progress(f"{result.name}: {stage}"),
+    )
+    fault = replace(fault, whole=whole)
+    if capsule.path is not None and culprits and whole is not None:
+        fault = _with_capsule(fault, capsule, trials, culprits[0], candidate, progress)
+    causes = tuple(
+        _cause(culprit, trials, candidate.precision, layer.module) for culprit in culprits
+    )
+    return replace(fault, causes=causes, unexplained=_unexplained(result, whole, causes)), culprits
+
+
+@dataclass(frozen=True)
+class _Capsule:
+    """The capsule that is asked for."""
+
+    path: Path | None
+    anonymous: bool
+    source: str
+
+
+def _with_capsule(
+    fault: Fault,
+    capsule: _Capsule,
+    trials: Trials,
+    culprit: Culprit,
+    candidate: Candidate,
+    progress: Callable[[str], None],
+) -> Fault:
+    """The fault with its capsule written, or with a note of why there is none."""
+    assert capsule.path is not None  # noqa: S101 (see the caller)
+    facts = {
+        "source": capsule.source,
+        "where": fault.where,
+        "step": fault.step,
+        "backend": candidate.name,
+        "precision": candidate.precision,
+        "versions": candidate.versions(),
+    }
+    try:
+        said = write_capsule(
+            capsule.path,
+            trials,
+            culprit.numbers,
+            facts,
+            anonymous=capsule.anonymous,
+            progress=progress,
+        )
+    except UsageError as error:
+        return replace(fault, notes=(f"No capsule was written: {error}",))
+    notes = (f"The capsule is smaller than the run: {said}.",) if said else ()
+    return replace(fault, capsule=capsule.path, notes=notes)
+
+
+def _unexplained(result: LayerResult, whole: float | None, causes: Sequence[Cause]) -> str:
+    if whole is None:
+        return "" if causes else "The backend refuses no group of its operators at fixed shapes."
+    if result.error is not None:
+        return (
+            f"At the fixed shapes of this step the backend takes the layer ({whole:.3g} of the "
+            "peak): what it refuses are shapes that are not fixed."
+        )
+    if result.local.passed and causes:
+        return "The layer is within tolerance: this is where most of its error comes from."
+    if whole < _SAME * result.local.over_peak:
+        return (
+            f"The layer's error does not show again at the fixed shapes of this step ({whole:.3g} "
+            f"of the peak, {result.local.over_peak:.3g} before): it comes from run to run, or from "
+            "shapes that are not fixed."
+        )
+    if not causes:
+        return "No group of its operators causes it."
+    return ""
+
+
+def _cause(
+    culprit: Culprit, trials: Trials, precision: str | None, module: nn.Module | None
+) -> Cause:
+    operators = trials.operators
+    facts = tuple(
+        describe_operator(operators, number, precision, module) for number in culprit.numbers
+    )
+    worst = None
+    if math.isfinite(culprit.error) or culprit.refused is None:
+        worst = worst_element(operators, trials.run(culprit.numbers, operators.values))
+    return Cause(
+        facts,
+        culprit.error,
+        culprit.remaining,
+        culprit.shown,
+        worst,
+        culprit.refused,
+    )
+
+
+def _without(candidate: Candidate, numbers: set[int]) -> OpenLayer:
+    """Opens a layer with some operators exact, and all others on the backend."""
+
+    @contextmanager
+    def opened(part: ExportedPart, graph: LayerGraph) -> Iterator[_Exact]:
+        yield _Exact(part, graph, candidate, numbers)
+
+    return opened
+
+
+class _Exact(Session):
+    """A layer with some operators exact."""
+
+    def __init__(
+        self, part: ExportedPart, graph: LayerGraph, candidate: Candidate, numbers: set[int]
+    ) -> None:
+        super().__init__(replace(part, inputs=graph.inputs, outputs=graph.outputs))
+        self._graph = graph
+        self._numbers = numbers
+        self._plain = PlainRuntime(graph.model)
+        self._open: OpenGroup = lambda group: candidate.session(part, group.graph)
+
+    def compute(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:  # noqa: ARG002
+        """Run it; see `Session.compute`."""
+        operators = Operators(self._graph, feeds, self._plain)
+        trials = Trials(operators, self._open)
+        return operators.results(trials.without(self._numbers, operators.values))

@@ -1,0 +1,258 @@
+"""``isolate`` names the operator that a fault was put into, and no other."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from operator_faults import (
+    REQUEST,
+    Fault,
+    attribute,
+    coarse,
+    install_fault,
+    instead,
+    late,
+    stale,
+    then,
+)
+from qeff_proxy.cli import main
+from qeff_proxy.errors import ArtifactError, UsageError
+from qeff_proxy.isolate import describe_fault, isolate_fault, read_capsule, run_capsule
+from qeff_proxy.testing.tiny import random_weights
+from qeff_proxy.verify.options import VerifyOptions
+from transformers import BertConfig, BertModel
+
+OPTIONS = VerifyOptions(max_new_tokens=1)
+LAYER = ".3"
+ATTENTION, MLP = "layers.3.self_attn", "layers.3.mlp"
+
+
+def isolate(folder: Path, **more: Any) -> Any:
+    return isolate_fault(str(folder), request=REQUEST, options=OPTIONS, **more)
+
+
+def names(fault: Any) -> list[list[str]]:
+    return [[operator.node for operator in cause.operators] for cause in fault.causes]
+
+
+def test_a_healthy_model_is_not_accused(checkpoint):
+    fault = isolate(checkpoint)
+    assert fault.healthy, describe_fault(fault)
+    assert not fault.causes
+
+
+FAULTS = {
+    "an axis": Fault("Softmax", ATTENTION, attribute("axis", 2)),
+    "a mask": Fault("Add", ATTENTION, instead(0), nth=2),
+    "rotary": Fault("Neg", ATTENTION, instead(0)),
+    "coarse rounding": Fault("Sigmoid", MLP, coarse(2)),
+    "a stale row of the cache": Fault("Concat", ATTENTION, stale(), nth=2),
+    "positions late by one": Fault("Concat", ATTENTION, late(), nth=3),
+    "an epsilon": Fault("Add", "layers.3.input_layernorm", then(("Add", [np.float32(0.3)]))),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_the_faulty_operator_is_named(kind, checkpoint, with_fault):
+    edit = FAULTS[kind]
+    with_fault(edit)
+    fault = isolate(checkpoint)
+    assert fault.where == "body layer 3"
+    assert names(fault) == [[edit.name]], describe_fault(fault)
+    (cause,) = fault.causes
+    assert cause.shown == 5
+    assert cause.remaining < 1e-5 < cause.error  # that it is the cause, and nothing else is
+    assert fault.before.sqnr < 60 < fault.after.sqnr
+    assert cause.operators[0].module.startswith("model.layers.3")
+    assert "modeling_llama.py" in cause.operators[0].source or kind == "coarse rounding"
+
+
+def test_two_faults_are_both_named(checkpoint, with_fault):
+    one, two = (Fault(FAULTS[kind].operator, FAULTS[kind].module, FAULTS[kind].change)
+                for kind in ("an axis", "coarse rounding"))  # fmt: skip
+
+    def both(model: ir.Model) -> None:
+        one(model)
+        two(model)
+
+    with_fault(both)
+    assert sorted(names(isolate(checkpoint))) == sorted([[one.name], [two.name]])
+
+
+def test_operators_that_fail_only_together_are_a_group(checkpoint, with_fault):
+    """A backend that fuses: its Mul is wrong only where it sees the Sigmoid before it."""
+    sigmoid = Fault("Sigmoid", MLP, lambda *_: None)
+    product = Fault("Mul", "layers.3.mlp.act_fn", then(("Mul", [np.float32(1.2)])))
+
+    def fused(model: ir.Model) -> None:
+        sigmoid(model)
+        if sigmoid.name in [node.name for node in model.graph]:
+            product(model)
+
+    with_fault(fused)
+    fault = isolate(checkpoint)
+    assert names(fault) == [[sigmoid.name, product.name]]
+    assert "group of 2 operators" in "\n".join(describe_fault(fault))
+
+
+def test_a_fault_that_moves_from_run_to_run_is_said(checkpoint, with_fault):
+    runs = iter(range(1 << 30))
+    edit = Fault("Sigmoid", MLP, coarse(2))
+
+    def sometimes(model: ir.Model) -> None:
+        before = edit.name
+        if next(runs) % 5 or before is None:
+            edit(model)
+
+    with_fault(sometimes)
+    fault = isolate(checkpoint)
+    assert [[edit.name]] == names(fault) or fault.unexplained
+    if fault.causes:
+        assert fault.causes[0].shown < 5
+        assert f"in {fault.causes[0].shown} of 5 runs" in "\n".join(describe_fault(fault))
+
+
+def test_an_operator_that_the_backend_dies_on_is_named(checkpoint, with_fault):
+    edit = Fault("Softmax", ATTENTION, lambda *_: None)
+
+    def refuse(model: ir.Model) -> None:
+        edit(model)
+        if edit.name in [node.name for node in model.graph]:
+            raise RuntimeError("Softmax is not supported")
+
+    with_fault(refuse)
+    fault = isolate(checkpoint)
+    assert names(fault) == [[edit.name]]
+    assert "refuses this: RuntimeError: Softmax is not supported" in "\n".join(
+        describe_fault(fault)
+    )
+
+
+def test_an_encoders_dropped_bias(tmp_path, with_fault):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = BertConfig(**sizes, vocab_size=131, num_hidden_layers=6, max_position_embeddings=64)
+    random_weights(BertModel(config).eval(), 0).save_pretrained(tmp_path / "bert")
+    edit = Fault("Add", "layer.3.attention.self.query", instead(0))
+    with_fault(edit)
+    fault = isolate(tmp_path / "bert")
+    assert names(fault) == [[edit.name]]
+    assert fault.causes[0].operators[0].weights == ("encoder.layer.3.attention.self.query.bias",)
+
+
+def test_a_layer_can_be_named(checkpoint):
+    fault = isolate(checkpoint, layer="2")
+    assert fault.where == "body layer 2"
+    assert fault.local.passed
+    with pytest.raises(UsageError, match="no layer 'body layer 9'"):
+        isolate(checkpoint, layer="body layer 9")
+
+
+PRODUCT = Fault("MatMul", "layers.3.mlp.down_proj", coarse(0))
+
+
+@pytest.fixture(scope="module")
+def capsule(checkpoint, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("capsule") / "fault.zip"
+    with pytest.MonkeyPatch.context() as patch:
+        install_fault(patch, PRODUCT)
+        fault = isolate(checkpoint, capsule=path)
+    assert names(fault) == [[PRODUCT.name]]
+    return path
+
+
+def test_a_capsule_runs_elsewhere(capsule, with_fault, tmp_path):
+    path = capsule
+    with_fault(PRODUCT)
+    assert run_capsule(path, "onnxruntime").shows
+    with_fault(lambda _model: None)
+    again = run_capsule(path, "onnxruntime")
+    assert not again.shows
+    assert again.error < 1e-6 < again.recorded
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "lab")
+    script = [sys.executable, "-I", str(tmp_path / "lab" / "run.py")]
+    said = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert f"gave    {again.recorded:.3g}" in said
+    model = onnx.load(tmp_path / "lab" / "model.onnx")
+    assert [node.op_type for node in model.graph.node] == ["Transpose", "MatMul"]
+    facts = json.loads((tmp_path / "lab" / "capsule.json").read_text())
+    assert facts["where"] == "body layer 3"
+    # NumPy is the oracle of what is expected.
+    read = read_capsule(path)
+    (weight,) = (onnx.numpy_helper.to_array(one) for one in model.graph.initializer)
+    product = read.inputs["in_0"].astype(np.float64) @ weight.T.astype(np.float64)
+    np.testing.assert_allclose(read.expected["out_0"], product, rtol=1e-4, atol=1e-5)
+
+
+def test_a_capsule_without_the_models_weights(checkpoint, with_fault, tmp_path):
+    edit = Fault("MatMul", "layers.3.mlp.down_proj", coarse(0))
+    with_fault(edit)
+    path = tmp_path / "fault.zip"
+    fault = isolate(checkpoint, capsule=path, anonymous=True)
+    assert fault.capsule == path
+    (tensor,) = read_capsule(path).model.graph.initializer
+    stored = onnx.numpy_helper.to_array(tensor)
+    from safetensors.numpy import load_file
+
+    own = load_file(checkpoint / "model.safetensors")["model.layers.3.mlp.down_proj.weight"]
+    assert stored.shape == own.shape
+    assert not np.isclose(stored, own).any(axis=None) or np.abs(stored - own).max() > 0.01
+    assert run_capsule(path, "onnxruntime").shows
+
+
+@pytest.mark.parametrize("damage", ["cut", "another", "version", "pickle", "bomb"])
+def test_a_damaged_capsule_is_refused(damage, capsule, tmp_path, capsys):
+    path = capsule
+    bad = tmp_path / "bad.zip"
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    compression = zipfile.ZIP_STORED
+    if damage == "another":
+        del files["inputs.npz"]
+    elif damage == "version":
+        files["capsule.json"] = json.dumps({"format": 99}).encode()
+    elif damage == "pickle":
+        np.savez(tmp_path / "objects.npz", in_0=np.array([{}], dtype=object))
+        files["inputs.npz"] = (tmp_path / "objects.npz").read_bytes()
+    elif damage == "bomb":
+        files["inputs.npz"] = bytes(1 << 24)
+        compression = zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(bad, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    if damage == "cut":
+        bad.write_bytes(bad.read_bytes()[:-2000])
+    with pytest.raises(ArtifactError, match="no capsule that can be read"):
+        run_capsule(bad, "onnxruntime")
+    assert main(["isolate", str(bad)]) == 7
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_command(checkpoint, with_fault, tmp_path, capsys):
+    ids = ",".join(str(one) for one in REQUEST.inputs["input_ids"][0])
+    command = ["isolate", str(checkpoint), "--ids", ids, "--max-new-tokens", "2"]
+    assert main(command) == 0
+    assert "no layer is out of line" in capsys.readouterr().out
+    edit = FAULTS["coarse rounding"]
+    with_fault(edit)
+    path = tmp_path / "fault.zip"
+    assert main([*command, "--capsule", str(path), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["where"] == "body layer 3"
+    assert report["causes"][0]["operators"][0]["node"] == edit.name
+    assert math.isfinite(report["after"]["sqnr"])
+    assert main(["isolate", str(path)]) == 1
+    assert "The fault shows here." in capsys.readouterr().out
+    assert main(["isolate", str(path), "--layer", "3"]) == 2
+    assert main(["isolate", str(checkpoint), "--anonymous"]) == 2
+    assert main(["isolate", str(checkpoint / "config.json")]) == 2
