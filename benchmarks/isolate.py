@@ -110,7 +110,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         first = export(Path(name))
         second = Path(shutil.copytree(first, Path(name) / "second"))
-        (weights,) = [p for p in second.glob("body*.safetensors")]
+        (weights,) = list(second.glob("body*.safetensors"))
         faults = [(layer, kind) for layer in range(LAYERS) for kind in KINDS][: args.faults]
         named = 0
         for layer, kind in faults:

@@ -22,12 +22,14 @@ from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
     from qeff_proxy.isolate.capsule import Rerun
+    from qeff_proxy.isolate.results import Fault
 
 _EPILOG = """\
 The model is verified layer by layer. In the first layer that is out of line by its own error,
 groups of operators run on the backend and all others exactly, until the smallest group is left that
 causes the error. The proof is the error of the model's last outputs with those operators exact.
 --capsule writes them to a file with their inputs and a script: qeff-proxy isolate FILE.zip runs it.
+--against compares two exports of one model (other opset, exporter, weights) without a backend.
 Exit status: 0 when there is no fault, else 1.
 """
 
@@ -38,6 +40,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, exports=True)
     parser.add_argument(
         "--backend", default="onnxruntime", metavar="NAME", help="default: onnxruntime"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="EXPORT",
+        help="MODEL is an export, and the operator is named in which this other one differs",
     )
     parser.add_argument(
         "--layer",
@@ -63,12 +71,46 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.model).expanduser()
     if path.is_file():
         return _run_capsule(args, path)
+    fault = _between(args, path) if args.against is not None else _on_backend(args)
+    from qeff_proxy.isolate.results import describe_fault
+
+    if args.json:
+        print_json(fault.to_json())
+    else:
+        for line in describe_fault(fault):
+            print_text(line)
+    return 0 if fault.healthy or (fault.local.passed and fault.refused is None) else 1
+
+
+def _between(args: argparse.Namespace, path: Path) -> Fault:
+    """The first difference of two exports."""
+    if args.layer is not None:
+        raise UsageError("--against looks for the first layer that differs: it takes no --layer")
+    request = request_of(args)
+    with stage_display("isolating", quiet=args.json) as progress:
+        progress("loading libraries")
+        from qeff_proxy.artifact.export_folder import read_export
+        from qeff_proxy.isolate.between_exports import isolate_between
+        from qeff_proxy.verify.options import VerifyOptions
+
+        return isolate_between(
+            read_export(path),
+            read_export(args.against.expanduser()),
+            request,
+            VerifyOptions(max_new_tokens=args.max_new_tokens, compile=compile_options_of(args)),
+            capsule=args.capsule,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress,
+        )
+
+
+def _on_backend(args: argparse.Namespace) -> Fault:
+    """The operator that is at fault on a backend."""
     request = request_of(args)
     by_backend = options_by_backend(args, [args.backend])
     with stage_display("isolating", quiet=args.json) as progress:
         progress("loading libraries")
         from qeff_proxy.isolate.isolate_fault import isolate_fault
-        from qeff_proxy.isolate.results import describe_fault
         from qeff_proxy.verify.options import VerifyOptions
 
         options = VerifyOptions(
@@ -81,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             compile=compile_options_of(args),
             backends=by_backend,
         )
-        fault = isolate_fault(
+        return isolate_fault(
             loaded_of(args)[0],
             args.backend,
             request,
@@ -92,17 +134,21 @@ def run(args: argparse.Namespace) -> int:
             trust_remote_code=args.trust_remote_code,
             progress=progress,
         )
-    if args.json:
-        print_json(fault.to_json())
-    else:
-        for line in describe_fault(fault):
-            print_text(line)
-    return 0 if fault.healthy or (fault.local.passed and fault.refused is None) else 1
 
 
 def _run_capsule(args: argparse.Namespace, path: Path) -> int:
     """Run a capsule, and return 0 where its fault does not show, else 1."""
-    for name in ("layer", "capsule", "prompt", "prompt_file", "ids", "audio", "image", "taps"):
+    for name in (
+        "layer",
+        "against",
+        "capsule",
+        "prompt",
+        "prompt_file",
+        "ids",
+        "audio",
+        "image",
+        "taps",
+    ):
         if getattr(args, name):
             raise UsageError(f"a capsule has its own input: it takes no --{name.replace('_', '-')}")
     if not zipfile.is_zipfile(path):

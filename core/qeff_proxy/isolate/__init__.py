@@ -1,5 +1,6 @@
 """Isolate a fault: from the layer that is out of line to the operator that causes it."""
 
+from qeff_proxy.isolate.between_exports import isolate_between
 from qeff_proxy.isolate.capsule import read_capsule, run_capsule
 from qeff_proxy.isolate.isolate_fault import isolate_fault
 from qeff_proxy.isolate.results import Cause, Fault, OperatorFacts, describe_fault
@@ -9,6 +10,7 @@ __all__ = [
     "Fault",
     "OperatorFacts",
     "describe_fault",
+    "isolate_between",
     "isolate_fault",
     "read_capsule",
     "run_capsule",

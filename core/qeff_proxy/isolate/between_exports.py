@@ -141,6 +141,13 @@ class _Difference:
     numbers: tuple[int, ...]
     actual: Mapping[str, Array]
 
+    @property
+    def exact(self) -> Operators:
+        """The second's operators and weights, with the first's values."""
+        own = self.operators
+        values = {name: value for name, value in self.values.items() if not own.is_fixed(name)}
+        return own.with_values({**own.values, **values})
+
 
 class _Pair:
     """A layer of both exports."""
@@ -233,7 +240,7 @@ def _fault(
     outputs = twin.outputs
     remaining = max((over_peak(reference[out], without[out]) for out in outputs), default=0.0)
     whole = max((over_peak(reference[out], twin.values[out]) for out in outputs), default=0.0)
-    exact = twin.with_values({**twin.values, **reference})
+    exact = found.exact
     cause = Cause(
         tuple(describe_operator(exact, number, None, None) for number in found.numbers),
         error,
@@ -264,7 +271,7 @@ def _fault(
 def _with_capsule(fault: Fault, path: Path | None, found: _Difference) -> Fault:
     if path is None:
         return fault
-    exact = found.operators.with_values({**found.operators.values, **found.values})
+    exact = found.exact
     group = exact.group(found.numbers)
     inputs = {new: np.asarray(exact.values[old]) for new, old in group.inputs.items()}
     computed = found.operators.run_these(found.numbers, exact.values)
