@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ KINDS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_p
 LAYERS = 12
 
 
-def export(folder: Path) -> Path:
+def export(folder: Path) -> None:
     """A GPT-2 with the published shape, exported with layer taps."""
     import torch
     from qeff_proxy.export.export_model import export_model
@@ -38,13 +37,11 @@ def export(folder: Path) -> Path:
     torch.manual_seed(0)
     hooks = Plugins.discover().hooks_for("gpt2")
     model = wrap_model(GPT2LMHeadModel(GPT2Config()).eval())
-    return export_model(model, hooks, output=folder / "first", taps="layers").folder
+    export_model(model, hooks, output=folder / "first", taps="layers")
 
 
 def flip(body: Path, layer: int, kind: str) -> str:
     """Flip one bit of one weight in a file of weights, and return the weight's name."""
-    import numpy as np
-
     with body.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -52,9 +49,9 @@ def flip(body: Path, layer: int, kind: str) -> str:
         begin, end = header[name]["data_offsets"]
         element = (end - begin) // 8 * 4 + 8 + size + begin
         file.seek(element)
-        bits = np.frombuffer(file.read(4), np.uint32)[0] ^ np.uint32(1 << 29)
+        bits = int.from_bytes(file.read(4), "little") ^ 1 << 29
         file.seek(element)
-        file.write(bits.tobytes())
+        file.write(bits.to_bytes(4, "little"))
     return str(name)
 
 
@@ -84,15 +81,16 @@ def isolate(first: Path, second: Path) -> dict[str, Any]:
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Wall seconds and peak memory of a command in a process of its own."""
+    """Wall and CPU seconds and peak memory of a command in a process of its own."""
     start = time.perf_counter()
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
     return {
         "wall_s": round(time.perf_counter() - start, 1),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mb": round(usage.ru_maxrss / 1024),
-        "exit": done.returncode,
-        "said": (done.stdout + done.stderr).strip().splitlines()[-1:],
+        "exit": child.returncode,
     }
 
 
@@ -101,27 +99,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=48)
     parser.add_argument("--polygraphy", metavar="COMMAND", nargs="?", const="polygraphy")
+    parser.add_argument("--export", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, metavar="EXPORT", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.export:
+        export(args.export)
+        return
     if args.one:
         print(json.dumps(isolate(*map(Path, args.one))))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:
-        first = export(Path(name))
+        # In a process of its own: the peak of a new process begins with that of its parent.
+        subprocess.run([sys.executable, __file__, "--export", name], check=True)
+        first = Path(name) / "first"
         second = Path(shutil.copytree(first, Path(name) / "second"))
         (weights,) = list(second.glob("body*.safetensors"))
         faults = [(layer, kind) for layer in range(LAYERS) for kind in KINDS][: args.faults]
         named = 0
         for layer, kind in faults:
             flipped = flip(weights, layer, kind)
+            if args.polygraphy:
+                compare_with_polygraphy(args.polygraphy, first, second)
             found = isolate(first, second)
             place = found["where"] == f"body layer {layer}" and found["operators"] == 1
             right = place and any(flipped.endswith(one) for one in found["weights"])
             named += right
             print(json.dumps({"fault": flipped, "named": right, **found}), flush=True)
-            if args.polygraphy:
-                compare_with_polygraphy(args.polygraphy, first, second)
             flip(weights, layer, kind)  # the same bit again
         healthy = isolate(first, second)
         print(json.dumps({"faults": len(faults), "named": named, "healthy": healthy}))

@@ -11,6 +11,7 @@ of float32 do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from qeff_proxy.verify.verify_model import installed_hooks, live_proxy
 
 #: Between graphs of other structure, a difference over the peak that is more than rounding.
 _ROUNDING = 1e-5
+_BLOCK = 1 << 20
 
 
 def isolate_between(
@@ -104,6 +106,8 @@ def isolate_between(
                     fault = _fault(first, second, part, step, pair, found)
                     return _with_capsule(fault, capsule, found)
             run.keep(outputs, graphs[number + 1 :])
+            del operators
+            pair.close()
         known[part.name] = run.outputs()
     return Fault(str(first.folder), str(second.folder))
 
@@ -160,6 +164,14 @@ class _Pair:
         self.equal = alike and _equal_weights(graph.model, twin.model)
         self._limit = 0.0 if alike else _ROUNDING
 
+    def close(self) -> None:
+        """Let go of the mapped weights; whoever holds an array of them keeps its file open."""
+        for graph in self._graphs:
+            for value in graph.model.graph.initializers.values():
+                if isinstance(value.const_value, ir.ExternalTensor):
+                    with suppress(BufferError):
+                        value.const_value.release()
+
     def first(self, feeds: Values) -> Operators:
         """The first's layer on its inputs."""
         return Operators(self._graphs[0], feeds, self._plain[0])
@@ -209,19 +221,33 @@ def _between(
 
 def _equal_weights(first: ir.Model, second: ir.Model) -> bool:
     pairs = zip(_tensors(first), _tensors(second), strict=True)
-    return all(np.array_equal(one, two, equal_nan=False) for one, two in pairs)
+    return all(_equal(one, two) for one, two in pairs)
 
 
-def _tensors(model: ir.Model) -> Iterator[Array]:
-    """The weights as whole numbers, in the order in which operators read them."""
-    seen: dict[str, ir.Value] = {}
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """The weights, in the order in which operators read them."""
+    seen: dict[str, ir.TensorProtocol] = {}
     for node in model.graph:
         for value in node.inputs:
             if value is not None and value.const_value is not None:
-                seen.setdefault(str(value.name), value)
-    for value in seen.values():
-        array = value.const_value.numpy()  # type: ignore[union-attr]
-        yield array.view(f"u{array.itemsize}") if array.dtype.kind in "fV" else array
+                seen.setdefault(str(value.name), value.const_value)
+    return iter(seen.values())
+
+
+def _equal(one: ir.TensorProtocol, two: ir.TensorProtocol) -> bool:
+    """Whether two tensors have the same bits; read in blocks, so that they take no memory."""
+    if not isinstance(one, ir.ExternalTensor) or not isinstance(two, ir.ExternalTensor):
+        return one.tobytes() == two.tobytes()
+    with Path(one.path).open("rb") as first, Path(two.path).open("rb") as second:
+        first.seek(one.offset or 0)
+        second.seek(two.offset or 0)
+        left = one.nbytes
+        while left > 0:
+            size = min(left, _BLOCK)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
 
 
 def _fault(

@@ -31,7 +31,8 @@ OpenGroup = Callable[[Group], AbstractContextManager[Session]]
 
 #: Of the error, what remains when it is still the same fault; and what is a fault of its own.
 _SAME, _ANOTHER = 0.5, 0.1
-_MOST_FAULTS = 4
+#: So many causes in one layer are looked for.
+MOST_CAUSES = 4
 #: Operators inside a group are taken out one by one up to this size.
 _SMALL_GROUP = 24
 #: How often the culprit runs to see whether its result is the same each time.
@@ -151,6 +152,8 @@ def find_culprits(
     trials: Trials,
     passes: Callable[[Values], bool],
     progress: Callable[[str], None] = lambda _stage: None,
+    *,
+    most: int = MOST_CAUSES,
 ) -> tuple[float | None, list[Culprit]]:
     """Find the operators that cause a layer's error, or that the backend refuses.
 
@@ -158,6 +161,7 @@ def find_culprits(
         trials: The layer.
         passes: Whether outputs of the layer are within tolerance, so that no cause is left.
         progress: Called with the name of each stage as it starts.
+        most: How many causes to look for.
 
     Returns:
         The layer's error with all its operators on the backend (``None``: refused so), and the
@@ -173,7 +177,7 @@ def find_culprits(
     culprits: list[Culprit] = []
     exact: set[int] = set()
     error: float | None = total
-    while error and len(culprits) < _MOST_FAULTS:
+    while error and len(culprits) < most:
         progress("looking for the operator")
         least = error
 

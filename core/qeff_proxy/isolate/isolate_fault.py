@@ -25,7 +25,7 @@ from qeff_proxy.artifact.manifest_schema import ExportedPart
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import UsageError
 from qeff_proxy.graph.split_layers import LayerGraph
-from qeff_proxy.isolate.blame import Culprit, OpenGroup, Trials, find_culprits
+from qeff_proxy.isolate.blame import MOST_CAUSES, Culprit, OpenGroup, Trials, find_culprits
 from qeff_proxy.isolate.capsule import write_capsule
 from qeff_proxy.isolate.describe import describe_operator, worst_element
 from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values
@@ -223,6 +223,7 @@ def _look_into(
         # What is left of a lower precision's rounding is no cause of its own.
         lambda outputs: candidate.precision is not None or compared(outputs).passed,
         lambda stage: progress(f"{result.name}: {stage}"),
+        most=1 if result.local.passed else MOST_CAUSES,
     )
     fault = replace(fault, whole=whole)
     if capsule.path is not None and culprits and whole is not None:
@@ -284,7 +285,7 @@ def _unexplained(result: LayerResult, whole: float | None, causes: Sequence[Caus
             "peak): what it refuses are shapes that are not fixed."
         )
     if result.local.passed and causes:
-        return "The layer is within tolerance: this is where most of its error comes from."
+        return "The layer is within tolerance: this is only where most of its error comes from."
     if whole < _SAME * result.local.over_peak:
         return (
             f"The layer's error does not show again at the fixed shapes of this step ({whole:.3g} "
