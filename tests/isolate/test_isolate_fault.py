@@ -260,7 +260,11 @@ def test_the_command(checkpoint, with_fault, tmp_path, capsys):
     edit = FAULTS["coarse rounding"]
     with_fault(edit)
     path = tmp_path / "fault.zip"
-    assert main([*command, "--capsule", str(path), "--json"]) == 1
+    page = tmp_path / "fault.html"
+    assert main([*command, "--capsule", str(path), "--html", str(page), "--json"]) == 1
+    drawn = page.read_text()
+    assert drawn.count("<rect") == 3  # the sigmoid, what it reads, and what reads it
+    assert f"<title>{edit.name}</title>" in drawn
     report = json.loads(capsys.readouterr().out)
     assert report["where"] == "body layer 3"
     assert report["causes"][0]["operators"][0]["node"] == edit.name

@@ -18,11 +18,12 @@ from qeff_proxy.cli.options import (
     options_by_backend,
 )
 from qeff_proxy.cli.output import print_json, print_text, stage_display
+from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import UsageError
 
 if TYPE_CHECKING:
-    from qeff_proxy.isolate.capsule import Rerun
     from qeff_proxy.isolate.results import Fault
+    from qeff_proxy.isolate.run_capsule import Rerun
 
 _EPILOG = """\
 The model is verified layer by layer. In the first layer that is out of line by its own error,
@@ -58,6 +59,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anonymous", action="store_true", help="with random weights in the capsule"
     )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with the operators around the cause"
+    )
     inputs = add_input_options(parser)
     inputs.add_argument("--max-new-tokens", type=int, default=8, metavar="N", help="default: 8")
     add_shape_options(parser)
@@ -71,14 +75,21 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.model).expanduser()
     if path.is_file():
         return _run_capsule(args, path)
+    if args.html is not None:
+        check_report_place(args.html)
     fault = _between(args, path) if args.against is not None else _on_backend(args)
+    from qeff_proxy.isolate.report import write_fault_report
     from qeff_proxy.isolate.results import describe_fault
 
+    if args.html is not None:
+        write_fault_report(fault, args.html)
     if args.json:
         print_json(fault.to_json())
     else:
         for line in describe_fault(fault):
             print_text(line)
+        if args.html is not None:
+            print_text(f"report: {args.html}")
     return 0 if fault.healthy or (fault.local.passed and fault.refused is None) else 1
 
 
@@ -158,7 +169,7 @@ def _run_capsule(args: argparse.Namespace, path: Path) -> int:
         )
     from dataclasses import replace
 
-    from qeff_proxy.isolate.capsule import run_capsule
+    from qeff_proxy.isolate.run_capsule import run_capsule
 
     options = options_by_backend(args, [args.backend]).get(args.backend, {})
     compiled_for = replace(compile_options_of(args), backend=options)

@@ -98,6 +98,7 @@ def fill_page(
     passed: bool = False,
     thing: str = "tensor",
     hint: str = "",
+    drawing: str = "",
 ) -> str:
     """Return a page; the sections that ``data`` has nothing for are hidden.
 
@@ -110,6 +111,7 @@ def fill_page(
         passed: Whether the verdict is good.
         thing: What a row of the table is about.
         hint: What the series of the plot by layer are.
+        drawing: HTML to insert below the verdict.
     """
     empty: dict[str, Any] = {
         "series": [],
@@ -129,6 +131,7 @@ def fill_page(
         "TITLE": html.escape(title),
         "SUBTITLE": html.escape(subtitle),
         "VERDICT": _verdict(verdict, facts, passed=passed),
+        "DRAWING": drawing,
         "THINGS": f"{thing}s",
         "HINT": html.escape(hint),
         "SCRIPT": package.joinpath("report.js").read_text(encoding="utf-8"),

@@ -30,6 +30,7 @@ from qeff_proxy.graph.structure import structure_of
 from qeff_proxy.isolate.blame import RUNS, over_peak
 from qeff_proxy.isolate.capsule import pack
 from qeff_proxy.isolate.describe import describe_operator, worst_element
+from qeff_proxy.isolate.neighbourhood import neighbourhood
 from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values, names_read
 from qeff_proxy.isolate.results import Cause, Fault
 from qeff_proxy.plugins.hooks import Hooks
@@ -273,6 +274,7 @@ def _fault(
         remaining,
         RUNS,
         worst_element(exact, found.actual),
+        around=neighbourhood(exact, found.numbers, found.actual),
     )
     local = compare_layer(
         {step: {out: reference[out] for out in outputs}},

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import io
 import json
-import math
-import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,25 +21,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qeff_proxy.arrays import Array
-from qeff_proxy.artifact.hashes import sha256_of
-from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
-from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.file_errors import writing
 from qeff_proxy.common.version import installed_version
 from qeff_proxy.compare.report_file import write_whole
-from qeff_proxy.compile_options import CompileOptions
-from qeff_proxy.errors import ArtifactError, UsageError
-from qeff_proxy.isolate.blame import Trials, over_peak
-from qeff_proxy.isolate.operators import Group, Operators, PlainRuntime, Values
-from qeff_proxy.parts import TensorSpec
-from qeff_proxy.session.axes import size_of, terms_of
+from qeff_proxy.errors import ArtifactError
+from qeff_proxy.isolate.blame import over_peak
+from qeff_proxy.isolate.operators import Group, Values
 from qeff_proxy.verify.results import reason_of
 
 FORMAT = 1
-_SAME = 0.5
-#: With other weights, what remains of an error that is still seen.
-_STILL = 0.1
 _ARRAYS = ("inputs", "expected", "actual")
 _FILES = ("model.onnx", *(f"{name}.npz" for name in _ARRAYS), "capsule.json", "run.py")
 #: A graph with its weights is one Protocol Buffers message, which may have 2 GiB.
@@ -110,87 +97,9 @@ class Capsule:
         return distance(self.expected, self.actual)
 
 
-@dataclass(frozen=True)
-class Rerun:
-    """A capsule on a backend.
-
-    Attributes:
-        capsule: Its file.
-        backend: The backend that ran it.
-        recorded: The error in the capsule, over the peak, of the backend named there.
-        error: The error of this one.
-        facts: What the capsule says of itself.
-    """
-
-    capsule: Path
-    backend: str
-    recorded: float
-    error: float
-    facts: Mapping[str, Any]
-
-    @property
-    def shows(self) -> bool:
-        """Whether the fault shows: at least half of its error."""
-        return self.error == math.inf or self.error >= _SAME * self.recorded > 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object; numbers that are infinite are None."""
-        numbers = {"recorded": self.recorded, "error": self.error}
-        finite = {name: one if math.isfinite(one) else None for name, one in numbers.items()}
-        plain = {"capsule": str(self.capsule), "backend": self.backend, "shows": self.shows}
-        return {**plain, **finite, "facts": dict(self.facts)}
-
-
 def distance(expected: Values, actual: Values) -> float:
     """The largest error of an output over its peak."""
     return max((over_peak(array, actual[name]) for name, array in expected.items()), default=0.0)
-
-
-def write_capsule(
-    path: Path,
-    trials: Trials,
-    numbers: tuple[int, ...],
-    facts: Mapping[str, Any],
-    *,
-    anonymous: bool = False,
-    progress: Callable[[str], None] = lambda _stage: None,
-) -> str:
-    """Write the operators that cause a fault to a file that runs elsewhere.
-
-    Args:
-        path: The ZIP file; one that exists is replaced.
-        trials: The layer, and how its backend opens groups.
-        numbers: The operators.
-        facts: What to note of where it is from; JSON values.
-        anonymous: Exchange the weights for random numbers of their mean and deviation.
-        progress: Called with the name of each stage as it starts.
-
-    Returns:
-        What was reduced, in words.
-
-    Raises:
-        UsageError: The fault does not survive random weights.
-        ArtifactError: The file cannot be written, or would be too large.
-    """
-    progress("reducing the capsule's inputs")
-    smaller, said = _reduced(trials, numbers)
-    operators = smaller.operators
-    group = operators.group(numbers)
-    model = _with_weights(group)
-    inputs = {new: np.asarray(operators.values[old]) for new, old in group.inputs.items()}
-    if anonymous:
-        _exchange_weights(model)
-    expected = _run_plainly(model, inputs)
-    with smaller.opened(replace(group, graph=replace(group.graph, model=model))) as session:
-        actual = session.run(inputs)
-    if anonymous and distance(expected, actual) < _STILL * _error_of_outputs(smaller, group):
-        raise UsageError(
-            "the fault does not show with random weights",
-            "Without --anonymous the capsule holds the model's own.",
-        )
-    noted = {"weights": "random" if anonymous else "the model's", **facts}
-    pack(path, group, inputs, expected, actual, noted)
-    return said
 
 
 def pack(
@@ -214,7 +123,7 @@ def pack(
     Raises:
         ArtifactError: The file cannot be written, or would be too large.
     """
-    model = _with_weights(group)
+    model = with_weights(group)
     noted = {
         "format": FORMAT,
         **facts,
@@ -229,63 +138,12 @@ def pack(
     _write(path, ir.serde.serialize_model(model), inputs, expected, actual, noted)
 
 
-def _error_of_outputs(trials: Trials, group: Group) -> float:
-    """The group's error with the model's own weights."""
-    values = trials.operators.values
-    with trials.opened(group) as session:
-        found = session.run({new: np.asarray(values[old]) for new, old in group.inputs.items()})
-    return distance({new: values[old] for new, old in group.outputs.items()}, found)
+def with_weights(group: Group) -> ir.Model:
+    """The group's graph with its weights inside.
 
-
-def _reduced(trials: Trials, numbers: tuple[int, ...]) -> tuple[Trials, str]:
-    """The same fault with fewer rows and shorter sequences."""
-    layer = trials.operators.layer
-    feeds = {spec.name: trials.operators.values[spec.name] for spec in layer.inputs}
-    error = trials.error(numbers) or 0.0
-    sizes = _sizes_of(layer.inputs, feeds)
-    said = []
-    for axis, size in list(sizes.items()):
-        for fewer in dict.fromkeys(n for n in (1, size // 4, size // 2) if 0 < n < size):
-            tried = {**sizes, axis: fewer}
-            cut = {spec.name: _cut(feeds[spec.name], spec, sizes, tried) for spec in layer.inputs}
-            with suppress(Exception):  # a graph that is not for these sizes
-                attempt = trials.on(Operators(layer, cut))
-                if (attempt.error(numbers) or 0.0) >= _SAME * error:
-                    trials, feeds, sizes = attempt, cut, tried
-                    said.append(f"{axis} {size} → {fewer}")
-                    break
-    return trials, ", ".join(said)
-
-
-def _sizes_of(specs: tuple[TensorSpec, ...], feeds: Values) -> dict[str, int]:
-    """The size of each axis that has a name of its own."""
-    return {
-        axis: size
-        for spec in specs
-        for axis, size in zip(spec.shape, feeds[spec.name].shape, strict=True)
-        if isinstance(axis, str) and axis.isidentifier()
-    }
-
-
-def _cut(array: Array, spec: TensorSpec, sizes: Mapping[str, int], new: Mapping[str, int]) -> Array:
-    """The first elements of each axis; of a sum (``past + query``), those of each of its terms."""
-    for number, axis in enumerate(spec.shape):
-        places: list[int] = []
-        start = 0
-        for term in terms_of(axis):
-            places += range(start, start + size_of(_axis(term), new))
-            start += size_of(_axis(term), sizes)
-        if len(places) != array.shape[number]:
-            array = array.take(places, axis=number)
-    return array
-
-
-def _axis(term: str) -> int | str:
-    return int(term) if term.isdigit() else term
-
-
-def _with_weights(group: Group) -> ir.Model:
-    """The group's graph with its weights inside."""
+    Raises:
+        ArtifactError: They are too large for one file.
+    """
     model = group.graph.model
     size = 0
     for name, value in model.graph.initializers.items():
@@ -299,31 +157,6 @@ def _with_weights(group: Group) -> ir.Model:
             array = np.array(value.const_value.numpy())
             value.const_value = ir.tensor(array, name=name)
     return model
-
-
-def _exchange_weights(model: ir.Model) -> None:
-    generator = np.random.default_rng(0)
-    for name, value in model.graph.initializers.items():
-        array = value.const_value.numpy() if value.const_value is not None else None
-        if array is None or array.dtype.kind != "f" or array.size < 2:
-            continue
-        random = generator.normal(array.mean(), array.std() or 1.0, array.shape)
-        value.const_value = ir.tensor(random.astype(array.dtype), name=name)
-
-
-def _run_plainly(model: ir.Model, inputs: Values) -> dict[str, Array]:
-    plain = PlainRuntime(model)
-    values = dict(inputs)
-    for name, value in model.graph.initializers.items():
-        if value.const_value is not None:
-            values[name] = value.const_value.numpy()
-    for node in model.graph:
-        outputs = [value for value in node.outputs if value.name]
-        values |= {
-            str(value.name): array
-            for value, array in zip(outputs, plain.run(node, values), strict=True)
-        }
-    return {str(value.name): values[str(value.name)] for value in model.graph.outputs}
 
 
 def _write(
@@ -395,40 +228,3 @@ def read_capsule(path: Path) -> Capsule:
     if not outputs or outputs != set(arrays["expected"]) or outputs != set(arrays["actual"]):
         damaged("its outputs are not those of its graph")
     return Capsule(model, arrays["inputs"], arrays["expected"], arrays["actual"], facts)
-
-
-def run_capsule(path: Path, backend: str, options: CompileOptions | None = None) -> Rerun:
-    """Run a capsule on a backend, and compare with what is expected.
-
-    Raises:
-        ArtifactError: The capsule cannot be read.
-        BackendError: The backend cannot be used, or refuses the graph.
-    """
-    capsule = read_capsule(path)
-    options = options or CompileOptions()
-    runner = load_backend(backend)
-    runner.check_options(backend, options)
-    with tempfile.TemporaryDirectory(prefix="qeff-proxy-capsule-") as name:
-        folder = Path(name)
-        part = _part(capsule, folder)
-        export = Export(
-            folder, "whole", "capsule", "float32", {"source": str(path)}, (part,), {}, {}, {}, {}
-        )
-        (folder / "compiled").mkdir()
-        with runner.open_once(export, part, options, folder / "compiled") as session:
-            actual = session.run(capsule.inputs)
-    error = distance(capsule.expected, actual)
-    return Rerun(path, backend, capsule.error, error, capsule.facts)
-
-
-def _part(capsule: Capsule, folder: Path) -> ExportedPart:
-    """Write the graph as an export's part."""
-    file = folder / "capsule.onnx"
-    onnx.save(capsule.model, file)
-
-    def specs(arrays: Values) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(n, a.dtype.name, a.shape) for n, a in arrays.items())
-
-    sha256 = sha256_of(file)
-    inputs, outputs = specs(capsule.inputs), specs(capsule.expected)
-    return ExportedPart("capsule", file.name, None, sha256, inputs, outputs)

@@ -26,10 +26,11 @@ from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import UsageError
 from qeff_proxy.graph.split_layers import LayerGraph
 from qeff_proxy.isolate.blame import MOST_CAUSES, Culprit, OpenGroup, Trials, find_culprits
-from qeff_proxy.isolate.capsule import write_capsule
 from qeff_proxy.isolate.describe import describe_operator, worst_element
+from qeff_proxy.isolate.neighbourhood import Neighbour, neighbourhood
 from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values
-from qeff_proxy.isolate.results import Cause, Fault
+from qeff_proxy.isolate.results import Cause, Fault, WorstElement
+from qeff_proxy.isolate.write_capsule import write_capsule
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
@@ -304,9 +305,12 @@ def _cause(
     facts = tuple(
         describe_operator(operators, number, precision, module) for number in culprit.numbers
     )
-    worst = None
+    worst: WorstElement | None = None
+    around: tuple[Neighbour, ...] = ()
     if math.isfinite(culprit.error) or culprit.refused is None:
-        worst = worst_element(operators, trials.run(culprit.numbers, operators.values))
+        actual = trials.run(culprit.numbers, operators.values)
+        worst = worst_element(operators, actual)
+        around = neighbourhood(operators, culprit.numbers, actual)
     return Cause(
         facts,
         culprit.error,
@@ -314,6 +318,7 @@ def _cause(
         culprit.shown,
         worst,
         culprit.refused,
+        around,
     )
 
 

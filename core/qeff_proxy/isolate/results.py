@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qeff_proxy.common.json_schema import plain_json
 from qeff_proxy.isolate.blame import RUNS
+from qeff_proxy.isolate.neighbourhood import Neighbour
 from qeff_proxy.verify.by_layer.results import LayerError, format_decibels, layer_name
 
 
@@ -89,6 +89,7 @@ class Cause:
         shown: In how many of `qeff_proxy.isolate.blame.RUNS` runs of these alone it showed.
         worst: The worst element of their outputs.
         refused: Why the backend takes no smaller group, or not these; ``None`` where it did.
+        around: They, what they read and what reads them.
     """
 
     operators: tuple[OperatorFacts, ...]
@@ -97,6 +98,7 @@ class Cause:
     shown: int
     worst: WorstElement | None
     refused: str | None = None
+    around: tuple[Neighbour, ...] = ()
 
     @property
     def name(self) -> str:
@@ -202,7 +204,7 @@ def describe_fault(fault: Fault) -> list[str]:
 def _measured(fault: Fault) -> str:
     error = fault.local
     return (
-        f"{format_decibels(error.sqnr)} ({_percent(error.over_peak)} of the peak) on the "
+        f"{format_decibels(error.sqnr)} ({format_share(error.over_peak)} of the peak) on the "
         f"reference's inputs, worst in {error.step or fault.step}"
     )
 
@@ -216,13 +218,13 @@ def _describe_cause(cause: Cause, fault: Fault) -> list[str]:
         why = f"it refuses fewer: {cause.refused}" if cause.refused and not refused else fewer
         listed = ", ".join(f"{o.operator} {o.node}" for o in cause.operators)
         lines.append(f"It is a group of {len(cause.operators)} operators ({why}): {listed}.")
-    alone = f"Only this {where}, all else exact: {_percent(cause.error)} of the peak"
+    alone = f"Only this {where}, all else exact: {format_share(cause.error)} of the peak"
     if refused:
         lines.append(f"The backend refuses this: {cause.refused}")
     elif cause.remaining is None:
         lines.append(f"{alone}; the backend refuses the other operators without it.")
     else:
-        lines.append(f"{alone}. All but this {where}: {_percent(cause.remaining)}.")
+        lines.append(f"{alone}. All but this {where}: {format_share(cause.remaining)}.")
     if cause.shown < RUNS:
         lines.append(f"It does not show each time: in {cause.shown} of {RUNS} runs.")
     if cause.worst is not None:
@@ -243,12 +245,8 @@ def _describe_cause(cause: Cause, fault: Fault) -> list[str]:
     return lines
 
 
-def _percent(share: float | None) -> str:
+def format_share(share: float | None) -> str:
+    """A share of the peak in percent."""
     if share is None or not math.isfinite(share):
         return "more than 100%" if share is not None else "unknown"
     return f"{100 * share:.3g}%"
-
-
-def operators_named(fault: Fault) -> Mapping[str, Cause]:
-    """Node → the cause it belongs to."""
-    return {operator.node: cause for cause in fault.causes for operator in cause.operators}

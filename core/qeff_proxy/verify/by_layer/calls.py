@@ -158,7 +158,8 @@ def continuation(
         tokens = checked_ids(given, rows, "continuation")
         return list(tokens.expand(1 if ids is None else len(ids), -1).T)
     if ids is None:  # the model does not start from tokens
-        ids = torch.arange(options.max_new_tokens)[None] % int(rows or 2)
+        count = int(rows or 2)  # from the middle of the vocabulary: special tokens are at its ends
+        ids = (torch.arange(options.max_new_tokens)[None] + count // 2) % count
     ids = torch.as_tensor(ids)
     return [ids[:, number % ids.shape[1]] for number in range(options.max_new_tokens)]
 
