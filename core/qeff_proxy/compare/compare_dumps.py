@@ -129,6 +129,12 @@ def _provenance_notes(one: Dump, two: Dump) -> list[str]:
         first, second = one.provenance.get(key), two.provenance.get(key)
         if key in one.provenance and key in two.provenance and first != second:
             notes.append(f"the dumps are of different {key}s: {first!r} and {second!r}")
+    device = two.provenance.get("device")
+    cache = device.get("cache") if isinstance(device, dict) else None
+    if cache == "reference":
+        notes.append("each step of the candidate was fed the reference's cache: errors of one step")
+    if cache == "device":
+        notes.append("the candidate carried its own cache: errors add up from step to step")
     return notes
 
 
