@@ -244,9 +244,9 @@ def main():
     folder = Path(folder)
     run_device(folder, Sessions(export))
     if fault:
-        from faults import FAULTS
+        from device_faults import FAULTS
 
-        FAULTS[fault[0]](folder)
+        FAULTS[fault[0]](folder, np.random.default_rng(0))
 
 
 if __name__ == "__main__":

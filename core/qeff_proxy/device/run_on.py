@@ -59,6 +59,6 @@ def run_on(
         raise BackendError(
             f"the command ended with exit status {done.returncode}"
             + (f": {said[-1][:500]}" if said else ""),
-            f"The packed files are in {packed}.",
+            "Keep the packed files with --output DIR, and run it there.",
         )
     return unpack_outputs(packed, target, index, dump, folder / "dump", conventions)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_proxy.common.messages import counted
-from qeff_proxy.device.conventions import Conventions, Rows, pick
+from qeff_proxy.device.conventions import Conventions, Quantized, Rows, pick
 from qeff_proxy.device.index import Index, PackedRun, PackedTensor, fingerprint
 from qeff_proxy.device.names import match_name, name_said
 from qeff_proxy.device.target import OUTPUTS, Found, Target, map_raw, raw_size
@@ -98,6 +98,7 @@ def unpack_outputs(
     provenance["device"] = {"target": target.name, "cache": index.cache}
     groups = index.groups()
     found: dict[tuple[str, Phase, int], list[Found]] = {}
+    first: dict[tuple[str, Phase, str], tuple[str, str]] = {}
     for group, runs in groups.items():
         where = place / group
         if not where.is_dir() and len(groups) == 1:
@@ -117,7 +118,11 @@ def unpack_outputs(
             result.missing += [f"{name} in {run.label} of {run.part}" for name in lost]
             for tensor in run.outputs:
                 if tensor.name in matched:
-                    _write(writer, run, tensor, matched[tensor.name], conventions)
+                    file = matched[tensor.name]
+                    array = decode(file, tensor, run, conventions)
+                    key = (run.part, run.phase, tensor.name)
+                    _check_like(file, array, first.setdefault(key, (array.dtype.name, file.where)))
+                    _write(writer, run, tensor.name, array, conventions)
         check_any(result, place)
     return counted_result(result)
 
@@ -209,20 +214,24 @@ def _may_be(file: Found, tensor: PackedTensor) -> bool:
     return file.shape is not None and prod(file.shape) == prod(tensor.shape)
 
 
+def _check_like(file: Found, array: NDArray[Any], first: tuple[str, str]) -> None:
+    """Refuse a file of another dtype than the tensor's file of an earlier step."""
+    if array.dtype.name != first[0]:
+        raise DumpError(
+            f"{file.where} is {array.dtype.name}, and {first[1]} is {first[0]}",
+            "All steps of a phase have one dtype.",
+        )
+
+
 def _write(
-    writer: DumpWriter,
-    run: PackedRun,
-    tensor: PackedTensor,
-    file: Found,
-    conventions: Conventions,
+    writer: DumpWriter, run: PackedRun, name: str, array: NDArray[Any], conventions: Conventions
 ) -> None:
-    array = decode(file, tensor, run, conventions)
     stub = {}
-    if conventions.rows == "new" and tensor.name.startswith(PRESENT):
+    if conventions.rows == "new" and name.startswith(PRESENT):
         # The writer asks the inputs for the number of new rows; this one is not selected.
         stub["inputs_embeds"] = np.empty((1, array.shape[CACHE_AXIS]), np.uint8)
     past = run.past_length
-    writer.step(run.phase, run.index, run.part, stub, {tensor.name: array}, past_length=past)
+    writer.step(run.phase, run.index, run.part, stub, {name: array}, past_length=past)
 
 
 def decode(
@@ -238,7 +247,7 @@ def decode(
         dtype = raw_dtype(file, quantized.dtype if quantized else said, tensor.dtype)
         array = _read_raw(file, tensor, dtype, shapes)
     else:
-        array = _load(file, tensor, shapes, said)
+        array = _load(file, tensor, shapes, said, quantized)
     if quantized is not None:
         if array.dtype.name != quantized.dtype:
             raise DumpError(
@@ -327,6 +336,7 @@ def _load(
     tensor: PackedTensor,
     shapes: dict[tuple[int, ...], str],
     said: str | None,
+    quantized: Quantized | None,
 ) -> NDArray[Any]:
     assert file.load is not None  # noqa: S101 - the tool states dtype and shape
     accepted = [tensor.in_file(shape) for shape in (*shapes, tensor.valid_shape)]
@@ -335,6 +345,13 @@ def _load(
     array = file.load()
     if array.shape not in accepted:
         raise _wrong_shape(file, tensor, array.shape, next(iter(shapes)))
+    if said is None and quantized is None and DTYPES[tensor.dtype].inexact:
+        known = DTYPES.get(array.dtype.name)
+        if known is not None and not known.inexact:
+            raise DumpError(
+                f"{file.where} is {array.dtype.name}, and {tensor.name} is {tensor.dtype}",
+                f"If it is quantized: --quantized '{tensor.name}={array.dtype.name},scale:…'.",
+            )
     if said is not None and array.dtype.name != said:
         info = DTYPES[said]
         if info.itemsize == array.dtype.itemsize and array.dtype.kind in "uiV":
