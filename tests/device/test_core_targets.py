@@ -369,6 +369,8 @@ def test_onnx_test_data_that_lacks_a_file_is_refused(run, tmp_path):
         (["--layout", "present*=B,S,D"], "has 3 axes, and present.0.key has 4"),
         (["--cache", "device"], "carries no cache from one to the next"),
         (["--ctx-len", "32"], "does not lie in an export"),
+        (["--export", "x"], "--export is for fixed shapes"),
+        (["--for", "npy", "--model", "x.onnx"], "npy has no use for --model"),
         (["--for", "acme"], "there is no target 'acme'. Known are"),
     ],
 )

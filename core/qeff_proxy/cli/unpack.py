@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     like = read_dump(args.like) if args.like is not None else None
     options = {"model": args.model, "runner": args.runner}
     if args.origin is not None:
+        if args.outputs is not None:
+            raise UsageError("--outputs is for a packed folder", "Name the outputs as FOLDER.")
         result = import_recorded(
             args.folder,
             load_target(args.origin, **options),

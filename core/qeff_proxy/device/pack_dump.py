@@ -129,6 +129,10 @@ def pack_dump(dump: Dump, folder: Path, target: Target, options: PackOptions) ->
 
 def _export_of(dump: Dump, options: PackOptions) -> Export | None:
     folder = options.export
+    if folder is not None and options.shapes is None:
+        raise UsageError(
+            "--export is for fixed shapes", "Add --prefill-seq-len and --ctx-len, or leave it out."
+        )
     if isinstance(folder, Export):
         return folder
     if folder is None and options.shapes is not None:

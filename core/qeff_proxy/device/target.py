@@ -100,6 +100,8 @@ class Target(ABC):
     one_shape: ClassVar[bool] = False
     #: The dtype of all files unless ``--dtype`` is given, or None: the tensor's own.
     plain_dtype: ClassVar[str | None] = None
+    #: Which of the arguments it has a use for.
+    uses: ClassVar[tuple[str, ...]] = ()
     #: Where a cache's valid rows lie in files without an index.
     rows: ClassVar[str] = "whole"
 
@@ -155,8 +157,12 @@ class Target(ABC):
 def load_target(name: str, **options: Any) -> Target:
     """The target of this name.
 
+    Args:
+        name: Of the target.
+        options: Arguments of `Target`; those that are None are not given.
+
     Raises:
-        UsageError: There is none.
+        UsageError: There is none, or it has no use for an option.
         PluginError: Its package cannot be used.
     """
     from qeff_proxy.errors import PluginError
@@ -166,6 +172,9 @@ def load_target(name: str, **options: Any) -> Target:
     except PluginError as error:
         raise UsageError(error.problem, error.hint) from error
     target: Target = load_entry(entry, "target", lambda kind: kind(**options))
+    for option, value in options.items():
+        if value is not None and option not in target.uses:
+            raise UsageError(f"{name} has no use for --{option}", "Leave it out.")
     return target
 
 

@@ -45,6 +45,7 @@ class OnnxTarget(Target):
     """ONNX test data."""
 
     name = "onnx"
+    uses = ("model",)
 
     def write_group(
         self,

@@ -36,6 +36,7 @@ class PolygraphyTarget(Target):
     """Polygraphy's JSON."""
 
     name = "polygraphy"
+    uses = ("runner",)
 
     def file_dtype(self, dtype: str) -> str:
         """float32 for what NumPy does not know."""
