@@ -165,3 +165,28 @@ def test_a_carried_cache_is_not_packed_and_the_comparison_says_so(dumps, echo, t
     back, _ = round_trip(dump, "npy", tmp_path / "r", echo(dump), PackOptions())
     notes = compare_dumps(dump, back, tensors=["body.out.*"]).notes
     assert any("fed the reference's cache" in note for note in notes)
+
+
+def test_large_files_are_read_in_blocks(tmp_path, monkeypatch):
+    """One tensor of many blocks, mapped; its pages are released, and the bytes are right."""
+    from qeff_proxy.dump import DumpWriter, streams
+
+    monkeypatch.setattr(streams, "_BLOCK_BYTES", 4096)
+    released = []
+    release = streams._release
+    monkeypatch.setattr(streams, "_release", lambda t: released.append(release(t)))
+    values = np.random.default_rng(0).standard_normal((3, 7, 5000)).astype(np.float32)
+    with DumpWriter(tmp_path / "d", {}) as writer:
+        writer.step("prefill", 0, "body", {"x": values[0]}, {"y": values})
+    dump = read_dump(tmp_path / "d")
+    released.clear()
+    back, _ = round_trip(dump, "qnn-net-run", tmp_path, lambda *_: {"y": values}, PackOptions())
+    assert len(released) > 100
+    assert compare_dumps(dump, back, tensors=["body.out.*"], tolerances=EXACT).passed
+    changed = np.memmap(tmp_path / "private", np.float32, "w+", shape=(4000,))
+    changed.flush()
+    private = np.memmap(tmp_path / "private", np.float32, "c")
+    private[:] = 5  # held in memory alone: letting go of these pages would lose it
+    with DumpWriter(tmp_path / "e", {}) as writer:
+        writer.step("prefill", 0, "body", {"x": private}, {})
+    assert (read_dump(tmp_path / "e").array("prefill", 0, "body.in.x") == 5).all()
