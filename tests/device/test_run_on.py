@@ -92,6 +92,15 @@ def test_a_command_that_fails_is_quoted(command, problem, reference, capsys):
     assert said.count("\n") == 1
 
 
+def test_polygraphys_own_command_runs_what_is_packed_for_it(reference, capsys):
+    dump, export = reference
+    polygraphy = f"{Path(sys.executable).parent}/polygraphy run {export}/body.onnx --onnxrt"
+    files = "--load-inputs body/inputs.json --save-outputs {outputs}/body/outputs.json"
+    options = ["--for", "polygraphy", "--dtype", "position_ids=int64"]
+    assert main(["run-on", f"{polygraphy} {files}", str(dump.folder), *options]) == 0
+    assert "PASSED: all of 7 tensors in 5 steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("cache", ["reference", "device"])
 @pytest.mark.parametrize("name", ["npy", "qaic-runner", "qnn-net-run", "onnx"])
 def test_the_model_runs_on_packed_files(name, cache, reference, tmp_path):

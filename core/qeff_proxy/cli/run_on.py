@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from qeff_proxy.dump import read_dump
 
     target, options = pack_options(args)
+    args.dtype, args.layout = [], []  # the index has them
     conventions = conventions_of(args)
     with ExitStack() as stack:
         folder = args.output

@@ -101,7 +101,7 @@ def unpack_outputs(
     first: dict[tuple[str, Phase, str], tuple[str, str]] = {}
     for group, runs in groups.items():
         where = place / group
-        if not where.is_dir() and len(groups) == 1:
+        if len(groups) == 1 and not (where.is_dir() and any(where.iterdir())):
             where = place
         for run, files in target.find_outputs(folder, where, runs) if where.is_dir() else ():
             found[run.part, run.phase, run.index] = files
@@ -312,7 +312,7 @@ def _wrong_size(
     """What to say of a raw file of another size: what it may be, and the option that says so."""
     count, glob = prod(shape), tensor.name
     options = []
-    for other in ("float32", "float16", "bfloat16", "uint16", "uint8", "int8"):
+    for other in ("float64", "float32", "float16", "bfloat16", "uint16", "uint8", "int8"):
         if other != dtype and count and size == count * DTYPES[other].itemsize:
             inexact = DTYPES[other].inexact
             options.append(
@@ -326,9 +326,10 @@ def _wrong_size(
     problem = (
         f"{file.where} has {counted(size, 'byte')}, not the {expected} of {dtype} {list(shape)}"
     )
-    if not options or size > expected:
-        return DumpError(problem, "It is cut short, or of another tensor or model.")
-    return DumpError(problem, f"It is cut short, or say what it is: {' or '.join(options)}.")
+    what = "It is cut short" if size < expected else "It is of another tensor or model"
+    if not options:
+        return DumpError(problem, f"{what}, or of another dtype.")
+    return DumpError(problem, f"{what}, or say what it is: {' or '.join(options)}.")
 
 
 def _load(

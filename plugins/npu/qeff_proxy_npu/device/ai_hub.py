@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from qeff_proxy.common.messages import counted
 from qeff_proxy.device.index import PackedRun
-from qeff_proxy.device.target import Found, Reader, Target, raw_size
+from qeff_proxy.device.target import Found, Reader, Target, check_within, raw_size
 from qeff_proxy.dump.format import AS_BITS
 from qeff_proxy.errors import DumpError, UsageError
 
@@ -82,6 +82,7 @@ class AiHubTarget(Target):
         path = outputs / OUTPUTS
         if not path.exists():
             return
+        check_within(path, outputs)
         found = _read(path, len(runs))
         for number, run in enumerate(runs):
             yield run, found[number]
