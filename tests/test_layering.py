@@ -42,6 +42,7 @@ ORDER = [
     "cut",
     "compare",
     "backends",
+    "device",
     "export",
     "run",
     "verify",

@@ -372,3 +372,30 @@ def test_a_first_difference_that_may_be_rounding_is_not_pointed_out(good, stack,
     large = compare_dumps(good, stack(tmp_path / "d", wrong_layer=2))
     assert large.first_difference.tensor == large.first_divergence.tensor
     assert large.origin is None
+
+
+def test_an_old_row_that_a_whole_cache_spoils_is_seen(tmp_path):
+    rng, cache = np.random.default_rng(0), np.zeros((1, 2, 0, 4), np.float32)
+    with (
+        DumpWriter(tmp_path / "delta", {}) as delta,
+        DumpWriter(tmp_path / "full", {}, DumpOptions(kv="full")) as full,
+        DumpWriter(tmp_path / "spoilt", {}, DumpOptions(kv="full")) as spoilt,
+    ):
+        for index in range(4):
+            inputs = {"inputs_embeds": np.ones((1, 1, 3), np.float32)}
+            inputs["past_key_values.0.key"] = cache
+            row = rng.standard_normal((1, 2, 1, 4)).astype(np.float32)
+            cache = np.concatenate([cache, row], axis=2)
+            wrong = cache.copy()
+            if index == 3:
+                wrong[0, 1, 1, 2] += 1
+            for writer, array in ((delta, cache), (full, cache), (spoilt, wrong)):
+                writer.step("decode", index, "body", inputs, {"present.0.key": array})
+    globs = ["*.out.*"]
+    assert compare_dumps(tmp_path / "delta", tmp_path / "full", tensors=globs).passed
+    for one, two in (("delta", "spoilt"), ("spoilt", "delta")):
+        comparison = compare_dumps(tmp_path / one, tmp_path / two, tensors=globs)
+        assert not comparison.passed
+        (tensor,) = comparison.tensors
+        assert tensor.first_failure.step == "decode-0003"
+        assert tensor.first_failure.max_abs_at == (0, 1, 1, 2)

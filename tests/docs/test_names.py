@@ -25,7 +25,7 @@ NAME = re.compile(r"(?:`|^::: )(qeff_proxy(?:_\w+)?(?:\.\w+)+)(?:\([^`]*\))?(?:`
 GROUPS = {
     "qeff_proxy.backend_listings",
     "qeff_proxy.demos",
-    "qeff_proxy.dump_formats",
+    "qeff_proxy.device_targets",
     "qeff_proxy.remote_code",
 }
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from qeff_proxy.common.atomic_folder import clear_leftovers, held, replaced_folder
+from qeff_proxy.device.pack_dump import new_folder
 from qeff_proxy.dump import DumpWriter, read_dump
-from qeff_proxy.dump.convert.common import new_folder
 from qeff_proxy.dump.place import DUMPS
 from qeff_proxy.run.run_compiled import new_io_folder
 

@@ -331,8 +331,8 @@ def test_a_failed_writer_takes_nothing_more(tmp_path):
 def test_neither_torch_nor_transformers_is_imported():
     code = """
         import sys
-        import qeff_proxy.compare, qeff_proxy.dump.convert, qeff_proxy.compare.report
-        import qeff_proxy.compare.tables, qeff_proxy.cli.compare, qeff_proxy.cli.convert
+        import qeff_proxy.compare, qeff_proxy.device, qeff_proxy.compare.report
+        import qeff_proxy.compare.tables, qeff_proxy.cli.compare, qeff_proxy.cli.run_on
         print(sorted({"torch", "transformers", "onnx", "onnxruntime"} & set(sys.modules)))
     """
     assert run_python(code).stdout == "[]\n"

@@ -23,7 +23,7 @@ from qeff_proxy.errors import ArtifactError, ProxyError, UsageError
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
-# command -> one line of help. The module is qeff_proxy.cli.<command>.
+# command -> one line of help. The module is qeff_proxy.cli.<command>, dashes as underscores.
 COMMANDS = {
     "demo": "run the whole flow on checkpoints that come with the program and its plugins",
     "inspect": "show what would be cut: sites, tied weights, bytes in body and vocabulary",
@@ -33,7 +33,9 @@ COMMANDS = {
     "verify": "run a model on several backends and name the first layer that differs from PyTorch",
     "isolate": "find the operator that makes a backend's numbers wrong, and write it to a file",
     "compare": "compare two dumps and name the first layer that differs",
-    "convert": "convert a dump to or from other tools' formats",
+    "pack": "pack a dump's inputs for a device's own tools, with their lists and commands",
+    "unpack": "make a dump of what a device's tools wrote",
+    "run-on": "pack a dump, run it on a device by a command, and compare",
     "backends": "list backends, what they need and how to install it, their devices and options",
     "plugin": "write a package for a plugin of your own, which passes its conformance suite",
     "plugins": "list plugins, the model types they serve and what is wrong with any",
@@ -55,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _load_command(name: str) -> _Command:
-    return cast("_Command", importlib.import_module(f"qeff_proxy.cli.{name}"))
+    return cast("_Command", importlib.import_module(f"qeff_proxy.cli.{name.replace('-', '_')}"))
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from qeff_proxy.cli.output import add_json_option, print_json, print_text
 
@@ -23,6 +24,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("reference", metavar="REFERENCE", help="folder of the reference's dump")
     parser.add_argument("candidate", metavar="CANDIDATE", help="folder of the candidate's dump")
+    add_compare_options(parser)
+    add_json_option(parser)
+
+
+def add_compare_options(parser: argparse.ArgumentParser) -> None:
+    """What `compare_and_print` reads."""
     parser.add_argument(
         "--tol",
         action="append",
@@ -44,11 +51,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--all", action="store_true", help="list every tensor, not only the worst")
     parser.add_argument("--html", metavar="FILE", help="also write a report, one page, offline")
-    add_json_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print, and return 0 when all passed, else 1."""
+    return compare_and_print(args, args.reference, args.candidate)
+
+
+def compare_and_print(
+    args: argparse.Namespace, reference: str | Path, candidate: str | Path
+) -> int:
+    """Compare two dumps as the arguments say."""
     from qeff_proxy.compare import Tolerances, compare_dumps, write_report
     from qeff_proxy.compare.report_file import check_report_place
     from qeff_proxy.compare.tables import render_comparison
@@ -56,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         check_report_place(args.html)
     comparison = compare_dumps(
-        args.reference,
-        args.candidate,
+        reference,
+        candidate,
         tolerances=Tolerances.parse(args.tol),
         tensors=tuple(args.tensors or ("*",)),
         partial=args.partial,

@@ -22,7 +22,7 @@ from qeff_proxy.common.messages import counted
 from qeff_proxy.compare.pairing import pair_dumps
 from qeff_proxy.compare.results import Comparison, Divergence, PairStats, TensorComparison
 from qeff_proxy.compare.statistics import STATS, cosine, join, relative_peak, sqnr_db
-from qeff_proxy.compare.streaming import measure_pair, shapes_agree
+from qeff_proxy.compare.streaming import delta_with_all_rows, measure_pair, shapes_agree
 from qeff_proxy.compare.tolerances import Tolerances
 from qeff_proxy.dump import Dump, StepInfo, read_dump
 from qeff_proxy.dump.format import DTYPES
@@ -129,6 +129,12 @@ def _provenance_notes(one: Dump, two: Dump) -> list[str]:
         first, second = one.provenance.get(key), two.provenance.get(key)
         if key in one.provenance and key in two.provenance and first != second:
             notes.append(f"the dumps are of different {key}s: {first!r} and {second!r}")
+    device = two.provenance.get("device")
+    cache = device.get("cache") if isinstance(device, dict) else None
+    if cache == "reference":
+        notes.append("each step of the candidate was fed the reference's cache: errors of one step")
+    if cache == "device":
+        notes.append("the candidate carried its own cache: errors add up from step to step")
     return notes
 
 
@@ -141,13 +147,15 @@ def _compare_pair(
     comparable, problem = _comparable(pair, steps, one, two)
     rows = np.zeros(len(pair.steps), STATS)
     usable = np.flatnonzero(comparable)
-    for chosen, stats in measure_pair(pair, usable, tolerance.elementwise, one.steps, two.steps):
+    for chosen, stats in measure_pair(pair, usable, tolerance.elementwise, one, two):
         rows[chosen] = stats
     passed = judge(rows, tolerance) & comparable
     failed = np.flatnonzero(~passed & comparable)
 
+    whole = delta_with_all_rows(pair, one, two) is not None
+
     def describe(row: Any, record: int) -> PairStats:
-        shape = _measured_shape(pair, record)
+        shape = _measured_shape(pair, record, whole=whole)
         return PairStats.of(row, steps[pair.steps[record]].label, shape)
 
     first_failure = describe(rows[failed[0]], int(failed[0])) if len(failed) else None
@@ -176,11 +184,11 @@ def _compare_pair(
     )
 
 
-def _measured_shape(pair: Pair, record: int) -> tuple[int, ...]:
-    """Return the shape that indices of a record are in: of the delta form where one has it."""
+def _measured_shape(pair: Pair, record: int, *, whole: bool) -> tuple[int, ...]:
+    """The shape that indices of a record are in: the delta's, unless whole caches were compared."""
     left = pair.reference.index.record_shape(int(pair.reference_records[record]))
     right = pair.candidate.index.record_shape(int(pair.candidate_records[record]))
-    return right if pair.candidate.index.delta else left
+    return right if pair.candidate.index.delta != whole else left
 
 
 def _comparable(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_proxy.compare.statistics import STATS, Scratch, measure, merge, to_numbers
-from qeff_proxy.dump import StepInfo, StoredTensor
+from qeff_proxy.dump import Dump, StepInfo, StoredTensor
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES
 
@@ -99,8 +99,8 @@ def measure_pair(
     pair: Pair,
     usable: NDArray[np.int64],
     elementwise: tuple[float, float] | None,
-    reference_steps: list[StepInfo],
-    candidate_steps: list[StepInfo],
+    reference: Dump,
+    candidate: Dump,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
     """Measure the records of one pair.
 
@@ -108,8 +108,8 @@ def measure_pair(
         pair: Two files.
         usable: Which of the pair's common records have shapes that agree.
         elementwise: ``(atol, rtol)`` or None.
-        reference_steps: All steps of the reference.
-        candidate_steps: All steps of the candidate.
+        reference: The dump of the one file.
+        candidate: The dump of the other.
 
     Yields:
         Some of ``usable``, and the `STATS` of each.
@@ -123,18 +123,18 @@ def measure_pair(
         right = _Side(pair.candidate, "right", scratch)
         try:
             if left.index.delta != right.index.delta:
+                whole = delta_with_all_rows(pair, reference, candidate)
                 for common in usable:
-                    yield (
-                        np.array([common]),
-                        _measure_rows(
-                            left,
-                            right,
-                            int(pair.reference_records[common]),
-                            int(pair.candidate_records[common]),
-                            elementwise,
-                            (reference_steps, candidate_steps),
-                        ),
+                    records = (
+                        int(pair.reference_records[common]),
+                        int(pair.candidate_records[common]),
                     )
+                    if whole is None:
+                        steps = (reference.steps, candidate.steps)
+                        stats = _measure_rows(left, right, *records, elementwise, steps)
+                    else:
+                        stats = _measure_whole(left, right, *records, elementwise, whole)
+                    yield np.array([common]), stats
             else:
                 yield from _measure_like(pair, left, right, usable, elementwise)
         finally:
@@ -247,4 +247,47 @@ def _measure_rows(
         side.check_rows(np.array([record]), whole[None])
         rows = whole.reshape(shape)[:, :, begin - span[0] : end - span[0]]
         pieces.append(np.ascontiguousarray(rows).reshape(1, -1))
+    return measure(*_numbers(left, right, *pieces), elementwise, left.scratch)
+
+
+def delta_with_all_rows(pair: Pair, reference: Dump, candidate: Dump) -> Dump | None:
+    """The dump of a pair that alone holds a cache as a delta, if none of its rows is missing.
+
+    It can be compared with the other's whole caches in all rows, the older ones too.
+    """
+    if pair.reference.index.delta == pair.candidate.index.delta:
+        return None
+    dump = reference if pair.reference.index.delta else candidate
+    rows = 0
+    for position, step in enumerate(dump.steps):
+        tensor = dump.tensors.get((step.phase, pair.name))
+        record = -1 if tensor is None else int(np.searchsorted(tensor.index.positions, position))
+        if tensor is None or record == len(tensor) or tensor.index.positions[record] != position:
+            continue
+        if not tensor.index.delta or step.past_length != rows:
+            return None
+        rows += tensor.index.record_shape(record)[CACHE_AXIS]
+    return dump
+
+
+def _measure_whole(
+    left: _Side,
+    right: _Side,
+    first: int,
+    second: int,
+    elementwise: tuple[float, float] | None,
+    whole: Dump,
+) -> NDArray[Any]:
+    """Measure a whole cache and the one that a delta's rows so far make."""
+    pieces = []
+    for side, record in ((left, first), (right, second)):
+        if side.index.delta:
+            step = whole.steps[side.index.positions[record]]
+            array = whole.array(step.phase, step.index, side.index.name)
+            pieces.append(np.ascontiguousarray(array).view(side.dtype).reshape(1, -1))
+        else:
+            elements = prod(side.index.record_shape(record))
+            block = side.block(int(side.index.offsets[record]), elements)
+            side.check_rows(np.array([record]), block[None])
+            pieces.append(block[None])
     return measure(*_numbers(left, right, *pieces), elementwise, left.scratch)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 import zlib
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,10 @@ from qeff_proxy.errors import DumpError
 
 if TYPE_CHECKING:
     from qeff_proxy.dump.format import Phase, TensorName
+
+
+#: Bytes of a tensor that are read and written at a time.
+_BLOCK_BYTES = 1 << 24
 
 
 def runs_of(numbers: array[int]) -> list[list[int]]:
@@ -34,6 +40,38 @@ def runs_of(numbers: array[int]) -> list[list[int]]:
 def _write_all(descriptor: int, data: memoryview) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
+
+
+def _blocks(tensor: NDArray[Any]) -> Iterator[memoryview]:
+    """Yield the little-endian bytes of a tensor in C order, some MiB at a time.
+
+    Of a file that is mapped into memory, the pages that were read are released.
+    """
+    if tensor.nbytes <= _BLOCK_BYTES or tensor.ndim == 0:
+        order = tensor.dtype.byteorder
+        if order == ">" or (order == "=" and sys.byteorder == "big"):
+            tensor = tensor.astype(tensor.dtype.newbyteorder("<"))
+        yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+        return
+    rows = _BLOCK_BYTES // tensor[0].nbytes
+    for at in range(0, len(tensor), max(rows, 1)):
+        yield from _blocks(tensor[at : at + rows] if rows else tensor[at])
+        _release(tensor)
+
+
+def _release(tensor: NDArray[Any]) -> None:
+    """Let go of the pages of a read-only mapping; of others they may hold changes."""
+    base: Any = tensor
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    with memoryview(base) as view:
+        readonly = view.readonly
+    if readonly:
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 class TensorStream:
@@ -96,17 +134,21 @@ class TensorStream:
             raise DumpError(f"{where} is {dtype} but was {self.dtype} in the steps before")
         if tensor.ndim > MAX_RANK:
             raise DumpError(f"{where} has {tensor.ndim} dimensions; {MAX_RANK} can be dumped")
-        order = tensor.dtype.byteorder
-        if order == ">" or (order == "=" and sys.byteorder == "big"):
-            tensor = tensor.astype(tensor.dtype.newbyteorder("<"))
-        data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
-        checksum = zlib.crc32(data)
+        checksum = 0
         if self.constant:
+            for data in _blocks(tensor):
+                checksum = zlib.crc32(data, checksum)
             self._latest = tensor
             if self._same_as_previous(tensor.shape, checksum):
                 self._repeat(position)
                 return
-        self._write(data, keep)
+            checksum = 0
+        descriptor = self._open()
+        for data in _blocks(tensor):
+            checksum = zlib.crc32(data, checksum)
+            _write_all(descriptor, data)
+        if not keep:
+            self.close()
         self._add(position, tensor.shape, checksum)
         self._elements += tensor.size
 
@@ -132,7 +174,7 @@ class TensorStream:
         self._positions.append(position)
         self._checksums.append(checksum)
 
-    def _write(self, data: memoryview, keep: bool) -> None:
+    def _open(self) -> int:
         if self.descriptor is None:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
             if not self._positions:
@@ -143,9 +185,7 @@ class TensorStream:
                 # Valid and empty until the number of records is known.
                 header = build_header(DTYPES[self.dtype or ""].stored, (0,))
                 _write_all(self.descriptor, memoryview(header))
-        _write_all(self.descriptor, data)
-        if not keep:
-            self.close()
+        return self.descriptor
 
     def close(self) -> None:
         """Close the file; the next record opens it again."""

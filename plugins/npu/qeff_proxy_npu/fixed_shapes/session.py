@@ -1,16 +1,10 @@
 """Run parts of fixed shapes on inputs of any size.
 
 The engine feeds a part queries, a past and a batch of any length. `StaticSession` picks the
-specialization, pads the inputs, runs it, and cuts its outputs back, so that the caller and a dump
-see the outputs of a backend of dynamic shapes:
-
-- **query**: padded behind, with zeros.
-- **past**: padded in front, with zeros. So the real positions of ``present`` = past + query lie in
-  one piece, and are cut out without a copy.
-- **attention masks**: padded keys are hidden with the lowest number that the mask has, but every
-  padded query sees itself, so that no softmax is over nothing.
-- **batch**: padded with rows of zeros; a larger batch runs in several turns.
-- Any other axis must have the specialization's size: a run of another size opens another.
+specialization, pads the inputs, runs it, and cuts its outputs back
+(`qeff_proxy.backends.fixed_shapes`), so that the caller and a dump see the outputs of a backend of
+dynamic shapes. A batch larger than the specialization's runs in several turns; a run of another
+size on any other axis opens another specialization.
 """
 
 from __future__ import annotations
@@ -22,14 +16,13 @@ from typing import Protocol
 
 import numpy as np
 from qeff_proxy.arrays import Array, numpy_dtype
+from qeff_proxy.backends.fixed_shapes import Plan, lowest_of, name_of, pad_into, real_region
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
 from qeff_proxy.parts import TensorSpec
-from qeff_proxy.session.axes import Sizes, is_sum, size_of, terms_of
+from qeff_proxy.session.axes import Sizes, size_of, terms_of
 from qeff_proxy.session.part_like import PartLike
 from qeff_proxy.session.session import Session
-
-from qeff_proxy_npu.fixed_shapes.plan import Plan, name_of
 
 __all__ = ["Specialization", "StaticSession"]
 
@@ -116,15 +109,14 @@ class StaticSession(Session):
 
     def _run_batch(self, feeds: Mapping[str, Array], real: Mapping[str, int]) -> dict[str, Array]:
         sizes = self._plan.choose(real)
-        changed = {axis for axis in sizes if sizes[axis] != real[axis]}
         padded = {
             spec.name: self._pad(spec, feeds[spec.name], real, sizes) for spec in self.part.inputs
         }
-        outputs = self._session(sizes).run(padded)
-        return {
-            spec.name: self._cut(spec, outputs[spec.name], real, sizes, changed)
-            for spec in self.part.outputs
+        regions = {
+            spec.name: real_region(spec, real, sizes, self.name) for spec in self.part.outputs
         }
+        outputs = self._session(sizes).run(padded)
+        return {name: outputs[name][region] for name, region in regions.items()}
 
     def _session(self, sizes: Sizes) -> Specialization:
         key = name_of(sizes)
@@ -141,24 +133,12 @@ class StaticSession(Session):
         is_mask = spec.name in self._masks
         if array.shape == shape and not (is_mask and self._lowest is not None):
             return array
-        fill = self._lowest_of(spec) if is_mask else 0
-        buffer = self._buffer(spec, shape)
-        buffer[...] = fill
-        where = tuple(_place(axis, real, sizes) for axis in spec.shape)
-        buffer[where] = np.maximum(array, fill) if is_mask else array
+        fill = None
         if is_mask:
-            _let_see_themselves(buffer, where)
+            fill = max(lowest_of(spec.dtype), -np.inf if self._lowest is None else self._lowest)
+        buffer = self._buffer(spec, shape)
+        pad_into(buffer, spec, array, real, sizes, fill)
         return buffer
-
-    def _lowest_of(self, spec: TensorSpec) -> float:
-        dtype = numpy_dtype(spec.dtype)
-        if dtype.kind == "f":
-            own = float(np.finfo(dtype).min)
-        else:
-            import ml_dtypes
-
-            own = float(ml_dtypes.finfo(dtype).min)  # type: ignore[no-untyped-call]
-        return own if self._lowest is None else max(own, self._lowest)
 
     def _buffer(self, spec: TensorSpec, shape: tuple[int, ...]) -> Array:
         """An array to pad into, reused while runs have this shape."""
@@ -166,49 +146,3 @@ class StaticSession(Session):
         if buffer is None or buffer.shape != shape:
             buffer = self._buffers[spec.name] = np.zeros(shape, numpy_dtype(spec.dtype))
         return buffer
-
-    def _cut(
-        self,
-        spec: TensorSpec,
-        array: Array,
-        real: Mapping[str, int],
-        sizes: Sizes,
-        changed: set[str],
-    ) -> Array:
-        for axis in spec.shape:
-            if not is_sum(axis) and changed & set(terms_of(axis)):
-                raise BackendError(
-                    f"the output {spec.name} of the {self.name} part has the axis {axis}, "
-                    f"which cannot be cut back to {real}",
-                    "Compile for the sizes of the run.",
-                )
-        if not changed:
-            return array
-        return array[
-            tuple(
-                _place(axis, real, sizes)
-                if is_sum(axis) and changed & set(terms_of(axis))
-                else slice(None)
-                for axis in spec.shape
-            )
-        ]
-
-
-def _place(axis: int | str, real: Mapping[str, int], sizes: Sizes) -> slice:
-    """The real positions of an axis: behind the padding of the past, before any other padding."""
-    terms = [term for term in terms_of(axis) if not term.isdigit()]
-    if "past" in terms[1:]:
-        raise BackendError(f"the axis {axis} cannot be padded", "Its past must come first.")
-    begin = sizes["past"] - real["past"] if terms and terms[0] == "past" else 0
-    return slice(begin, begin + size_of(axis, real))
-
-
-def _let_see_themselves(mask: Array, where: tuple[slice, ...]) -> None:
-    """Open the diagonal of padded queries and rows in ``[batch, 1, query, past + query]``."""
-    rows, queries = mask.shape[0], mask.shape[-2]
-    diagonal = mask.shape[-1] - queries + np.arange(queries)
-    last_row, last_query = where[0].stop, where[-2].stop
-    mask[last_row:, :, np.arange(queries), diagonal] = 0
-    if last_query < queries:
-        padded = np.arange(last_query, queries)
-        mask[:rows, :, padded, diagonal[padded]] = 0

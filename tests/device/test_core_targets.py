@@ -1,4 +1,4 @@
-"""Conversions, checked with the packages whose formats they are."""
+"""The files of the core's targets, checked with the packages whose formats they are."""
 
 from __future__ import annotations
 
@@ -15,23 +15,38 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from device_models import steps_of, write_dump
 from onnx import TensorProto, helper, numpy_helper
 from qeff_proxy.cli import main
 from qeff_proxy.compare import compare_dumps
+from qeff_proxy.device import PackOptions, import_recorded, load_target, pack_dump
 from qeff_proxy.dump import DumpWriter, read_dump
-from qeff_proxy.dump.convert import ConversionSource, onnx_data, polygraphy
 from qeff_proxy.errors import DumpError
 
 
-@pytest.fixture
-def source(delta_run):
-    return ConversionSource(read_dump(delta_run.folder))
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A dump and every array that was handed to its writer."""
+    arrays = {}
+    folder = write_dump("gpt2", tmp_path_factory.mktemp("run") / "d", arrays=arrays)
+    return read_dump(folder), arrays
+
+
+def pack(dump, folder, name, *, part=None, **options):
+    pack_dump(dump, folder, load_target(name, **options), PackOptions(parts=[part] if part else []))
+    return folder / (part or "body")
+
+
+def unpack(path, folder, name, **options):
+    target = {key: options.pop(key) for key in ("model", "runner") if key in options}
+    import_recorded(path, load_target(name, **target), folder, **options)
+    return read_dump(folder)
 
 
 def body_arrays(run, phase, index, side):
     return {
         name: array
-        for (p, i, part, s, name), array in run.arrays.items()
+        for (p, i, part, s, name), array in run[1].items()
         if (p, i, part, s) == (phase, index, "body", side)
     }
 
@@ -43,40 +58,59 @@ def assert_same(left, right):
         np.testing.assert_array_equal(array, right[name], err_msg=name)
 
 
-def steps_of(run):
-    return [("prefill", 0), ("prefill", 1), *[("decode", i) for i in range(4)]]
+LABELS = [(phase, index) for phase, index, _, _ in steps_of("gpt2")]
 
 
 # Polygraphy
 
 
-def test_polygraphy_reads_what_is_written_for_it(source, delta_run, tmp_path):
+def test_polygraphy_reads_what_is_written_for_it(run, tmp_path):
     from polygraphy.comparator import RunResults
     from polygraphy.json import load_json
 
-    inputs, outputs = polygraphy.export_dump(source, tmp_path / "p")
-    feeds = load_json(str(inputs))
-    results = RunResults.load(str(outputs))["qeff-proxy"]
-    assert len(feeds) == len(results) == 6
-    for (phase, index), feed, result in zip(steps_of(delta_run), feeds, results, strict=True):
-        assert_same(dict(feed), body_arrays(delta_run, phase, index, "in"))
-        assert_same(dict(result.items()), body_arrays(delta_run, phase, index, "out"))
+    place = pack(run[0], tmp_path / "p", "polygraphy")
+    feeds = load_json(str(place / "inputs.json"))
+    results = RunResults.load(str(place / "outputs.json"))["qeff-proxy"]
+    assert len(feeds) == len(results) == len(LABELS)
+    for (phase, index), feed, result in zip(LABELS, feeds, results, strict=True):
+        assert_same(dict(feed), body_arrays(run, phase, index, "in"))
+        assert_same(dict(result.items()), body_arrays(run, phase, index, "out"))
 
 
-def test_what_polygraphy_saves_is_read(source, delta_run, tmp_path):
+def save_with_polygraphy(run, folder):
     from polygraphy.comparator import RunResults
     from polygraphy.json import save_json
 
-    feeds = [body_arrays(delta_run, *step, "in") for step in steps_of(delta_run)]
+    feeds = [body_arrays(run, *step, "in") for step in LABELS]
     results = RunResults()
-    results.add([body_arrays(delta_run, *s, "out") for s in steps_of(delta_run)], runner_name="trt")
-    (tmp_path / "p").mkdir()
-    save_json(feeds, str(tmp_path / "p" / "inputs.json"))
-    results.save(str(tmp_path / "p" / "outputs.json"))
-    polygraphy.import_dump(tmp_path / "p", tmp_path / "d", like=source, runner="trt")
-    comparison = compare_dumps(delta_run.folder, tmp_path / "d", tensors=["body.*"])
+    results.add([body_arrays(run, *step, "out") for step in LABELS], runner_name="trt")
+    folder.mkdir()
+    save_json(feeds, str(folder / "inputs.json"))
+    results.save(str(folder / "outputs.json"))
+    return folder
+
+
+def test_what_polygraphy_saves_is_read(run, tmp_path):
+    place = save_with_polygraphy(run, tmp_path / "p")
+    labels = [f"{phase}-{index:04d}" for phase, index in LABELS]
+    unpack(place, tmp_path / "d", "polygraphy", like=run[0], steps=labels, runner="trt")
+    comparison = compare_dumps(run[0], tmp_path / "d", tensors=["body.out.*"])
     assert comparison.passed
-    assert len(comparison.steps) == 6
+    assert len(comparison.steps) == len(LABELS)
+    alone = unpack(place, tmp_path / "alone", "polygraphy")
+    read = {
+        str(tensor.index.graph_name): alone.array("prefill", 3, tensor.index.name)
+        for tensor in alone.tensors.values()
+        if tensor.index.name.direction == "in"
+    }
+    assert_same(read, body_arrays(run, *LABELS[3], "in"))
+
+
+def test_iterations_are_never_counted_into_steps(run, tmp_path):
+    place = save_with_polygraphy(run, tmp_path / "p")
+    with pytest.raises(DumpError, match=r"do not say which of the 5 steps .* --steps prefill-0000"):
+        unpack(place, tmp_path / "d", "polygraphy", like=run[0])
+    assert not (tmp_path / "d").exists()
 
 
 def test_polygraphy_gets_the_values_of_dtypes_it_does_not_know(tmp_path):
@@ -85,8 +119,8 @@ def test_polygraphy_gets_the_values_of_dtypes_it_does_not_know(tmp_path):
     values = np.array([1.5, -2.0], ml_dtypes.bfloat16)
     with DumpWriter(tmp_path / "d", {}) as writer:
         writer.step("prefill", 0, "body", {"x": values}, {"y": values})
-    inputs, _ = polygraphy.export_dump(ConversionSource(read_dump(tmp_path / "d")), tmp_path / "p")
-    read = load_json(str(inputs))[0]["x"]
+    place = pack(read_dump(tmp_path / "d"), tmp_path / "p", "polygraphy")
+    read = load_json(str(place / "inputs.json"))[0]["x"]
     assert read.dtype == np.float32
     assert read.tolist() == [1.5, -2.0]
 
@@ -109,7 +143,7 @@ def test_polygraphy_gets_the_values_of_dtypes_it_does_not_know(tmp_path):
 def test_what_polygraphy_never_wrote_is_refused(tmp_path, text):
     (tmp_path / "out.json").write_text(text)
     with pytest.raises(DumpError):
-        polygraphy.import_dump(tmp_path / "out.json", tmp_path / "d")
+        unpack(tmp_path / "out.json", tmp_path / "d", "polygraphy")
     assert not (tmp_path / "d").exists()
 
 
@@ -119,7 +153,7 @@ def test_a_pickle_in_polygraphy_json_is_refused(tmp_path):
     array = {"array": base64.b64encode(buffer.getvalue()).decode()}
     (tmp_path / "in.json").write_text(json.dumps([{"x": array}]))
     with pytest.raises(DumpError, match="declares object"):
-        polygraphy.import_dump(tmp_path / "in.json", tmp_path / "d")
+        unpack(tmp_path / "in.json", tmp_path / "d", "polygraphy")
 
 
 def header(descr="'<f4'", shape="(4,)"):
@@ -149,8 +183,8 @@ HOSTILE_ARRAYS = {
 def test_a_hostile_array_in_polygraphy_json_is_refused_in_one_line(array, tmp_path, capsys):
     value = {"array": base64.b64encode(array).decode(), "polygraphy_class": "ndarray"}
     (tmp_path / "in.json").write_text(json.dumps([{"x": value}]))
-    command = ["convert", str(tmp_path / "in.json"), str(tmp_path / "d"), "--from", "polygraphy"]
-    assert main(command) == 9
+    command = ["unpack", str(tmp_path / "in.json"), "--from", "polygraphy"]
+    assert main([*command, "--output", str(tmp_path / "d")]) == 9
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert len(said) < 1000
@@ -163,8 +197,8 @@ def test_a_hostile_array_in_polygraphy_json_is_refused_in_one_line(array, tmp_pa
 def test_names_that_no_dump_can_have_leave_no_dump(names, tmp_path, capsys):
     array = {"array": base64.b64encode(header() + bytes(16)).decode()}
     (tmp_path / "in.json").write_text(json.dumps([dict.fromkeys(names, array)]))
-    command = ["convert", str(tmp_path / "in.json"), str(tmp_path / "d"), "--from", "polygraphy"]
-    assert main(command) == 9
+    command = ["unpack", str(tmp_path / "in.json"), "--from", "polygraphy"]
+    assert main([*command, "--output", str(tmp_path / "d")]) == 9
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert len(said) < 2100
@@ -175,7 +209,7 @@ def test_names_that_no_dump_can_have_leave_no_dump(names, tmp_path, capsys):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DumpError, match="not a regular file"):
-        polygraphy.import_dump(tmp_path / "pipe", tmp_path / "d")
+        unpack(tmp_path / "pipe", tmp_path / "d", "polygraphy")
 
 
 # ONNX test data
@@ -233,8 +267,7 @@ def run_backend_tests(folder):
 
 
 def test_onnx_test_data_passes_onnx_own_runner(onnx_model, tmp_path):
-    data = tmp_path / "data"
-    onnx_data.export_dump(ConversionSource(read_dump(tmp_path / "dump")), data, model=onnx_model)
+    data = pack(read_dump(tmp_path / "dump"), tmp_path / "p", "onnx", model=onnx_model)
     for number in range(3):
         (data / f"test_data_set_{number}").rename(onnx_model.parent / f"test_data_set_{number}")
     result = run_backend_tests(onnx_model.parent)
@@ -242,23 +275,26 @@ def test_onnx_test_data_passes_onnx_own_runner(onnx_model, tmp_path):
 
 
 def test_onnx_own_runner_sees_a_wrong_output(onnx_model, tmp_path):
-    data = tmp_path / "data"
-    onnx_data.export_dump(ConversionSource(read_dump(tmp_path / "dump")), data, model=onnx_model)
+    data = pack(read_dump(tmp_path / "dump"), tmp_path / "p", "onnx", model=onnx_model)
     wrong = numpy_helper.from_array(np.ones((1, 2), np.float32), "difference")
     (data / "test_data_set_0" / "output_0.pb").write_bytes(wrong.SerializeToString())
     (data / "test_data_set_0").rename(onnx_model.parent / "test_data_set_0")
     assert not run_backend_tests(onnx_model.parent).wasSuccessful()
 
 
-def test_onnx_test_data_holds_the_same_arrays_and_comes_back(source, delta_run, tmp_path):
-    assert onnx_data.export_dump(source, tmp_path / "o") == 6
+def test_onnx_test_data_holds_the_same_arrays_and_comes_back(run, tmp_path):
+    place = pack(run[0], tmp_path / "o", "onnx")
     read = {}
-    for file in sorted((tmp_path / "o" / "test_data_set_3").glob("input_*.pb")):
+    for file in sorted((place / "test_data_set_3").glob("input_*.pb")):
         tensor = onnx.load_tensor(file)
         read[tensor.name] = numpy_helper.to_array(tensor)
-    assert_same(read, body_arrays(delta_run, "decode", 1, "in"))
-    onnx_data.import_dump(tmp_path / "o", tmp_path / "d", like=source)
-    assert compare_dumps(delta_run.folder, tmp_path / "d", tensors=["body.*"]).passed
+    assert_same(read, body_arrays(run, *LABELS[3], "in"))
+    alone = unpack(place, tmp_path / "d", "onnx")
+    assert alone.steps[3].label == "prefill-0003"
+    name = "body.out.present_key.layer-01"
+    np.testing.assert_array_equal(
+        alone.array("prefill", 3, name), run[1][*LABELS[3], "body", "out", "present.1.key"]
+    )
 
 
 def test_onnx_dtypes_survive(tmp_path):
@@ -266,92 +302,122 @@ def test_onnx_dtypes_survive(tmp_path):
     arrays = {f"x_{np.dtype(k).name}": np.array([0, 1, 1]).astype(k) for k in kinds}
     with DumpWriter(tmp_path / "d", {}) as writer:
         writer.step("prefill", 0, "body", arrays, {})
-    onnx_data.export_dump(ConversionSource(read_dump(tmp_path / "d")), tmp_path / "o")
-    onnx_data.import_dump(tmp_path / "o", tmp_path / "back")
-    back = read_dump(tmp_path / "back")
+    back = unpack(pack(read_dump(tmp_path / "d"), tmp_path / "o", "onnx"), tmp_path / "b", "onnx")
     read = {name: back.array("prefill", 0, f"body.in.{name}") for name in arrays}
     assert_same(read, arrays)
 
 
-def test_bad_onnx_test_data_is_refused(source, onnx_model, tmp_path):
+def test_bad_onnx_test_data_is_refused(run, onnx_model, tmp_path):
     with pytest.raises(DumpError, match="lacks 'b'"):
-        onnx_data.export_dump(source, tmp_path / "o", model=onnx_model)
+        pack(run[0], tmp_path / "o", "onnx", model=onnx_model)
     with pytest.raises(DumpError, match="no test_data_set_N"):
-        onnx_data.import_dump(tmp_path, tmp_path / "d")
+        unpack(tmp_path, tmp_path / "d", "onnx")
     place = tmp_path / "bad" / "test_data_set_0"
     place.mkdir(parents=True)
     (place / "input_0.pb").write_bytes(b"\xff" * 40)
     with pytest.raises(DumpError, match="is not an ONNX tensor"):
-        onnx_data.import_dump(tmp_path / "bad", tmp_path / "d")
+        unpack(tmp_path / "bad", tmp_path / "d", "onnx")
     outside = TensorProto(name="x", dims=[1], data_type=1)
     outside.data_location = TensorProto.EXTERNAL
     outside.external_data.add(key="location", value="../../etc/passwd")
     (place / "input_0.pb").write_bytes(outside.SerializeToString())
     with pytest.raises(DumpError, match="in another file"):
-        onnx_data.import_dump(tmp_path / "bad", tmp_path / "d")
+        unpack(tmp_path / "bad", tmp_path / "d", "onnx")
 
 
 # The command
 
 
-@pytest.mark.parametrize("kind", ["qaic", "onnx", "polygraphy"])
-def test_the_command_converts_there_and_back(delta_run, tmp_path, capsys, kind):
-    dump, there, back = (str(p) for p in (delta_run.folder, tmp_path / "there", tmp_path / "back"))
-    assert main(["convert", dump, there, "--to", kind]) == 0
-    assert main(["convert", there, back, "--from", kind, "--like", dump, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.partition("\n")[2])["steps"] == 6
-    assert main(["compare", dump, back, "--tensors", "body.*"]) == 0
-    assert main(["convert", dump, there, "--to", kind]) == 9
+@pytest.mark.parametrize("name", ["npy", "npz", "onnx", "polygraphy"])
+def test_the_command_packs_and_refuses_a_folder_that_is_not_empty(run, tmp_path, capsys, name):
+    dump, there = str(run[0].folder), str(tmp_path / "there")
+    assert main(["pack", dump, "--for", name, "--output", there, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"written": there, "target": name, "cache": "reference", "groups": {"body": 5}}
+    assert main(["pack", dump, "--for", name, "--output", there]) == 9
     assert "is not empty" in capsys.readouterr().err
-    assert main(["convert", dump, str(tmp_path / "x"), "--to", kind, "--part", "head"]) == 9
+    command = ["pack", dump, "--for", name, "--output", str(tmp_path / "x")]
+    assert main([*command, "--part", "head"]) == 9
+    assert "has no part 'head'. Choose one of embedding, body, lm_head" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("kind", ["qaic", "onnx", "polygraphy"])
-def test_a_part_without_tensors_is_refused(make_run, tmp_path, kind, capsys):
-    make_run(tmp_path / "d", tensors=("embedding.*",))
-    command = ["convert", str(tmp_path / "d"), str(tmp_path / "out"), "--to", kind]
+def test_a_part_without_tensors_is_refused(tmp_path, capsys):
+    write_dump("gpt2", tmp_path / "d", tensors=("embedding.*",))
+    command = ["pack", str(tmp_path / "d"), "--for", "npy", "--output", str(tmp_path / "out")]
     assert main(command) == 9
     assert "holds no tensor of the body part" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*command, "--part", "embedding"]) == 0
 
 
-def test_onnx_test_data_that_lacks_a_file_is_refused(source, tmp_path):
-    onnx_data.export_dump(source, tmp_path / "data")
-    (tmp_path / "data" / "test_data_set_1" / "input_0.pb").unlink()
+def test_onnx_test_data_that_lacks_a_file_is_refused(run, tmp_path):
+    place = pack(run[0], tmp_path / "data", "onnx")
+    (place / "test_data_set_1" / "input_0.pb").unlink()
     with pytest.raises(DumpError, match=r"lacks input_0\.pb and has input_"):
-        onnx_data.import_dump(tmp_path / "data", tmp_path / "back")
+        unpack(place, tmp_path / "back", "onnx")
     assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("options", "problem"),
     [
-        ("--to", "qaic", "--dtype", "x=float32"),
-        ("--to", "onnx", "--runner", "x"),
-        ("--to", "polygraphy", "--model", "x.onnx"),
-        ("--from", "polygraphy", "--dtype", "x=int8"),
-        ("--from", "onnx", "--dtype", "x=int8"),
-        ("--to", "qaic", "--like", "dump"),
+        (["--dtype", "nothing*=float16"], "--dtype nothing* matches no tensor"),
+        (["--dtype", "x=float17"], "there is no dtype 'float17'"),
+        (["--dtype", "float16"], "is not GLOB=DTYPE"),
+        (["--layout", "present*=B,S,H,D,E"], "is no order of axes"),
+        (["--layout", "present*=B,S,D"], "has 3 axes, and present.0.key has 4"),
+        (["--cache", "device"], "carries no cache from one to the next"),
+        (["--ctx-len", "32"], "does not lie in an export"),
+        (["--export", "x"], "--export is for fixed shapes"),
+        (["--for", "npy", "--model", "x.onnx"], "npy has no use for --model"),
+        (["--for", "acme"], "there is no target 'acme'. Known are"),
     ],
 )
-def test_an_option_that_a_format_has_no_use_for_is_refused(arguments, tmp_path, capsys):
-    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), *arguments]) == 2
-    assert f"has no use for {arguments[2]}" in capsys.readouterr().err
+def test_an_option_that_cannot_be_right_is_refused(run, options, problem, tmp_path, capsys):
+    command = ["pack", str(run[0].folder), "--for", "onnx", "--output", str(tmp_path / "p")]
+    assert main([*command, *options]) == 2
+    said = capsys.readouterr().err
+    assert problem in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "p").exists()
 
 
-def test_a_package_brings_a_format(delta_run, tmp_path, site_packages, capsys):
+def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path, capsys):
+    values = {"x": np.array([1.0, 70000.0], np.float32), "y": np.array([2**40])}
+    with DumpWriter(tmp_path / "d", {}) as writer:
+        writer.step("prefill", 0, "body", values, {})
+    command = ["pack", str(tmp_path / "d"), "--for", "npy", "--output", str(tmp_path / "p")]
+    assert main([*command, "--dtype", "x=float16"]) == 9
+    assert (
+        "x of prefill-0000 has 70000.0 at [1], which float16 cannot hold" in capsys.readouterr().err
+    )
+    assert main([*command, "--dtype", "y=int32"]) == 9
+    assert "y of prefill-0000 has 1099511627776 at [0], which int32" in capsys.readouterr().err
+
+
+def test_a_package_brings_a_target(run, tmp_path, site_packages, capsys):
     source = """
-        def export_dump(source, folder, *, runner=None):
-            folder.mkdir()
-            (folder / "names").write_text(f"{runner} {len(source.steps())}")
+        from qeff_proxy.device import Target
+
+        class Acme(Target):
+            name = "acme"
+
+            def write_group(self, work, group, runs, read, *, native):
+                names = [tensor.name for run in runs for tensor, _ in read(run, "in")]
+                (work / "names").write_text(f"{len(runs)} {len(names)}")
+                return ["acme-run"]
+
+            def find_outputs(self, folder, outputs, runs):
+                yield from ()
     """
-    site_packages.install_metadata("acme-dumps", b"[qeff_proxy.dump_formats]\nacme = acme_dumps\n")
-    (site_packages.folder / "acme_dumps.py").write_text(textwrap.dedent(source))
-    command = ["convert", str(delta_run.folder), str(tmp_path / "out"), "--to"]
-    assert main([*command, "acme", "--runner", "x"]) == 0
-    assert (tmp_path / "out" / "names").read_text() == "x 6"
-    assert main([*command, "acme", "--model", "x.onnx"]) == 2
-    assert "It takes --runner" in capsys.readouterr().err
+    site_packages.install_metadata(
+        "acme-runner", b"[qeff_proxy.device_targets]\nacme = acme_runner:Acme\n"
+    )
+    (site_packages.folder / "acme_runner.py").write_text(textwrap.dedent(source))
+    command = ["pack", str(run[0].folder), "--output", str(tmp_path / "out"), "--for"]
+    assert main([*command, "acme"]) == 0
+    assert (tmp_path / "out" / "names").read_text() == "5 35"
+    assert (tmp_path / "out" / "run.sh").read_text().endswith("acme-run\n")
     assert main([*command, "acm"]) == 2
-    assert "there is no format 'acm'. Known are acme, onnx, polygraphy" in capsys.readouterr().err
+    assert "there is no target 'acm'. Known are acme, " in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Targets of `qeff-proxy pack`, one module per vendor's tool."""

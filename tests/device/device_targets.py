@@ -1,0 +1,25 @@
+"""All targets, those of the vendors' plugin too, whether or not its package is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qeff_proxy.device.target import BUILTIN_TARGETS, GROUP, Target
+
+ROOT = Path(__file__).parents[2]
+VENDORS = tomllib.loads((ROOT / "plugins" / "npu" / "pyproject.toml").read_text("utf-8"))
+CLASSES = {**BUILTIN_TARGETS, **VENDORS["project"]["entry-points"][GROUP]}
+
+
+def make_target(name: str, **options: Any) -> Target:
+    """The target of this name; AI Hub's needs h5py."""
+    if name == "ai-hub" and importlib.util.find_spec("h5py") is None:
+        pytest.skip("h5py is not installed")
+    target: Target = pkgutil.resolve_name(CLASSES[name])(**options)
+    assert target.name == name
+    return target
