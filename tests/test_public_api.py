@@ -28,6 +28,7 @@ RELIED_ON = {
         "QEFFAutoModelForCTC",
         "QEFFAutoModelForCausalLM",
         "QEFFAutoModelForImageTextToText",
+        "QEFFAutoModelForSeq2SeqLM",
         "QEFFAutoModelForSpeechSeq2Seq",
         "Request",
         "Site",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         QEFFAutoModelForCausalLM,
         QEFFAutoModelForCTC,
         QEFFAutoModelForImageTextToText,
+        QEFFAutoModelForSeq2SeqLM,
         QEFFAutoModelForSpeechSeq2Seq,
     )
     from qeff_proxy.hookspecs import hookimpl
@@ -39,6 +40,7 @@ __all__ = [
     "QEFFAutoModelForCTC",
     "QEFFAutoModelForCausalLM",
     "QEFFAutoModelForImageTextToText",
+    "QEFFAutoModelForSeq2SeqLM",
     "QEFFAutoModelForSpeechSeq2Seq",
     "Request",
     "Site",
@@ -53,6 +55,7 @@ _HOMES = {
         "QEFFAutoModelForCTC",
         "QEFFAutoModelForCausalLM",
         "QEFFAutoModelForImageTextToText",
+        "QEFFAutoModelForSeq2SeqLM",
         "QEFFAutoModelForSpeechSeq2Seq",
     ),
     "hookspecs": ("hookimpl",),

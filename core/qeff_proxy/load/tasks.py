@@ -46,6 +46,7 @@ TASKS = {
         "vision",
         options=("kv_offload", "image_size"),
     ),
+    "seq2seq": Task("QEFFAutoModelForSeq2SeqLM", "AutoModelForSeq2SeqLM", ("seq2seq",), "text"),
     "text": Task(
         "QEFFAutoModelForCausalLM",
         "AutoModelForCausalLM",
