@@ -235,8 +235,19 @@ class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore
         return None
 
 
+@dataclass
+class _EncoderOutput(BaseModelOutput):  # type: ignore[misc]
+    """The same of an encoder."""
+
+    __getattr__ = _DecoderOutput.__getattr__
+
+
 class _Passthrough(nn.Module):
     """Replaces the decoder; returns the embeddings unchanged."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        self.config = getattr(replaced, "config", None)
 
     def forward(
         self, *_args: Any, inputs_embeds: torch.Tensor | None = None, **_kwargs: Any
@@ -261,7 +272,8 @@ class HeadPart(nn.Module):
     ) -> None:
         super().__init__()
         paths = filter(None, (decoder_path, encoder_path))
-        self.model = replace_modules(model, {path: _Passthrough() for path in paths})
+        passed = {path: _Passthrough(model.get_submodule(path)) for path in paths}
+        self.model = replace_modules(model, passed)
         self.has_encoder = encoder_path is not None
 
     def forward(self, last_hidden_state: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -270,7 +282,7 @@ class HeadPart(nn.Module):
         if self.has_encoder:
             arguments = {
                 "decoder_inputs_embeds": last_hidden_state,
-                "encoder_outputs": BaseModelOutput(last_hidden_state=last_hidden_state),
+                "encoder_outputs": _EncoderOutput(last_hidden_state=last_hidden_state),
             }
         outputs = self.model(**arguments, use_cache=False)
         return {"logits": outputs.logits}

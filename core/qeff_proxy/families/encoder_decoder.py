@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from qeff_proxy.arrays import dtype_name
@@ -29,7 +31,7 @@ from qeff_proxy.families.decoder import (
     HeadStub,
     cache_from,
 )
-from qeff_proxy.families.generic import path_of
+from qeff_proxy.families.generic import check_head_runs, path_of
 from qeff_proxy.families.model_cache import cache_argument
 from qeff_proxy.families.model_masks import MASK_NAMES, provide_masks, record_masks
 from qeff_proxy.families.rotary import rotary_by_length
@@ -99,16 +101,18 @@ def probe_cross_attention(
     device = next(p for p in decoder.parameters() if not p.is_meta).device
     made = {"dtype": decoder.dtype, "device": device}
     states = torch.zeros(1, _SOURCE, encoder_width, **made)
-    own, cross = DynamicCache(), _NotingCache()
+    own, cross = DynamicCache(), DynamicCache()
     masks: dict[MaskKind, MaskSpec] = {}
     arguments: dict[str, Any] = {
         "inputs_embeds": torch.zeros(1, _QUERY, width, **made),
         "encoder_hidden_states": states,
-        "encoder_attention_mask": torch.ones(1, _SOURCE, dtype=torch.int64, device=device),
         "use_cache": True,
         cache_argument(decoder.forward): EncoderDecoderCache(own, cross),
     }
-    missing = set(arguments) - set(inspect.signature(decoder.forward).parameters)
+    takes = inspect.signature(decoder.forward).parameters
+    if CROSS_MASK in takes:
+        arguments[CROSS_MASK] = torch.ones(1, _SOURCE, dtype=torch.int64, device=device)
+    missing = set(arguments) - set(takes)
     if missing:
         raise UnsupportedModelError(
             f"{name} takes no {min(missing)}, so it cannot be run apart from its encoder",
@@ -118,7 +122,7 @@ def probe_cross_attention(
         with (
             torch.no_grad(),
             record_masks(decoder, masks),
-            _projections(decoder, states) as made_of,
+            _numbered(decoder, states) as paths,
         ):
             decoder(**arguments)
     except Exception as error:  # whatever a model's code raises on inputs it is not made for
@@ -127,15 +131,18 @@ def probe_cross_attention(
             f"{type(error).__name__}: {first_line(error)}",
             "A plugin for this model type can run it in another way.",
         ) from error
-    paths = [made_of.get(place) for place in cross.places]
-    if not own.layers or len(own.layers) != len(cross.layers) or len(paths) < 2 or None in paths:
+    key = value = None
+    if own.layers and len(own.layers) == len(cross.layers):
+        key = _path_of_number(paths, cross.layers[0].keys)
+        value = _path_of_number(paths, cross.layers[0].values)
+    if key is None or value is None:
         raise UnsupportedModelError(
             f"the cross attention of {name} keeps something else than keys and values that its "
             "layers project from the encoder's hidden states",
             "A plugin for this model type can build its parts in another way.",
         )
-    list_path, key = _in_list(decoder, str(paths[0]))
-    value = str(paths[1]).removeprefix(f"{list_path}.0.")
+    list_path, key = _in_list(decoder, key)
+    value = value.removeprefix(f"{list_path}.0.")
     kinds = [k for k in masks if k != "bidirectional"]
     own_masks = tuple(replace(masks[kind], name=MASK_NAMES[kind]) for kind in kinds)
     layout = DecoderLayout(_cache_layers(own), own_masks)
@@ -144,37 +151,24 @@ def probe_cross_attention(
     )
 
 
-class _NotingCache(DynamicCache):  # type: ignore[misc]
-    """A cache that notes where the first layer's new keys and values lie in memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: list[int] = []
-
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any) -> Any:
-        if not self.places:
-            self.places += [one.untyped_storage().data_ptr() for one in (key_states, value_states)]
-        return super().update(key_states, value_states, layer_idx, *args)
-
-
 @contextmanager
-def _projections(decoder: nn.Module, states: torch.Tensor) -> Iterator[dict[int, str]]:
-    """Note the modules that are run on hidden states of the encoder: the place of what they give.
+def _numbered(decoder: nn.Module, states: torch.Tensor) -> Iterator[list[str]]:
+    """Let each module that is run on hidden states of the encoder give its number, from 1.
 
-    Hooks will not do, since those in a layer are called only after it where layers are marked.
+    Yields the paths of these modules. Hooks will not do, since those in a layer are called only
+    after it where layers are marked; nor will values, since weights may be all zeros.
     """
-    made_of: dict[int, str] = {}
-    kept: list[torch.Tensor] = []  # so that no two outputs get the same place
+    paths: list[str] = []
 
     def wrapped(path: str, module: nn.Module) -> Any:
         forward = module.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            if args and getattr(args[0], "shape", None) == states.shape:
-                made_of[output.untyped_storage().data_ptr()] = path
-                kept.append(output)
-            return output
+            if not args or getattr(args[0], "shape", None) != states.shape:
+                return output
+            paths.append(path)
+            return torch.full_like(output, len(paths))
 
         return run
 
@@ -186,10 +180,17 @@ def _projections(decoder: nn.Module, states: torch.Tensor) -> Iterator[dict[int,
     try:
         for path, module in leaves:
             vars(module)["forward"] = wrapped(path, module)
-        yield made_of
+        yield paths
     finally:
         for _, module in leaves:
             vars(module).pop("forward", None)
+
+
+def _path_of_number(paths: list[str], states: torch.Tensor) -> str | None:
+    """The module that gave all of these keys or values; ``None`` where no single one did."""
+    number = int(states.flatten()[0])
+    same = bool((states == number).all()) and 0 < number <= len(paths)
+    return paths[number - 1] if same else None
 
 
 def _in_list(decoder: nn.Module, path: str) -> tuple[str, str]:
@@ -262,7 +263,8 @@ class EncoderPart(nn.Module):
         arguments = {self.entry: tensors[self.first]}
         if "padding_mask" in tensors:
             arguments["attention_mask"] = tensors["padding_mask"]
-        with provide_masks(self.encoder, masks):
+        clamped = _AlwaysClamped() if torch.compiler.is_compiling() else nullcontext()
+        with provide_masks(self.encoder, masks), clamped:
             hidden = self.encoder(**arguments)[0]
         result = {}
         for index, cross in enumerate(self.cross):
@@ -270,6 +272,15 @@ class EncoderPart(nn.Module):
             result[f"cross_key_values.{index}.key"] = keys
             result[f"cross_key_values.{index}.value"] = values
         return result
+
+
+class _AlwaysClamped(TorchFunctionMode):
+    """Lets layers clamp float16 always that clamp it where it overflowed: a trace cannot ask."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.isfinite:
+            return SimpleNamespace(all=lambda: False)
+        return func(*args, **(kwargs or {}))
 
 
 class _CrossKeys(nn.Module):
@@ -342,8 +353,9 @@ class CrossDecoderPart(nn.Module):
             cache_argument(self.decoder.forward): cache,
         }
         if self.attention.masked:
-            masks["bidirectional"] = tensors[CROSS_MASK]
-            arguments["encoder_attention_mask"] = tensors[CROSS_PADDING]
+            mask = tensors[CROSS_MASK]  # some decoders look for an entry of each query
+            masks["bidirectional"] = mask.expand(-1, -1, embeds.shape[1], -1)
+            arguments[CROSS_MASK] = tensors[CROSS_PADDING]
         if "position_ids" in inspect.signature(self.decoder.forward).parameters:
             arguments["position_ids"] = tensors["position_ids"]
         with provide_masks(self.decoder, masks):
@@ -404,10 +416,14 @@ def decoder_parts(
 
 def head_of(model: PreTrainedModel) -> HeadPart:
     """The part that makes logits of the decoder's hidden states."""
-    paths = [path_of(model, one) for one in (model.get_decoder(), model.get_encoder())]
-    if paths[0] is None or paths[1] is None:
+    decoder, encoder = model.get_decoder(), model.get_encoder()
+    paths = [path_of(model, one) for one in (decoder, encoder)]
+    head = model.get_output_embeddings()
+    if paths[0] is None or paths[1] is None or any(one is head for one in decoder.modules()):
         raise UnsupportedModelError(
-            f"the encoder and the decoder of {type(model).__name__} cannot be found",
+            f"{type(model).__name__} has no encoder and decoder apart from its LM head",
             "A plugin for this model type can build its parts in another way.",
         )
-    return HeadPart(model, paths[0], paths[1])
+    part = HeadPart(model, paths[0], paths[1])
+    check_head_runs(part, int(head.weight.shape[1]))
+    return part

@@ -243,20 +243,33 @@ def _head_part(model: PreTrainedModel, decoder_path: str, hidden_size: int) -> H
         UnsupportedModelError: The head does not run.
     """
     outer = decoder_path.rpartition(".")[0]
-    problem: Exception | None = None
+    problem: UnsupportedModelError | None = None
     for path in filter(None, (decoder_path, outer)):
         part = HeadPart(model, path)
         try:
-            with torch.no_grad():
-                part(_no_hidden(model, hidden_size))
-        except (TypeError, AttributeError, ValueError, NotImplementedError) as error:
+            check_head_runs(part, hidden_size)
+        except UnsupportedModelError as error:
             problem = problem or error
         else:
             return part
-    raise UnsupportedModelError(
-        f"the LM head of {type(model).__name__} cannot be run on its own: {problem}",
-        "A plugin for this model type can build the head in another way.",
-    ) from problem
+    assert problem is not None  # noqa: S101 (the decoder has a path)
+    raise problem
+
+
+def check_head_runs(part: HeadPart, hidden_size: int) -> None:
+    """Run a head on one hidden state.
+
+    Raises:
+        UnsupportedModelError: It does not run.
+    """
+    try:
+        with torch.no_grad():
+            part(_no_hidden(part.model, hidden_size))
+    except (TypeError, AttributeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"the LM head of {type(part.model).__name__} cannot be run on its own: {error}",
+            "A plugin for this model type can build the head in another way.",
+        ) from error
 
 
 def _no_hidden(model: PreTrainedModel, hidden_size: int) -> torch.Tensor:

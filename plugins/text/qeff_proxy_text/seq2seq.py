@@ -52,7 +52,13 @@ def locate_embedding(model: PreTrainedModel) -> Site:
             f"{type(model).__name__} is no encoder-decoder of texts",
             "Of these, T5, BART and their kin are exported for this task.",
         )
-    path = path_of(model, model.get_decoder().get_input_embeddings())
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    if not isinstance(encoder, PreTrainedModel) or not isinstance(decoder, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"the encoder and the decoder of {type(model).__name__} are no models of their own",
+            "A plugin for this model type can build its parts in another way.",
+        )
+    path = path_of(model, decoder.get_input_embeddings())
     if path is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no token embedding of its decoder")
     return Site(path)
@@ -178,9 +184,12 @@ def _encoder_masks(encoder: PreTrainedModel, width: int) -> tuple[MaskSpec, ...]
     embeds = torch.zeros(1, 3, width, dtype=encoder.dtype, device=device)
     seen = torch.ones(1, 3, dtype=torch.int64, device=device)
     masks: dict[MaskKind, MaskSpec] = {}
+    before = [id(module) for module in encoder.modules()]
     try:
         with torch.no_grad(), record_masks(encoder, masks):
             encoder(inputs_embeds=embeds, attention_mask=seen)
+        if [id(module) for module in encoder.modules()] != before:
+            raise ValueError("it exchanges its attention by the length of the text")
     except Exception as error:  # whatever a model's code raises on inputs it is not made for
         raise UnsupportedModelError(
             f"{name} cannot be run on embeddings: {type(error).__name__}: {first_line(error)}",

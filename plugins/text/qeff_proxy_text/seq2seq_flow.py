@@ -10,6 +10,7 @@ import torch
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
+from qeff_proxy.flows.causal_lm import shrunk_windows, with_shrunk_masks
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.flows.flow import CutReport, Job
 from qeff_proxy.flows.generation.encoder_decoder import EncoderRun, generate_from_encoder
@@ -27,6 +28,7 @@ __all__ = ["Seq2SeqFlow"]
 
 _SOURCE = (11, 7)  # tokens of each text; the second is padded
 _STEPS = (5, 2, 1)  # queries of the prefill, a second chunk, a decode step
+_WINDOW = 4  # a sliding window short enough to hide something within these steps
 _TAKES = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
@@ -54,16 +56,17 @@ class Seq2SeqFlow:
         padding = (np.arange(max(_SOURCE)) < np.array(_SOURCE)[:, None]).astype(np.int64)
         if pad is not None:
             source = np.where(padding, source, pad)
-        with torch.no_grad():
-            outputs = model(
-                input_ids=to_tensor(source),
-                attention_mask=to_tensor(padding),
-                decoder_input_ids=to_tensor(ids),
-                use_cache=False,
-            )
-        expected = to_array(outputs.logits.float())
-        with parts_must_run(model, sites):
-            actual = _proxy_logits(proxy, source, padding, ids)
+        with shrunk_windows(model, _WINDOW):
+            with torch.no_grad():
+                outputs = model(
+                    input_ids=to_tensor(source),
+                    attention_mask=to_tensor(padding),
+                    decoder_input_ids=to_tensor(ids),
+                    use_cache=False,
+                )
+            expected = to_array(outputs.logits.float())
+            with parts_must_run(model, sites):
+                actual = _proxy_logits(proxy, source, padding, ids)
         return check_equal(model, sites, expected, actual, np.ones_like(ids), output="logit")
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -119,8 +122,9 @@ def _divided(parts: Any) -> tuple[list[PartLike], list[PartLike]]:
 
 def _proxy_logits(proxy: Proxy, source: Array, padding: Array, ids: Array) -> Array:
     """Logits of the parts, run step by step: ``[batch, sequence, vocabulary]``."""
-    sessions = {part.name: TorchSession(part) for part in proxy.parts}
-    encoder, steps = _divided(proxy.parts)
+    parts = with_shrunk_masks(proxy.parts, _WINDOW)
+    sessions = {part.name: TorchSession(part) for part in parts}
+    encoder, steps = _divided(parts)
     run = EncoderRun(encoder, sessions)
     run.encode({"encoder_input_ids": source}, padding)
     engine = CausalEngine(steps, sessions, supplier=run)

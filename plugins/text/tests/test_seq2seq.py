@@ -8,8 +8,14 @@ import torch
 from qeff_proxy import QEFFAutoModelForSeq2SeqLM
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.dump import read_dump
+from qeff_proxy.errors import UsageError
 from qeff_proxy.testing import random_weights
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 VOCABULARY, NEW = 99, 10
 T5 = {
@@ -24,11 +30,27 @@ T5 = {
     "relative_attention_max_distance": 12,
     "decoder_start_token_id": 0,
 }
+BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 5,
+    "decoder_layers": 6,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 8,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 24,
+    "scale_embedding": True,
+    "tie_word_embeddings": False,
+    "forced_eos_token_id": None,
+}
+FEW = dict.fromkeys(("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers"), 2)
 
 
 def shaken(model, seed=1, scale=0.3):
     """Random weights, large enough that the tokens of a text differ."""
     model = random_weights(model, seed)
+    model.set_attn_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,8 +72,19 @@ def t5(tmp_path_factory):
     model = shaken(T5ForConditionalGeneration(T5Config(**T5)))
     folder = checkpoint(model, tmp_path_factory.mktemp("t5"))
     proxy = QEFFAutoModelForSeq2SeqLM.from_pretrained(folder, enable_proxy=True)
-    proxy.export(folder / "export")
-    return model, proxy
+    return model, proxy, proxy.export(folder / "export")
+
+
+@pytest.fixture(scope="module")
+def bart(tmp_path_factory):
+    """A decoder deeper than its encoder, an untied head with a bias, forced tokens."""
+    model = shaken(BartForConditionalGeneration(BartConfig(**BART)))
+    model.final_logits_bias = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(5))
+    model.generation_config.forced_bos_token_id = 7
+    model.generation_config.forced_eos_token_id = 2
+    folder = checkpoint(model, tmp_path_factory.mktemp("bart"))
+    proxy = QEFFAutoModelForSeq2SeqLM.from_pretrained(folder, enable_proxy=True)
+    return model, proxy, proxy.export(folder / "export")
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +125,90 @@ def check_equal(model, proxy, texts, folder, tolerance=1e-4, **settings):
 
 
 def test_t5_gives_the_tokens_and_logits_of_transformers(t5, texts, tmp_path):
-    tokens = check_equal(*t5, texts, tmp_path)
+    tokens = check_equal(*t5[:2], texts, tmp_path)
     alone = {name: array[1:, :6] for name, array in texts.items()}
     np.testing.assert_array_equal(expected(t5[0], alone)[0], tokens[1:])
 
 
+def test_bart_gives_the_tokens_and_logits_of_transformers(bart, texts, tmp_path):
+    tokens = check_equal(*bart[:2], texts, tmp_path, no_repeat_ngram_size=1)
+    assert (tokens[:, 0] == 7).all()
+    assert (tokens[:, -1] == 2).all()
+
+
+def test_what_follows_the_head_is_in_its_part(bart):
+    site = read_export(bart[1].export(bart[2])).cut["sites"]["lm_head"]
+    assert (site["module"], site["follows"]) == ("lm_head", ["add"])
+
+
+def test_beams_and_a_start_of_ones_own_are_those_of_transformers(bart, texts):
+    model, proxy, _ = bart
+    start = np.array([[2, 11, 5], [2, 40, 8]])
+    settings = {"num_beams": 3, "decoder_input_ids": torch.from_numpy(start)}
+    inputs = {name: torch.from_numpy(array) for name, array in texts.items()}
+    with torch.no_grad():
+        wanted = model.generate(**inputs, **settings, max_new_tokens=NEW)
+    given = {**texts, "decoder_input_ids": start}
+    result = proxy.generate(inputs=given, generation_len=NEW, num_beams=3)
+    np.testing.assert_array_equal(result.generated_ids, wanted[:, 3:].numpy())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": np.full((1, 25), 5)}, "25 tokens, and the encoder has 24 positions"),
+        ({"input_ids": np.full((1, 3), VOCABULARY)}, f"{VOCABULARY} is no token of this model"),
+        (
+            {"input_ids": np.full((1, 3), 5), "attention_mask": np.array([[0, 1, 1]])},
+            "Pad on the right",
+        ),
+        (
+            {"input_ids": np.full((2, 3), 5), "decoder_input_ids": np.full((1, 2), 5)},
+            "decoder_input_ids has 1 rows for 2 texts",
+        ),
+        ({"input_ids": np.full((1, 3), 5), "labels": np.full((1, 2), 5)}, "nothing uses"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(bart, inputs, message):
+    with pytest.raises(UsageError, match=message):
+        bart[1].generate(inputs=inputs)
+
+
+def test_tokens_beyond_the_decoders_positions_are_refused(bart, texts):
+    with pytest.raises(UsageError, match="context of 24"):
+        bart[1].generate(inputs=texts, generation_len=30)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "dtype", "tolerance"),
+    [
+        (BartForConditionalGeneration, BartConfig(**{**BART, **FEW}), "float16", 2e-2),
+        (T5ForConditionalGeneration, T5Config(**{**T5, **FEW}), "bfloat16", 5e-2),
+    ],
+    ids=["bart", "t5"],
+)
+def test_half_precision(kind, config, dtype, tolerance, texts, tmp_path):
+    """Layers of BART ask whether float16 overflowed, which a trace cannot."""
+    model = shaken(kind(config)).to(getattr(torch, dtype))
+    folder = checkpoint(model, tmp_path / "checkpoint")
+    proxy = QEFFAutoModelForSeq2SeqLM.from_pretrained(folder, enable_proxy=True, dtype=dtype)
+    proxy.export(tmp_path / "export")
+    proxy.compile(backend="onnxruntime" if dtype == "float16" else "torch")
+    tokens, _ = expected(model, texts, no_repeat_ngram_size=1)
+    start = np.concatenate([np.full((2, 1), model.config.decoder_start_token_id), tokens], axis=1)
+    given = {**texts, "decoder_input_ids": start[:, :-1]}
+    result = proxy.generate(inputs=given, generation_len=1, io_dir=tmp_path / "io")
+    inputs = {name: torch.from_numpy(array) for name, array in given.items()}
+    with torch.no_grad():
+        wanted = model(**inputs).logits.float().numpy()
+    actual = read_dump(result.io_folder).array("prefill", 0, "lm_head.out.logits")
+    off = np.abs(actual.astype(np.float32) - wanted[:, -1:]).max()
+    assert off < tolerance * np.abs(wanted).max()
+
+
 def test_t5_is_streamed_by_kinds_of_layers(t5):
     """The first layer, which alone holds the bias of positions, is a kind of its own."""
-    cut = read_export(t5[1].export()).cut
+    cut = read_export(t5[1].export(t5[2])).cut
     assert cut["weights"].startswith("streamed from the checkpoint; BLAKE3")
     assert [kind["layers"] for kind in cut["layers"]["kinds"]] == [[0], [1, 2, 3, 4]]
     assert cut["traced_layers"] == {"encoder": 3, "body": 2}
@@ -107,5 +216,5 @@ def test_t5_is_streamed_by_kinds_of_layers(t5):
 
 
 def test_the_vocabulary_is_stored_once_and_apart(t5):
-    files = read_export(t5[1].export()).files
+    files = read_export(t5[1].export(t5[2])).files
     assert files["vocabulary.safetensors"] < 4 * VOCABULARY * 32 + 1000

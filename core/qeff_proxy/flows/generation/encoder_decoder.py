@@ -56,16 +56,18 @@ class EncoderRun:
         self.sessions = sessions
         self.recorder = recorder
         self.rows = 0
-        self._runs = 0
         self._outputs: dict[str, Array] = {}
         self._chosen: dict[str, Array] = {}
 
-    def encode(self, tensors: Mapping[str, Array], padding: Array | None = None) -> int:
+    def encode(
+        self, tensors: Mapping[str, Array], padding: Array | None = None, step: int = 0
+    ) -> int:
         """Run the encoder's parts.
 
         Args:
             tensors: The inputs that the caller has, by name.
             padding: ``[batch, sequence]`` int64, 1 for a token; ``None`` where nothing is padded.
+            step: The number of the prefill that comes next, for the recorder.
 
         Returns:
             The number of rows.
@@ -83,9 +85,8 @@ class EncoderRun:
                 feeds[spec.name] = known[spec.name].astype(numpy_dtype(spec.dtype), copy=False)
             outputs = self.sessions[part.name].run(feeds)
             if self.recorder is not None:
-                self.recorder.step("prefill", self._runs, part.name, feeds, outputs, past_length=0)
+                self.recorder.step("prefill", step, part.name, feeds, outputs, past_length=0)
             known.update(outputs)
-        self._runs += 1
         last = self.parts[-1].outputs
         self._outputs = {spec.name: known[spec.name] for spec in last}
         if padding is not None:
