@@ -8,11 +8,24 @@ import torch
 from qeff_proxy import QEFFAutoModelForSeq2SeqLM
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.dump import read_dump
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.export.export_model import export_model
+from qeff_proxy.families import generic
+from qeff_proxy.load.load_model import flow_of, load_model, wrap_model
+from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.plugins.manager import Plugins
+from qeff_proxy.request import Request
 from qeff_proxy.testing import random_weights
+from qeff_proxy.verify.by_layer.verify_layers import verify_layers_of
+from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy_text import seq2seq
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -218,3 +231,42 @@ def test_t5_is_streamed_by_kinds_of_layers(t5):
 def test_the_vocabulary_is_stored_once_and_apart(t5):
     files = read_export(t5[1].export(t5[2])).files
     assert files["vocabulary.safetensors"] < 4 * VOCABULARY * 32 + 1000
+
+
+def test_by_layer_the_bias_of_positions_reaches_the_later_layers(tmp_path):
+    """Only the first layer makes it; without it each of the others has another output."""
+    model = shaken(T5ForConditionalGeneration(T5Config(**{**T5, **FEW})))
+    loaded = wrap_model(model)
+    hooks = Plugins.discover().hooks_for("t5", task="seq2seq")
+    export = export_model(loaded, hooks, output=tmp_path / "export", taps="layers")
+    options = VerifyOptions(max_new_tokens=3)
+    found = verify_layers_of(export, loaded, ["onnxruntime"], (None, None), options, hooks)
+    (result,) = found.results
+    names = [layer.name for layer in result.layers]
+    assert names[1:3] == ["encoder layer 0", "encoder layer 1"]
+    assert result.passed
+    assert result.error is None
+
+
+def test_the_command_line_takes_the_task_from_the_architecture(t5, tmp_path):
+    words = {f"w{index}": index for index in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1")
+    folder = checkpoint(t5[0], tmp_path)
+    fast.save_pretrained(folder)
+    loaded = load_model(str(folder))
+    assert flow_of(loaded) == "seq2seq"
+    hooks = Plugins.discover().hooks_for("t5", task="seq2seq")
+    tensors = hooks.preprocess(fast, Request(prompts=["w5 w6 w7", "w8"]))
+    assert tensors["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert tensors["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert hooks.decode(fast, {"generated_ids": np.array([[4, 1, 0]])}) == ["w4"]
+
+
+def test_other_models_are_refused_by_name():
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
+    hooks = Hooks("gpt2", generic, owner=seq2seq, plugin="seq2seq")
+    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel is no encoder-decoder"):
+        hooks.locate_embedding(model, model.config)
