@@ -19,6 +19,7 @@ FILES = {
 RELIED_ON = {
     "qeff_proxy": [
         "Absent",
+        "ClassificationResult",
         "GenerationResult",
         "MaskSpec",
         "Part",
@@ -29,7 +30,9 @@ RELIED_ON = {
         "QEFFAutoModelForCausalLM",
         "QEFFAutoModelForImageTextToText",
         "QEFFAutoModelForSeq2SeqLM",
+        "QEFFAutoModelForSequenceClassification",
         "QEFFAutoModelForSpeechSeq2Seq",
+        "QEFFAutoModelForTokenClassification",
         "Request",
         "Site",
         "TensorSpec",

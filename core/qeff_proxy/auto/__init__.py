@@ -12,15 +12,23 @@ from qeff_proxy.auto.causal_lm import (
     QEFFAutoModelForCausalLM,
     QEFFAutoModelForSeq2SeqLM,
 )
+from qeff_proxy.auto.classification import (
+    ClassificationResult,
+    QEFFAutoModelForSequenceClassification,
+    QEFFAutoModelForTokenClassification,
+)
 from qeff_proxy.auto.embedding import QEFFAutoModel
 from qeff_proxy.auto.vision import QEFFAutoModelForImageTextToText
 
 __all__ = [
+    "ClassificationResult",
     "GenerationResult",
     "QEFFAutoModel",
     "QEFFAutoModelForCTC",
     "QEFFAutoModelForCausalLM",
     "QEFFAutoModelForImageTextToText",
     "QEFFAutoModelForSeq2SeqLM",
+    "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForSpeechSeq2Seq",
+    "QEFFAutoModelForTokenClassification",
 ]

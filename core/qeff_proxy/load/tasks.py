@@ -54,6 +54,18 @@ TASKS = {
         "text",
         options=("kv_offload",),
     ),
+    "classification": Task(
+        "QEFFAutoModelForSequenceClassification",
+        "AutoModelForSequenceClassification",
+        ("classification",),
+        "embedding",
+    ),
+    "token-classification": Task(
+        "QEFFAutoModelForTokenClassification",
+        "AutoModelForTokenClassification",
+        ("classification",),
+        "embedding",
+    ),
     # A pooler is made for a pretraining task, and often missing; no vector comes from it.
     "embedding": Task(
         "QEFFAutoModel",
