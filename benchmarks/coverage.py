@@ -59,6 +59,12 @@ MAPPINGS = {
     "causal": ("CAUSAL_LM", "AutoModelForCausalLM", "causal-lm"),
     "ctc": ("CTC", "AutoModelForCTC", "ctc"),
     "encoder": ("MASKED_LM", "AutoModel", "encoder"),
+    "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM", "AutoModelForSeq2SeqLM", "seq2seq"),
+    "classification": (
+        "SEQUENCE_CLASSIFICATION",
+        "AutoModelForSequenceClassification",
+        "classification",
+    ),
 }
 STEPS = (7, 3, 1, 1)
 LENGTHS = {"encoder": (9, 6, 4), "input_values": (8_000, 5_300), "input_features": (120, 77)}
@@ -134,9 +140,17 @@ def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
         width = hooks.build_proxy(model, None, site, "split").parts[0].inputs[0].shape[2:]
         shapes = [(1, length, *width) for length in LENGTHS[name]]
         return [{name: generator.standard_normal(shape, np.float32)} for shape in shapes]
-    if mapping == "encoder":
+    if mapping in ("encoder", "classification"):
         rows = [generator.integers(3, VOCABULARY, (1, n)) for n in LENGTHS["encoder"]]
         return [{"input_ids": ids} for ids in rows]
+    if mapping == "seq2seq":
+        feeds = {
+            "input_ids": generator.integers(3, VOCABULARY, (2, 11)),
+            "attention_mask": np.ones((2, 11), np.int64),
+            "decoder_input_ids": generator.integers(3, VOCABULARY, (2, sum(STEPS))),
+        }
+        feeds["input_ids"][1, 7:], feeds["attention_mask"][1, 7:] = 0, 0
+        return [feeds]
     ids = generator.integers(3, VOCABULARY, (2, sum(STEPS)))
     padding = np.ones_like(ids)
     padding[1, :3] = 0
@@ -167,8 +181,9 @@ def reference(mapping: str, model: Any, inputs: list[dict[str, Any]]) -> list[An
             out = model(**tensors, **more)
         if mapping == "causal":
             more[cache_argument(model.forward)] = cache_of(out)
-        results.append((out[0].mean(1)[None] if mapping == "encoder" else out.logits).numpy())
-    return results
+        result = out[0].mean(1)[None] if mapping == "encoder" else out.logits
+        results.append(result.reshape(1, 1, -1) if mapping == "classification" else result)
+    return [result.numpy() for result in results]
 
 
 def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) -> list[Any]:
@@ -177,6 +192,7 @@ def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) ->
     from qeff_proxy.backends.compile_export import compile_export, open_sessions
     from qeff_proxy.export.export_model import export_model
     from qeff_proxy.flows.causal_engine import CausalEngine, StepId
+    from qeff_proxy.flows.generation.encoder_decoder import EncoderRun
     from qeff_proxy.load.load_model import wrap_model
 
     if mapping == "causal":
@@ -188,11 +204,28 @@ def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) ->
                 logits, cache = engine.step(StepId("prefill", index), *feeds.values(), cache)
                 results.append(logits)
         return results
+    if mapping == "seq2seq":
+        export = export_model(wrap_model(model), hooks, output=folder)
+        feeds = dict(inputs[0])
+        ids, results, cache = feeds.pop("decoder_input_ids"), [], None
+        end = [part.name for part in export.parts].index("encoder") + 1
+        with open_sessions(compile_export(export)) as sessions:
+            encoder = EncoderRun(export.parts[:end], sessions)
+            encoder.encode({"encoder_input_ids": feeds["input_ids"]}, feeds["attention_mask"])
+            engine = CausalEngine(export.parts[end:], sessions, supplier=encoder)
+            for stop, length in zip(np.cumsum(STEPS), STEPS, strict=True):
+                tokens, seen = ids[:, stop - length : stop], np.ones((2, stop), np.int64)
+                logits, cache = engine.step(StepId("prefill", 0), tokens, seen, cache)
+                results.append(logits)
+        return results
     if mapping == "ctc":
         recognizer = qeff_proxy.QEFFAutoModelForCTC(model, proxy="split")
         recognizer.export(folder)
         return [recognizer.generate(inputs=feeds).logits[0][None] for feeds in inputs]
-    embedder = qeff_proxy.QEFFAutoModel(model, proxy="split", options={"pooling": "mean"})
+    if mapping == "classification":
+        embedder = qeff_proxy.QEFFAutoModelForSequenceClassification(model, proxy="split")
+    else:
+        embedder = qeff_proxy.QEFFAutoModel(model, proxy="split", options={"pooling": "mean"})
     embedder.export(folder)
     embedder.compile(batch_size=len(inputs))
     padded = np.zeros((2, len(inputs), max(LENGTHS["encoder"])), np.int64)
@@ -200,7 +233,9 @@ def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) ->
         length = feeds["input_ids"].shape[1]
         padded[:, row, :length] = feeds["input_ids"][0], np.ones(length)
     arrays = dict(zip(("input_ids", "attention_mask"), padded, strict=True))
-    return list(embedder.generate(arrays).embeddings[:, None, None])
+    result = embedder.generate(arrays)
+    vectors = result.logits if mapping == "classification" else result.embeddings
+    return list(vectors[:, None, None])
 
 
 def measure(mapping: str, model_type: str, pipe: Any) -> None:

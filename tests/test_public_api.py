@@ -19,6 +19,7 @@ FILES = {
 RELIED_ON = {
     "qeff_proxy": [
         "Absent",
+        "ClassificationResult",
         "GenerationResult",
         "MaskSpec",
         "Part",
@@ -28,7 +29,10 @@ RELIED_ON = {
         "QEFFAutoModelForCTC",
         "QEFFAutoModelForCausalLM",
         "QEFFAutoModelForImageTextToText",
+        "QEFFAutoModelForSeq2SeqLM",
+        "QEFFAutoModelForSequenceClassification",
         "QEFFAutoModelForSpeechSeq2Seq",
+        "QEFFAutoModelForTokenClassification",
         "Request",
         "Site",
         "TensorSpec",

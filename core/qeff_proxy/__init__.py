@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qeff_proxy.auto import (
+        ClassificationResult,
         GenerationResult,
         QEFFAutoModel,
         QEFFAutoModelForCausalLM,
         QEFFAutoModelForCTC,
         QEFFAutoModelForImageTextToText,
+        QEFFAutoModelForSeq2SeqLM,
+        QEFFAutoModelForSequenceClassification,
         QEFFAutoModelForSpeechSeq2Seq,
+        QEFFAutoModelForTokenClassification,
     )
     from qeff_proxy.hookspecs import hookimpl
     from qeff_proxy.parts import MaskSpec, Part, Proxy, TensorSpec
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Absent",
+    "ClassificationResult",
     "GenerationResult",
     "MaskSpec",
     "Part",
@@ -39,7 +44,10 @@ __all__ = [
     "QEFFAutoModelForCTC",
     "QEFFAutoModelForCausalLM",
     "QEFFAutoModelForImageTextToText",
+    "QEFFAutoModelForSeq2SeqLM",
+    "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForSpeechSeq2Seq",
+    "QEFFAutoModelForTokenClassification",
     "Request",
     "Site",
     "TensorSpec",
@@ -48,12 +56,16 @@ __all__ = [
 
 _HOMES = {
     "auto": (
+        "ClassificationResult",
         "GenerationResult",
         "QEFFAutoModel",
         "QEFFAutoModelForCTC",
         "QEFFAutoModelForCausalLM",
         "QEFFAutoModelForImageTextToText",
+        "QEFFAutoModelForSeq2SeqLM",
+        "QEFFAutoModelForSequenceClassification",
         "QEFFAutoModelForSpeechSeq2Seq",
+        "QEFFAutoModelForTokenClassification",
     ),
     "hookspecs": ("hookimpl",),
     "parts": ("MaskSpec", "Part", "Proxy", "TensorSpec"),

@@ -20,13 +20,25 @@ def checkpoint(package: ModuleType, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from transformers import BertConfig, BertModel
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        BertModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
-    bert = tmp_path_factory.mktemp("bert")
+    bert, classes, t5 = (tmp_path_factory.mktemp(name) for name in ("bert", "classes", "t5"))
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=50, intermediate_size=16, **sizes)).save_pretrained(bert)
+    config = BertConfig(vocab_size=50, intermediate_size=16, **sizes)
+    BertModel(config).save_pretrained(bert)
+    BertForSequenceClassification(config).save_pretrained(classes)
+    small = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(small).save_pretrained(t5)
     return {
         "bert": bert,
+        "classes": classes,
+        "t5": t5,
         "gpt2": checkpoint(qeff_proxy, "tiny-gpt2"),
         "whisper": checkpoint(qeff_proxy_audio, "tiny-whisper"),
         "wav2vec2": checkpoint(qeff_proxy_audio, "tiny-wav2vec2"),
@@ -39,6 +51,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         ("text", "bert", "BertModel", "QEFFAutoModel"),
         ("text", "whisper", "WhisperForConditionalGeneration", "QEFFAutoModelForSpeechSeq2Seq"),
+        ("text", "t5", "T5ForConditionalGeneration", "QEFFAutoModelForSeq2SeqLM"),
+        (
+            "text",
+            "classes",
+            "BertForSequenceClassification",
+            "QEFFAutoModelForSequenceClassification",
+        ),
         ("text", "wav2vec2", "Wav2Vec2ForCTC", "QEFFAutoModelForCTC"),
         ("speech", "gpt2", "GPT2LMHeadModel", "QEFFAutoModelForCausalLM"),
         (

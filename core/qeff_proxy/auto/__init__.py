@@ -7,15 +7,28 @@ the task its ``generate`` serves; all else is `qeff_proxy.auto.base.ProxyModel`.
 from __future__ import annotations
 
 from qeff_proxy.auto.audio import QEFFAutoModelForCTC, QEFFAutoModelForSpeechSeq2Seq
-from qeff_proxy.auto.causal_lm import GenerationResult, QEFFAutoModelForCausalLM
+from qeff_proxy.auto.causal_lm import (
+    GenerationResult,
+    QEFFAutoModelForCausalLM,
+    QEFFAutoModelForSeq2SeqLM,
+)
+from qeff_proxy.auto.classification import (
+    ClassificationResult,
+    QEFFAutoModelForSequenceClassification,
+    QEFFAutoModelForTokenClassification,
+)
 from qeff_proxy.auto.embedding import QEFFAutoModel
 from qeff_proxy.auto.vision import QEFFAutoModelForImageTextToText
 
 __all__ = [
+    "ClassificationResult",
     "GenerationResult",
     "QEFFAutoModel",
     "QEFFAutoModelForCTC",
     "QEFFAutoModelForCausalLM",
     "QEFFAutoModelForImageTextToText",
+    "QEFFAutoModelForSeq2SeqLM",
+    "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForSpeechSeq2Seq",
+    "QEFFAutoModelForTokenClassification",
 ]

@@ -46,10 +46,8 @@ class GenerationResult:
         return int(self.generated_ids.shape[0])
 
 
-class QEFFAutoModelForCausalLM(ProxyModel):
-    """A causal LM, or a vision-language model registered as one, which takes ``inputs``."""
-
-    task = TASKS["text"]
+class _TextModel(ProxyModel):
+    """The base class of both kinds of model that turn texts into texts."""
 
     def generate(
         self,
@@ -70,11 +68,13 @@ class QEFFAutoModelForCausalLM(ProxyModel):
         """Generate text.
 
         Args:
-            prompts: A prompt or several; several are padded on the left.
+            prompts: A prompt or several; several are padded on the left, for an encoder on the
+                right.
             tokenizer: By default the checkpoint's own.
             inputs: Token ids instead of prompts: ``input_ids`` and, where there is padding,
                 ``attention_mask``, both ``[batch, sequence]``; with images, all outputs of the
-                checkpoint's processor.
+                checkpoint's processor; with an encoder, ``decoder_input_ids [batch, tokens]`` are
+                what its decoder starts with.
             generation_len: New tokens; the same as ``max_new_tokens``.
             max_new_tokens: New tokens; by default the checkpoint's number, else 128, but never
                 more than fit.
@@ -106,6 +106,21 @@ class QEFFAutoModelForCausalLM(ProxyModel):
             io_dir=io_dir,
             write_io=write_io,
         )
+
+
+class QEFFAutoModelForCausalLM(_TextModel):
+    """A causal LM, or a vision-language model registered as one, which takes ``inputs``."""
+
+    task = TASKS["text"]
+
+
+class QEFFAutoModelForSeq2SeqLM(_TextModel):
+    """An encoder-decoder of texts, such as T5, BART or Marian.
+
+    The ``generated_ids`` of its results leave out the tokens that the decoder started with.
+    """
+
+    task = TASKS["seq2seq"]
 
 
 def check_prompts(

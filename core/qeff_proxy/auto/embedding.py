@@ -18,6 +18,7 @@ from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
+from qeff_proxy.run.run_compiled import RunResult
 
 #: From this many texts on, a terminal shows a progress bar.
 _MANY = 64
@@ -51,7 +52,69 @@ class EmbeddingResult:
         return np.array(self.embeddings, dtype=dtype, copy=copy is not False)
 
 
-class QEFFAutoModel(ProxyModel):
+class TextEncoder(ProxyModel):
+    """The base class of models that run once on each text."""
+
+    def run_texts(
+        self,
+        inputs: str | Sequence[str] | Mapping[str, Any],
+        tokenizer: Any,
+        *,
+        batch_size: int | None,
+        truncation: bool,
+        progress: bool | None,
+        write_io: bool,
+        io_dir: str | Path | None,
+        io_tensors: str | Sequence[str],
+        pairs: Sequence[str] | None = None,
+    ) -> RunResult:
+        """Run texts, or a tokenizer's output; see the ``generate`` of the subclasses.
+
+        Raises:
+            UsageError: There is no text, a text is too long, or an argument cannot be right.
+        """
+        if batch_size is not None:
+            arguments.whole_number("batch_size", batch_size)
+        arguments.flag("truncation", truncation)
+        tensors = inputs if isinstance(inputs, Mapping) else None
+        texts: list[str] = []
+        if tensors is None:
+            texts = arguments.texts("inputs", inputs)
+            if not texts:
+                raise UsageError("there is no text", "Give at least one.")
+        if arguments.processor("tokenizer", tokenizer) is None and tensors is None:
+            tokenizer = self.processor()
+        options: dict[str, Any] = {"truncation": truncation, "max_length": self._most_tokens()}
+        if pairs is not None:
+            options["pairs"] = arguments.texts("pairs", pairs)
+            if len(options["pairs"]) != len(texts):
+                raise UsageError(
+                    f"there are {len(texts)} texts and {len(options['pairs'])} others to pair them "
+                    "with",
+                    "Give one for each.",
+                )
+        request = Request(prompts=texts, inputs=tensors, options=options)
+        with _progress(len(texts), progress) as advance:
+            return self.run_request(
+                request,
+                tokenizer,
+                {"batch_size": batch_size, "progress": advance},
+                write_io=write_io,
+                io_dir=io_dir,
+                io_options=DumpOptions("all", io_tensors),
+            )
+
+    def _most_tokens(self) -> int | None:
+        """The most tokens of a text: as many as the model and the longest compiled length take."""
+        if self._compiled is None:
+            self.compile()
+        assert self._compiled is not None  # noqa: S101 (compile sets it)
+        lengths = self._compiled.options.seq_len or ()
+        most = self._compiled.export.settings.get("max_length")
+        return min(filter(None, (most, max(lengths, default=None))), default=None)
+
+
+class QEFFAutoModel(TextEncoder):
     """An encoder or embedding model.
 
     ``from_pretrained`` also takes ``pooling`` (``"mean"``, ``"cls"``, ``"max"``, ``"last"``,
@@ -92,38 +155,17 @@ class QEFFAutoModel(ProxyModel):
             UsageError: There is no text, a text is too long, or an argument cannot be right.
         """
         only_runtime(runtime)
-        if batch_size is not None:
-            arguments.whole_number("batch_size", batch_size)
-        arguments.flag("truncation", truncation)
-        tensors = inputs if isinstance(inputs, Mapping) else None
-        texts: list[str] = []
-        if tensors is None:
-            texts = arguments.texts("inputs", inputs)
-            if not texts:
-                raise UsageError("there is no text to embed", "Give at least one.")
-        if arguments.processor("tokenizer", tokenizer) is None and tensors is None:
-            tokenizer = self.processor()
-        options = {"truncation": truncation, "max_length": self._most_tokens()}
-        request = Request(prompts=texts, inputs=tensors, options=options)
-        with _progress(len(texts), progress) as advance:
-            result = self.run_request(
-                request,
-                tokenizer,
-                {"batch_size": batch_size, "progress": advance},
-                write_io=write_io,
-                io_dir=io_dir,
-                io_options=DumpOptions("all", io_tensors),
-            )
+        result = self.run_texts(
+            inputs,
+            tokenizer,
+            batch_size=batch_size,
+            truncation=truncation,
+            progress=progress,
+            write_io=write_io,
+            io_dir=io_dir,
+            io_tensors=io_tensors,
+        )
         return EmbeddingResult(result.decoded, result.io_folder)
-
-    def _most_tokens(self) -> int | None:
-        """The most tokens of a text: as many as the model and the longest compiled length take."""
-        if self._compiled is None:
-            self.compile()
-        assert self._compiled is not None  # noqa: S101 (compile sets it)
-        lengths = self._compiled.options.seq_len or ()
-        most = self._compiled.export.settings.get("max_length")
-        return min(filter(None, (most, max(lengths, default=None))), default=None)
 
 
 @contextmanager

@@ -190,10 +190,12 @@ def _report(args: argparse.Namespace, result: RunResult, *, continues: bool) -> 
     perf = result.outputs.get("perf_metrics")
     ids = result.outputs.get("generated_ids")
     folder = str(result.io_folder) if result.io_folder is not None else None
-    texts, segments, vectors = _decoded(result.decoded)
+    classes = result.decoded if "labels" in result.outputs else None
+    texts, segments, vectors = _decoded(result.decoded if classes is None else None)
     if args.json:
         report = {
             "inputs": list(args.inputs),
+            "classes": classes,
             "generated_texts": texts,
             "segments": segments,
             "embeddings": vectors,
@@ -203,7 +205,10 @@ def _report(args: argparse.Namespace, result: RunResult, *, continues: bool) -> 
         report = {name: value for name, value in report.items() if value is not None}
         print_json({**report, "io_folder": folder})
         return
-    if not args.stream:
+    if classes is not None:
+        for text, found in zip(args.inputs, classes, strict=True):
+            print_text(f"{text}: {_class_of(found)}")
+    elif not args.stream:
         for line in _lines(args.inputs if continues else (), texts, segments, vectors, ids):
             print_text(line)
     if perf is not None and ids is not None:
@@ -213,6 +218,13 @@ def _report(args: argparse.Namespace, result: RunResult, *, continues: bool) -> 
         )
     if folder is not None:
         print_text(f"dump: {folder}")
+
+
+def _class_of(found: Any) -> str:
+    """The likeliest label and its score; of a text whose tokens are classified, each of its."""
+    if isinstance(found, list):
+        return " ".join(token["label"] for token in found)
+    return f"{found['label']} ({found['scores'][found['label']]:.4f})"
 
 
 def _decoded(decoded: Any) -> tuple[list[str] | None, Any, list[Any] | None]:

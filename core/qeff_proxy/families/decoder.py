@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+)
 
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
@@ -53,11 +56,11 @@ class DecoderLayout:
 
     def cache_inputs(self, dtype: str) -> tuple[TensorSpec, ...]:
         """``past_key_values.<layer>.key`` and ``.value``: ``[batch, heads, past, width]``."""
-        return self._cache_specs("past_key_values", dtype, "past")
+        return self.cache_specs("past_key_values", dtype, "past")
 
     def cache_outputs(self, dtype: str) -> tuple[TensorSpec, ...]:
         """``present.<layer>.key`` and ``.value``: ``[batch, heads, past + query, width]``."""
-        return self._cache_specs("present", dtype, "past + query")
+        return self.cache_specs("present", dtype, "past + query")
 
     def host_inputs(self, dtype: str) -> tuple[TensorSpec, ...]:
         """Masks, positions and cache: a decoder part's inputs after its first."""
@@ -72,7 +75,8 @@ class DecoderLayout:
             *self.cache_inputs(dtype),
         )
 
-    def _cache_specs(self, prefix: str, dtype: str, length: str) -> tuple[TensorSpec, ...]:
+    def cache_specs(self, prefix: str, dtype: str, length: int | str) -> tuple[TensorSpec, ...]:
+        """``<prefix>.<layer>.key`` and ``.value``: ``[batch, heads, length, width]``."""
         return tuple(
             TensorSpec(f"{prefix}.{index}.{side}", dtype, ("batch", heads, length, width))
             for index, layer in enumerate(self.cache)
@@ -191,7 +195,7 @@ class DecoderPart(nn.Module):
         arguments: dict[str, Any] = {
             self.entry: tensors[self.entry],
             "attention_mask": tensors["padding_mask"],
-            self.cache_argument: self._cache(tensors),
+            self.cache_argument: cache_from(tensors, "past_key_values"),
             "use_cache": True,
         }
         if self.takes_positions:
@@ -205,18 +209,20 @@ class DecoderPart(nn.Module):
             result[f"present.{index}.value"] = layer.values
         return result
 
-    def _cache(self, tensors: dict[str, torch.Tensor]) -> DynamicCache:
-        cache = DynamicCache()
-        for index in itertools.count():
-            if f"past_key_values__{index}__key" not in tensors:
-                break
-            layer = DynamicLayer()
-            keys = tensors[f"past_key_values__{index}__key"]
-            values = tensors[f"past_key_values__{index}__value"]
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            cache.layers.append(layer)
-        return cache
+
+def cache_from(tensors: Mapping[str, torch.Tensor], prefix: str) -> DynamicCache:
+    """A cache of the tensors ``<prefix>__<layer>__key`` and ``__value``."""
+    cache = DynamicCache()
+    for index in itertools.count():
+        if f"{prefix}__{index}__key" not in tensors:
+            break
+        layer = DynamicLayer()
+        keys = tensors[f"{prefix}__{index}__key"]
+        values = tensors[f"{prefix}__{index}__value"]
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
 
 
 @dataclass
@@ -229,8 +235,19 @@ class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore
         return None
 
 
+@dataclass
+class _EncoderOutput(BaseModelOutput):  # type: ignore[misc]
+    """The same of an encoder."""
+
+    __getattr__ = _DecoderOutput.__getattr__
+
+
 class _Passthrough(nn.Module):
     """Replaces the decoder; returns the embeddings unchanged."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        self.config = getattr(replaced, "config", None)
 
     def forward(
         self, *_args: Any, inputs_embeds: torch.Tensor | None = None, **_kwargs: Any
@@ -245,17 +262,29 @@ class HeadPart(nn.Module):
     operations before and after the head (a scale, a soft cap).
 
     Args:
-        model: The causal LM.
+        model: The causal LM, or one with an encoder.
         decoder_path: Dotted path of the decoder in it.
+        encoder_path: The same of its encoder; ``None`` where it has none.
     """
 
-    def __init__(self, model: PreTrainedModel, decoder_path: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, decoder_path: str, encoder_path: str | None = None
+    ) -> None:
         super().__init__()
-        self.model = replace_modules(model, {decoder_path: _Passthrough()})
+        paths = filter(None, (decoder_path, encoder_path))
+        passed = {path: _Passthrough(model.get_submodule(path)) for path in paths}
+        self.model = replace_modules(model, passed)
+        self.has_encoder = encoder_path is not None
 
     def forward(self, last_hidden_state: torch.Tensor) -> dict[str, torch.Tensor]:
         """``[batch, sequence, hidden]`` to ``logits [batch, sequence, vocabulary]``."""
-        outputs = self.model(inputs_embeds=last_hidden_state, use_cache=False)
+        arguments: dict[str, Any] = {"inputs_embeds": last_hidden_state}
+        if self.has_encoder:
+            arguments = {
+                "decoder_inputs_embeds": last_hidden_state,
+                "encoder_outputs": _EncoderOutput(last_hidden_state=last_hidden_state),
+            }
+        outputs = self.model(**arguments, use_cache=False)
         return {"logits": outputs.logits}
 
 

@@ -39,7 +39,7 @@ def locate_embedding(model: PreTrainedModel) -> Site | None:
         module = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         return None
-    path = _path_of(model, module)
+    path = path_of(model, module)
     if path is None:
         return None
     scale = getattr(module, "embed_scale", None)
@@ -58,14 +58,15 @@ def locate_lm_head(model: PreTrainedModel) -> Site | Absent | None:
             "is exported with --model-task embedding (in Python, by QEFFAutoModel).",
         )
     module = model.get_output_embeddings()
-    path = _path_of(model, module)
+    path = path_of(model, module)
     if path is None or module is None:
         return None
     decoder_path = _decoder_path(model)
     if decoder_path is None:
         return Site(path)
-    hidden_size = module.weight.shape[-1]
-    return Site(path, follows=_operations_after(model, path, decoder_path, int(hidden_size)))
+    hidden_size = int(module.weight.shape[-1])
+    part = _head_part(model, decoder_path, hidden_size)
+    return Site(path, follows=operations_after(part, path, hidden_size))
 
 
 @hookimpl(trylast=True)
@@ -128,7 +129,8 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> Any | None:
     return processor.batch_decode(list(outputs["generated_ids"]), skip_special_tokens=True)
 
 
-def _path_of(model: nn.Module, module: nn.Module | None) -> str | None:
+def path_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    """The dotted path of a module in a model; ``None`` where it is not in it."""
     if module is None:
         return None
     paths: dict[int, str] = {id(other): path for path, other in model.named_modules() if path}
@@ -147,7 +149,7 @@ def _decoder_path(model: PreTrainedModel) -> str | None:
         decoder = next(inner, None)
         if decoder is None:
             return None
-    return _path_of(model, decoder)
+    return path_of(model, decoder)
 
 
 def _split_parts(
@@ -217,11 +219,8 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _operations_after(
-    model: PreTrainedModel, head_path: str, decoder_path: str, hidden_size: int
-) -> tuple[str, ...]:
+def operations_after(part: HeadPart, head_path: str, hidden_size: int) -> tuple[str, ...]:
     """Names of the operations between the head's output and the logits."""
-    part = _head_part(model, decoder_path, hidden_size)
     recorder = _OperationRecorder()
 
     def start(*_: Any) -> None:
@@ -230,7 +229,7 @@ def _operations_after(
     handle = part.model.get_submodule(head_path).register_forward_hook(start)
     try:
         with torch.no_grad(), recorder:
-            part(_no_hidden(model, hidden_size))
+            part(_no_hidden(part.model, hidden_size))
     finally:
         handle.remove()
     silent = {"slice", "view", "detach", "alias", "_unsafe_view", "reshape"}
@@ -244,20 +243,33 @@ def _head_part(model: PreTrainedModel, decoder_path: str, hidden_size: int) -> H
         UnsupportedModelError: The head does not run.
     """
     outer = decoder_path.rpartition(".")[0]
-    problem: Exception | None = None
+    problem: UnsupportedModelError | None = None
     for path in filter(None, (decoder_path, outer)):
         part = HeadPart(model, path)
         try:
-            with torch.no_grad():
-                part(_no_hidden(model, hidden_size))
-        except (TypeError, AttributeError, ValueError, NotImplementedError) as error:
+            check_head_runs(part, hidden_size)
+        except UnsupportedModelError as error:
             problem = problem or error
         else:
             return part
-    raise UnsupportedModelError(
-        f"the LM head of {type(model).__name__} cannot be run on its own: {problem}",
-        "A plugin for this model type can build the head in another way.",
-    ) from problem
+    assert problem is not None  # noqa: S101 (the decoder has a path)
+    raise problem
+
+
+def check_head_runs(part: HeadPart, hidden_size: int) -> None:
+    """Run a head on one hidden state.
+
+    Raises:
+        UnsupportedModelError: It does not run.
+    """
+    try:
+        with torch.no_grad():
+            part(_no_hidden(part.model, hidden_size))
+    except (TypeError, AttributeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"the LM head of {type(part.model).__name__} cannot be run on its own: {error}",
+            "A plugin for this model type can build the head in another way.",
+        ) from error
 
 
 def _no_hidden(model: PreTrainedModel, hidden_size: int) -> torch.Tensor:

@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     import torch
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Tokenize prompts for generation, padded on the left to one length.
+def tokenize(
+    tokenizer: Any, prompts: Sequence[str], *, left: bool = True
+) -> dict[str, torch.Tensor]:
+    """Tokenize prompts for generation, padded to one length.
 
     Args:
         tokenizer: A transformers tokenizer. Its settings stay unchanged.
         prompts: One text per row; none may be empty.
+        left: Pad on the left, as a decoder needs it; an encoder's texts are padded on the right.
 
     Returns:
         ``input_ids`` and ``attention_mask``, both ``[batch, sequence]`` int64. Without a pad
@@ -46,9 +49,13 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    rows = [[pad] * (length - len(ids)) + ids for ids in encoded]
-    masks = [[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded]
+    tokens = [[1] * len(ids) for ids in encoded]
+
+    def padded(row: list[int], fill: int) -> list[int]:
+        filling = [fill] * (length - len(row))
+        return filling + row if left else row + filling
+
     return {
-        "input_ids": torch.tensor(rows, dtype=torch.int64),
-        "attention_mask": torch.tensor(masks, dtype=torch.int64),
+        "input_ids": torch.tensor([padded(row, pad) for row in encoded], dtype=torch.int64),
+        "attention_mask": torch.tensor([padded(row, 0) for row in tokens], dtype=torch.int64),
     }

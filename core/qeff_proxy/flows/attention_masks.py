@@ -73,6 +73,11 @@ def _mask_of_one(
     return np.where(visible, np.zeros((), dtype), _lowest(dtype))[:, None, None]
 
 
+def hide_padding(padding: npt.NDArray[np.integer[Any]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The additive mask ``[batch, 1, 1, keys]`` of ``padding [batch, keys]``, for any query."""
+    return np.where(padding != 0, np.zeros((), dtype), _lowest(dtype))[:, None, None]
+
+
 def lengthen_mask(mask: npt.NDArray[Any], total: int) -> npt.NDArray[Any]:
     """Pad a mask ``[batch, 1, query, past + query]`` to ``total`` keys, the new ones hidden."""
     if mask.shape[-1] == total:

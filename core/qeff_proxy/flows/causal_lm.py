@@ -8,7 +8,7 @@ Nothing is written before this passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ from qeff_proxy.families.rotary import LONGROPE_LIMIT, rotary_limits
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId, position_ids_of
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.flows.flow import CutReport, Job
-from qeff_proxy.parts import MaskSpec, Proxy
+from qeff_proxy.parts import MaskSpec, Part, Proxy
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 
@@ -120,9 +120,7 @@ def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:
 
 def _proxy_logits(proxy: Proxy, ids: Array, padding: Array) -> Array:
     """Logits of the parts, run by the engine of `run`: ``[batch, sequence, vocabulary]``."""
-    parts = [
-        replace(part, masks=tuple(_shrunk(mask) for mask in part.masks)) for part in proxy.parts
-    ]
+    parts = with_shrunk_masks(proxy.parts, _WINDOW)
     engine = CausalEngine(parts, {part.name: TorchSession(part) for part in parts})
     pieces: list[Array] = []
     cache = None
@@ -139,9 +137,13 @@ def _proxy_logits(proxy: Proxy, ids: Array, padding: Array) -> Array:
     return np.concatenate(pieces, axis=1)
 
 
-def _shrunk(mask: MaskSpec) -> MaskSpec:
-    """The mask with its window shrunk like those of the model."""
-    return mask if mask.size is None else replace(mask, size=min(mask.size, _WINDOW))
+def with_shrunk_masks(parts: Sequence[Part], size: int) -> list[Part]:
+    """The parts with the windows of their masks shrunk like those of the model."""
+
+    def shrunk(mask: MaskSpec) -> MaskSpec:
+        return mask if mask.size is None else replace(mask, size=min(mask.size, size))
+
+    return [replace(part, masks=tuple(map(shrunk, part.masks))) for part in parts]
 
 
 @contextmanager

@@ -46,12 +46,25 @@ TASKS = {
         "vision",
         options=("kv_offload", "image_size"),
     ),
+    "seq2seq": Task("QEFFAutoModelForSeq2SeqLM", "AutoModelForSeq2SeqLM", ("seq2seq",), "text"),
     "text": Task(
         "QEFFAutoModelForCausalLM",
         "AutoModelForCausalLM",
         ("causal-lm", "image-text-to-text"),
         "text",
         options=("kv_offload",),
+    ),
+    "classification": Task(
+        "QEFFAutoModelForSequenceClassification",
+        "AutoModelForSequenceClassification",
+        ("classification",),
+        "embedding",
+    ),
+    "token-classification": Task(
+        "QEFFAutoModelForTokenClassification",
+        "AutoModelForTokenClassification",
+        ("classification",),
+        "embedding",
     ),
     # A pooler is made for a pretraining task, and often missing; no vector comes from it.
     "embedding": Task(

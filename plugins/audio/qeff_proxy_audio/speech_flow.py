@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from qeff_proxy.arrays import Array, numpy_dtype, to_array, to_tensor
+from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
-from qeff_proxy.flows.causal_engine import CausalEngine, Recorder, StepId, position_ids_of
+from qeff_proxy.flows.causal_engine import CausalEngine, StepId, position_ids_of
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.flows.flow import CutReport, Job
+from qeff_proxy.flows.generation.encoder_decoder import EncoderRun
 from qeff_proxy.flows.generation.generate import PerfMetrics
 from qeff_proxy.flows.generation.inputs import checked_ids
 from qeff_proxy.flows.generation.seeding import draws_seeded
@@ -29,7 +30,6 @@ from qeff_proxy.flows.generation.step_cache import arrays_of_cache, fill_cache
 from qeff_proxy.parts import Proxy
 from qeff_proxy.request import Request
 from qeff_proxy.session.cache_buffers import Cache
-from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 from torch import nn
@@ -163,8 +163,7 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
         with torch.device("meta"):
             super().__init__(job.config)
         self.generation_config = generation_config_of(job)
-        limit = int(job.config.max_target_positions)
-        self._steps = _Steps(job, CausalEngine(job.export.parts[1:], job.sessions, limit))
+        self._steps = _Steps(job)
         self.eval()
 
     @property
@@ -231,46 +230,35 @@ class ProxyWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
 class _Steps:
     """Runs the parts, and numbers the runs as a dump does."""
 
-    def __init__(self, job: Job, engine: CausalEngine) -> None:
-        self.engine = engine
-        self.encoder: Session = job.sessions["encoder"]
-        self.feature_dtype = numpy_dtype(job.export.parts[0].inputs[0].dtype)
-        self.recorder: Recorder | None = job.recorder
+    def __init__(self, job: Job) -> None:
+        limit = int(job.config.max_target_positions)
+        self.encoder = EncoderRun(job.export.parts[:1], job.sessions, job.recorder)
+        self.engine = CausalEngine(job.export.parts[1:], job.sessions, limit, self.encoder)
+        self.recorder = job.recorder
         self.times: list[float] = []
         self.features: torch.Tensor | None = None
-        self.cross: dict[str, Array] = {}
-        self.rows = 0
         self.prefills = 0
         self.decode_steps = 0
 
     def encode(self, features: torch.Tensor) -> int:
         """Run the encoder, unless its last features were the same; return the batch size."""
         if self.features is None or not torch.equal(self.features, features):
-            feeds = {"input_features": to_array(features).astype(self.feature_dtype)}
-            self.cross = self.encoder.run(feeds)
+            self.encoder.encode({"input_features": to_array(features)}, step=self.prefills)
             self.features = features.clone()
-            self.rows = int(features.shape[0])
-            if self.recorder is not None:
-                self.recorder.step(
-                    "prefill", self.prefills, "encoder", feeds, self.cross, past_length=0
-                )
-        return self.rows
+        return self.encoder.rows
 
     def decode(
         self, ids: Array, padding: Array, rows: Array, cache: Cache
     ) -> tuple[Array, dict[str, Array]]:
         """Run the decoder's parts once, with the cross keys of ``rows``."""
-        whole = np.array_equal(rows, np.arange(self.rows))
-        cross = self.cross if whole else {name: keys[rows] for name, keys in self.cross.items()}
+        self.encoder.choose(rows)
         if padding.shape[1] > ids.shape[1]:
             step = StepId("decode", self.decode_steps)
             self.decode_steps += 1
         else:
             step = StepId("prefill", self.prefills)
             self.prefills += 1
-        logits, present = self.engine.step(
-            step, ids, padding, {**cache, **cross}, recorder=self.recorder
-        )
+        logits, present = self.engine.step(step, ids, padding, cache, recorder=self.recorder)
         self.times.append(time.perf_counter())
         return logits, present
 
@@ -330,17 +318,17 @@ def _perf(begin: float, end: float, times: list[float], tokens: int) -> PerfMetr
 
 def _proxy_logits(proxy: Proxy, features: Array, ids: Array, padding: Array) -> Array:
     """Logits of the parts, run step by step: ``[batch, sequence, vocabulary]``."""
-    encoder, *decoder = proxy.parts
-    dtype = numpy_dtype(encoder.inputs[0].dtype)
-    cross = TorchSession(encoder).run({"input_features": features.astype(dtype)})
-    engine = CausalEngine(decoder, {part.name: TorchSession(part) for part in decoder})
+    sessions = {part.name: TorchSession(part) for part in proxy.parts}
+    encoder = EncoderRun(proxy.parts[:1], sessions)
+    encoder.encode({"input_features": features})
+    engine = CausalEngine(proxy.parts[1:], sessions, supplier=encoder)
     pieces: list[Array] = []
     cache: Cache = {}
     start = 0
     for index, length in enumerate(_STEPS):
         stop = start + length
         logits, cache = engine.step(
-            StepId("prefill", index), ids[:, start:stop], padding[:, :stop], {**cache, **cross}
+            StepId("prefill", index), ids[:, start:stop], padding[:, :stop], cache
         )
         pieces.append(logits.astype(np.float32))
         start = stop

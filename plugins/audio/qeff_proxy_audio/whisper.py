@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from qeff_proxy.arrays import dtype_name, given_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub, HeadStub
+from qeff_proxy.families.encoder_decoder import (
+    CrossAttention,
+    EncoderPart,
+    decoder_parts,
+    probe_cross_attention,
+)
 from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
+from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import Request, refuse_unused
 from qeff_proxy.sites import Absent, Site
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qeff_proxy_audio.ctc import HeadPart
 from qeff_proxy_audio.sound import feature_extractor_of, sounds_of, tensor_of
-from qeff_proxy_audio.whisper_parts import CrossKeysPart, DecoderBody
 
 __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
-
-_MASK = MaskSpec("attention_mask", "causal")
 
 
 @hookimpl
@@ -62,36 +62,13 @@ def build_proxy(
     if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
         return None
     config = model.config
-    dtype = dtype_name(model.dtype)
-    table = model.get_submodule(embedding.module)
-    head = model.get_submodule(lm_head.module)
-    width, vocabulary = int(config.d_model), int(head.weight.shape[0])
-    ids = TensorSpec("input_ids", "int64", ("batch", "query"))
-    embeds = TensorSpec("inputs_embeds", dtype, ("batch", "query", width))
-    hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", width))
-    logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
-    caches = (*_cache(config, dtype, "past_key_values", "past"), *_cross(config, dtype))
-    present = _cache(config, dtype, "present", "past + query")
-    steps = (
-        TensorSpec(_MASK.name, dtype, ("batch", 1, "query", "past + query")),
-        TensorSpec("position_ids", "int64", ("batch", "query")),
-        *caches,
+    width, length = int(config.d_model), int(config.max_source_positions)
+    attention = probe_cross_attention(model.get_decoder(), width, width)
+    parts = (
+        _encoder(model, attention),
+        *decoder_parts(model, attention, (embedding, lm_head), kind, length),
     )
-    parts: tuple[Part, ...] = (_encoder(model, dtype),)
-    if kind == "split":
-        body = DecoderBody(model, None, None)
-        parts += (
-            Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
-            Part("body", body, (embeds, *steps), (hidden, *present), "body", (_MASK,)),
-            Part("lm_head", HeadPart(head), (hidden,), (logits,), "vocabulary"),
-        )
-    else:
-        ends: tuple[nn.Module, nn.Module] = (table, head)
-        if kind == "stub":
-            ends = (EmbeddingStub(width, model.dtype), HeadStub())
-            logits = TensorSpec("logits", dtype, hidden.shape)
-        decoder = DecoderBody(model, *ends)
-        parts += (Part("model", decoder, (ids, *steps), (logits, *present), "model", (_MASK,)),)
+    vocabulary = int(model.get_submodule(lm_head.module).weight.shape[0])
     settings = {"vocabulary": vocabulary, "hidden_size": width, "frames": _frames(config)}
     return Proxy(kind, "speech-seq2seq", parts, settings)
 
@@ -141,27 +118,15 @@ def _frames(config: PreTrainedConfig) -> int:
     return 2 * int(config.max_source_positions)
 
 
-def _encoder(model: PreTrainedModel, dtype: str) -> Part:
-    config = model.config
+def _encoder(model: PreTrainedModel, attention: CrossAttention) -> Part:
+    config, dtype = model.config, dtype_name(model.dtype)
     shape = ("batch", int(config.num_mel_bins), _frames(config))
     features = TensorSpec("input_features", dtype, shape)
-    return Part("encoder", CrossKeysPart(model), (features,), _cross(config, dtype), "encoder")
-
-
-def _cross(config: PreTrainedConfig, dtype: str) -> tuple[TensorSpec, ...]:
-    return _cache(config, dtype, "cross_key_values", int(config.max_source_positions))
-
-
-def _cache(
-    config: PreTrainedConfig, dtype: str, prefix: str, length: int | str
-) -> tuple[TensorSpec, ...]:
-    heads = int(config.decoder_attention_heads)
-    shape = ("batch", heads, length, int(config.d_model) // heads)
-    return tuple(
-        TensorSpec(f"{prefix}.{layer}.{side}", dtype, shape)
-        for layer in range(config.decoder_layers)
-        for side in ("key", "value")
+    module = EncoderPart(
+        model.get_encoder(), model.get_decoder(), attention, features.name, features.name
     )
+    cross = attention.cross_specs(dtype, int(config.max_source_positions))
+    return Part("encoder", module, (features,), cross, "encoder")
 
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

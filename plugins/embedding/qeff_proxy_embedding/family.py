@@ -173,10 +173,13 @@ def _tokenize(tokenizer: Any, request: Request) -> dict[str, torch.Tensor]:
     if request.options.get("lower_case"):
         texts = [text.lower() for text in texts]
     texts = [f"{request.options.get('prompt') or ''}{text}" for text in texts]
+    pairs = request.options.get("pairs") or [None] * len(texts)
     cut: dict[str, Any] = {}
     if request.options.get("truncation"):
         cut = {"truncation": True, "max_length": request.options["max_length"]}
-    rows = [tokenizer(text, verbose=False, **cut) for text in texts]
+    rows = [
+        tokenizer(text, pair, verbose=False, **cut) for text, pair in zip(texts, pairs, strict=True)
+    ]
     for text, row in zip(texts, rows, strict=True):
         if not row["input_ids"]:
             raise UsageError(f"the text {text!r} gives no token", "Give at least one token.")

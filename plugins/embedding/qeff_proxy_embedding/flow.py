@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qeff_proxy_embedding.part import EncoderPart
 from qeff_proxy_embedding.pooling import pooling_of_options
-from qeff_proxy_embedding.probe import encoder_of, probe_model
+from qeff_proxy_embedding.probe import Probe, encoder_of, probe_model
 
-__all__ = ["EncoderFlow", "Row", "rows_of", "run_rows"]
+__all__ = ["ClassificationFlow", "EncoderFlow", "Row", "rows_of", "run_rows"]
 
 _LENGTHS = (13, 9, 4)  # tokens of the rows used to verify a cut
 _PADDED = 16  # the length they are padded to
@@ -69,8 +69,8 @@ class EncoderFlow:
         rows = _random_rows(model)
         pads = proxy.settings["pads"]
         with shrunk_windows(model, _WINDOW, _ROTARY_LIMIT):
-            expected = [_reference(model, proxy, row) for row in rows]
-            masks = {mask.kind: mask for mask in probe_model(model).masks}
+            expected = [self.reference(model, proxy, row) for row in rows]
+            masks = {mask.kind: mask for mask in self.probe(model).masks}
             parts = [
                 replace(part, masks=tuple(masks.get(mask.kind, mask) for mask in part.masks))
                 for part in proxy.parts
@@ -88,6 +88,14 @@ class EncoderFlow:
         return check_equal(
             model, sites, counts, np.concatenate([np.atleast_2d(one) for one in actual])
         )
+
+    def probe(self, model: PreTrainedModel) -> Probe:
+        """What the model says of its masks."""
+        return probe_model(model)
+
+    def reference(self, model: PreTrainedModel, proxy: Proxy, row: Row) -> Array:
+        """The uncut model's output for one row alone."""
+        return _reference(model, proxy, row)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Embed.
@@ -153,6 +161,56 @@ class EncoderFlow:
             hidden = model(**{name: one for name, one in tensors.items() if name in taken})[0]
             results.append(pooling(hidden, mask))
         return results
+
+
+class ClassificationFlow(EncoderFlow):
+    """The ``classification`` flow: a single pass per batch, to a score for each label."""
+
+    def probe(self, model: PreTrainedModel) -> Probe:
+        """What the base model says of its masks."""
+        return probe_model(model.base_model)
+
+    def reference(self, model: PreTrainedModel, proxy: Proxy, row: Row) -> Array:
+        """The uncut model's logits for one row alone."""
+        with torch.no_grad():
+            logits = model(**_arguments(proxy.parts[-1].module, row)).logits
+        return cast("Array", to_array(logits.float())[0])
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Classify.
+
+        Returns:
+            ``logits``, ``[texts, labels]`` float32 or a list of ``[tokens, labels]``; the names of
+            the ``labels``, and the config's ``problem_type``.
+
+        Raises:
+            UsageError: A text is empty or too long, or the export is a stub.
+        """
+        pad = job.export.settings["skipped_at_the_end"]
+        if pad is not None:
+            job = replace(job, tensors=_without_end(job.tensors, pad))
+        (logits,) = super().run(job).values()
+        names = job.config.id2label
+        labels = [str(names.get(index, f"LABEL_{index}")) for index in range(logits[0].shape[-1])]
+        return {"logits": logits, "labels": labels, "problem_type": job.config.problem_type}
+
+    def run_model(self, model: PreTrainedModel, job: Job) -> object:
+        """Run the uncut model on each text alone, as padding may change what it gives."""
+        part = job.export.parts[-1]
+        types = any(spec.name == "token_type_ids" for spec in part.inputs)
+        rows = rows_of(job.tensors)
+        return [model(**_tensors(row, types=types)).logits for row in rows]
+
+
+def _without_end(tensors: Mapping[str, torch.Tensor], pad: int) -> dict[str, torch.Tensor]:
+    """The inputs with the padding tokens at the end of each row hidden."""
+    ids = tensors.get("input_ids")
+    if ids is None:
+        return dict(tensors)
+    mask = tensors.get("attention_mask", torch.ones_like(ids)).to(torch.int64)
+    counted = ((ids != pad) & (mask != 0)).to(torch.int64)
+    last = (torch.arange(ids.shape[1]) * counted).argmax(-1, keepdim=True)
+    return {**tensors, "attention_mask": mask * (torch.arange(ids.shape[1]) <= last)}
 
 
 def _batches(job: Job, rows: Sequence[Row]) -> list[list[int]]:
@@ -339,9 +397,19 @@ def _reference(model: PreTrainedModel, proxy: Proxy, row: Row) -> Array:
     """The uncut model's pooled output for one row alone."""
     part = proxy.parts[-1].module
     assert isinstance(part, EncoderPart)  # noqa: S101 (the families of this package build no other)
-    ids = to_tensor(row.ids[None])
-    arguments = {"token_type_ids": to_tensor(row.types[None])} if part.takes_token_types else {}
+    arguments = _arguments(part, row)
     with torch.no_grad():
-        hidden = encoder_of(model)(input_ids=ids, **arguments)[0]
-        vector: Array = to_array(part.pooling(hidden, torch.ones_like(ids), part.dense).float())[0]
+        hidden = encoder_of(model)(**arguments)[0]
+        seen = torch.ones_like(arguments["input_ids"])
+        vector: Array = to_array(part.pooling(hidden, seen, part.dense).float())[0]
     return vector
+
+
+def _arguments(part: Any, row: Row) -> dict[str, torch.Tensor]:
+    """The arguments of the uncut model for one row alone."""
+    return _tensors(row, types=part.takes_token_types)
+
+
+def _tensors(row: Row, *, types: bool) -> dict[str, torch.Tensor]:
+    ids = {"input_ids": to_tensor(row.ids[None])}
+    return {**ids, "token_type_ids": to_tensor(row.types[None])} if types else ids

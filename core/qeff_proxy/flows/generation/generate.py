@@ -91,6 +91,8 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         self.prefill_seq_len = prefill_seq_len
         self.recorder = recorder
         self.step_times: list[float] = []
+        #: Tokens of each row before the first new one, known once a pass was run.
+        self.start_length = 0
         self._chunks = 0
         self._decode_steps = 0
 
@@ -165,6 +167,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         """
         length = ids.shape[1]
         past = padding.shape[1] - length
+        self.start_length = self.start_length or length
         chunk = self.prefill_seq_len if cache is None and self.prefill_seq_len else length
         decoding = cache is not None
         logits = None
@@ -252,26 +255,45 @@ def generate_ids(
     model = ProxyForCausalLM(
         job.config,
         engine,
-        _generation_config(job),
+        generation_config_with_pad(job),
         prefill_seq_len=job.options.prefill_seq_len,
         recorder=job.recorder,
     )
-    settings = {n: v for n, v in job.settings.items() if n != "generation_config"}
     if supplier is None:
         refuse_unused(job.tensors, ("input_ids", "attention_mask"))
-    length = checked_ids(job.tensors, job.export.settings.get("embedding_rows")).shape[1]
-    config = job.settings.get("generation_config")
-    if config is not None and config.max_new_tokens is None:
-        settings.setdefault("max_length", config.max_length)
+    ids = checked_ids(job.tensors, job.export.settings.get("embedding_rows"))
+    mask = checked_mask(job.tensors, ids)
+    settings = settings_of(job, ids.shape[1], model.generation_config, context)
+    _check_rotary_limit(model, text_config, ids.shape[1], settings["max_new_tokens"])
+    inputs = {"input_ids": ids, "attention_mask": mask, LIBRARY_CACHE_NAME: StepCache()}
+    with draws_seeded(settings.pop("seed", None)):
+        return run_generation(model, inputs, settings)
+
+
+def settings_of(
+    job: Job, length: int, config: GenerationConfig, context: int | None
+) -> dict[str, Any]:
+    """The arguments of transformers' ``generate`` for a run, and ``seed``.
+
+    Args:
+        job: The run.
+        length: The number of tokens that are there before the first new one.
+        config: The generation config of the run.
+        context: Most positions that fit, or ``None`` for no limit.
+
+    Raises:
+        UsageError: The tokens do not fit.
+    """
+    settings = {n: v for n, v in job.settings.items() if n != "generation_config"}
+    own = job.settings.get("generation_config")
+    if own is not None and own.max_new_tokens is None:
+        settings.setdefault("max_length", own.max_length)
     if settings.get("max_length") is not None and settings.get("max_new_tokens") is None:
         settings["max_new_tokens"] = settings.pop("max_length") - length
-    new = _new_tokens(settings, model.generation_config, length, context)
-    settings["max_new_tokens"] = new
-    _check_rotary_limit(model, text_config, length, new)
-    if (settings.get("stop_strings") or model.generation_config.stop_strings) is not None:
+    settings["max_new_tokens"] = _new_tokens(settings, config, length, context)
+    if (settings.get("stop_strings") or config.stop_strings) is not None:
         settings["tokenizer"] = getattr(job.processor, "tokenizer", job.processor)
-    with draws_seeded(settings.pop("seed", None)):
-        return run_generation(model, job.tensors, **settings)
+    return settings
 
 
 def _check_rotary_limit(
@@ -293,7 +315,7 @@ def _check_rotary_limit(
             )
 
 
-def _generation_config(job: Job) -> GenerationConfig:
+def generation_config_with_pad(job: Job) -> GenerationConfig:
     """The settings of a run, with a pad token where they have none."""
     config = generation_config_of(job)
     if config.pad_token_id is None:
@@ -320,35 +342,27 @@ def _new_tokens(
 
 
 def run_generation(
-    model: ProxyForCausalLM, tensors: Mapping[str, torch.Tensor], **settings: Any
+    model: ProxyForCausalLM, inputs: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Generated:
     """Run transformers' generation loop.
 
     Args:
         model: The sessions, as a model.
-        tensors: ``input_ids [batch, sequence]`` and, where there is padding, ``attention_mask``.
-        settings: Arguments of transformers' ``generate``: ``max_new_tokens``, ``do_sample``,
-            ``num_beams``, ``streamer``, ``stop_strings`` …
+        inputs: The inputs of transformers' ``generate``, among them the cache.
+        settings: Its other arguments: ``max_new_tokens``, ``do_sample``, ``num_beams``,
+            ``streamer``, ``stop_strings`` …
 
     Raises:
-        UsageError: The inputs are empty, or transformers refuses the settings.
+        UsageError: transformers refuses the settings.
     """
-    ids = checked_ids(tensors)
-    mask = checked_mask(tensors, ids)
     start = time.perf_counter()
     try:
         generate: Any = model.generate  # typed as a submodule, since transformers is untyped
-        output = generate(
-            input_ids=ids,
-            attention_mask=mask,
-            use_cache=True,
-            **{LIBRARY_CACHE_NAME: StepCache()},
-            **settings,
-        )
+        output = generate(use_cache=True, **inputs, **settings)
     except (ValueError, TypeError) as error:
         raise UsageError(f"transformers refuses to generate: {error}") from error
     end = time.perf_counter()
-    new = output[:, ids.shape[1] :]
+    new = output[:, model.start_length :]
     steps = model.step_times
     decode_time = steps[-1] - steps[0] if len(steps) > 1 else 0.0
     perf = PerfMetrics(

@@ -47,11 +47,19 @@ def checked_ids(
     return ids
 
 
-def checked_mask(tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+def checked_mask(
+    tensors: Mapping[str, torch.Tensor], ids: torch.Tensor, *, left: bool = True
+) -> torch.Tensor:
     """The attention mask of ``ids``, ``[batch, sequence]`` int64, 1 for a token; by default all 1.
 
+    Args:
+        tensors: The inputs, from the ``preprocess`` hook.
+        ids: The token ids that it is for.
+        left: Padding may be on the left only, as generation needs it of a decoder's prompt; else on
+            the right only, as encoders do that count positions from the start of the row.
+
     Raises:
-        UsageError: It has another shape or other values, or a row ends with padding.
+        UsageError: It has another shape or other values, or padding elsewhere.
     """
     mask = tensors.get("attention_mask")
     if mask is None:
@@ -62,9 +70,11 @@ def checked_mask(tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torc
             "They must be alike.",
         )
     # Compared before the conversion, so that 0.5 does not become 0; masks may be booleans.
-    if not ((mask == 0) | (mask == 1)).all() or not mask[:, -1].bool().all():
+    side, place, edge = ("left", "end", -1) if left else ("right", "begin", 0)
+    if not ((mask == 0) | (mask == 1)).all() or not mask[:, edge].bool().all():
         raise UsageError(
-            "attention_mask must hold 0 and 1, and end with 1 in each row",
-            "Pad on the left (tokenizer.padding_side = 'left'), as generation needs it.",
+            f"attention_mask must hold 0 and 1, and {place} with 1 in each row",
+            f"Pad on the {side} (tokenizer.padding_side = '{side}'), as "
+            + ("generation needs it." if left else "encoders need it."),
         )
     return mask.to(torch.int64)

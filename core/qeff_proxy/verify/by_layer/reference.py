@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -22,6 +22,9 @@ from qeff_proxy.parts import Kind, Part, Proxy
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.verify.rounding import RoundedModule
+
+#: The place of a layer's hidden states in its output.
+_HIDDEN = -1
 
 
 class Weights:
@@ -164,7 +167,8 @@ class _OneLayer(nn.Module):
     """A part's module of which only one layer runs.
 
     The layers before it return the value that is passed for the output of the last of them, those
-    after it their input. All code between the layers runs as ever.
+    after it their input. All code between the layers runs as ever. A layer that hands on more than
+    hidden states to later ones, such as a bias of positions, runs again for each of them.
     """
 
     def __init__(self, module: nn.Module, layers: Iterable[nn.Module], use: Any) -> None:
@@ -174,30 +178,41 @@ class _OneLayer(nn.Module):
         self.names: Set[str] = frozenset()
         self._use = use
         self._listed = tuple(dict.fromkeys(layers))
-        #: Which item of a layer's output is its hidden states; ``None`` where it has but these.
-        self._form: list[bool] | None = None
+        #: By layer: for each item of its output, which of its arguments it is, `_HIDDEN` for its
+        #: hidden states or ``None``; ``None`` for the whole where it has but these.
+        self._forms: dict[int, list[int | None] | None] = {}
+        self._handing_on: set[int] = set()
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the module's layer ``stage``; see `PartReference.run`."""
         before = tensors.pop(f"hidden_states__{self.stage - 1}", None)
         seen: dict[str, torch.Tensor] = {}
         calls = iter(range(1 << 30))  # by calls, as taps count: a layer may run several times
+        made: set[int] = set()
 
         def gate(layer: nn.Module, forward: Any) -> Any:
             def run(*args: Any, **kwargs: Any) -> Any:
                 number = next(calls)
-                if number == self.stage:
-                    self._use(layer)
-                    output = forward(*args, **kwargs)
-                    hidden = first_tensor(output)
-                    assert hidden is not None  # noqa: S101 (or it would have no tap)
-                    self._form = (
-                        [item is hidden for item in output] if isinstance(output, tuple) else None
-                    )
-                    seen[f"hidden_states.{number}"] = hidden.clone()
-                    return output
-                given = first_tensor((*args, *kwargs.values()))
-                return self._formed(given if before is None or number > self.stage else before)
+                given = (*args, *kwargs.values())
+                if number > self.stage:
+                    if not made.isdisjoint(map(id, given)):
+                        self._handing_on.add(self.stage)
+                    return self._formed(self.stage, first_tensor(given), given)
+                if number < self.stage and number in self._forms.keys() - self._handing_on:
+                    return self._formed(number, before, given)
+                self._use(layer)
+                output = forward(*args, **kwargs)
+                hidden = first_tensor(output)
+                assert hidden is not None  # noqa: S101 (or it would have no tap)
+                form = _form_of(output, hidden, given)
+                self._forms[number] = form
+                items = list(zip(output, form, strict=True)) if form is not None else []
+                if number < self.stage:
+                    handed = tuple(before if at == _HIDDEN else item for item, at in items)
+                    return before if form is None else handed
+                made.update(id(one) for one, at in items if at is None and one is not None)
+                seen[f"hidden_states.{number}"] = hidden.clone()
+                return output
 
             return run
 
@@ -210,8 +225,20 @@ class _OneLayer(nn.Module):
                 vars(layer).pop("forward", None)
         return {name: t for name, t in {**outputs, **seen}.items() if name in self.names}
 
-    def _formed(self, hidden: torch.Tensor | None) -> Any:
-        """Hidden states in the form in which the layers return them."""
-        if self._form is None:
+    def _formed(self, number: int, hidden: torch.Tensor | None, given: Sequence[Any]) -> Any:
+        """Hidden states in the form in which a layer returns them."""
+        form = self._forms[number]
+        if form is None:
             return hidden
-        return tuple(hidden if is_hidden else None for is_hidden in self._form)
+        return tuple(
+            hidden if at == _HIDDEN else given[at] if at is not None and at < len(given) else None
+            for at in form
+        )
+
+
+def _form_of(output: Any, hidden: torch.Tensor, given: Sequence[Any]) -> list[int | None] | None:
+    """Which of a layer's arguments each item of its output is (`_OneLayer`)."""
+    if not isinstance(output, tuple):
+        return None
+    places = {id(one): at for at, one in enumerate(given) if isinstance(one, torch.Tensor)}
+    return [_HIDDEN if item is hidden else places.get(id(item)) for item in output]

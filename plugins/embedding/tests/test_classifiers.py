@@ -1,0 +1,173 @@
+"""Classifiers of texts and tokens on ONNX Runtime, against the uncut models in PyTorch."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from qeff_proxy import (
+    QEFFAutoModelForSequenceClassification,
+    QEFFAutoModelForTokenClassification,
+)
+from qeff_proxy.cli import main
+from qeff_proxy.dump import read_dump
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.load.load_model import flow_of, load_model
+from qeff_proxy.testing import random_weights
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+)
+
+VOCABULARY, LENGTHS = 61, (9, 6, 4)
+LABELS = {0: "bad", 1: "so so", 2: "good"}
+BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 20,
+    "id2label": LABELS,
+}
+QWEN = {
+    **BERT,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "id2label": {0: "yes"},
+}
+
+
+def tokenizer():
+    words = {word: n for n, word in enumerate(["[PAD]", "[SEP]", "[CLS]"])}
+    words |= {f"w{n}": n for n in range(3, VOCABULARY)}
+    made = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 1)],
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", sep_token="[SEP]", model_input_names=names
+    )
+
+
+def saved(model, folder):
+    model = random_weights(model)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("bert.embeddings", "bert.pooler", "classifier", "score")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    model = BertForSequenceClassification(BertConfig(**BERT))
+    model, folder = saved(model, tmp_path_factory.mktemp("bert"))
+    proxy = QEFFAutoModelForSequenceClassification.from_pretrained(folder, enable_proxy=True)
+    proxy.export(folder / "export")
+    return model, folder, proxy
+
+
+def padded():
+    generator = np.random.default_rng(2)
+    ids = generator.integers(3, VOCABULARY, (len(LENGTHS), max(LENGTHS)))
+    mask = (np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]).astype(np.int64)
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def alone(model, inputs):
+    """The logits of each row, run alone."""
+    rows = [inputs["input_ids"][row : row + 1, :length] for row, length in enumerate(LENGTHS)]
+    with torch.no_grad():
+        return [model(input_ids=torch.from_numpy(ids)).logits[0].numpy() for ids in rows]
+
+
+def test_the_labels_and_logits_are_those_of_the_model(bert, tmp_path):
+    model, _, proxy = bert
+    expected = np.stack(alone(model, padded()))
+    assert len(set(expected.argmax(-1))) > 1, "one label for all would prove nothing"
+    result = proxy.generate(padded(), batch_size=3, io_dir=tmp_path / "io")
+    np.testing.assert_allclose(result.logits, expected, atol=1e-4)
+    assert result.labels == [LABELS[index] for index in expected.argmax(-1)]
+    softmax = torch.from_numpy(expected).softmax(-1).numpy()
+    scores = [[score[label] for label in LABELS.values()] for score in result.scores]
+    np.testing.assert_allclose(scores, softmax, atol=1e-5)
+    dumped = read_dump(result.io_folder).array("prefill", 0, "body.out.logits")
+    assert dumped.shape == (3, 3)
+
+
+def test_pairs_are_told_apart_by_their_types(bert):
+    model, _, proxy = bert
+    encoded = tokenizer()("w5 w6", "w7 w8 w9", return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**encoded).logits.numpy()
+        same = model(input_ids=encoded["input_ids"]).logits.numpy()
+    assert np.abs(expected - same).max() > 1e-3, "token types must matter"
+    result = proxy.generate(["w5 w6"], pairs=["w7 w8 w9"])
+    np.testing.assert_allclose(result.logits, expected, atol=1e-4)
+    with pytest.raises(UsageError, match="1 texts and 2 others"):
+        proxy.generate(["w5"], pairs=["w6", "w7"])
+
+
+def test_the_command_line_takes_the_task_from_the_architecture(bert, capsys):
+    _, folder, proxy = bert
+    assert flow_of(load_model(str(folder))) == "classification"
+    expected = proxy.generate("w5 w6")
+    assert main(["generate", str(folder / "export"), "w5 w6", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["classes"]
+    assert found == {"label": expected.labels[0], "scores": expected.scores[0]}
+    assert main(["generate", str(folder / "export"), "w5 w6"]) == 0
+    assert f"w5 w6: {expected.labels[0]} (0." in capsys.readouterr().out
+
+
+def test_a_decoder_scores_its_last_token(tmp_path):
+    """With one label the score is the logit; padding tokens at the end do not count."""
+    model = Qwen3ForSequenceClassification(Qwen3Config(**QWEN))
+    model, folder = saved(model, tmp_path)
+    proxy = QEFFAutoModelForSequenceClassification.from_pretrained(folder, enable_proxy=True)
+    proxy.export(folder / "export")
+    inputs = padded()
+    expected = np.stack(alone(model, inputs))
+    result = proxy.generate(inputs, batch_size=3)
+    np.testing.assert_allclose(result.logits, expected, atol=1e-4)
+    scores = [score["yes"] for score in result.scores]
+    np.testing.assert_allclose(scores, expected[:, 0], atol=1e-4)
+    unmasked = proxy.generate({"input_ids": inputs["input_ids"]})
+    np.testing.assert_allclose(unmasked.logits, expected, atol=1e-4)
+
+
+def test_each_token_gets_its_label(tmp_path):
+    model = BertForTokenClassification(BertConfig(**{**BERT, "num_hidden_layers": 2}))
+    model, folder = saved(model, tmp_path)
+    proxy = QEFFAutoModelForTokenClassification.from_pretrained(folder, enable_proxy=True)
+    proxy.export(folder / "export")
+    expected = alone(model, padded())
+    result = proxy.generate(padded(), batch_size=3)
+    for logits, labels, row in zip(result.logits, result.labels, expected, strict=True):
+        np.testing.assert_allclose(logits, row, atol=1e-4)
+        assert labels == [LABELS[index] for index in row.argmax(-1)]
+
+
+def test_an_embedder_is_no_classifier(tmp_path):
+    from transformers import BertModel
+
+    BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="QEFFAutoModel"):
+        QEFFAutoModelForSequenceClassification.from_pretrained(tmp_path, enable_proxy=True).export(
+            tmp_path / "export"
+        )

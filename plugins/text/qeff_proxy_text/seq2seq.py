@@ -1,0 +1,198 @@
+"""The hooks of text encoder-decoders of any family (T5, BART, Marian, PEGASUS …).
+
+They learn from the model itself: a run of encoder and decoder on a few embeddings
+(`qeff_proxy.families.encoder_decoder`) says what masks they make, what the decoder caches, and
+which projections make the keys and values of its cross attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from qeff_proxy.arrays import dtype_name, given_tensors
+from qeff_proxy.common.messages import first_line
+from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
+from qeff_proxy.families.encoder_decoder import (
+    CrossAttention,
+    EncoderPart,
+    decoder_parts,
+    head_of,
+    probe_cross_attention,
+)
+from qeff_proxy.families.generic import operations_after, path_of
+from qeff_proxy.families.model_masks import MASK_NAMES, record_masks
+from qeff_proxy.families.tokenize import tokenize
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.layers.replace_modules import replace_modules
+from qeff_proxy.parts import Kind, MaskKind, MaskSpec, Part, Proxy, TensorSpec
+from qeff_proxy.request import Request, refuse_others
+from qeff_proxy.sites import Absent, Site
+from torch import nn
+from transformers import PreTrainedModel
+
+__all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
+
+#: What configs call the number of positions of an encoder of texts.
+_POSITIONS = ("max_encoder_position_embeddings", "max_position_embeddings")
+
+
+@hookimpl
+def locate_embedding(model: PreTrainedModel) -> Site:
+    """The decoder's token embedding; the encoder's is the same, or of the same kind.
+
+    Raises:
+        UnsupportedModelError: The model has no encoder of texts.
+    """
+    if not model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no encoder-decoder of texts",
+            "Of these, T5, BART and their kin are exported for this task.",
+        )
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    if not isinstance(encoder, PreTrainedModel) or not isinstance(decoder, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"the encoder and the decoder of {type(model).__name__} are no models of their own",
+            "A plugin for this model type can build its parts in another way.",
+        )
+    path = path_of(model, decoder.get_input_embeddings())
+    if path is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no token embedding of its decoder")
+    return Site(path)
+
+
+@hookimpl
+def locate_lm_head(model: PreTrainedModel) -> Site:
+    """The head of ``get_output_embeddings()``, and what follows it, such as a bias of its own."""
+    head = model.get_output_embeddings()
+    path = path_of(model, head)
+    if head is None or path is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives hidden states, not logits",
+            "Load the model with its LM head (…ForConditionalGeneration).",
+        )
+    return Site(path, follows=operations_after(head_of(model), path, int(head.weight.shape[1])))
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel, embedding: Site | Absent, lm_head: Site | Absent, kind: Kind
+) -> Proxy | None:
+    """Encoder, token embeddings of both, decoder body and head; encoder and decoder if not split.
+
+    The encoder's ids are ``encoder_input_ids``, since ``input_ids`` are the decoder's.
+    """
+    if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
+        return None
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    table = encoder.get_input_embeddings()
+    width = int(table.weight.shape[1])
+    rows = model.get_submodule(embedding.module).weight.shape
+    masks = _encoder_masks(encoder, width)
+    attention = probe_cross_attention(decoder, int(rows[1]), width)
+    parts = (
+        *_encoder_parts(model, table, width, attention, masks, kind),
+        *decoder_parts(model, attention, (embedding, lm_head), kind),
+    )
+    config = model.config
+    limits = (getattr(config, name, None) for name in _POSITIONS)
+    settings = {
+        "embedding_rows": int(rows[0]),
+        "encoder_rows": int(table.weight.shape[0]),
+        "encoder_positions": next((n for n in limits if isinstance(n, int) and n > 0), None),
+        "hidden_size": int(rows[1]),
+    }
+    return Proxy(kind, "seq2seq", parts, settings)
+
+
+@hookimpl
+def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
+    """Token ids of the texts with the tokenizer's own special tokens, padded on the right."""
+    if request.inputs is not None:
+        return given_tensors(request.inputs)
+    refuse_others(request, "prompts")
+    if processor is None or not request.prompts:
+        return None
+    return tokenize(processor, request.prompts, left=False)
+
+
+@hookimpl
+def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
+    """The texts of ``generated_ids`` without special tokens; ``None`` without a tokenizer."""
+    if processor is None or "generated_ids" not in outputs:
+        return None
+    texts: list[str] = processor.batch_decode(outputs["generated_ids"], skip_special_tokens=True)
+    return texts
+
+
+def _encoder_parts(
+    model: PreTrainedModel,
+    table: nn.Module,
+    width: int,
+    attention: CrossAttention,
+    masks: tuple[MaskSpec, ...],
+    kind: Kind,
+) -> tuple[Part, ...]:
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    dtype = dtype_name(model.dtype)
+    ids = TensorSpec("encoder_input_ids", "int64", ("batch", "sequence"))
+    embeds = TensorSpec("encoder_inputs_embeds", dtype, ("batch", "sequence", width))
+    others = (
+        *(TensorSpec(mask.name, dtype, ("batch", 1, "sequence", "sequence")) for mask in masks),
+        TensorSpec("padding_mask", "int64", ("batch", "sequence")),
+    )
+    cross = attention.cross_specs(dtype, "sequence")
+    if kind == "split":
+        body = EncoderPart(encoder, decoder, attention, "inputs_embeds", embeds.name, masks)
+        first = _EncoderEmbedding(table)
+        return (
+            Part("encoder_embedding", first, (ids,), (embeds,), "vocabulary"),
+            Part("encoder", body, (embeds, *others), cross, "encoder", masks),
+        )
+    if kind == "stub":
+        stub = EmbeddingStub(width, model.dtype)
+        paths = [p for p, one in encoder.named_modules(remove_duplicate=False) if one is table]
+        encoder = replace_modules(encoder, dict.fromkeys(paths, stub))
+    whole = EncoderPart(encoder, decoder, attention, "input_ids", ids.name, masks)
+    return (Part("encoder", whole, (ids, *others), cross, "encoder", masks),)
+
+
+class _EncoderEmbedding(EmbeddingPart):
+    """``encoder_input_ids`` to ``encoder_inputs_embeds``, by the encoder's own embedding module."""
+
+    def forward(self, encoder_input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``[batch, sequence]`` to ``[batch, sequence, hidden]``."""
+        return {"encoder_inputs_embeds": self.embedding(encoder_input_ids)}
+
+
+def _encoder_masks(encoder: PreTrainedModel, width: int) -> tuple[MaskSpec, ...]:
+    """The masks that an encoder makes, found by running it on a few embeddings.
+
+    Raises:
+        UnsupportedModelError: It cannot be run on embeddings.
+    """
+    name = type(encoder).__name__
+    if "inputs_embeds" not in inspect.signature(encoder.forward).parameters:
+        raise UnsupportedModelError(
+            f"{name} takes no inputs_embeds, so its token embedding cannot be cut off",
+            "A plugin for this model type can build its parts in another way.",
+        )
+    device = next(p for p in encoder.parameters() if not p.is_meta).device
+    embeds = torch.zeros(1, 3, width, dtype=encoder.dtype, device=device)
+    seen = torch.ones(1, 3, dtype=torch.int64, device=device)
+    masks: dict[MaskKind, MaskSpec] = {}
+    before = [id(module) for module in encoder.modules()]
+    try:
+        with torch.no_grad(), record_masks(encoder, masks):
+            encoder(inputs_embeds=embeds, attention_mask=seen)
+        if [id(module) for module in encoder.modules()] != before:
+            raise ValueError("it exchanges its attention by the length of the text")
+    except Exception as error:  # whatever a model's code raises on inputs it is not made for
+        raise UnsupportedModelError(
+            f"{name} cannot be run on embeddings: {type(error).__name__}: {first_line(error)}",
+            "A plugin for this model type can run it in another way.",
+        ) from error
+    return tuple(MaskSpec(MASK_NAMES[kind], kind, mask.size) for kind, mask in masks.items())
