@@ -39,11 +39,15 @@ SMALL: dict[int, str] = {
     96: "intermediate_size ffn_dim n_inner d_ff hidden_dim encoder_ffn_dim decoder_ffn_dim",
     32: "moe_intermediate_size shared_expert_intermediate_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads n_routed_experts "
-    "decoder_attention_heads attention_heads num_local_experts num_experts linear_num_value_heads",
-    2: "num_key_value_heads num_kv_heads num_experts_per_tok linear_num_key_heads",
-    16: "head_dim v_head_dim qk_nope_head_dim d_kv kv_lora_rank query_pre_attn_scalar",
+    "decoder_attention_heads attention_heads num_local_experts num_experts linear_num_value_heads "
+    "linear_num_heads mamba_n_heads",
+    2: "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token "
+    "linear_num_key_heads",
+    16: "head_dim v_head_dim qk_nope_head_dim d_kv kv_lora_rank query_pre_attn_scalar state_size "
+    "linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_d_state",
     8: "qk_rope_head_dim rotary_dim sliding_window attention_window_size local_attention",
-    1: "n_group topk_group n_shared_experts first_k_dense_replace",
+    1: "n_group topk_group n_shared_experts first_k_dense_replace num_expert_group n_groups expand "
+    "mamba_expand",
     128: "max_position_embeddings n_positions max_seq_len max_target_positions",
 }
 SIZES = {name: size for size, names in SMALL.items() for name in names.split()}

@@ -3,12 +3,13 @@
 The logits of the parts are compared with those of the model on random token ids: with a left-padded
 row, over a prefill, a second chunk and a decode step, with sliding windows shrunk so that they hide
 something, and with rotary factors that change for the second chunk, where a model's change at all.
+Parts that take one position at a time are compared with the model's prefill and decode steps.
 Nothing is written before this passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 
 _STEPS = (9, 3, 1)  # queries of the prefill, of a second chunk, of a decode step
+_SINGLE_STEPS = (9, 1, 1, 1, 1)  # of a model whose parts take one position at a time
 _PADDING = 4  # padded positions in front of the second row
 _WINDOW = 5  # a sliding window short enough to hide something within these steps
 _ROTARY_LIMIT = 10  # rotary factors change after the prefill
@@ -76,11 +78,13 @@ def verify_causal_cut(
     generator = np.random.default_rng(seed)
     table_rows = model.get_input_embeddings().weight.shape[0]
     ids = generator.integers(0, table_rows, (2, sum(_STEPS)))
+    engine = _engine_of(proxy)
+    steps = _STEPS if engine.longest_step is None else _SINGLE_STEPS
     padding = np.ones_like(ids)
     padding[1, :_PADDING] = 0
     with shrunk_windows(model, _WINDOW, _ROTARY_LIMIT):
         try:
-            expected = _model_logits(model, ids, padding)
+            expected = _model_logits(model, ids, padding, steps, grows=engine.keeps_positions)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be run as a causal LM over {sum(_STEPS)} "
@@ -88,23 +92,28 @@ def verify_causal_cut(
                 "Check its config, or write a plugin for it.",
             ) from error
         with parts_must_run(model, sites):
-            actual = _proxy_logits(proxy, ids, padding)
+            actual = _proxy_logits(engine, ids, padding)
     return check_equal(model, sites, expected, actual, padding, output="logit")
 
 
-def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:
-    """Logits of the uncut model, by its own cache and masks: ``[batch, sequence, vocabulary]``."""
+def _model_logits(
+    model: PreTrainedModel, ids: Array, padding: Array, steps: Sequence[int], *, grows: bool
+) -> Array:
+    """Logits of the uncut model, by its own cache and masks: ``[batch, sequence, vocabulary]``.
+
+    A model whose cache does not grow takes the padding of the new positions only.
+    """
     import inspect
 
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     pieces: list[Array] = []
     cache = None
     start = 0
-    for length in _STEPS:
+    for length in steps:
         seen = padding[:, : start + length]
         arguments: dict[str, Any] = {
             "input_ids": to_tensor(ids[:, start : start + length]),
-            "attention_mask": to_tensor(seen),
+            "attention_mask": to_tensor(seen if grows else seen[:, start:]),
             cache_argument(model.forward): cache,
             "use_cache": True,
         }
@@ -118,16 +127,21 @@ def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:
     return np.concatenate(pieces, axis=1)
 
 
-def _proxy_logits(proxy: Proxy, ids: Array, padding: Array) -> Array:
-    """Logits of the parts, run by the engine of `run`: ``[batch, sequence, vocabulary]``."""
+def _engine_of(proxy: Proxy) -> CausalEngine:
+    """Runs the parts in PyTorch, as `run` does on a backend."""
     parts = [
         replace(part, masks=tuple(_shrunk(mask) for mask in part.masks)) for part in proxy.parts
     ]
-    engine = CausalEngine(parts, {part.name: TorchSession(part) for part in parts})
+    return CausalEngine(parts, {part.name: TorchSession(part) for part in parts})
+
+
+def _proxy_logits(engine: CausalEngine, ids: Array, padding: Array) -> Array:
+    """Logits of the parts: ``[batch, sequence, vocabulary]``."""
     pieces: list[Array] = []
     cache = None
     start = 0
-    for index, length in enumerate(_STEPS):
+    longest = engine.longest_step
+    for index, length in enumerate(_STEPS if longest is None else [longest] * ids.shape[1]):
         logits, cache = engine.step(
             StepId("prefill", index),
             ids[:, start : start + length],

@@ -144,7 +144,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
             attention_mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64)
         padding = to_array(attention_mask.to(torch.int64))
         logits, longer = self.run(ids, padding, held.arrays() if past else None)
-        held.hold(longer)
+        held.hold(longer, padding.shape[1])
         return CausalLMOutputWithPast(
             logits=to_tensor(logits).float(), **{LIBRARY_CACHE_NAME: held}
         )
@@ -166,6 +166,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         length = ids.shape[1]
         past = padding.shape[1] - length
         chunk = self.prefill_seq_len if cache is None and self.prefill_seq_len else length
+        chunk = min(chunk, self.engine.longest_step or chunk)
         decoding = cache is not None
         logits = None
         stop = 0
