@@ -229,7 +229,20 @@ class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore
 
 
 class _Passthrough(nn.Module):
-    """Replaces the decoder; returns the embeddings unchanged."""
+    """Replaces the decoder; returns the embeddings unchanged, and has the decoder's attributes.
+
+    A model may read a scale from there for its logits.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = (decoder,)  # in a tuple, so that it is no part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.decoder[0], name)
 
     def forward(
         self, *_args: Any, inputs_embeds: torch.Tensor | None = None, **_kwargs: Any
@@ -250,7 +263,9 @@ class HeadPart(nn.Module):
 
     def __init__(self, model: PreTrainedModel, decoder_path: str) -> None:
         super().__init__()
-        self.model = replace_modules(model, {decoder_path: _Passthrough()})
+        self.model = replace_modules(
+            model, {decoder_path: _Passthrough(model.get_submodule(decoder_path))}
+        )
 
     def forward(self, last_hidden_state: torch.Tensor) -> dict[str, torch.Tensor]:
         """``[batch, sequence, hidden]`` to ``logits [batch, sequence, vocabulary]``."""

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qeff_proxy.arrays import Array, to_array, to_tensor
-from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.errors import CutError, UnsupportedModelError
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.rotary import LONGROPE_LIMIT, rotary_limits
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId, position_ids_of
@@ -93,7 +93,30 @@ def verify_causal_cut(
             ) from error
         with parts_must_run(model, sites):
             actual = _proxy_logits(engine, ids, padding)
-    return check_equal(model, sites, expected, actual, padding, output="logit")
+    if engine.longest_step is None:
+        return check_equal(model, sites, expected, actual, padding, output="logit")
+    try:
+        return check_equal(model, sites, expected, actual, padding, output="logit", scanned=True)
+    except CutError:
+        _check_steps(model, ids[:1], expected[:1], actual[:1], grows=engine.keeps_positions)
+        raise
+
+
+def _check_steps(
+    model: PreTrainedModel, ids: Array, expected: Array, actual: Array, *, grows: bool
+) -> None:
+    """Blame the model if it computes what the parts do when it takes one position at a time."""
+    ones = (1,) * ids.shape[1]
+    steps = _model_logits(model, ids, np.ones_like(ids), ones, grows=grows)
+    if np.abs(steps - actual).max() < 0.1 * np.abs(expected - actual).max():
+        off = np.abs(steps - expected).max()
+        raise UnsupportedModelError(
+            f"{type(model).__name__} itself computes other logits one position at a time than over "
+            f"a prompt: off by {off:.3g} of {np.abs(expected).max():.3g}",
+            "Its recurrent layers are exported to take one position at a time, which is wrong for "
+            "its prompts. Such layers often limit their time step in prompts only "
+            "(time_step_min in the config).",
+        )
 
 
 def _model_logits(
