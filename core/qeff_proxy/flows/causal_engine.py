@@ -124,8 +124,9 @@ class CausalEngine:
         queries = [takes.others[0].shape[1] for takes in self._takes if takes.cache]
         #: The most positions of a step; ``None`` for no limit.
         self.longest_step = min((size for size in queries if isinstance(size, int)), default=None)
-        #: Whether the cache holds something of each position, and not states alone.
-        self.keeps_positions = not all(is_state(name) for t in self._takes for name in t.cache)
+        states = {is_state(name) for takes in self._takes for name in takes.cache}
+        #: Whether the cache has states, and whether it has keys and values, which keep positions.
+        self.has_states, self.keeps_positions = True in states, False in states
 
     def step(
         self,

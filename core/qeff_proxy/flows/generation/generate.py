@@ -172,6 +172,8 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         stop = 0
         while stop < length:
             start, stop = stop, min(stop + chunk, length)
+            if self.engine.has_states and self.prefill_seq_len and stop - start < chunk:
+                stop = start + 1  # a fixed shape would pad it, and the states would see that
             if not decoding and self.engine.supplier is not None:
                 stop = min(self.engine.supplier.chunk_end(start, stop), length)
             logits, cache = self.engine.step(

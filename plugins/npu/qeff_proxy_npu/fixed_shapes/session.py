@@ -4,7 +4,7 @@ The engine feeds a part queries, a past and a batch of any length. `StaticSessio
 specialization, pads the inputs, runs it, and cuts its outputs back, so that the caller and a dump
 see the outputs of a backend of dynamic shapes:
 
-- **query**: padded behind, with zeros.
+- **query**: padded behind, with zeros; not in a part with states, which would see the padding.
 - **past**: padded in front, with zeros. So the real positions of ``present`` = past + query lie in
   one piece, and are cut out without a copy.
 - **attention masks**: padded keys are hidden with the lowest number that the mask has, but every
@@ -28,6 +28,7 @@ from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import Sizes, is_sum, size_of, terms_of
 from qeff_proxy.session.part_like import PartLike
 from qeff_proxy.session.session import Session
+from qeff_proxy.tensor_names import is_state
 
 from qeff_proxy_npu.fixed_shapes.plan import Plan, name_of
 
@@ -117,6 +118,12 @@ class StaticSession(Session):
     def _run_batch(self, feeds: Mapping[str, Array], real: Mapping[str, int]) -> dict[str, Array]:
         sizes = self._plan.choose(real)
         changed = {axis for axis in sizes if sizes[axis] != real[axis]}
+        if "query" in changed and any(is_state(spec.name) for spec in self.part.inputs):
+            raise BackendError(
+                f"{real['query']} positions of the {self.name} part would be padded to "
+                f"{sizes['query']}, and its states would see the padding",
+                f"Run {sizes['query']} positions, or one at a time.",
+            )
         padded = {
             spec.name: self._pad(spec, feeds[spec.name], real, sizes) for spec in self.part.inputs
         }
