@@ -27,6 +27,7 @@ from qeff_proxy.families.decoder_cache import (
     filled_cache,
     is_known,
     new_cache,
+    without_window,
 )
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks, record_masks
@@ -121,13 +122,13 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
         arguments = {cache_argument(decoder.forward): cache, "use_cache": True}
         try:
             decoder(inputs_embeds=embeddings, **arguments)
-        except (LookupError, AttributeError, TypeError, ValueError) as error:
+        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
             # Where a layer keeps another state, the model needs a cache made for its config.
             for index, layer in enumerate(DynamicCache(config=decoder.config).layers):
-                if not is_known(layer):
+                if not is_known(without_window(layer)):
                     raise _other_state(name, index, layer) from error
             raise UnsupportedModelError(
-                f"{name} does not run with a cache of keys and values: {type(error).__name__}: "
+                f"{name} does not run on embeddings and a cache: {type(error).__name__}: "
                 f"{first_line(error)}",
                 "A plugin for this model type can run it with a cache of its own.",
             ) from error

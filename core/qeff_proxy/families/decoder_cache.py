@@ -41,20 +41,21 @@ def attention_cache(heads: int, width: int, dtype: str) -> CacheLayer:
 def new_cache(config: Any) -> DynamicCache:
     """An empty cache for a model; its layers keep all positions, whatever the model's window.
 
-    The masks hide what is outside of a window. Only a cache with states has its layers from the
-    config; any other one adds them as the model runs.
+    The masks hide what is outside of a window. Only a cache with states, or with layers that keep
+    nothing, has its layers from the config; any other one adds them as the model runs.
     """
     try:
         layers = DynamicCache(config=config).layers
     except (LookupError, AttributeError):  # kinds of layers that transformers does not know
         layers = []
     cache = DynamicCache()
-    if any(isinstance(layer, LinearAttentionLayer) for layer in layers):
-        cache.layers = [_without_window(layer) for layer in layers]
+    if any(isinstance(layer, LinearAttentionLayer | DummyLayer) for layer in layers):
+        cache.layers = [without_window(layer) for layer in layers]
     return cache
 
 
-def _without_window(layer: Any) -> Any:
+def without_window(layer: Any) -> Any:
+    """The layer of a cache, or one that keeps all positions in place of those of a window."""
     if type(layer) is DynamicSlidingWindowLayer:
         return DynamicLayer()
     if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:

@@ -122,7 +122,7 @@ class ImageTextFlow:
 def _proxy_logits(
     proxy: VisionProxy, sample: Mapping[str, Array], new: Array
 ) -> tuple[Array, int | None]:
-    """Logits of the parts, run step by step: ``[batch, sequence, vocabulary]``; their longest step."""
+    """Logits of the parts, ``[batch, sequence, vocabulary]``, and their longest step."""
     parts = [_shrunk(part) for part in proxy.parts]
     sessions = {part.name: TorchSession(part) for part in parts}
     takes_pixels = _takes_pixels(parts)

@@ -309,7 +309,7 @@ def test_images_by_cross_attention_are_refused():
 
 
 def test_recurrent_layers_in_one_graph_with_the_tower_are_refused():
-    with pytest.raises((UnsupportedModelError, UsageError), match="one position|one image"):
+    with pytest.raises((UnsupportedModelError, UsageError), match=r"one position|one image"):
         cut(make_model("qwen3_5"), kv_offload=False)
 
 
