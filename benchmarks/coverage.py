@@ -39,14 +39,32 @@ SMALL: dict[int, str] = {
     96: "intermediate_size ffn_dim n_inner d_ff hidden_dim encoder_ffn_dim decoder_ffn_dim",
     32: "moe_intermediate_size shared_expert_intermediate_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads n_routed_experts "
-    "decoder_attention_heads attention_heads num_local_experts num_experts linear_num_value_heads",
-    2: "num_key_value_heads num_kv_heads num_experts_per_tok linear_num_key_heads",
-    16: "head_dim v_head_dim qk_nope_head_dim d_kv kv_lora_rank query_pre_attn_scalar",
+    "decoder_attention_heads attention_heads num_local_experts num_experts linear_num_value_heads "
+    "linear_num_heads mamba_n_heads",
+    2: "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token "
+    "linear_num_key_heads",
+    16: "head_dim v_head_dim qk_nope_head_dim d_kv kv_lora_rank query_pre_attn_scalar state_size "
+    "linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_d_state",
     8: "qk_rope_head_dim rotary_dim sliding_window attention_window_size local_attention",
-    1: "n_group topk_group n_shared_experts first_k_dense_replace",
+    1: "n_group topk_group n_shared_experts first_k_dense_replace num_expert_group n_groups expand "
+    "mamba_expand",
     128: "max_position_embeddings n_positions max_seq_len max_target_positions",
 }
 SIZES = {name: size for size, names in SMALL.items() for name in names.split()}
+_RECURRENT = ["linear_attention", "full_attention"]
+#: What the defaults of a config leave out, or have otherwise than the checkpoints.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "bailing_hybrid": {"qk_head_dim": 24},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "granitemoehybrid": {"layer_types": _RECURRENT * 2 + _RECURRENT[:1]},
+    "kimi_linear": {"qk_head_dim": 24},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+SETTINGS["lfm2"]["full_attn_idxs"] = None
 #: Left out where a model of all of these cannot be built: first the shapes of heads, then widths.
 ATTEMPTS = (
     (),
@@ -67,6 +85,8 @@ MAPPINGS = {
     ),
 }
 STEPS = (7, 3, 1, 1)
+#: Some models with states do not go on from them with several positions as they do with one.
+STEPS_OF_STATES = (10, 1, 1)
 LENGTHS = {"encoder": (9, 6, 4), "input_values": (8_000, 5_300), "input_features": (120, 77)}
 TOLERANCE = 1e-3
 
@@ -110,7 +130,8 @@ def build(mapping: str, model_type: str, hooks: Any) -> tuple[Any, Any, Any]:
     auto_class = getattr(transformers, MAPPINGS[mapping][1])
     for left_out in ATTEMPTS:
         try:
-            config = config_class(**small_settings(config_class(), left_out))
+            settings = small_settings(config_class(), left_out)
+            config = config_class(**{**settings, **SETTINGS.get(model_type, {})})
             if mapping == "causal" and hasattr(config, "is_decoder"):
                 config.is_decoder = True
             with torch.device("meta"):
@@ -151,13 +172,19 @@ def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
         }
         feeds["input_ids"][1, 7:], feeds["attention_mask"][1, 7:] = 0, 0
         return [feeds]
-    ids = generator.integers(3, VOCABULARY, (2, sum(STEPS)))
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionLayer
+
+    layers = DynamicCache(config=model.config).layers
+    has_states = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+    steps = STEPS_OF_STATES if has_states else STEPS
+    ids = generator.integers(3, VOCABULARY, (2, sum(steps)))
     padding = np.ones_like(ids)
     padding[1, :3] = 0
-    ends = np.cumsum(STEPS)
+    ends = np.cumsum(steps)
     return [
         {"input_ids": ids[:, end - length : end], "attention_mask": padding[:, :end]}
-        for length, end in zip(STEPS, ends, strict=True)
+        for length, end in zip(steps, ends, strict=True)
     ]
 
 
@@ -172,11 +199,15 @@ def reference(mapping: str, model: Any, inputs: list[dict[str, Any]]) -> list[An
     takes = inspect.signature(model.forward).parameters
     results: list[Any] = []
     more: dict[str, Any] = {"use_cache": True} if mapping == "causal" else {}
+    grows = "cache_params" not in takes  # those take the mask of the new positions
     for feeds in inputs:
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
         if mapping == "causal" and "position_ids" in takes:
             positions = position_ids_of(feeds["attention_mask"], feeds["input_ids"].shape[1])
             tensors["position_ids"] = torch.from_numpy(positions)
+        if mapping == "causal" and not grows:
+            new = tensors["input_ids"].shape[1]
+            tensors["attention_mask"] = tensors["attention_mask"][:, -new:]
         with torch.no_grad():
             out = model(**tensors, **more)
         if mapping == "causal":
@@ -200,9 +231,14 @@ def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) ->
         results, cache = [], None
         with open_sessions(compile_export(export)) as sessions:
             engine = CausalEngine(export.parts, sessions)
-            for index, feeds in enumerate(inputs):
-                logits, cache = engine.step(StepId("prefill", index), *feeds.values(), cache)
-                results.append(logits)
+            for index, (ids, padding) in enumerate(feeds.values() for feeds in inputs):
+                longest = engine.longest_step or ids.shape[1]
+                for new in range(ids.shape[1], 0, -longest):  # still to run
+                    rest = new - min(longest, new)
+                    piece = ids[:, -new : ids.shape[1] - rest]
+                    seen = padding[:, : padding.shape[1] - rest]
+                    logits, cache = engine.step(StepId("prefill", index), piece, seen, cache)
+                    results.append(logits)
         return results
     if mapping == "seq2seq":
         export = export_model(wrap_model(model), hooks, output=folder)

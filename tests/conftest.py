@@ -98,7 +98,7 @@ def small_model(model_type: str, seed: int = 0, layers: int = 2, **changes: Any)
         and name not in _NOT_FOR.get(model_type, ())
         and not (name == "sliding_window" and default.sliding_window is None)
     }
-    layer_types = getattr(default, "layer_types", None)
+    layer_types = vars(default).get("layer_types")  # some derive them from other settings
     for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
         if name in settings:
             settings[name] = layers

@@ -12,3 +12,9 @@ PAST = "past_key_values."
 PRESENT = "present."
 #: The outputs of layers (`qeff_proxy.layers.taps`).
 TAP = "hidden_states."
+_STATE = re.compile(r"(past_key_values|present)\.\d+\.\w+_state(_\d+)?")
+
+
+def is_state(name: str) -> bool:
+    """Whether a tensor of the cache keeps its size: the state of a convolution or a recurrence."""
+    return _STATE.fullmatch(name) is not None

@@ -268,15 +268,12 @@ def test_absent_needs_a_reason() -> None:
         Absent(" ")
 
 
-def test_a_recurrent_model_is_refused_by_name() -> None:
-    from transformers import MambaConfig, MambaForCausalLM
+def test_a_model_that_keeps_its_states_elsewhere_than_in_a_cache_is_refused_by_name() -> None:
+    from transformers import RwkvConfig, RwkvForCausalLM
 
-    config = MambaConfig(
-        vocab_size=131, hidden_size=32, num_hidden_layers=2, state_size=4, intermediate_size=64
-    )
-    model = MambaForCausalLM(config).eval()
-    with pytest.raises((UnsupportedModelError, CutError), match="Mamba"):
-        cut_model(wrap_model(model), Plugins().hooks_for("mamba"), "split")
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=131, hidden_size=32, num_hidden_layers=2)).eval()
+    with pytest.raises(UnsupportedModelError, match="RwkvModel keeps no cache"):
+        cut_model(wrap_model(model), Plugins().hooks_for("rwkv"), "split")
 
 
 def test_the_model_is_left_as_it_was(make_model: Any) -> None:

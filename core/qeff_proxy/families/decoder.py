@@ -8,8 +8,7 @@ two stubs. They share the model's submodules and do not change it.
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -25,6 +23,15 @@ from transformers.modeling_outputs import (
 
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.decoder_cache import (
+    CacheLayer,
+    cached_tensors,
+    describe_cache,
+    filled_cache,
+    is_known,
+    new_cache,
+    without_window,
+)
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks, record_masks
 from qeff_proxy.families.rotary import ComplexIndices, rotary_by_length
@@ -33,57 +40,63 @@ from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 
 
 @dataclass(frozen=True)
-class CacheLayer:
-    """The cache of one layer: heads and widths of its keys and values."""
-
-    key_heads: int
-    key_width: int
-    value_heads: int
-    value_width: int
-
-
-@dataclass(frozen=True)
 class DecoderLayout:
     """The inputs of a decoder besides its embeddings, found by running it once.
 
     Attributes:
-        cache: One entry per layer that caches keys and values, in order.
+        cache: What each layer caches, in order; nothing for a layer without a cache.
         masks: The attention masks it uses.
     """
 
     cache: tuple[CacheLayer, ...]
     masks: tuple[MaskSpec, ...]
 
-    def cache_inputs(self, dtype: str) -> tuple[TensorSpec, ...]:
-        """``past_key_values.<layer>.key`` and ``.value``: ``[batch, heads, past, width]``."""
-        return self.cache_specs("past_key_values", dtype, "past")
+    @property
+    def query(self) -> int | str:
+        """The axis of the new positions: ``"query"``, or 1 where a layer has a recurrent state.
 
-    def cache_outputs(self, dtype: str) -> tuple[TensorSpec, ...]:
-        """``present.<layer>.key`` and ``.value``: ``[batch, heads, past + query, width]``."""
-        return self.cache_specs("present", dtype, "past + query")
+        Models scan several positions in chunks of a fixed number, which a trace freezes; they
+        compute a single position by other code.
+        """
+        names = {spec.name.partition("_state")[0] for layer in self.cache for spec in layer}
+        return 1 if "recurrent" in names else "query"
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether a layer caches keys and values, and not states alone."""
+        return any("past" in spec.shape for layer in self.cache for spec in layer)
+
+    def cache_inputs(self) -> tuple[TensorSpec, ...]:
+        """``past_key_values.<layer>.key``, ``.value`` and states: `CacheLayer`."""
+        return self.cache_specs("past_key_values", "past")
+
+    def cache_outputs(self) -> tuple[TensorSpec, ...]:
+        """``present.<layer>.key`` …: the same; keys and values are one query longer."""
+        return self.cache_specs("present", f"past + {self.query}")
 
     def host_inputs(self, dtype: str) -> tuple[TensorSpec, ...]:
         """Masks, positions and cache: a decoder part's inputs after its first."""
+        keys = f"past + {self.query}"
         masks = tuple(
-            TensorSpec(mask.name, dtype, ("batch", 1, "query", "past + query"))
-            for mask in self.masks
+            TensorSpec(mask.name, dtype, ("batch", 1, self.query, keys)) for mask in self.masks
         )
         return (
             *masks,
-            TensorSpec("padding_mask", "int64", ("batch", "past + query")),
-            TensorSpec("position_ids", "int64", ("batch", "query")),
-            *self.cache_inputs(dtype),
+            TensorSpec("padding_mask", "int64", ("batch", keys)),
+            TensorSpec("position_ids", "int64", ("batch", self.query)),
+            *self.cache_inputs(),
         )
 
-    def cache_specs(self, prefix: str, dtype: str, length: int | str) -> tuple[TensorSpec, ...]:
-        """``<prefix>.<layer>.key`` and ``.value``: ``[batch, heads, length, width]``."""
+    def cache_specs(self, prefix: str, length: int | str) -> tuple[TensorSpec, ...]:
+        """``<prefix>.<layer>.<name>``, ``length`` long where keys and values grow."""
         return tuple(
-            TensorSpec(f"{prefix}.{index}.{side}", dtype, ("batch", heads, length, width))
-            for index, layer in enumerate(self.cache)
-            for side, heads, width in (
-                ("key", layer.key_heads, layer.key_width),
-                ("value", layer.value_heads, layer.value_width),
+            TensorSpec(
+                f"{prefix}.{index}.{spec.name}",
+                spec.dtype,
+                tuple(length if axis == "past" else axis for axis in spec.shape),
             )
+            for index, layer in enumerate(self.cache)
+            for spec in layer
         )
 
 
@@ -91,13 +104,13 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
     """Run ``decoder`` on two embeddings, and record which masks it uses and what it caches.
 
     Args:
-        decoder: A model that takes ``inputs_embeds`` and a key/value cache.
+        decoder: A model that takes ``inputs_embeds`` and a cache.
         hidden_size: Width of the embeddings.
         dtype: Their dtype.
 
     Raises:
-        UnsupportedModelError: It takes no embeddings, or caches other states than keys and values
-            (of recurrent layers or linear attention).
+        UnsupportedModelError: It takes no embeddings, or caches something else than keys, values
+            and states.
     """
     name = type(decoder).__name__
     if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
@@ -105,7 +118,7 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
             f"{name} takes no inputs_embeds, so it cannot run without its token embedding",
             "A plugin for this model type can build its body in another way.",
         )
-    cache = DynamicCache()
+    cache = new_cache(decoder.config)
     masks: dict[MaskKind, MaskSpec] = {}
     device = next(decoder.parameters()).device
     embeddings = torch.zeros(1, 2, hidden_size, dtype=dtype, device=device)
@@ -113,35 +126,32 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
         arguments = {cache_argument(decoder.forward): cache, "use_cache": True}
         try:
             decoder(inputs_embeds=embeddings, **arguments)
-        except (LookupError, AttributeError, TypeError, ValueError) as error:
+        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
             # Where a layer keeps another state, the model needs a cache made for its config.
             for index, layer in enumerate(DynamicCache(config=decoder.config).layers):
-                if type(layer) is not DynamicLayer:
+                if not is_known(without_window(layer)):
                     raise _other_state(name, index, layer) from error
             raise UnsupportedModelError(
-                f"{name} does not run with a cache of keys and values: {type(error).__name__}: "
+                f"{name} does not run on embeddings and a cache: {type(error).__name__}: "
                 f"{first_line(error)}",
                 "A plugin for this model type can run it with a cache of its own.",
             ) from error
-    layers = []
     for index, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.dim() != 4:
+        if not is_known(layer):
             raise _other_state(name, index, layer)
-        keys, values = layer.keys, layer.values
-        layers.append(CacheLayer(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
-    if not layers:
+    layers = tuple(describe_cache(layer) for layer in cache.layers)
+    if not any(layers):
         raise UnsupportedModelError(
-            f"{name} keeps no key/value cache", "Only models with a cache can be run as a decoder."
+            f"{name} keeps no cache", "Only models with a cache can be run as a decoder."
         )
-    return DecoderLayout(tuple(layers), tuple(masks.values()))
+    return DecoderLayout(layers, tuple(masks.values()))
 
 
 def _other_state(name: str, index: int, layer: object) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"layer {index} of {name} caches something else than keys and values "
-        f"({type(layer).__name__})",
-        "Recurrent and linear-attention states are not supported by the generic plugin; "
-        "write a plugin for this model type.",
+        f"layer {index} of {name} caches something else than keys, values and states of "
+        f"convolutions and recurrent layers ({type(layer).__name__})",
+        "The generic plugin does not support it; write a plugin for this model type.",
     )
 
 
@@ -192,10 +202,13 @@ class DecoderPart(nn.Module):
         masks: dict[MaskKind, torch.Tensor | None] = {
             mask.kind: tensors[mask.name] for mask in self.layout.masks
         }
+        padding = tensors["padding_mask"]
+        if not self.layout.keeps_positions:  # such models take that of the new positions
+            padding = padding[:, -tensors[self.entry].shape[1] :]
         arguments: dict[str, Any] = {
             self.entry: tensors[self.entry],
-            "attention_mask": tensors["padding_mask"],
-            self.cache_argument: cache_from(tensors, "past_key_values"),
+            "attention_mask": padding,
+            self.cache_argument: filled_cache(self.layout.cache, tensors, "past_key_values"),
             "use_cache": True,
         }
         if self.takes_positions:
@@ -205,24 +218,9 @@ class DecoderPart(nn.Module):
             outputs = self.decoder(**arguments)
         result = {self.exit_name: outputs[0]}
         for index, layer in enumerate(cache_of(outputs).layers):
-            result[f"present.{index}.key"] = layer.keys
-            result[f"present.{index}.value"] = layer.values
+            for name, tensor in cached_tensors(layer).items():
+                result[f"present.{index}.{name}"] = tensor
         return result
-
-
-def cache_from(tensors: Mapping[str, torch.Tensor], prefix: str) -> DynamicCache:
-    """A cache of the tensors ``<prefix>__<layer>__key`` and ``__value``."""
-    cache = DynamicCache()
-    for index in itertools.count():
-        if f"{prefix}__{index}__key" not in tensors:
-            break
-        layer = DynamicLayer()
-        keys = tensors[f"{prefix}__{index}__key"]
-        values = tensors[f"{prefix}__{index}__value"]
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache
 
 
 @dataclass
@@ -243,11 +241,20 @@ class _EncoderOutput(BaseModelOutput):  # type: ignore[misc]
 
 
 class _Passthrough(nn.Module):
-    """Replaces the decoder; returns the embeddings unchanged."""
+    """Replaces the decoder; returns the embeddings unchanged, and has the decoder's attributes.
 
-    def __init__(self, replaced: nn.Module) -> None:
+    A model may read a scale from there for its logits.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
-        self.config = getattr(replaced, "config", None)
+        self.decoder = (decoder,)  # in a tuple, so that it is no part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.decoder[0], name)
 
     def forward(
         self, *_args: Any, inputs_embeds: torch.Tensor | None = None, **_kwargs: Any

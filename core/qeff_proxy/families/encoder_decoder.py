@@ -23,14 +23,13 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder import (
-    CacheLayer,
     DecoderLayout,
     EmbeddingPart,
     EmbeddingStub,
     HeadPart,
     HeadStub,
-    cache_from,
 )
+from qeff_proxy.families.decoder_cache import CacheLayer, describe_cache, filled_cache
 from qeff_proxy.families.generic import check_head_runs, path_of
 from qeff_proxy.families.model_cache import cache_argument
 from qeff_proxy.families.model_masks import MASK_NAMES, provide_masks, record_masks
@@ -65,10 +64,10 @@ class CrossAttention:
     value: str
     masked: bool
 
-    def cross_specs(self, dtype: str, length: int | str) -> tuple[TensorSpec, ...]:
+    def cross_specs(self, length: int | str) -> tuple[TensorSpec, ...]:
         """``cross_key_values.<layer>.key`` and ``.value``: ``[batch, heads, length, width]``."""
         cross = DecoderLayout(self.layers, ())
-        return cross.cache_specs("cross_key_values", dtype, length)
+        return cross.cache_specs("cross_key_values", length)
 
     def host_inputs(self, dtype: str, length: int | str) -> tuple[TensorSpec, ...]:
         """Masks, positions and both caches: a decoder part's inputs after its first."""
@@ -80,7 +79,7 @@ class CrossAttention:
             if self.masked
             else ()
         )
-        return (*masks, *self.layout.host_inputs(dtype), *self.cross_specs(dtype, length))
+        return (*masks, *self.layout.host_inputs(dtype), *self.cross_specs(length))
 
 
 def probe_cross_attention(
@@ -209,10 +208,7 @@ def _in_list(decoder: nn.Module, path: str) -> tuple[str, str]:
 
 
 def _cache_layers(cache: DynamicCache) -> tuple[CacheLayer, ...]:
-    return tuple(
-        CacheLayer(one.keys.shape[1], one.keys.shape[3], one.values.shape[1], one.values.shape[3])
-        for one in cache.layers
-    )
+    return tuple(describe_cache(layer) for layer in cache.layers)
 
 
 class EncoderPart(nn.Module):
@@ -290,7 +286,7 @@ class _CrossKeys(nn.Module):
         super().__init__()
         self.keys = keys
         self.values = values
-        self.heads = (of.key_heads, of.value_heads)
+        self.heads = [int(spec.shape[1]) for spec in of]
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.heads
@@ -338,8 +334,10 @@ class CrossDecoderPart(nn.Module):
         embeds = (
             tensors["inputs_embeds"] if self.table is None else self.table(tensors["input_ids"])
         )
-        cross = cache_from(tensors, "cross_key_values")
-        cache = EncoderDecoderCache(cache_from(tensors, "past_key_values"), cross)
+        layers = self.attention.layers
+        cross = filled_cache(layers, tensors, "cross_key_values")
+        own = self.attention.layout.cache
+        cache = EncoderDecoderCache(filled_cache(own, tensors, "past_key_values"), cross)
         cache.is_updated = dict.fromkeys(range(len(cross.layers)), True)
         masks: dict[MaskKind, torch.Tensor | None] = {
             mask.kind: tensors[mask.name] for mask in self.attention.layout.masks
@@ -397,7 +395,7 @@ def decoder_parts(
     hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", int(linear.weight.shape[1])))
     logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
     steps = attention.host_inputs(dtype, length)
-    present = attention.layout.cache_outputs(dtype)
+    present = attention.layout.cache_outputs()
     masks = attention.layout.masks
     if kind == "split":
         body = CrossDecoderPart(decoder, attention)

@@ -7,6 +7,7 @@ base model as the body. The verified cut catches every case where these assumpti
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -165,6 +166,8 @@ def _split_parts(
     embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", hidden_size))
     hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", hidden_size))
     logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
+    shape = ("batch", layout.query, hidden_size)
+    body_inputs, body_outputs = (replace(spec, shape=shape) for spec in (embeddings, hidden))
     body = DecoderPart(
         model.get_submodule(decoder_path), layout, "inputs_embeds", "last_hidden_state"
     )
@@ -173,8 +176,8 @@ def _split_parts(
         Part(
             "body",
             body,
-            (embeddings, *layout.host_inputs(dtype)),
-            (hidden, *layout.cache_outputs(dtype)),
+            (body_inputs, *layout.host_inputs(dtype)),
+            (body_outputs, *layout.cache_outputs()),
             "body",
             layout.masks,
         ),
@@ -195,11 +198,8 @@ def _whole_part(
     return Part(
         "model",
         DecoderPart(model, layout, "input_ids", "logits"),
-        (TensorSpec("input_ids", "int64", ("batch", "query")), *layout.host_inputs(name)),
-        (
-            TensorSpec("logits", name, ("batch", "query", width)),
-            *layout.cache_outputs(name),
-        ),
+        (TensorSpec("input_ids", "int64", ("batch", layout.query)), *layout.host_inputs(name)),
+        (TensorSpec("logits", name, ("batch", layout.query, width)), *layout.cache_outputs()),
         "model",
         layout.masks,
     )

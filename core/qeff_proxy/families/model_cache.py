@@ -1,7 +1,8 @@
-"""The name of the key/value cache in a model's arguments and outputs.
+"""The name of the cache in a model's arguments and outputs.
 
 transformers 5.24 renamed ``past_key_values`` to ``cache``. A checkpoint's own code may keep the
-old name with any release, so the name is read from the model and not from the version.
+old name with any release, and models without attention have a name of their own, so the name is
+read from the model and not from the version.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-_OLD_NAME, _NEW_NAME = "past_key_values", "cache"
+_OLD_NAME, _NEW_NAME, _STATES_NAME = "past_key_values", "cache", "cache_params"
 #: The name in transformers' own outputs and in its generation loop.
 LIBRARY_CACHE_NAME: str = (
     _NEW_NAME
@@ -24,9 +25,11 @@ LIBRARY_CACHE_NAME: str = (
 
 def cache_argument(forward: Callable[..., Any]) -> str:
     """The name of the argument of ``forward`` that takes the cache."""
-    return _NEW_NAME if _NEW_NAME in inspect.signature(forward).parameters else _OLD_NAME
+    names = inspect.signature(forward).parameters
+    return next((name for name in (_NEW_NAME, _STATES_NAME) if name in names), _OLD_NAME)
 
 
 def cache_of(outputs: Any) -> Any:
     """The cache in a model's ``outputs``."""
-    return getattr(outputs, _NEW_NAME if hasattr(outputs, _NEW_NAME) else _OLD_NAME)
+    names = (name for name in (_NEW_NAME, _STATES_NAME) if hasattr(outputs, name))
+    return getattr(outputs, next(names, _OLD_NAME))

@@ -54,6 +54,10 @@ _CREATORS = (
 )
 
 
+#: Gives recurrent layers the padding of the queries; it assumes that a single one is none.
+_PADDING = _Creator("create_recurrent_attention_mask", "causal")
+
+
 @contextmanager
 def provide_masks(
     module: nn.Module, masks: Mapping[MaskKind, torch.Tensor | None]
@@ -61,10 +65,13 @@ def provide_masks(
     """Let the functions that ``module`` builds its masks with return the host's masks.
 
     A kind that is not in ``masks`` raises `LookupError` in the model, so that no mask is left out
-    in silence.
+    in silence. Recurrent layers get the padding of the queries, of a single one too.
     """
 
     def make(creator: _Creator) -> Callable[..., Any]:
+        if creator is _PADDING:
+            return _padding_of_queries
+
         def provided(*args: Any, **kwargs: Any) -> torch.Tensor | None:
             kind = _spec_of(creator, args, kwargs).kind
             if kind not in masks:
@@ -82,7 +89,9 @@ def record_masks(module: nn.Module, into: dict[MaskKind, MaskSpec]) -> Iterator[
     """Record in ``into`` which masks ``module`` builds while the context is open."""
 
     def make(creator: _Creator) -> Callable[..., Any]:
-        original = getattr(masking_utils, creator.function)
+        original: Callable[..., Any] = getattr(masking_utils, creator.function)
+        if creator is _PADDING:
+            return original
 
         def recording(*args: Any, **kwargs: Any) -> Any:
             spec = _spec_of(creator, args, kwargs)
@@ -96,6 +105,16 @@ def record_masks(module: nn.Module, into: dict[MaskKind, MaskSpec]) -> Iterator[
 
     with _replaced(module, make):
         yield
+
+
+def _padding_of_queries(
+    config: Any,  # noqa: ARG001 (as the model calls it)
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **_: Any,
+) -> torch.Tensor | None:
+    """``[batch, query]``: 1 for a token and 0 for padding."""
+    return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
 
 def _spec_of(creator: _Creator, args: Any, kwargs: Any) -> MaskSpec:
@@ -119,7 +138,9 @@ _WRAPPED = SharedChanges()
 @contextmanager
 def _replaced(module: nn.Module, make: Callable[[_Creator], Callable[..., Any]]) -> Iterator[None]:
     """Replace the mask functions, in this context, where ``module``'s classes are defined."""
-    creators = {id(getattr(masking_utils, creator.function)): creator for creator in _CREATORS}
+    creators = {
+        id(getattr(masking_utils, creator.function)): creator for creator in (*_CREATORS, _PADDING)
+    }
     replaced = dict(_REPLACED.get({}))
     with ExitStack() as stack:
         for name in {type(submodule).__module__ for submodule in module.modules()}:

@@ -16,6 +16,7 @@ from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.attention_masks import build_mask, lengthen_mask
 from qeff_proxy.parts import TensorSpec
+from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.cache_buffers import (
     Buffers,
     Cache,
@@ -25,7 +26,7 @@ from qeff_proxy.session.cache_buffers import (
 )
 from qeff_proxy.session.part_like import PartLike
 from qeff_proxy.session.session import Session
-from qeff_proxy.tensor_names import PAST, PRESENT
+from qeff_proxy.tensor_names import PAST, PRESENT, is_state
 
 Phase = Literal["prefill", "decode"]
 
@@ -120,6 +121,12 @@ class CausalEngine:
         self.sessions = dict(sessions)
         self.context_length = context_length
         self.supplier = supplier
+        queries = [takes.others[0].shape[1] for takes in self._takes if takes.cache]
+        #: The most positions of a step; ``None`` for no limit.
+        self.longest_step = min((size for size in queries if isinstance(size, int)), default=None)
+        states = {is_state(name) for takes in self._takes for name in takes.cache}
+        #: Whether the cache has states, and whether it has keys and values, which keep positions.
+        self.has_states, self.keeps_positions = True in states, False in states
 
     def step(
         self,
@@ -210,8 +217,9 @@ class CausalEngine:
             return np.ascontiguousarray(padding, dtype=np.int64)
         if name == "position_ids":
             return position_ids_of(padding, query)
-        if name.startswith(PAST):
-            shape = (padding.shape[0], spec.shape[1], 0, spec.shape[3])
+        if name.startswith(PAST):  # no keys and values yet; states begin with zeros
+            sizes = {"batch": padding.shape[0], "past": 0}
+            shape = [size_of(axis, sizes) for axis in spec.shape]
             return np.zeros(shape, numpy_dtype(spec.dtype))
         raise UsageError(
             f"the {part.name} part needs an input {name!r} that nothing supplies",

@@ -3,6 +3,7 @@
 The logits of the parts are compared with those of the model on random token ids: with a left-padded
 row, over a prefill, a second chunk and a decode step, with sliding windows shrunk so that they hide
 something, and with rotary factors that change for the second chunk, where a model's change at all.
+Parts that take one position at a time are compared with the model's prefill and decode steps.
 Nothing is written before this passes.
 """
 
@@ -18,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qeff_proxy.arrays import Array, to_array, to_tensor
-from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.errors import CutError, UnsupportedModelError
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.rotary import LONGROPE_LIMIT, rotary_limits
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId, position_ids_of
@@ -29,6 +30,7 @@ from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 
 _STEPS = (9, 3, 1)  # queries of the prefill, of a second chunk, of a decode step
+_SINGLE_STEPS = (9, 1, 1, 1, 1)  # of a model whose parts take one position at a time
 _PADDING = 4  # padded positions in front of the second row
 _WINDOW = 5  # a sliding window short enough to hide something within these steps
 _ROTARY_LIMIT = 10  # rotary factors change after the prefill
@@ -76,11 +78,13 @@ def verify_causal_cut(
     generator = np.random.default_rng(seed)
     table_rows = model.get_input_embeddings().weight.shape[0]
     ids = generator.integers(0, table_rows, (2, sum(_STEPS)))
+    engine = _engine_of(proxy)
+    steps = _STEPS if engine.longest_step is None else _SINGLE_STEPS
     padding = np.ones_like(ids)
     padding[1, :_PADDING] = 0
     with shrunk_windows(model, _WINDOW, _ROTARY_LIMIT):
         try:
-            expected = _model_logits(model, ids, padding)
+            expected = _model_logits(model, ids, padding, steps, grows=engine.keeps_positions)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be run as a causal LM over {sum(_STEPS)} "
@@ -88,23 +92,51 @@ def verify_causal_cut(
                 "Check its config, or write a plugin for it.",
             ) from error
         with parts_must_run(model, sites):
-            actual = _proxy_logits(proxy, ids, padding)
-    return check_equal(model, sites, expected, actual, padding, output="logit")
+            actual = _proxy_logits(engine, ids, padding)
+    if engine.longest_step is None:
+        return check_equal(model, sites, expected, actual, padding, output="logit")
+    try:
+        return check_equal(model, sites, expected, actual, padding, output="logit", scanned=True)
+    except CutError:
+        _check_steps(model, ids[:1], expected[:1], actual[:1], grows=engine.keeps_positions)
+        raise
 
 
-def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:
-    """Logits of the uncut model, by its own cache and masks: ``[batch, sequence, vocabulary]``."""
+def _check_steps(
+    model: PreTrainedModel, ids: Array, expected: Array, actual: Array, *, grows: bool
+) -> None:
+    """Blame the model if it computes what the parts do when it takes one position at a time."""
+    ones = (1,) * ids.shape[1]
+    steps = _model_logits(model, ids, np.ones_like(ids), ones, grows=grows)
+    if np.abs(steps - actual).max() < 0.1 * np.abs(expected - actual).max():
+        off = np.abs(steps - expected).max()
+        raise UnsupportedModelError(
+            f"{type(model).__name__} itself computes other logits one position at a time than over "
+            f"a prompt: off by {off:.3g} of {np.abs(expected).max():.3g}",
+            "Its recurrent layers are exported to take one position at a time, which is wrong for "
+            "its prompts. Such layers often limit their time step in prompts only "
+            "(time_step_min in the config).",
+        )
+
+
+def _model_logits(
+    model: PreTrainedModel, ids: Array, padding: Array, steps: Sequence[int], *, grows: bool
+) -> Array:
+    """Logits of the uncut model, by its own cache and masks: ``[batch, sequence, vocabulary]``.
+
+    A model whose cache does not grow takes the padding of the new positions only.
+    """
     import inspect
 
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     pieces: list[Array] = []
     cache = None
     start = 0
-    for length in _STEPS:
+    for length in steps:
         seen = padding[:, : start + length]
         arguments: dict[str, Any] = {
             "input_ids": to_tensor(ids[:, start : start + length]),
-            "attention_mask": to_tensor(seen),
+            "attention_mask": to_tensor(seen if grows else seen[:, start:]),
             cache_argument(model.forward): cache,
             "use_cache": True,
         }
@@ -118,14 +150,19 @@ def _model_logits(model: PreTrainedModel, ids: Array, padding: Array) -> Array:
     return np.concatenate(pieces, axis=1)
 
 
-def _proxy_logits(proxy: Proxy, ids: Array, padding: Array) -> Array:
-    """Logits of the parts, run by the engine of `run`: ``[batch, sequence, vocabulary]``."""
+def _engine_of(proxy: Proxy) -> CausalEngine:
+    """Runs the parts in PyTorch, as `run` does on a backend."""
     parts = with_shrunk_masks(proxy.parts, _WINDOW)
-    engine = CausalEngine(parts, {part.name: TorchSession(part) for part in parts})
+    return CausalEngine(parts, {part.name: TorchSession(part) for part in parts})
+
+
+def _proxy_logits(engine: CausalEngine, ids: Array, padding: Array) -> Array:
+    """Logits of the parts: ``[batch, sequence, vocabulary]``."""
     pieces: list[Array] = []
     cache = None
     start = 0
-    for index, length in enumerate(_STEPS):
+    longest = engine.longest_step
+    for index, length in enumerate(_STEPS if longest is None else [longest] * ids.shape[1]):
         logits, cache = engine.step(
             StepId("prefill", index),
             ids[:, start : start + length],

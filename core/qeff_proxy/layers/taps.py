@@ -28,6 +28,7 @@ from qeff_proxy.common.arguments import texts
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.layers.layer_lists import LayerList, find_layer_list
 from qeff_proxy.parts import INNER_TAPS, TAPS, Part, Proxy, TensorSpec, is_tap
+from qeff_proxy.tensor_names import LAYER_NAME
 
 #: Modules with their paths in a layer.
 _Modules = list[tuple[str, nn.Module]]
@@ -119,7 +120,8 @@ def layers_of(part: Part) -> LayerList | None:
     """The layers of a part that taps are for; ``None`` where it has none."""
     if part.weights == "vocabulary":
         return None
-    depth = sum(spec.name.startswith("present.") for spec in part.outputs) // 2
+    caches = (LAYER_NAME.match(spec.name) for spec in part.outputs)
+    depth = len({match[2] for match in caches if match is not None and match[1] == "present"})
     return find_layer_list(part.module, depth, (nn.ModuleList, nn.Sequential))
 
 

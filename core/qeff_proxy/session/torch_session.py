@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,9 +10,10 @@ import torch
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.session import Session
+from qeff_proxy.tensor_names import PAST
 
 if TYPE_CHECKING:
-    from qeff_proxy.parts import Part
+    from qeff_proxy.parts import Part, TensorSpec
 
 
 class TorchSession(Session):
@@ -39,7 +40,7 @@ class TorchSession(Session):
         tensors = {name: to_tensor(value) for name, value in feeds.items()}
         for spec in self.part.inputs:
             if spec.name not in tensors:
-                tensors[spec.name] = _placeholder(spec.shape, spec.dtype, tensors)
+                tensors[spec.name] = _placeholder(spec, self.part.inputs, tensors)
         with torch.no_grad():
             outputs = self._module(
                 **{name.replace(".", "__"): value for name, value in tensors.items()}
@@ -63,12 +64,13 @@ def _owned(value: torch.Tensor, taken: set[int]) -> torch.Tensor:
 
 
 def _placeholder(
-    shape: tuple[int | str, ...], dtype: str, tensors: Mapping[str, torch.Tensor]
+    spec: TensorSpec, inputs: Sequence[TensorSpec], tensors: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """Ones for an input without influence, of the sizes that the other inputs have."""
-    first = next(iter(tensors.values()))
-    past = tensors.get("past_key_values.0.key")
-    batch, query = first.shape[:2]
-    length = 0 if past is None else past.shape[2]
-    sizes = {"batch": batch, "query": query, "sequence": query, "past": length}
-    return torch.ones([size_of(axis, sizes) for axis in shape], dtype=getattr(torch, dtype))
+    batch, query = next(iter(tensors.values())).shape[:2]
+    sizes = {"batch": batch, "query": query, "sequence": query, "past": 0}
+    for other in inputs:
+        if other.name.startswith(PAST) and "past" in other.shape and other.name in tensors:
+            sizes["past"] = tensors[other.name].shape[other.shape.index("past")]
+    shape = [size_of(axis, sizes) for axis in spec.shape]
+    return torch.ones(shape, dtype=getattr(torch, spec.dtype))

@@ -125,7 +125,7 @@ def _encoder(model: PreTrainedModel, attention: CrossAttention) -> Part:
     module = EncoderPart(
         model.get_encoder(), model.get_decoder(), attention, features.name, features.name
     )
-    cross = attention.cross_specs(dtype, int(config.max_source_positions))
+    cross = attention.cross_specs(int(config.max_source_positions))
     return Part("encoder", module, (features,), cross, "encoder")
 
 

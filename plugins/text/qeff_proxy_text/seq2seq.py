@@ -144,7 +144,7 @@ def _encoder_parts(
         *(TensorSpec(mask.name, dtype, ("batch", 1, "sequence", "sequence")) for mask in masks),
         TensorSpec("padding_mask", "int64", ("batch", "sequence")),
     )
-    cross = attention.cross_specs(dtype, "sequence")
+    cross = attention.cross_specs("sequence")
     if kind == "split":
         body = EncoderPart(encoder, decoder, attention, "inputs_embeds", embeds.name, masks)
         first = _EncoderEmbedding(table)

@@ -63,10 +63,12 @@ class ImageTextFlow:
         with shrunk_windows(model, _WINDOW):
             expected = proxy.reference(model, sample, new)
             with parts_must_run(model, sites):
-                actual = _proxy_logits(proxy, sample, new)
+                actual, longest = _proxy_logits(proxy, sample, new)
         ones = np.ones_like(new)
         padding = np.concatenate([sample["attention_mask"], ones], axis=1)
-        return check_equal(model, sites, expected, actual, padding, output="logit")
+        return check_equal(
+            model, sites, expected, actual, padding, output="logit", scanned=longest is not None
+        )
 
     def example_request(
         self,
@@ -117,8 +119,10 @@ class ImageTextFlow:
         return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
 
 
-def _proxy_logits(proxy: VisionProxy, sample: Mapping[str, Array], new: Array) -> Array:
-    """Logits of the parts, run step by step: ``[batch, sequence, vocabulary]``."""
+def _proxy_logits(
+    proxy: VisionProxy, sample: Mapping[str, Array], new: Array
+) -> tuple[Array, int | None]:
+    """Logits of the parts, ``[batch, sequence, vocabulary]``, and their longest step."""
     parts = [_shrunk(part) for part in proxy.parts]
     sessions = {part.name: TorchSession(part) for part in parts}
     takes_pixels = _takes_pixels(parts)
@@ -131,12 +135,13 @@ def _proxy_logits(proxy: VisionProxy, sample: Mapping[str, Array], new: Array) -
     padding = np.concatenate([sample["attention_mask"], np.ones_like(new)], axis=1)
     pieces: list[Array] = []
     cache = None
-    for index, (start, stop) in enumerate(_steps(sample["input_ids"].shape[1], ids.shape[1])):
+    prompt_length = sample["input_ids"].shape[1] if engine.longest_step is None else 0
+    for index, (start, stop) in enumerate(_steps(prompt_length, ids.shape[1])):
         logits, cache = engine.step(
             StepId("prefill", index), ids[:, start:stop], padding[:, :stop], cache
         )
         pieces.append(logits.astype(np.float32))
-    return np.concatenate(pieces, axis=1)
+    return np.concatenate(pieces, axis=1), engine.longest_step
 
 
 def _takes_pixels(parts: Iterable[PartLike]) -> PartLike:
@@ -164,7 +169,9 @@ def _tells_of_images(name: str) -> bool:
 
 
 def _steps(prompt: int, total: int) -> Iterable[tuple[int, int]]:
-    yield 0, prompt
+    """The prompt at once, then one position at a time."""
+    if prompt:
+        yield 0, prompt
     for start in range(prompt, total):
         yield start, start + 1
 

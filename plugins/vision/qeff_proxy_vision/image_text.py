@@ -88,6 +88,13 @@ def build_proxy(
     decoder = model.get_submodule(decoder_path)
     masks = text.part("body").masks
     learned = learn_images(model, decoder, sample(), vision.features, token_id, masks)
+    single = text.part("body").inputs[0].shape[1] != "query"
+    if single and (learned.blocks is not None or not text.settings["kv_offload"]):
+        raise UnsupportedModelError(
+            f"{name} has recurrent layers, which are exported to take one position at a time, and "
+            "the positions of an image belong together",
+            "Leave kv_offload=False out." if learned.blocks is None else _HINT,
+        )
     geometry = None
     if not vision.image.tiled:
         if not text.settings["kv_offload"]:
@@ -235,15 +242,16 @@ def _with_body(text: Proxy, layers: list[int], axes: int) -> Proxy:
     """The cut language model with features for layers, and positions of several axes."""
     body = text.part("body")
     width, dtype = int(text.settings["hidden_size"]), body.inputs[0].dtype
+    query = body.inputs[0].shape[1]
     module: nn.Module = LayeredBody(body.module, layers) if layers else body.module
     inputs = tuple(
-        replace(spec, shape=(axes, "batch", "query"))
+        replace(spec, shape=(axes, "batch", query))
         if spec.name == "position_ids" and axes
         else spec
         for spec in body.inputs
     )
     inputs += tuple(
-        TensorSpec(f"layer_features.{n}", dtype, ("batch", "query", width)) for n in layers
+        TensorSpec(f"layer_features.{n}", dtype, ("batch", query, width)) for n in layers
     )
     changed = replace(body, module=module, inputs=inputs)
     return replace(text, parts=tuple(changed if p is body else p for p in text.parts))

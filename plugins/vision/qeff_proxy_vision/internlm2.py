@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name
-from qeff_proxy.families.decoder import CacheLayer, DecoderLayout
+from qeff_proxy.families.decoder import DecoderLayout
+from qeff_proxy.families.decoder_cache import attention_cache
 from qeff_proxy.parts import MaskSpec, Proxy
 from torch import nn
 
@@ -68,7 +69,7 @@ def build_language_parts(model: Any) -> Proxy:
     config = model.config
     width = config.hidden_size // config.num_attention_heads
     heads = config.num_key_value_heads
-    layer = CacheLayer(heads, width, heads, width)
+    layer = attention_cache(heads, width, dtype_name(model.dtype))
     mask = MaskSpec("attention_mask", "causal")
     return language_proxy(
         model.model.tok_embeddings,

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import Array, dtype_name, to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.families.decoder import CacheLayer, DecoderLayout
+from qeff_proxy.families.decoder import DecoderLayout
+from qeff_proxy.families.decoder_cache import attention_cache
 from qeff_proxy.families.model_cache import cache_of
 from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl
@@ -231,7 +232,7 @@ def build_proxy(model: PreTrainedModel, kind: Kind, options: Mapping[str, Any]) 
 def _text_parts(model: PreTrainedModel, config: Any) -> Proxy:
     transformer = model.model.transformer
     heads, width = config.effective_n_kv_heads, config.d_model // config.n_heads
-    layer = CacheLayer(heads, width, heads, width)
+    layer = attention_cache(heads, width, dtype_name(model.dtype))
     mask = MaskSpec("attention_mask", "causal")
     layout = DecoderLayout((layer,) * config.n_layers, (mask,))
     dtype = dtype_name(model.dtype)

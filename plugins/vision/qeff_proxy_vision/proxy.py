@@ -126,7 +126,7 @@ def language_proxy(
                 "body",
                 body,
                 (embeddings, *layout.host_inputs(dtype)),
-                (hidden, *layout.cache_outputs(dtype)),
+                (hidden, *layout.cache_outputs()),
                 "body",
                 layout.masks,
             ),

@@ -121,6 +121,19 @@ CONFIGS = {
         "text_config": {**TEXT, "rope_parameters": {**AXES, "mrope_interleaved": True}},
         **TOKENS,
     },
+    "qwen3_5": {  # layers with recurrent states, and others with keys and values
+        "vision_config": {**GRID_TOWER, "num_position_embeddings": 16},
+        "text_config": {
+            **TEXT,
+            "rope_parameters": {**AXES, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]},
+            "layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        **TOKENS,
+    },
     "glm4v": {
         "vision_config": {**TOWER, **GRID_TOWER, "num_heads": 4},
         "text_config": {**TEXT, "rope_parameters": AXES},
@@ -147,7 +160,7 @@ CONFIGS = {
     },
 }
 #: The size of an image, of models that are cut for one.
-SIZES = dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "gemma4"), "32x64")
+SIZES = dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma4"), "32x64")
 SIZES |= dict.fromkeys(("mistral3", "llava_onevision", "glm4v"), 32)
 
 
@@ -188,6 +201,7 @@ LEARNT = {
         "tensors": ["image_grid_thw"],
         "layers": ["layer_features.1", "layer_features.2"],
     },
+    "qwen3_5": {"rows_per_tile": 8, "axes": 4, "start": 0, "tensors": ["image_grid_thw"]},
     "glm4v": {"rows_per_tile": 4, "axes": 4, "start": 0, "tensors": ["image_grid_thw"]},
     "gemma4": {
         "rows_per_tile": 8,
@@ -201,7 +215,8 @@ LEARNT = {
 def test_what_a_model_does_with_images_is_learnt(model_type):
     made = cut(make_model(model_type))
     assert [part.name for part in made.proxy.parts] == ["vision", "embedding", "body", "lm_head"]
-    assert made.report.max_difference <= 1e-5
+    most = 1e-4 if model_type == "qwen3_5" else 1e-5  # the model scans, the parts step
+    assert made.report.max_difference <= most
     image = made.proxy.settings["image"]
     positions, blocks, geometry = image["positions"], image["blocks"], image["geometry"]
     learnt = {"rows_per_tile": image["rows_per_tile"]}
@@ -293,16 +308,9 @@ def test_images_by_cross_attention_are_refused():
     assert "has no get_image_features" in refused_by("mllama", config)
 
 
-def test_a_recurrent_state_is_refused():
-    rope = {**AXES, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
-    linear = {f"linear_{side}_head_dim": 16 for side in ("key", "value")}
-    linear |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    config = {
-        "vision_config": {**GRID_TOWER, "num_position_embeddings": 16},
-        "text_config": {**TEXT, "rope_parameters": rope, **linear},
-        **TOKENS,
-    }
-    assert "caches something else than keys and values" in refused_by("qwen3_5", config)
+def test_recurrent_layers_in_one_graph_with_the_tower_are_refused():
+    with pytest.raises((UnsupportedModelError, UsageError), match=r"one position|one image"):
+        cut(make_model("qwen3_5"), kv_offload=False)
 
 
 def test_tensors_that_are_not_known_are_refused():

@@ -146,7 +146,7 @@ def test_the_loop_may_reorder_and_take_back_what_it_carries() -> None:
     cache = StepCache()
     names = ("past_key_values.0.key", "past_key_values.0.value")
     arrays = {name: np.arange(12, dtype=np.float32).reshape(2, 1, 3, 2) for name in names}
-    cache.hold(dict(arrays))
+    cache.hold(dict(arrays), 3)
     assert cache.get_seq_length() == 3
     cache.reorder_cache(torch.tensor([1, 1]))
     np.testing.assert_array_equal(cache.arrays()[names[0]], arrays[names[0]][[1, 1]])

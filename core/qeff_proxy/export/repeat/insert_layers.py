@@ -180,7 +180,8 @@ class _Layers:
         """The value in the graph that is an input of a layer."""
         tensor = self.seen.given[number][position]
         for name, given in self.seen.inputs.items():
-            if given is tensor:
+            copied = given.is_floating_point() and _same(given, tensor)  # a state is
+            if given is tensor or copied:
                 return self.edges.input(name)
         path = list_of(call)
         before = self.last[path]

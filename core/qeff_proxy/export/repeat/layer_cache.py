@@ -31,30 +31,32 @@ class LayerCache:
         return {
             place: value
             for place, holder, name in self._own()
-            if isinstance(value := vars(holder)[name], torch.Tensor)
+            if isinstance(value := holder[name], torch.Tensor)
         }
 
     def put(self, tensors: dict[str, torch.Tensor]) -> None:
         """Set tensors of this layer."""
         for place, holder, name in list(self._own()):
             if place in tensors:
-                setattr(holder, name, tensors[place])
+                holder[name] = tensors[place]
 
     def fill_as(self, like: int | None) -> None:
-        """Give a cache that layer ``like`` has written an entry for this layer, if it has none."""
+        """Give a cache that layer ``like`` has written the same entry for this layer."""
         if self.index is None or like is None:
             return
         for _, one in _caches(self.cache, ""):
             layers = vars(one).get("layers") or []
             while like < len(layers) <= self.index:
-                layers.append(copy.copy(layers[like]))
+                layers.append(_copied(layers[like]))
+            if self.index < len(layers) and not _is_used(layers[self.index]):
+                layers[self.index] = _copied(layers[like])
 
     def plain(self) -> str:
         """All other values that the cache has for this layer."""
         said = [
-            (place, repr(vars(holder)[name]))
+            (place, repr(holder[name]))
             for place, holder, name in self._own()
-            if not isinstance(vars(holder)[name], torch.Tensor)
+            if not isinstance(holder[name], torch.Tensor)
         ]
         for path, one in _caches(self.cache, ""):
             for name, value in sorted(vars(one).items()):
@@ -67,20 +69,41 @@ class LayerCache:
     def others(self) -> list[tuple[str, int]]:
         """The tensors of other layers, to see whether any was exchanged."""
         return [
-            (f"{path}{index}.{name}", id(value))
+            (f"{path}{index}.{place}", id(values[name]))
             for path, one in _caches(self.cache, "")
             for index, holder in enumerate(_layers(one))
             if index != self.index
-            for name, value in vars(holder).items()
-            if isinstance(value, torch.Tensor)
+            for place, values, name in _values(holder)
+            if isinstance(values[name], torch.Tensor)
         ]
 
-    def _own(self) -> Iterator[tuple[str, Any, str]]:
+    def _own(self) -> Iterator[tuple[str, dict[Any, Any], Any]]:
         for path, one in _caches(self.cache, ""):
             layers = _layers(one)
             if self.index is not None and self.index < len(layers):
-                for name in sorted(vars(layers[self.index])):
-                    yield f"{path}{name}", layers[self.index], name
+                for place, values, name in _values(layers[self.index]):
+                    yield f"{path}{place}", values, name
+
+
+def _values(layer: Any) -> Iterator[tuple[str, dict[Any, Any], Any]]:
+    """The place of each value that an entry of a cache has, and the dictionary that holds it."""
+    for name, value in sorted(vars(layer).items()):
+        if isinstance(value, dict):  # several states, by number
+            for number in value:
+                yield f"{name}.{number}", value, number
+        else:
+            yield name, vars(layer), name
+
+
+def _is_used(layer: Any) -> bool:
+    return any(isinstance(values[name], torch.Tensor) for _, values, name in _values(layer))
+
+
+def _copied(layer: Any) -> Any:
+    """A copy of an entry that shares the tensors, and nothing that holds them."""
+    twin = copy.copy(layer)
+    vars(twin).update({n: dict(v) for n, v in vars(layer).items() if isinstance(v, dict)})
+    return twin
 
 
 def _layers(cache: Cache) -> Sequence[Any]:

@@ -240,6 +240,7 @@ class _Call:
         """Run the layer between marks; note what it writes into caches, refuse other effects."""
         entered = enter(tensors, number)
         versions = [tensor._version for tensor in entered]  # noqa: SLF001 (torch's only sign of it)
+        arguments = entered[: len(entered) - sum(map(len, held))]  # the others are in caches
         remaining = iter(entered)
         inner = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         before = [dict(zip(one, remaining, strict=False)) for one in held]
@@ -250,7 +251,12 @@ class _Call:
         args, kwargs = pytree.tree_unflatten(inner, spec)
         with _watching(self._watched()) as seen:
             result = self.forward(*args, **kwargs)
-        if [tensor._version for tensor in entered] != versions:  # noqa: SLF001
+        changed = {
+            id(tensor)
+            for tensor, version in zip(entered, versions, strict=True)
+            if tensor._version != version  # noqa: SLF001
+        }
+        if any(id(tensor) in changed for tensor in arguments):
             raise NotRepeatable(f"{self.path} writes into its inputs")
         leaves_after, spec_after = pytree.tree_flatten((args, kwargs), is_leaf=_is_cache)
         if spec_after != spec or any(
@@ -266,7 +272,7 @@ class _Call:
         written: list[tuple[int, str, int]] = []
         for at, (cache, own) in enumerate(zip(caches, before, strict=True)):
             for place, tensor in cache.tensors().items():
-                if tensor is not own.get(place):
+                if tensor is not own.get(place) or id(tensor) in changed:
                     written.append((at, place, len(collected)))
                     collected.append(tensor)
             cache.put(dict(held[at]))

@@ -146,7 +146,7 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
             attention_mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64)
         padding = to_array(attention_mask.to(torch.int64))
         logits, longer = self.run(ids, padding, held.arrays() if past else None)
-        held.hold(longer)
+        held.hold(longer, padding.shape[1])
         return CausalLMOutputWithPast(
             logits=to_tensor(logits).float(), **{LIBRARY_CACHE_NAME: held}
         )
@@ -169,11 +169,14 @@ class ProxyForCausalLM(nn.Module, GenerationMixin):  # type: ignore[misc]
         past = padding.shape[1] - length
         self.start_length = self.start_length or length
         chunk = self.prefill_seq_len if cache is None and self.prefill_seq_len else length
+        chunk = min(chunk, self.engine.longest_step or chunk)
         decoding = cache is not None
         logits = None
         stop = 0
         while stop < length:
             start, stop = stop, min(stop + chunk, length)
+            if self.engine.has_states and self.prefill_seq_len and stop - start < chunk:
+                stop = start + 1  # a fixed shape would pad it, and the states would see that
             if not decoding and self.engine.supplier is not None:
                 stop = min(self.engine.supplier.chunk_end(start, stop), length)
             logits, cache = self.engine.step(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import numpy as np
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from qeff_proxy.arrays import to_array, to_tensor
+from qeff_proxy.arrays import Array, to_array, to_tensor
+from qeff_proxy.errors import UsageError
 from qeff_proxy.session.cache_buffers import Cache
+from qeff_proxy.tensor_names import is_state
 
 if TYPE_CHECKING:
     import torch
@@ -17,13 +21,13 @@ if TYPE_CHECKING:
 class StepCache(DynamicCache):  # type: ignore[misc]
     """A cache that keeps the engine's arrays unchanged for the next step.
 
-    They are converted to tensors only where the loop changes the cache: to reorder beams or to
-    remove positions.
+    The loop may reorder, repeat and choose rows, and remove the last positions.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._held: Cache | None = None
+        self._held: Cache = {}
+        self._length = 0
 
     @classmethod
     def of(cls, cache: DynamicCache | None) -> StepCache:
@@ -32,46 +36,57 @@ class StepCache(DynamicCache):  # type: ignore[misc]
             return cache
         made = cls()
         if cache is not None and cache.layers:
-            made.hold(arrays_of_cache(cache))
+            made.hold(arrays_of_cache(cache), int(cache.get_seq_length()))
         return made
 
-    def hold(self, arrays: Cache) -> None:
-        """Replace the contents by ``arrays`` (``past_key_values.<layer>.key`` …)."""
+    def hold(self, arrays: Cache, length: int) -> None:
+        """Replace the contents by ``arrays`` (``past_key_values.<layer>.key`` …).
+
+        Args:
+            arrays: The cache.
+            length: How many positions were run.
+        """
         self._held = arrays
-        self.layers.clear()
+        self._length = length
 
     def arrays(self) -> Cache:
         """The contents, in the engine's form."""
-        return self._held if self._held is not None else arrays_of_cache(self)
+        return self._held
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The number of cached positions."""
-        if self._held is None:
-            return int(super().get_seq_length(layer_idx))
-        return int(next(iter(self._held.values())).shape[2]) if self._held else 0
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (as transformers calls it)
+        """The number of positions that were run."""
+        return self._length
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Put the rows in the order of ``beam_idx``."""
-        self._to_tensors().reorder_cache(beam_idx)
+        self._change(lambda array: array[to_array(beam_idx)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last positions; their number is given as a negative number."""
-        self._to_tensors().crop(tokens_to_remove)
+        """Remove the last positions; their number is given as a negative number.
+
+        Raises:
+            UsageError: A state has all positions in it.
+        """
+        if tokens_to_remove and any(map(is_state, self._held)):
+            raise UsageError(
+                "the last positions cannot be taken back from the states of this model's layers",
+                "Generate without prompt lookup and without an assistant.",
+            )
+        self._length += tokens_to_remove
+        self._change(lambda array: array[:, :, : self._length])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        self._to_tensors().batch_repeat_interleave(repeats)
+        self._change(lambda array: np.repeat(array, repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``."""
-        self._to_tensors().batch_select_indices(indices)
+        self.reorder_cache(indices)
 
-    def _to_tensors(self) -> Any:
-        """Convert the arrays to the layers that transformers' code works on."""
-        if self._held is not None:
-            fill_cache(self._held, self)
-            self._held = None
-        return super()
+    def _change(self, change: Callable[[Array], Array]) -> None:
+        self._held = {
+            name: np.ascontiguousarray(change(array)) for name, array in self._held.items()
+        }
 
 
 def arrays_of_cache(cache: DynamicCache | None) -> Cache:

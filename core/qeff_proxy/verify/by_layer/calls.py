@@ -19,7 +19,7 @@ from qeff_proxy.load.load_model import load_config
 from qeff_proxy.run.replay_tokens import replay_tokens
 from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.session import Session
-from qeff_proxy.tensor_names import PAST, PRESENT, TAP
+from qeff_proxy.tensor_names import PAST, PRESENT, TAP, is_state
 from qeff_proxy.verify.by_layer.results import layer_name
 from qeff_proxy.verify.options import VerifyOptions
 
@@ -45,13 +45,13 @@ class Call:
     past: Mapping[str, tuple[int, ...]]
 
     def cache(self, spec: TensorSpec, before: Mapping[str, Array] | None) -> Array:
-        """The input of a cache: empty, or an output of the call before.
+        """The input of a cache: empty, a state of zeros, or an output of the call before.
 
         Raises:
             UnsupportedModelError: It is neither.
         """
         shape = self.past[spec.name]
-        if 0 in shape:
+        if 0 in shape or (before is None and is_state(spec.name)):
             return np.zeros(shape, numpy_dtype(spec.dtype))
         array = (before or {}).get(spec.name.replace(PAST, PRESENT, 1))
         if array is None or array.shape != shape:

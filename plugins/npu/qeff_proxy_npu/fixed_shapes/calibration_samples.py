@@ -19,7 +19,7 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.session.axes import axes_of, terms_of
 from qeff_proxy.session.check_feeds import check_feeds
 from qeff_proxy.session.part_like import PartLike
-from qeff_proxy.tensor_names import PAST, PRESENT
+from qeff_proxy.tensor_names import PAST, PRESENT, is_state
 
 __all__ = ["digest_of", "dumps_in", "samples_of"]
 
@@ -117,6 +117,8 @@ def _pieces(
     chunks = [(start, min(start + most, query)) for start in range(0, query, most)]
     if query > 1:
         chunks.append((query - 1, query))
+    if any(is_state(spec.name) for spec in part.inputs):
+        chunks = chunks[:1]  # the states between are not in the dump
     for start, stop in chunks:
         yield _cut(part, feeds, lambda name: read(name, "out"), past, start, stop)
 

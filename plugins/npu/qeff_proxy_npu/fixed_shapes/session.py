@@ -4,7 +4,8 @@ The engine feeds a part queries, a past and a batch of any length. `StaticSessio
 specialization, pads the inputs, runs it, and cuts its outputs back
 (`qeff_proxy.backends.fixed_shapes`), so that the caller and a dump see the outputs of a backend of
 dynamic shapes. A batch larger than the specialization's runs in several turns; a run of another
-size on any other axis opens another specialization.
+size on any other axis opens another specialization. Queries of a part with states are not padded:
+the states would see the padding.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import Sizes, size_of, terms_of
 from qeff_proxy.session.part_like import PartLike
 from qeff_proxy.session.session import Session
+from qeff_proxy.tensor_names import is_state
 
 __all__ = ["Specialization", "StaticSession"]
 
@@ -109,6 +111,13 @@ class StaticSession(Session):
 
     def _run_batch(self, feeds: Mapping[str, Array], real: Mapping[str, int]) -> dict[str, Array]:
         sizes = self._plan.choose(real)
+        changed = {axis for axis in sizes if sizes[axis] != real[axis]}
+        if "query" in changed and any(is_state(spec.name) for spec in self.part.inputs):
+            raise BackendError(
+                f"{real['query']} positions of the {self.name} part would be padded to "
+                f"{sizes['query']}, and its states would see the padding",
+                f"Run {sizes['query']} positions, or one at a time.",
+            )
         padded = {
             spec.name: self._pad(spec, feeds[spec.name], real, sizes) for spec in self.part.inputs
         }

@@ -1,0 +1,140 @@
+"""The cache of a decoder: the tensors that it keeps for each layer, and how the model gets them.
+
+Keys and values grow with each step, along the axis ``past``. The states of convolutions and of
+recurrent layers (linear attention, Mamba) keep their size: each step replaces them. A layer may
+have both, or neither. What a layer keeps is read from the cache after a run of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from qeff_proxy.arrays import dtype_name
+from qeff_proxy.parts import TensorSpec
+
+#: The tensors that a decoder keeps for one layer: ``key`` and ``value`` ``[batch, heads, past,
+#: width]``, ``conv_state`` and ``recurrent_state`` ``[batch, …]``, a second state ``conv_state_1``.
+CacheLayer = tuple[TensorSpec, ...]
+
+_KINDS = ("conv", "recurrent")
+_KNOWN = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer)
+
+
+def attention_cache(heads: int, width: int, dtype: str) -> CacheLayer:
+    """The cache of a layer that keeps keys and values of one shape."""
+    shape = ("batch", heads, "past", width)
+    return TensorSpec("key", dtype, shape), TensorSpec("value", dtype, shape)
+
+
+def new_cache(config: Any) -> DynamicCache:
+    """An empty cache for a model; its layers keep all positions, whatever the model's window.
+
+    The masks hide what is outside of a window. Only a cache with states, or with layers that keep
+    nothing, has its layers from the config; any other one adds them as the model runs.
+    """
+    try:
+        layers = DynamicCache(config=config).layers
+    except (LookupError, AttributeError):  # kinds of layers that transformers does not know
+        layers = []
+    cache = DynamicCache()
+    if any(isinstance(layer, LinearAttentionLayer | DummyLayer) for layer in layers):
+        cache.layers = [without_window(layer) for layer in layers]
+    return cache
+
+
+def without_window(layer: Any) -> Any:
+    """The layer of a cache, or one that keeps all positions in place of those of a window."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return DynamicLayer()
+    if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+        return LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+    return layer
+
+
+def is_known(layer: Any) -> bool:
+    """Whether a layer of a cache keeps nothing but keys and values of four axes, and states."""
+    return type(layer) in _KNOWN and all(
+        tensor.dim() == 4 for name, tensor in cached_tensors(layer).items() if name == "key"
+    )
+
+
+def cached_tensors(layer: Any) -> dict[str, torch.Tensor]:
+    """The tensors that a layer of a cache keeps, by name; see `CacheLayer`."""
+    tensors: dict[str, torch.Tensor] = {}
+    if isinstance(layer, DynamicLayer) and layer.is_initialized:
+        tensors.update(key=layer.keys, value=layer.values)
+    if isinstance(layer, LinearAttentionLayer):
+        for kind in _KINDS:
+            for number, state in getattr(layer, f"{kind}_states").items():
+                if state is not None:
+                    tensors[f"{kind}_state_{number}" if number else f"{kind}_state"] = state
+    return tensors
+
+
+def describe_cache(layer: Any) -> CacheLayer:
+    """The tensors of a layer of a cache after a run, with their axes."""
+    specs = []
+    for name, tensor in cached_tensors(layer).items():
+        axes: list[int | str] = ["batch", *tensor.shape[1:]]
+        if name in ("key", "value"):
+            axes[2] = "past"
+        specs.append(TensorSpec(name, dtype_name(tensor.dtype), tuple(axes)))
+    return tuple(specs)
+
+
+def filled_cache(
+    layers: Sequence[CacheLayer], tensors: Mapping[str, torch.Tensor], prefix: str
+) -> DynamicCache:
+    """A cache for a run of the model.
+
+    Args:
+        layers: What each layer keeps.
+        tensors: The tensors of all layers: ``<prefix>__<layer>__<name>``. They are not changed.
+        prefix: Of their names.
+    """
+    cache = DynamicCache()
+    for index, specs in enumerate(layers):
+        own = {spec.name: tensors[f"{prefix}__{index}__{spec.name}"] for spec in specs}
+        cache.layers.append(_filled_layer(own))
+    return cache
+
+
+def _filled_layer(tensors: Mapping[str, torch.Tensor]) -> Any:
+    if not tensors:
+        return DummyLayer()
+    grows = "key" in tensors
+    states = {name: tensor for name, tensor in tensors.items() if name not in ("key", "value")}
+    layer: Any = DynamicLayer()
+    if states:
+        kind = LinearAttentionAndFullAttentionLayer if grows else LinearAttentionLayer
+        layer = kind(number_of_states=1 + max(map(_number_of, states)))
+    if grows:
+        layer.lazy_initialization(tensors["key"], tensors["value"])
+        layer.keys, layer.values = tensors["key"], tensors["value"]
+    for name, state in states.items():
+        kind, number = name.partition("_")[0], _number_of(name)
+        layer.dtype, layer.device = state.dtype, state.device
+        getattr(layer, f"{kind}_states")[number] = state.clone()  # models write into states
+        getattr(layer, f"is_{kind}_states_initialized")[number] = True
+        layer.has_previous_state[number] = True
+        if kind == "conv":
+            layer.conv_kernel_size[number] = state.shape[-1]
+    return layer
+
+
+def _number_of(name: str) -> int:
+    """The number of a state in its layer: 0 for ``conv_state``, 1 for ``conv_state_1``."""
+    number = name.rpartition("_")[2]
+    return int(number) if number.isdigit() else 0
