@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             print_text(line)
         if args.html is not None:
             print_text(f"report: {args.html}")
-    return 0 if fault.healthy or (fault.local.passed and fault.refused is None) else 1
+    return 0 if fault.passed else 1
 
 
 def _between(args: argparse.Namespace, path: Path) -> Fault:

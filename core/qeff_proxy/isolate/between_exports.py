@@ -290,7 +290,7 @@ def _fault(
         step,
         len(twin.nodes),
         replace(local, passed=False),
-        whole,
+        whole=whole,
         causes=(cause,),
         exports=True,
     )

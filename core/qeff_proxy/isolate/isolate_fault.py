@@ -88,7 +88,7 @@ def isolate_fault(
     search = _Search(layer, wanted, progress)
 
     def verify(search: _Search) -> LayerVerification:
-        return verify_layers(
+        done = verify_layers(
             model,
             [backend],
             request,
@@ -98,6 +98,9 @@ def isolate_fault(
             progress=progress,
             observe=search,
         )
+        if done.interrupted and search.fault is None:
+            raise done.failure or KeyboardInterrupt  # the other layers are not known
+        return done
 
     done = verify(search)
     if search.fault is None and layer is None and done.results[0].faulty:
@@ -109,14 +112,14 @@ def isolate_fault(
         if layer is not None:
             known = ", ".join(one.name for one in result.layers)
             raise UsageError(f"there is no layer {layer!r}", f"There are: {known}.")
-        if result.error is not None:
-            return Fault(
-                done.source, backend, unexplained=f"{backend} does not run: {result.error}"
-            )
         return replace(_nothing(result.layers), source=done.source, backend=backend)
-    after = search.exact.last.inherited if search.exact and search.exact.last else None
-    before = result.layers[-1].inherited if after is not None and result.layers else None
-    return replace(search.fault, source=done.source, backend=backend, before=before, after=after)
+    fault = replace(search.fault, source=done.source, backend=backend)
+    if done.interrupted:
+        return replace(fault, notes=(*fault.notes, f"Interrupted at {done.interrupted}."))
+    if search.exact is None or search.exact.last is None:
+        return fault
+    before, after = result.layers[-1].inherited, search.exact.last.inherited
+    return replace(fault, before=before, after=after)
 
 
 def _nothing(layers: Sequence[LayerResult]) -> Fault:
@@ -131,8 +134,9 @@ def _nothing(layers: Sequence[LayerResult]) -> Fault:
         layer=late.layer,
         step=late.inherited.step,
         local=late.local,
-        unexplained="Each layer is within tolerance alone; their errors add up to more here. No "
-        "operator is to blame: the backend's precision is too low for this model.",
+        inherited=late.inherited,
+        unexplained="Each layer is within tolerance alone, so no operator is to blame: the "
+        "backend's precision is too low for this model, or it is off everywhere alike.",
     )
 
 

@@ -32,8 +32,7 @@ def build_fault_report(fault: Fault) -> str:
         facts |= {"layer": f"{fault.where}, {fault.operators} operators", "step": fault.step}
     drawings = "".join(_section(cause) for cause in fault.causes)
     lines = describe_fault(fault)
-    passed = fault.healthy or (fault.local.passed and fault.refused is None)
-    return fill_page("Fault", fault.source, lines, facts, drawing=drawings, passed=passed)
+    return fill_page("Fault", fault.source, lines, facts, drawing=drawings, passed=fault.passed)
 
 
 def _section(cause: Cause) -> str:

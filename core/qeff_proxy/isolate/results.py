@@ -121,6 +121,8 @@ class Fault:
         step: The step looked at, such as ``prefill-0000``.
         operators: How many operators the layer has.
         local: The layer's error on the reference's inputs.
+        inherited: Its error on the backend's own results so far, where that alone is too large;
+            else ``None``.
         whole: Its largest error over its peak at the fixed shapes of this step; ``None`` where the
             backend refuses it.
         refused: Why the backend did not run the layer; ``None`` where it did.
@@ -140,6 +142,7 @@ class Fault:
     step: str = ""
     operators: int = 0
     local: LayerError = field(default_factory=LayerError)
+    inherited: LayerError | None = None
     whole: float | None = 0.0
     refused: str | None = None
     causes: tuple[Cause, ...] = ()
@@ -159,6 +162,12 @@ class Fault:
     def healthy(self) -> bool:
         """Whether every layer is within its tolerances."""
         return not self.part
+
+    @property
+    def passed(self) -> bool:
+        """Whether all layers, or the one that was named, are within their tolerances."""
+        within = self.local.passed and self.inherited is None and self.refused is None
+        return self.healthy or within
 
     @property
     def where(self) -> str:
@@ -181,6 +190,10 @@ def describe_fault(fault: Fault) -> list[str]:
     lines = [
         f"{fault.backend} does not run {fault.where}: {fault.refused}"
         if fault.refused
+        else f"{fault.backend}: at {fault.where} the errors of all layers add up to "
+        f"{format_decibels(fault.inherited.sqnr)} ({format_share(fault.inherited.over_peak)} of "
+        "the peak)."
+        if fault.inherited is not None
         else f"{fault.backend}: {fault.where} is within tolerance: {_measured(fault)}."
         if fault.local.passed
         else f"{fault.backend}: {fault.where} is out of line: {_measured(fault)}."
