@@ -117,7 +117,8 @@ class TensorComparison:
         tolerance: The limits that its errors were compared with.
         steps: Positions of the steps that were compared, in `Comparison.steps`.
         step_passed: For each of them, whether it passed (bool).
-        step_error: For each of them, the largest error over the reference's peak (float64).
+        step_error: For each of them, the largest error over the reference's peak (float64);
+            infinite where the step could not be compared.
         step_sqnr: For each of them, the SQNR in dB (float64).
         worst: The step with the largest error, of those that failed if any did, whose largest
             errors these are; counts, means, cosine and SQNR are over all steps. None when nothing

@@ -27,7 +27,7 @@ OPENVINO = BackendListing(
 )
 QAIC = _QaicListing(
     "Qualcomm Cloud AI 100, compiled by the vendor's qaic-compile",
-    install="install Qualcomm's Cloud AI Apps SDK (qaic-compile in /opt/qti-aic/exec or on PATH)",
+    install="install Qualcomm's Cloud AI Apps SDK",
 )
 QNN = BackendListing(
     "Qualcomm HTP: compiler, and emulator on any CPU",
