@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qeff_proxy.common.messages import counted
+from qeff_proxy.common.write_whole import write_whole
 from qeff_proxy.compare.report_facts import facts_of_dumps, shortened
-from qeff_proxy.compare.report_file import check_report_place, write_whole
+from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.compare.verdict import (
     describe_verdict,
     format_error,

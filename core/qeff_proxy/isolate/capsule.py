@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from qeff_proxy.common.file_errors import writing
 from qeff_proxy.common.version import installed_version
-from qeff_proxy.compare.report_file import write_whole
+from qeff_proxy.common.write_whole import write_whole
 from qeff_proxy.errors import ArtifactError
 from qeff_proxy.isolate.blame import over_peak
 from qeff_proxy.isolate.operators import Group, Values
