@@ -403,12 +403,12 @@ def test_a_package_brings_a_target(run, tmp_path, site_packages, capsys):
         class Acme(Target):
             name = "acme"
 
-            def write_group(self, work, group, runs, read, *, native):
-                names = [tensor.name for run in runs for tensor, _ in read(run, "in")]
-                (work / "names").write_text(f"{len(runs)} {len(names)}")
+            def write_group(self, group, read):
+                names = [tensor.name for run in group.runs for tensor, _ in read(run, "in")]
+                (group.folder / "names").write_text(f"{len(group.runs)} {len(names)}")
                 return ["acme-run"]
 
-            def find_outputs(self, folder, outputs, runs):
+            def find_outputs(self, group):
                 yield from ()
     """
     site_packages.install_metadata(

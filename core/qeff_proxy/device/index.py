@@ -103,14 +103,12 @@ class Index:
         target: The target's name.
         dump: Fingerprint of the dump that was packed (`fingerprint`).
         cache: Whose cache the steps read.
-        native: The files have the tensors' own dtypes, not the tool's default.
         runs: In the order of the dump's steps, group by group.
     """
 
     target: Text
     dump: Text
     cache: Cache
-    native: bool
     runs: tuple[PackedRun, ...]
 
     def groups(self) -> dict[str, list[PackedRun]]:
@@ -127,7 +125,6 @@ class _Document(TypedDict):
     target: str
     dump: str
     cache: Cache
-    native: bool
     runs: tuple[PackedRun, ...]
 
 
@@ -191,7 +188,6 @@ def read_index(folder: Path) -> Index:
         document["target"],
         document["dump"],
         document["cache"],
-        document["native"],
         document["runs"],
     )
 

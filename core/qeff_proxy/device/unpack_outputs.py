@@ -24,7 +24,7 @@ from qeff_proxy.common.messages import counted
 from qeff_proxy.device.conventions import Conventions, Quantized, Rows, pick
 from qeff_proxy.device.index import Index, PackedRun, PackedTensor, fingerprint
 from qeff_proxy.device.names import match_name, name_said
-from qeff_proxy.device.target import OUTPUTS, Found, Target, map_raw, raw_size
+from qeff_proxy.device.target import OUTPUTS, Found, Target, groups_of, map_raw, raw_size
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES, Phase, as_values
 from qeff_proxy.dump.reader import Dump, read_dump
@@ -96,14 +96,10 @@ def unpack_outputs(
     result = Unpacked(output, index.cache)
     provenance = {**like.provenance, "backend": target.name, "versions": {}, "options": {}}
     provenance["device"] = {"target": target.name, "cache": index.cache}
-    groups = index.groups()
     found: dict[tuple[str, Phase, int], list[Found]] = {}
     first: dict[tuple[str, Phase, str], tuple[str, str]] = {}
-    for group, runs in groups.items():
-        where = place / group
-        if len(groups) == 1 and not (where.is_dir() and any(where.iterdir())):
-            where = place
-        for run, files in target.find_outputs(folder, where, runs) if where.is_dir() else ():
+    for group in groups_of(index, folder, place):
+        for run, files in target.find_outputs(group) if group.outputs.is_dir() else ():
             found[run.part, run.phase, run.index] = files
     kv: Literal["delta", "full"] = "delta" if conventions.rows == "new" else "full"
     with DumpWriter(output, provenance, DumpOptions(tensors="*.out.*", kv=kv)) as writer:
