@@ -138,6 +138,8 @@ def _parse(file: Path, root: Path) -> Any:
 
 def _head(file: Path, root: Path, name: str) -> tuple[str, tuple[int, ...]]:
     tensor = _parse(file, root)
+    if not isinstance(tensor.name, str):  # protobuf gives bytes that are no UTF-8 as they are
+        raise DumpError(f"{file} is not an ONNX tensor: its name is not UTF-8")
     if not (tensor.name or name):
         raise DumpError(f"{file} has no name", "Give the model, whose order names it.")
     return tensor.name or name, tuple(tensor.dims)
