@@ -167,7 +167,7 @@ def test_a_list_that_was_shuffled_tells_the_steps_by_its_paths(tmp_path, dumps, 
     ("change", "problem"),
     [
         ({"format": "x"}, "is not the index of a packed folder"),
-        ({"version": 2}, "has version 2, not 1"),
+        ({"version": 2}, "has another version than 1"),
         ({"runs": []}, "lists no runs"),
         ({"cache": "x"}, "'cache'"),
         ({"dump": "0" * 64}, "was packed from another dump"),

@@ -252,8 +252,8 @@ def raw_size(path: Path) -> int:
     """
     try:
         status = path.stat()
-    except OSError as error:
-        raise DumpError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise DumpError(f"{path} cannot be read: {error}") from error
     if not stat.S_ISREG(status.st_mode):
         raise DumpError(f"{path} is not a regular file")
     return status.st_size
@@ -261,7 +261,11 @@ def raw_size(path: Path) -> int:
 
 def check_within(path: Path, root: Path | None) -> None:
     """Refuse a file that a link or ``..`` puts outside of ``root``."""
-    if root is not None and not path.resolve().is_relative_to(root.resolve()):
+    try:
+        outside = root is not None and not path.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # a circle of links, a null in the name
+        raise DumpError(f"{path} cannot be read: {error}") from error
+    if outside:
         raise DumpError(f"{path} lies outside of {root}")
 
 

@@ -29,6 +29,7 @@ from qeff_proxy.device.target import (
     Reader,
     Recorded,
     Target,
+    check_within,
     input_path,
     prepare,
     quoted,
@@ -148,8 +149,7 @@ def _found(entry: dict[str, Any], root: Path) -> Found:
     path = root / entry["path"]
     if size not in dtypes:
         raise DumpError(f"{name!r} of {path} has elements of {size} bytes, which are not known")
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise DumpError(f"{path} lies outside of {root}")
+    check_within(path, root)
     dims = entry.get("dims")
     shape = tuple(dims) if dims is not None else None
     return Found(name, str(path), raw=path, dtype=dtypes[size], certain=False, shape=shape)
