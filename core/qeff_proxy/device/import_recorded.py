@@ -23,8 +23,10 @@ from qeff_proxy.device.unpack_outputs import (
     check_any,
     counted_result,
     decode,
+    is_cache,
     match_files,
     raw_dtype,
+    with_rows,
 )
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES, Phase, step_label
@@ -33,7 +35,6 @@ from qeff_proxy.dump.reader import Dump
 from qeff_proxy.dump.selection import DumpOptions
 from qeff_proxy.dump.writer import DumpWriter
 from qeff_proxy.errors import DumpError, UsageError
-from qeff_proxy.tensor_names import PRESENT
 
 
 def import_recorded(
@@ -187,19 +188,11 @@ def _write_like(
 
 def _with_rows(tensor: PackedTensor, file: Found, rows: Rows) -> PackedTensor:
     """The tensor with the padding that its file has, if it is a cache."""
-    rank = len(tensor.shape)
-    is_cache = tensor.name.startswith(PRESENT) and rank == CACHE_AXIS + 2
-    if not is_cache or rows not in ("front", "back") or len(file.shape or ()) != rank:
+    if rows not in ("front", "back") or not is_cache(tensor) or file.shape is None:
         return tensor
-    assert file.shape is not None  # noqa: S101 - it has as many axes as the tensor
-    axes = tensor.axes if tensor.axes is not None else tuple(range(rank))
-    count, total = tensor.shape[CACHE_AXIS], file.shape[axes.index(CACHE_AXIS)]
-    if total < count:
-        return tensor
-    shape, valid = list(tensor.shape), list(tensor.valid)
-    shape[CACHE_AXIS] = total
-    valid[CACHE_AXIS] = (0, count) if rows == "front" else (total - count, total)
-    return replace(tensor, shape=tuple(shape), valid=tuple(valid))
+    axes = tensor.axes if tensor.axes is not None else tuple(range(len(tensor.shape)))
+    total = dict(zip(axes, file.shape, strict=False)).get(CACHE_AXIS, 0)
+    return tensor if total < tensor.shape[CACHE_AXIS] else with_rows(tensor, total, rows)
 
 
 def _write_all(
