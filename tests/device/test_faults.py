@@ -108,7 +108,7 @@ def test_another_dump_is_refused(ran, tmp_path):
 def test_a_name_is_told_by_the_user(ran, tmp_path):
     _, target, index, dump = ran
     folder = copy_of(ran, tmp_path)
-    said = {"output_9": "last_hidden_state"}
+    said = {"body.*/output_9": "last_hidden_state", "encoder*/output_9": "x"}
     for path in sorted((folder / "outputs").rglob("last_hidden_state*")):
         path.rename(path.with_name(path.name.replace("last_hidden_state", "output_9")))
     with pytest.raises(DumpError, match=r"has no file named last_hidden_state"):

@@ -162,7 +162,7 @@ def match_files(
     matched: dict[str, Found] = {}
     others: list[Found] = []
     for file in files:
-        chosen = name_said(file.name, conventions.names)
+        chosen = name_said(file.name, run.group, conventions.names)
         if chosen is not None and chosen and chosen not in names:
             raise UsageError(
                 f"--name {file.name}={chosen}: {run.part} has no output {chosen!r}",
@@ -193,7 +193,7 @@ def _check_others(
         likely = [
             file
             for file in others
-            if name_said(file.name, conventions.names) is None and _may_be(file, tensor)
+            if name_said(file.name, run.group, conventions.names) is None and _may_be(file, tensor)
         ]
         if likely:
             shown = ", ".join(file.where for file in likely[:_SHOWN])
