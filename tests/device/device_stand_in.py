@@ -103,10 +103,11 @@ def label(run):
     return f"{run['phase']}-{run['index']:04d}"
 
 
-def write_outputs(folder, target, group, runs, answers, native):
+def write_outputs(folder, target, group, runs, answers):
     """Write the outputs of each run as the tool does."""
     place = folder / "outputs" / group
     place.mkdir(parents=True, exist_ok=True)
+    native = any(t["dtype"] != "float32" for run in runs for t in run["inputs"] + run["outputs"])
     if target == "ai-hub":
         import h5py
 
@@ -196,7 +197,7 @@ def run_device(folder, compute):
                     if t["name"] in outputs
                 }
             )
-        write_outputs(folder, index["target"], group, runs, answers, index["native"])
+        write_outputs(folder, index["target"], group, runs, answers)
 
 
 def in_file_form(array, tensor):

@@ -317,6 +317,9 @@ def test_bad_onnx_test_data_is_refused(run, onnx_model, tmp_path):
     (place / "input_0.pb").write_bytes(b"\xff" * 40)
     with pytest.raises(DumpError, match="is not an ONNX tensor"):
         unpack(tmp_path / "bad", tmp_path / "d", "onnx")
+    (place / "input_0.pb").write_bytes(b"\x08\x01\x10\x01\x42\x02\xff\xfe\x4a\x04" + bytes(4))
+    with pytest.raises(DumpError, match="its name is not UTF-8"):
+        unpack(tmp_path / "bad", tmp_path / "d", "onnx")
     outside = TensorProto(name="x", dims=[1], data_type=1)
     outside.data_location = TensorProto.EXTERNAL
     outside.external_data.add(key="location", value="../../etc/passwd")
@@ -403,12 +406,12 @@ def test_a_package_brings_a_target(run, tmp_path, site_packages, capsys):
         class Acme(Target):
             name = "acme"
 
-            def write_group(self, work, group, runs, read, *, native):
-                names = [tensor.name for run in runs for tensor, _ in read(run, "in")]
-                (work / "names").write_text(f"{len(runs)} {len(names)}")
+            def write_group(self, group, read):
+                names = [tensor.name for run in group.runs for tensor, _ in read(run, "in")]
+                (group.folder / "names").write_text(f"{len(group.runs)} {len(names)}")
                 return ["acme-run"]
 
-            def find_outputs(self, folder, outputs, runs):
+            def find_outputs(self, group):
                 yield from ()
     """
     site_packages.install_metadata(

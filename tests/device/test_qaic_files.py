@@ -203,3 +203,29 @@ def test_a_name_of_two_parts_must_be_told_apart(tmp_path, part, problem):
     else:
         with pytest.raises(DumpError, match=problem):
             read()
+
+
+def test_logits_are_the_heads_and_caches_the_bodys(tmp_path, dumps):
+    reference = dumps["gpt2"]
+    folder = tmp_path / "io" / "decode"
+    folder.mkdir(parents=True)
+    cache = reference.array("decode", 0, "body.out.present_value.layer-01")
+    whole = np.concatenate([cache, np.full((1, 2, 5, 4), 3, np.float32)], axis=2)
+    files = {
+        "logits": reference.array("decode", 0, "lm_head.out.logits"),
+        "past_value.1_InternalRetainedState": whole,
+        "position_ids": np.array([[7]]),
+    }
+    entries = []
+    for name, array in files.items():
+        array.tofile(folder / f"{name}.raw")
+        side = "in" if name == "position_ids" else "out"
+        entry = {"path": f"decode/{name}.raw", "io-direction": side, "elem-size": array.itemsize}
+        entries.append({**entry, "map-to": name, "dims": array.shape})
+    (tmp_path / "io" / "aic_batch_io.json").write_text(json.dumps({"IO-files": [entries]}))
+    import_dump(tmp_path / "io", tmp_path / "d", like=reference)
+    back = read_dump(tmp_path / "d")
+    assert back.names() == ["lm_head.out.logits", "body.out.present_value.layer-01"]
+    comparison = compare_dumps(reference, back, tensors=back.names(), partial=True)
+    assert comparison.passed
+    assert [len(tensor.steps) for tensor in comparison.tensors] == [1, 1]

@@ -116,6 +116,39 @@ def test_rows_of_the_step_alone_come_back_as_a_delta(name, dumps, echo, tmp_path
     )
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", ["npy", "qaic-runner"])
+def test_a_device_may_keep_its_rows_at_the_front(name, padded, dumps, echo, tmp_path):
+    dump = dumps["gpt2"]
+    whole = echo(dump)
+    options = PackOptions(cache="device", **shapes_of("gpt2", tmp_path, fixed=True))
+
+    def in_front(run, inputs):
+        outputs = whole(run, inputs)
+        for tensor in run["outputs"]:
+            if tensor["name"].startswith("present."):
+                begin, end = tensor["valid"][2]
+                array = outputs[tensor["name"]]
+                rows = array[:, :, begin:end]
+                if padded:
+                    rows = np.concatenate([rows, np.full_like(array, 3)], 2)[:, :, : array.shape[2]]
+                else:
+                    rows = rows[: tensor["valid"][0][1]]
+                outputs[tensor["name"]] = rows
+        return outputs
+
+    target = make_target(name)
+    index = pack_dump(dump, tmp_path / "p", target, options)
+    run_device(tmp_path / "p", in_front)
+    globs = ["body.out.*"]
+    front = Conventions(rows="front")
+    unpack_outputs(tmp_path / "p", target, index, dump, tmp_path / "d", front)
+    assert compare_dumps(dump, tmp_path / "d", tensors=globs, tolerances=EXACT).passed
+    if padded:
+        unpack_outputs(tmp_path / "p", target, index, dump, tmp_path / "e")
+        assert not compare_dumps(dump, tmp_path / "e", tensors=globs).passed
+
+
 @pytest.mark.parametrize("name", ["npy", "qnn-net-run", "qaic-runner"])
 def test_quantized_outputs_get_their_values_back(name, dumps, echo, tmp_path):
     dump = dumps["gpt2"]

@@ -64,8 +64,8 @@ def add_unpack_options(parser: argparse.ArgumentParser) -> None:
         "--rows",
         choices=("whole", "front", "back", "new"),
         default="whole",
-        help="which rows of a cache a file holds: all that was packed (default), the valid ones "
-        "(at the front or back of longer files without an index), or those of the step alone",
+        help="where a cache's valid rows are in its file: as in the packed inputs, in front of "
+        "which padding is (default), at the front or back, or only those that the step added",
     )
     parser.add_argument("--runner", metavar="NAME", help="whose outputs to read (polygraphy)")
 

@@ -23,8 +23,8 @@ _CACHE = re.compile(r"(present|past_key_values)\.(\d+)\.(key|value)\Z")
 #: The order of axes that the graphs have, for letters that need no ``FROM>TO``.
 _ORDERS = ("BHSD", "NCHW", "BSD")
 
-#: Which rows of a cache a file holds: all with padding, the valid ones at its front or back, or the
-#: rows that the step added.
+#: Where the valid rows of a cache are in its file: where the packed ones are, at the front or back
+#: of padding or without any, or only those that the step added.
 Rows = Literal["whole", "front", "back", "new"]
 
 
@@ -52,7 +52,7 @@ class Conventions:
         layouts: Glob → order of axes.
         quantized: Glob → integers and scale.
         names: File name or glob → graph name; an empty name leaves the file out.
-        rows: Which rows of the caches the files hold.
+        rows: Where the caches' valid rows are in the files.
     """
 
     dtypes: Mapping[str, str] = field(default_factory=dict)

@@ -11,10 +11,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_proxy.device.target import check_within
+from qeff_proxy.device.target import check_within, raw_size
 from qeff_proxy.dump.format import MAX_RANK
 from qeff_proxy.dump.manifest import MAX_ELEMENTS
-from qeff_proxy.errors import DumpError, ProxyError
+from qeff_proxy.errors import DumpError
 
 MAX_FOREIGN_BYTES = 2**34
 # What NumPy raises on a damaged .npy header, which it tokenizes and evaluates as Python.
@@ -92,8 +92,6 @@ def read_npy(path: Path) -> NDArray[Any]:
     Raises:
         DumpError: It is not one, holds objects, or its size is not what it declares.
     """
-    from qeff_proxy.device.target import raw_size
-
     size = raw_size(path)
     with path.open("rb") as file:
         dtype, shape, fortran = npy_header(file, str(path), size)
@@ -110,13 +108,10 @@ def read_limited(path: Path, root: Path) -> bytes:
     Raises:
         DumpError: It lies outside of ``root``, is not a regular file, or is too large.
     """
+    check_within(path, root)
+    if raw_size(path) > MAX_FOREIGN_BYTES:
+        raise DumpError(f"{path} has more than {MAX_FOREIGN_BYTES} bytes")
     try:
-        check_within(path, root)
-        real = path.resolve(strict=True)
-        if not real.is_file() or real.stat().st_size > MAX_FOREIGN_BYTES:
-            raise DumpError(f"{path} is not a regular file of at most {MAX_FOREIGN_BYTES} bytes")
-        return real.read_bytes()
-    except ProxyError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DumpError(f"{path} cannot be read: {error}") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise DumpError(f"{path} cannot be read: {error.strerror}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qeff_proxy.common.messages import counted
-from qeff_proxy.device.conventions import Conventions, pick
+from qeff_proxy.device.conventions import Conventions, Rows, pick
 from qeff_proxy.device.index import PackedRun, PackedTensor
 from qeff_proxy.device.part_source import PartSource
 from qeff_proxy.device.target import Found, Recorded, Target, map_raw, raw_size
@@ -23,8 +23,10 @@ from qeff_proxy.device.unpack_outputs import (
     check_any,
     counted_result,
     decode,
+    is_cache,
     match_files,
     raw_dtype,
+    with_rows,
 )
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES, Phase, step_label
@@ -33,7 +35,6 @@ from qeff_proxy.dump.reader import Dump
 from qeff_proxy.dump.selection import DumpOptions
 from qeff_proxy.dump.writer import DumpWriter
 from qeff_proxy.errors import DumpError, UsageError
-from qeff_proxy.tensor_names import PRESENT
 
 
 def import_recorded(
@@ -69,13 +70,16 @@ def import_recorded(
     labels = _labels(recorded, steps, like, path)
     result = Unpacked(output)
     if like is None:
+        files = {file.name for run in recorded for file in (*run.inputs, *run.outputs)}
+        conventions.check_used(sorted(files))
         _write_all(recorded, labels, part or "body", target, conventions, output)
         return counted_result(result)
     if conventions.rows == "whole" and target.rows == "front":
         conventions = replace(conventions, rows="front")
-    by_label = {(step.phase, step.index): step for step in like.steps}
     names = [part] if part is not None else like.manifest.parts
     sources = [PartSource(like, name) for name in names if _has_tensors(like, name)]
+    known = {t.index.graph_name for (_, n), t in like.tensors.items() if n.direction == "out"}
+    conventions.check_used(sorted(known))
     provenance = {**like.provenance, "backend": target.name, "versions": {}, "options": {}}
     runs = dict(zip(labels, recorded, strict=True))
     with DumpWriter(output, provenance, DumpOptions(tensors="*.out.*", kv="full")) as writer:
@@ -84,7 +88,7 @@ def import_recorded(
             if run is None:
                 result.missing.append(step.label)
                 continue
-            _write_like(writer, run, by_label[step.phase, step.index], sources, conventions, result)
+            _write_like(writer, run, step, sources, conventions, result)
         if runs:
             label = step_label(*next(iter(runs)))
             raise DumpError(f"{path} has {label}, and {like.folder} has no such step")
@@ -176,30 +180,19 @@ def _write_like(
         if name not in matched and parts[name] in part_names
     ]
     for name, file in matched.items():
-        tensor = _with_rows(tensors[name], file, conventions)
+        tensor = _with_rows(tensors[name], file, conventions.rows)
         array = decode(file, tensor, run, replace(conventions, rows="whole"))
         past = step.past_length
         writer.step(step.phase, step.index, parts[name], {}, {name: array}, past_length=past)
 
 
-def _with_rows(tensor: PackedTensor, file: Found, conventions: Conventions) -> PackedTensor:
+def _with_rows(tensor: PackedTensor, file: Found, rows: Rows) -> PackedTensor:
     """The tensor with the padding that its file has, if it is a cache."""
-    if not tensor.name.startswith(PRESENT) or len(tensor.shape) != CACHE_AXIS + 2:
+    if rows not in ("front", "back") or not is_cache(tensor) or file.shape is None:
         return tensor
-    if conventions.rows not in ("front", "back"):
-        return tensor
-    shape, valid = list(tensor.shape), list(tensor.valid)
-    if file.shape is not None and len(file.shape) == len(shape):
-        order = tensor.axes if tensor.axes is not None else tuple(range(len(shape)))
-        rows = file.shape[order.index(CACHE_AXIS)]
-    else:
-        return tensor
-    count = shape[CACHE_AXIS]
-    if rows < count:
-        return tensor
-    shape[CACHE_AXIS] = rows
-    valid[CACHE_AXIS] = (0, count) if conventions.rows == "front" else (rows - count, rows)
-    return replace(tensor, shape=tuple(shape), valid=tuple(valid))
+    axes = tensor.axes if tensor.axes is not None else tuple(range(len(tensor.shape)))
+    total = dict(zip(axes, file.shape, strict=False)).get(CACHE_AXIS, 0)
+    return tensor if total < tensor.shape[CACHE_AXIS] else with_rows(tensor, total, rows)
 
 
 def _write_all(

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -103,14 +103,12 @@ class Index:
         target: The target's name.
         dump: Fingerprint of the dump that was packed (`fingerprint`).
         cache: Whose cache the steps read.
-        native: The files have the tensors' own dtypes, not the tool's default.
         runs: In the order of the dump's steps, group by group.
     """
 
     target: Text
     dump: Text
     cache: Cache
-    native: bool
     runs: tuple[PackedRun, ...]
 
     def groups(self) -> dict[str, list[PackedRun]]:
@@ -119,16 +117,6 @@ class Index:
         for run in self.runs:
             groups.setdefault(run.group, []).append(run)
         return groups
-
-
-class _Document(TypedDict):
-    format: str
-    version: int
-    target: str
-    dump: str
-    cache: Cache
-    native: bool
-    runs: tuple[PackedRun, ...]
 
 
 def fingerprint(dump: Dump) -> str:
@@ -171,29 +159,24 @@ def read_index(folder: Path) -> Index:
     value = parse_json(data, path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise DumpError(f"{path} is not the index of a packed folder")
-    if value.get("version") != VERSION:
-        raise DumpError(f"{path} has version {value.get('version')!r}, not {VERSION}")
+    if value.pop("version", None) != VERSION:
+        raise DumpError(f"{path} has another version than {VERSION}")
+    del value["format"]
     try:
-        document = read_as(_Document, value, str(path))
+        index = read_as(Index, value, str(path))
     except FieldError as error:
         raise DumpError(str(error)) from error
     seen = set()
-    for run in document["runs"]:
+    for run in index.runs:
         key = (run.part, run.phase, run.index)
         if key in seen:
             raise DumpError(f"{path} has {run.label} of the {run.part} part twice")
         seen.add(key)
         for tensor in (*run.inputs, *run.outputs):
             _check_tensor(tensor, f"{tensor.name!r} of {run.label} in {path}")
-    if not document["runs"]:
+    if not index.runs:
         raise DumpError(f"{path} lists no runs")
-    return Index(
-        document["target"],
-        document["dump"],
-        document["cache"],
-        document["native"],
-        document["runs"],
-    )
+    return index
 
 
 def _check_tensor(tensor: PackedTensor, where: str) -> None:

@@ -65,7 +65,18 @@ def match_name(said: str, names: Iterable[str], where: str) -> str | None:
     return None
 
 
-def name_said(said: str, options: Mapping[str, str]) -> str | None:
-    """The graph's name that ``--name`` gives a file: empty leaves it out, None says nothing."""
-    chosen = [name for glob, name in options.items() if said == glob or fnmatchcase(said, glob)]
+def name_said(said: str, group: str, options: Mapping[str, str]) -> str | None:
+    """The graph's name that ``--name`` gives a file: empty leaves it out, None says nothing.
+
+    Args:
+        said: What the tool calls it.
+        group: Of the run, which may stand before it: ``body*/output_0``.
+        options: File name or glob → graph name; the last one that matches counts.
+    """
+    names = (said, f"{group}/{said}")
+    chosen = [
+        name
+        for glob, name in options.items()
+        if glob in names or any(fnmatchcase(each, glob) for each in names)
+    ]
     return chosen[-1] if chosen else None

@@ -36,7 +36,7 @@ from qeff_proxy.device.index import (
     write_index,
 )
 from qeff_proxy.device.part_source import PartSource, choose_parts
-from qeff_proxy.device.target import OUTPUTS, Target
+from qeff_proxy.device.target import OUTPUTS, Target, groups_of
 from qeff_proxy.dump.format import DTYPES, Direction
 from qeff_proxy.dump.manifest import StepInfo
 from qeff_proxy.dump.place import DUMPS
@@ -112,16 +112,14 @@ def pack_dump(dump: Dump, folder: Path, target: Target, options: PackOptions) ->
         target=target.name,
         dump=fingerprint(dump),
         cache=options.cache,
-        native=bool(options.conventions.dtypes) or target.plain_dtype is None,
         runs=tuple(each.run for each in planned),
     )
     by_key = {(each.run.part, each.run.phase, each.run.index): each for each in planned}
     with new_folder(folder) as work:
         commands = []
-        for group, runs in index.groups().items():
-            read = partial(_read, by_key)
-            commands += target.write_group(work, group, runs, read, native=index.native)
-            (work / OUTPUTS / group).mkdir(parents=True)
+        for group in groups_of(index, work, work / OUTPUTS):
+            commands += target.write_group(group, partial(_read, by_key))
+            group.outputs.mkdir(parents=True)
         _write_script(work / SCRIPT, commands)
         write_index(work, index)
     return index

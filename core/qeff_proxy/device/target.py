@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qeff_proxy.device.index import PackedRun, PackedTensor
+from qeff_proxy.device.index import Index, PackedRun, PackedTensor
 from qeff_proxy.device.names import file_stem
 from qeff_proxy.dump.format import DTYPES, Direction, Phase, as_values
 from qeff_proxy.errors import DumpError, UsageError
@@ -39,6 +39,28 @@ OUTPUTS = "outputs"
 
 #: Yields the inputs or outputs of a run as the files are to have them.
 Reader = Callable[[PackedRun, Direction], Iterator[tuple[PackedTensor, NDArray[Any]]]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one binary of one set of shapes.
+
+    Attributes:
+        folder: The packed folder, in which the tool's commands run.
+        name: Of the group: its folder in the packed folder, and below ``outputs/``.
+        runs: In order.
+        outputs: Where the device's outputs are.
+    """
+
+    folder: Path
+    name: str
+    runs: Sequence[PackedRun]
+    outputs: Path
+
+    @property
+    def place(self) -> Path:
+        """The group's folder in the packed folder."""
+        return self.folder / self.name
 
 
 @dataclass(frozen=True)
@@ -114,29 +136,17 @@ class Target(ABC):
         return dtype
 
     @abstractmethod
-    def write_group(
-        self, work: Path, group: str, runs: Sequence[PackedRun], read: Reader, *, native: bool
-    ) -> list[str]:
-        """Write the runs of one group, and return the commands that run them, from ``work``.
+    def write_group(self, group: Group, read: Reader) -> list[str]:
+        """Write the runs of a group, and return the commands that run them.
 
         Args:
-            work: The packed folder.
-            group: Its name; also of its folder, and of the outputs' below ``outputs/``.
-            runs: In order.
+            group: The runs; the files go below its name in its folder.
             read: Yields a run's tensors, one at a time.
-            native: The files have the tensors' own dtypes, not the tool's default.
         """
 
     @abstractmethod
-    def find_outputs(
-        self, folder: Path, outputs: Path, runs: Sequence[PackedRun]
-    ) -> Iterator[tuple[PackedRun, list[Found]]]:
-        """Yield what came back for each run of a group, in order; nothing for a missing run.
-
-        Args:
-            folder: The packed folder.
-            outputs: Of the group.
-            runs: Of the group.
+    def find_outputs(self, group: Group) -> Iterator[tuple[PackedRun, list[Found]]]:
+        """Yield what came back for each run of a group; nothing for a missing run.
 
         Raises:
             DumpError: A file is damaged, or it cannot be told which run it is of.
@@ -152,6 +162,17 @@ class Target(ABC):
             f"files of {self.name} do not say which tensor of which step they are",
             "Name the folder that pack wrote.",
         )
+
+
+def groups_of(index: Index, folder: Path, outputs: Path) -> list[Group]:
+    """The groups of a packed folder; a single one's outputs may lie in ``outputs`` itself."""
+    groups = index.groups()
+    if len(groups) == 1:
+        (name,) = groups
+        place = outputs / name
+        if outputs.is_dir() and not (place.is_dir() and any(place.iterdir())):
+            return [Group(folder, name, groups[name], outputs)]
+    return [Group(folder, name, runs, outputs / name) for name, runs in groups.items()]
 
 
 def load_target(name: str, **options: Any) -> Target:
@@ -183,14 +204,14 @@ def input_path(run: PackedRun, tensor: PackedTensor, ending: str) -> str:
     return f"{run.group}/{run.label}/{file_stem(tensor.name)}{ending}"
 
 
-def prepare(work: Path, run: PackedRun, ending: str) -> Path:
+def prepare(folder: Path, run: PackedRun, ending: str) -> Path:
     """Make the folder of a run's files, and refuse tensors whose files would have one name."""
     stems: dict[str, str] = {}
     for tensor in run.inputs:
         other = stems.setdefault(file_stem(tensor.name).casefold(), tensor.name)
         if other != tensor.name:
             raise DumpError(f"{other!r} and {tensor.name!r} would both be {other}{ending}")
-    place = work / run.group / run.label
+    place = folder / run.group / run.label
     place.mkdir(parents=True)
     return place
 
@@ -231,8 +252,8 @@ def raw_size(path: Path) -> int:
     """
     try:
         status = path.stat()
-    except OSError as error:
-        raise DumpError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise DumpError(f"{path} cannot be read: {error}") from error
     if not stat.S_ISREG(status.st_mode):
         raise DumpError(f"{path} is not a regular file")
     return status.st_size
@@ -240,7 +261,11 @@ def raw_size(path: Path) -> int:
 
 def check_within(path: Path, root: Path | None) -> None:
     """Refuse a file that a link or ``..`` puts outside of ``root``."""
-    if root is not None and not path.resolve().is_relative_to(root.resolve()):
+    try:
+        outside = root is not None and not path.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # a circle of links, a null in the name
+        raise DumpError(f"{path} cannot be read: {error}") from error
+    if outside:
         raise DumpError(f"{path} lies outside of {root}")
 
 

@@ -24,7 +24,7 @@ from qeff_proxy.common.messages import counted
 from qeff_proxy.device.conventions import Conventions, Quantized, Rows, pick
 from qeff_proxy.device.index import Index, PackedRun, PackedTensor, fingerprint
 from qeff_proxy.device.names import match_name, name_said
-from qeff_proxy.device.target import OUTPUTS, Found, Target, map_raw, raw_size
+from qeff_proxy.device.target import OUTPUTS, Found, Target, groups_of, map_raw, raw_size
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES, Phase, as_values
 from qeff_proxy.dump.reader import Dump, read_dump
@@ -96,14 +96,10 @@ def unpack_outputs(
     result = Unpacked(output, index.cache)
     provenance = {**like.provenance, "backend": target.name, "versions": {}, "options": {}}
     provenance["device"] = {"target": target.name, "cache": index.cache}
-    groups = index.groups()
     found: dict[tuple[str, Phase, int], list[Found]] = {}
     first: dict[tuple[str, Phase, str], tuple[str, str]] = {}
-    for group, runs in groups.items():
-        where = place / group
-        if len(groups) == 1 and not (where.is_dir() and any(where.iterdir())):
-            where = place
-        for run, files in target.find_outputs(folder, where, runs) if where.is_dir() else ():
+    for group in groups_of(index, folder, place):
+        for run, files in target.find_outputs(group) if group.outputs.is_dir() else ():
             found[run.part, run.phase, run.index] = files
     kv: Literal["delta", "full"] = "delta" if conventions.rows == "new" else "full"
     with DumpWriter(output, provenance, DumpOptions(tensors="*.out.*", kv=kv)) as writer:
@@ -166,7 +162,7 @@ def match_files(
     matched: dict[str, Found] = {}
     others: list[Found] = []
     for file in files:
-        chosen = name_said(file.name, conventions.names)
+        chosen = name_said(file.name, run.group, conventions.names)
         if chosen is not None and chosen and chosen not in names:
             raise UsageError(
                 f"--name {file.name}={chosen}: {run.part} has no output {chosen!r}",
@@ -197,7 +193,7 @@ def _check_others(
         likely = [
             file
             for file in others
-            if name_said(file.name, conventions.names) is None and _may_be(file, tensor)
+            if name_said(file.name, run.group, conventions.names) is None and _may_be(file, tensor)
         ]
         if likely:
             shown = ", ".join(file.where for file in likely[:_SHOWN])
@@ -240,6 +236,8 @@ def decode(
     """The run's own elements of a tensor, in the graph's order of axes."""
     if (axes := conventions.axes(tensor.name, len(tensor.shape))) is not None:
         tensor = replace(tensor, axes=axes)
+    if conventions.rows in ("front", "back") and is_cache(tensor):
+        tensor = with_rows(tensor, tensor.shape[CACHE_AXIS], conventions.rows)
     shapes = _shapes(tensor, run, conventions.rows)
     quantized = pick(conventions.quantized, tensor.name)
     said = pick(conventions.dtypes, tensor.name)
@@ -279,26 +277,38 @@ def raw_dtype(file: Found, said: str | None, expected: str | None) -> str:
     return said or (expected if expected and DTYPES[expected].itemsize == size else stated)
 
 
-def _shapes(tensor: PackedTensor, run: PackedRun, rows: Rows) -> dict[tuple[int, ...], str]:
-    """The shapes, in the graph's order, that a file may have, and what each is."""
+def is_cache(tensor: PackedTensor) -> bool:
+    """Whether a tensor holds rows of a cache."""
+    return tensor.name.startswith(PRESENT) and len(tensor.shape) == CACHE_AXIS + 2
+
+
+def with_rows(tensor: PackedTensor, total: int, rows: Rows) -> PackedTensor:
+    """A cache of ``total`` rows in its file, of which the valid ones are at the front or back."""
+    count = tensor.valid_shape[CACHE_AXIS]
+    shape, valid = list(tensor.shape), list(tensor.valid)
+    shape[CACHE_AXIS] = total
+    valid[CACHE_AXIS] = (0, count) if rows == "front" else (total - count, total)
+    return replace(tensor, shape=tuple(shape), valid=tuple(valid))
+
+
+def _shapes(tensor: PackedTensor, run: PackedRun, rows: Rows) -> list[tuple[int, ...]]:
+    """The shapes, in the graph's order of axes, that a file may have."""
     if rows == "new" and tensor.name.startswith(PRESENT):
         if run.past_length is None or len(tensor.shape) != CACHE_AXIS + 2:
             raise DumpError(f"{run.label} says no past length, so {tensor.name} has no new rows")
         shape = list(tensor.valid_shape)
         shape[CACHE_AXIS] -= run.past_length
-        return {tuple(shape): "the new rows"}
-    shapes = {tensor.shape: "the whole tensor"}
-    if rows in ("front", "back"):
-        shapes = {tensor.valid_shape: "the valid elements"}
-    return shapes
+        return [tuple(shape)]
+    return [tensor.shape] if rows == "whole" else [tensor.shape, tensor.valid_shape]
 
 
 def _read_raw(
-    file: Found, tensor: PackedTensor, dtype: str, shapes: dict[tuple[int, ...], str]
+    file: Found, tensor: PackedTensor, dtype: str, shapes: list[tuple[int, ...]]
 ) -> NDArray[Any]:
     assert file.raw is not None  # noqa: S101 - the caller looked
     size = raw_size(file.raw)
-    (shape,) = shapes
+    fits = (shape for shape in shapes if size == prod(shape) * DTYPES[dtype].itemsize)
+    shape = next(fits, shapes[0])
     if file.shape is not None and file.shape != tensor.in_file(shape):
         raise _wrong_shape(file, tensor, file.shape, shape)
     if size != prod(shape) * DTYPES[dtype].itemsize:
@@ -335,17 +345,17 @@ def _wrong_size(
 def _load(
     file: Found,
     tensor: PackedTensor,
-    shapes: dict[tuple[int, ...], str],
+    shapes: list[tuple[int, ...]],
     said: str | None,
     quantized: Quantized | None,
 ) -> NDArray[Any]:
     assert file.load is not None  # noqa: S101 - the tool states dtype and shape
     accepted = [tensor.in_file(shape) for shape in (*shapes, tensor.valid_shape)]
     if file.shape is not None and file.shape not in accepted:
-        raise _wrong_shape(file, tensor, file.shape, next(iter(shapes)))
+        raise _wrong_shape(file, tensor, file.shape, shapes[0])
     array = file.load()
     if array.shape not in accepted:
-        raise _wrong_shape(file, tensor, array.shape, next(iter(shapes)))
+        raise _wrong_shape(file, tensor, array.shape, shapes[0])
     if said is None and quantized is None and DTYPES[tensor.dtype].inexact:
         known = DTYPES.get(array.dtype.name)
         if known is not None and not known.inexact:

@@ -9,7 +9,7 @@ unsigned integers, and read so; ``pack.json`` knows the dtype.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from qeff_proxy.device.foreign import npy_header, read_npy
 from qeff_proxy.device.index import PackedRun
 from qeff_proxy.device.names import file_stem
-from qeff_proxy.device.target import Found, Reader, Target, check_within, prepare
+from qeff_proxy.device.target import Found, Group, Reader, Target, check_within, prepare
 from qeff_proxy.dump.format import DTYPES, as_values
 from qeff_proxy.errors import DumpError
 
@@ -48,41 +48,26 @@ class NpyTarget(Target):
     name = "npy"
     carries_cache = True
 
-    def write_group(
-        self,
-        work: Path,
-        group: str,
-        runs: Sequence[PackedRun],
-        read: Reader,
-        *,
-        native: bool,  # noqa: ARG002
-    ) -> list[str]:
+    def write_group(self, group: Group, read: Reader) -> list[str]:
         """Write a folder per step, and ``steps.txt``."""
-        for run in runs:
-            self._write(work, run, read)
-        labels = "".join(f"{run.label}\n" for run in runs)
-        (work / group / STEPS).write_text(labels, encoding="utf-8")
-        return [
-            f'# "$DEVICE" {group} outputs/{group}   # your driver: the steps of {group}/{STEPS}'
-        ]
+        for run in group.runs:
+            self._write(group.folder, run, read)
+        labels = "".join(f"{run.label}\n" for run in group.runs)
+        (group.place / STEPS).write_text(labels, encoding="utf-8")
+        return [f"# your driver here: the steps of {group.name}/{STEPS}, to outputs/{group.name}"]
 
-    def _write(self, work: Path, run: PackedRun, read: Reader) -> None:
-        place = prepare(work, run, ".npy")
+    def _write(self, folder: Path, run: PackedRun, read: Reader) -> None:
+        place = prepare(folder, run, ".npy")
         for tensor, array in read(run, "in"):
             np.save(place / f"{file_stem(tensor.name)}.npy", _stored(array), allow_pickle=False)
 
-    def find_outputs(
-        self,
-        folder: Path,  # noqa: ARG002
-        outputs: Path,
-        runs: Sequence[PackedRun],
-    ) -> Iterator[tuple[PackedRun, list[Found]]]:
+    def find_outputs(self, group: Group) -> Iterator[tuple[PackedRun, list[Found]]]:
         """Yield the files of each step's folder."""
-        for run in runs:
-            place = outputs / run.label
+        for run in group.runs:
+            place = group.outputs / run.label
             if place.is_dir():
                 files = sorted(place.glob("*.npy"))
-                yield run, [self._found(run, path, outputs) for path in files]
+                yield run, [self._found(run, path, group.outputs) for path in files]
 
     def _found(self, run: PackedRun, path: Path, root: Path) -> Found:
         check_within(path, root)
@@ -100,26 +85,21 @@ class NpzTarget(NpyTarget):
 
     name = "npz"
 
-    def _write(self, work: Path, run: PackedRun, read: Reader) -> None:
-        prepare(work, run, ".npy").rmdir()
-        path = work / run.group / f"{run.label}.npz"
+    def _write(self, folder: Path, run: PackedRun, read: Reader) -> None:
+        prepare(folder, run, ".npy").rmdir()
+        path = folder / run.group / f"{run.label}.npz"
         with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
             for tensor, array in read(run, "in"):
                 member = zipfile.ZipInfo(f"{file_stem(tensor.name)}.npy")
                 with archive.open(member, "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, _stored(array), allow_pickle=False)
 
-    def find_outputs(
-        self,
-        folder: Path,  # noqa: ARG002
-        outputs: Path,
-        runs: Sequence[PackedRun],
-    ) -> Iterator[tuple[PackedRun, list[Found]]]:
+    def find_outputs(self, group: Group) -> Iterator[tuple[PackedRun, list[Found]]]:
         """Yield the members of each step's file."""
-        for run in runs:
-            path = outputs / f"{run.label}.npz"
+        for run in group.runs:
+            path = group.outputs / f"{run.label}.npz"
             if path.exists():
-                check_within(path, outputs)
+                check_within(path, group.outputs)
                 yield run, list(_members(path, run))
 
 

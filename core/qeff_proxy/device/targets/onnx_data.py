@@ -9,7 +9,7 @@ at the same places below ``outputs/``, each tensor with its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qeff_proxy.device.foreign import read_limited
 from qeff_proxy.device.index import PackedRun
-from qeff_proxy.device.target import Found, Reader, Recorded, Target
+from qeff_proxy.device.target import Found, Group, Reader, Recorded, Target
 from qeff_proxy.dump.format import Direction
 from qeff_proxy.errors import DumpError
 
@@ -47,22 +47,14 @@ class OnnxTarget(Target):
     name = "onnx"
     uses = ("model",)
 
-    def write_group(
-        self,
-        work: Path,
-        group: str,
-        runs: Sequence[PackedRun],
-        read: Reader,
-        *,
-        native: bool,  # noqa: ARG002
-    ) -> list[str]:
+    def write_group(self, group: Group, read: Reader) -> list[str]:
         """Write one set per run, inputs and expected outputs."""
         from onnx import numpy_helper
 
         order = _graph_order(self.model) if self.model is not None else None
         sides: tuple[tuple[Direction, str], ...] = (("in", "input"), ("out", "output"))
-        for number, run in enumerate(runs):
-            place = work / group / f"test_data_set_{number}"
+        for number, run in enumerate(group.runs):
+            place = group.place / f"test_data_set_{number}"
             place.mkdir(parents=True)
             for side, stem in sides:
                 have = [tensor.name for tensor in (run.inputs if side == "in" else run.outputs)]
@@ -75,19 +67,14 @@ class OnnxTarget(Target):
                         data = numpy_helper.from_array(np.ascontiguousarray(array), tensor.name)
                         path = place / f"{stem}_{names.index(tensor.name)}.pb"
                         path.write_bytes(data.SerializeToString())
-        return [f"# put the model at {group}/model.onnx", f"onnx_test_runner {group}"]
+        return [f"# put the model at {group.name}/model.onnx", f"onnx_test_runner {group.name}"]
 
-    def find_outputs(
-        self,
-        folder: Path,  # noqa: ARG002
-        outputs: Path,
-        runs: Sequence[PackedRun],
-    ) -> Iterator[tuple[PackedRun, list[Found]]]:
+    def find_outputs(self, group: Group) -> Iterator[tuple[PackedRun, list[Found]]]:
         """Yield the outputs of each set."""
-        for number, run in enumerate(runs):
-            place = outputs / f"test_data_set_{number}"
+        for number, run in enumerate(group.runs):
+            place = group.outputs / f"test_data_set_{number}"
             if place.is_dir():
-                yield run, self._find(place, outputs)["output"]
+                yield run, self._find(place, group.outputs)["output"]
 
     def find_recorded(self, path: Path) -> Iterator[Recorded]:
         """Yield each ``test_data_set_N``."""
@@ -151,6 +138,8 @@ def _parse(file: Path, root: Path) -> Any:
 
 def _head(file: Path, root: Path, name: str) -> tuple[str, tuple[int, ...]]:
     tensor = _parse(file, root)
+    if not isinstance(tensor.name, str):  # protobuf gives bytes that are no UTF-8 as they are
+        raise DumpError(f"{file} is not an ONNX tensor: its name is not UTF-8")
     if not (tensor.name or name):
         raise DumpError(f"{file} has no name", "Give the model, whose order names it.")
     return tensor.name or name, tuple(tensor.dims)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qeff_proxy.common.messages import counted
 from qeff_proxy.device.foreign import npy_from_bytes, npy_to_bytes, read_limited
 from qeff_proxy.device.index import PackedRun
-from qeff_proxy.device.target import Found, Reader, Recorded, Target, quoted
+from qeff_proxy.device.target import Found, Group, Reader, Recorded, Target, quoted
 from qeff_proxy.dump.format import AS_BITS, Direction
 from qeff_proxy.dump.rules import parse_json
 from qeff_proxy.errors import DumpError
@@ -42,56 +42,43 @@ class PolygraphyTarget(Target):
         """float32 for what NumPy does not know."""
         return "float32" if dtype in AS_BITS else dtype
 
-    def write_group(
-        self,
-        work: Path,
-        group: str,
-        runs: Sequence[PackedRun],
-        read: Reader,
-        *,
-        native: bool,  # noqa: ARG002
-    ) -> list[str]:
+    def write_group(self, group: Group, read: Reader) -> list[str]:
         """Write inputs and expected outputs, one iteration a run."""
         runner = json.dumps(_RUNNER)
         tail = f', "runtime": 0.0, "runner_name": {runner}, "{_CLASS}": "IterationResult"}}'
-        (work / group).mkdir()
-        with (work / group / INPUTS).open("x", encoding="utf-8") as file:
+        group.place.mkdir()
+        with (group.place / INPUTS).open("x", encoding="utf-8") as file:
             file.write("[")
-            for number, run in enumerate(runs):
+            for number, run in enumerate(group.runs):
                 file.write(",\n" if number else "\n")
                 file.writelines(_encode(read, run, "in"))
             file.write("\n]\n")
-        with (work / group / OUTPUTS).open("x", encoding="utf-8") as file:
+        with (group.place / OUTPUTS).open("x", encoding="utf-8") as file:
             file.write(f'{{"lst": [[{runner}, [')
-            for number, run in enumerate(runs):
+            for number, run in enumerate(group.runs):
                 file.write(',\n{"outputs": ' if number else '\n{"outputs": ')
                 file.writelines(_encode(read, run, "out"))
                 file.write(tail)
             file.write(f']]], "{_CLASS}": "RunResults"}}\n')
-        place = quoted(group)
+        place = quoted(group.name)
         return [
             f'polygraphy run "$MODEL" --trt --load-inputs {place}/{INPUTS} '
             f"--save-outputs outputs/{place}/{OUTPUTS}"
         ]
 
-    def find_outputs(
-        self,
-        folder: Path,  # noqa: ARG002
-        outputs: Path,
-        runs: Sequence[PackedRun],
-    ) -> Iterator[tuple[PackedRun, list[Found]]]:
+    def find_outputs(self, group: Group) -> Iterator[tuple[PackedRun, list[Found]]]:
         """Yield the outputs of each iteration."""
-        path = outputs / OUTPUTS
+        path = group.outputs / OUTPUTS
         if not path.exists():
             return
         results = _read_outputs(path, self.runner)
-        if len(results) != len(runs):
+        if len(results) != len(group.runs):
             raise DumpError(
                 f"{path} has {counted(len(results), 'iteration')} and the packed {INPUTS} "
-                f"{len(runs)}, so it cannot be told which step each is",
+                f"{len(group.runs)}, so it cannot be told which step each is",
                 "Run all of them again.",
             )
-        for number, run in enumerate(runs):
+        for number, run in enumerate(group.runs):
             yield run, _found(results[number], f"iteration {number} of {path}")
 
     def find_recorded(self, path: Path) -> Iterator[Recorded]:

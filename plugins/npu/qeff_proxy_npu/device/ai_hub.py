@@ -9,7 +9,7 @@ Source: ``qai_hub/util/dataset_entries_converters.py`` of the package qai-hub.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from qeff_proxy.common.messages import counted
 from qeff_proxy.device.index import PackedRun
-from qeff_proxy.device.target import Found, Reader, Target, check_within, raw_size
+from qeff_proxy.device.target import Found, Group, Reader, Target, check_within, raw_size
 from qeff_proxy.dump.format import AS_BITS
 from qeff_proxy.errors import DumpError, UsageError
 
@@ -44,47 +44,34 @@ class AiHubTarget(Target):
         """32 bits for what has 64, since AI Hub has no larger integers; NumPy's dtypes only."""
         return "float32" if dtype in AS_BITS else {"int64": "int32"}.get(dtype, dtype)
 
-    def write_group(
-        self,
-        work: Path,
-        group: str,
-        runs: Sequence[PackedRun],
-        read: Reader,
-        *,
-        native: bool,  # noqa: ARG002
-    ) -> list[str]:
+    def write_group(self, group: Group, read: Reader) -> list[str]:
         """Write one dataset."""
-        (work / group).mkdir()
-        with _h5py().File(work / group / INPUTS, "x") as file:
-            for number, tensor in enumerate(runs[0].inputs):
+        group.place.mkdir()
+        with _h5py().File(group.place / INPUTS, "x") as file:
+            for number, tensor in enumerate(group.runs[0].inputs):
                 entry = file.create_group(f"data/{number}")
                 entry.attrs["order"] = number
                 entry.attrs["name"] = tensor.name
-                entry.attrs["batch_count"] = len(runs)
-            places = {tensor.name: number for number, tensor in enumerate(runs[0].inputs)}
-            for batch, run in enumerate(runs):
+                entry.attrs["batch_count"] = len(group.runs)
+            places = {tensor.name: number for number, tensor in enumerate(group.runs[0].inputs)}
+            for batch, run in enumerate(group.runs):
                 for tensor, array in read(run, "in"):
                     file[f"data/{places[tensor.name]}"].create_dataset(f"batch_{batch}", data=array)
         return [
             "# In Python, with the compiled model and a device of hub.get_devices():",
-            f'# inputs = hub.upload_dataset("{group}/{INPUTS}")',
+            f'# inputs = hub.upload_dataset("{group.name}/{INPUTS}")',
             "# job = hub.submit_inference_job(model, device, inputs)",
-            f'# job.download_output_data("outputs/{group}/{OUTPUTS}")',
+            f'# job.download_output_data("outputs/{group.name}/{OUTPUTS}")',
         ]
 
-    def find_outputs(
-        self,
-        folder: Path,  # noqa: ARG002
-        outputs: Path,
-        runs: Sequence[PackedRun],
-    ) -> Iterator[tuple[PackedRun, list[Found]]]:
+    def find_outputs(self, group: Group) -> Iterator[tuple[PackedRun, list[Found]]]:
         """Yield the tensors of each entry."""
-        path = outputs / OUTPUTS
+        path = group.outputs / OUTPUTS
         if not path.exists():
             return
-        check_within(path, outputs)
-        found = _read(path, len(runs))
-        for number, run in enumerate(runs):
+        check_within(path, group.outputs)
+        found = _read(path, len(group.runs))
+        for number, run in enumerate(group.runs):
             yield run, found[number]
 
 

@@ -12,12 +12,13 @@ SDK and of SNPE (docs.qualcomm.com); lists in the repository quic/qidk.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from qeff_proxy.device.index import PackedRun
 from qeff_proxy.device.target import (
     Found,
+    Group,
     Reader,
     Target,
     input_path,
@@ -39,22 +40,24 @@ class NetRunTarget(Target):
     plain_dtype = "float32"
     command = ""
 
-    def write_group(
-        self, work: Path, group: str, runs: Sequence[PackedRun], read: Reader, *, native: bool
-    ) -> list[str]:
+    def write_group(self, group: Group, read: Reader) -> list[str]:
         """Write a folder per run, and the list."""
         lines = []
-        for run in runs:
-            prepare(work, run, ".raw")
+        for run in group.runs:
+            prepare(group.folder, run, ".raw")
             words = []
             for tensor, array in read(run, "in"):
                 path = input_path(run, tensor, ".raw")
-                write_raw(work / path, array)
+                write_raw(group.folder / path, array)
                 words.append(f"{self.tensor_name(tensor.name)}:={path}")
             lines.append(" ".join(words))
-        (work / group / LIST).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        text = "".join(f"{line}\n" for line in lines)
+        (group.place / LIST).write_text(text, encoding="utf-8")
+        native = any(
+            t.dtype != "float32" for run in group.runs for t in (*run.inputs, *run.outputs)
+        )
         files = " --use_native_input_files --use_native_output_files" if native else ""
-        place = quoted(group)
+        place = quoted(group.name)
         lists = f"--input_list {place}/{LIST} --output_dir outputs/{place}"
         return [f"{self.command} {lists}{files}"]
 
@@ -62,35 +65,32 @@ class NetRunTarget(Target):
         """What the tool calls an input."""
         return name
 
-    def find_outputs(
-        self, folder: Path, outputs: Path, runs: Sequence[PackedRun]
-    ) -> Iterator[tuple[PackedRun, list[Found]]]:
+    def find_outputs(self, group: Group) -> Iterator[tuple[PackedRun, list[Found]]]:
         """Yield each ``Result_N``, whose N counts the lines of the list as it now is."""
-        order = self._order(folder, runs)
+        order = self._order(group)
         results = {
             int(match[1]): entry
-            for entry in outputs.iterdir()
+            for entry in group.outputs.iterdir()
             if (match := _RESULT.match(entry.name)) and entry.is_dir()
         }
         extra = sorted(number for number in results if number >= len(order))
         if extra:
             raise DumpError(
-                f"{results[extra[0]]} has no line in {folder / runs[0].group / LIST}, which has "
-                f"{len(order)}",
+                f"{results[extra[0]]} has no line in {group.place / LIST}, which has {len(order)}",
                 "Remove what an earlier run wrote, or put the list back that was run.",
             )
         for number, run in enumerate(order):
             if number in results:
                 yield run, raw_files(results[number])
 
-    def _order(self, folder: Path, runs: Sequence[PackedRun]) -> list[PackedRun]:
+    def _order(self, group: Group) -> list[PackedRun]:
         """The run of each line of the list, told by the paths in it."""
-        path = folder / runs[0].group / LIST
+        path = group.place / LIST
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DumpError(f"{path} cannot be read: {error}") from error
-        by_label = {run.label: run for run in runs}
+        by_label = {run.label: run for run in group.runs}
         order = []
         for number, line in enumerate(lines, 1):
             if not line.strip() or line.startswith(("#", "%")):

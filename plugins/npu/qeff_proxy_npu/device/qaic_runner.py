@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from qeff_proxy.device.foreign import read_limited
 from qeff_proxy.device.index import PackedRun, PackedTensor
 from qeff_proxy.device.target import (
     Found,
+    Group,
     Reader,
     Recorded,
     Target,
+    check_within,
     input_path,
     prepare,
     quoted,
@@ -52,19 +54,11 @@ class QaicRunnerTarget(Target):
     carries_cache = True
     rows = "front"
 
-    def write_group(
-        self,
-        work: Path,
-        group: str,
-        runs: Sequence[PackedRun],
-        read: Reader,
-        *,
-        native: bool,  # noqa: ARG002
-    ) -> list[str]:
+    def write_group(self, group: Group, read: Reader) -> list[str]:
         """Write each run's files, the reference's outputs among them, and its JSON."""
         commands = []
-        for run in runs:
-            place = prepare(work, run, ".raw")
+        for run in group.runs:
+            place = prepare(group.folder, run, ".raw")
             entries: list[dict[str, Any]] = []
             sides: tuple[Direction, ...] = ("in", "out")
             for side in sides:
@@ -74,23 +68,18 @@ class QaicRunnerTarget(Target):
                     entries.append(_entry(file, side, tensor, array.shape))
             text = json.dumps({"IO-files": [entries]}, indent=1) + "\n"
             (place / JSON_NAME).write_text(text, encoding="utf-8")
-            output = quoted(f"outputs/{group}/{run.label}")
+            output = quoted(f"outputs/{group.name}/{run.label}")
             commands.append(
                 f'mkdir -p {output} && qaic-runner -t "$QPC" -n 1 --aic-batch-json-input '
-                f"{quoted(f'{group}/{run.label}/{JSON_NAME}')} --write-output-start-iter 0 "
+                f"{quoted(f'{group.name}/{run.label}/{JSON_NAME}')} --write-output-start-iter 0 "
                 f"--write-output-num-samples 1 --write-output-dir {output}"
             )
         return commands
 
-    def find_outputs(
-        self,
-        folder: Path,  # noqa: ARG002
-        outputs: Path,
-        runs: Sequence[PackedRun],
-    ) -> Iterator[tuple[PackedRun, list[Found]]]:
+    def find_outputs(self, group: Group) -> Iterator[tuple[PackedRun, list[Found]]]:
         """Yield what the runner wrote for each step."""
-        for run in runs:
-            place = outputs / run.label
+        for run in group.runs:
+            place = group.outputs / run.label
             if place.is_dir():
                 files = raw_files(place, (".bin", ".raw"))
                 yield run, [replace(f, name=_ACTIVATION.sub("", f.name)) for f in files]
@@ -160,8 +149,7 @@ def _found(entry: dict[str, Any], root: Path) -> Found:
     path = root / entry["path"]
     if size not in dtypes:
         raise DumpError(f"{name!r} of {path} has elements of {size} bytes, which are not known")
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise DumpError(f"{path} lies outside of {root}")
+    check_within(path, root)
     dims = entry.get("dims")
     shape = tuple(dims) if dims is not None else None
     return Found(name, str(path), raw=path, dtype=dtypes[size], certain=False, shape=shape)

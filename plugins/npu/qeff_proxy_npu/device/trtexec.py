@@ -11,13 +11,13 @@ Source: ``samples/common/sampleInference.cpp`` (``dumpRawBindingToFiles``) and `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from qeff_proxy.device.index import PackedRun
 from qeff_proxy.device.target import (
     Found,
+    Group,
     Reader,
     Target,
     input_path,
@@ -49,26 +49,18 @@ class TrtexecTarget(Target):
 
     name = "trtexec"
 
-    def write_group(
-        self,
-        work: Path,
-        group: str,
-        runs: Sequence[PackedRun],
-        read: Reader,
-        *,
-        native: bool,  # noqa: ARG002
-    ) -> list[str]:
+    def write_group(self, group: Group, read: Reader) -> list[str]:
         """Write a folder per run, and a command for each."""
         commands = []
-        for run in runs:
-            prepare(work, run, ".raw")
+        for run in group.runs:
+            prepare(group.folder, run, ".raw")
             inputs, shapes = [], []
             for tensor, array in read(run, "in"):
                 path = input_path(run, tensor, ".raw")
-                write_raw(work / path, array)
+                write_raw(group.folder / path, array)
                 inputs.append(f"{tensor.name}:../../../{path}")
                 shapes.append(f"{tensor.name}:{'x'.join(map(str, array.shape))}")
-            place = quoted(f"outputs/{group}/{run.label}")
+            place = quoted(f"outputs/{group.name}/{run.label}")
             commands.append(
                 f'mkdir -p {place} && (cd {place} && trtexec --loadEngine="$ENGINE" '
                 f"--shapes={quoted(','.join(shapes))} --loadInputs={quoted(','.join(inputs))} "
@@ -76,15 +68,10 @@ class TrtexecTarget(Target):
             )
         return commands
 
-    def find_outputs(
-        self,
-        folder: Path,  # noqa: ARG002
-        outputs: Path,
-        runs: Sequence[PackedRun],
-    ) -> Iterator[tuple[PackedRun, list[Found]]]:
+    def find_outputs(self, group: Group) -> Iterator[tuple[PackedRun, list[Found]]]:
         """Yield the outputs in each step's folder, with the type and shape that their names say."""
-        for run in runs:
-            place = outputs / run.label
+        for run in group.runs:
+            place = group.outputs / run.label
             if place.is_dir():
                 yield run, [_said(file) for file in raw_files(place) if ".input." not in file.name]
 
