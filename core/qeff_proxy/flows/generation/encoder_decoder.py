@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from qeff_proxy.arrays import Array, numpy_dtype, to_array
+from qeff_proxy.errors import UsageError
 from qeff_proxy.families.encoder_decoder import CROSS_MASK, CROSS_PADDING
 from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
 from qeff_proxy.flows.attention_masks import build_mask, hide_padding
@@ -192,6 +193,16 @@ def generate_from_encoder(
     engine = CausalEngine(parts, job.sessions, context, encoder)
     chunk = job.options.prefill_seq_len
     model = ProxyForSeq2SeqLM(job.config, engine, config, chunk, job.recorder)
+    if (
+        job.recorder is not None
+        and (config.num_beams or 1) > 1
+        and not job.settings.get("num_beams")
+    ):
+        raise UsageError(
+            f"the checkpoint asks for {config.num_beams} beams, which reorder the cache between the "
+            "steps of a dump",
+            "Say num_beams (--num-beams): 1, or their number.",
+        )
     length = _start_length(inputs, config, job.config)
     if config.max_new_tokens is None and config.max_length is not None:
         config.max_new_tokens, config.max_length = max(1, config.max_length - length), None
