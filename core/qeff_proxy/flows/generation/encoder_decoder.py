@@ -193,14 +193,10 @@ def generate_from_encoder(
     engine = CausalEngine(parts, job.sessions, context, encoder)
     chunk = job.options.prefill_seq_len
     model = ProxyForSeq2SeqLM(job.config, engine, config, chunk, job.recorder)
-    if (
-        job.recorder is not None
-        and (config.num_beams or 1) > 1
-        and not job.settings.get("num_beams")
-    ):
+    beams = 1 if job.settings.get("num_beams") else config.num_beams or 1
+    if job.recorder is not None and beams > 1:
         raise UsageError(
-            f"the checkpoint asks for {config.num_beams} beams, which reorder the cache between the "
-            "steps of a dump",
+            f"the checkpoint asks for {beams} beams, which reorder the cache that a dump keeps",
             "Say num_beams (--num-beams): 1, or their number.",
         )
     length = _start_length(inputs, config, job.config)
