@@ -115,7 +115,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     others = {key: value for key, value in request.inputs.items() if key != name}
     tensors = ctc.preprocess(processor, replace(request, inputs=others))
     ids = given_tensor(name, request.inputs[name], "Give token ids.")
-    return {**tensors, name: ids}
+    return {**(tensors or {}), name: ids}
 
 
 @hookimpl
