@@ -53,7 +53,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("text", "whisper", "WhisperForConditionalGeneration", "QEFFAutoModelForSpeechSeq2Seq"),
         ("text", "t5", "T5ForConditionalGeneration", "QEFFAutoModelForSeq2SeqLM"),
         (
-            "text",
+            "speech",
             "classes",
             "BertForSequenceClassification",
             "QEFFAutoModelForSequenceClassification",

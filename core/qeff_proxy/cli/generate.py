@@ -103,8 +103,9 @@ def run(args: argparse.Namespace) -> int:
     request = _request(args, rows, export, settings)
     if not rows:
         hint_of_image(export, args.image)
-    # Generated text continues a prompt of text alone; with sounds and images it stands alone.
-    continues = not request.audio and not request.images
+    # Generated text continues a prompt of text alone; an encoder's output stands alone.
+    encodes = any(part.name == "encoder" for part in export.parts)
+    continues = not request.audio and not request.images and not encodes
     if args.stream:
         from transformers import TextStreamer
 

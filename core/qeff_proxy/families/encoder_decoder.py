@@ -259,6 +259,8 @@ class EncoderPart(nn.Module):
         arguments = {self.entry: tensors[self.first]}
         if "padding_mask" in tensors:
             arguments["attention_mask"] = tensors["padding_mask"]
+        else:  # nothing is padded
+            masks["bidirectional"] = None
         clamped = _AlwaysClamped() if torch.compiler.is_compiling() else nullcontext()
         with provide_masks(self.encoder, masks), clamped:
             hidden = self.encoder(**arguments)[0]

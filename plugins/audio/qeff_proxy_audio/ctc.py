@@ -174,26 +174,39 @@ def _sound_input(
     model: PreTrainedModel, settings: Mapping[str, int]
 ) -> tuple[TensorSpec, dict[str, Any]]:
     """The input, and the sizes to trace and check it at."""
-    dtype = dtype_name(model.dtype)
-    name = str(model.main_input_name)
-    if name == "input_values":
+    if model.main_input_name == "input_values":
         samples = settings["shortest"] + settings["samples_per_frame"] * _TRACE_FRAMES
-        spec = TensorSpec(name, dtype, ("batch", "samples"))
-        return spec, {"trace_sizes": {"samples": samples}}
-    width = _feature_width(model) if name == "input_features" else None
+        return samples_input(model), {"trace_sizes": {"samples": samples}}
+    return features_input(model, _encoder_and_heads(model)[0])
+
+
+def samples_input(model: PreTrainedModel) -> TensorSpec:
+    """The input of a model of samples."""
+    return TensorSpec("input_values", dtype_name(model.dtype), ("batch", "samples"))
+
+
+def features_input(
+    model: PreTrainedModel, encoder: nn.Module | None
+) -> tuple[TensorSpec, dict[str, Any]]:
+    """The input of a model of features, and the sizes to trace and check it at.
+
+    Raises:
+        UnsupportedModelError: It takes something else, or its config does not say their width.
+    """
+    name = str(model.main_input_name)
+    width = _feature_width(model, encoder) if name == "input_features" else None
     if width is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} takes {name}, whose width its config does not say",
             f"Known are {', '.join(_BINS)}; a plugin for this model type can say it.",
         )
-    spec = TensorSpec(name, dtype, ("batch", "steps", width))
+    spec = TensorSpec(name, dtype_name(model.dtype), ("batch", "steps", width))
     checks = tuple({"steps": steps} for steps in _CHECK_STEPS)
     return spec, {"trace_sizes": {"steps": _TRACE_STEPS}, "check_sizes": checks}
 
 
-def _feature_width(model: PreTrainedModel) -> int | None:
+def _feature_width(model: PreTrainedModel, encoder: nn.Module | None) -> int | None:
     """The width of the features that a model runs on; several may be stacked to one."""
-    encoder, _ = _encoder_and_heads(model)
     configs = (model.config, getattr(model.config, "encoder_config", None))
     sizes = (getattr(config, name, None) for config in configs for name in _BINS)
     for size in (size for size in sizes if isinstance(size, int)):

@@ -2,7 +2,8 @@
 
 transformers handles language and task tokens, timestamps, windows of long sounds, fallbacks and
 beams. `ProxyWhisper` replaces the forward pass: it runs the encoder part once per window and the
-decoder's parts with `qeff_proxy.flows.causal_engine.CausalEngine`.
+decoder's parts with `qeff_proxy.flows.causal_engine.CausalEngine`. Other recognizers than Whisper
+run as `qeff_proxy_audio.any_speech` says.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from qeff_proxy_audio.any_speech import (
+    example_sound,
+    logits_of_model_and_parts,
+    run_sounds,
+)
 from qeff_proxy_audio.sound import EXAMPLE, feature_extractor_of, load_sound
 
 __all__ = ["ProxyWhisper", "SpeechFlow"]
@@ -50,7 +56,7 @@ _PADDING = 2  # padded positions before the second row
 
 
 class SpeechFlow:
-    """An encoder pass per window, then prefill and decode steps."""
+    """An encoder pass per window or sound, then prefill and decode steps."""
 
     def verify(
         self, model: PreTrainedModel, proxy: Proxy, sites: Mapping[str, Site | Absent]
@@ -60,6 +66,10 @@ class SpeechFlow:
         Raises:
             CutError: They differ, or the parts cannot be run.
         """
+        if "frames" not in proxy.settings:
+            with parts_must_run(model, sites):
+                pair = logits_of_model_and_parts(model, proxy)
+            return check_equal(model, sites, *pair, np.ones(pair[0].shape[:2]), output="logit")
         generator = np.random.default_rng(0)
         spec = proxy.parts[0].inputs[0]
         features = generator.standard_normal((2, *map(int, spec.shape[1:]))).astype(np.float32)
@@ -87,11 +97,16 @@ class SpeechFlow:
         proxy: Callable[[], Proxy],  # noqa: ARG002 (part of the protocol)
     ) -> Request:
         """A recording of speech, cut to a window; noise if there is no processor."""
+        any_model = "frames" not in export.settings
+        if processor is None and any_model:
+            return Request(inputs=example_sound(export.parts[0].inputs[0]))
         if processor is None:
             shape = (1, *map(int, export.parts[0].inputs[0].shape[1:]))
             noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
             return Request(inputs={"input_features": noise})
         extractor = feature_extractor_of(processor)
+        if any_model:
+            return Request(audio=(EXAMPLE,))
         rate, most = int(extractor.sampling_rate), int(extractor.n_samples)
         samples = load_sound(EXAMPLE, rate)
         return Request(audio=(EXAMPLE if len(samples) <= most else samples[:most],))
@@ -112,6 +127,8 @@ class SpeechFlow:
                 "Export with proxy='split' to transcribe.",
             )
         check_settings(job.settings)
+        if "frames" not in job.export.settings:
+            return run_sounds(job)
         features = job.tensors["input_features"].float()
         frames = job.export.settings["frames"]
         settings = {

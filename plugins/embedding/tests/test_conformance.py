@@ -1,4 +1,4 @@
-"""The conformance suite on an encoder."""
+"""The conformance suite on an encoder, and on a classifier."""
 
 from __future__ import annotations
 
@@ -13,3 +13,10 @@ class TestBert(FamilySuite):
     capabilities = ENCODER
     options: ClassVar = {"pooling": "mean", "normalize": True}
     backends = ("onnxruntime", "torch")
+
+
+class TestBertClassifier(FamilySuite):
+    model_type = "bert"
+    task = "classification"
+    auto_class = "AutoModelForSequenceClassification"
+    capabilities = ENCODER

@@ -38,6 +38,8 @@ __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "prepr
 
 #: What configs call the number of positions of an encoder of texts.
 _POSITIONS = ("max_encoder_position_embeddings", "max_position_embeddings")
+#: Tokens of a text that is longer than the blocks of models with local attention.
+_LONG = 600
 
 
 @hookimpl
@@ -97,12 +99,10 @@ def build_proxy(
         *_encoder_parts(model, table, width, attention, masks, kind),
         *decoder_parts(model, attention, (embedding, lm_head), kind),
     )
-    config = model.config
-    limits = (getattr(config, name, None) for name in _POSITIONS)
     settings = {
         "embedding_rows": int(rows[0]),
         "encoder_rows": int(table.weight.shape[0]),
-        "encoder_positions": next((n for n in limits if isinstance(n, int) and n > 0), None),
+        "encoder_positions": _positions(model),
         "hidden_size": int(rows[1]),
     }
     return Proxy(kind, "seq2seq", parts, settings)
@@ -128,6 +128,12 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
     return texts
 
 
+def _positions(model: PreTrainedModel) -> int | None:
+    """The most tokens of a text; ``None`` where nothing limits them."""
+    limits = (getattr(model.config, name, None) for name in _POSITIONS)
+    return next((n for n in limits if isinstance(n, int) and n > 0), None)
+
+
 def _encoder_parts(
     model: PreTrainedModel,
     table: nn.Module,
@@ -145,19 +151,29 @@ def _encoder_parts(
         TensorSpec("padding_mask", "int64", ("batch", "sequence")),
     )
     cross = attention.cross_specs("sequence")
+    # An encoder without transformers' masks has its own attention, over blocks of a long text.
+    checks = ({}, {"sequence": min(_LONG, _positions(model) or _LONG)}) if not masks else ()
     if kind == "split":
         body = EncoderPart(encoder, decoder, attention, "inputs_embeds", embeds.name, masks)
         first = _EncoderEmbedding(table)
         return (
             Part("encoder_embedding", first, (ids,), (embeds,), "vocabulary"),
-            Part("encoder", body, (embeds, *others), cross, "encoder", masks),
+            Part(
+                "encoder",
+                body,
+                (embeds, *others),
+                cross,
+                "encoder",
+                masks,
+                check_sizes=checks,
+            ),
         )
     if kind == "stub":
         stub = EmbeddingStub(width, model.dtype)
         paths = [p for p, one in encoder.named_modules(remove_duplicate=False) if one is table]
         encoder = replace_modules(encoder, dict.fromkeys(paths, stub))
     whole = EncoderPart(encoder, decoder, attention, "input_ids", ids.name, masks)
-    return (Part("encoder", whole, (ids, *others), cross, "encoder", masks),)
+    return (Part("encoder", whole, (ids, *others), cross, "encoder", masks, check_sizes=checks),)
 
 
 class _EncoderEmbedding(EmbeddingPart):

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -185,6 +186,13 @@ def test_beams_and_a_start_of_ones_own_are_those_of_transformers(bart, texts):
 def test_what_cannot_be_right_is_refused(bart, inputs, message):
     with pytest.raises(UsageError, match=message):
         bart[1].generate(inputs=inputs)
+
+
+def test_beams_of_the_checkpoint_are_not_dumped_in_silence(bart, texts, tmp_path):
+    """The dump keeps the rows that a step adds to the cache, and beams reorder those before."""
+    config = GenerationConfig(num_beams=2)
+    with pytest.raises(UsageError, match="asks for 2 beams"):
+        bart[1].generate(inputs=texts, generation_config=config, io_dir=tmp_path / "io")
 
 
 def test_tokens_beyond_the_decoders_positions_are_refused(bart, texts):

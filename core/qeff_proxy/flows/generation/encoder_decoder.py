@@ -16,6 +16,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from qeff_proxy.arrays import Array, numpy_dtype, to_array
+from qeff_proxy.errors import UsageError
+from qeff_proxy.families.encoder_decoder import CROSS_MASK, CROSS_PADDING
 from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
 from qeff_proxy.flows.attention_masks import build_mask, hide_padding
 from qeff_proxy.flows.causal_engine import CausalEngine, Recorder
@@ -89,11 +91,11 @@ class EncoderRun:
             known.update(outputs)
         last = self.parts[-1].outputs
         self._outputs = {spec.name: known[spec.name] for spec in last}
-        if padding is not None:
-            dtype = numpy_dtype(last[0].dtype)
-            self._outputs["encoder_attention_mask"] = hide_padding(padding, dtype)
-            self._outputs["encoder_padding_mask"] = padding
-        self.rows = len(next(iter(self._outputs.values())))
+        rows, _, positions, _ = known[last[0].name].shape
+        seen = np.ones((rows, positions), np.int64) if padding is None else padding
+        self._outputs[CROSS_MASK] = hide_padding(seen, numpy_dtype(last[0].dtype))
+        self._outputs[CROSS_PADDING] = seen
+        self.rows = rows
         self._chosen = self._outputs
         return self.rows
 
@@ -191,6 +193,12 @@ def generate_from_encoder(
     engine = CausalEngine(parts, job.sessions, context, encoder)
     chunk = job.options.prefill_seq_len
     model = ProxyForSeq2SeqLM(job.config, engine, config, chunk, job.recorder)
+    beams = 1 if job.settings.get("num_beams") else config.num_beams or 1
+    if job.recorder is not None and beams > 1:
+        raise UsageError(
+            f"the checkpoint asks for {beams} beams, which reorder the cache that a dump keeps",
+            "Say num_beams (--num-beams): 1, or their number.",
+        )
     length = _start_length(inputs, config, job.config)
     if config.max_new_tokens is None and config.max_length is not None:
         config.max_new_tokens, config.max_length = max(1, config.max_length - length), None

@@ -1,0 +1,219 @@
+"""Speech recognizers with an encoder and a decoder, of any family but Whisper.
+
+They learn from the model itself, as encoder-decoders of texts do
+(`qeff_proxy.families.encoder_decoder`). Each sound runs alone, so that nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from qeff_proxy.arrays import Array, given_tensor, to_array, to_tensor
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.families.encoder_decoder import (
+    EncoderPart,
+    decoder_parts,
+    head_of,
+    probe_cross_attention,
+)
+from qeff_proxy.families.generic import operations_after, path_of
+from qeff_proxy.flows.causal_engine import CausalEngine, StepId
+from qeff_proxy.flows.flow import Job
+from qeff_proxy.flows.generation.encoder_decoder import EncoderRun, generate_from_encoder
+from qeff_proxy.flows.generation.generate import PerfMetrics
+from qeff_proxy.flows.generation.inputs import checked_ids
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.parts import Kind, Part, Proxy
+from qeff_proxy.request import Request
+from qeff_proxy.session.cache_buffers import Cache
+from qeff_proxy.session.torch_session import TorchSession
+from qeff_proxy.sites import Absent, Site
+from transformers import PreTrainedModel
+
+from qeff_proxy_audio import ctc
+
+__all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
+
+#: Samples that are traced, and of those that are checked and verified.
+_TRACE_SAMPLES, _CHECK_SAMPLES = 6_000, (5_000, 8_000)
+_VERIFY_STEPS = (64, 47)
+_STEPS = (5, 2, 1)  # queries of the prefill, a second chunk, a decode step
+
+
+@hookimpl
+def locate_embedding(model: PreTrainedModel) -> Site:
+    """The decoder's token embedding.
+
+    Raises:
+        UnsupportedModelError: The model is no recognizer with an encoder and a decoder.
+    """
+    decoder = model.get_decoder()
+    if (
+        not model.config.is_encoder_decoder
+        or model.main_input_name not in ("input_values", "input_features")
+        or not isinstance(decoder, PreTrainedModel)
+    ):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no speech recognizer with an encoder and a decoder of its "
+            "own",
+            "A plugin for this model type can build its parts.",
+        )
+    path = path_of(model, decoder.get_input_embeddings())
+    if path is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no token embedding of its decoder")
+    return Site(path)
+
+
+@hookimpl
+def locate_lm_head(model: PreTrainedModel) -> Site:
+    """The head of ``get_output_embeddings()``, and what follows it."""
+    head = model.get_output_embeddings()
+    path = path_of(model, head)
+    if head is None or path is None:
+        raise UnsupportedModelError(f"{type(model).__name__} gives hidden states, not logits")
+    return Site(path, follows=operations_after(head_of(model), path, int(head.weight.shape[1])))
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel, embedding: Site | Absent, lm_head: Site | Absent, kind: Kind
+) -> Proxy | None:
+    """Encoder, token embedding, decoder body and head; encoder and decoder if not split."""
+    if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
+        return None
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    rows, width = model.get_submodule(embedding.module).weight.shape
+    attention = probe_cross_attention(decoder, int(width), int(width))
+    if model.main_input_name == "input_values":
+        checks = tuple({"samples": samples} for samples in _CHECK_SAMPLES)
+        edges: dict[str, Any] = {
+            "trace_sizes": {"samples": _TRACE_SAMPLES},
+            "check_sizes": checks,
+        }
+        sound = ctc.samples_input(model)
+    else:
+        sound, edges = ctc.features_input(model, encoder)
+    module = EncoderPart(encoder, decoder, attention, sound.name, sound.name)
+    cross = attention.cross_specs(sound.dtype, "frames")
+    first = Part("encoder", module, (sound,), cross, "encoder", **edges)
+    parts = (first, *decoder_parts(model, attention, (embedding, lm_head), kind))
+    vocabulary = int(model.get_submodule(lm_head.module).weight.shape[0])
+    settings = {"vocabulary": vocabulary, "embedding_rows": int(rows), "hidden_size": int(width)}
+    return Proxy(kind, "speech-seq2seq", parts, settings)
+
+
+@hookimpl
+def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
+    """The sounds, padded at the end, and their ``lengths``; the user's ``decoder_input_ids``."""
+    name = "decoder_input_ids"
+    if request.inputs is None or request.inputs.get(name) is None:
+        return ctc.preprocess(processor, request)
+    others = {key: value for key, value in request.inputs.items() if key != name}
+    tensors = ctc.preprocess(processor, replace(request, inputs=others))
+    ids = given_tensor(name, request.inputs[name], "Give token ids.")
+    return {**(tensors or {}), name: ids}
+
+
+@hookimpl
+def decode(processor: Any, outputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``texts``, without special tokens."""
+    if processor is None or "generated_ids" not in outputs:
+        return None
+    texts = processor.batch_decode(outputs["generated_ids"], skip_special_tokens=True)
+    return {"texts": [text.strip() for text in texts], "segments": None}
+
+
+def logits_of_model_and_parts(model: PreTrainedModel, proxy: Proxy) -> tuple[Array, Array]:
+    """Logits ``[sounds, tokens, vocabulary]`` of the uncut model in one pass, and of the parts."""
+    generator = np.random.default_rng(0)
+    spec = proxy.parts[0].inputs[0]
+    lengths = _CHECK_SAMPLES if len(spec.shape) == 2 else _VERIFY_STEPS
+    pad = model.config.get_text_config(decoder=True).pad_token_id
+    rows = range(len(model.get_decoder().get_input_embeddings().weight))
+    allowed = np.array([row for row in rows if row != pad])
+    expected, actual = [], []
+    for length in lengths:
+        shape = (1, length, *map(int, spec.shape[2:]))
+        sound = to_tensor(generator.standard_normal(shape).astype(np.float32)).to(model.dtype)
+        ids = generator.choice(allowed, (1, sum(_STEPS)))
+        with torch.no_grad():
+            outputs = model(**{spec.name: sound}, decoder_input_ids=to_tensor(ids), use_cache=False)
+        expected.append(to_array(outputs.logits.float()))
+        actual.append(_logits_of_parts(proxy, to_array(sound), ids))
+    return np.concatenate(expected), np.concatenate(actual)
+
+
+def _logits_of_parts(proxy: Proxy, sound: Array, ids: Array) -> Array:
+    sessions = {part.name: TorchSession(part) for part in proxy.parts}
+    run = EncoderRun(proxy.parts[:1], sessions)
+    run.encode({proxy.parts[0].inputs[0].name: sound})
+    engine = CausalEngine(proxy.parts[1:], sessions, supplier=run)
+    pieces: list[Array] = []
+    cache: Cache = {}
+    for index, stop in enumerate(np.cumsum(_STEPS)):
+        queries, seen = ids[:, stop - _STEPS[index] : stop], np.ones((1, stop), np.int64)
+        logits, cache = engine.step(StepId("prefill", index), queries, seen, cache)
+        pieces.append(logits.astype(np.float32))
+    return np.concatenate(pieces, axis=1)
+
+
+def run_sounds(job: Job) -> dict[str, Any]:
+    """Transcribe each sound alone.
+
+    Returns:
+        ``generated_ids [sounds, tokens]`` int64 without the tokens that the decoder started with,
+        ``segments``, which are ``None``, and ``perf_metrics``.
+
+    Raises:
+        UsageError: A dump of several sounds was asked for, or transformers refuses the settings.
+    """
+    spec = job.export.parts[0].inputs[0]
+    sounds, lengths = job.tensors[spec.name], job.tensors["lengths"]
+    if job.recorder is not None and len(sounds) > 1:
+        raise UsageError(
+            f"{len(sounds)} sounds run one after another, and a dump is of one", "Give one sound."
+        )
+    starts = job.tensors.get("decoder_input_ids")
+    if starts is not None:
+        rows = job.export.settings["embedding_rows"]
+        starts = checked_ids(job.tensors, rows, "decoder_input_ids")
+        if len(starts) != len(sounds):
+            raise UsageError(
+                f"decoder_input_ids has {len(starts)} rows for {len(sounds)} sounds",
+                "Give one for each.",
+            )
+    tokens, timings = [], []
+    for row, length in enumerate(lengths.tolist()):
+        run = EncoderRun(job.export.parts[:1], job.sessions, job.recorder)
+        run.encode({spec.name: to_array(sounds[row : row + 1, :length].float())})
+        start = {} if starts is None else {"decoder_input_ids": starts[row : row + 1]}
+        generated = generate_from_encoder(job, run, job.export.parts[1:], start)
+        tokens.append(generated.ids[0])
+        timings.append(generated.perf)
+    ids = np.full((len(tokens), max(map(len, tokens))), _pad_of(job), np.int64)
+    for row, new in enumerate(tokens):
+        ids[row, : len(new)] = new
+    return {"generated_ids": ids, "segments": None, "perf_metrics": _together(timings, ids.size)}
+
+
+def _pad_of(job: Job) -> int:
+    pad = job.config.get_text_config(decoder=True).pad_token_id
+    return 0 if pad is None else int(pad)
+
+
+def _together(timings: Sequence[PerfMetrics], tokens: int) -> PerfMetrics:
+    """The timings of sounds that ran one after another."""
+    total = sum(one.total_time for one in timings)
+    first = timings[0]
+    return PerfMetrics(first.prefill_time, first.decode_perf, tokens / total, total)
+
+
+def example_sound(job_input: Any) -> dict[str, Array]:
+    """Noise for an export's first input, where there is no processor for a recording."""
+    length = _TRACE_SAMPLES if len(job_input.shape) == 2 else _VERIFY_STEPS[0]
+    shape = (1, length, *map(int, job_input.shape[2:]))
+    return {job_input.name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}

@@ -1,0 +1,105 @@
+"""Recognizers with an encoder and a decoder but Whisper, against transformers' own generation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from qeff_proxy import QEFFAutoModelForSpeechSeq2Seq
+from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.dump import read_dump
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.testing import random_weights
+from transformers import (
+    MoonshineConfig,
+    MoonshineForConditionalGeneration,
+    Speech2TextConfig,
+    Speech2TextForConditionalGeneration,
+)
+
+NEW = 8
+SIZES = {
+    "vocab_size": 77,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "encoder_num_hidden_layers": 5,
+    "decoder_num_hidden_layers": 6,
+    "encoder_num_attention_heads": 4,
+    "decoder_num_attention_heads": 4,
+    "max_position_embeddings": 60,
+    "decoder_start_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def moonshine(tmp_path_factory):
+    model = random_weights(MoonshineForConditionalGeneration(MoonshineConfig(**SIZES)))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    folder = tmp_path_factory.mktemp("moonshine")
+    model.save_pretrained(folder)
+    proxy = QEFFAutoModelForSpeechSeq2Seq.from_pretrained(folder, enable_proxy=True)
+    return model.eval(), proxy, proxy.export(folder / "export")
+
+
+def sounds():
+    """Two sounds of different length, padded at the end."""
+    values = np.random.default_rng(3).standard_normal((2, 7_000)).astype(np.float32)
+    mask = np.ones((2, 7_000), np.int64)
+    values[1, 5_300:], mask[1, 5_300:] = 0, 0
+    return {"input_values": values, "attention_mask": mask}
+
+
+def test_each_sound_gives_the_tokens_of_transformers(moonshine):
+    model, proxy, _ = moonshine
+    expected = []
+    for length, row in zip((7_000, 5_300), sounds()["input_values"], strict=True):
+        sound = torch.from_numpy(row[None, :length])
+        with torch.no_grad():
+            expected.append(model.generate(sound, max_new_tokens=NEW, no_repeat_ngram_size=1)[0])
+    result = proxy.generate(inputs=sounds(), max_new_tokens=NEW, no_repeat_ngram_size=1)
+    wanted = torch.stack(expected)[:, 1:].numpy()
+    assert len(np.unique(wanted)) > 5
+    np.testing.assert_array_equal(result.generated_ids, wanted)
+
+
+def test_the_logits_of_each_step_are_those_of_one_pass(moonshine, tmp_path):
+    model, proxy, _ = moonshine
+    sound = sounds()["input_values"][:1]
+    result = proxy.generate(
+        inputs={"input_values": sound}, max_new_tokens=NEW, io_dir=tmp_path / "io"
+    )
+    dump = read_dump(result.io_folder)
+    steps = [("prefill", 0), *(("decode", index) for index in range(NEW - 1))]
+    actual = np.concatenate([dump.array(*step, "lm_head.out.logits") for step in steps], axis=1)
+    ids = np.concatenate([[[1]], result.generated_ids[:, :-1]], axis=1)
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(sound), decoder_input_ids=torch.from_numpy(ids))
+    wanted = outputs.logits.numpy()
+    assert np.abs(actual - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_its_layers_are_streamed(moonshine):
+    cut = read_export(moonshine[2]).cut
+    assert cut["weights"].startswith("streamed from the checkpoint; BLAKE3")
+    assert cut["sites"]["embedding"]["module"] == "model.decoder.embed_tokens"
+
+
+def test_a_dump_is_of_one_sound(moonshine, tmp_path):
+    with pytest.raises(UsageError, match="2 sounds run one after another"):
+        moonshine[1].generate(inputs=sounds(), max_new_tokens=2, io_dir=tmp_path / "io")
+
+
+def test_a_decoder_that_needs_token_ids_is_refused(tmp_path):
+    config = Speech2TextConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, conv_channels=16
+    )
+    proxy = QEFFAutoModelForSpeechSeq2Seq(
+        Speech2TextForConditionalGeneration(config), proxy="split"
+    )
+    with pytest.raises(UnsupportedModelError, match="cannot be run on embeddings"):
+        proxy.export(tmp_path / "export")
