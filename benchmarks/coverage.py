@@ -55,13 +55,12 @@ _RECURRENT = ["linear_attention", "full_attention"]
 #: What the defaults of a config leave out, or have otherwise than the checkpoints.
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
-    "bailing_hybrid": {"qk_head_dim": 24},
+    "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2},
     "falcon_h1": {"mamba_d_ssm": 64},
     "granitemoehybrid": {"layer_types": _RECURRENT * 2 + _RECURRENT[:1]},
-    "kimi_linear": {"qk_head_dim": 24},
+    "kimi_linear": {"num_key_value_heads": 4, "layer_types": _RECURRENT * 2 + _RECURRENT[:1]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
-    "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 SETTINGS["lfm2"]["full_attn_idxs"] = None
