@@ -24,6 +24,7 @@ from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import RunResult, run_compiled
 from qeff_proxy.verify.by_layer import verify_layers
 from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.self_check import verify_self
 
 if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export
@@ -183,6 +184,13 @@ def test_each_layer_is_verified_alone(
     assert result.passed, result.results
     (backend,) = result.results
     assert [layer.layer for layer in backend.layers] == [None, *range(layers), None, None]
+
+
+def test_padding_batches_and_chunks_change_no_layer(falcon: Case) -> None:
+    one = Request(inputs={"input_ids": IDS[:1], "attention_mask": MASK[:1]})
+    options = VerifyOptions(max_new_tokens=3)
+    result = verify_self(falcon.export, request=one, options=options)
+    assert result.passed, result.results
 
 
 CUT: list[tuple[str, dict[str, Any]]] = [
