@@ -55,13 +55,13 @@ _RECURRENT = ["linear_attention", "full_attention"]
 #: What the defaults of a config leave out, or have otherwise than the checkpoints.
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
-    "bailing_hybrid": {"qk_head_dim": 24},
+    "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},  # refused with it: it takes token ids
     "granitemoehybrid": {"layer_types": _RECURRENT * 2 + _RECURRENT[:1]},
-    "kimi_linear": {"qk_head_dim": 24},
+    "kimi_linear": {"num_key_value_heads": 4, "layer_types": _RECURRENT * 2 + _RECURRENT[:1]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
-    "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 SETTINGS["lfm2"]["full_attn_idxs"] = None
@@ -107,7 +107,7 @@ def small_settings(config: Any, left_out: tuple[str, ...]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     depth = getattr(config, "num_hidden_layers", None)
     for name in config.to_dict():
-        value = getattr(config, name, None)
+        value = vars(config)[name] if name in vars(config) else getattr(config, name, None)
         if hasattr(value, "to_dict"):
             settings[name] = type(value)(**small_settings(value, left_out))
         elif name in SIZES and name not in left_out and type(value) is int:

@@ -15,6 +15,7 @@ from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.export.export_model import export_model
+from qeff_proxy.export.trace.trace_part import trace_part
 from qeff_proxy.families.model_cache import cache_of
 from qeff_proxy.flows.generation.step_cache import StepCache
 from qeff_proxy.load.load_model import load_model, wrap_model
@@ -23,6 +24,7 @@ from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import RunResult, run_compiled
 from qeff_proxy.verify.by_layer import verify_layers
 from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.self_check import verify_self
 
 if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export
@@ -184,6 +186,13 @@ def test_each_layer_is_verified_alone(
     assert [layer.layer for layer in backend.layers] == [None, *range(layers), None, None]
 
 
+def test_padding_batches_and_chunks_change_no_layer(falcon: Case) -> None:
+    one = Request(inputs={"input_ids": IDS[:1], "attention_mask": MASK[:1]})
+    options = VerifyOptions(max_new_tokens=3)
+    result = verify_self(falcon.export, request=one, options=options)
+    assert result.passed, result.results
+
+
 CUT: list[tuple[str, dict[str, Any]]] = [
     ("bamba", {**MAMBA, "attn_layer_indices": [1, 3], "mamba_expand": 1}),
     ("falcon_mamba", {"state_size": 8}),
@@ -213,3 +222,16 @@ def test_a_model_that_differs_from_itself_step_by_step_is_refused(make_model: An
     model = make_model("bamba", layers=5, **{**CUT[0][1], "time_step_limit": (0.5, 1.0)})
     with pytest.raises(UnsupportedModelError, match="itself computes other logits one position"):
         cut_model(wrap_model(model), Plugins.discover().hooks_for("bamba"), "split")
+
+
+def test_a_state_in_float32_stays_so_in_a_model_in_half_precision(make_model: Any) -> None:
+    model = make_model("mamba", state_size=8).half()
+    body = cut_model(wrap_model(model), Plugins.discover().hooks_for("mamba"), "split").proxy.part(
+        "body"
+    )
+    specs = {spec.name: spec.dtype for spec in (*body.inputs, *body.outputs)}
+    assert specs["present.0.conv_state"] == "float16"
+    assert specs["past_key_values.0.recurrent_state"] == specs["last_hidden_state"] == "float32"
+    graph = trace_part(body, {}).model.graph
+    traced = {str(v.name): v.dtype.numpy().name for v in (*graph.inputs, *graph.outputs)}
+    assert traced == {name: specs[name] for name in traced}

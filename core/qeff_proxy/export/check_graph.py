@@ -133,8 +133,11 @@ def _difference(
     reference = expected.astype(np.float64)
     largest = max(float(np.abs(reference).max()), 1e-6)
     difference = float(np.abs(actual.astype(np.float64) - reference).max()) / largest
+    # A state in float32 is as coarse as the half precision that it is computed in.
+    specs = (*part.inputs, *part.outputs)
+    tolerance = max(_TOLERANCES.get(one.dtype, _TOLERANCES["float32"]) for one in specs)
     # Written so that a NaN fails.
-    if not difference <= _TOLERANCES.get(spec.dtype, _TOLERANCES["float32"]):
+    if not difference <= tolerance:
         raise ExportError(
             f"{spec.name} of the {part.name} part differs by {difference:.3g} of its largest "
             f"element between ONNX Runtime and PyTorch ({at})",

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
 )
 
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder_cache import (
@@ -46,10 +47,12 @@ class DecoderLayout:
     Attributes:
         cache: What each layer caches, in order; nothing for a layer without a cache.
         masks: The attention masks it uses.
+        hidden_dtype: Of its output, where that is not the weights'.
     """
 
     cache: tuple[CacheLayer, ...]
     masks: tuple[MaskSpec, ...]
+    hidden_dtype: str | None = None
 
     @property
     def query(self) -> int | str:
@@ -125,7 +128,7 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
     with torch.no_grad(), record_masks(decoder, masks):
         arguments = {cache_argument(decoder.forward): cache, "use_cache": True}
         try:
-            decoder(inputs_embeds=embeddings, **arguments)
+            outputs = decoder(inputs_embeds=embeddings, **arguments)
         except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
             # Where a layer keeps another state, the model needs a cache made for its config.
             for index, layer in enumerate(DynamicCache(config=decoder.config).layers):
@@ -144,7 +147,7 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
         raise UnsupportedModelError(
             f"{name} keeps no cache", "Only models with a cache can be run as a decoder."
         )
-    return DecoderLayout(layers, tuple(masks.values()))
+    return DecoderLayout(layers, tuple(masks.values()), dtype_name(outputs[0].dtype))
 
 
 def _other_state(name: str, index: int, layer: object) -> UnsupportedModelError:

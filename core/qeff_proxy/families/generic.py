@@ -164,7 +164,9 @@ def _split_parts(
     dtype = dtype_name(model.dtype)
     ids = TensorSpec("input_ids", "int64", ("batch", "query"))
     embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", hidden_size))
-    hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", hidden_size))
+    hidden = TensorSpec(
+        "last_hidden_state", layout.hidden_dtype or dtype, ("batch", "query", hidden_size)
+    )
     logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
     shape = ("batch", layout.query, hidden_size)
     body_inputs, body_outputs = (replace(spec, shape=shape) for spec in (embeddings, hidden))

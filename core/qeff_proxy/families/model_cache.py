@@ -30,6 +30,12 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 
 
 def cache_of(outputs: Any) -> Any:
-    """The cache in a model's ``outputs``."""
-    names = (name for name in (_NEW_NAME, _STATES_NAME) if hasattr(outputs, name))
-    return getattr(outputs, next(names, _OLD_NAME))
+    """The cache in a model's ``outputs``.
+
+    Raises:
+        AttributeError: They have none.
+    """
+    for name in (_NEW_NAME, _STATES_NAME, _OLD_NAME):
+        if hasattr(outputs, name):
+            return getattr(outputs, name)
+    raise AttributeError(f"{type(outputs).__name__} has no cache: the model keeps it elsewhere")

@@ -121,9 +121,10 @@ class CausalEngine:
         self.sessions = dict(sessions)
         self.context_length = context_length
         self.supplier = supplier
-        queries = [takes.others[0].shape[1] for takes in self._takes if takes.cache]
+        firsts = [spec for takes in self._takes if takes.cache for spec in takes.others[:1]]
+        queries = [size for spec in firsts for size in spec.shape[1:2] if isinstance(size, int)]
         #: The most positions of a step; ``None`` for no limit.
-        self.longest_step = min((size for size in queries if isinstance(size, int)), default=None)
+        self.longest_step = min(queries, default=None)
         states = {is_state(name) for takes in self._takes for name in takes.cache}
         #: Whether the cache has states, and whether it has keys and values, which keep positions.
         self.has_states, self.keeps_positions = True in states, False in states

@@ -244,10 +244,29 @@ def _trace(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> 
 
 
 def _export(part: Part, samples: dict[str, torch.Tensor], config: OnnxConfig) -> ir.Model:
-    exported: Any = OnnxExporter().export(part.module, samples, config=config)
+    with _dtypes_kept(part):
+        exported: Any = OnnxExporter().export(part.module, samples, config=config)
     # Before transformers 5.23 it returns torch's ``ONNXProgram``.
     program: ir.Model = exported.program if hasattr(exported, "program") else exported.model
     return program
+
+
+@contextlib.contextmanager
+def _dtypes_kept(part: Part) -> Iterator[None]:
+    """Keep the dtypes of inputs that differ from the weights', such as states in float32.
+
+    The exporter casts all inputs to the dtype of the first of the module's ``parameters()``.
+    """
+    weights = {p.dtype for p in part.module.parameters()}
+    inputs = {getattr(torch, spec.dtype) for spec in part.inputs}
+    if not weights or not any(d.is_floating_point for d in inputs - weights):
+        yield
+        return
+    vars(part.module)["parameters"] = lambda recurse=True: iter(())  # noqa: ARG005
+    try:
+        yield
+    finally:
+        del vars(part.module)["parameters"]
 
 
 def _check_opset(program: ir.Model, part: Part, opset: int | None) -> None:

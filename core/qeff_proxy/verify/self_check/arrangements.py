@@ -11,9 +11,10 @@ import torch
 from torch.nn.functional import pad
 
 from qeff_proxy.arrays import Array
-from qeff_proxy.artifact.manifest_schema import Export
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.lengths import has_cache
 from qeff_proxy.errors import UsageError
+from qeff_proxy.parts import TensorSpec
 from qeff_proxy.tensor_names import LAYER_NAME, PRESENT
 from qeff_proxy.verify.by_layer.part_run import Step
 
@@ -145,17 +146,27 @@ class Outputs:
                 if calls is None:
                     continue
                 array = calls[0]
-                if "query" in spec.shape:
-                    array = np.concatenate(calls, spec.shape.index("query"))
+                axes = _axes_of(part, spec)
+                if "query" in axes:
+                    array = np.concatenate(calls, axes.index("query"))
                 if like is not None:
                     first = like._arrays[part.name, spec.name]  # noqa: SLF001 (of its own class)
-                    array = array[_place(spec.shape, first, array)]
+                    array = array[_place(axes, first, array)]
                 match = LAYER_NAME.match(spec.name)
                 by_layer.setdefault(int(match[2]) if match else None, {})[spec.name] = array
             last = by_layer.pop(None, {})
             yield from ((part.name, layer, step) for layer, step in sorted(by_layer.items()))
             if last:
                 yield part.name, None, last
+
+
+def _axes_of(part: ExportedPart, spec: TensorSpec) -> tuple[int | str, ...]:
+    """The axes of an output; a part that takes one position at a time has an axis of one for it."""
+    takes_one = has_cache([part]) and part.inputs[0].shape[1:2] == (1,)
+    if not takes_one or 1 not in spec.shape[1:]:
+        return spec.shape
+    at = spec.shape.index(1, 1)
+    return *spec.shape[:at], "query", *spec.shape[at + 1 :]
 
 
 def _place(axes: tuple[int | str, ...], first: list[Array], array: Array) -> tuple[slice, ...]:
