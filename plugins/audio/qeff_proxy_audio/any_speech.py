@@ -98,7 +98,7 @@ def build_proxy(
     else:
         sound, edges = ctc.features_input(model, encoder)
     module = EncoderPart(encoder, decoder, attention, sound.name, sound.name)
-    cross = attention.cross_specs(sound.dtype, "frames")
+    cross = attention.cross_specs("frames")
     first = Part("encoder", module, (sound,), cross, "encoder", **edges)
     parts = (first, *decoder_parts(model, attention, (embedding, lm_head), kind))
     vocabulary = int(model.get_submodule(lm_head.module).weight.shape[0])
