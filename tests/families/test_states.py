@@ -202,7 +202,7 @@ CUT: list[tuple[str, dict[str, Any]]] = [
     ("olmo_hybrid", HYBRID),
     ("qwen3_5_text", HYBRID),
     ("qwen3_next", HYBRID),
-    ("zamba", {}),
+    ("zamba", {"layer_types": ["linear_attention", "hybrid"] * 2 + ["linear_attention"]}),
 ]
 
 
