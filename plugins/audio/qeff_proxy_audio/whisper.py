@@ -14,12 +14,8 @@ from typing import Any
 import torch
 from qeff_proxy.arrays import dtype_name, given_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.families.encoder_decoder import (
-    CrossAttention,
-    EncoderPart,
-    decoder_parts,
-    probe_cross_attention,
-)
+from qeff_proxy.families.cross_attention import CrossAttention, probe_cross_attention
+from qeff_proxy.families.encoder_decoder import EncoderPart, decoder_parts
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import Request, refuse_unused

@@ -15,14 +15,9 @@ import torch
 from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.cross_attention import CrossAttention, probe_cross_attention
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
-from qeff_proxy.families.encoder_decoder import (
-    CrossAttention,
-    EncoderPart,
-    decoder_parts,
-    head_of,
-    probe_cross_attention,
-)
+from qeff_proxy.families.encoder_decoder import EncoderPart, decoder_parts, head_of
 from qeff_proxy.families.generic import operations_after, path_of
 from qeff_proxy.families.model_masks import MASK_NAMES, record_masks
 from qeff_proxy.families.tokenize import tokenize
