@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import Array, given_tensor, to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.families.cross_attention import probe_cross_attention
 from qeff_proxy.families.encoder_decoder import (
     EncoderPart,
     decoder_parts,
     head_of,
-    probe_cross_attention,
 )
 from qeff_proxy.families.generic import operations_after, path_of
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId

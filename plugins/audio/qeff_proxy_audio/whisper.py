@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from qeff_proxy.arrays import dtype_name, given_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.families.cross_attention import CrossAttention, probe_cross_attention
 from qeff_proxy.families.encoder_decoder import (
-    CrossAttention,
     EncoderPart,
     decoder_parts,
-    probe_cross_attention,
 )
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec

@@ -1,7 +1,7 @@
 """The hooks of text encoder-decoders of any family (T5, BART, Marian, PEGASUS …).
 
 They learn from the model itself: a run of encoder and decoder on a few embeddings
-(`qeff_proxy.families.encoder_decoder`) says what masks they make, what the decoder caches, and
+(`qeff_proxy.families.cross_attention`) says what masks they make, what the decoder caches, and
 which projections make the keys and values of its cross attention.
 """
 
@@ -15,13 +15,12 @@ import torch
 from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.cross_attention import CrossAttention, probe_cross_attention
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.families.encoder_decoder import (
-    CrossAttention,
     EncoderPart,
     decoder_parts,
     head_of,
-    probe_cross_attention,
 )
 from qeff_proxy.families.generic import operations_after, path_of
 from qeff_proxy.families.model_masks import MASK_NAMES, record_masks

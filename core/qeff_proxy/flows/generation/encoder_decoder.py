@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from qeff_proxy.arrays import Array, numpy_dtype, to_array
 from qeff_proxy.errors import UsageError
-from qeff_proxy.families.encoder_decoder import CROSS_MASK, CROSS_PADDING
+from qeff_proxy.families.cross_attention import CROSS_MASK, CROSS_PADDING
 from qeff_proxy.families.model_cache import LIBRARY_CACHE_NAME
 from qeff_proxy.flows.attention_masks import build_mask, hide_padding
 from qeff_proxy.flows.causal_engine import CausalEngine, Recorder

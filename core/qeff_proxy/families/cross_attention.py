@@ -1,0 +1,196 @@
+"""The inputs of a decoder with cross attention, found by running it once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+
+from qeff_proxy.common.messages import first_line
+from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.decoder import CacheLayer, DecoderLayout
+from qeff_proxy.families.model_cache import cache_argument
+from qeff_proxy.families.model_masks import MASK_NAMES, record_masks
+from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
+
+#: The additive mask over the encoder's positions, ``[batch, 1, 1, sequence]``, and the same as
+#: tokenizers give it, ``[batch, sequence]`` with 1 for a token.
+CROSS_MASK = "encoder_attention_mask"
+CROSS_PADDING = "encoder_padding_mask"
+_QUERY, _SOURCE = 2, 3  # positions of the decoder and of the encoder in the probe
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """A decoder's inputs besides its embeddings.
+
+    Attributes:
+        layout: Its own cache and masks.
+        layers: The cross attention's cache.
+        list_path: Dotted path of its list of layers.
+        key: Dotted path, in a layer, of the projection to the cross attention's keys.
+        value: The same of its values.
+        masked: Whether it has a mask over the encoder's positions.
+    """
+
+    layout: DecoderLayout
+    layers: tuple[CacheLayer, ...]
+    list_path: str
+    key: str
+    value: str
+    masked: bool
+
+    def cross_specs(self, dtype: str, length: int | str) -> tuple[TensorSpec, ...]:
+        """``cross_key_values.<layer>.key`` and ``.value``: ``[batch, heads, length, width]``."""
+        cross = DecoderLayout(self.layers, ())
+        return cross.cache_specs("cross_key_values", dtype, length)
+
+    def host_inputs(self, dtype: str, length: int | str) -> tuple[TensorSpec, ...]:
+        """Masks, positions and both caches: a decoder part's inputs after its first."""
+        masks = (
+            (
+                TensorSpec(CROSS_MASK, dtype, ("batch", 1, 1, length)),
+                TensorSpec(CROSS_PADDING, "int64", ("batch", length)),
+            )
+            if self.masked
+            else ()
+        )
+        return (*masks, *self.layout.host_inputs(dtype), *self.cross_specs(dtype, length))
+
+
+def probe_cross_attention(
+    decoder: PreTrainedModel, width: int, encoder_width: int
+) -> CrossAttention:
+    """Run a decoder on two embeddings and three of the encoder's hidden states.
+
+    Args:
+        decoder: A model that takes ``inputs_embeds`` and ``encoder_hidden_states``.
+        width: Of its embeddings.
+        encoder_width: Of the hidden states.
+
+    Raises:
+        UnsupportedModelError: It cannot be run so, or keeps something else than keys and values
+            that a projection makes of the hidden states.
+    """
+    name = type(decoder).__name__
+    device = next(p for p in decoder.parameters() if not p.is_meta).device
+    made = {"dtype": decoder.dtype, "device": device}
+    states = torch.zeros(1, _SOURCE, encoder_width, **made)
+    own, cross = DynamicCache(), DynamicCache()
+    masks: dict[MaskKind, MaskSpec] = {}
+    arguments: dict[str, Any] = {
+        "inputs_embeds": torch.zeros(1, _QUERY, width, **made),
+        "encoder_hidden_states": states,
+        "use_cache": True,
+        cache_argument(decoder.forward): EncoderDecoderCache(own, cross),
+    }
+    takes = inspect.signature(decoder.forward).parameters
+    if CROSS_MASK in takes:
+        arguments[CROSS_MASK] = torch.ones(1, _SOURCE, dtype=torch.int64, device=device)
+    missing = set(arguments) - set(takes)
+    if missing:
+        raise UnsupportedModelError(
+            f"{name} takes no {min(missing)}, so it cannot be run apart from its encoder",
+            "A plugin for this model type can build its parts in another way.",
+        )
+    try:
+        with (
+            torch.no_grad(),
+            record_masks(decoder, masks),
+            _numbered(decoder, states) as paths,
+        ):
+            decoder(**arguments)
+    except Exception as error:  # whatever a model's code raises on inputs it is not made for
+        raise UnsupportedModelError(
+            f"{name} cannot be run on embeddings and its encoder's hidden states: "
+            f"{type(error).__name__}: {first_line(error)}",
+            "A plugin for this model type can run it in another way.",
+        ) from error
+    key = value = None
+    if own.layers and len(own.layers) == len(cross.layers):
+        key = _path_of_number(paths, cross.layers[0].keys)
+        value = _path_of_number(paths, cross.layers[0].values)
+    if key is None or value is None:
+        raise UnsupportedModelError(
+            f"the cross attention of {name} keeps something else than keys and values that its "
+            "layers project from the encoder's hidden states",
+            "A plugin for this model type can build its parts in another way.",
+        )
+    list_path, key = _in_list(decoder, key)
+    value = value.removeprefix(f"{list_path}.0.")
+    kinds = [k for k in masks if k != "bidirectional"]
+    own_masks = tuple(replace(masks[kind], name=MASK_NAMES[kind]) for kind in kinds)
+    layout = DecoderLayout(_cache_layers(own), own_masks)
+    return CrossAttention(
+        layout, _cache_layers(cross), list_path, key, value, "bidirectional" in masks
+    )
+
+
+@contextmanager
+def _numbered(decoder: nn.Module, states: torch.Tensor) -> Iterator[list[str]]:
+    """Let each module that is run on hidden states of the encoder give its number, from 1.
+
+    Yields the paths of these modules. Hooks will not do, since those in a layer are called only
+    after it where layers are marked; nor will values, since weights may be all zeros.
+    """
+    paths: list[str] = []
+
+    def wrapped(path: str, module: nn.Module) -> Any:
+        forward = module.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            if not args or getattr(args[0], "shape", None) != states.shape:
+                return output
+            paths.append(path)
+            return torch.full_like(output, len(paths))
+
+        return run
+
+    leaves = [
+        (path, module)
+        for path, module in decoder.named_modules()
+        if not any(True for _ in module.children()) and "forward" not in vars(module)
+    ]
+    try:
+        for path, module in leaves:
+            vars(module)["forward"] = wrapped(path, module)
+        yield paths
+    finally:
+        for _, module in leaves:
+            vars(module).pop("forward", None)
+
+
+def _path_of_number(paths: list[str], states: torch.Tensor) -> str | None:
+    """The module that gave all of these keys or values; ``None`` where no single one did."""
+    number = int(states.flatten()[0])
+    same = bool((states == number).all()) and 0 < number <= len(paths)
+    return paths[number - 1] if same else None
+
+
+def _in_list(decoder: nn.Module, path: str) -> tuple[str, str]:
+    """The list of layers that a module of the first layer is in, and its path in the layer."""
+    names = path.split(".")
+    for end in range(1, len(names)):
+        if names[end] == "0" and isinstance(
+            decoder.get_submodule(".".join(names[:end])), nn.ModuleList
+        ):
+            return ".".join(names[:end]), ".".join(names[end + 1 :])
+    raise UnsupportedModelError(
+        f"{path} of {type(decoder).__name__}, which makes the keys of its cross attention, is in "
+        "no list of layers",
+        "A plugin for this model type can build its parts in another way.",
+    )
+
+
+def _cache_layers(cache: DynamicCache) -> tuple[CacheLayer, ...]:
+    return tuple(
+        CacheLayer(one.keys.shape[1], one.keys.shape[3], one.values.shape[1], one.values.shape[3])
+        for one in cache.layers
+    )
