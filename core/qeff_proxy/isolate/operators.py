@@ -20,6 +20,7 @@ from onnx import helper
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.backends.onnxruntime.open_graph import open_graph
+from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.graph.split_layers import LayerGraph, read_by
 from qeff_proxy.parts import TensorSpec
 
@@ -133,9 +134,17 @@ class Operators:
         layer: The layer's graph.
         feeds: Its inputs in that run.
         plain: Runs its operators; by default one of its own.
+
+    Raises:
+        UnsupportedModelError: It is in bfloat16.
     """
 
     def __init__(self, layer: LayerGraph, feeds: Values, plain: PlainRuntime | None = None) -> None:
+        if any(spec.dtype == "bfloat16" for spec in (*layer.inputs, *layer.outputs)):
+            raise UnsupportedModelError(
+                "operators run one by one in ONNX Runtime on the CPU, which does not take bfloat16",
+                "Export in float32 (--dtype float32).",
+            )
         self.layer = layer
         self.model = layer.model
         self._plain = plain or PlainRuntime(layer.model)
