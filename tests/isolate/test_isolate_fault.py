@@ -196,7 +196,8 @@ def test_a_capsule_runs_elsewhere(capsule, with_fault, tmp_path):
         archive.extractall(tmp_path / "lab")
     script = [sys.executable, "-I", str(tmp_path / "lab" / "run.py")]
     said = subprocess.run(script, capture_output=True, text=True, check=True).stdout
-    assert f"gave    {again.recorded:.3g}" in said
+    assert f"{again.recorded:.3%}" in said
+    assert "The fault does not show here." in said
     model = onnx.load(tmp_path / "lab" / "model.onnx")
     assert [node.op_type for node in model.graph.node] == ["Transpose", "MatMul"]
     facts = json.loads((tmp_path / "lab" / "capsule.json").read_text())

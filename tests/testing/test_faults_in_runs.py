@@ -175,7 +175,7 @@ RUNS = [
     ),
     Fault(
         "verify_passes",
-        "verify failed: FAILED.*layer 3",
+        "verify failed on onnxruntime: FAILED.*layer 3",
         suite={"plugin": None},
         export=exchange_the_last_layers,
     ),

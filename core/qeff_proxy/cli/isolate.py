@@ -39,9 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.epilog = _EPILOG
     add_model_options(parser, exports=True)
-    parser.add_argument(
-        "--backend", default="onnxruntime", metavar="NAME", help="default: onnxruntime"
-    )
+    parser.add_argument("--backend", action="append", metavar="NAME", help="default: onnxruntime")
     parser.add_argument(
         "--against",
         type=Path,
@@ -70,6 +68,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Find the fault, print it, and return 0 when there is none, else 1."""
+    if len(args.backend or ()) > 1:
+        raise UsageError("isolate looks at one backend", "Run it once for each --backend.")
+    args.backend = (args.backend or ["onnxruntime"])[0]
     if args.anonymous and args.capsule is None:
         raise UsageError("--anonymous is for --capsule, which is not given")
     path = Path(args.model).expanduser()
@@ -191,7 +192,7 @@ def _describe(rerun: Rerun) -> list[str]:
     return [
         f"{printable(str(operators[0]))}{' …' if len(operators) > 1 else ''} of "
         f"{facts.get('where', '?')}, {facts.get('step', '?')}: {facts.get('source', '?')}",
-        f"{facts.get('backend', '?')} gave {rerun.recorded:.3g} of the peak, {rerun.backend} gives "
-        f"{rerun.error:.3g}.",
+        f"{facts.get('backend', '?')} gave {rerun.recorded:.3%} of the peak, {rerun.backend} gives "
+        f"{rerun.error:.3%}.",
         verdict,
     ]

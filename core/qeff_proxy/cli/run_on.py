@@ -16,7 +16,8 @@ _EPILOG = """\
 COMMAND runs in the packed folder; {folder} is its path, {outputs} that of outputs/ in it, and {run}
 the target's own commands (run.sh). So where the tool is installed here, COMMAND is '{run}'; with a
 device behind ssh:
-'scp -r {folder} lab: && ssh lab sh packed/run.sh && scp -r lab:packed/outputs {folder}'.
+'ssh lab rm -rf packed && scp -r {folder} lab:packed && ssh lab sh packed/run.sh &&
+scp -r lab:packed/outputs {folder}'.
 
 Exit status: as compare; 8 when the command fails.
 """

@@ -142,9 +142,14 @@ class _Difference:
     """Operators of the second graph whose outputs differ while all that they read agrees."""
 
     operators: Operators
-    values: Values
+    first: Operators
     numbers: tuple[int, ...]
     actual: Mapping[str, Array]
+
+    @property
+    def values(self) -> Values:
+        """The first's values."""
+        return self.first.values
 
     @property
     def exact(self) -> Operators:
@@ -198,7 +203,7 @@ class _Pair:
                     alone = twin.run_these(numbers, {**twin.values, **exact})
                     return _Difference(
                         twin,
-                        operators.values,
+                        operators,
                         numbers,
                         {out: alone[out] for out in outputs if out in operators.values},
                     )
@@ -260,12 +265,12 @@ def _fault(
     found: _Difference,
 ) -> Fault:
     twin, reference = found.operators, found.values
-    name = next(iter(found.actual))
-    error = over_peak(reference[name], found.actual[name])
+    spread = found.first.run_on(found.actual)
     changed = {out: reference[out] for out in found.actual}
     without = twin.run_on(changed, without=found.numbers)
     outputs = twin.outputs
     remaining = max((over_peak(reference[out], without[out]) for out in outputs), default=0.0)
+    error = max((over_peak(reference[out], spread[out]) for out in outputs), default=0.0)
     whole = max((over_peak(reference[out], twin.values[out]) for out in outputs), default=0.0)
     exact = found.exact
     cause = Cause(

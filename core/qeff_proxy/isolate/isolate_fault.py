@@ -290,7 +290,10 @@ def _unexplained(result: LayerResult, whole: float | None, causes: Sequence[Caus
             "peak): what it refuses are shapes that are not fixed."
         )
     if result.local.passed and causes:
-        return "The layer is within tolerance: this is only where most of its error comes from."
+        return (
+            "The layer is within tolerance: its error is rounding, of which these operators have "
+            "the largest share that was found."
+        )
     if whole < _SAME * result.local.over_peak:
         return (
             f"The layer's error does not show again at the fixed shapes of this step ({whole:.3g} "

@@ -225,7 +225,7 @@ def _measured(fault: Fault) -> str:
 def _describe_cause(cause: Cause, fault: Fault) -> list[str]:
     refused = fault.whole is None
     where = "of the second export" if fault.exports else "on the backend"
-    lines = [f"{'Most of it' if fault.local.passed else 'Cause'}: {cause.name}."]
+    lines = [f"{'Largest share' if fault.local.passed else 'Cause'}: {cause.name}."]
     if len(cause.operators) > 1:
         fewer = "it takes fewer" if refused else "fewer show no fault"
         why = f"it refuses fewer: {cause.refused}" if cause.refused and not refused else fewer

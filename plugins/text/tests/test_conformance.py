@@ -54,6 +54,8 @@ class TestT5(Seq2SeqSuite):
 
 class TestBart(Seq2SeqSuite):
     model_type = "bart"
+    # Its positions are counted from the cache, so qnn, whose fixed shapes pad that, refuses it.
+    verified_on = ("onnxruntime", "torch", "openvino")
     sizes: ClassVar = {
         "encoder_layers": 1,
         "decoder_layers": 2,

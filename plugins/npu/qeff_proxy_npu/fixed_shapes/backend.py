@@ -12,6 +12,7 @@ from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.session.session import Session
 
+from qeff_proxy_npu.fixed_shapes.check_padding import check_padding
 from qeff_proxy_npu.fixed_shapes.plan import runs_on_host
 
 __all__ = ["FixedShapesBackend"]
@@ -31,6 +32,7 @@ class FixedShapesBackend(Backend):
         if runs_on_host(part):
             OnnxRuntimeBackend().compile(export, part, replace(options, backend={}), folder)
         else:
+            check_padding(export, part)
             self.compile_part(export, part, options, folder)
 
     def open(

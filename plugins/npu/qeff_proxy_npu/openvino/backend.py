@@ -22,6 +22,7 @@ from qeff_proxy.session.axes import Sizes, size_of
 from qeff_proxy.session.session import Session
 
 from qeff_proxy_npu.fixed_shapes import Plan, StaticSession, name_of, runs_on_host
+from qeff_proxy_npu.fixed_shapes.check_padding import check_padding
 from qeff_proxy_npu.openvino.session import OpenVinoSession
 
 __all__ = ["OpenVinoBackend"]
@@ -99,6 +100,8 @@ class OpenVinoBackend(Backend):
     ) -> None:
         """Compile the part, and save the result if reading it is quicker than compiling."""
         device = self._device_of(part, options)
+        if self._is_fixed(part, options):
+            check_padding(export, part)
         for sizes in self._specializations(part, options):
             compiled = self._compile(export, part, options, sizes)
             if options.backend.get("save_compiled", device != "CPU"):
