@@ -344,3 +344,59 @@ def test_exports_of_other_taps_are_refused(exports, checkpoint, tmp_path, capsys
     other = export_model(loaded, hooks, output=tmp_path / "plain").folder
     assert main(["isolate", str(exports[0]), "--against", str(other)]) == 2
     assert "is in one of the exports only" in capsys.readouterr().err
+
+
+def test_options_without_an_effect_are_refused(capsule, exports, tmp_path, capsys):
+    first, second = map(str, exports)
+    wrong = [
+        ["isolate", str(capsule), "--html", str(tmp_path / "x.html")],
+        ["isolate", str(capsule), "--dtype", "float16"],
+        [
+            "isolate",
+            first,
+            "--against",
+            second,
+            "--anonymous",
+            "--capsule",
+            str(tmp_path / "x.zip"),
+        ],
+        ["isolate", first, "--against", second, "--backend", "openvino"],
+        ["isolate", first, "--backend", "onnxruntime", "--backend", "openvino"],
+        ["isolate", first, "--against", second, "--capsule", str(tmp_path)],
+    ]
+    for command in wrong:
+        assert main(command) == 2, command
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "x.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"operators": 5}, {}),
+        ({"operators": ["MatMul x"], "where": float("nan")}, {}),
+        ({}, {"out_0": np.array(["text"])}),
+        ({}, {"out_0": np.array(np.nan, np.float32)}),
+    ],
+)
+def test_a_hostile_capsule_is_refused(facts, expected, capsule, tmp_path):
+    with zipfile.ZipFile(capsule) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["capsule.json"] = json.dumps({**json.loads(files["capsule.json"]), **facts}).encode()
+    if expected:
+        np.savez(tmp_path / "expected.npz", **expected)
+        files["expected.npz"] = (tmp_path / "expected.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    with pytest.raises(ArtifactError, match="no capsule that can be read"):
+        read_capsule(tmp_path / "bad.zip")
+    bombs = [name for name in files if name.endswith(".npz")]
+    np.savez_compressed(tmp_path / "bomb.npz", in_0=np.zeros(1 << 22, np.float32))
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(
+                name, (tmp_path / "bomb.npz").read_bytes() if name == bombs[0] else data
+            )
+    with pytest.raises(ArtifactError, match="compressed"):
+        read_capsule(tmp_path / "bomb.zip")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,11 @@ causes the error. The proof is the error of the model's last outputs with those 
 --against compares two exports of one model (other opset, exporter, weights) without a backend.
 Exit status: 0 when there is no fault, else 1.
 """
+
+
+#: Options of a checkpoint's export, and of compiling it for a backend.
+_EXPORT = ("taps", "dtype", "proxy", "output", "opset", "force", "cut_option")
+_COMPILATION = ("backend_option",)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     """Find the fault, print it, and return 0 when there is none, else 1."""
     if len(args.backend or ()) > 1:
         raise UsageError("isolate looks at one backend", "Run it once for each --backend.")
+    if args.against is not None and args.backend:
+        raise UsageError("--against needs no backend: both exports run on the CPU", "Leave it out.")
     args.backend = (args.backend or ["onnxruntime"])[0]
     if args.anonymous and args.capsule is None:
         raise UsageError("--anonymous is for --capsule, which is not given")
@@ -78,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         return _run_capsule(args, path)
     if args.html is not None:
         check_report_place(args.html)
+        if args.capsule is not None and args.html.resolve() == args.capsule.resolve():
+            raise UsageError("--html and --capsule name one file", "Name two.")
     fault = _between(args, path) if args.against is not None else _on_backend(args)
     from qeff_proxy.isolate.report import write_fault_report
     from qeff_proxy.isolate.results import describe_fault
@@ -96,8 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _between(args: argparse.Namespace, path: Path) -> Fault:
     """The first difference of two exports."""
-    if args.layer is not None:
-        raise UsageError("--against looks for the first layer that differs: it takes no --layer")
+    _refuse(args, ("layer", "anonymous", *_EXPORT, *_COMPILATION), "--against takes no --{}")
     request = request_of(args)
     with stage_display("isolating", quiet=args.json) as progress:
         progress("loading libraries")
@@ -148,21 +157,23 @@ def _on_backend(args: argparse.Namespace) -> Fault:
         )
 
 
+def _refuse(args: argparse.Namespace, names: Iterable[str], problem: str) -> None:
+    """Refuse options that have no effect here.
+
+    Raises:
+        UsageError: One was given; ``problem`` says why it is wrong.
+    """
+    for name in names:
+        if getattr(args, name, None) not in (None, False, []):
+            raise UsageError(problem.format(name.replace("_", "-")), "Leave it out.")
+
+
 def _run_capsule(args: argparse.Namespace, path: Path) -> int:
     """Run a capsule, and return 0 where its fault does not show, else 1."""
-    for name in (
-        "layer",
-        "against",
-        "capsule",
-        "prompt",
-        "prompt_file",
-        "ids",
-        "audio",
-        "image",
-        "taps",
-    ):
-        if getattr(args, name):
-            raise UsageError(f"a capsule has its own input: it takes no --{name.replace('_', '-')}")
+    inputs = ("prompt", "prompt_file", "ids", "audio", "image")
+    shapes = ("batch_size", "seq_len", "prefill_seq_len", "ctx_len")
+    own = ("layer", "against", "capsule", "html", *inputs, *shapes, *_EXPORT)
+    _refuse(args, own, "a capsule has its own graph and input: it takes no --{}")
     if not zipfile.is_zipfile(path):
         raise UsageError(
             f"{path} is neither a folder nor a capsule",

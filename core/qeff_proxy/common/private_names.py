@@ -108,7 +108,8 @@ def model_classes(auto_class: str) -> Mapping[Any, Any]:
 
     mapping = getattr(getattr(transformers, auto_class), "_model_mapping", None)
     if mapping is None:
-        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|\d+", auto_class.removeprefix("Auto"))
+        name = auto_class.removeprefix("Auto").replace("Seq2SeqLM", "SeqToSeqCausalLM")
+        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|\d+", name)
         mapping = getattr(transformers, f"{'_'.join(words).upper()}_MAPPING", {})
     return mapping
 

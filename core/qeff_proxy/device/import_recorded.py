@@ -21,6 +21,7 @@ from qeff_proxy.device.target import Found, Recorded, Target, map_raw, raw_size
 from qeff_proxy.device.unpack_outputs import (
     Unpacked,
     check_any,
+    check_output,
     counted_result,
     decode,
     is_cache,
@@ -74,6 +75,7 @@ def import_recorded(
         conventions.check_used(sorted(files))
         _write_all(recorded, labels, part or "body", target, conventions, output)
         return counted_result(result)
+    check_output(output, like)
     if conventions.rows == "whole" and target.rows == "front":
         conventions = replace(conventions, rows="front")
     names = [part] if part is not None else like.manifest.parts

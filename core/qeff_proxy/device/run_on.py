@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -38,13 +39,13 @@ def run_on(
     """
     packed = (folder / "packed").absolute()
     index = pack_dump(dump, packed, target, options)
-    command = template
-    for name, value in (
-        ("{folder}", shlex.quote(str(packed))),
-        ("{outputs}", shlex.quote(str(packed / OUTPUTS))),
-        ("{run}", f"sh {shlex.quote(str(packed / SCRIPT))}"),
-    ):
-        command = command.replace(name, value)
+    values = {
+        "folder": shlex.quote(str(packed)),
+        "outputs": shlex.quote(str(packed / OUTPUTS)),
+        "run": f"sh {shlex.quote(str(packed / SCRIPT))}",
+    }
+    # In one pass: a path may hold what looks like a name.
+    command = re.sub("{(folder|outputs|run)}", lambda name: values[name[1]], template)
     done = subprocess.run(  # noqa: S602 - the user's own command, as a shell would run it
         command,
         shell=True,

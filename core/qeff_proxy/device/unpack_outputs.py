@@ -83,6 +83,7 @@ def unpack_outputs(
         UsageError: An option fits no tensor.
     """
     conventions = conventions or Conventions()
+    check_output(output, like)
     if fingerprint(like) != index.dump:
         raise DumpError(
             f"{folder} was packed from another dump than {like.folder}",
@@ -121,6 +122,19 @@ def unpack_outputs(
                     _write(writer, run, tensor.name, array, conventions)
         check_any(result, place)
     return counted_result(result)
+
+
+def check_output(output: Path, like: Dump) -> None:
+    """Refuse to replace the dump that the new one is compared with.
+
+    Raises:
+        UsageError: The new dump would.
+    """
+    new, old = output.resolve(), like.folder.resolve()
+    if new == old or old.is_relative_to(new):
+        raise UsageError(
+            f"{output} is, or holds, the reference {like.folder}", "Name another --output."
+        )
 
 
 def _in_order(index: Index, like: Dump) -> list[PackedRun]:

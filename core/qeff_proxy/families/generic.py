@@ -267,7 +267,10 @@ def check_head_runs(part: HeadPart, hidden_size: int) -> None:
     try:
         with torch.no_grad():
             part(_no_hidden(part.model, hidden_size))
-    except (TypeError, AttributeError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (  # an index beyond its table among them
+        *(TypeError, AttributeError, ValueError, LookupError),
+        *(NotImplementedError, RuntimeError),
+    ) as error:
         raise UnsupportedModelError(
             f"the LM head of {type(part.model).__name__} cannot be run on its own: {error}",
             "A plugin for this model type can build the head in another way.",

@@ -22,13 +22,12 @@ import onnx_ir as ir
 from qeff_proxy.arrays import Array
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.common.file_errors import reading
-from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.compare.tolerances import Tolerances
 from qeff_proxy.errors import UsageError
 from qeff_proxy.graph.split_layers import LayerGraph, split_layers
 from qeff_proxy.graph.structure import structure_of
 from qeff_proxy.isolate.blame import RUNS, over_peak
-from qeff_proxy.isolate.capsule import pack
+from qeff_proxy.isolate.capsule import check_capsule_place, pack
 from qeff_proxy.isolate.describe import describe_operator, worst_element
 from qeff_proxy.isolate.neighbourhood import neighbourhood
 from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values, names_read
@@ -75,7 +74,7 @@ def isolate_between(
     """
     options = options or VerifyOptions()
     if capsule is not None:
-        check_report_place(capsule)
+        check_capsule_place(capsule)
     _check_alike(first, second)
     hooks = hooks or installed_hooks(first)
     request, tensors = check_request(request, first, hooks, trust_remote_code)
@@ -110,10 +109,28 @@ def isolate_between(
             del operators
             pair.close()
         known[part.name] = run.outputs()
-    return Fault(str(first.folder), str(second.folder))
+    return Fault(str(first.folder), str(second.folder), exports=True)
 
 
 def _check_alike(first: Export, second: Export) -> None:
+    types = [export.model["model_type"] for export in (first, second)]
+    if types[0] != types[1]:
+        raise UsageError(
+            f"the exports are of other models: {types[0]} and {types[1]}",
+            "Name two exports of one model.",
+        )
+    for part, twin in zip(first.parts, second.parts, strict=False):
+        ours = {spec.name: spec for spec in (*part.inputs, *part.outputs)}
+        for spec in (*twin.inputs, *twin.outputs):
+            same = ours.get(spec.name, spec)
+            sizes = zip(same.shape, spec.shape, strict=False)
+            other = any(a != b for a, b in sizes if isinstance(a, int) and isinstance(b, int))
+            if other or same.dtype != spec.dtype or len(same.shape) != len(spec.shape):
+                raise UsageError(
+                    f"{spec.name} of the {part.name} part is {same.dtype} {list(same.shape)} in "
+                    f"one export and {spec.dtype} {list(spec.shape)} in the other",
+                    "Name two exports of one model.",
+                )
     shapes = [
         [(p.name, {i.name for i in p.inputs}, {o.name for o in p.outputs}) for p in export.parts]
         for export in (first, second)

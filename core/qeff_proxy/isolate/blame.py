@@ -111,7 +111,10 @@ class Trials:
 
 
 def over_peak(reference: Array, actual: Array) -> float:
-    """The largest absolute error over the largest magnitude; infinite for NaN and wrong shapes."""
+    """The largest absolute error over the largest magnitude.
+
+    It is infinite for wrong shapes, and for NaN where the other is a number.
+    """
     if reference.shape != actual.shape:
         return math.inf
     if not reference.size:
@@ -120,7 +123,8 @@ def over_peak(reference: Array, actual: Array) -> float:
         return 0.0 if np.array_equal(reference, actual) else math.inf
     one, two = reference.astype(np.float64), actual.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        error = np.where(one == two, 0.0, np.abs(one - two))
+        same = (one == two) | (np.isnan(one) & np.isnan(two))
+        error = np.where(same, 0.0, np.abs(one - two))
     peak = float(np.abs(one[np.isfinite(one)]).max(initial=0.0))
     largest = float(error.max())
     if not math.isfinite(largest):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +21,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qeff_proxy.common.file_errors import writing
+from qeff_proxy.arrays import Array
+from qeff_proxy.common.file_errors import check_writable, writing
 from qeff_proxy.common.version import installed_version
 from qeff_proxy.common.write_whole import write_whole
-from qeff_proxy.errors import ArtifactError
+from qeff_proxy.compare.report_file import check_report_place
+from qeff_proxy.errors import ArtifactError, UsageError
 from qeff_proxy.isolate.blame import over_peak
 from qeff_proxy.isolate.operators import Group, Values
 from qeff_proxy.verify.results import reason_of
@@ -34,6 +36,7 @@ _ARRAYS = ("inputs", "expected", "actual")
 _FILES = ("model.onnx", *(f"{name}.npz" for name in _ARRAYS), "capsule.json", "run.py")
 #: A graph with its weights is one Protocol Buffers message, which may have 2 GiB.
 _LARGEST = 2_000_000_000
+_LONGEST = 1_000_000  # letters of capsule.json
 
 _SCRIPT = '''\
 """Run the graph of this folder, and compare with what is expected. Needs numpy and onnxruntime.
@@ -100,6 +103,22 @@ class Capsule:
     def error(self) -> float:
         """The backend's largest error over the peak."""
         return distance(self.expected, self.actual)
+
+
+def check_capsule_place(path: Path) -> None:
+    """Refuse a place where a capsule cannot be written, before anything is run.
+
+    Raises:
+        UsageError: It is a folder.
+        ArtifactError: Its folder cannot be written to.
+        DumpError: It lies in a dump or an export.
+    """
+    check_report_place(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", "Name a file for the capsule.")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent}", "Make it, or name another place.")
+    check_writable(path.parent)
 
 
 def distance(expected: Values, actual: Values) -> float:
@@ -205,17 +224,11 @@ def read_capsule(path: Path) -> Capsule:
 
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if sorted(names) != sorted(_FILES):
+            contents = _members(archive, damaged)
+            if sorted(contents) != sorted(_FILES):
                 damaged("it does not hold the files of one")
-            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size * 2:
-                damaged("its files are larger than it says")  # they are stored, not compressed
-            contents = {name: archive.read(name) for name in names}
-        facts = json.loads(contents["capsule.json"])
-        arrays = {
-            name: dict(np.load(io.BytesIO(contents[f"{name}.npz"]), allow_pickle=False))
-            for name in _ARRAYS
-        }
+        facts = json.loads(contents["capsule.json"], parse_constant=damaged)
+        arrays = {name: _arrays(contents[f"{name}.npz"], damaged) for name in _ARRAYS}
         model = onnx.load_from_string(contents["model.onnx"])
     except ArtifactError:
         raise
@@ -223,13 +236,48 @@ def read_capsule(path: Path) -> Capsule:
         damaged(error.strerror or str(error))
     except Exception as error:  # noqa: BLE001 (what readers of ZIP, JSON, NumPy and ONNX raise)
         damaged(reason_of(error))
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+    if not isinstance(facts, dict) or facts.get("format") is not FORMAT:
         damaged("it is of another version of this program")
-    if any(tensor.external_data for tensor in model.graph.initializer):
+    operators = facts.get("operators")
+    if not isinstance(operators, list) or not operators or len(str(facts)) > _LONGEST:
+        damaged("capsule.json is not what it writes")
+    tensors = model.graph.initializer
+    if any(t.external_data or t.data_location == t.EXTERNAL for t in tensors):
         damaged("its graph points to another file")
     outputs = {value.name for value in model.graph.output}
     if {value.name for value in model.graph.input} != set(arrays["inputs"]):
         damaged("its inputs are not those of its graph")
     if not outputs or outputs != set(arrays["expected"]) or outputs != set(arrays["actual"]):
         damaged("its outputs are not those of its graph")
+    for name, array in arrays["expected"].items():
+        other = arrays["actual"][name]
+        if (array.shape, array.dtype) != (other.shape, other.dtype):
+            damaged(f"{name} is not alike in expected and actual")
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            damaged(f"{name} is expected to be NaN")
+    if not distance(arrays["expected"], arrays["actual"]):
+        damaged("it records no error")
     return Capsule(model, arrays["inputs"], arrays["expected"], arrays["actual"], facts)
+
+
+def _members(archive: zipfile.ZipFile, damaged: Callable[[str], NoReturn]) -> dict[str, bytes]:
+    """The files of an archive that stores them as they are, so that none is larger than it."""
+    members = archive.infolist()
+    if any(one.compress_type != zipfile.ZIP_STORED for one in members):
+        damaged("its files are compressed")
+    if len({one.filename for one in members}) < len(members):
+        damaged("a file is in it twice")
+    return {one.filename: archive.read(one) for one in members}
+
+
+def _arrays(data: bytes, damaged: Callable[[str], NoReturn]) -> dict[str, Array]:
+    """The arrays of a ``.npz`` file: numbers of kinds that graphs have."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = _members(archive, damaged)
+    arrays = {}
+    for name, content in members.items():
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        if array.dtype.kind not in "biuf" or not array.dtype.isnative:
+            damaged(f"{name} holds {array.dtype}")
+        arrays[name.removesuffix(".npy")] = array
+    return arrays

@@ -66,7 +66,8 @@ def worst_element(operators: Operators, actual: Mapping[str, Array]) -> WorstEle
             continue
         one, two = reference.astype(np.float64), array.astype(np.float64)
         with np.errstate(invalid="ignore"):
-            error = np.where(one == two, 0.0, np.abs(one - two))
+            same = (one == two) | (np.isnan(one) & np.isnan(two))
+            error = np.where(same, 0.0, np.abs(one - two))
         error = np.nan_to_num(error, nan=np.inf)
         index = tuple(int(i) for i in np.unravel_index(int(np.argmax(error)), one.shape))
         peak = float(np.abs(one[np.isfinite(one)]).max(initial=0.0)) or 1.0

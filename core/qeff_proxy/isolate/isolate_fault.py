@@ -22,10 +22,10 @@ from torch import nn
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.artifact.manifest_schema import ExportedPart
-from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import UsageError
 from qeff_proxy.graph.split_layers import LayerGraph
 from qeff_proxy.isolate.blame import MOST_CAUSES, Culprit, OpenGroup, Trials, find_culprits
+from qeff_proxy.isolate.capsule import check_capsule_place
 from qeff_proxy.isolate.describe import describe_operator, worst_element
 from qeff_proxy.isolate.neighbourhood import Neighbour, neighbourhood
 from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values
@@ -83,7 +83,7 @@ def isolate_fault(
         BackendError: The backend cannot be used, or fails in the layer.
     """
     if capsule is not None:
-        check_report_place(capsule)
+        check_capsule_place(capsule)
     wanted = _Capsule(capsule, anonymous, str(getattr(model, "source", model)))
     search = _Search(layer, wanted, progress)
 
@@ -181,7 +181,8 @@ class _Search:
     def _is_it(self, result: LayerResult) -> bool:
         if self._layer is None:
             return not result.local.passed
-        return self._layer in (result.name, str(result.layer))
+        named = {result.name, *(() if result.layer is None else (str(result.layer),))}
+        return self._layer in named
 
 
 def _look_into(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from qeff_proxy.device.foreign import npy_header, read_npy
 from qeff_proxy.device.index import PackedRun
 from qeff_proxy.device.names import file_stem
-from qeff_proxy.device.target import Found, Group, Reader, Target, check_within, prepare
+from qeff_proxy.device.target import Found, Group, Reader, Target, check_within, prepare, raw_size
 from qeff_proxy.dump.format import DTYPES, as_values
 from qeff_proxy.errors import DumpError
 
@@ -71,6 +71,7 @@ class NpyTarget(Target):
 
     def _found(self, run: PackedRun, path: Path, root: Path) -> Found:
         check_within(path, root)
+        raw_size(path)  # not of a pipe, which would never end
 
         def load() -> NDArray[Any]:
             return _typed(read_npy(path), run, path.stem)
@@ -100,6 +101,7 @@ class NpzTarget(NpyTarget):
             path = group.outputs / f"{run.label}.npz"
             if path.exists():
                 check_within(path, group.outputs)
+                raw_size(path)
                 yield run, list(_members(path, run))
 
 
