@@ -171,7 +171,7 @@ def _refuse(args: argparse.Namespace, names: Iterable[str], problem: str) -> Non
 def _run_capsule(args: argparse.Namespace, path: Path) -> int:
     """Run a capsule, and return 0 where its fault does not show, else 1."""
     inputs = ("prompt", "prompt_file", "ids", "audio", "image")
-    shapes = ("batch_size", "seq_len", "prefill_seq_len", "ctx_len")
+    shapes = ("seq_len", "prefill_seq_len", "ctx_len")
     own = ("layer", "against", "capsule", "html", *inputs, *shapes, *_EXPORT)
     _refuse(args, own, "a capsule has its own graph and input: it takes no --{}")
     if not zipfile.is_zipfile(path):
