@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 
@@ -212,3 +213,21 @@ def test_a_hostile_index_is_refused(field, tmp_path, dumps):
     path.write_text(json.dumps(value))
     with pytest.raises(DumpError):
         read_index(tmp_path / "p")
+
+
+def test_the_reference_is_not_replaced(ran):
+    folder, target, index, dump = ran
+    for place in (dump.folder, dump.folder.parent):
+        with pytest.raises(UsageError, match="is, or holds, the reference"):
+            unpack_outputs(folder, target, index, dump, place)
+    assert [tensor for tensor in read_dump(dump.folder).names() if ".in." in tensor]
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(ran, tmp_path):
+    _, target, index, dump = ran
+    folder = copy_of(ran, tmp_path)
+    file = next(one for one in sorted((folder / "outputs").rglob("*")) if one.is_file())
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(DumpError, match="not a regular file"):
+        unpack_outputs(folder, target, index, dump, tmp_path / "new")

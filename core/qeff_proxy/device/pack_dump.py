@@ -215,6 +215,9 @@ def _plan_step(
                 for axis, size in zip(spec.shape, shape, strict=True)
             )
         asked = pick(options.conventions.dtypes, name)
+        meant = name in options.conventions.dtypes  # by its name, not by a glob
+        if asked and not meant and DTYPES[asked].inexact and not DTYPES[dtype].inexact:
+            asked = None  # of "*=float16" are ids and positions not meant
         plain = target.plain_dtype if not options.conventions.dtypes else None
         return PackedTensor(
             name=name,
