@@ -31,7 +31,7 @@ from qeff_proxy.dump.reader import Dump, read_dump
 from qeff_proxy.dump.selection import DumpOptions
 from qeff_proxy.dump.writer import DumpWriter
 from qeff_proxy.errors import DumpError, UsageError
-from qeff_proxy.tensor_names import PRESENT
+from qeff_proxy.tensor_names import PAST, PRESENT
 
 _SHOWN = 6  # names in a message
 
@@ -252,7 +252,9 @@ def decode(
         tensor = replace(tensor, axes=axes)
     if conventions.rows in ("front", "back") and is_cache(tensor):
         tensor = with_rows(tensor, tensor.shape[CACHE_AXIS], conventions.rows)
-    shapes = _shapes(tensor, run, conventions.rows)
+    if conventions.rows == "new" and tensor.name.startswith(PRESENT):
+        tensor = new_rows(tensor, run)
+    shapes = _shapes(tensor, conventions.rows)
     quantized = pick(conventions.quantized, tensor.name)
     said = pick(conventions.dtypes, tensor.name)
     if file.raw is not None:
@@ -305,14 +307,21 @@ def with_rows(tensor: PackedTensor, total: int, rows: Rows) -> PackedTensor:
     return replace(tensor, shape=tuple(shape), valid=tuple(valid))
 
 
-def _shapes(tensor: PackedTensor, run: PackedRun, rows: Rows) -> list[tuple[int, ...]]:
+def new_rows(tensor: PackedTensor, run: PackedRun) -> PackedTensor:
+    """A cache of the rows of one step, padded as its query is."""
+    if run.past_length is None or not is_cache(tensor):
+        raise DumpError(f"{run.label} says no past length, so {tensor.name} has no new rows")
+    count = tensor.valid_shape[CACHE_AXIS] - run.past_length
+    before = tensor.name.replace(PRESENT, PAST, 1)
+    past = next((one.shape[CACHE_AXIS] for one in run.inputs if one.name == before), None)
+    total = count if past is None else tensor.shape[CACHE_AXIS] - past
+    shape, valid = list(tensor.shape), list(tensor.valid)
+    shape[CACHE_AXIS], valid[CACHE_AXIS] = total, (0, count)
+    return replace(tensor, shape=tuple(shape), valid=tuple(valid))
+
+
+def _shapes(tensor: PackedTensor, rows: Rows) -> list[tuple[int, ...]]:
     """The shapes, in the graph's order of axes, that a file may have."""
-    if rows == "new" and tensor.name.startswith(PRESENT):
-        if run.past_length is None or len(tensor.shape) != CACHE_AXIS + 2:
-            raise DumpError(f"{run.label} says no past length, so {tensor.name} has no new rows")
-        shape = list(tensor.valid_shape)
-        shape[CACHE_AXIS] -= run.past_length
-        return [tuple(shape)]
     return [tensor.shape] if rows == "whole" else [tensor.shape, tensor.valid_shape]
 
 

