@@ -87,15 +87,20 @@ def then(*steps: tuple[str, list[Any]]) -> Callable[..., None]:
             value.name, value.dtype = f"{output.name}_{number}", output.dtype
         for one in reversed(new):
             graph.insert_after(node, one)
-        for user, index in list(output.uses()):
-            if user is not new[0]:
-                user.replace_input_with(index, value)
-        for number, one in enumerate(graph.outputs):
-            if one is output:
-                value.name, output.name = output.name, f"{output.name}_before"
-                graph.outputs[number] = value
+        _read_instead(graph, output, value, new[0])
 
     return change
+
+
+def _read_instead(graph: ir.Graph, output: ir.Value, value: ir.Value, but: ir.Node) -> None:
+    """Let all that reads an output read another value, but for one node."""
+    for user, index in list(output.uses()):
+        if user is not but:
+            user.replace_input_with(index, value)
+    for place, one in enumerate(graph.outputs):
+        if one is output:
+            value.name, output.name = output.name, f"{output.name}_before"
+            graph.outputs[place] = value
 
 
 def instead(number: int) -> Callable[..., None]:
@@ -107,12 +112,7 @@ def instead(number: int) -> Callable[..., None]:
         value = same.outputs[0]
         value.name, value.dtype, value.shape = f"{output.name}_same", output.dtype, output.shape
         graph.insert_before(node, same)
-        for user, index in list(output.uses()):
-            user.replace_input_with(index, value)
-        for place, one in enumerate(graph.outputs):
-            if one is output:
-                value.name, output.name = output.name, f"{output.name}_before"
-                graph.outputs[place] = value
+        _read_instead(graph, output, value, same)
 
     return change
 

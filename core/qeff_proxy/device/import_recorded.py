@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qeff_proxy.common.messages import counted
+from qeff_proxy.device.cache_of_step import is_cache, with_rows
 from qeff_proxy.device.conventions import Conventions, Rows, pick
 from qeff_proxy.device.index import PackedRun, PackedTensor
 from qeff_proxy.device.part_source import PartSource
@@ -24,10 +25,8 @@ from qeff_proxy.device.unpack_outputs import (
     check_output,
     counted_result,
     decode,
-    is_cache,
     match_files,
     raw_dtype,
-    with_rows,
 )
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES, Phase, step_label

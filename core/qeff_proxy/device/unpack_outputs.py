@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_proxy.common.messages import counted
+from qeff_proxy.device.cache_of_step import is_cache, new_rows, with_rows
 from qeff_proxy.device.conventions import Conventions, Quantized, Rows, pick
 from qeff_proxy.device.index import Index, PackedRun, PackedTensor, fingerprint
 from qeff_proxy.device.names import match_name, name_said
@@ -31,7 +32,7 @@ from qeff_proxy.dump.reader import Dump, read_dump
 from qeff_proxy.dump.selection import DumpOptions
 from qeff_proxy.dump.writer import DumpWriter
 from qeff_proxy.errors import DumpError, UsageError
-from qeff_proxy.tensor_names import PAST, PRESENT
+from qeff_proxy.tensor_names import PRESENT
 
 _SHOWN = 6  # names in a message
 
@@ -291,33 +292,6 @@ def raw_dtype(file: Found, said: str | None, expected: str | None) -> str:
             f"not {said}"
         )
     return said or (expected if expected and DTYPES[expected].itemsize == size else stated)
-
-
-def is_cache(tensor: PackedTensor) -> bool:
-    """Whether a tensor holds rows of a cache."""
-    return tensor.name.startswith(PRESENT) and len(tensor.shape) == CACHE_AXIS + 2
-
-
-def with_rows(tensor: PackedTensor, total: int, rows: Rows) -> PackedTensor:
-    """A cache of ``total`` rows in its file, of which the valid ones are at the front or back."""
-    count = tensor.valid_shape[CACHE_AXIS]
-    shape, valid = list(tensor.shape), list(tensor.valid)
-    shape[CACHE_AXIS] = total
-    valid[CACHE_AXIS] = (0, count) if rows == "front" else (total - count, total)
-    return replace(tensor, shape=tuple(shape), valid=tuple(valid))
-
-
-def new_rows(tensor: PackedTensor, run: PackedRun) -> PackedTensor:
-    """A cache of the rows of one step, padded as its query is."""
-    if run.past_length is None or not is_cache(tensor):
-        raise DumpError(f"{run.label} says no past length, so {tensor.name} has no new rows")
-    count = tensor.valid_shape[CACHE_AXIS] - run.past_length
-    before = tensor.name.replace(PRESENT, PAST, 1)
-    past = next((one.shape[CACHE_AXIS] for one in run.inputs if one.name == before), None)
-    total = count if past is None else tensor.shape[CACHE_AXIS] - past
-    shape, valid = list(tensor.shape), list(tensor.valid)
-    shape[CACHE_AXIS], valid[CACHE_AXIS] = total, (0, count)
-    return replace(tensor, shape=tuple(shape), valid=tuple(valid))
 
 
 def _shapes(tensor: PackedTensor, rows: Rows) -> list[tuple[int, ...]]:

@@ -26,7 +26,7 @@ from qeff_proxy.compare.tolerances import Tolerances
 from qeff_proxy.errors import UsageError
 from qeff_proxy.graph.split_layers import LayerGraph, split_layers
 from qeff_proxy.graph.structure import structure_of
-from qeff_proxy.isolate.blame import RUNS, over_peak
+from qeff_proxy.isolate.blame import RUNS, distance, over_peak
 from qeff_proxy.isolate.capsule import check_capsule_place, pack
 from qeff_proxy.isolate.describe import describe_operator, worst_element
 from qeff_proxy.isolate.neighbourhood import neighbourhood
@@ -282,13 +282,11 @@ def _fault(
     found: _Difference,
 ) -> Fault:
     twin, reference = found.operators, found.values
-    spread = found.first.run_on(found.actual)
     changed = {out: reference[out] for out in found.actual}
-    without = twin.run_on(changed, without=found.numbers)
-    outputs = twin.outputs
-    remaining = max((over_peak(reference[out], without[out]) for out in outputs), default=0.0)
-    error = max((over_peak(reference[out], spread[out]) for out in outputs), default=0.0)
-    whole = max((over_peak(reference[out], twin.values[out]) for out in outputs), default=0.0)
+    expected = {out: reference[out] for out in twin.outputs}
+    error = distance(expected, found.first.run_on(found.actual))
+    remaining = distance(expected, twin.run_on(changed, without=found.numbers))
+    whole = distance(expected, twin.values)
     exact = found.exact
     cause = Cause(
         tuple(describe_operator(exact, number, None, None) for number in found.numbers),
@@ -299,7 +297,7 @@ def _fault(
         around=neighbourhood(exact, found.numbers, found.actual),
     )
     local = compare_layer(
-        {step: {out: reference[out] for out in outputs}},
+        {step: expected},
         {step: twin.results(twin.values)},
         part.name,
         Tolerances(),

@@ -103,11 +103,25 @@ class Trials:
 
     def distance(self, values: Mapping[str, Array]) -> float:
         """The largest error of a layer's output over its peak."""
-        reference = self.operators.values
-        return max(
-            (over_peak(reference[name], values[name]) for name in self.operators.outputs),
-            default=0.0,
-        )
+        return distance(self.operators.results(self.operators.values), values)
+
+
+def distance(expected: Values, actual: Values) -> float:
+    """The largest error over its peak, of the tensors that are expected."""
+    return max((over_peak(array, actual[name]) for name, array in expected.items()), default=0.0)
+
+
+def absolute_error(reference: Array, actual: Array) -> Array:
+    """The absolute error of each element, float64: 0 where both are the same, NaN too."""
+    one, two = reference.astype(np.float64), actual.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.where((one == two) | (np.isnan(one) & np.isnan(two)), 0.0, np.abs(one - two))
+
+
+def peak_of(reference: Array) -> float:
+    """The largest finite magnitude; 0 where there is none."""
+    numbers = reference.astype(np.float64)
+    return float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0))
 
 
 def over_peak(reference: Array, actual: Array) -> float:
@@ -121,12 +135,7 @@ def over_peak(reference: Array, actual: Array) -> float:
         return 0.0
     if reference.dtype.kind in "biu":
         return 0.0 if np.array_equal(reference, actual) else math.inf
-    one, two = reference.astype(np.float64), actual.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        same = (one == two) | (np.isnan(one) & np.isnan(two))
-        error = np.where(same, 0.0, np.abs(one - two))
-    peak = float(np.abs(one[np.isfinite(one)]).max(initial=0.0))
-    largest = float(error.max())
+    peak, largest = peak_of(reference), float(absolute_error(reference, actual).max())
     if not math.isfinite(largest):
         return math.inf
     return largest / peak if peak else (math.inf if largest else 0.0)

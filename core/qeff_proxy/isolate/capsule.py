@@ -27,7 +27,7 @@ from qeff_proxy.common.version import installed_version
 from qeff_proxy.common.write_whole import write_whole
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import ArtifactError, UsageError
-from qeff_proxy.isolate.blame import over_peak
+from qeff_proxy.isolate.blame import distance
 from qeff_proxy.isolate.operators import Group, Values
 from qeff_proxy.verify.results import reason_of
 
@@ -119,11 +119,6 @@ def check_capsule_place(path: Path) -> None:
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent}", "Make it, or name another place.")
     check_writable(path.parent)
-
-
-def distance(expected: Values, actual: Values) -> float:
-    """The largest error of an output over its peak."""
-    return max((over_peak(array, actual[name]) for name, array in expected.items()), default=0.0)
 
 
 def pack(

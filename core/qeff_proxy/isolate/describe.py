@@ -14,6 +14,7 @@ from torch import nn
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
+from qeff_proxy.isolate.blame import absolute_error, peak_of
 from qeff_proxy.isolate.operators import Operators, names_read
 from qeff_proxy.isolate.results import OperatorFacts, TensorFacts, WorstElement
 
@@ -64,16 +65,11 @@ def worst_element(operators: Operators, actual: Mapping[str, Array]) -> WorstEle
         reference = operators.values[name]
         if reference.shape != array.shape or not reference.size or reference.dtype.kind in "biu":
             continue
-        one, two = reference.astype(np.float64), array.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            same = (one == two) | (np.isnan(one) & np.isnan(two))
-            error = np.where(same, 0.0, np.abs(one - two))
-        error = np.nan_to_num(error, nan=np.inf)
-        index = tuple(int(i) for i in np.unravel_index(int(np.argmax(error)), one.shape))
-        peak = float(np.abs(one[np.isfinite(one)]).max(initial=0.0)) or 1.0
-        share = float(error[index]) / peak
+        error = np.nan_to_num(absolute_error(reference, array), nan=np.inf)
+        index = tuple(int(i) for i in np.unravel_index(int(np.argmax(error)), error.shape))
+        share = float(error[index]) / (peak_of(reference) or 1.0)
         if worst is None or share > worst[0]:
-            worst = share, WorstElement(name, index, float(one[index]), float(two[index]))
+            worst = share, WorstElement(name, index, float(reference[index]), float(array[index]))
     return worst[1] if worst is not None and worst[0] else None
 
 

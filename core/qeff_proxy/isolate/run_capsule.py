@@ -15,7 +15,8 @@ from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compile_options import CompileOptions
-from qeff_proxy.isolate.capsule import Capsule, distance, read_capsule
+from qeff_proxy.isolate.blame import distance
+from qeff_proxy.isolate.capsule import Capsule, read_capsule
 from qeff_proxy.isolate.operators import Values
 from qeff_proxy.parts import TensorSpec
 

@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.errors import UsageError
-from qeff_proxy.isolate.blame import Trials
-from qeff_proxy.isolate.capsule import distance, pack, with_weights
+from qeff_proxy.isolate.blame import Trials, distance
+from qeff_proxy.isolate.capsule import pack, with_weights
 from qeff_proxy.isolate.operators import Group, Operators, PlainRuntime, Values
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import size_of, terms_of
