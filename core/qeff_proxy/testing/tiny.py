@@ -88,6 +88,7 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 #: Configs' names for their numbers of layers, beside those that they map to the first.
 _DEPTHS = ("num_hidden_layers", "depth", "decoder_layers", "num_decoder_layers", "encoder_layers")
 _SMALLER = ("encoder", "vision", "audio")
+_MODALITIES = ("image", "video", "audio")
 
 
 def deepen_config(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -123,7 +124,20 @@ def random_weights(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.eos_token_id = None  # always generate the requested number of tokens
+        # A generated placeholder has no image, and the uncut model refuses it in one pass.
+        generation.suppress_tokens = _placeholders(model.config) or None
     return model.eval()
+
+
+def _placeholders(config: PreTrainedConfig) -> list[int]:
+    """The token ids that stand for images, video and sound."""
+    ids = {
+        value
+        for name, value in vars(config).items()
+        if name.startswith(_MODALITIES) and name.endswith(("_token_id", "_token_index"))
+        if isinstance(value, int)
+    }
+    return sorted(ids)
 
 
 def random_ids(rows: int, lengths: Sequence[int], seed: int = 0) -> list[torch.Tensor]:
