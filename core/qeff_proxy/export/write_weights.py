@@ -26,7 +26,7 @@ from qeff_proxy.artifact.hashes import name_digest, new_digest
 from qeff_proxy.common.direct_io import PIECE, FileReader, FileWriter
 from qeff_proxy.errors import ArtifactError, CheckpointError
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, StoredTensor
-from qeff_proxy.load.weight_sources import StoredWeight, WeightSources, map_tensor
+from qeff_proxy.load.weight_sources import StoredWeight, Weight, WeightSources, map_tensor
 
 if TYPE_CHECKING:
     from qeff_proxy.export.trace.trace_part import TracedPart
@@ -91,7 +91,7 @@ def save_weights(
     linked: dict[str, StoredWeight] = {}
     for name in list(stored) if reference else ():
         found = sources.find(name)
-        if found is not None and _is_same(found, stored[name]):
+        if isinstance(found, StoredWeight) and _is_same(found, stored[name]):
             linked[name] = replace(found, path=_link(found.path, path.parent))
             del stored[name]
     digest = None
@@ -126,13 +126,13 @@ def _write_file(
         for name in places:
             tensor, found = stored[name], sources.find(name)
             look = _NanFinder(name, sources, tensor.dtype)
-            if found is not None and _is_same(found, tensor):
+            if isinstance(found, StoredWeight) and _is_same(found, tensor):
                 if found.path not in readers:
                     readers[found.path] = stack.enter_context(FileReader(found.path))
                 _pour(readers[found.path], found.place, sink, look)
                 continue
             if found is not None and _has_shape(found, tensor):
-                tensor = map_tensor(found)
+                tensor = found.read()
             elif tensor.is_meta:
                 while name not in made:
                     made.update(next(layers))
@@ -201,11 +201,11 @@ def _pour(reader: FileReader, place: StoredTensor, sink: _Sink, nan: _NanFinder)
 def _is_same(found: StoredWeight, tensor: torch.Tensor) -> bool:
     """Whether a tensor of the checkpoint equals the weight byte for byte."""
     code = _CODES[dtype_name(tensor.dtype)]
-    return found.place.dtype == code and _has_shape(found, tensor)
+    return found.dtype == code and _has_shape(found, tensor)
 
 
-def _has_shape(found: StoredWeight | None, tensor: torch.Tensor) -> bool:
-    return found is not None and found.place.shape == tuple(tensor.shape)
+def _has_shape(found: Weight | None, tensor: torch.Tensor) -> bool:
+    return found is not None and found.shape == tuple(tensor.shape)
 
 
 def _link(file: Path, folder: Path) -> Path:

@@ -20,15 +20,14 @@ from torch import nn
 from qeff_proxy.layers.index_use import uses_index
 from qeff_proxy.layers.layer_lists import LayerList, find_layer_list, prefix_with_every_kind
 from qeff_proxy.layers.shorten import shorten
-from qeff_proxy.load.checkpoint_files import read_config_file, safetensors_files
-from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
+from qeff_proxy.load.checkpoint_files import read_config_file
+from qeff_proxy.load.safetensors_header import TORCH_DTYPES
 from qeff_proxy.load.transformers_model import NotSampled
 from qeff_proxy.load.weight_sources import (
-    StoredWeight,
+    Weight,
     WeightSources,
     aliases_of,
     converter_of,
-    map_tensor,
     model_names,
 )
 
@@ -96,6 +95,7 @@ class SampledModel:
 
 def sample_model(
     folder: Path,
+    held: Mapping[str, Weight],
     read: Callable[[Mapping[str, torch.Tensor]], PreTrainedModel],
     choose: Callable[[LayerList], int],
 ) -> SampledModel:
@@ -103,23 +103,17 @@ def sample_model(
 
     Args:
         folder: The checkpoint.
+        held: Its weights (`checkpoint_tensors`).
         read: Loads it from the tensors in place of its files' (`transformers_model.read_model`).
         choose: Number of layers to load, from all of them; with none, no stored weight is loaded.
 
     Raises:
         NotSampled: It has no list of layers, or is not stored as plain safetensors.
     """
-    held = {
-        key: StoredWeight(path, key, place)
-        for path in safetensors_files(folder)
-        for key, place in read_header(path).items()
-    }
     if not held:
         raise NotSampled("it has no safetensors files")
     compared = _compared(folder, held)
-    model = read(
-        {k: map_tensor(s) if k in compared else _unread(s) for k, s in held.items()}
-    ).eval()
+    model = read({k: s.read() if k in compared else _unread(s) for k, s in held.items()}).eval()
     layers = find_layer_list(model)
     if layers is None:
         raise NotSampled("it has no list of layers")
@@ -136,7 +130,7 @@ def sample_model(
         if layer is not None:
             sources.made.setdefault(layer.removesuffix("."), []).append(held[key])
         if layer not in absent:
-            pieces[key] = map_tensor(held[key])
+            pieces[key] = held[key].read()
     _read_weights(model, sources, pieces, absent, stored=count > 0)
     layers = find_layer_list(model)  # again, since buffers that are read may set layers apart
     assert layers is not None  # noqa: S101 (see above)
@@ -157,7 +151,7 @@ class _Unread(torch.Tensor):
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
-def _compared(folder: Path, held: Mapping[str, StoredWeight]) -> set[str]:
+def _compared(folder: Path, held: Mapping[str, Weight]) -> set[str]:
     """The tensors that ``from_pretrained`` may compare: tied ones, stored twice; no layer's are."""
     config = read_config_file(folder)
     nested = [config, *(value for value in config.values() if isinstance(value, dict))]
@@ -166,14 +160,14 @@ def _compared(folder: Path, held: Mapping[str, StoredWeight]) -> set[str]:
     by_kind: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for key, stored in held.items():
         if not _NUMBERED.search(key):
-            by_kind.setdefault((stored.place.dtype, tuple(stored.place.shape)), []).append(key)
+            by_kind.setdefault((stored.dtype, stored.shape), []).append(key)
     return {key for keys in by_kind.values() if len(keys) > 1 for key in keys}
 
 
-def _unread(stored: StoredWeight) -> torch.Tensor:
+def _unread(stored: Weight) -> torch.Tensor:
     """A tensor for ``from_pretrained`` with its shape and dtype, on the meta device."""
-    dtype = getattr(torch, TORCH_DTYPES[stored.place.dtype])
-    empty = torch.empty(stored.place.shape, dtype=dtype, device="meta")
+    dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
+    empty = torch.empty(stored.shape, dtype=dtype, device="meta")
     return empty.as_subclass(_Unread)
 
 
@@ -202,7 +196,7 @@ def _read_weights(
             raise NotSampled(f"where {name} comes from is not known")
         if source is not None and not stored and name not in buffers:
             continue
-        value = made[name] if source is None else map_tensor(source)
+        value = made[name] if source is None else source.read()
         value = value.to(tensor.dtype)
         if name not in buffers:
             value = nn.Parameter(value, tensor.requires_grad)

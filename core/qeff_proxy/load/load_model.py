@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from qeff_proxy.layers.layer_lists import LayerList
     from qeff_proxy.load.first_layers import SampledModel
+    from qeff_proxy.load.weight_sources import Weight
 
 #: What configs call the number of positions of a decoder.
 _POSITIONS = ("max_position_embeddings", "max_target_positions")
@@ -63,6 +64,8 @@ class LoadedModel:
         check_unchanged: Raises a `CheckpointError` if the files have changed since ``identity`` was
             computed.
         task: The task that the user named (a key of `TASKS`); ``None``: its architecture's.
+        weights: What the checkpoint holds, by key (`checkpoint_tensors`); empty where its files are
+            not safetensors.
     """
 
     source: str
@@ -77,6 +80,7 @@ class LoadedModel:
     notes: dict[str, Any] = field(default_factory=dict)
     check_unchanged: Callable[[], None] = lambda: None
     task: str | None = None
+    weights: Mapping[str, Weight] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -126,6 +130,8 @@ def load_model(
         UnsupportedModelError: transformers does not know its architecture.
         UsageError: ``dtype`` is none of `DTYPES`.
     """
+    from qeff_proxy.load.checkpoint_tensors import checkpoint_tensors
+
     check_dtype(dtype)
     folder = find_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config_file = read_config_file(folder)
@@ -135,6 +141,7 @@ def load_model(
     check_architectures(folder / "config.json", config_file)
     if not config_file.get("auto_map"):
         check_sizes(folder, load_config(folder))
+    held = checkpoint_tensors(folder, config_file)
     loaded_as = class_named(config_file, auto_class)
     identity = identity_as(folder, loaded_as)
 
@@ -150,6 +157,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             unused=unused,
+            held=held,
             tensors=tensors,
         )
         check_unchanged()
@@ -161,7 +169,7 @@ def load_model(
 
         if config_file.get("quantization_config"):
             raise NotSampled("its weights are quantized")
-        return sample_model(folder, read, choose)
+        return sample_model(folder, held, read, choose)
 
     model_type = str(config_file.get("model_type"))
     return LoadedModel(
@@ -174,6 +182,7 @@ def load_model(
         trust_remote_code,
         sample=sample,
         check_unchanged=check_unchanged,
+        weights=held,
     )
 
 

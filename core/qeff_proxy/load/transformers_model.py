@@ -14,13 +14,15 @@ from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.errors import CheckpointError, ProxyError, UnsupportedModelError
 from qeff_proxy.load.checkpoint_files import file_of_tensor
-from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
+from qeff_proxy.load.safetensors_header import TORCH_DTYPES
 from qeff_proxy.load.tasks import UNUSED_WEIGHTS
 from qeff_proxy.plugins.entry_points import find_entries, load_entry, pick_entry
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from qeff_proxy.load.weight_sources import Weight
 
 #: Entry points by model type: objects whose ``from_pretrained``, called as that of a transformers
 #: auto class, loads checkpoints whose own code needs help on the transformers of today (with
@@ -50,6 +52,7 @@ def read_model(
     trust_remote_code: bool,
     allow_pickle: bool,
     unused: tuple[str, ...],
+    held: Mapping[str, Weight],
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> PreTrainedModel:
     """Read a checkpoint with transformers.
@@ -62,6 +65,7 @@ def read_model(
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read pickled weights.
         unused: Globs of weights that it may lack.
+        held: Its weights (`checkpoint_tensors`), empty where they are not in safetensors files.
         tensors: What to load instead of the tensors in its files, by their names there.
 
     Raises:
@@ -71,6 +75,8 @@ def read_model(
     """
     import torch
     import transformers
+
+    from qeff_proxy.load.weight_sources import ComputedWeight
 
     loader = _loader(transformers, config_file, auto_class, trust_remote_code)
     arguments = {
@@ -84,10 +90,13 @@ def read_model(
     }
     try:
         with quiet_loading():
-            if tensors is None:
-                model, notes = loader.from_pretrained(folder, **arguments)
-            else:
+            if tensors is not None:
                 model, notes = _load_tensors(loader, folder, tensors, arguments)
+            elif any(isinstance(weight, ComputedWeight) for weight in held.values()):
+                weights = {key: weight.read() for key, weight in held.items()}
+                model, notes = _load_tensors(loader, folder, weights, arguments)
+            else:
+                model, notes = loader.from_pretrained(folder, **arguments)
     except Exception as error:
         if tensors is not None:
             raise NotSampled(
@@ -100,7 +109,7 @@ def read_model(
             f"{type(model).__name__} has {list(wanted)}",
             "Check that config.json and the weights belong together.",
         )
-    _check_kinds(folder, model)
+    _check_kinds(held, model)
     _check_left_over(folder, model, sorted(notes.get("unexpected_keys", ())))
     _check_missing(folder, model, sorted(notes.get("missing_keys", ())), unused)
     model.config.return_dict = True  # outputs are read by name, whatever the config asks for
@@ -126,6 +135,8 @@ def _load_tensors(
             loader = type(loader.from_config(config, trust_remote_code=trust))
     else:
         return loader.from_pretrained(folder, state_dict=tensors, **arguments)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # ``tensors`` are what it describes, dequantized
     model, notes = loader.from_pretrained(None, config=config, state_dict=tensors, **arguments)
     model.config.name_or_path = model.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -133,22 +144,19 @@ def _load_tensors(
     return model, notes
 
 
-def _check_kinds(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse integers where the model has floating point weights: their bits would mean nothing.
-
-    A quantized model, which holds integers, has parameters of integers.
-    """
+def _check_kinds(held: Mapping[str, Weight], model: PreTrainedModel) -> None:
+    """Refuse integers where the model has floating point weights: their bits would mean nothing."""
     wanted = {name for name, one in model.named_parameters() if one.is_floating_point()}
     prefix = f"{model.base_model_prefix}."
-    for path in sorted(folder.glob("*.safetensors")):
-        for key, stored in read_header(path).items():
-            names = {key, prefix + key, key.removeprefix(prefix)}
-            if not TORCH_DTYPES[stored.dtype].startswith(("float", "bfloat")) and names & wanted:
-                raise CheckpointError(
-                    f"{key} in {path} is said to be of {TORCH_DTYPES[stored.dtype]}, where "
-                    f"{type(model).__name__} has floating point numbers",
-                    "Download the checkpoint again.",
-                )
+    for key, weight in held.items():
+        names = {key, prefix + key, key.removeprefix(prefix)}
+        dtype = TORCH_DTYPES[weight.dtype]
+        if not dtype.startswith(("float", "bfloat")) and names & wanted:
+            raise CheckpointError(
+                f"{key} in {weight.path} is said to be of {dtype}, where "
+                f"{type(model).__name__} has floating point numbers",
+                "Download the checkpoint again.",
+            )
 
 
 def _check_left_over(folder: Path, model: PreTrainedModel, unexpected: list[str]) -> None:

@@ -3,6 +3,9 @@
 Most tensors of a checkpoint are weights of the model byte for byte, perhaps under another name. The
 other weights are made of several tensors, or of a part of one (fused experts, split projections),
 by transformers' own conversions; they are made layer by layer, and freed again.
+
+A checkpoint may also store a weight as codes and scales, or as a change to another one. Such a
+weight is computed from its tensors when it is read.
 """
 
 from __future__ import annotations
@@ -30,6 +33,52 @@ class StoredWeight:
     path: Path
     key: str
     place: StoredTensor
+
+    @property
+    def dtype(self) -> str:
+        """The format's name of its dtype (a key of `TORCH_DTYPES`)."""
+        return self.place.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.place.shape
+
+    def read(self) -> torch.Tensor:
+        """The tensor, mapped (`map_tensor`)."""
+        return map_tensor(self)
+
+
+@dataclass(frozen=True, eq=False)
+class ComputedWeight:
+    """A weight that is computed from tensors of a checkpoint, such as codes and their scales.
+
+    Attributes:
+        key: Its name, as if the checkpoint stored it.
+        dtype: Of the result: a key of `TORCH_DTYPES`.
+        shape: Of the result.
+        pieces: What it is computed from.
+        compute: Gives it, from the pieces in their order.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Weight, ...]
+    compute: Callable[..., torch.Tensor]
+
+    @property
+    def path(self) -> Path:
+        """The file of its first piece."""
+        return self.pieces[0].path
+
+    def read(self) -> torch.Tensor:
+        """The weight, in memory of its own."""
+        return self.compute(*(piece.read() for piece in self.pieces))
+
+
+#: A weight of a checkpoint, as it is named there.
+Weight = StoredWeight | ComputedWeight
 
 
 def map_tensor(stored: StoredWeight) -> torch.Tensor:
@@ -61,19 +110,19 @@ class WeightSources:
     """Where the weights of a model come from, by their names in the model.
 
     Attributes:
-        stored: Weights that are tensors of the checkpoint.
+        stored: Weights that are tensors of the checkpoint, or computed from some.
         made: Module path of a layer → the tensors that its other weights are made of. Those of
             weights outside of the layers, which are loaded with the model, are not among them.
         make: Converts such tensors to weights, as transformers does.
         aliases: Name of a weight → all its names in the model.
     """
 
-    stored: dict[str, StoredWeight] = field(default_factory=dict)
-    made: dict[str, list[StoredWeight]] = field(default_factory=dict)
+    stored: dict[str, Weight] = field(default_factory=dict)
+    made: dict[str, list[Weight]] = field(default_factory=dict)
     make: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def find(self, name: str) -> StoredWeight | None:
+    def find(self, name: str) -> Weight | None:
         """The tensor that this weight is stored as, under any of its names."""
         for alias in (name, *self.aliases.get(name, ())):
             if alias in self.stored:
@@ -101,7 +150,7 @@ class WeightSources:
             by_layer.setdefault(path, set()).add(name)
         for path, members in by_layer.items():
             assert self.make is not None  # noqa: S101 (set together with ``made``)
-            made = self.make({piece.key: map_tensor(piece) for piece in self.made[path]})
+            made = self.make({piece.key: piece.read() for piece in self.made[path]})
             missing = members - set(made)
             if missing:
                 raise KeyError(min(missing))

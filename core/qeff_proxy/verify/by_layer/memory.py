@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from qeff_proxy.load.checkpoint_files import safetensors_files
 from qeff_proxy.load.load_model import LoadedModel
-from qeff_proxy.load.safetensors_header import read_header
 
 #: Peak memory of a verification over the float32 weights (docs/performance.md).
 _PEAK = 2.2
@@ -17,10 +15,9 @@ _MEMORY = Path("/proc/meminfo")
 
 def memory_lacking(loaded: LoadedModel) -> str | None:
     """Why a model that can be read layer by layer should be verified so; ``None`` if it fits."""
-    if loaded.sample is None or loaded.is_read or loaded.folder is None:
+    if loaded.sample is None or loaded.is_read:
         return None
-    headers = [read_header(path) for path in safetensors_files(loaded.folder)]
-    elements = sum(math.prod(stored.shape) for one in headers for stored in one.values())
+    elements = sum(math.prod(weight.shape) for weight in loaded.weights.values())
     needed, free = elements * 4 * _PEAK, free_memory()
     if free is None or needed <= free:
         return None

@@ -17,7 +17,7 @@ from qeff_proxy.cut.cut_model import cut_model, site_weights
 from qeff_proxy.layers.taps import first_tensor, layers_of
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.transformers_model import NotSampled
-from qeff_proxy.load.weight_sources import WeightSources, map_tensor
+from qeff_proxy.load.weight_sources import WeightSources
 from qeff_proxy.parts import Kind, Part, Proxy
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.session.torch_session import TorchSession
@@ -69,7 +69,7 @@ class Weights:
         try:
             for name, found in stored.items():
                 if found is not None:
-                    absent[name].data = map_tensor(found).to(absent[name].dtype)
+                    absent[name].data = found.read().to(absent[name].dtype)
             for weights in self._sources.make_layers(made):
                 for name, weight in weights.items():
                     absent[name].data = weight.to(absent[name].dtype)
