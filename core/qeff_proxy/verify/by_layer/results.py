@@ -329,6 +329,7 @@ def measure_floor(
             floors[key] = NoiseFloor(
                 min(worst.sqnr, float(sqnr_db(stats)[0])),
                 max(worst.peak, float(relative_peak(stats)[0])),
+                expected.size,
             )
     return floors
 
