@@ -99,12 +99,13 @@ def unpack_outputs(
     provenance = {**like.provenance, "backend": target.name, "versions": {}, "options": {}}
     provenance["device"] = {"target": target.name, "cache": index.cache}
     found: dict[tuple[str, Phase, int], list[Found]] = {}
-    by_group: list[tuple[str, list[Found]]] = []
+    said: list[tuple[str, str]] = []
     first: dict[tuple[str, Phase, str], tuple[str, str]] = {}
     for group in groups_of(index, folder, place):
         for run, files in target.find_outputs(group) if group.outputs.is_dir() else ():
             found[run.part, run.phase, run.index] = files
-            by_group.append((group.name, files))
+            said += ((file.name, group.name) for file in files)
+    _check_names(conventions, said)
     kv: Literal["delta", "full"] = "delta" if conventions.rows == "new" else "full"
     with DumpWriter(output, provenance, DumpOptions(tensors="*.out.*", kv=kv)) as writer:
         for run in _in_order(index, like):
@@ -124,7 +125,6 @@ def unpack_outputs(
                     _check_like(file, array, first.setdefault(key, (array.dtype.name, file.where)))
                     _write(writer, run, tensor.name, array, conventions)
         check_any(result, place)
-        _check_names(conventions, [(f.name, key) for key, files in by_group for f in files])
     return counted_result(result)
 
 
