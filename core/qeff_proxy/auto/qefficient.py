@@ -49,7 +49,7 @@ _NEAR = 0.75
 #: Arguments for the model hub.
 HUB = ("revision", "cache_dir", "token")
 _FETCHED = Keyword("where and how a hub id is fetched; a local folder needs none")
-_OF_QAIC = "it is an option of backend 'qaic'"
+_OF_QAIC = "it is an option of backend='qaic'"
 _FLAG = "it is a flag of qaic-compile: backend='qaic', compiler_args='-…'"
 _BATCH = "the rows of a batch begin and end together; batch_size is their number"
 _IMAGES = "the checkpoint's processor sizes the images, and the graphs take what it makes"
