@@ -47,7 +47,7 @@ def write_specializations(
         part: The part.
         found: Its specializations (`qeff_proxy_npu.fixed_shapes.Plan`).
         path: The file.
-        named: False writes the sizes alone, as QEfficient did up to 1.22: older compilers refuse
+        named: False writes the sizes alone, as QEfficient did up to 1.21: older compilers refuse
             values that are objects.
     """
     specializations = [_specialization(part, sizes, found) for sizes in found]
