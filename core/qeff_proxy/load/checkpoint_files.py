@@ -21,13 +21,20 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 
 
-def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
+def find_checkpoint(
+    source: str,
+    *,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    hub: Mapping[str, Any] | None = None,
+) -> Path:
     """The folder of a checkpoint: ``source`` itself, or the snapshot of a hub id.
 
     Args:
         source: A local folder or a hub id such as ``openai-community/gpt2``.
         allow_pickle: Fetch pickled weights, too.
         trust_remote_code: Fetch Python code, too.
+        hub: Arguments of ``snapshot_download``: ``revision``, ``cache_dir``, ``token``.
 
     Raises:
         CheckpointError: There is no such folder and no such hub id, or the hub is out of reach.
@@ -48,7 +55,7 @@ def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool)
     patterns += ["*.py"] if trust_remote_code else []
     try:
         with quiet_logs("huggingface_hub"):  # it notes each try
-            return Path(snapshot_download(source, allow_patterns=patterns))
+            return Path(snapshot_download(source, allow_patterns=patterns, **(hub or {})))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source!r} is no local folder, and the model hub does not give it "
