@@ -46,13 +46,13 @@ def weights_of(held: Mapping[str, StoredWeight], settings: Mapping[str, Any]) ->
             raise unsupported(f"weights in compressed-tensors' format {layout!r}")
     schemes = [group["weights"] for group in groups if group.get("weights")]
     pieces = Pieces(held)
-    for key, codes in pieces.ending(".weight"):
-        if codes.dtype in (*FP8, "I8"):
+    for key, codes in held.items():
+        if key.endswith(".weight_packed"):
+            _replace_packed(pieces, key.removesuffix("_packed"), codes, schemes)
+        elif codes.dtype in (*FP8, "I8") and key.endswith("weight"):
             scheme = _scheme_of(pieces, key, codes, codes.shape, schemes)
             zeros = codes.dtype == "I8" and not scheme.get("symmetric", True)
             replace_scaled(pieces, key, codes, _block(scheme), zeros=zeros)
-    for key, codes in pieces.ending(".weight_packed"):
-        _replace_packed(pieces, f"{key}.weight", codes, schemes)
     return pieces.weights
 
 

@@ -27,7 +27,7 @@ def weights_of(held: Mapping[str, StoredWeight], settings: Mapping[str, Any]) ->
         CheckpointError: Scales are missing or do not fit.
     """
     pieces = Pieces(held)
-    for key, codes in pieces.ending(""):
+    for key, codes in held.items():
         if codes.dtype in FP8:
             replace_scaled(pieces, key, codes, settings.get("weight_block_size"), "F32")
     return pieces.weights
