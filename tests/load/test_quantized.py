@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from qeff_proxy import QEFFAutoModelForCausalLM
 from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.checkpoint_tensors import checkpoint_tensors
 from safetensors.torch import load_file, save_file
@@ -23,16 +25,16 @@ Stored = dict[str, torch.Tensor]
 Quantized = tuple[Stored, dict[str, Any], torch.Tensor]
 
 
-def weight_of(rows: int = ROWS, columns: int = COLUMNS) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(7))
+WEIGHT = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(7))
 
 
-def by_groups(size: int, bits: int, order: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+def by_groups(
+    weight: torch.Tensor, size: int, bits: int, *, shuffled: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Codes [rows, columns], scales and zero points [rows, groups] (fp16), groups, weight."""
-    weight = weight_of()
-    groups = torch.arange(COLUMNS) // size
-    if order is not None:
-        groups = groups[order]
+    groups = torch.arange(weight.shape[1]) // size
+    if shuffled:
+        groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(1))]
     low = torch.stack([weight[:, groups == g].amin(1) for g in groups.unique()], 1)
     high = torch.stack([weight[:, groups == g].amax(1) for g in groups.unique()], 1)
     scales = ((high - low) / (2**bits - 1)).half()
@@ -53,9 +55,10 @@ def pack(codes: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def gptq(bits: int, *, act_order: bool = False, layout: str = "gptq") -> Quantized:
-    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(1))
-    codes, scales, zeros, groups, weight = by_groups(32, bits, order if act_order else None)
+def gptq(
+    weight: torch.Tensor, bits: int = 4, *, act_order: bool = False, layout: str = "gptq"
+) -> Quantized:
+    codes, scales, zeros, groups, weight = by_groups(weight, 32, bits, shuffled=act_order)
     stored = {
         "X.qweight": pack(codes, bits).t(),
         "X.scales": scales.t(),
@@ -66,8 +69,8 @@ def gptq(bits: int, *, act_order: bool = False, layout: str = "gptq") -> Quantiz
     return stored, {"quant_method": "gptq", **settings}, weight
 
 
-def awq() -> Quantized:
-    codes, scales, zeros, _, weight = by_groups(32, 4)
+def awq(weight: torch.Tensor) -> Quantized:
+    codes, scales, zeros, _, weight = by_groups(weight, 32, 4)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     stored = {
         "X.qweight": pack(codes.t(), 4, order),
@@ -78,26 +81,31 @@ def awq() -> Quantized:
     return stored, {"quant_method": "awq", **settings}, weight
 
 
-def fp8(block: tuple[int, int] | None, grid: tuple[int, ...], method: str = "fp8") -> Quantized:
+def fp8(
+    weight: torch.Tensor, block: tuple[int, int] | None = None, *, by_row: bool = False
+) -> Quantized:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    codes = weight_of().to(torch.float8_e4m3fn)
+    rows, columns = weight.shape
+    grid = (rows // block[0], columns // block[1]) if block else (rows, 1) if by_row else ()
     scales = torch.rand(grid, generator=torch.Generator().manual_seed(2)) + 0.5
+    codes = weight.to(torch.float8_e4m3fn)
+    method = "fbgemm_fp8" if by_row else "fp8"
     weight = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32)
     name = "X.weight_scale_inv" if method == "fp8" else "X.weight_scale"
     stored = {"X.weight": codes, name: scales, "X.activation_scale": torch.ones(())}
     return stored, {"quant_method": method, "weight_block_size": block}, weight
 
 
-def fp8_with_smaller_blocks_at_the_edge() -> Quantized:
-    codes, scales = weight_of().to(torch.float8_e4m3fn), torch.rand(2, 3) + 0.5
+def fp8_with_smaller_blocks_at_the_edge(weight: torch.Tensor) -> Quantized:
+    codes, scales = weight.to(torch.float8_e4m3fn), torch.rand(2, 3) + 0.5
     spread = scales.repeat_interleave(32, 0)[:ROWS].repeat_interleave(40, 1)[:, :COLUMNS]
     stored = {"X.weight": codes, "X.weight_scale_inv": scales}
     settings = {"quant_method": "fp8", "weight_block_size": [32, 40]}
     return stored, settings, codes.float() * spread
 
 
-def mxfp4() -> Quantized:
+def mxfp4(_: torch.Tensor) -> Quantized:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     generator = torch.Generator().manual_seed(3)
@@ -107,20 +115,22 @@ def mxfp4() -> Quantized:
     return {"X_blocks": blocks, "X_scales": scales}, {"quant_method": "mxfp4"}, weight
 
 
-def compressed(layout: str, dtype: torch.dtype = torch.bfloat16, **weights: Any) -> Quantized:
+def compressed(
+    weight: torch.Tensor, layout: str, dtype: torch.dtype = torch.bfloat16, **weights: Any
+) -> Quantized:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
     settings = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", **weights}
     scheme = QuantizationScheme(targets=["Linear"], weights=settings)
-    weight = weight_of()
-    strategy, size = settings["strategy"], settings.get("group_size") or COLUMNS
-    blocks = weight.view(ROWS, -1, size)
+    rows, columns = weight.shape
+    strategy, size = settings["strategy"], settings.get("group_size") or columns
+    blocks = weight.view(rows, -1, size)
     if strategy == "tensor":
         low, high = weight.min().view(1), weight.max().view(1)
     elif strategy == "block":
-        blocks = weight.view(ROWS // 16, 16, COLUMNS // 32, 32)
+        blocks = weight.view(rows // 16, 16, columns // 32, 32)
         low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
     else:
         low, high = blocks.amin(-1), blocks.amax(-1)
@@ -131,24 +141,27 @@ def compressed(layout: str, dtype: torch.dtype = torch.bfloat16, **weights: Any)
     state = compressor.compress(state, scheme)
     weight = compressor.decompress(dict(state), scheme)["weight"]
     config = {"quant_method": "compressed-tensors", "format": layout, "ignore": ["lm_head"]}
+    config["quantization_status"] = "compressed"
     config["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": settings}}
     return {f"X.{name}": tensor for name, tensor in state.items()}, config, weight
 
 
-def bitsandbytes_4(kind: str, *, nested: bool, dtype: torch.dtype = torch.bfloat16) -> Quantized:
+def bitsandbytes_4(
+    weight: torch.Tensor, kind: str, *, nested: bool, dtype: torch.dtype = torch.bfloat16
+) -> Quantized:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    weight = weight_of(80, 256).to(dtype)
-    codes, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    codes, state = quantize_4bit(weight.to(dtype), quant_type=kind, compress_statistics=nested)
     stored = {f"X.weight.{name}": value for name, value in state.as_dict(packed=True).items()}
-    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    settings |= {"quant_method": "bitsandbytes", "bnb_4bit_use_double_quant": nested}
     return {"X.weight": codes, **stored}, settings, dequantize_4bit(codes, state)
 
 
-def bitsandbytes_8() -> Quantized:
+def bitsandbytes_8(weight: torch.Tensor) -> Quantized:
     from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 
-    codes, scales, _ = int8_vectorwise_quant(weight_of().half())
+    codes, scales, _ = int8_vectorwise_quant(weight.half())
     stored = {
         "X.weight": codes,
         "X.SCB": scales,
@@ -158,54 +171,66 @@ def bitsandbytes_8() -> Quantized:
     return stored, {"quant_method": "bitsandbytes", "load_in_8bit": True}, weight
 
 
-FORMATS: dict[str, Callable[[], Quantized]] = {
-    "fp8 in blocks": lambda: fp8((16, 32), (3, 3)),
-    "fp8 by tensor": lambda: fp8(None, ()),
-    "fp8 by channel": lambda: fp8(None, (ROWS, 1), "fbgemm_fp8"),
+FORMATS: dict[str, Callable[[torch.Tensor], Quantized]] = {
+    "fp8 in blocks": partial(fp8, block=(16, 32)),
+    "fp8 by tensor": fp8,
+    "fp8 by channel": partial(fp8, by_row=True),
     "fp8 in blocks that do not divide": fp8_with_smaller_blocks_at_the_edge,
     "mxfp4": mxfp4,
-    "gptq of 4 bits": lambda: gptq(4),
-    "gptq of 4 bits in act-order": lambda: gptq(4, act_order=True),
-    "gptq of 8 bits": lambda: gptq(8),
-    "gptq of 2 bits": lambda: gptq(2),
-    "gptq_v2": lambda: gptq(4, layout="gptq_v2"),
+    "gptq of 4 bits": gptq,
+    "gptq of 4 bits in act-order": partial(gptq, act_order=True),
+    "gptq of 8 bits": partial(gptq, bits=8),
+    "gptq of 2 bits": partial(gptq, bits=2),
+    "gptq_v2": partial(gptq, layout="gptq_v2"),
     "awq": awq,
-    "int4 in groups": lambda: compressed("pack-quantized", group_size=32),
-    "int4 with zero points": lambda: compressed("pack-quantized", group_size=32, symmetric=False),
-    "int8 packed by channel": lambda: compressed(
-        "pack-quantized", strategy="channel", num_bits=8, symmetric=False
+    "int4": partial(compressed, layout="pack-quantized", group_size=32),
+    "int4 with zero points": partial(
+        compressed, layout="pack-quantized", group_size=32, symmetric=False
     ),
-    "int4 by tensor": lambda: compressed("pack-quantized", strategy="tensor"),
-    "int8": lambda: compressed("int-quantized", num_bits=8, strategy="channel"),
-    "int8 with zero points": lambda: compressed(
-        "int-quantized", num_bits=8, group_size=32, symmetric=False
+    "int8 packed by channel": partial(
+        compressed, layout="pack-quantized", strategy="channel", num_bits=8, symmetric=False
     ),
-    "float8 by tensor": lambda: compressed(
-        "float-quantized", num_bits=8, type="float", strategy="tensor"
+    "int4 by tensor": partial(compressed, layout="pack-quantized", strategy="tensor"),
+    "int8": partial(compressed, layout="int-quantized", num_bits=8, strategy="channel"),
+    "int8 with zero points": partial(
+        compressed, layout="int-quantized", num_bits=8, group_size=32, symmetric=False
     ),
-    "float8 by channel": lambda: compressed(
-        "naive-quantized", torch.float32, num_bits=8, type="float", strategy="channel"
+    "float8 by tensor": partial(
+        compressed, layout="float-quantized", num_bits=8, type="float", strategy="tensor"
     ),
-    "float8 in blocks": lambda: compressed(
-        "float-quantized", num_bits=8, type="float", strategy="block", block_structure=[16, 32]
+    "float8 by channel": partial(
+        compressed,
+        layout="naive-quantized",
+        dtype=torch.float32,
+        num_bits=8,
+        type="float",
+        strategy="channel",
     ),
-    "nf4": lambda: bitsandbytes_4("nf4", nested=False),
-    "nf4 with nested scales": lambda: bitsandbytes_4("nf4", nested=True, dtype=torch.float16),
-    "fp4 with nested scales": lambda: bitsandbytes_4("fp4", nested=True, dtype=torch.float32),
+    "float8 in blocks": partial(
+        compressed,
+        layout="float-quantized",
+        num_bits=8,
+        type="float",
+        strategy="block",
+        block_structure=[16, 32],
+    ),
+    "nf4": partial(bitsandbytes_4, kind="nf4", nested=False),
+    "nf4 with nested scales": partial(bitsandbytes_4, kind="nf4", nested=True, dtype=torch.float16),
+    "fp4 with nested scales": partial(bitsandbytes_4, kind="fp4", nested=True, dtype=torch.float32),
     "llm.int8": bitsandbytes_8,
 }
 
 
-def save(folder: Path, stored: Stored) -> Path:
+def save(folder: Path, stored: Stored, **config: Any) -> Path:
     path = folder / "model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(config))
     return path
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_weight_is_the_one_that_the_format_stands_for(name: str, tmp_path: Path) -> None:
-    stored, settings, weight = FORMATS[name]()
+    stored, settings, weight = FORMATS[name](WEIGHT)
     save(tmp_path, {**stored, "Y.weight": torch.ones(2)})
     held = checkpoint_tensors(tmp_path, {"quantization_config": settings})
     assert held.keys() == {"X" if name == "mxfp4" else "X.weight", "Y.weight"}
@@ -215,3 +240,102 @@ def test_the_weight_is_the_one_that_the_format_stands_for(name: str, tmp_path: P
     assert computed.dtype == weight.dtype
     # One rounding may fall to the other side; bitsandbytes multiplies by a constant rounded to 1/127.
     torch.testing.assert_close(computed, weight, rtol=2e-7, atol=0)
+
+
+def quantize_checkpoint(
+    source: Path, folder: Path, quantize: Callable[[torch.Tensor], Quantized]
+) -> Path:
+    """Quantize the matrices of the layers of a checkpoint; returns what they stand for, plain."""
+    stored, plain, settings = {}, {}, {}
+    for key, tensor in load_file(source / "model.safetensors").items():
+        if ".layers." in key and tensor.dim() == 2 and not key.endswith("mlp.gate.weight"):
+            pieces, settings, plain[key] = quantize(tensor)
+            name = key.removesuffix(".weight")
+            stored |= {name + piece[1:]: values for piece, values in pieces.items()}
+        else:
+            stored[key] = plain[key] = tensor
+    (folder / "plain").mkdir(parents=True)
+    config = json.loads((source / "config.json").read_text())
+    save(folder / "plain", {key: tensor.float() for key, tensor in plain.items()}, **config)
+    save(folder, stored, **config, quantization_config=settings)
+    return folder / "plain"
+
+
+def check_export(folder: Path, expected: Any, output: Path) -> None:
+    """An export of a quantized checkpoint has the weights and tokens of a model of transformers."""
+    model = QEFFAutoModelForCausalLM.from_pretrained(folder, proxy="split")
+    model.export(output)
+    assert json.loads((output / "export.json").read_text())["cut"]["weights"].startswith("streamed")
+    weights = load_file(output / "body.safetensors")
+    state = expected.state_dict()
+    assert len(weights) > 30
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, state[name], rtol=2e-7, atol=0)
+    ids = torch.arange(3, 23)[None]
+    tokens = expected.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, 20:]
+    result = model.generate(inputs={"input_ids": ids}, max_new_tokens=8, do_sample=False)
+    assert result.generated_ids.tolist() == tokens.tolist()
+
+
+LATENT = {
+    **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16},
+    **{"v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    **{"first_k_dense_replace": 1, "num_key_value_heads": 4},
+}
+
+
+def dequantized(folder: Path, name: str) -> Any:
+    """The model as transformers loads it from the codes, or from the plain weights if it cannot."""
+    from transformers import (
+        AutoModelForCausalLM,
+        CompressedTensorsConfig,
+        FineGrainedFP8Config,
+        Mxfp4Config,
+    )
+
+    arguments: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    kinds = {"fp8": FineGrainedFP8Config, "int4": CompressedTensorsConfig, "mxfp4": Mxfp4Config}
+    if name.split()[0] in kinds:
+        arguments["quantization_config"] = kinds[name.split()[0]](dequantize=True)
+    elif name.split()[0] != "nf4":
+        folder = folder / "plain"
+    model = AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
+    return model.dequantize().float() if name.startswith("nf4") else model
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "settings"),
+    [
+        ("fp8 in blocks", "deepseek_v3", LATENT),
+        ("gptq of 4 bits in act-order", "llama", {}),
+        ("int4 with zero points", "llama", {}),
+        ("nf4 with nested scales", "llama", {}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_a_deep_quantized_checkpoint_is_streamed(
+    name: str, model_type: str, settings: dict[str, Any], make_model: Any, tmp_path: Path
+) -> None:
+    make_model(model_type, layers=5, **settings).save_pretrained(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "codes", FORMATS[name])
+    check_export(tmp_path / "codes", dequantized(tmp_path / "codes", name), tmp_path / "export")
+
+
+def test_experts_in_mxfp4_are_streamed(make_model: Any, tmp_path: Path) -> None:
+    make_model("gpt_oss", layers=6).save_pretrained(tmp_path / "source")
+    generator = torch.Generator().manual_seed(5)
+    stored = {}
+    for key, tensor in load_file(tmp_path / "source" / "model.safetensors").items():
+        if not key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[key] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        shape = (experts, outputs, inputs // 32, 16)
+        blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        scales = torch.randint(122, 125, shape[:-1], dtype=torch.uint8, generator=generator)
+        stored |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "codes").mkdir()
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    save(tmp_path / "codes", stored, **config, quantization_config=settings)
+    check_export(tmp_path / "codes", dequantized(tmp_path / "codes", "mxfp4"), tmp_path / "export")
