@@ -53,9 +53,9 @@ def weights_of(
             *(codes.key, "F32", codes.shape, (codes, rows), _scale_rows),
             f"{name}.weight_format",
         )
-    for key, codes in pieces.weights.items():
-        if isinstance(codes, StoredWeight) and (codes.dtype == "I8" or f"{key}.absmax" in held):
-            raise refusal(codes, "is quantized, but the checkpoint does not hold what with")
+    for key, rest in pieces.weights.items():
+        if isinstance(rest, StoredWeight) and (rest.dtype == "I8" or f"{key}.absmax" in held):
+            raise refusal(rest, "is quantized, but the checkpoint does not hold what with")
     return pieces.weights
 
 
