@@ -6,13 +6,29 @@ codes and of the result only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import mmap
+from collections.abc import Callable, Sequence
 
 import torch
 
 from qeff_proxy.errors import CheckpointError
 
 _BLOCK = 1 << 18  # elements
+_LARGE = 1 << 25  # bytes; smaller memory is used again after it was freed
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without values, in large pages if it is large and there are some.
+
+    The first write to each small page takes longer than the arithmetic on its numbers.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(shape), dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -45,9 +61,11 @@ def unpack_rows(words: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     Returns:
         uint8 [8 · blocks, columns].
     """
-    codes = torch.empty((words.shape[0], len(rows), words.shape[1]), dtype=torch.uint8)
-    for index, row in enumerate(rows):
-        codes[:, row] = ((words >> 4 * index) & 15).to(torch.uint8)
+    codes = allocate((words.shape[0], len(rows), words.shape[1]), torch.uint8)
+    for begin in range(0, len(words), 8):
+        part = slice(begin, begin + 8)
+        for index, row in enumerate(rows):
+            codes[part, row] = ((words[part] >> 4 * index) & 15).to(torch.uint8)
     return codes.flatten(0, 1)
 
 
@@ -71,32 +89,48 @@ def look_up(pairs: torch.Tensor, table: torch.Tensor, *, low_first: bool) -> tor
     )
 
 
+def to_float32(codes: torch.Tensor) -> torch.Tensor:
+    """Codes that are numbers themselves, as float32."""
+    if codes.dtype.itemsize > 1 or not codes.is_floating_point():
+        return codes.to(torch.float32)
+    # A table is three times as fast as PyTorch's conversion of FP8.
+    table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).to(torch.float32)
+    index = codes.reshape(-1).view(torch.uint8).to(torch.int32)
+    return table.index_select(0, index).view(codes.shape)
+
+
 def scale(
     codes: torch.Tensor,
     scales: torch.Tensor,
     groups: int | torch.Tensor,
     dtype: torch.dtype,
     zeros: torch.Tensor | int | None = None,
+    *,
+    columns: int | None = None,
+    read: Callable[[torch.Tensor], torch.Tensor] = to_float32,
 ) -> torch.Tensor:
     """Dequantize a matrix: (code - zero) · scale, computed in float32 and rounded once.
 
     Args:
-        codes: [rows, columns] of any dtype.
+        codes: [rows, ...] of any dtype.
         scales: [rows or 1, groups].
         groups: Columns of a group, or int64 [columns]: the group of each.
         dtype: Of the result.
         zeros: [rows or 1, groups], or a number for all; ``None`` for 0.
+        columns: Of the result; by default those of ``codes``.
+        read: Gives float32 [rows, columns] for some rows of the codes.
     """
-    rows, columns = codes.shape
+    rows = codes.shape[0]
+    columns = codes.shape[1] if columns is None else columns
     scales = scales.float().expand(rows, -1)
     if isinstance(groups, int) and columns % groups:
         groups = torch.arange(columns) // groups
     spread = zeros.float().expand(rows, -1) if isinstance(zeros, torch.Tensor) else None
-    result = torch.empty((rows, columns), dtype=dtype)
+    result = allocate((rows, columns), dtype)
     step = max(1, _BLOCK // max(1, columns))
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
-        values = codes[part].to(torch.float32)
+        values = read(codes[part])
         factors = scales[part]
         shifts = None if spread is None else spread[part]
         if isinstance(groups, torch.Tensor):

@@ -107,9 +107,14 @@ def _dequantize(
     if outer:
         values = nested[0].index_select(0, scales.to(torch.int32))
         scales = values * nested[1].repeat_interleave(outer[0])[: len(values)] + outer[1]
-    count = math.prod(shape)
-    values = look_up(codes.view(torch.uint8), table, low_first=False)[:count]
-    padded = torch.nn.functional.pad(values, (0, len(scales) * size - count))
+    count, data = math.prod(shape), codes.view(torch.uint8).flatten()
+    padded = torch.nn.functional.pad(data, (0, len(scales) * size // 2 - len(data)))
     return (
-        scale(padded.view(-1, size), scales.unsqueeze(1), size, dtype).flatten()[:count].view(shape)
+        scale(
+            *(padded.view(-1, size // 2), scales.unsqueeze(1), size, dtype),
+            columns=size,
+            read=lambda part: look_up(part, table, low_first=False).view(-1, size),
+        )
+        .flatten()[:count]
+        .view(shape)
     )

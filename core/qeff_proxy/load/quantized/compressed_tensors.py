@@ -145,4 +145,8 @@ def _dequantize(
     groups: int | torch.Tensor = size
     if indexed and not bool((rest[-1] == -1).any()):  # -1: columns in their order
         groups = group_index(rest[-1], scales.shape[1], named)
-    return scale(unpack(words, bits)[:, :columns], scales, groups, scales.dtype, zeros)
+    return scale(
+        *(words, scales, groups, scales.dtype, zeros),
+        columns=columns,
+        read=lambda part: unpack(part, bits)[:, :columns].float(),
+    )

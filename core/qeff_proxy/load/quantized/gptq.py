@@ -80,9 +80,12 @@ def _dequantize(
     if one_less:
         ones = sum(1 << shift for shift in range(0, 32, bits))
         zeros = zeros + ones  # of int32: wraps
-    codes = unpack(words.t(), bits)
     shifts = unpack(zeros, bits)[:, : scales.shape[1]]
     groups: int | torch.Tensor = size
     if index is not None and not torch.equal(index, torch.arange(len(index)) // size):
         groups = group_index(index, scales.shape[0], named)
-    return scale(codes, scales.t(), groups, scales.dtype, shifts.t())
+    return scale(
+        *(words.t().contiguous(), scales.t(), groups, scales.dtype, shifts.t()),
+        columns=words.shape[0] * 32 // bits,
+        read=lambda part: unpack(part, bits).float(),
+    )

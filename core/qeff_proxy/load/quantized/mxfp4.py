@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qeff_proxy.load.quantized.arithmetic import look_up, scale
+from qeff_proxy.load.quantized.arithmetic import allocate, look_up, scale
 from qeff_proxy.load.quantized.pieces import Pieces, refusal
 from qeff_proxy.load.weight_sources import StoredWeight, Weight
 
@@ -51,9 +51,12 @@ def weights_of(
 def _dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     table = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
     experts, outputs, count, size = blocks.shape
-    result = torch.empty((experts, count * size * 2, outputs), dtype=torch.bfloat16)
+    result = allocate((experts, count * size * 2, outputs), torch.bfloat16)
     for expert in range(experts):
-        values = look_up(blocks[expert], table, low_first=True).view(outputs, -1)
         powers = torch.exp2(scales[expert].float() - 127)
-        result[expert] = scale(values, powers, size * 2, torch.bfloat16).t()
+        result[expert] = scale(
+            *(blocks[expert], powers, size * 2, torch.bfloat16),
+            columns=count * size * 2,
+            read=lambda part: look_up(part, table, low_first=True).view(len(part), -1),
+        ).t()
     return result
