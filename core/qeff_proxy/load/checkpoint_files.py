@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,29 +108,6 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object", "Download the checkpoint again.")
     return value
-
-
-def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse weights that are stored in codes, by the name of what made them.
-
-    Raises:
-        CheckpointError: Names the method.
-    """
-    settings = config.get("quantization_config")
-    if not isinstance(settings, dict):
-        return
-    method = str(settings.get("quant_method", "an unknown method"))
-    if method == "mxfp4":  # dequantized by transformers as it loads
-        if importlib.util.find_spec("accelerate") is None:
-            raise CheckpointError(
-                f"{folder} has MXFP4 weights, which transformers dequantizes with accelerate",
-                "Install it: pip install accelerate.",
-            )
-        return
-    raise CheckpointError(
-        f"{folder} has weights quantized with {method}, which are not supported",
-        "Name the checkpoint that they were made from, in float32, float16 or bfloat16.",
-    )
 
 
 def _check_adapter(folder: Path) -> None:

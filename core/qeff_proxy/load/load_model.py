@@ -18,7 +18,6 @@ from qeff_proxy.common.private_names import attention_of, model_classes
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.load.checkpoint_files import (
     check_identity,
-    check_quantization,
     check_weights,
     find_checkpoint,
     identity_as,
@@ -136,7 +135,6 @@ def load_model(
     folder = find_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config_file = read_config_file(folder)
     check_weights(folder, allow_pickle=allow_pickle)
-    check_quantization(folder, config_file)
     _check_architecture(config_file, source, trust_remote_code)
     check_architectures(folder / "config.json", config_file)
     if not config_file.get("auto_map"):
@@ -165,10 +163,7 @@ def load_model(
 
     def sample(choose: Callable[[LayerList], int]) -> SampledModel:
         from qeff_proxy.load.first_layers import sample_model
-        from qeff_proxy.load.transformers_model import NotSampled
 
-        if config_file.get("quantization_config"):
-            raise NotSampled("its weights are quantized")
         return sample_model(folder, held, read, choose)
 
     model_type = str(config_file.get("model_type"))

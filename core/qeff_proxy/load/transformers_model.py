@@ -92,7 +92,9 @@ def read_model(
         with quiet_loading():
             if tensors is not None:
                 model, notes = _load_tensors(loader, folder, tensors, arguments)
-            elif any(isinstance(weight, ComputedWeight) for weight in held.values()):
+            elif config_file.get("quantization_config") or any(
+                isinstance(weight, ComputedWeight) for weight in held.values()
+            ):
                 weights = {key: weight.read() for key, weight in held.items()}
                 model, notes = _load_tensors(loader, folder, weights, arguments)
             else:
