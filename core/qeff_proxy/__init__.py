@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         QEFFAutoModelForSequenceClassification,
         QEFFAutoModelForSpeechSeq2Seq,
         QEFFAutoModelForTokenClassification,
+        QEffAutoPeftModelForCausalLM,
     )
     from qeff_proxy.hookspecs import hookimpl
     from qeff_proxy.parts import MaskSpec, Part, Proxy, TensorSpec
@@ -48,6 +49,7 @@ __all__ = [
     "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForSpeechSeq2Seq",
     "QEFFAutoModelForTokenClassification",
+    "QEffAutoPeftModelForCausalLM",
     "Request",
     "Site",
     "TensorSpec",
@@ -66,6 +68,7 @@ _HOMES = {
         "QEFFAutoModelForSequenceClassification",
         "QEFFAutoModelForSpeechSeq2Seq",
         "QEFFAutoModelForTokenClassification",
+        "QEffAutoPeftModelForCausalLM",
     ),
     "hookspecs": ("hookimpl",),
     "parts": ("MaskSpec", "Part", "Proxy", "TensorSpec"),

@@ -18,6 +18,7 @@ from qeff_proxy.auto.classification import (
     QEFFAutoModelForTokenClassification,
 )
 from qeff_proxy.auto.embedding import QEFFAutoModel
+from qeff_proxy.auto.peft import QEffAutoPeftModelForCausalLM
 from qeff_proxy.auto.vision import QEFFAutoModelForImageTextToText
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForSpeechSeq2Seq",
     "QEFFAutoModelForTokenClassification",
+    "QEffAutoPeftModelForCausalLM",
 ]

@@ -17,6 +17,7 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import ProxyError, UnsupportedModelError, UsageError
 from qeff_proxy.export.export_model import export_model
+from qeff_proxy.load.adapter_files import Adapters
 from qeff_proxy.load.load_model import LoadedModel, load_model, with_options, wrap_model
 from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.load.tasks import Task
@@ -92,6 +93,7 @@ class ProxyModel:
         dtype: str = "float32",
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
+        adapters: Adapters = (),
         plugins: Plugins | None = None,
         **options: Any,
     ) -> Self:
@@ -104,6 +106,8 @@ class ProxyModel:
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
             trust_remote_code: Run Python code that comes with the checkpoint.
             allow_pickle: Read pickled weights, which can run code.
+            adapters: LoRA adapters to merge into the weights: ``PATH`` or ``PATH@WEIGHT``, several,
+                or weights by path.
             plugins: The plugins to use; by default the installed ones.
             options: Options of the family's ``build_proxy`` (``pooling`` …).
 
@@ -119,6 +123,7 @@ class ProxyModel:
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             unused=cls.task.unused,
+            adapters=adapters,
         )
         kind: Kind = proxy if proxy is not None else "split" if enable_proxy else "whole"
         return cls(loaded, proxy=kind, plugins=plugins, options=options)
