@@ -33,6 +33,7 @@ RELIED_ON = {
         "QEFFAutoModelForSequenceClassification",
         "QEFFAutoModelForSpeechSeq2Seq",
         "QEFFAutoModelForTokenClassification",
+        "QEffAutoPeftModelForCausalLM",
         "Request",
         "Site",
         "TensorSpec",

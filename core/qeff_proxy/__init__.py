@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         QEFFAutoModelForSequenceClassification,
         QEFFAutoModelForSpeechSeq2Seq,
         QEFFAutoModelForTokenClassification,
+        QEffAutoPeftModelForCausalLM,
         cloud_ai_100_exec_kv,
     )
     from qeff_proxy.hookspecs import hookimpl
@@ -49,6 +50,7 @@ __all__ = [
     "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForSpeechSeq2Seq",
     "QEFFAutoModelForTokenClassification",
+    "QEffAutoPeftModelForCausalLM",
     "Request",
     "Site",
     "TensorSpec",
@@ -68,6 +70,7 @@ _HOMES = {
         "QEFFAutoModelForSequenceClassification",
         "QEFFAutoModelForSpeechSeq2Seq",
         "QEFFAutoModelForTokenClassification",
+        "QEffAutoPeftModelForCausalLM",
         "cloud_ai_100_exec_kv",
     ),
     "hookspecs": ("hookimpl",),

@@ -19,6 +19,7 @@ from qeff_proxy.auto.classification import (
 )
 from qeff_proxy.auto.embedding import QEFFAutoModel
 from qeff_proxy.auto.exec_kv import cloud_ai_100_exec_kv
+from qeff_proxy.auto.peft import QEffAutoPeftModelForCausalLM
 from qeff_proxy.auto.vision import QEFFAutoModelForImageTextToText
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForSpeechSeq2Seq",
     "QEFFAutoModelForTokenClassification",
+    "QEffAutoPeftModelForCausalLM",
     "cloud_ai_100_exec_kv",
 ]

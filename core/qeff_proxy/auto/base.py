@@ -29,6 +29,7 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import ProxyError, UnsupportedModelError, UsageError
 from qeff_proxy.export.export_model import export_model
+from qeff_proxy.load.adapter_files import Adapters
 from qeff_proxy.load.load_model import LoadedModel, load_config, with_options, wrap_model
 from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.load.tasks import Task
@@ -129,6 +130,7 @@ class ProxyModel:
         num_hidden_layers: int | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
+        adapters: Adapters = (),
         plugins: Plugins | None = None,
         **options: Any,
     ) -> Self:
@@ -144,6 +146,8 @@ class ProxyModel:
             num_hidden_layers: Take the first layers only.
             trust_remote_code: Run Python code that comes with the checkpoint.
             allow_pickle: Read pickled weights, which can run code.
+            adapters: LoRA adapters to merge into the weights: ``PATH`` or ``PATH@WEIGHT``, several,
+                or weights by path.
             plugins: The plugins to use; by default the installed ones.
             options: Options of the family's ``build_proxy`` (``pooling`` …), ``revision``,
                 ``cache_dir`` and ``token`` of a hub id, and QEfficient's other arguments, of which
@@ -164,6 +168,7 @@ class ProxyModel:
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            adapters=adapters,
         )
         model = cls(loaded, enable_proxy=enable_proxy, proxy=proxy, plugins=plugins, options=asked)
         model._config = changed

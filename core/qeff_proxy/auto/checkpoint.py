@@ -15,6 +15,7 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.auto.qefficient import HUB
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
+from qeff_proxy.load.adapter_files import Adapters
 from qeff_proxy.load.checkpoint_files import find_checkpoint, folder_named
 from qeff_proxy.load.load_model import LoadedModel, load_config, load_model
 from qeff_proxy.load.tasks import Task
@@ -46,6 +47,7 @@ def load_checkpoint(
     dtype: Any = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    adapters: Adapters = (),
 ) -> tuple[LoadedModel, Path | None, PreTrainedConfig | None]:
     """Load a checkpoint.
 
@@ -57,6 +59,7 @@ def load_checkpoint(
         dtype: As in `load_model`, or ``"auto"`` for the checkpoint's own.
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read pickled weights.
+        adapters: As in `load_model`.
 
     Returns:
         The model; a temporary folder that it is read from, to be removed after its use; and its
@@ -102,6 +105,7 @@ def load_checkpoint(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             unused=task.unused,
+            adapters=adapters,
         )
         loaded = replace(loaded, source=source)
         if depth is not None:
