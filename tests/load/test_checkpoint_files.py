@@ -36,12 +36,6 @@ def test_the_base_model_of_an_adapter_is_looked_for(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_a_folder_of_gguf_alone_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"holds a GGUF file \(model-q4.gguf\)"):
-        load_model(str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -10,12 +10,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import CheckpointError, UsageError
-from qeff_proxy.load.checkpoint_files import find_checkpoint, has_weights
+from qeff_proxy.load.checkpoint_files import find_checkpoint, folder_named, has_weights
+from qeff_proxy.load.gguf_files import gguf_file_of, unpack_gguf
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: How ``adapters=`` may be given: ``PATH`` or ``PATH@WEIGHT``, several, or weights by path.
@@ -101,7 +103,7 @@ def find_model(
     with it; an adapter beside the weights of its base model is merged with these.
 
     Args:
-        source: A local folder or a hub id.
+        source: A local folder or a hub id, or a GGUF file.
         adapters: Further adapters; a hub id is one, too.
         allow_pickle: As for `find_checkpoint`.
         trust_remote_code: As for `find_checkpoint`.
@@ -110,7 +112,8 @@ def find_model(
         CheckpointError: A folder cannot be found, or its adapter is none that can be merged.
         UsageError: A weight is no finite number.
     """
-    folder = find_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    find = partial(_find, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    folder = find(source)
     found = []
     if (folder / CONFIG).exists():
         found.append(_read_adapter(folder, 1.0))
@@ -122,9 +125,7 @@ def find_model(
                     + (f" but revision {found[0].settings['revision']} of {base}" if base else ""),
                     "Name the base model, and this folder with --adapter.",
                 )
-            folder = find_checkpoint(
-                str(base), allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
-            )
+            folder = find(str(base))
             if (folder / CONFIG).exists():
                 raise CheckpointError(
                     f"{found[0].folder / CONFIG} names the base model {base}, an adapter itself",
@@ -134,6 +135,14 @@ def find_model(
         place = find_checkpoint(path, allow_pickle=False, trust_remote_code=False)
         found.append(_read_adapter(place, weight))
     return folder, tuple(found)
+
+
+def _find(source: str, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
+    """The folder of a checkpoint, or one made of a GGUF file."""
+    file = gguf_file_of(folder_named(source)) if source.strip() else None
+    if file is not None:
+        return unpack_gguf(file)
+    return find_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 
 
 def parse_adapters(adapters: Adapters) -> list[tuple[str, float]]:

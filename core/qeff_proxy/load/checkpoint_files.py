@@ -17,10 +17,13 @@ from qeff_proxy.load.safetensors_header import read_header
 
 _SHOWN = 60  # characters of a name in an error
 _SAMPLE = 4096  # bytes
+_WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".model", ".txt"}
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 #: Copies of the weights in another layout, which transformers does not read.
 _NOT_READ = ["original/*", "consolidated*"]
+#: The link to a GGUF file, in a folder made of its metadata.
+GGUF_LINK = "weights.gguf"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 
 
@@ -89,12 +92,6 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        files = sorted(folder.glob("*.gguf"))
-        if files:
-            raise CheckpointError(
-                f"{folder} holds a GGUF file ({files[0].name}), which is not supported",
-                "Name the checkpoint that it was made from, as safetensors with a config.json.",
-            )
         raise CheckpointError(
             f"{folder} has no config.json", "Name the folder that holds the checkpoint's files."
         )
@@ -142,6 +139,8 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> None:
         CheckpointError: Names the file, and the tensor where it is about one.
     """
     chosen = _chosen_weights(folder)
+    if chosen is None and (folder / GGUF_LINK).is_symlink():
+        return  # `checkpoint_tensors` reads all of its headers
     if chosen is not None:
         _check_shards(folder, chosen) if chosen.suffix == ".json" else _header(chosen)
         return
@@ -302,7 +301,7 @@ def checkpoint_identity(folder: Path) -> str:
             digest.update(path.parent.name.encode() + b"\0")
         if path.suffix in {".json", ".py", ".jinja"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        elif path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model", ".txt"}:
+        elif path.suffix in _WEIGHTS:
             status = path.stat()
             digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
             _sample(path, digest)
