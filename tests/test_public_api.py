@@ -37,6 +37,7 @@ RELIED_ON = {
         "Request",
         "Site",
         "TensorSpec",
+        "cloud_ai_100_exec_kv",
         "hookimpl",
     ],
     "qeff_proxy.errors": [

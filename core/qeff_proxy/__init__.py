@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         QEFFAutoModelForSpeechSeq2Seq,
         QEFFAutoModelForTokenClassification,
         QEffAutoPeftModelForCausalLM,
+        cloud_ai_100_exec_kv,
     )
     from qeff_proxy.hookspecs import hookimpl
     from qeff_proxy.parts import MaskSpec, Part, Proxy, TensorSpec
@@ -53,6 +54,7 @@ __all__ = [
     "Request",
     "Site",
     "TensorSpec",
+    "cloud_ai_100_exec_kv",
     "hookimpl",
 ]
 
@@ -69,6 +71,7 @@ _HOMES = {
         "QEFFAutoModelForSpeechSeq2Seq",
         "QEFFAutoModelForTokenClassification",
         "QEffAutoPeftModelForCausalLM",
+        "cloud_ai_100_exec_kv",
     ),
     "hookspecs": ("hookimpl",),
     "parts": ("MaskSpec", "Part", "Proxy", "TensorSpec"),
@@ -82,6 +85,11 @@ def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"qeff_proxy.{module}"), name)
+    if name in {"compile", "transform"} or name.lower().startswith("qeff"):
+        from qeff_proxy.auto.qefficient import ELSEWHERE
+
+        if name in ELSEWHERE:
+            raise ImportError(f"there is no qeff_proxy.{name}: {ELSEWHERE[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

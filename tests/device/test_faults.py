@@ -57,13 +57,23 @@ SAID = {
 }
 
 
+#: Target → the faults that its layout has no place for.
+NO_PLACE = {
+    "npy": {"big_endian", "copied_name", "half_precision", "written_twice"},
+    "qaic-runner": {"broken_header", "copied_name"},
+    "qnn-net-run": {"broken_header"},
+    "trtexec": {"broken_header", "copied_name"},
+}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(fault, ran, tmp_path):
     _, target, index, dump = ran
     folder, rng = copy_of(ran, tmp_path), np.random.default_rng(len(fault))
     changed = FAULTS[fault](folder, rng)
+    assert (changed is None) == (fault in NO_PLACE[target.name])
     if changed is None:
-        pytest.skip("the layout has no place for this fault")
+        return
     try:
         unpack_outputs(folder, target, index, dump, tmp_path / "d")
     except (DumpError, UsageError) as error:
@@ -109,13 +119,16 @@ def test_another_dump_is_refused(ran, tmp_path):
 def test_a_name_is_told_by_the_user(ran, tmp_path):
     _, target, index, dump = ran
     folder = copy_of(ran, tmp_path)
-    said = {"body.*/output_9": "last_hidden_state", "encoder*/output_9": "x"}
+    said = {"output_9": "x", "body.*/output_9": "last_hidden_state"}
     for path in sorted((folder / "outputs").rglob("last_hidden_state*")):
         path.rename(path.with_name(path.name.replace("last_hidden_state", "output_9")))
     with pytest.raises(DumpError, match=r"has no file named last_hidden_state"):
         unpack_outputs(folder, target, index, dump, tmp_path / "d")
     unpack_outputs(folder, target, index, dump, tmp_path / "d", Conventions(names=said))
     assert compare_dumps(dump, tmp_path / "d", tensors=GLOBS).passed
+    names = Conventions(names={"encoder*/output_9": "x"})
+    with pytest.raises(UsageError, match=r"--name encoder\*/output_9=x matches no file"):
+        unpack_outputs(folder, target, index, dump, tmp_path / "e", names)
     names = Conventions(names={"output_9": "x"})
     with pytest.raises(UsageError, match="body has no output 'x'"):
         unpack_outputs(folder, target, index, dump, tmp_path / "e", names)
@@ -171,7 +184,7 @@ def test_a_list_that_was_shuffled_tells_the_steps_by_its_paths(tmp_path, dumps, 
         ({"version": 2}, "has another version than 1"),
         ({"runs": []}, "lists no runs"),
         ({"cache": "x"}, "'cache'"),
-        ({"dump": "0" * 64}, "was packed from another dump"),
+        ({"dump": "0" * 64}, "pack.json was changed since it was written"),
     ],
 )
 def test_a_damaged_index_is_refused(change, problem, tmp_path, dumps, capsys):

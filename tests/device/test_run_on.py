@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -81,15 +82,44 @@ def test_half_a_file_is_one_line(reference, capsys):
     ("command", "problem"),
     [
         ("echo starting; echo no such device >&2; exit 3", "exit status 3: no such device"),
-        ("true", "holds no output of any step"),
+        ("true", "the command left no file below"),
     ],
 )
 def test_a_command_that_fails_is_quoted(command, problem, reference, capsys):
-    code = main(["run-on", command, str(reference[0].folder), "--for", "npy"])
-    assert code == (8 if "exit" in command else 9)
-    said = capsys.readouterr().err
+    assert main(["run-on", command, str(reference[0].folder), "--for", "npy"]) == 8
+    *shown, said = capsys.readouterr().err.splitlines()
     assert problem in said
-    assert said.count("\n") == 1
+    assert shown == (["starting", "no such device"] if "echo" in command else [])
+
+
+def test_a_name_that_is_of_no_file_is_refused_and_nothing_is_kept(reference, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "lab")]
+    assert run_on(reference, "--for", "npy", "--name", "no_such_file=x", *output) == 2
+    assert "--name no_such_file=x matches no file. There are" in capsys.readouterr().err
+    assert not (tmp_path / "lab" / "dump").exists()
+
+
+@pytest.mark.parametrize("name", ["qnn-net-run", "snpe-net-run"])
+def test_groups_of_other_shapes_may_have_binaries_of_their_own(name, reference, tmp_path):
+    tool = tmp_path / "bin" / name
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\nfor word; do case "$word" in /b/*) echo "$word";; esac; done\n')
+    tool.chmod(0o755)
+    dump, _ = reference
+    pack_dump(dump, tmp_path / "p", make_target(name), PackOptions())
+    variable = make_target(name).variable
+
+    def run(**binaries):
+        path = f"{tool.parent}:{os.environ['PATH']}"
+        settings = {"PATH": path, "BACKEND": "b", **binaries}
+        command = ["sh", str(tmp_path / "p" / "run.sh")]
+        return subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+
+    done = run(**{variable: "/b/all", f"{variable}_BODY_1": "/b/second"})
+    assert done.stdout.split()[:3] == ["/b/all", "/b/second", "/b/all"]
+    none = run()
+    assert none.returncode
+    assert f"set it, or {variable}_BODY_0, to the compiled binary" in none.stderr
 
 
 def test_polygraphys_own_command_runs_what_is_packed_for_it(reference, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from qeff_proxy.load.first_layers import all_layers, enough_layers
 from qeff_proxy.load.load_model import load_model
-from qeff_proxy.load.transformers_model import NotSampled
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])  # tied; experts fused on the way
@@ -49,21 +47,3 @@ def test_a_model_is_named_by_its_checkpoint(make_model: Any, tmp_path: Path) -> 
     assert sampled.is_whole
     assert sampled.model.name_or_path == str(tmp_path)
     assert sampled.model.generation_config.max_new_tokens == 7
-
-
-def test_quantized_weights_are_not_sampled(
-    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # transformers needs accelerate to dequantize; nothing is dequantized here.
-    module = sys.modules["qeff_proxy.load.load_model"]
-    monkeypatch.setattr(module, "check_quantization", lambda *_: None)
-    model = make_model("gpt2")
-    model.config.quantization_config = {"quant_method": "mxfp4"}  # the others are refused at once
-    model.config.save_pretrained(tmp_path)
-    del model.config.quantization_config
-    model.save_pretrained(tmp_path / "weights")
-    (tmp_path / "weights" / "model.safetensors").rename(tmp_path / "model.safetensors")
-    loaded = load_model(str(tmp_path))
-    assert loaded.sample is not None
-    with pytest.raises(NotSampled, match="quantized"):
-        loaded.sample(all_layers)

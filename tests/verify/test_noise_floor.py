@@ -112,6 +112,19 @@ def test_a_floor_widens_limits_but_not_without_end() -> None:
     assert NoiseFloor(-math.inf, math.inf).widen(fixed) == fixed
 
 
+@pytest.mark.parametrize("count", [3, 10, 64, 1000])
+def test_two_errors_of_one_size_are_apart_by_chance_and_not_refused(count: int) -> None:
+    """Floor and error are drawn from one distribution, the error 10 dB larger: 1 in 1,000 fails."""
+    draw = np.random.default_rng(0)
+    power = np.mean(draw.standard_normal((2, 20_000, count)) ** 2, axis=2)
+    floors, errors = 80 - 10 * np.log10(power[0]), 70 - 10 * np.log10(power[1])
+    fixed = Tolerance(peak=0.001, sqnr=60.0)
+    limits = np.array([NoiseFloor(floor, 0.0, count).widen(fixed).sqnr for floor in floors])
+    assert np.mean(errors < limits) < 1e-3
+    # A margin of 20 dB alone refuses healthy ones where there are three elements.
+    assert (np.mean(errors < floors - 20) > 1e-3) == (count == 3)
+
+
 def test_a_users_limit_wins() -> None:
     floors = {("prefill", "x"): NoiseFloor(50.0, 0.01)}
     tolerances = Tolerances((("x", Tolerance(sqnr=45.0)),), "float16", floors)

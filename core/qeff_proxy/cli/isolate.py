@@ -195,7 +195,7 @@ def _run_capsule(args: argparse.Namespace, path: Path) -> int:
 
 
 def _describe(rerun: Rerun) -> list[str]:
-    from qeff_proxy.compare.verdict import printable
+    from qeff_proxy.common.messages import printable
 
     facts = {name: printable(str(value)) for name, value in rerun.facts.items()}
     operators = rerun.facts.get("operators") or ["?"]

@@ -18,7 +18,7 @@ def layer_lines(verification: LayerVerification) -> Iterator[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    from qeff_proxy.compare.verdict import printable
+    from qeff_proxy.common.messages import printable
     from qeff_proxy.verify.by_layer.results import describe_layers
 
     for result in verification.results:

@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from qeff_proxy.device import PackOptions, Target
 
 _EPILOG = """\
-Targets: npy, npz, onnx (test_data_set_N), polygraphy; installed packages add others. The folder has
-the inputs of each step, the tool's list, run.sh with the commands, and pack.json, by which unpack
-knows which output belongs to which step. Copy it to the device, run the commands there, and copy
-outputs/ back into it.
+The folder has the inputs of each step, the tool's list, run.sh with the commands, and pack.json, by
+which unpack knows which output belongs to which step. Copy it to the device, run the commands
+there, and copy outputs/ back into it.
 """
 
 
@@ -32,7 +31,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def add_pack_options(parser: argparse.ArgumentParser) -> None:
     """What `pack_options` reads."""
-    parser.add_argument("--for", dest="target", required=True, metavar="TARGET", help="the tool")
+    from qeff_proxy.device.target import BUILTIN_TARGETS, GROUP
+    from qeff_proxy.plugins.entry_points import find_entries
+
+    names = sorted({*BUILTIN_TARGETS, *(entry.name for entry in find_entries(GROUP)[0])})
+    parser.add_argument(
+        "--for", dest="target", required=True, metavar="TARGET", help=f"one of {', '.join(names)}"
+    )
     parser.add_argument(
         "--part", action="append", metavar="PART", help="a part to pack (default: body; repeatable)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run, compare, and return 0 when all passed, else 1."""
+    from qeff_proxy.common.messages import printable
     from qeff_proxy.device.run_on import run_on
     from qeff_proxy.dump import read_dump
 
@@ -50,7 +52,13 @@ def run(args: argparse.Namespace) -> int:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qeff-proxy-")))
         result = run_on(
-            args.command_template, read_dump(args.dump), folder, target, options, conventions
+            args.command_template,
+            read_dump(args.dump),
+            folder,
+            target,
+            options,
+            conventions,
+            show=lambda line: print(printable(line), file=sys.stderr, flush=True),
         )
         if not args.json:
             report_unpacked(result, args)

@@ -17,7 +17,8 @@ def self_lines(verification: SelfVerification) -> Iterator[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    from qeff_proxy.compare.verdict import format_share, printable
+    from qeff_proxy.common.messages import printable
+    from qeff_proxy.compare.verdict import format_share
 
     for result in verification.results:
         if result.error is not None:

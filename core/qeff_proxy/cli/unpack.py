@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qeff_proxy.cli.output import add_json_option, print_json, print_text
 from qeff_proxy.cli.pack import add_convention_options
+from qeff_proxy.common.messages import printable
 
 if TYPE_CHECKING:
     from qeff_proxy.device import Conventions, Unpacked
@@ -128,7 +129,8 @@ def report_unpacked(result: Unpacked, args: argparse.Namespace) -> None:
         )
         return
     print_text(f"Wrote {result.folder}: {result.tensors} tensors in {result.steps} steps")
-    for what, names in (("Missing", result.missing), ("Ignored", result.ignored)):
-        if names:
+    for what, said in (("Missing", result.missing), ("Ignored", result.ignored)):
+        if said:
+            names = [printable(name) for name in said]
             more = f", … ({len(names)} in all)" if len(names) > _SHOWN else ""
             print_text(f"{what}: {', '.join(names[:_SHOWN])}{more}")

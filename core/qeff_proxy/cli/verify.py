@@ -245,7 +245,8 @@ def _rendered(verification: Verification) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    from qeff_proxy.compare.verdict import describe_verdict, printable
+    from qeff_proxy.common.messages import printable
+    from qeff_proxy.compare.verdict import describe_verdict
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("backend")
@@ -275,8 +276,8 @@ def _rendered(verification: Verification) -> list[RenderableType]:
 
 def _described_run(verification: Verification) -> Iterator[str]:
     """The input and PyTorch's output for it, a line each."""
+    from qeff_proxy.common.messages import printable
     from qeff_proxy.compare.report_facts import described_input, described_texts
-    from qeff_proxy.compare.verdict import printable
 
     yield f"input: {printable(described_input(verification.input))}"
     if texts := described_texts(verification.decoded):

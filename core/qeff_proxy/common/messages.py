@@ -43,3 +43,8 @@ def escape_controls(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def printable(text: object) -> str:
+    """Return ``text`` with what is not printable escaped: words of files are not to be trusted."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_proxy.common.messages import counted
+from qeff_proxy.common.messages import counted, printable
 from qeff_proxy.common.write_whole import write_whole
 from qeff_proxy.compare.report_facts import facts_of_dumps, shortened
 from qeff_proxy.compare.report_file import check_report_place
@@ -22,7 +22,6 @@ from qeff_proxy.compare.verdict import (
     format_error,
     made_by,
     model_named,
-    printable,
     rank_worst,
 )
 from qeff_proxy.errors import DumpError

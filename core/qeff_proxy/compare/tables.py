@@ -6,13 +6,13 @@ import math
 import shutil
 from typing import TYPE_CHECKING
 
+from qeff_proxy.common.messages import printable
 from qeff_proxy.compare.results import Comparison, TensorComparison
 from qeff_proxy.compare.verdict import (
     describe_verdict,
     format_error,
     format_share,
     made_by,
-    printable,
     rank_worst,
 )
 

@@ -82,6 +82,21 @@ COMPUTED_IN: dict[str, Tolerance] = {
 FLOOR_MARGIN = 20.0
 
 
+#: So many elements average out: `FLOOR_MARGIN` was measured on tensors with as many and more.
+_MANY = 64
+
+
+def _spread_db(count: int) -> float:
+    """Three standard deviations, in dB, of the ratio of two errors of ``count`` elements each.
+
+    The log of a mean of ``count`` squares of normal numbers has the variance ``trigamma(count/2)``;
+    of trigamma, the first terms of its series.
+    """
+    half = max(count, 1) / 2
+    trigamma = 1 / half + 1 / (2 * half**2) + 1 / (6 * half**3)
+    return 3 * 10 / math.log(10) * math.sqrt(2 * trigamma)
+
+
 @dataclass(frozen=True)
 class NoiseFloor:
     """The error that rounding to the candidate's precision alone causes in one tensor.
@@ -89,13 +104,19 @@ class NoiseFloor:
     Attributes:
         sqnr: Its signal-to-quantization-noise ratio in dB, of the worst step.
         peak: Its largest absolute error over the reference's largest magnitude, of the worst step.
+        count: Elements of a step.
     """
 
     sqnr: float
     peak: float
+    count: int = _MANY
 
     def widen(self, fixed: Tolerance) -> Tolerance:
         """``fixed``, or `FLOOR_MARGIN` above this floor where that allows more.
+
+        The floor of a few elements (the logits of a classifier) is itself chance, and so is the
+        candidate's error: below `_MANY` elements the margin grows by how far two such errors spread
+        (`_spread_db`).
 
         It never allows more than `FLOOR_MARGIN` beyond ``fixed``: a model whose outputs this
         precision destroys is not to pass.
@@ -103,9 +124,9 @@ class NoiseFloor:
         finite = math.isfinite(self.peak) and math.isfinite(self.sqnr)
         if fixed.sqnr is None or fixed.peak is None or not finite:
             return fixed
-        factor = 10 ** (FLOOR_MARGIN / 20)
-        least = max(self.sqnr - FLOOR_MARGIN, fixed.sqnr - FLOOR_MARGIN)
-        most = min(self.peak * factor, fixed.peak * factor)
+        margin = FLOOR_MARGIN + max(0.0, _spread_db(self.count) - _spread_db(_MANY))
+        least = max(self.sqnr - margin, fixed.sqnr - FLOOR_MARGIN)
+        most = min(self.peak * 10 ** (margin / 20), fixed.peak * 10 ** (FLOOR_MARGIN / 20))
         return replace(
             fixed,
             sqnr=min(fixed.sqnr, math.floor(10 * least) / 10),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_proxy.common.messages import counted
+from qeff_proxy.common.messages import counted, printable
 
 if TYPE_CHECKING:
     from qeff_proxy.compare.results import Comparison, Divergence, TensorComparison
@@ -28,11 +28,6 @@ def format_share(value: float) -> str:
     if value >= 0.1:
         return f"{100 * value:.0f}%"
     return "0%" if value == 0 else f"{100 * value:.2g}%"
-
-
-def printable(text: object) -> str:
-    """Return ``text`` with what is not printable escaped: a dump's words are not to be trusted."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def model_named(provenance: Mapping[str, Any]) -> str:

@@ -132,7 +132,7 @@ def fingerprint(dump: Dump) -> str:
 
 def write_index(folder: Path, index: Index) -> None:
     """Write ``pack.json``, one run a line."""
-    head = {"format": FORMAT, "version": VERSION, **plain_json(index)}
+    head = {"format": FORMAT, "version": VERSION, "digest": _digest(index), **plain_json(index)}
     del head["runs"]
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
     runs = ",\n  ".join(json.dumps(plain_json(run)) for run in index.runs)
@@ -162,6 +162,7 @@ def read_index(folder: Path) -> Index:
     if value.pop("version", None) != VERSION:
         raise DumpError(f"{path} has another version than {VERSION}")
     del value["format"]
+    digest = value.pop("digest", None)
     try:
         index = read_as(Index, value, str(path))
     except FieldError as error:
@@ -176,7 +177,13 @@ def read_index(folder: Path) -> Index:
             _check_tensor(tensor, f"{tensor.name!r} of {run.label} in {path}")
     if not index.runs:
         raise DumpError(f"{path} lists no runs")
+    if digest != _digest(index):  # a file of another step or shape would be compared in silence
+        raise DumpError(f"{path} was changed since it was written", "Pack the dump again.")
     return index
+
+
+def _digest(index: Index) -> str:
+    return hashlib.sha256(json.dumps(plain_json(index), sort_keys=True).encode()).hexdigest()
 
 
 def _check_tensor(tensor: PackedTensor, where: str) -> None:

@@ -73,10 +73,11 @@ def name_said(said: str, group: str, options: Mapping[str, str]) -> str | None:
         group: Of the run, which may stand before it: ``body*/output_0``.
         options: File name or glob → graph name; the last one that matches counts.
     """
-    names = (said, f"{group}/{said}")
-    chosen = [
-        name
-        for glob, name in options.items()
-        if glob in names or any(fnmatchcase(each, glob) for each in names)
-    ]
+    chosen = [name for glob, name in options.items() if means(glob, said, group)]
     return chosen[-1] if chosen else None
+
+
+def means(glob: str, said: str, group: str) -> bool:
+    """Whether the glob of a ``--name`` matches what the tool calls a file of a group."""
+    names = (said, f"{group}/{said}")
+    return glob in names or any(fnmatchcase(each, glob) for each in names)

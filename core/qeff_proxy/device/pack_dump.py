@@ -25,6 +25,7 @@ from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.fixed_shapes import Plan, lowest_of, name_of, pad_into, real_region
 from qeff_proxy.backends.lengths import with_fixed_shapes
 from qeff_proxy.common.atomic_folder import replaced_folder
+from qeff_proxy.common.file_errors import FULL
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.device.conventions import Conventions, pick
 from qeff_proxy.device.index import (
@@ -309,7 +310,8 @@ def cast(array: NDArray[Any], dtype: str, where: str) -> NDArray[Any]:
 
 def _write_script(path: Path, commands: list[str]) -> None:
     path.write_text(
-        "#!/bin/sh\n# Runs from the folder that this file is in; writes below outputs/.\n"
+        "#!/bin/sh\n# Runs in the folder that this file is in; writes below outputs/.\n"
+        "# Give files in variables by absolute paths.\n"
         'set -e\ncd "$(dirname "$0")"\n' + "".join(f"{line}\n" for line in commands),
         encoding="utf-8",
     )
@@ -341,7 +343,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             yield work
             _check_empty(folder)
     except OSError as error:
-        raise DumpError(f"{folder} cannot be written: {error.strerror or error}") from error
+        full = "Free space there, or choose another disk." if error.errno in FULL else None
+        raise DumpError(f"{folder} cannot be written: {error.strerror or error}", full) from error
 
 
 def _check_empty(folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from qeff_proxy.device.conventions import Conventions
@@ -14,6 +16,9 @@ from qeff_proxy.device.unpack_outputs import Unpacked, unpack_outputs
 from qeff_proxy.dump.reader import Dump
 from qeff_proxy.errors import BackendError
 
+#: Characters; a longer line is shown in pieces.
+_LONGEST_LINE = 1 << 16
+
 
 def run_on(
     template: str,
@@ -22,6 +27,7 @@ def run_on(
     target: Target,
     options: PackOptions,
     conventions: Conventions,
+    show: Callable[[str], None] = lambda _line: None,
 ) -> Unpacked:
     """Pack a dump, run a command, and make a dump of its outputs.
 
@@ -33,9 +39,10 @@ def run_on(
         target: The tool.
         options: How to pack.
         conventions: How to read what came back.
+        show: Gets each line that the command writes, as it writes it.
 
     Raises:
-        BackendError: The command fails; quotes the last line that it wrote.
+        BackendError: The command fails, or writes no outputs; quotes the last line that it wrote.
     """
     packed = (folder / "packed").absolute()
     index = pack_dump(dump, packed, target, options)
@@ -46,20 +53,31 @@ def run_on(
     }
     # In one pass: a path may hold what looks like a name.
     command = re.sub("{(folder|outputs|run)}", lambda name: values[name[1]], template)
-    done = subprocess.run(  # noqa: S602 - the user's own command, as a shell would run it
+    last: deque[str] = deque(maxlen=1)
+    with subprocess.Popen(  # noqa: S602 - the user's own command, as a shell would run it
         command,
         shell=True,
         cwd=packed,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        check=False,
-    )
-    if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    ) as process:
+        assert process.stdout is not None  # noqa: S101 - a pipe was asked for
+        while line := process.stdout.readline(_LONGEST_LINE):
+            if line.strip():
+                last.append(line.strip())
+                show(line.rstrip("\n"))
+    said = f": {last[0][:500]}" if last else ""
+    if process.returncode:
         raise BackendError(
-            f"the command ended with exit status {done.returncode}"
-            + (f": {said[-1][:500]}" if said else ""),
+            f"the command ended with exit status {process.returncode}{said}",
             "Keep the packed files with --output DIR, and run it there.",
+        )
+    outputs = packed / OUTPUTS
+    if not outputs.is_dir() or not any(not path.is_dir() for path in outputs.rglob("*")):
+        raise BackendError(
+            f"the command left no file below {outputs}{said}",
+            "Let it copy what the tool wrote to {outputs}.",
         )
     return unpack_outputs(packed, target, index, dump, folder / "dump", conventions)

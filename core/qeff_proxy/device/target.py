@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import shlex
 import stat
 from abc import ABC, abstractmethod
@@ -61,6 +62,14 @@ class Group:
     def place(self) -> Path:
         """The group's folder in the packed folder."""
         return self.folder / self.name
+
+    def binary(self, variable: str) -> str:
+        """The shell's word for the group's binary: ``$BINARY_<GROUP>`` if set, else ``$BINARY``.
+
+        Groups differ in shapes, and so in their binaries, unless one binary holds all.
+        """
+        own = f"{variable}_{re.sub('[^A-Za-z0-9]', '_', self.name).upper()}"
+        return f'"${{{own}:-${{{variable}:?set it, or {own}, to the compiled binary}}}}"'
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from qeff_proxy.common.messages import counted
 from qeff_proxy.device.cache_of_step import is_cache, new_rows, with_rows
 from qeff_proxy.device.conventions import Conventions, Quantized, Rows, pick
 from qeff_proxy.device.index import Index, PackedRun, PackedTensor, fingerprint
-from qeff_proxy.device.names import match_name, name_said
+from qeff_proxy.device.names import match_name, means, name_said
 from qeff_proxy.device.target import OUTPUTS, Found, Target, groups_of, map_raw, raw_size
 from qeff_proxy.dump.cache_rows import CACHE_AXIS
 from qeff_proxy.dump.format import DTYPES, Phase, as_values
@@ -99,10 +99,13 @@ def unpack_outputs(
     provenance = {**like.provenance, "backend": target.name, "versions": {}, "options": {}}
     provenance["device"] = {"target": target.name, "cache": index.cache}
     found: dict[tuple[str, Phase, int], list[Found]] = {}
+    said: list[tuple[str, str]] = []
     first: dict[tuple[str, Phase, str], tuple[str, str]] = {}
     for group in groups_of(index, folder, place):
         for run, files in target.find_outputs(group) if group.outputs.is_dir() else ():
             found[run.part, run.phase, run.index] = files
+            said += ((file.name, group.name) for file in files)
+    _check_names(conventions, said)
     kv: Literal["delta", "full"] = "delta" if conventions.rows == "new" else "full"
     with DumpWriter(output, provenance, DumpOptions(tensors="*.out.*", kv=kv)) as writer:
         for run in _in_order(index, like):
@@ -146,6 +149,18 @@ def _in_order(index: Index, like: Dump) -> list[PackedRun]:
         if (run.phase, run.index) not in steps or run.part not in parts:
             raise DumpError(f"{like.folder} has no {run.label} of the part {run.part!r}")
     return sorted(index.runs, key=lambda run: (steps[run.phase, run.index], parts[run.part]))
+
+
+def _check_names(conventions: Conventions, files: list[tuple[str, str]]) -> None:
+    """Refuse a ``--name`` that is of no file.
+
+    Raises:
+        UsageError: Names it, and the files that there are.
+    """
+    for glob, name in conventions.names.items():
+        if not any(means(glob, said, group) for said, group in files):
+            known = ", ".join(dict.fromkeys(said for said, _ in files))
+            raise UsageError(f"--name {glob}={name} matches no file", f"There are {known[:300]}.")
 
 
 def check_any(result: Unpacked, place: Path) -> None:

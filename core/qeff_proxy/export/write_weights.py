@@ -132,7 +132,8 @@ def _write_file(
                 _pour(readers[found.path], found.place, sink, look)
                 continue
             if found is not None and _has_shape(found, tensor):
-                tensor = found.read()
+                if tensor.is_meta or isinstance(found, StoredWeight):
+                    tensor = found.read()
             elif tensor.is_meta:
                 while name not in made:
                     made.update(next(layers))

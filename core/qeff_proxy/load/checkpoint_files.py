@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import warnings
 from collections.abc import Iterable, Mapping
@@ -27,13 +26,20 @@ GGUF_LINK = "weights.gguf"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 
 
-def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
+def find_checkpoint(
+    source: str,
+    *,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    hub: Mapping[str, Any] | None = None,
+) -> Path:
     """The folder of a checkpoint: ``source`` itself, or the snapshot of a hub id.
 
     Args:
         source: A local folder or a hub id such as ``openai-community/gpt2``.
         allow_pickle: Fetch pickled weights, too.
         trust_remote_code: Fetch Python code, too.
+        hub: Arguments of ``snapshot_download``: ``revision``, ``cache_dir``, ``token``.
 
     Raises:
         CheckpointError: There is no such folder and no such hub id, or the hub is out of reach.
@@ -55,7 +61,9 @@ def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool)
     try:
         with quiet_logs("huggingface_hub"):  # it notes each try
             return Path(
-                snapshot_download(source, allow_patterns=patterns, ignore_patterns=_NOT_READ)
+                snapshot_download(
+                    source, allow_patterns=patterns, ignore_patterns=_NOT_READ, **(hub or {})
+                )
             )
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -104,29 +112,6 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object", "Download the checkpoint again.")
     return value
-
-
-def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse weights that are stored in codes, by the name of what made them.
-
-    Raises:
-        CheckpointError: Names the method.
-    """
-    settings = config.get("quantization_config")
-    if not isinstance(settings, dict):
-        return
-    method = str(settings.get("quant_method", "an unknown method"))
-    if method == "mxfp4":  # dequantized by transformers as it loads
-        if importlib.util.find_spec("accelerate") is None:
-            raise CheckpointError(
-                f"{folder} has MXFP4 weights, which transformers dequantizes with accelerate",
-                "Install it: pip install accelerate.",
-            )
-        return
-    raise CheckpointError(
-        f"{folder} has weights quantized with {method}, which are not supported",
-        "Name the checkpoint that they were made from, in float32, float16 or bfloat16.",
-    )
 
 
 def check_weights(folder: Path, *, allow_pickle: bool) -> None:

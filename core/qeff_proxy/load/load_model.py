@@ -19,7 +19,6 @@ from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.load.adapter_files import Adapters, find_model
 from qeff_proxy.load.checkpoint_files import (
     check_identity,
-    check_quantization,
     check_weights,
     identity_as,
     read_config_file,
@@ -143,7 +142,6 @@ def load_model(
     config_file = read_config_file(folder)
     check_weights(folder, allow_pickle=allow_pickle)
     warn_of_others(folder)
-    check_quantization(folder, config_file)
     _check_architecture(config_file, source, trust_remote_code)
     check_architectures(folder / "config.json", config_file)
     if not config_file.get("auto_map"):
@@ -184,10 +182,7 @@ def load_model(
 
     def sample(choose: Callable[[LayerList], int]) -> SampledModel:
         from qeff_proxy.load.first_layers import sample_model
-        from qeff_proxy.load.transformers_model import NotSampled
 
-        if config_file.get("quantization_config"):
-            raise NotSampled("its weights are quantized")
         return sample_model(folder, held, read, choose)
 
     model_type = str(config_file.get("model_type"))

@@ -96,7 +96,9 @@ def read_model(
         with quiet_loading():
             if tensors is not None:
                 model, notes = _load_tensors(loader, folder, tensors, arguments)
-            elif any(w.path not in files or isinstance(w, ComputedWeight) for w in held.values()):
+            elif config_file.get("quantization_config") or any(
+                w.path not in files or isinstance(w, ComputedWeight) for w in held.values()
+            ):
                 weights = {key: weight.read() for key, weight in held.items()}
                 model, notes = _load_tensors(loader, folder, weights, arguments)
             else:

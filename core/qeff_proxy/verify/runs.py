@@ -110,7 +110,9 @@ class Runs:
         tensors = compare_dumps(self.folder / REFERENCE, self.folder / name).tensors
         self.floors[precision] = {
             (t.phase, str(t.name)): NoiseFloor(
-                float(t.step_sqnr.min(initial=math.inf)), float(t.step_error.max(initial=0.0))
+                float(t.step_sqnr.min(initial=math.inf)),
+                float(t.step_error.max(initial=0.0)),
+                math.prod(t.shape),
             )
             for t in tensors
         }

@@ -84,6 +84,10 @@ class ImagePrompt:
         limit = self.settings.table_rows
         if "input_ids" in names and limit is not None:
             given["input_ids"] = np.where(ids >= limit, 0, ids)
+        if "input_ids" in names and self.settings.looked_up_as:
+            given["input_ids"] = given.get("input_ids", ids).copy()
+            for token, other in self.settings.looked_up_as.items():
+                given["input_ids"][ids == token] = other
         here = [merge for merge in self.settings.merges if merge.into in names]
         if self.settings.inputs:
             if self.settings.inputs[0] in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -83,6 +83,7 @@ class ImageSettings:
         features: The vision part's outputs that the next part takes, to merge them itself.
         geometry: Of the images, if the vision part is made for one geometry.
         positions: How tokens are numbered, if not by their distance from the first.
+        looked_up_as: Token → the token whose embedding the model looks up in its place.
     """
 
     token_id: int | None
@@ -97,6 +98,7 @@ class ImageSettings:
     features: tuple[str, ...] = ()
     geometry: Geometry | None = None
     positions: Positions | None = None
+    looked_up_as: Mapping[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as a JSON object."""
@@ -113,6 +115,7 @@ class ImageSettings:
             "features": list(self.features),
             "geometry": vars(self.geometry) if self.geometry else None,
             "positions": self.positions.to_json() if self.positions else None,
+            "looked_up_as": {str(token): other for token, other in self.looked_up_as.items()},
         }
 
     @classmethod
@@ -132,4 +135,5 @@ class ImageSettings:
             tuple(value.get("features", ())),
             Geometry(**value["geometry"]) if value.get("geometry") else None,
             Positions.from_json(value["positions"]) if value.get("positions") else None,
+            {int(token): other for token, other in value.get("looked_up_as", {}).items()},
         )

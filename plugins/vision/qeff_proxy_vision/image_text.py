@@ -34,7 +34,7 @@ from qeff_proxy_vision.geometry import Geometry
 from qeff_proxy_vision.granite4_vision import LayeredBody
 from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
-from qeff_proxy_vision.learn_images import TYPES, learn_images
+from qeff_proxy_vision.learn_images import TYPES, learn_images, learn_lookups
 from qeff_proxy_vision.one_image import (
     PIXELS,
     OneImage,
@@ -106,6 +106,7 @@ def build_proxy(
     layers = range(1, learned.deepstack + 1)
     merges = [Merge("replace")]
     merges += [Merge("replace", f"layer_features.{n}", f"{FEATURES}.{n}") for n in layers]
+    special = sorted(number for number in _special(model) if 0 <= number < rows)
     settings = ImageSettings(
         token_id,
         tuple(merges),
@@ -114,6 +115,7 @@ def build_proxy(
         rows_per_tile=vision.rows,
         geometry=geometry,
         positions=learned.positions,
+        looked_up_as=learn_lookups(model, decoder, special),
     )
     text = _with_body(text, list(layers), learned.positions.axes if learned.positions else 0)
     return add_vision(text, vision.part(learned.deepstack), settings, sample, generated_logits)
@@ -211,16 +213,21 @@ def _vision(
     )
 
 
+def _special(model: PreTrainedModel) -> set[int]:
+    """The token ids that the config names: of images, of the beginning and end, of padding."""
+    return {
+        value
+        for config in (model.config, model.config.get_text_config())
+        for name, value in vars(config).items()
+        if type(value) is int and "token" in name
+    }
+
+
 def _sample(
     model: PreTrainedModel, vision: _Vision, token_id: int, rows: int
 ) -> dict[str, torch.Tensor]:
     """Two prompts, the first without an image and padded, the second with the image twice."""
-    special = {
-        value
-        for config in (model.config, model.config.get_text_config())
-        for name, value in vars(config).items()
-        if isinstance(value, int) and "token" in name
-    }
+    special = _special(model)
     usual = torch.tensor([number for number in range(1, rows) if number not in special])
     places = (3, 3 + vision.rows + 2)
     length = places[1] + vision.rows + 5

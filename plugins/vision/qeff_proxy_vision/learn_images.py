@@ -25,7 +25,7 @@ from qeff_proxy_vision.image_settings import Blocks
 from qeff_proxy_vision.positions import Positions
 from qeff_proxy_vision.reference import generated_logits
 
-__all__ = ["TYPES", "Learned", "learn_images"]
+__all__ = ["TYPES", "Learned", "learn_images", "learn_lookups"]
 
 #: Processors' outputs that tell image tokens from others.
 TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -125,6 +125,53 @@ def learn_images(
         _blocks(name, first, arrays, masks),
         deepstack or 0,
     )
+
+
+class _SeenError(Exception):
+    """Carries what the language model is given, which need not run."""
+
+
+def learn_lookups(
+    model: PreTrainedModel, decoder: nn.Module, tokens: Sequence[int]
+) -> dict[int, int]:
+    """Find the tokens in whose place the model looks up another, where there is no image.
+
+    Models do so with the tokens that stand for images, video or sound, which a model may generate.
+
+    Args:
+        model: The model.
+        decoder: Its language model.
+        tokens: To be tried.
+
+    Raises:
+        UnsupportedModelError: The embedding that the model gives a token is that of no token known.
+    """
+
+    def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        raise _SeenError(given.get("inputs_embeds"))
+
+    table = model.get_input_embeddings()
+    found = {}
+    for token in tokens:
+        ids = torch.tensor([[token]])
+        handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        except _SeenError as seen:
+            (embedding,) = seen.args
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+            continue  # the model refuses the token where there is no image
+        finally:
+            handle.remove()
+        if embedding is None or torch.equal(embedding, table(ids)):
+            continue
+        others = (o for o in (0, *tokens) if torch.equal(embedding, table(torch.tensor([[o]]))))
+        other = next(others, None)
+        if other is None:
+            name = type(model).__name__
+            raise _not_served(name, f"the embedding of token {token} is that of no other token")
+        found[token] = other
+    return found
 
 
 def _not_served(name: str, what: str) -> UnsupportedModelError:

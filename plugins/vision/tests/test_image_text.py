@@ -257,6 +257,18 @@ def test_what_is_learnt_matters(model_type, fault):
         load_flow(FLOW).verify(model, faulty, made.sites)
 
 
+def test_a_generated_placeholder_is_looked_up_as_the_model_does():
+    """Gemma 4 looks up padding for tokens of images, video and sound, also those it generates."""
+    model = make_model("gemma4", video_token_id=OTHER_TOKEN, audio_token_id=OTHER_TOKEN - 1)
+    made = cut(model)
+    image = made.proxy.settings["image"]
+    assert image["looked_up_as"] == {"96": 0, "97": 0, "98": 0}
+    # The token is generated, and the embedding of another row would be looked up.
+    faulty = with_image(made.proxy, looked_up_as={**image["looked_up_as"], "97": 5})
+    with pytest.raises(CutError, match="do not equal the uncut model"):
+        load_flow(FLOW).verify(model, faulty, made.sites)
+
+
 class Filled(torch.nn.Module):
     """A part with some of its inputs filled in."""
 

@@ -15,11 +15,10 @@ import numpy as np
 from qeff_proxy.arrays import Array
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.common.json_schema import plain_json
-from qeff_proxy.common.messages import counted
+from qeff_proxy.common.messages import counted, printable
 from qeff_proxy.compare.compare_dumps import judge
 from qeff_proxy.compare.statistics import Scratch, measure, relative_peak, sqnr_db, to_numbers
 from qeff_proxy.compare.tolerances import NoiseFloor, Tolerance, Tolerances
-from qeff_proxy.compare.verdict import printable
 from qeff_proxy.dump.format import name_tensor
 from qeff_proxy.errors import ArtifactError
 
@@ -330,6 +329,7 @@ def measure_floor(
             floors[key] = NoiseFloor(
                 min(worst.sqnr, float(sqnr_db(stats)[0])),
                 max(worst.peak, float(relative_peak(stats)[0])),
+                expected.size,
             )
     return floors
 

@@ -39,6 +39,7 @@ class NetRunTarget(Target):
     one_shape = True
     plain_dtype = "float32"
     command = ""
+    variable = ""
 
     def write_group(self, group: Group, read: Reader) -> list[str]:
         """Write a folder per run, and the list."""
@@ -59,7 +60,7 @@ class NetRunTarget(Target):
         files = " --use_native_input_files --use_native_output_files" if native else ""
         place = quoted(group.name)
         lists = f"--input_list {place}/{LIST} --output_dir outputs/{place}"
-        return [f"{self.command} {lists}{files}"]
+        return [f"{self.command} {group.binary(self.variable)} {lists}{files}"]
 
     def tensor_name(self, name: str) -> str:
         """What the tool calls an input."""
@@ -110,7 +111,8 @@ class QnnTarget(NetRunTarget):
     """``qnn-net-run``."""
 
     name = "qnn-net-run"
-    command = 'qnn-net-run --retrieve_context "$BINARY" --backend "$BACKEND"'
+    command = 'qnn-net-run --backend "$BACKEND" --retrieve_context'
+    variable = "BINARY"
 
     def tensor_name(self, name: str) -> str:
         """Letters, digits and underscores."""
@@ -122,4 +124,5 @@ class SnpeTarget(NetRunTarget):
     """``snpe-net-run``."""
 
     name = "snpe-net-run"
-    command = 'snpe-net-run --container "$DLC"'
+    command = "snpe-net-run --container"
+    variable = "DLC"

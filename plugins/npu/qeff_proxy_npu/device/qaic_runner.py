@@ -56,7 +56,7 @@ class QaicRunnerTarget(Target):
 
     def write_group(self, group: Group, read: Reader) -> list[str]:
         """Write each run's files, the reference's outputs among them, and its JSON."""
-        commands = []
+        commands, binary = [], group.binary("QPC")
         for run in group.runs:
             place = prepare(group.folder, run, ".raw")
             entries: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ class QaicRunnerTarget(Target):
             (place / JSON_NAME).write_text(text, encoding="utf-8")
             output = quoted(f"outputs/{group.name}/{run.label}")
             commands.append(
-                f'mkdir -p {output} && qaic-runner -t "$QPC" -n 1 --aic-batch-json-input '
+                f"mkdir -p {output} && qaic-runner -t {binary} -n 1 --aic-batch-json-input "
                 f"{quoted(f'{group.name}/{run.label}/{JSON_NAME}')} --write-output-start-iter 0 "
                 f"--write-output-num-samples 1 --write-output-dir {output}"
             )

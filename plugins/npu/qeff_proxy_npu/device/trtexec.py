@@ -51,7 +51,7 @@ class TrtexecTarget(Target):
 
     def write_group(self, group: Group, read: Reader) -> list[str]:
         """Write a folder per run, and a command for each."""
-        commands = []
+        commands, engine = [], group.binary("ENGINE")
         for run in group.runs:
             prepare(group.folder, run, ".raw")
             inputs, shapes = [], []
@@ -62,7 +62,7 @@ class TrtexecTarget(Target):
                 shapes.append(f"{tensor.name}:{'x'.join(map(str, array.shape))}")
             place = quoted(f"outputs/{group.name}/{run.label}")
             commands.append(
-                f'mkdir -p {place} && (cd {place} && trtexec --loadEngine="$ENGINE" '
+                f"mkdir -p {place} && (cd {place} && trtexec --loadEngine={engine} "
                 f"--shapes={quoted(','.join(shapes))} --loadInputs={quoted(','.join(inputs))} "
                 "--iterations=1 --warmUp=0 --duration=0 --dumpRawBindingsToFile)"
             )
