@@ -59,7 +59,6 @@ TRACING = {
 _LEGACY_GGUF = "transformers.modeling_gguf_pytorch_utils"
 #: To read a GGUF file tensor by tensor. Else: ``from_pretrained`` reads it whole.
 GGUF = {
-    "load": f"{_LEGACY_GGUF}:load_gguf_checkpoint",
     "weights_map": f"{_LEGACY_GGUF}:get_gguf_hf_weights_map",
     "processors": f"{_LEGACY_GGUF}:TENSOR_PROCESSORS",
     "processor": f"{_LEGACY_GGUF}:TensorProcessor",

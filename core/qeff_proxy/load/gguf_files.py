@@ -26,6 +26,12 @@ from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.checkpoint_files import GGUF_LINK, has_weights
 from qeff_proxy.load.safetensors_header import StoredTensor
 
+#: What a config calls tokens, and a file.
+_TOKENS = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "padding_token_id",
+}
 #: Dtypes that a file holds as they are, by their names in ``gguf``.
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 
@@ -87,6 +93,9 @@ def _write_folder(folder: Path, file: Path) -> None:
             if not config.architectures:
                 kind = model_classes("AutoModelForCausalLM").get(type(config), None)
                 config.architectures = None if kind is None else [kind.__name__]
+            for name, field in _TOKENS.items():
+                if f"tokenizer.ggml.{field}" in fields:
+                    setattr(config, name, fields[f"tokenizer.ggml.{field}"].contents())
             if "tokenizer.ggml.model" in fields:
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
                 tokenizer.save_pretrained(folder)
@@ -148,10 +157,13 @@ def gguf_weights(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     architecture = reader.fields["general.architecture"].contents()
     if names is None or (newer is not None and newer.is_supported(architecture)):
         return {}
-    kind = names.processors.get(architecture, names.processor)
-    processor = kind(config=names.load(str(file))["config"])
     model = model_on_meta(folder, dict(config), None, trust_remote_code=False)
-    keys: dict[str, str] = names.weights_map(model, processor)
+    kind = names.processors.get(architecture, names.processor)
+    processor = kind(config=model.config.to_dict())
+    try:
+        keys: dict[str, str] = names.weights_map(model, processor)
+    except NotImplementedError:
+        return {}  # transformers says so itself, when it loads the file
     weights: dict[str, Any] = {}
     unread = {key for key, field in reader.fields.items() if _scales_positions(key, field)}
     for tensor in reader.tensors:

@@ -13,7 +13,7 @@ from qeff_proxy.common.private_names import build_model, model_classes
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.errors import CheckpointError, ProxyError, UnsupportedModelError
-from qeff_proxy.load.checkpoint_files import GGUF_LINK, file_of_tensor
+from qeff_proxy.load.checkpoint_files import GGUF_LINK, file_of_tensor, safetensors_files
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES
 from qeff_proxy.load.tasks import UNUSED_WEIGHTS
 from qeff_proxy.plugins.entry_points import find_entries, load_entry, pick_entry
@@ -78,6 +78,7 @@ def read_model(
 
     from qeff_proxy.load.weight_sources import ComputedWeight
 
+    files = safetensors_files(folder)
     loader = _loader(transformers, config_file, auto_class, trust_remote_code)
     arguments = {
         "dtype": getattr(torch, dtype),
@@ -96,7 +97,7 @@ def read_model(
             if tensors is not None:
                 model, notes = _load_tensors(loader, folder, tensors, arguments)
             elif config_file.get("quantization_config") or any(
-                isinstance(weight, ComputedWeight) for weight in held.values()
+                w.path not in files or isinstance(w, ComputedWeight) for w in held.values()
             ):
                 weights = {key: weight.read() for key, weight in held.items()}
                 model, notes = _load_tensors(loader, folder, weights, arguments)
