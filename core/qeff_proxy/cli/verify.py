@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.artifact.manifest_schema import MANIFEST, Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.cli.inputs import add_input_options, parse_rows, request_of
 from qeff_proxy.cli.options import (
     add_backend_option,
@@ -17,14 +17,14 @@ from qeff_proxy.cli.options import (
     add_dump_options,
     add_model_options,
     add_shape_options,
+    check_place,
     compile_options_of,
     kind_of,
     loaded_of,
     options_by_backend,
 )
-from qeff_proxy.cli.output import print_json, print_text, stage_display
+from qeff_proxy.cli.output import print_json, print_text, report_error, stage_display
 from qeff_proxy.cli.speed_table import command_for, speed_lines
-from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel
 
@@ -116,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
     continuation = parse_rows([args.continuation])[0] if args.continuation else ()
     tolerances = Tolerances.parse(args.tol)
     request = request_of(args)
-    _check_place(args)
+    if args.by_layer or args.io_dir is None:
+        check_place(args)
     by_backend = options_by_backend(args, args.backend or ["onnxruntime"])
     with stage_display("verifying", quiet=args.json) as progress:
         progress("loading libraries")
@@ -161,8 +162,11 @@ def run(args: argparse.Namespace) -> int:
             verification = verify_model(model, backends, request, options, **more)
     if args.by_layer:
         _print(args, layers, layer_lines)
-        if layers.failure is not None:
+        if layers.failure is not None and not args.json:
             raise layers.failure
+        if layers.failure is not None:  # the result is printed: no second document
+            report_error(str(layers.failure))
+            return layers.failure.exit_code
         return 130 if layers.interrupted else 0 if layers.passed else 1
     if args.itself:
         _print(args, agreement, self_lines)
@@ -220,17 +224,6 @@ def _check_alone(args: argparse.Namespace) -> None:
             raise UsageError(f"--{option} and --{mode} exclude each other")
     if "best" in (args.backend or ()):
         raise UsageError(f"--{mode} takes no --backend best", "Name the backends.")
-
-
-def _check_place(args: argparse.Namespace) -> None:
-    """Refuse an export's folder that cannot be written to, before anything is loaded."""
-    from qeff_proxy.artifact.export_folder import cache_home
-    from qeff_proxy.load.checkpoint_files import folder_named
-
-    if args.by_layer or args.io_dir is None:
-        folder = folder_named(args.model)
-        is_export = (folder / MANIFEST).is_file()
-        check_writable(folder if is_export else args.output or cache_home())
 
 
 def _model(args: argparse.Namespace) -> LoadedModel | Export:
