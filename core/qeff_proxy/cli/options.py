@@ -52,11 +52,16 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
             )
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None:
-    """MODEL and how to load and cut it."""
+def add_model_options(
+    parser: argparse.ArgumentParser, *, exports: bool, several: bool = False
+) -> None:
+    """MODEL, or several, and how to load and cut it."""
     what = "a checkpoint's folder or hub id"
     parser.add_argument(
-        "model", metavar="MODEL", help=f"{what}, or an export's folder" if exports else what
+        "model",
+        metavar="MODEL",
+        nargs="+" if several else None,
+        help=f"{what}, or an export's folder" if exports else what,
     )
     parser.add_argument(
         "--dtype",
