@@ -47,6 +47,7 @@ ORDER = [
     "run",
     "verify",
     "isolate",
+    "sweep",
     "demo",
     "auto",
     "testing",
