@@ -15,6 +15,7 @@ from qeff_proxy.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from qeff_proxy.sweep.compare_nights import NightComparison
     from qeff_proxy.sweep.ledger import Record
     from qeff_proxy.sweep.plan import Plan
     from qeff_proxy.sweep.run_sweep import Sweep
@@ -72,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{words[0]} is one argument too many", "Name one plan.")
         _refuse(args, "a plan", html=None, junit=None, markdown=False)
         return _run_plan(args, Path(action))
-    _refuse(args, action, dry_run=False, workers=None, shard=None, again=[], no_wait=False)
+    _refuse(
+        args, action, on="local", dry_run=False, workers=None, shard=None, again=[], no_wait=False
+    )
     if len(words) not in (1, 3):
         raise UsageError(f"sweep {action} takes a ledger, or a ledger and two nights")
     return _compare(args, action, Path(words[0]), (words[1], words[2]) if words[1:] else None)
@@ -230,4 +233,91 @@ def _row(record: Record | None) -> list[str]:
 def _compare(
     args: argparse.Namespace, action: str, path: Path, nights: tuple[str, str] | None
 ) -> int:
-    raise NotImplementedError
+    """Compare two nights; write the page of a report."""
+    from qeff_proxy.sweep.compare_nights import compare_nights
+    from qeff_proxy.sweep.write_page import write_page
+
+    if action == "report" and args.html is None:
+        raise UsageError("sweep report writes a page", "Name it with --html FILE.")
+    compared = compare_nights(path, nights)
+    if args.html is not None:
+        write_page(compared, args.html)
+    if args.junit is not None:
+        from qeff_proxy.common.file_errors import writing
+        from qeff_proxy.common.write_whole import write_whole
+
+        with writing(args.junit):
+            write_whole(args.junit, _junit(compared))
+    if args.json:
+        print_json(
+            {
+                "ledger": str(compared.ledger),
+                "before": compared.before,
+                "after": compared.after,
+                "worse": compared.worse,
+                "changes": [
+                    {**{key: vars(change)[key] for key in ("name", "kind", "worse", "what", "at")}}
+                    for change in compared.changes
+                ],
+            }
+        )
+    else:
+        for renderable in (_markdown if args.markdown else _change_lines)(compared):
+            print_text(renderable)
+    return 1 if action == "diff" and compared.worse else 0
+
+
+def _change_lines(compared: NightComparison) -> list[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    from qeff_proxy.sweep.write_page import describe_outcome
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("", "cell", "where", "what changed"):
+        table.add_column(heading, overflow="fold")
+    for change in compared.changes:
+        word = Text("worse", "red") if change.worse else Text(change.kind, "green")
+        table.add_row(word, *(printable(t) for t in (change.name, change.at or "", change.what)))
+    lines: list[RenderableType] = [table, ""] if compared.changes else []
+    between = f"{compared.before} → {compared.after}" if compared.before else compared.after
+    return [*lines, describe_outcome(compared), f"nights: {between}"]
+
+
+def _markdown(compared: NightComparison) -> list[RenderableType]:
+    from qeff_proxy.sweep.write_page import describe_outcome
+
+    lines: list[RenderableType] = [f"**{describe_outcome(compared)}**"]
+    if compared.changes:
+        lines += ["", "| | cell | where | what changed |", "| --- | --- | --- | --- |"]
+    for change in compared.changes:
+        texts = ("worse" if change.worse else change.kind, change.name, change.at, change.what)
+        escaped = (printable(text or "").replace("|", "\\|").replace("<", "&lt;") for text in texts)
+        lines.append(f"| {' | '.join(escaped)} |")
+    return lines
+
+
+def _junit(compared: NightComparison) -> bytes:
+    """A test case a cell; one that got worse is a failure."""
+    from xml.etree import ElementTree
+
+    worse: dict[str, list[str]] = {}
+    for change in compared.changes:
+        if change.worse:
+            worse.setdefault(change.name, []).append(change.what)
+    names = dict.fromkeys([*compared.records, *worse])
+    suite = ElementTree.Element(
+        "testsuite", name="qeff-proxy sweep", tests=str(len(names)), failures=str(len(worse))
+    )
+    for name in names:
+        model, _, rest = printable(name).partition("/")
+        record = compared.records.get(name)
+        seconds = record.seconds.get("total", 0.0) if record is not None else 0.0
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=model, name=rest, time=f"{seconds:.3f}"
+        )
+        if name in worse:
+            text = printable("; ".join(worse[name]))
+            ElementTree.SubElement(case, "failure", message=text)
+    page: bytes = ElementTree.tostring(suite, "utf-8", xml_declaration=True)
+    return page

@@ -86,10 +86,12 @@ def identify_cells(cells: Iterable[Cell]) -> dict[str, Identity]:
             _stated(
                 **{name: export[name] for name in ("qeff-proxy", "torch", "transformers", "onnx")},
                 **{
-                    f"code of {export['plugin']['name'].partition(':')[0]}": export["plugin"]["code"],
+                    f"code of {export['plugin']['name'].partition(':')[0]}": export["plugin"][
+                        "code"
+                    ],
                     "code of qeff-proxy": export["code"],
                     **facts["versions"],
-                }
+                },
             ),
         )
     return identities

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -131,6 +131,18 @@ class Ledger:
     def new_nights(self) -> Iterator[Night]:
         """The runs, as `new_records`."""
         yield from self._new_lines(self.nights_path, Night)
+
+    def fingerprints(self, ids: Collection[str]) -> dict[tuple[str, str], dict[str, Any]]:
+        """The fingerprints of some cells, by identity and night."""
+        wanted = [f'{{"id":"{each}"'.encode() for each in ids]
+        found = {}
+        if wanted and self.path.is_file():
+            with self.path.open("rb") as file:
+                for line in file:
+                    if line.startswith(tuple(wanted)) and line.endswith(b"\n"):
+                        value = msgspec.json.decode(line)
+                        found[value["id"], value["night"]] = value.get("fingerprint") or {}
+        return found
 
     def append(self, record: Record, fingerprint: Any = None) -> str | None:
         """Append a cell; raises and returns as `append_night`."""

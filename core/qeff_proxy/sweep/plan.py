@@ -88,7 +88,9 @@ class _Backend(msgspec.Struct, frozen=True, kw_only=True):
 
 class _File(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[_Name, Model | Text]
-    backends: dict[_Name, _Backend] = msgspec.field(default_factory=lambda: {"onnxruntime": _Backend()})
+    backends: dict[_Name, _Backend] = msgspec.field(
+        default_factory=lambda: {"onnxruntime": _Backend()}
+    )
     settings: dict[_Name, Setting] = msgspec.field(default_factory=lambda: {"default": Setting()})
     inputs: dict[_Name, Input] = msgspec.field(default_factory=lambda: {"example": Input()})
     include: tuple[Text, ...] = ("*",)
