@@ -6,10 +6,13 @@ import ctypes
 import multiprocessing
 import os
 import queue
+import resource
 import shutil
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -30,10 +33,17 @@ _GIGABYTE = 10**9
 class LocalExecutor:
     """A pool of processes, a new one for each cell; each has its own cores.
 
+    Attributes:
+        preload: Modules that the process imports from which the others are forked.
+        work: What runs in a cell's process; a function of a module.
+
     Args:
         workers: Cells at a time; by default one for each core.
         address: None: there is nothing to connect to.
     """
+
+    preload: Sequence[str] = ("qeff_proxy.sweep.preload",)
+    work: Callable[[Job], Outcome] = staticmethod(run_cell)
 
     def __init__(self, workers: int | None = None, address: str | None = None) -> None:
         if address is not None:
@@ -44,7 +54,7 @@ class LocalExecutor:
         for slot in range(self.slots):
             self._cores.put({*cores[slot :: self.slots]} or {cores[slot % len(cores)]})
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["qeff_proxy.sweep.preload"])
+        self._context.set_forkserver_preload([*self.preload])
         self._threads = ThreadPoolExecutor(self.slots, "sweep")
         self._closed = threading.Event()
 
@@ -63,7 +73,9 @@ class LocalExecutor:
         log = job.report.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         process = self._context.Process(
-            target=_work, args=(job, dict(os.environ), cores, log, theirs), name=job.cell.name
+            target=_work,
+            args=(self.work, job, dict(os.environ), cores, log, theirs),
+            name=job.cell.name,
         )
         try:
             process.start()
@@ -107,7 +119,12 @@ class LocalExecutor:
 
 
 def _work(
-    job: Job, environment: dict[str, str], cores: set[int], log: Path, out: Connection
+    work: Callable[[Job], Outcome],
+    job: Job,
+    environment: dict[str, str],
+    cores: set[int],
+    log: Path,
+    out: Connection,
 ) -> None:
     """Run a cell in this new process, and send its record, fingerprint and peak memory."""
     os.setsid()  # it and its own processes end together, and Ctrl-C ends only the sweep
@@ -119,12 +136,9 @@ def _work(
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.sched_setaffinity(0, cores)
-    import resource
-
-    import torch
-
-    torch.set_num_threads(len(cores))
-    record, fingerprint = run_cell(job)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(len(cores))
+    record, fingerprint = work(job)
     out.send((record, fingerprint, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
