@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-BACKEND = '''
+BACKEND = """
 import os
 from dataclasses import replace
 import numpy as np
@@ -56,7 +56,7 @@ class Toy(OnnxRuntimeBackend):
             return self.open_once(export, part, options, folder)
         finally:
             path.unlink()
-'''
+"""
 
 EXECUTOR = '''
 """Cells that load nothing: what they do is in the name of their model."""

@@ -218,7 +218,9 @@ def test_an_error_that_leaves_its_band_names_the_first_layer(history: History) -
     history.night(layers=layers(1e-4, 1.5e-4, 3e-4), error=3e-4)
     (change,) = history.changes()
     assert change[:2] == ("numbers", True)
-    assert change[2].startswith("the error of body layer 1 is 0.015% of peak, above its usual 0.01%")
+    assert change[2].startswith(
+        "the error of body layer 1 is 0.015% of peak, above its usual 0.01%"
+    )
 
 
 def test_the_band_is_as_wide_as_the_cell_is_noisy(history: History) -> None:
@@ -257,7 +259,7 @@ def test_a_divergence_that_moves_is_worse_if_earlier(
         history.night(verdict="failed", divergence=where)
     ((kind, is_worse, what),) = history.changes()
     assert (kind, is_worse) == ("divergence", worse)
-    assert f"moved from body layer 4 (body.out.hidden_states.layer-04, prefill-0000) to body" in what
+    assert "moved from body layer 4 (body.out.hidden_states.layer-04, prefill-0000) to body" in what
 
 
 def test_refused_missing_new_and_not_run_cells_are_told(history: History) -> None:
@@ -271,7 +273,7 @@ def test_refused_missing_new_and_not_run_cells_are_told(history: History) -> Non
 
 def test_an_unknown_night_or_ledger_is_refused(history: History, tmp_path: Path) -> None:
     history.night()
-    with pytest.raises(UsageError, match="has no night 'n9'. The last ones are n01"):
+    with pytest.raises(UsageError, match=r"has no night 'n9'\. The last ones are n01"):
         compare_nights(history.ledger.path, ("n9", "n01"))
     with pytest.raises(UsageError, match="there is no ledger"):
         compare_nights(tmp_path / "none.jsonl")

@@ -44,7 +44,11 @@ def test_cells_are_the_product_without_what_is_excluded(write_plan: WritePlan) -
     ]
     cells = {cell.name: cell for cell in plan.cells}
     soc = cells["a/soc/half/ids"]
-    assert (soc.backend, soc.options, soc.memory_limit) == ("qnn", {"soc": "SM8650", "level": 3}, 4.5)
+    assert (soc.backend, soc.options, soc.memory_limit) == (
+        "qnn",
+        {"soc": "SM8650", "level": 3},
+        4.5,
+    )
     assert cells["a/soc/plain/ids"].options["level"] == 1
     assert soc.source == str(plan.path.parent / "a")
     assert cells["b/soc/plain/ids"].source == "org/b"
@@ -68,11 +72,17 @@ def test_a_glob_is_every_folder_and_tasks_have_cells_of_their_own(write_plan: Wr
     ("text", "said"),
     [
         ("modles = 1", "unknown key 'modles'. The nearest is 'models'"),
-        ('[models]\na = {sorce = "x"}', r"\[models.a\] of .*unknown key 'sorce'. The nearest is 'source'"),
+        (
+            '[models]\na = {sorce = "x"}',
+            r"\[models.a\] of .*unknown key 'sorce'. The nearest is 'source'",
+        ),
         ('[models]\na="x"\n[settings.s]\ndtpye="float16"', "unknown key 'dtpye'.*'dtype'"),
         ('[models]\na={source="x", override={ctxlen=3}}', "unknown key 'ctxlen'.*'ctx_len'"),
         ('[models]\na="x"\n[settings.s]\ndtype="float8"', "'dtype' of .*: invalid enum value"),
-        ('[models]\na={source="x", backends=["qn?"]}', "names 'qn\\?', which is none of onnxruntime"),
+        (
+            '[models]\na={source="x", backends=["qn?"]}',
+            "names 'qn\\?', which is none of onnxruntime",
+        ),
         ('[models]\na="x"\n[settings.s]\noptions={qnn={a=1}}', "names 'qnn', which is none of"),
         ('exclude=["*"]\n[models]\na="x"', "has no cells"),
         ('[models]\na="zoo/*"', "no folder matches"),

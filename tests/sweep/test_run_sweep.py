@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,11 @@ def test_a_killed_worker_costs_its_cell_another_run_and_nothing_else(write_plan:
     while driver.poll() is None and killed < 5:
         time.sleep(chance.random() * 0.1)
         for child in children_of(driver.pid)[::-1]:
-            if os.getsid(child) == child:
-                os.kill(child, signal.SIGKILL)
-                killed += 1
-                break
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                if os.getsid(child) == child:
+                    os.kill(child, signal.SIGKILL)
+                    killed += 1
+                    break
     assert driver.wait(60) == 0
     driver.communicate()
     records = list(Ledger(path.parent / "ledger.jsonl").new_records())
@@ -194,7 +196,9 @@ def test_two_sweeps_on_one_ledger_share_the_cells(write_plan: WritePlan) -> None
     for driver in drivers:
         driver.communicate()
     check_kept(path, 30)
-    assert Counter((path.parent / "ledger" / "ran.txt").read_text().split()).most_common(1)[0][1] == 1
+    assert (
+        Counter((path.parent / "ledger" / "ran.txt").read_text().split()).most_common(1)[0][1] == 1
+    )
     nights = {record.night for record in Ledger(path.parent / "ledger.jsonl").new_records()}
     assert len(nights) == 2
 
