@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+import msgspec
 
 from qeff_proxy.compare.verdict import format_share
 from qeff_proxy.errors import UsageError
@@ -101,12 +104,8 @@ def compare_nights(path: str | Path, nights: tuple[str, str] | None = None) -> N
     Raises:
         UsageError: There is no such ledger or night.
     """
-    history = _History(Path(path))
-    before, after = nights or history.last_two()
-    for night in (before, after):
-        if night is not None and night not in history.cells:
-            known = ", ".join(list(history.cells)[-5:])
-            raise UsageError(f"{path} has no night {night!r}", f"The last ones are {known}.")
+    history = _History(Path(path), nights)
+    before, after = history.nights
     records = {name: history.state(name, after) for name in history.cells[after]}
     changes: list[Change] = []
     if before is not None:
@@ -120,30 +119,44 @@ def compare_nights(path: str | Path, nights: tuple[str, str] | None = None) -> N
 class _History:
     """A ledger in memory, without its fingerprints."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, nights: tuple[str, str] | None) -> None:
         if not path.is_file():
             raise UsageError(f"there is no ledger {path}", "A sweep writes it.")
         self.ledger = Ledger(path)
         self.cells: dict[str, dict[str, str]] = {}
-        self._plans: dict[str, str] = {}
         self._ids: dict[str, dict[str, None]] = {}
+        plans: dict[str, str] = {}
         for night in self.ledger.new_nights():
             self.cells.setdefault(night.night, {}).update(night.cells)
-            self._plans[night.night] = night.plan
+            plans[night.night] = night.plan
             for name, identity in night.cells.items():
                 self._ids.setdefault(name, {})[identity] = None
         if not self.cells:
             raise UsageError(f"{path} has no nights", "Keep the .nights.jsonl file beside it.")
-        self._order = {night: place for place, night in enumerate(self.cells)}
-        self._records: dict[str, list[Record]] = {}
-        for record in self.ledger.new_records():
-            self._records.setdefault(record.id, []).append(record)
-
-    def last_two(self) -> tuple[str | None, str]:
-        """The last night, and the one before it of the same plan."""
         *earlier, last = self.cells
-        same = [night for night in earlier if self._plans[night] == self._plans[last]]
-        return (same[-1] if same else None), last
+        same = [night for night in earlier if plans[night] == plans[last]]
+        self.nights: tuple[str | None, str] = nights or (same[-1] if same else None, last)
+        for each in self.nights:
+            if each is not None and each not in self.cells:
+                known = ", ".join([*self.cells][-5:])
+                raise UsageError(f"{path} has no night {each!r}", f"The last ones are {known}.")
+        self._order = {night: place for place, night in enumerate(self.cells)}
+        self._read_records(max(self._order[each] for each in self.nights if each is not None))
+
+    def _read_records(self, last: int) -> None:
+        """Read the records until a night; of older ones, not the layers, which are most of it."""
+        self._records: dict[str, list[Record]] = {}
+        recent: dict[str, deque[tuple[list[Record], int]]] = {}
+        for record in self.ledger.new_records():
+            if self._order.get(record.night, -1) > last:
+                continue
+            records = self._records.setdefault(record.id, [])
+            records.append(record)
+            queue = recent.setdefault(record.name, deque())
+            queue.append((records, len(records) - 1))
+            if len(queue) > _REMEMBERED + 1:
+                older, place = queue.popleft()
+                older[place] = msgspec.structs.replace(older[place], layers=[])
 
     def state(self, name: str, night: str) -> Record | None:
         """What was known of a cell after a night."""

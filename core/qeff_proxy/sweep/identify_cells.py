@@ -86,6 +86,7 @@ def identify_cells(cells: Iterable[Cell]) -> dict[str, Identity]:
             _stated(
                 **{name: export[name] for name in ("qeff-proxy", "torch", "transformers", "onnx")},
                 **{
+                    "files of the model": _hash(model)[:12],
                     f"code of {export['plugin']['name'].partition(':')[0]}": export["plugin"][
                         "code"
                     ],

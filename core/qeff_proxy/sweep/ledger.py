@@ -37,7 +37,7 @@ class Divergence(msgspec.Struct, frozen=True):
         return f"{self.part} {where} ({self.tensor}, {self.step})"
 
 
-class Layer(msgspec.Struct, frozen=True):
+class Layer(msgspec.Struct, frozen=True, gc=False):
     """The error of a layer's worst output, over the reference's peak, and its SQNR in dB."""
 
     at: str
