@@ -76,9 +76,8 @@ def cells(folder: Path) -> None:
         others = [each[unit] for times in alone.values() for each in times[1:]]
         totals.append(firsts + sum(others) / len(others) * (CELLS - len(MODELS)))
         kind = ("wall", "CPU")[unit]
-        print(
-            f"alone, {kind}: first {firsts / len(MODELS):.1f} s, others {sum(others) / len(others):.2f} s each"
-        )
+        mean = sum(others) / len(others)
+        print(f"alone, {kind}: first {firsts / len(MODELS):.1f} s, others {mean:.2f} s each")
     home = {**os.environ, "QEFF_HOME": str(folder / "home-sweep")}
     wall, cpu, code = measured(["sweep", str(plan)], env=home, stderr=subprocess.DEVNULL)
     assert code == 0
@@ -175,15 +174,7 @@ def ledger(folder: Path) -> None:
                     for n in range(32)
                 ]
                 tensors = {
-                    f"body.out.hidden_states.layer-{n:02}": [
-                        "0a1b2c3d",
-                        1.0,
-                        4.0,
-                        1.5,
-                        2.5,
-                        3.5,
-                        4.5,
-                    ]
+                    f"body.out.hidden_states.layer-{n:02}": ["0a1b2c3d", 1.0, 4.0, *sketch]
                     for n in range(32)
                 }
                 record = {

@@ -86,6 +86,7 @@ def test_a_glob_is_every_folder_and_tasks_have_cells_of_their_own(write_plan: Wr
         ('[models]\na="x"\n[settings.s]\noptions={qnn={a=1}}', "names 'qnn', which is none of"),
         ('exclude=["*"]\n[models]\na="x"', "has no cells"),
         ('[models]\na="zoo/*"', "no folder matches"),
+        ('ledger="results"\n[models]\na="x"', "the ledger results of .* is no .jsonl file"),
         ("[models", "is no TOML"),
         ('[models]\n"a/b"="x"', "a name in 'models'"),
         ("", "required field `?'?models|lacks"),
@@ -134,3 +135,17 @@ def test_an_identity_changes_with_what_the_verdict_depends_on(
         assert not set(ids()) & set(first)
     finally:
         config.write_bytes(before)
+
+
+def test_the_plans_that_come_with_the_program_are_right(write_plan: WritePlan) -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    code = page.partition('```toml title="plan.toml"\n')[2].partition("```")[0]
+    path = write_plan(code)
+    (path.parent / "checkpoints" / "tiny").mkdir(parents=True)
+    names = [cell.name for cell in read_plan(path).cells]
+    assert {"gpt2/qnn/plain/text", "tiny/onnxruntime/half/long"} <= set(names)
+    assert "embedder/qnn/plain/text" not in names
+    assert "gpt2/qnn/half/text" not in names
+    demos = read_plan(root / "examples" / "demos.toml")
+    assert {cell.backend for cell in demos.cells} == {"onnxruntime", "openvino", "qnn"}

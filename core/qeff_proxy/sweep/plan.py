@@ -157,6 +157,8 @@ def read_plan(path: str | Path) -> Plan:
         cells = tuple(_cells_of(file, path.resolve().parent, str(path)))
     except FieldError as error:
         raise UsageError(f"{error}", "See docs/sweeps.md for the keys of a plan.") from error
+    if not file.ledger.endswith(".jsonl"):
+        raise UsageError(f"the ledger {file.ledger} of {path} is no .jsonl file", "Rename it.")
     if not cells:
         raise UsageError(
             f"{path} has no cells: nothing matches its includes, excludes and globs",
