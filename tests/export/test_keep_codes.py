@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Pat
         if ".layers." not in key or tensor.dim() == 1:
             stored[key] = tensor
             continue
-        dtype = torch.float16 if "mlp" in key else torch.bfloat16
+        dtype = torch.float16 if "mlp" in key else torch.float32
         pieces = quantize(tensor, dtype)
         stored |= {key.replace("weight", name): value for name, value in pieces.items()}
     save_file(stored, folder / "model.safetensors")
@@ -96,24 +96,21 @@ def test_the_export_holds_the_codes_of_the_checkpoint_and_no_more(
     [
         ({}, None),
         # The runtime does not round weights to the dtype of their scales, as PyTorch does.
-        ({"weights": "keep"}, Tolerances.parse(["*=peak:5e-3"])),
+        ({"weights": "keep"}, Tolerances.parse(["*=peak:2e-3"])),
     ],
 )
 def test_it_computes_what_pytorch_computes_with_the_dequantized_weights(
     options: dict[str, Any], limits: Tolerances | None, kept: Path, checkpoint: Path
 ) -> None:
     settings = VerifyOptions(backends={"onnxruntime": options}, tolerances=limits)
-    result = verify_model(kept, request=Request(input_ids=IDS), options=settings).results[0]
+    result = verify_model(kept, request=Request(inputs={"input_ids": IDS}), options=settings).results[0]
     assert result.failure is None
     assert result.passed
     plain = load_model(str(checkpoint)).model
     tokens = plain.generate(torch.tensor(IDS), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    text = b"".join(file.read_bytes() for file in kept.glob("compiled/onnxruntime-*/*.onnx"))
+    assert (b"MatMulNBits" in text) == bool(options)
     assert result.run.outputs["generated_ids"].tolist() == tokens[:, 16:].tolist()
-
-
-def test_what_the_runtime_computes_from_codes_is_small(kept: Path) -> None:
-    files = [*kept.glob("compiled/onnxruntime-*/*.data"), *kept.glob("compiled/*/*.onnx")]
-    assert any("MatMulNBits" in file.read_bytes().decode("latin1") for file in files)
 
 
 def test_a_checkpoint_without_codes_is_refused(make_model: Any, tmp_path: Path) -> None:
