@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     ModelFactory = Callable[..., PreTrainedModel]
+
+# How long an example takes says something of the machine's load, and nothing of the program.
+settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any load")
 
 VOCABULARY = 131  # a number that is no other size in these models
 

@@ -47,6 +47,7 @@ ORDER = [
     "run",
     "verify",
     "isolate",
+    "score",
     "demo",
     "auto",
     "testing",

@@ -33,9 +33,11 @@ RELIED_ON = {
         "QEFFAutoModelForSequenceClassification",
         "QEFFAutoModelForSpeechSeq2Seq",
         "QEFFAutoModelForTokenClassification",
+        "QEffAutoPeftModelForCausalLM",
         "Request",
         "Site",
         "TensorSpec",
+        "cloud_ai_100_exec_kv",
         "hookimpl",
     ],
     "qeff_proxy.errors": [

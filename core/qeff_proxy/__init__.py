@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         QEFFAutoModelForSequenceClassification,
         QEFFAutoModelForSpeechSeq2Seq,
         QEFFAutoModelForTokenClassification,
+        QEffAutoPeftModelForCausalLM,
+        cloud_ai_100_exec_kv,
     )
     from qeff_proxy.hookspecs import hookimpl
     from qeff_proxy.parts import MaskSpec, Part, Proxy, TensorSpec
@@ -48,9 +50,11 @@ __all__ = [
     "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForSpeechSeq2Seq",
     "QEFFAutoModelForTokenClassification",
+    "QEffAutoPeftModelForCausalLM",
     "Request",
     "Site",
     "TensorSpec",
+    "cloud_ai_100_exec_kv",
     "hookimpl",
 ]
 
@@ -66,6 +70,8 @@ _HOMES = {
         "QEFFAutoModelForSequenceClassification",
         "QEFFAutoModelForSpeechSeq2Seq",
         "QEFFAutoModelForTokenClassification",
+        "QEffAutoPeftModelForCausalLM",
+        "cloud_ai_100_exec_kv",
     ),
     "hookspecs": ("hookimpl",),
     "parts": ("MaskSpec", "Part", "Proxy", "TensorSpec"),
@@ -79,6 +85,11 @@ def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"qeff_proxy.{module}"), name)
+    if name in {"compile", "transform"} or name.lower().startswith("qeff"):
+        from qeff_proxy.auto.qefficient import ELSEWHERE
+
+        if name in ELSEWHERE:
+            raise ImportError(f"there is no qeff_proxy.{name}: {ELSEWHERE[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from qeff_proxy import QEFFAutoModelForCausalLM
+from qeff_proxy import QEFFAutoModelForCausalLM, cloud_ai_100_exec_kv
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.cli import main
-from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.dump import read_dump
+from qeff_proxy.errors import ArtifactError, UnsupportedModelError, UsageError
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+
+from tests.conftest import small_model
 
 
 class TestFace:
@@ -47,14 +53,14 @@ class TestFace:
         with pytest.warns(UserWarning, match=f"{min(options)} means nothing to backend"):
             model.compile(**options)  # type: ignore[arg-type]
 
-    def test_options_of_qefficient_for_elsewhere_say_where(self, demo_checkpoint: Path) -> None:
-        with pytest.raises(UsageError, match=r"num_hidden_layers.*export\(num_layers=…\)"):
-            QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, num_hidden_layers=2)
+    def test_an_argument_that_is_misspelled_names_the_nearest(self, demo_checkpoint: Path) -> None:
+        with pytest.raises(UsageError, match=r"'num_hidden_layer'\. Try 'num_hidden_layers'"):
+            QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, num_hidden_layer=2)
         model = QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, enable_proxy=True)
-        ids = {"input_ids": [[5, 6, 7]]}
-        with pytest.warns(UserWarning, match="device_ids is for QEfficient's hardware"):
-            result = model.generate(inputs=ids, generation_len=2, device_ids=[0, 1])
-        assert result.generated_ids.shape == (1, 2)
+        with pytest.raises(UsageError, match="Try 'mxfp6_matmul'"):
+            model.compile(mxfp6=True)
+        with pytest.raises(UsageError, match="Try 'generation_len'"):
+            model.generate("Anna", generation_length=2)
 
     def test_the_command_line_finds_the_export_that_python_made(
         self, demo_checkpoint: Path, monkeypatch: Any, tmp_path: Path, capsys: Any
@@ -108,6 +114,175 @@ class TestFace:
         model = QEFFAutoModelForCausalLM.from_pretrained(tmp_path / "vit", enable_proxy=True)
         with pytest.raises(UnsupportedModelError, match="'vit' model, which AutoModelForCausalLM"):
             model.export()
+
+
+@pytest.fixture(scope="module")
+def ready(demo_checkpoint: Path, demo_export: Path, tmp_path_factory: Any) -> Any:
+    """A compiled model, on a copy of the export that tests share."""
+    folder = tmp_path_factory.mktemp("ready") / "export"
+    shutil.copytree(demo_export, folder, ignore=shutil.ignore_patterns("io", "compiled"))
+    model = QEFFAutoModelForCausalLM.from_pretrained(demo_checkpoint, enable_proxy=True)
+    assert (model.onnx_path, model.qpc_path) == (None, None)
+    assert model.compile(folder / "body.onnx", prefill_seq_len=8, ctx_len=64) == model.qpc_path
+    return model
+
+
+TEXT = "Anna went to the"
+
+
+class TestGenerate:
+    """Arguments of ``generate``, and ``cloud_ai_100_exec_kv``."""
+
+    def test_paths_and_config_are_attributes(self, ready: Any) -> None:
+        assert ready.onnx_path.name == "body.onnx"
+        assert ready.qpc_path.parents[1] == ready.onnx_path.parent
+        assert ready.config.vocab_size == ready.model.config.vocab_size
+
+    def test_tokenizer_and_prompts_in_any_order(self, ready: Any, tokenizer: Any) -> None:
+        result = ready.generate(tokenizer, [TEXT], generation_len=4)
+        assert result["generated_texts"] == result.generated_texts
+        for again in (
+            ready.generate(TEXT, tokenizer, generation_len=4),
+            ready.generate(tokenizer, prompts=TEXT, generation_len=4),
+        ):
+            assert again.generated_texts == result.generated_texts
+        with pytest.raises(UsageError, match="two prompts arguments"):
+            ready.generate(TEXT, prompts=TEXT)
+
+    def test_prompts_of_a_file(self, ready: Any, tmp_path: Path) -> None:
+        (tmp_path / "prompts.txt").write_text(f"{TEXT}\n\nLeo\n")
+        path = tmp_path / "prompts.txt"
+        both = ready.generate(prompts_txt_file_path=path, generation_len=3)
+        assert both.generated_texts == ready.generate([TEXT, "Leo"], generation_len=3)[TEXTS]
+        with pytest.raises(UsageError, match=r"none.txt' cannot be read"):
+            ready.generate(prompts_txt_file_path=str(tmp_path / "none.txt"))
+
+    def test_stream_prints_as_often_as_it_runs(self, ready: Any, capsys: Any) -> None:
+        result = ready.generate(TEXT, generation_len=4, stream=True, iteration=2)
+        said = capsys.readouterr().out
+        assert said.count(result.generated_texts[0].strip()) == 2
+        with pytest.raises(UsageError, match="one prompt"):
+            ready.generate([TEXT, TEXT], stream=True)
+
+    def test_runtime_ai100_chooses_torch(self, ready: Any) -> None:
+        ids = ready.generate(TEXT, generation_len=4).generated_ids
+        compiled = ready.onnx_path.parent / "compiled"
+        assert not list(compiled.glob("torch-*"))
+        result = ready.generate(TEXT, generation_len=4, runtime_ai100=False)
+        assert np.array_equal(result.generated_ids, ids)
+        assert len(list(compiled.glob("torch-*"))) == 1
+        assert ready.qpc_path.name.startswith("onnxruntime-")
+
+    def test_what_was_compiled_runs_by_its_folder(
+        self, ready: Any, tokenizer: Any, tmp_path: Path
+    ) -> None:
+        ids = ready.generate(TEXT, generation_len=4).generated_ids
+        result = cloud_ai_100_exec_kv(
+            tokenizer, ready.qpc_path, TEXT, generation_len=4, write_io_dir=tmp_path / "io"
+        )
+        assert np.array_equal(result.generated_ids, ids)
+        assert "lm_head.out.logits" in read_dump(tmp_path / "io").names()
+        with pytest.raises(ArtifactError, match="nothing that was compiled"):
+            cloud_ai_100_exec_kv(tokenizer, tmp_path, TEXT)
+
+    def test_an_adapter_is_not_left_out_silently(self, ready: Any) -> None:
+        with pytest.raises(UsageError, match="answer of the base model"):
+            ready.generate(TEXT, prompt_to_lora_id_mapping=[1])
+
+
+TEXTS = "generated_texts"
+IDS = torch.arange(3, 15)[None]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: Any) -> Path:
+    """A checkpoint of six layers, in bfloat16."""
+    folder = tmp_path_factory.mktemp("deep") / "llama"
+    small_model("llama", layers=6).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def tokens(model: Any) -> list[list[int]]:
+    made = model.generate(inputs={"input_ids": IDS}, generation_len=6, do_sample=False)
+    return made.generated_ids.tolist()  # type: ignore[no-any-return]
+
+
+def tokens_of_transformers(folder: Path, config: Any) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    made = model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return made[:, IDS.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+class TestFromPretrained:
+    """Arguments of ``from_pretrained`` that say what is loaded."""
+
+    def test_the_depth_of_a_config(self, deep: Path) -> None:
+        config = AutoConfig.from_pretrained(deep)
+        config.num_hidden_layers = 3
+        model = QEFFAutoModelForCausalLM.from_pretrained(deep, config=config, enable_proxy=True)
+        assert model.config.num_hidden_layers == 3
+        assert tokens(model) == tokens_of_transformers(deep, config)
+        same = QEFFAutoModelForCausalLM.from_pretrained(deep, num_hidden_layers=3, proxy="split")
+        assert same.export() == model.export()
+
+    def test_other_values_of_a_config(self, deep: Path) -> None:
+        config = AutoConfig.from_pretrained(deep)
+        config.rms_norm_eps, config.num_hidden_layers = 0.5, 2
+        model = QEFFAutoModelForCausalLM.from_pretrained(deep, config=config, enable_proxy=True)
+        assert tokens(model) == tokens_of_transformers(deep, config)
+        assert model.config.rms_norm_eps == 0.5
+        folder = model._loaded.folder
+        assert folder.is_dir()
+        del model
+        gc.collect()
+        assert not folder.exists()
+
+    def test_a_config_of_the_checkpoint_changes_nothing(self, deep: Path) -> None:
+        config = AutoConfig.from_pretrained(deep)
+        model = QEFFAutoModelForCausalLM.from_pretrained(deep, config=config)
+        plain = QEFFAutoModelForCausalLM.from_pretrained(deep)
+        assert model._loaded.identity == plain._loaded.identity
+        with pytest.raises(UsageError, match="of model type 'gpt2'"):
+            QEFFAutoModelForCausalLM.from_pretrained(deep, config=GPT2Config())
+
+    def test_dtypes(self, deep: Path) -> None:
+        def dtype(**arguments: Any) -> str:
+            return QEFFAutoModelForCausalLM.from_pretrained(deep, **arguments)._loaded.dtype
+
+        config = AutoConfig.from_pretrained(deep)
+        assert dtype(config=config) == "float32"
+        config.dtype = torch.float16
+        assert dtype(config=config) == "float16"
+        assert dtype(config=config, dtype="float32") == "float32"
+        assert dtype(torch_dtype=torch.float16) == "float16"
+        assert dtype(torch_dtype="auto") == "bfloat16"
+        with pytest.raises(UsageError, match="say the same"):
+            dtype(dtype="float32", torch_dtype="float16")
+
+    def test_the_hub_gets_its_arguments(self, deep: Path, monkeypatch: Any) -> None:
+        asked: dict[str, Any] = {}
+
+        def snapshot_download(source: str, **arguments: Any) -> str:
+            asked.update(source=source, **arguments)
+            return str(deep)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        hub = {"revision": "v2", "cache_dir": "there", "token": "hf_no_token"}
+        model = QEFFAutoModelForCausalLM.from_pretrained("owner/name", **hub)
+        assert {name: asked[name] for name in hub} == hub
+        assert asked["source"] == model._loaded.source == "owner/name"
+        with pytest.warns(UserWarning, match="revision is ignored: .* is a local folder"):
+            QEFFAutoModelForCausalLM.from_pretrained(deep, revision="v2")
+
+    def test_a_class_called_on_a_model(self, make_model: Any) -> None:
+        model = QEFFAutoModelForCausalLM(
+            make_model("gpt2"), enable_proxy=True, continuous_batching=False
+        )
+        assert len(read_parts(model)) == 3
+        with pytest.warns(UserWarning, match="num_hidden_layers is ignored: the model is loaded"):
+            QEFFAutoModelForCausalLM(make_model("gpt2"), num_hidden_layers=1)
+        with pytest.raises(UsageError, match="no option 'pooling'"):
+            QEFFAutoModelForCausalLM(make_model("gpt2"), pooling="mean")
 
 
 def read_parts(model: Any) -> Any:

@@ -124,6 +124,7 @@ def lying_index(folder: Path) -> None:
 
 
 def escaping_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"transformer.wte.weight": "../../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

@@ -399,3 +399,21 @@ def test_an_old_row_that_a_whole_cache_spoils_is_seen(tmp_path):
         (tensor,) = comparison.tensors
         assert tensor.first_failure.step == "decode-0003"
         assert tensor.first_failure.max_abs_at == (0, 1, 1, 2)
+
+
+def test_a_dump_of_a_lower_precision_has_the_limits_of_that(tmp_path):
+    def dump(name, **provenance):
+        values = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 64)
+        values = values.astype(np.float16).astype(np.float32) + (name != "one") * 0.002
+        with DumpWriter(tmp_path / name, provenance) as writer:
+            writer.step("prefill", 0, "body", {"x": values}, {"y": values}, past_length=0)
+        return tmp_path / name
+
+    one = dump("one")
+    assert not compare_dumps(one, dump("plain")).passed
+    comparison = compare_dumps(one, dump("half", precision="float16"))
+    assert comparison.passed
+    assert comparison.notes == ["the candidate computes in float16: limits peak:0.03,sqnr:40"]
+    assert not compare_dumps(one, dump("unknown", precision="float4")).passed
+    strict = Tolerances.parse(["*=peak:0.0001"])
+    assert not compare_dumps(one, tmp_path / "half", tolerances=strict).passed

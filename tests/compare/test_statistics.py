@@ -32,7 +32,7 @@ def pairs(draw, elements, dtype=np.float32):
     return tuple(draw(hnp.arrays(dtype, shape, elements=elements)) for _ in range(2))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pairs(ANY))
 def test_a_row_has_the_numbers_of_the_formulas(pair):
     stats = measure(*pair, ELEMENTWISE, Scratch())
@@ -72,7 +72,7 @@ def test_a_row_has_the_numbers_of_the_formulas(pair):
         assert outside <= row["outside"] <= outside + (~clear).sum()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pairs(PLAIN, np.float64))
 def test_sqnr_cosine_and_peak(pair):
     stats = measure(*pair, None, Scratch())
@@ -98,7 +98,7 @@ def test_the_cosine_keeps_the_digits_that_matter():
     assert 1 - cosine(row) == pytest.approx(exact, rel=0.02)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pairs(ANY), st.integers(1, 5))
 def test_blocks_give_what_the_whole_gives(pair, block):
     reference, candidate = (a.reshape(1, -1) for a in pair)

@@ -58,7 +58,7 @@ def copied(run, work):
 CHANGES = st.tuples(st.integers(0, 10**6), st.sampled_from(["set", "delete", "double"]), VALUES)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(st.lists(CHANGES, min_size=1, max_size=3))
 def test_any_change_of_the_manifest_is_refused_or_harmless(delta_run, changes):
     manifest = json.loads((delta_run.folder / "manifest.json").read_text())
@@ -83,7 +83,7 @@ def test_any_change_of_the_manifest_is_refused_or_harmless(delta_run, changes):
         assert all(array.tobytes() in known for array in arrays.values())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_change_of_a_file_is_refused(delta_run, data):
     files = sorted(p.relative_to(delta_run.folder) for p in delta_run.folder.rglob("*.npy"))
@@ -103,7 +103,7 @@ def test_any_change_of_a_file_is_refused(delta_run, data):
         assert read_all(folder) is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=300), st.integers(0, 2000), st.integers(0, 300))
 def test_any_bytes_as_a_manifest_are_refused(delta_run, noise, at, length):
     original = (delta_run.folder / "manifest.json").read_bytes()

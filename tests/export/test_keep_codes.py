@@ -59,7 +59,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Pat
     weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group"}
     groups = {"all": {"targets": ["Linear"], "weights": {**weights, "group_size": 32}}}
     config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
         "config_groups": groups,
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -103,7 +104,9 @@ def test_it_computes_what_pytorch_computes_with_the_dequantized_weights(
     options: dict[str, Any], limits: Tolerances | None, kept: Path, checkpoint: Path
 ) -> None:
     settings = VerifyOptions(backends={"onnxruntime": options}, tolerances=limits)
-    result = verify_model(kept, request=Request(inputs={"input_ids": IDS}), options=settings).results[0]
+    result = verify_model(
+        kept, request=Request(inputs={"input_ids": IDS}), options=settings
+    ).results[0]
     assert result.failure is None
     assert result.passed
     plain = load_model(str(checkpoint)).model

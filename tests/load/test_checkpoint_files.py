@@ -19,22 +19,19 @@ def folder(saved_gpt2: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved_gpt2, tmp_path / "checkpoint")
 
 
-def test_an_adapter_beside_the_base_model_is_refused(folder: Path) -> None:
+def test_an_adapter_without_weights_is_named(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    with pytest.raises(CheckpointError, match=r"holds an adapter \(LORA\)") as caught:
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing"):
         load_model(str(folder))
-    assert "Merge it into acme/base" in str(caught.value)
 
 
-def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
+def test_the_base_model_of_an_adapter_is_looked_for(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    with pytest.raises(CheckpointError, match=r"holds an adapter \(LORA\)"):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"acme/base"):
         load_model(str(tmp_path))
-
-
-def test_a_folder_of_gguf_alone_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"holds a GGUF file \(model-q4.gguf\)"):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json names no base model"):
         load_model(str(tmp_path))
 
 

@@ -18,6 +18,8 @@ from qeff_proxy.auto.classification import (
     QEFFAutoModelForTokenClassification,
 )
 from qeff_proxy.auto.embedding import QEFFAutoModel
+from qeff_proxy.auto.exec_kv import cloud_ai_100_exec_kv
+from qeff_proxy.auto.peft import QEffAutoPeftModelForCausalLM
 from qeff_proxy.auto.vision import QEFFAutoModelForImageTextToText
 
 __all__ = [
@@ -31,4 +33,6 @@ __all__ = [
     "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForSpeechSeq2Seq",
     "QEFFAutoModelForTokenClassification",
+    "QEffAutoPeftModelForCausalLM",
+    "cloud_ai_100_exec_kv",
 ]

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from qeff_proxy.auto.base import ProxyModel
-from qeff_proxy.auto.causal_lm import new_tokens
-from qeff_proxy.auto.qefficient import only_runtime, without_runtime
+from qeff_proxy.auto.base import HOW, ByName, ProxyModel
+from qeff_proxy.auto.causal_lm import new_tokens, without_runtime
 from qeff_proxy.common import arguments
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import CheckpointError, UsageError
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Transcript:
+class Transcript(ByName):
     """What a CTC model heard; prints as its text.
 
     Attributes:
@@ -45,7 +44,7 @@ class Transcript:
 
 
 @dataclass(frozen=True)
-class SpeechResult:
+class SpeechResult(ByName):
     """What an encoder and decoder heard; prints as its text.
 
     Attributes:
@@ -80,6 +79,7 @@ class _Recognizer(ProxyModel):
         write_io: bool,
         io_dir: str | Path | None,
         io_options: DumpOptions,
+        run: Mapping[str, Any],
     ) -> RunResult:
         tensors = inputs if _is_tensors(inputs) else None
         sounds = [] if tensors is not None else _sounds(inputs)
@@ -94,6 +94,7 @@ class _Recognizer(ProxyModel):
             write_io=write_io,
             io_dir=io_dir,
             io_options=io_options,
+            run=run,
         )
 
     def _own_processor(self, *, needed: bool) -> Any:
@@ -136,12 +137,12 @@ class QEFFAutoModelForCTC(_Recognizer):
             write_io: Dump inputs and outputs of every part.
             io_dir: Folder of the dump (implies ``write_io``).
             io_tensors: Which tensors to dump: a glob, or several.
-            runtime: QEfficient's options for its hardware, which are ignored with a warning.
+            runtime: QEfficient's arguments (docs/qefficient.md): ``runtime_ai100=False`` runs on
+                torch; those that mean nothing here are ignored with a warning.
 
         Raises:
             UsageError: There is no sound, a sound is empty, or an argument is wrong.
         """
-        only_runtime(runtime)
         result = self._recognize(
             inputs,
             processor,
@@ -150,6 +151,7 @@ class QEFFAutoModelForCTC(_Recognizer):
             write_io=write_io,
             io_dir=io_dir,
             io_options=DumpOptions("all", io_tensors),
+            run=self.how_to_run(runtime),
         )
         outputs = result.outputs
         return Transcript(
@@ -185,7 +187,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
         Args:
             inputs: A sound or a list of them (a path, ``[samples]``, or a mapping with ``array``
                 and ``sampling_rate``), or the processor's output (``input_features``).
-            processor: By default the checkpoint's own.
+            processor: By default the checkpoint's own. A number here is ``generation_len``.
             generation_len: New tokens; the same as ``max_new_tokens``.
             max_new_tokens: New tokens of each window; by default the checkpoint's number.
             language: Of the speech; by default the model detects it.
@@ -198,19 +200,24 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
             io_steps: Which steps to dump: `qeff_proxy.dump.DumpOptions`.
             io_tensors: Which tensors to dump: a glob, or several.
             kv: ``"delta"`` dumps the cache rows that a step added, ``"full"`` the whole cache.
-            settings: Further arguments of transformers' ``generate``.
+            settings: Further arguments of transformers' ``generate``, and QEfficient's
+                (docs/qefficient.md).
 
         Raises:
             UsageError: There is no sound, a sound is empty, or an argument is wrong.
         """
         from qeff_proxy.flows.generation.settings import check_settings
 
+        if type(processor) is int:
+            processor, generation_len = None, processor
+        settings = without_runtime(settings, self.generate)
+        run = {name: settings.pop(name) for name in HOW & set(settings)}
         asked = {
             "max_new_tokens": new_tokens(generation_len, max_new_tokens),
             "language": language,
             "task": task,
             "return_timestamps": return_timestamps,
-            **without_runtime(settings),
+            **settings,
         }
         check_settings(asked)
         beams = settings.get("num_beams") or 1
@@ -223,6 +230,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
             io_dir=io_dir,
             # Beams reorder the cache between steps, so the rows that a step added are not known.
             io_options=DumpOptions(io_steps, io_tensors, "full" if beams > 1 else kv),
+            run=run,
         )
         outputs = result.outputs
         decoded = result.decoded or {}

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from qeff_proxy.arrays import dtype_name
 from qeff_proxy.artifact.manifest_schema import Export
-from qeff_proxy.auto.qefficient import ELSEWHERE, without_hardware
+from qeff_proxy.auto.checkpoint import load_checkpoint, remove_view
+from qeff_proxy.auto.on_disk import export_of_graphs
+from qeff_proxy.auto.qefficient import (
+    BUILD,
+    COMPILE,
+    EXPORT,
+    GENERATE,
+    HUB,
+    LOAD,
+    without_ignored,
+)
 from qeff_proxy.auto.right_class import with_right_class
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.common import arguments
@@ -17,7 +29,8 @@ from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import ProxyError, UnsupportedModelError, UsageError
 from qeff_proxy.export.export_model import export_model
-from qeff_proxy.load.load_model import LoadedModel, load_model, with_options, wrap_model
+from qeff_proxy.load.adapter_files import Adapters
+from qeff_proxy.load.load_model import LoadedModel, load_config, with_options, wrap_model
 from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.load.tasks import Task
 from qeff_proxy.parts import Kind
@@ -26,7 +39,7 @@ from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import RunResult, run_compiled
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 #: The values of ``proxy=``: the kinds, and "none" for no proxy.
 KIND_NAMES: dict[str, Kind] = {
@@ -35,39 +48,62 @@ KIND_NAMES: dict[str, Kind] = {
     "whole": "whole",
     "none": "whole",
 }
+_TWO_GRAPHS = ("vision", "lang")
+#: The weights of embedding and LM head in an export.
+_VOCABULARY = "vocabulary.safetensors"
+#: Arguments of every ``generate`` that say how to run, and not what.
+HOW = {"runtime_ai100", "iteration"}
+
+
+class ByName:
+    """A result whose values can be read by name, as ``result["logits"]``."""
+
+    def __getitem__(self, name: str) -> Any:
+        """An attribute by its name."""
+        if name not in vars(self):
+            raise KeyError(name)
+        return getattr(self, name)
 
 
 class ProxyModel:
     """The base class of the faces: load, export, compile."""
 
     task: ClassVar[Task]
+    _config: PreTrainedConfig | None = None
 
     def __init__(
         self,
         model: PreTrainedModel | LoadedModel,
         *,
-        proxy: Kind = "whole",
+        enable_proxy: bool = False,
+        proxy: Kind | None = None,
         plugins: Plugins | None = None,
         options: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> None:
         """Wrap a model that is loaded already.
 
         Args:
             model: A transformers model, or the result of `qeff_proxy.load.load_model`.
-            proxy: The kind of proxy to export: ``"split"``, ``"stub"`` or ``"whole"``.
+            enable_proxy: Cut the token embedding and LM head out: the same as ``proxy="split"``.
+            proxy: The kind of proxy to export: ``"split"``, ``"stub"`` or ``"whole"``, which is the
+                default; overrides ``enable_proxy``.
             plugins: The plugins to use; by default the installed ones.
             options: Options of the family's ``build_proxy``.
+            more: The same options by name, and QEfficient's arguments that mean nothing here.
         """
         if options is not None and not isinstance(options, Mapping):
             raise UsageError(f"options are {type_named(options)}", "Give values by name.")
-        unknown = sorted(set(options or {}) - set(self.task.options), key=str)
-        if unknown:
-            known = ", ".join(sorted(self.task.options)) or "none"
+        asked = {**more, **(options or {})}
+        asked = without_ignored(asked, BUILD, type(self), understood=self.task.options)
+        others = sorted(set(asked) - set(self.task.options))
+        if others:
+            own = ", ".join(sorted(self.task.options)) or "none"
             raise UsageError(
-                f"{type(self).__name__} has no option {unknown[0]!r}",
-                ELSEWHERE.get(str(unknown[0]), f"Its own options: {known}."),
+                f"{type(self).__name__} has no option {others[0]!r}", f"Its own options: {own}."
             )
-        kind = KIND_NAMES.get(str(proxy).lower())
+        named = proxy if proxy is not None else "split" if enable_proxy else "whole"
+        kind = KIND_NAMES.get(str(named).lower())
         if kind is None:
             raise UsageError(f"proxy is {proxy!r}", "It must be 'split', 'stub' or None.")
         if plugins is not None and not isinstance(plugins, Plugins):
@@ -75,7 +111,7 @@ class ProxyModel:
                 f"plugins are {type_named(plugins)}", "Give qeff_proxy.Plugins, or nothing."
             )
         loaded = model if isinstance(model, LoadedModel) else _wrapped(model)
-        self._loaded = with_options(loaded, options or {})
+        self._loaded = with_options(loaded, asked)
         self._kind: Kind = kind
         self._plugins = plugins or Plugins.discover()
         self._hooks = self._plugins.hooks_for(self._loaded.model_type, task=min(self.task.flows))
@@ -89,9 +125,12 @@ class ProxyModel:
         *,
         enable_proxy: bool = False,
         proxy: Kind | None = None,
-        dtype: str = "float32",
+        dtype: Any = None,
+        config: PreTrainedConfig | str | Path | None = None,
+        num_hidden_layers: int | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
+        adapters: Adapters = (),
         plugins: Plugins | None = None,
         **options: Any,
     ) -> Self:
@@ -101,32 +140,67 @@ class ProxyModel:
             pretrained_model_name_or_path: A local folder or a hub id.
             enable_proxy: Cut the token embedding and LM head out: the same as ``proxy="split"``.
             proxy: ``"split"``, ``"stub"`` or ``"whole"``; overrides ``enable_proxy``.
-            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+            dtype: ``"float32"``, which is the default, ``"float16"`` or ``"bfloat16"``; ``"auto"``
+                for the checkpoint's own.
+            config: The checkpoint's config with other values: fewer layers, a dtype …
+            num_hidden_layers: Take the first layers only.
             trust_remote_code: Run Python code that comes with the checkpoint.
             allow_pickle: Read pickled weights, which can run code.
+            adapters: LoRA adapters to merge into the weights: ``PATH`` or ``PATH@WEIGHT``, several,
+                or weights by path.
             plugins: The plugins to use; by default the installed ones.
-            options: Options of the family's ``build_proxy`` (``pooling`` …).
+            options: Options of the family's ``build_proxy`` (``pooling`` …), ``revision``,
+                ``cache_dir`` and ``token`` of a hub id, and QEfficient's other arguments, of which
+                those that mean nothing here are ignored with a warning.
 
         Raises:
             CheckpointError: It cannot be found, read or trusted.
+            UsageError: An argument is unknown, or contradicts another.
             UnsupportedModelError: Its architecture is unknown, or of another task.
         """
         folder = arguments.path("the model's folder or hub id", pretrained_model_name_or_path)
-        loaded = load_model(
+        asked = without_ignored(options, LOAD, cls.from_pretrained, understood=cls.task.options)
+        loading = {name: asked.pop(name) for name in (*HUB, "torch_dtype") if name in asked}
+        loaded, view, changed = load_checkpoint(
             "" if folder is None else str(pretrained_model_name_or_path),
-            auto_class=cls.task.auto_class,
-            dtype=dtype_name(dtype),
+            cls.task,
+            {**loading, "config": config, "num_hidden_layers": num_hidden_layers},
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
-            unused=cls.task.unused,
+            adapters=adapters,
         )
-        kind: Kind = proxy if proxy is not None else "split" if enable_proxy else "whole"
-        return cls(loaded, proxy=kind, plugins=plugins, options=options)
+        model = cls(loaded, enable_proxy=enable_proxy, proxy=proxy, plugins=plugins, options=asked)
+        model._config = changed
+        weakref.finalize(model, remove_view, view)
+        return model
 
     @property
     def model(self) -> PreTrainedModel:
         """The uncut transformers model."""
         return self._loaded.model
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The model's config; the weights are not read for it."""
+        loaded = self._loaded
+        if loaded.folder is None or loaded.is_read:
+            return loaded.model.config
+        return self._config or load_config(loaded.folder)
+
+    @property
+    def onnx_path(self) -> Path | list[Path] | None:
+        """The exported graph, or graphs, that do not hold the vocabulary; ``None`` before."""
+        if self._export is None:
+            return None
+        parts = [part for part in self._export.parts if part.weights != _VOCABULARY]
+        paths = [self._export.folder / part.file for part in parts]
+        return paths[0] if len(paths) == 1 else paths
+
+    @property
+    def qpc_path(self) -> Path | None:
+        """The folder of what was compiled last; ``None`` before."""
+        return None if self._compiled is None else self._compiled.folder
 
     def export(
         self,
@@ -137,12 +211,18 @@ class ProxyModel:
         taps: str | Sequence[str] = (),
         num_layers: int | str | None = None,
         weights: str = "copy",
+        **ignored: Any,
     ) -> Path:
         """Export the parts to ONNX (`qeff_proxy.export.export_model`) and return their folder.
+
+        QEfficient's other arguments are ignored with a warning.
 
         Raises:
             UnsupportedModelError: The checkpoint is of another task; names the class for it.
         """
+        others = without_ignored(ignored, EXPORT, self.export)
+        if others:
+            raise UsageError(f"export has no argument {min(others)!r}", "See its arguments.")
         try:
             self._export = export_model(
                 self._loaded,
@@ -165,6 +245,7 @@ class ProxyModel:
 
     def compile(
         self,
+        onnx_path: str | Path | None = None,
         *,
         backend: str = "onnxruntime",
         prefill_seq_len: int | None = None,
@@ -179,6 +260,8 @@ class ProxyModel:
         """Compile the parts (`qeff_proxy.backends.compile_export`); exports first where needed.
 
         Args:
+            onnx_path: An export of this model, by its folder or an ONNX file in it; by default the
+                last one of this object.
             backend: Which backend to compile for.
             prefill_seq_len: Tokens of a prefill chunk; longer prompts are run in several.
             ctx_len: Most positions, prompt and generated tokens together.
@@ -188,26 +271,36 @@ class ProxyModel:
             force: Compile again even if the compiled parts are up to date.
             calibration: Inputs to calibrate a quantized precision on: a list of prompts or
                 requests, a file of prompts, or the folder of a dump (`qeff_proxy.run.calibration`).
-            backend_options: Options of this backend. QEfficient's options for its own hardware
-                (``mxfp6_matmul``, ``num_devices`` …) are ignored by other backends, with a warning
-                unless their value is the default.
+            backend_options: Options of this backend. QEfficient's arguments that mean nothing to it
+                (``mxfp6_matmul``, ``full_batch_size`` …) are ignored with a warning, unless their
+                value asks for nothing.
 
         Returns:
             The folder of the compiled parts.
         """
+        from qeff_proxy.backends.registry import load_backend
+
+        chosen = without_ignored(
+            backend_options,
+            COMPILE,
+            self.compile,
+            understood=load_backend(backend).options,
+            whose=f"means nothing to backend {backend!r} and ",
+        )
+        graphs = [onnx_path, *(chosen.pop(f"{part}_onnx_path", None) for part in _TWO_GRAPHS)]
+        named = [path for path in graphs if path is not None]
+        if named:
+            self._export, self._compiled = export_of_graphs(named, self._loaded.model_type), None
         if self._export is None:
             self.export()
         assert self._export is not None  # noqa: S101 (export sets it)
-        from qeff_proxy.backends.registry import load_backend
-
-        understood = set(load_backend(backend).options)
         options = CompileOptions(
             batch_size=batch_size,
             prefill_seq_len=prefill_seq_len,
             ctx_len=ctx_len,
             seq_len=_lengths(seq_len),
             num_cores=num_cores,
-            backend=without_hardware(backend_options, backend, understood),
+            backend=chosen,
         )
         if calibration is not None:
             from qeff_proxy.run.calibration import with_calibration
@@ -232,8 +325,15 @@ class ProxyModel:
         write_io: bool,
         io_dir: str | Path | None,
         io_options: DumpOptions | None,
+        run: Mapping[str, Any] | None = None,
     ) -> RunResult:
-        """Run one request (`qeff_proxy.run.run_compiled`); compiles first where needed."""
+        """Run one request (`qeff_proxy.run.run_compiled`); compiles first where needed.
+
+        ``run`` may hold QEfficient's ``runtime_ai100`` and ``iteration``.
+        """
+        run = run or {}
+        times = arguments.whole_number("iteration", run.get("iteration") or 1)
+        on_torch = arguments.flag("runtime_ai100", run.get("runtime_ai100", True)) is False
         if self._compiled is None:
             self.compile()
         assert self._compiled is not None  # noqa: S101 (compile sets it)
@@ -244,8 +344,14 @@ class ProxyModel:
                 f"{self._loaded.source} (model type {self._loaded.model_type})",
                 f"Install the plugins for its task: pip install 'qeff-proxy[{self.task.extra}]'.",
             )
+        compiled = self._compiled
+        if on_torch:
+            plain = replace(compiled.options, backend={})
+            compiled = compile_export(compiled.export, "torch", plain)
+        for _ in range(times - 1):
+            run_compiled(compiled, self._hooks, request, processor=processor, settings=settings)
         return run_compiled(
-            self._compiled,
+            compiled,
             self._hooks,
             request,
             processor=processor,
@@ -254,6 +360,18 @@ class ProxyModel:
             io_folder=arguments.path("io_dir", io_dir),
             io_options=io_options,
         )
+
+    def how_to_run(self, runtime: Mapping[str, Any]) -> dict[str, Any]:
+        """The ``run`` of `run_request`: what QEfficient's arguments of ``generate`` say of it.
+
+        Raises:
+            UsageError: An argument is none of ``generate``.
+        """
+        kept = without_ignored(runtime, GENERATE, self.generate)  # type: ignore[attr-defined]
+        others = sorted(set(kept) - HOW)
+        if others:
+            raise UsageError(f"generate takes no {others[0]}", "See its arguments.")
+        return kept
 
     def processor(self) -> Any:
         """The checkpoint's own tokenizer or processor.

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from qeff_proxy.auto.base import ProxyModel
-from qeff_proxy.auto.qefficient import without_runtime
-from qeff_proxy.common.arguments import processor, texts
-from qeff_proxy.common.messages import type_named
+from qeff_proxy.auto.base import HOW, ByName, ProxyModel
+from qeff_proxy.auto.qefficient import GENERATE, without_ignored
+from qeff_proxy.common.arguments import flag, processor, texts
+from qeff_proxy.common.messages import first_line, type_named
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
+from qeff_proxy.run.run_compiled import RunResult
 
 if TYPE_CHECKING:
     from qeff_proxy.flows.generation.generate import PerfMetrics
 
 
 @dataclass(frozen=True)
-class GenerationResult:
+class GenerationResult(ByName):
     """The result of ``generate``.
 
     Attributes:
@@ -40,6 +42,14 @@ class GenerationResult:
     perf_metrics: PerfMetrics
     io_folder: Path | None = None
 
+    @classmethod
+    def of(cls, result: RunResult) -> Self:
+        """The result of a run that generates text."""
+        outputs = result.outputs
+        return cls(
+            outputs["generated_ids"], result.decoded, outputs["perf_metrics"], result.io_folder
+        )
+
     @property
     def batch_size(self) -> int:
         """The number of generated rows."""
@@ -51,9 +61,13 @@ class _TextModel(ProxyModel):
 
     def generate(
         self,
+        first: str | Sequence[str] | Any = None,
+        second: Any = None,
+        /,
+        *,
         prompts: str | Sequence[str] | None = None,
         tokenizer: Any = None,
-        *,
+        prompts_txt_file_path: str | Path | None = None,
         inputs: Mapping[str, Any] | None = None,
         generation_len: int | None = None,
         max_new_tokens: int | None = None,
@@ -68,9 +82,12 @@ class _TextModel(ProxyModel):
         """Generate text.
 
         Args:
+            first: The prompts, or the tokenizer, which QEfficient has first.
+            second: The other one of them.
             prompts: A prompt or several; several are padded on the left, for an encoder on the
                 right.
             tokenizer: By default the checkpoint's own.
+            prompts_txt_file_path: Instead of prompts, a text file with one on each line.
             inputs: Token ids instead of prompts: ``input_ids`` and, where there is padding,
                 ``attention_mask``, both ``[batch, sequence]``; with images, all outputs of the
                 checkpoint's processor; with an encoder, ``decoder_input_ids [batch, tokens]`` are
@@ -85,11 +102,23 @@ class _TextModel(ProxyModel):
             io_tensors: Which tensors to dump: a glob, or several.
             kv: ``"delta"`` dumps the cache rows that a step added, ``"full"`` the whole cache.
             settings: Further arguments of transformers' ``generate``: ``do_sample``,
-                ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …; and ``seed``.
+                ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …; ``seed``; and
+                QEfficient's (docs/qefficient.md): ``stream=True`` prints the text of one prompt,
+                ``runtime_ai100=False`` runs on torch.
 
         Raises:
             UsageError: The prompt is empty or too long, or an argument cannot be right.
         """
+        for value in (first, second):
+            is_text = isinstance(value, str | list | tuple)
+            if value is not None and (prompts if is_text else tokenizer) is not None:
+                raise UsageError(
+                    f"there are two {'prompts' if is_text else 'tokenizer'} arguments",
+                    "Give prompts and tokenizer once each.",
+                )
+            prompts, tokenizer = (value, tokenizer) if is_text else (prompts, value or tokenizer)
+        if prompts_txt_file_path is not None:
+            prompts = prompts_of_file(prompts_txt_file_path, prompts)
         prompt_list = check_prompts(prompts, inputs)
         return generate_text(
             self,
@@ -121,6 +150,26 @@ class QEFFAutoModelForSeq2SeqLM(_TextModel):
     """
 
     task = TASKS["seq2seq"]
+
+
+def prompts_of_file(path: str | Path, others: Any = None) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        UsageError: It cannot be read, has no text, or there are other prompts.
+    """
+    if others is not None:
+        raise UsageError("give either prompts or prompts_txt_file_path")
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"prompts_txt_file_path {path!r} cannot be read: {first_line(error)}",
+            "Name a text file with a prompt on each line.",
+        ) from error
+    if not any(lines):
+        raise UsageError(f"{path} has no prompt", "Write one on each line.")
+    return [line for line in lines if line]
 
 
 def check_prompts(
@@ -176,7 +225,10 @@ def generate_text(
     """
     from qeff_proxy.flows.generation.settings import check_settings
 
-    settings = without_runtime(settings)
+    settings = without_runtime(settings, face.generate)  # type: ignore[attr-defined]
+    run = {name: settings.pop(name) for name in HOW & set(settings)}
+    if flag("stream", settings.pop("stream", False)) and settings["streamer"] is None:
+        settings["streamer"] = printer(request, tokenizer)
     check_settings(settings)
     if settings["streamer"] is None:
         del settings["streamer"]
@@ -184,11 +236,28 @@ def generate_text(
         # Beams reorder the cache between steps, so the rows that a step added are not known.
         dump = replace(dump, kv="full")
     result = face.run_request(
-        request, tokenizer, settings, write_io=write_io, io_dir=io_dir, io_options=dump
+        request, tokenizer, settings, write_io=write_io, io_dir=io_dir, io_options=dump, run=run
     )
-    return GenerationResult(
-        result.outputs["generated_ids"],
-        result.decoded,
-        result.outputs["perf_metrics"],
-        result.io_folder,
-    )
+    return GenerationResult.of(result)
+
+
+def without_runtime(settings: Mapping[str, Any], method: Callable[..., Any]) -> dict[str, Any]:
+    """Settings of transformers' ``generate``, and what is obeyed of QEfficient's.
+
+    Args:
+        settings: What the user gave besides the parameters of ``method``.
+        method: The ``generate`` of a class here.
+    """
+    from transformers import GenerationConfig, GenerationMixin
+
+    known = {*GenerationConfig().to_dict(), *signature(GenerationMixin.generate).parameters}
+    return without_ignored(settings, GENERATE, method, understood=known - {"kwargs"})
+
+
+def printer(request: Request, tokenizer: Any) -> Any:
+    """A streamer that prints the text of one prompt as it is generated."""
+    if len(request.prompts) != 1 or tokenizer is None:
+        raise UsageError("stream prints the text of one prompt", "Give one, or leave stream out.")
+    from transformers import TextStreamer
+
+    return TextStreamer(getattr(tokenizer, "tokenizer", tokenizer), skip_special_tokens=True)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qeff_proxy.auto.base import ByName
 from qeff_proxy.auto.embedding import TextEncoder
-from qeff_proxy.auto.qefficient import only_runtime
 from qeff_proxy.load.tasks import TASKS
 
 
 @dataclass(frozen=True)
-class ClassificationResult:
+class ClassificationResult(ByName):
     """What a classifier found; prints as its labels.
 
     Attributes:
@@ -70,12 +70,12 @@ class QEFFAutoModelForSequenceClassification(TextEncoder):
             write_io: Dump inputs and outputs of every part.
             io_dir: Folder of the dump (implies ``write_io``).
             io_tensors: Which tensors to dump: a glob, or several.
-            runtime: QEfficient's options for its hardware, which are ignored with a warning.
+            runtime: QEfficient's arguments (docs/qefficient.md): ``runtime_ai100=False`` runs on
+                torch; those that mean nothing here are ignored with a warning.
 
         Raises:
             UsageError: There is no text, a text is too long, or an argument cannot be right.
         """
-        only_runtime(runtime)
         result = self.run_texts(
             inputs,
             tokenizer,
@@ -86,6 +86,7 @@ class QEFFAutoModelForSequenceClassification(TextEncoder):
             write_io=write_io,
             io_dir=io_dir,
             io_tensors=io_tensors,
+            run=self.how_to_run(runtime),
         )
         labels, scores = (_each(result.decoded, name) for name in ("label", "scores"))
         return ClassificationResult(labels, scores, result.outputs["logits"], result.io_folder)

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qeff_proxy.auto.base import ProxyModel
-from qeff_proxy.auto.qefficient import only_runtime
+from qeff_proxy.auto.base import ByName, ProxyModel
 from qeff_proxy.common import arguments
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
@@ -25,7 +24,7 @@ _MANY = 64
 
 
 @dataclass(frozen=True)
-class EmbeddingResult:
+class EmbeddingResult(ByName):
     """The result of ``generate``; numpy converts it to its vectors.
 
     Attributes:
@@ -36,6 +35,20 @@ class EmbeddingResult:
 
     embeddings: npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]
     io_folder: Path | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        """A value by its name: QEfficient calls the embeddings ``output``.
+
+        Raises:
+            UsageError: The output is hidden states of texts of several lengths.
+        """
+        if name != "output":
+            return super().__getitem__(name)
+        if len({len(each) for each in self.embeddings}) > 1:
+            raise UsageError(
+                "the hidden states of texts of several lengths are no array", "Use .embeddings."
+            )
+        return np.stack(list(self.embeddings))
 
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
@@ -67,6 +80,7 @@ class TextEncoder(ProxyModel):
         io_dir: str | Path | None,
         io_tensors: str | Sequence[str],
         pairs: Sequence[str] | None = None,
+        run: Mapping[str, Any] | None = None,
     ) -> RunResult:
         """Run texts, or a tokenizer's output; see the ``generate`` of the subclasses.
 
@@ -102,6 +116,7 @@ class TextEncoder(ProxyModel):
                 write_io=write_io,
                 io_dir=io_dir,
                 io_options=DumpOptions("all", io_tensors),
+                run=run,
             )
 
     def _most_tokens(self) -> int | None:
@@ -149,12 +164,12 @@ class QEFFAutoModel(TextEncoder):
             write_io: Dump inputs and outputs of every part.
             io_dir: Folder of the dump (implies ``write_io``).
             io_tensors: Which tensors to dump: a glob, or several.
-            runtime: QEfficient's options for its hardware, which are ignored with a warning.
+            runtime: QEfficient's arguments (docs/qefficient.md): ``runtime_ai100=False`` runs on
+                torch; those that mean nothing here are ignored with a warning.
 
         Raises:
             UsageError: There is no text, a text is too long, or an argument cannot be right.
         """
-        only_runtime(runtime)
         result = self.run_texts(
             inputs,
             tokenizer,
@@ -164,6 +179,7 @@ class QEFFAutoModel(TextEncoder):
             write_io=write_io,
             io_dir=io_dir,
             io_tensors=io_tensors,
+            run=self.how_to_run(runtime),
         )
         return EmbeddingResult(result.decoded, result.io_folder)
 

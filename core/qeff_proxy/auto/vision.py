@@ -31,6 +31,7 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
         prompts: str | Sequence[str] | None = None,
         images: Any = None,
         processor: Any = None,
+        tokenizer: Any = None,
         chat: bool | None = None,
         generation_len: int | None = None,
         max_new_tokens: int | None = None,
@@ -51,6 +52,8 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
             images: For the prompts: an image, a list of images in the order of their places in the
                 prompts, or a list for each prompt. Each is a path, URL, bytes, PIL image or array.
             processor: By default the checkpoint's own.
+            tokenizer: Ignored where there are prompts: the processor has one. For inputs, it
+                decodes the tokens.
             chat: Apply the chat template to prompts; by default where there is a template and a
                 prompt does not mark the places of its images.
             generation_len: New tokens; the same as ``max_new_tokens``.
@@ -81,7 +84,7 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
             ),
             self.processor()
             if texts and processor is None
-            else arguments.processor("processor", processor),
+            else arguments.processor("processor", tokenizer if processor is None else processor),
             {
                 **settings,
                 "max_new_tokens": new_tokens(generation_len, max_new_tokens),

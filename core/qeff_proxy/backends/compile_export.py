@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export
     from qeff_proxy.session.session import Session
 
-_MANIFEST = "compile.json"
+#: What says how a folder was compiled.
+COMPILED = "compile.json"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def compile_export(
 
         progress("checking weights")
         check_weights_of(export)
-        with staged_folder(target, _MANIFEST) as folder:
+        with staged_folder(target, COMPILED) as folder:
             for part in export.parts:
                 progress(f"compiling {part.name}")
                 implementation.compile(export, part, options, folder)
@@ -125,7 +126,7 @@ def compile_export(
             hashes = {name: hash_weights_file(path) for name, path in files.items()}
             value = {**key, "files": states, "hashes": hashes}
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-            (folder / _MANIFEST).write_text(text, encoding="utf-8")
+            (folder / COMPILED).write_text(text, encoding="utf-8")
     return Compiled(export, backend, options, target)
 
 
@@ -176,7 +177,7 @@ def _within_positions(export: Export, options: CompileOptions) -> CompileOptions
 
 
 def _is_whole(folder: Path, key: dict[str, Any]) -> bool:
-    path = folder / _MANIFEST
+    path = folder / COMPILED
     if not path.is_file():
         return False
     try:
@@ -193,7 +194,7 @@ def _has_its_contents(folder: Path) -> bool:
     """Whether the files of a folder that is whole have the hashes that were noted, if any were."""
     from qeff_proxy.artifact.hashes import hash_weights_file  # it needs NumPy, as listings do not
 
-    hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8")).get("hashes", {})
+    hashes = json.loads((folder / COMPILED).read_text(encoding="utf-8")).get("hashes", {})
     return all(hash_weights_file(folder / name) == digest for name, digest in hashes.items())
 
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": "run the proxy on text, sound or images, and dump every tensor with --write-io",
     "verify": "run a model on several backends and name the first layer that differs from PyTorch",
     "isolate": "find the operator that makes a backend's numbers wrong, and write it to a file",
+    "score": "compare backends with PyTorch on a text: perplexity, divergence, worst tokens",
     "compare": "compare two dumps and name the first layer that differs",
     "pack": "pack a dump's inputs for a device's own tools, with their lists and commands",
     "unpack": "make a dump of what a device's tools wrote",

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.anonymous and args.capsule is None:
         raise UsageError("--anonymous is for --capsule, which is not given")
     path = Path(args.model).expanduser()
-    if path.is_file():
+    if path.is_file() and path.suffix != ".gguf":
         return _run_capsule(args, path)
     if args.html is not None:
         check_report_place(args.html)

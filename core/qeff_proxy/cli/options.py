@@ -36,6 +36,7 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
         "--opset": (args.opset, export.made_by.get("opset")),
         "--taps": (getattr(args, "taps", None), taps),
         "--output": (args.output, None),
+        "--adapter": (", ".join(args.adapter) or None, None),
         "--model-task": (
             args.model_task,
             next((n for n, t in TASKS.items() if export.flow in t.flows), None),
@@ -61,6 +62,14 @@ def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="dtype of weights and activations (default: float32)",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[@WEIGHT]",
+        help="merge a LoRA adapter (a folder or hub id) into the weights, times WEIGHT; may be "
+        "given again",
     )
     parser.add_argument(
         "--model-task",
@@ -190,6 +199,7 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
         allow_pickle=args.allow_pickle,
         auto_class=None if task is None else task.auto_class,
         unused=UNUSED_WEIGHTS if task is None else task.unused,
+        adapters=args.adapter,
     )
     loaded = replace(loaded, task=args.model_task)
     hooks = Plugins.discover().hooks_for(loaded.model_type, task=flow_of(loaded))
@@ -228,6 +238,7 @@ def known_export_of(args: argparse.Namespace) -> Export | None:
         weights=getattr(args, "weights", "copy"),
         allow_pickle=args.allow_pickle,
         trust_remote_code=args.trust_remote_code,
+        adapters=args.adapter,
     )
 
 

@@ -56,6 +56,16 @@ TRACING = {
     "fx_config": "torch.fx.config",
     "no_stacks": "torch.fx.config:do_not_emit_stack_traces",
 }
+_LEGACY_GGUF = "transformers.modeling_gguf_pytorch_utils"
+#: To read a GGUF file tensor by tensor. Else: ``from_pretrained`` reads it whole.
+GGUF = {
+    "load": f"{_LEGACY_GGUF}:load_gguf_checkpoint",
+    "weights_map": f"{_LEGACY_GGUF}:get_gguf_hf_weights_map",
+    "processors": f"{_LEGACY_GGUF}:TENSOR_PROCESSORS",
+    "processor": f"{_LEGACY_GGUF}:TensorProcessor",
+}
+#: Architectures that newer releases read in another way. Else: there are none.
+GGUF_BLOCKS = {"is_supported": "transformers.integrations.gguf:is_gguf_arch_supported"}
 
 
 def find(group: Mapping[str, str]) -> SimpleNamespace | None:

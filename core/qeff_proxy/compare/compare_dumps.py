@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from qeff_proxy.compare.pairing import pair_dumps
 from qeff_proxy.compare.results import Comparison, Divergence, PairStats, TensorComparison
 from qeff_proxy.compare.statistics import STATS, cosine, join, relative_peak, sqnr_db
 from qeff_proxy.compare.streaming import delta_with_all_rows, measure_pair, shapes_agree
-from qeff_proxy.compare.tolerances import Tolerances
+from qeff_proxy.compare.tolerances import COMPUTED_IN, Tolerances
 from qeff_proxy.dump import Dump, StepInfo, read_dump
 from qeff_proxy.dump.format import DTYPES
 from qeff_proxy.errors import DumpError
@@ -63,6 +64,9 @@ def compare_dumps(
     if not pairing.pairs:
         raise DumpError(_nothing_in_common(one, two))
     limits = tolerances if tolerances is not None else Tolerances()
+    precision = two.provenance.get("precision") if limits.precision is None else None
+    if precision in COMPUTED_IN:
+        limits = replace(limits, precision=precision)
     limits.check_used(dict.fromkeys(str(pair.name) for pair in pairing.pairs))
     # Tensors are independent: while one waits for the disk, another is reckoned with.
     executor = ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1))
@@ -76,6 +80,8 @@ def compare_dumps(
         executor.shutdown(cancel_futures=True)
     missing = _missing(pairing)
     notes = _provenance_notes(one, two)
+    if precision in COMPUTED_IN:
+        notes.append(f"the candidate computes in {precision}: limits {COMPUTED_IN[precision]}")
     return Comparison(
         reference=one.folder,
         candidate=two.folder,

@@ -17,12 +17,8 @@ from qeff_proxy.artifact.check_target import existing_export
 from qeff_proxy.artifact.export_folder import export_folder
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.common.code_digest import code_digest
-from qeff_proxy.load.checkpoint_files import (
-    check_weights,
-    find_checkpoint,
-    identity_as,
-    read_config_file,
-)
+from qeff_proxy.load.adapter_files import Adapters, find_model
+from qeff_proxy.load.checkpoint_files import check_weights, identity_as, read_config_file
 from qeff_proxy.load.load_model import identity_with
 from qeff_proxy.parts import Kind
 from qeff_proxy.plugins.manager import Plugins
@@ -98,6 +94,7 @@ def find_known_export(
     weights: str = "copy",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    adapters: Adapters = (),
 ) -> Export | None:
     """The export of a checkpoint, where it is there and was made by what is installed.
 
@@ -115,13 +112,16 @@ def find_known_export(
         weights: How the export holds its weights.
         allow_pickle: Take a checkpoint of pickled weights.
         trust_remote_code: Fetch Python code with a checkpoint from the hub.
+        adapters: As for `qeff_proxy.load.load_model`.
 
     Raises:
         CheckpointError: There is no such checkpoint, or its files are damaged.
         PluginError: Two packages claim its model type.
         UsageError: ``QEFF_PROXY_PLUGINS`` is wrong.
     """
-    folder = find_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    folder, merged = find_model(
+        source, adapters, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
     config = read_config_file(folder)
     check_weights(folder, allow_pickle=allow_pickle)
     architectures = config.get("architectures")
@@ -129,7 +129,8 @@ def find_known_export(
         return None
     # As `qeff_proxy.load.transformers_model.class_named` says of a model that transformers knows.
     # An export by this name can only be of such a one.
-    identity = identity_with(identity_as(folder, str(architectures[0])), options)
+    places = [(adapter.folder, adapter.weight) for adapter in merged]
+    identity = identity_with(identity_as(folder, str(architectures[0]), places), options)
     owner = Plugins.discover().origin(str(config.get("model_type")))
     key = export_key(_Checkpoint(identity, dtype), owner, kind, opset, (), weights)
     return existing_export((output or export_folder(source, key)).resolve(), key)

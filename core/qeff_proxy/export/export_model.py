@@ -271,9 +271,9 @@ def _write_processor(folder: Path, loaded: LoadedModel, graphs: Graphs) -> tuple
         code = ("*.py",) if loaded.trust_remote_code else ()  # a processor's, and what it imports
         for pattern in (*_PROCESSOR_FILES, *code):
             for path in sorted(loaded.folder.glob(pattern)):
-                if not path.name.endswith(".index.json"):
+                if not path.name.endswith((".index.json", "adapter_config.json")):
                     shutil.copyfile(path, folder / path.name)
-        if loaded.notes:  # another depth than the checkpoint's config says
+        if "stands_for" in loaded.notes:  # another depth than the checkpoint's config says
             graphs.model.config.to_json_file(folder / "config.json", use_diff=False)
     else:
         loaded.model.config.save_pretrained(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,30 @@ from qeff_proxy.load.safetensors_header import read_header
 
 _SHOWN = 60  # characters of a name in an error
 _SAMPLE = 4096  # bytes
+_WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".model", ".txt"}
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+#: Copies of the weights in another layout, which transformers does not read.
+_NOT_READ = ["original/*", "consolidated*"]
+#: The link to a GGUF file, in a folder made of its metadata.
+GGUF_LINK = "weights.gguf"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 
 
-def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
+def find_checkpoint(
+    source: str,
+    *,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    hub: Mapping[str, Any] | None = None,
+) -> Path:
     """The folder of a checkpoint: ``source`` itself, or the snapshot of a hub id.
 
     Args:
         source: A local folder or a hub id such as ``openai-community/gpt2``.
         allow_pickle: Fetch pickled weights, too.
         trust_remote_code: Fetch Python code, too.
+        hub: Arguments of ``snapshot_download``: ``revision``, ``cache_dir``, ``token``.
 
     Raises:
         CheckpointError: There is no such folder and no such hub id, or the hub is out of reach.
@@ -46,7 +60,11 @@ def find_checkpoint(source: str, *, allow_pickle: bool, trust_remote_code: bool)
     patterns += ["*.py"] if trust_remote_code else []
     try:
         with quiet_logs("huggingface_hub"):  # it notes each try
-            return Path(snapshot_download(source, allow_patterns=patterns))
+            return Path(
+                snapshot_download(
+                    source, allow_patterns=patterns, ignore_patterns=_NOT_READ, **(hub or {})
+                )
+            )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source!r} is no local folder, and the model hub does not give it "
@@ -82,13 +100,6 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        _check_adapter(folder)
-        files = sorted(folder.glob("*.gguf"))
-        if files:
-            raise CheckpointError(
-                f"{folder} holds a GGUF file ({files[0].name}), which is not supported",
-                "Name the checkpoint that it was made from, as safetensors with a config.json.",
-            )
         raise CheckpointError(
             f"{folder} has no config.json", "Name the folder that holds the checkpoint's files."
         )
@@ -103,23 +114,6 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return value
 
 
-def _check_adapter(folder: Path) -> None:
-    """Refuse a folder with an adapter: without it, the answers would be those of the base model."""
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        return
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        kind = base = None
-    raise CheckpointError(
-        f"{folder} holds an adapter ({kind or 'PEFT'}), which is not supported",
-        f"Merge it into {base or 'its base model'} with peft (merge_and_unload), save the result, "
-        "and name its folder; for the base model alone, move adapter_config.json away.",
-    )
-
-
 def check_weights(folder: Path, *, allow_pickle: bool) -> None:
     """Check that the weight files are there, whole, and not pickled.
 
@@ -129,17 +123,20 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> None:
     Raises:
         CheckpointError: Names the file, and the tensor where it is about one.
     """
-    _check_adapter(folder)
-    index = folder / _INDEX
-    if index.is_file():
-        _check_shards(folder, index)
+    chosen = _chosen_weights(folder)
+    if chosen is None and (folder / GGUF_LINK).is_symlink():
+        return  # `checkpoint_tensors` reads all of its headers
+    if chosen is not None:
+        _check_shards(folder, chosen) if chosen.suffix == ".json" else _header(chosen)
         return
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
-        _header(path)
-    if files:
-        return
+    others = _other_weights(folder, [])
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if others and not (pickles and allow_pickle):
+        raise CheckpointError(
+            f"{folder} has neither model.safetensors nor {_INDEX}, and transformers does not read "
+            f"{', '.join(others)}",
+            "Download the checkpoint again, or give the file that holds its weights that name.",
+        )
     if not pickles:
         raise CheckpointError(
             f"{folder} has no weights (*.safetensors)", "Download the checkpoint again."
@@ -151,21 +148,62 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> None:
         )
 
 
-def safetensors_files(folder: Path) -> list[Path]:
-    """The files that ``from_pretrained`` takes a checkpoint's weights from.
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights of a model, apart from an adapter's."""
+    return bool(_other_weights(folder, []) or [*folder.glob("pytorch_model*.bin")])
 
-    Empty where they are pickles, are named by the config, or have an adapter's laid over them.
-    """
-    config = read_config_file(folder)
-    if config.get("transformers_weights") or (folder / "adapter_config.json").exists():
-        return []
-    single, index = folder / "model.safetensors", folder / _INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return []
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The files that ``from_pretrained`` takes a checkpoint's weights from; none if pickles."""
+    chosen = _chosen_weights(folder)
+    if chosen is None or chosen.suffix != ".json":
+        return [chosen] if chosen is not None else []
+    weight_map = json.loads(chosen.read_text(encoding="utf-8"))["weight_map"]
     return [folder / name for name in dict.fromkeys(weight_map.values())]
+
+
+def warn_of_others(folder: Path) -> None:
+    """Name the weights in a folder that are not read, in a warning."""
+    files = safetensors_files(folder)
+    others = _other_weights(folder, files) if files else []
+    if others:
+        warnings.warn(
+            f"the weights of {folder} are read from {files[0].name}"
+            f"{f' and {len(files) - 1} more' if len(files) > 1 else ''}, as transformers does; "
+            f"{', '.join(others)} left aside",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _chosen_weights(folder: Path) -> Path | None:
+    """The safetensors file or index that ``from_pretrained`` reads.
+
+    As ``transformers.modeling_utils._get_resolved_checkpoint_files`` chooses.
+    """
+    named = read_config_file(folder).get("transformers_weights")
+    if named:
+        path = folder / str(named)
+        known = path.name.endswith((".safetensors", _INDEX.partition(".")[2]))
+        if not (known and path.parent == folder and path.is_file()):
+            raise CheckpointError(
+                f"{folder / 'config.json'} says transformers_weights {named!r}, which is no "
+                "safetensors file or index in the folder",
+                "Download the checkpoint again.",
+            )
+        return path
+    paths = (folder / "model.safetensors", folder / _INDEX)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _other_weights(folder: Path, files: list[Path]) -> list[str]:
+    """Files and folders of weights besides these ``files``; an adapter's do not count."""
+    names = [path.name for path in folder.glob("*.safetensors") if path not in files]
+    if (folder / _INDEX).is_file() and folder / "model.safetensors" in files:
+        names.append(_INDEX)
+    if (folder / "original").is_dir():
+        names.append("original/")
+    return sorted(name for name in names if not name.startswith("adapter_"))
 
 
 def _check_shards(folder: Path, index: Path) -> None:
@@ -207,7 +245,7 @@ def _check_shards(folder: Path, index: Path) -> None:
 
 def file_of_tensor(folder: Path, tensor: str) -> Path:
     """The weights file that holds a tensor, or the end of whose name one has; else the folder."""
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = safetensors_files(folder)
     for ending in (tensor, tensor.partition(".")[2] or tensor):
         for path in paths:
             if any(key.endswith(ending) for key in read_header(path)):
@@ -248,26 +286,37 @@ def checkpoint_identity(folder: Path) -> str:
             digest.update(path.parent.name.encode() + b"\0")
         if path.suffix in {".json", ".py", ".jinja"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        elif path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model", ".txt"}:
+        elif path.suffix in _WEIGHTS:
             status = path.stat()
             digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
             _sample(path, digest)
     return digest.hexdigest()
 
 
-def identity_as(folder: Path, loaded_as: str) -> str:
-    """The identity of a checkpoint loaded as ``loaded_as`` (`transformers_model.class_named`)."""
-    return hashlib.sha256(f"{checkpoint_identity(folder)}\0{loaded_as}".encode()).hexdigest()
+def identity_as(folder: Path, loaded_as: str, adapters: Iterable[tuple[Path, float]] = ()) -> str:
+    """The identity of a checkpoint as it is loaded.
+
+    Args:
+        folder: The checkpoint.
+        loaded_as: The class it is loaded as (`transformers_model.class_named`).
+        adapters: Folder and weight of each adapter that it is merged with.
+    """
+    text = f"{checkpoint_identity(folder)}\0{loaded_as}"
+    for place, weight in adapters:
+        text += f"\0{checkpoint_identity(place)}\0{weight!r}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_identity(folder: Path, loaded_as: str, identity: str) -> None:
+def check_identity(
+    folder: Path, loaded_as: str, identity: str, adapters: Iterable[tuple[Path, float]] = ()
+) -> None:
     """Compare the identity of a checkpoint with the one that it had before it was read.
 
     Raises:
         CheckpointError: The files have changed in between, or are gone.
     """
     try:
-        unchanged = identity_as(folder, loaded_as) == identity
+        unchanged = identity_as(folder, loaded_as, adapters) == identity
     except (OSError, ValueError):
         unchanged = False
     if not unchanged:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qeff_proxy.errors import CheckpointError
-from qeff_proxy.load.checkpoint_files import safetensors_files
+from qeff_proxy.load.checkpoint_files import GGUF_LINK, safetensors_files
+from qeff_proxy.load.gguf_files import gguf_weights
 from qeff_proxy.load.quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.load.weight_sources import StoredWeight, Weight
@@ -24,7 +25,7 @@ FORMATS = {
 }
 
 
-def checkpoint_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Weight]:
+def checkpoint_tensors(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Weight]:
     """What ``from_pretrained`` would load from a folder, by key; reads headers only.
 
     Weights that are stored as codes and scales are among them as what they stand for.
@@ -34,11 +35,13 @@ def checkpoint_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Wei
         config: Its ``config.json``.
 
     Returns:
-        Nothing where the weights are not in safetensors files.
+        Nothing where transformers must load them whole: pickles, and some GGUF files.
 
     Raises:
         CheckpointError: They are quantized with a method that is not known, or not as it says.
     """
+    if (folder / GGUF_LINK).is_symlink():
+        return gguf_weights(folder, config)
     held = {
         key: StoredWeight(path, key, place)
         for path in safetensors_files(folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import CheckpointError
+from qeff_proxy.load.checkpoint_files import safetensors_files
 from qeff_proxy.load.safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -98,5 +99,5 @@ def _own_name(config: PreTrainedConfig, name: str) -> str:
 
 def _layers_of(folder: Path) -> int:
     """One more than the largest number in the weights' names."""
-    names = (name for path in folder.glob("*.safetensors") for name in read_header(path))
+    names = (name for path in safetensors_files(folder) for name in read_header(path))
     return 1 + max((int(number) for name in names for number in _INDEX.findall(name)), default=-1)

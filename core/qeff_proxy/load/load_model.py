@@ -16,12 +16,13 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.common.private_names import attention_of, model_classes
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
+from qeff_proxy.load.adapter_files import Adapters, find_model
 from qeff_proxy.load.checkpoint_files import (
     check_identity,
     check_weights,
-    find_checkpoint,
     identity_as,
     read_config_file,
+    warn_of_others,
 )
 from qeff_proxy.load.config_checks import check_architectures, check_sizes
 from qeff_proxy.load.tasks import TASKS, UNUSED_WEIGHTS
@@ -112,6 +113,7 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     unused: tuple[str, ...] = UNUSED_WEIGHTS,
+    adapters: Adapters = (),
 ) -> LoadedModel:
     """Find a checkpoint and check its files; `LoadedModel.model` reads the weights.
 
@@ -123,6 +125,8 @@ def load_model(
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read pickled weights, which can run code.
         unused: Globs of weights that are not used, so that a checkpoint may lack them.
+        adapters: Folders or hub ids of LoRA adapters that the weights are merged with, as
+            ``PATH`` or ``PATH@WEIGHT``, or their weights by path.
 
     Raises:
         CheckpointError: It cannot be found, read or trusted, or it lacks weights.
@@ -132,19 +136,34 @@ def load_model(
     from qeff_proxy.load.checkpoint_tensors import checkpoint_tensors
 
     check_dtype(dtype)
-    folder = find_checkpoint(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    folder, merged = find_model(
+        source, adapters, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
     config_file = read_config_file(folder)
     check_weights(folder, allow_pickle=allow_pickle)
+    warn_of_others(folder)
     _check_architecture(config_file, source, trust_remote_code)
     check_architectures(folder / "config.json", config_file)
     if not config_file.get("auto_map"):
         check_sizes(folder, load_config(folder))
     held = checkpoint_tensors(folder, config_file)
     loaded_as = class_named(config_file, auto_class)
-    identity = identity_as(folder, loaded_as)
+    places = [(adapter.folder, adapter.weight) for adapter in merged]
+    identity = identity_as(folder, loaded_as, places)
+    if merged:
+        from qeff_proxy.load.merge_adapters import with_adapters
+        from qeff_proxy.load.transformers_model import model_on_meta
+
+        if not held:
+            raise CheckpointError(
+                f"{folder} has its weights as pickles, into which no adapter is merged",
+                "Convert them to safetensors.",
+            )
+        model = model_on_meta(folder, config_file, auto_class, trust_remote_code=trust_remote_code)
+        held = with_adapters(held, merged, model, f"{source} ({folder})")
 
     def check_unchanged() -> None:
-        check_identity(folder, loaded_as, identity)
+        check_identity(folder, loaded_as, identity, places)
 
     def read(tensors: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
         model = read_model(
@@ -178,6 +197,7 @@ def load_model(
         sample=sample,
         check_unchanged=check_unchanged,
         weights=held,
+        notes={"adapters": [{"path": str(p), "weight": w} for p, w in places]} if places else {},
     )
 
 

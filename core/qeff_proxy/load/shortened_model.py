@@ -64,7 +64,7 @@ def with_depth(loaded: LoadedModel, depth: str | int) -> LoadedModel:
             and `UnsupportedModelError` where its layers cannot be found.
     """
     asked = parse_depth(depth)
-    notes: dict[str, object] = {}
+    notes: dict[str, object] = dict(loaded.notes)
 
     def count(layers: LayerList) -> int:
         number = prefix_with_every_kind(layers.kinds, _TWICE) if asked == "auto" else asked

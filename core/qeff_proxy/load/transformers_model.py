@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.common.messages import first_line
-from qeff_proxy.common.private_names import model_classes
+from qeff_proxy.common.private_names import build_model, model_classes
 from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.errors import CheckpointError, ProxyError, UnsupportedModelError
-from qeff_proxy.load.checkpoint_files import file_of_tensor
+from qeff_proxy.load.checkpoint_files import GGUF_LINK, file_of_tensor
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES
 from qeff_proxy.load.tasks import UNUSED_WEIGHTS
 from qeff_proxy.plugins.entry_points import find_entries, load_entry, pick_entry
@@ -88,6 +88,9 @@ def read_model(
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # refused below, with the tensor's name
     }
+    if tensors is None and not held and (folder / GGUF_LINK).is_symlink():
+        settings = transformers.GgufConfig(dequantize=True)
+        arguments.update(gguf_file=GGUF_LINK, quantization_config=settings, use_safetensors=None)
     try:
         with quiet_loading():
             if tensors is not None:
@@ -122,28 +125,66 @@ def _load_tensors(
     loader: Any, folder: Path, tensors: Mapping[str, torch.Tensor], arguments: dict[str, Any]
 ) -> Any:
     """What ``from_pretrained`` gives for a checkpoint with other tensors than its files'."""
-    import torch
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    if hasattr(loader, "config_class"):  # a model class
-        config = loader.config_class.from_pretrained(folder)
-    elif hasattr(loader, "from_config"):  # an auto class
-        trust = arguments["trust_remote_code"]
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-        if "--" in str(getattr(config, "auto_map", "")):
-            raise ValueError("its code lies in another repository")
-        # An auto class looks for remote code in the folder, which is not passed below.
-        with torch.device("meta"):
-            loader = type(loader.from_config(config, trust_remote_code=trust))
-    else:
+    kind, config = _class_of(loader, folder, trust_remote_code=arguments["trust_remote_code"])
+    if config is None:
         return loader.from_pretrained(folder, state_dict=tensors, **arguments)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # ``tensors`` are what it describes, dequantized
-    model, notes = loader.from_pretrained(None, config=config, state_dict=tensors, **arguments)
+    model, notes = kind.from_pretrained(None, config=config, state_dict=tensors, **arguments)
     model.config.name_or_path = model.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, notes
+
+
+def _class_of(loader: Any, folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The class of the model that a loader gives, and its config.
+
+    The config is ``None`` where the loader is no class of transformers.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    if hasattr(loader, "config_class"):  # a model class
+        return loader, loader.config_class.from_pretrained(folder)
+    if not hasattr(loader, "from_config"):
+        return loader, None
+    config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    if "--" in str(getattr(config, "auto_map", "")):
+        raise ValueError("its code lies in another repository")
+    # An auto class looks for remote code in the folder, which a caller may not pass to it.
+    with torch.device("meta"):
+        return type(loader.from_config(config, trust_remote_code=trust_remote_code)), config
+
+
+@one_model_at_a_time
+def model_on_meta(
+    folder: Path, config_file: dict[str, Any], auto_class: str | None, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model that a checkpoint is of, without weights.
+
+    Raises:
+        CheckpointError: It cannot be built by its config.
+        UnsupportedModelError: Its architecture is not one of the task asked for.
+    """
+    import torch
+    import transformers
+
+    loader = _loader(transformers, config_file, auto_class, trust_remote_code)
+    try:
+        with quiet_loading(), torch.device("meta"):
+            kind, config = _class_of(loader, folder, trust_remote_code=trust_remote_code)
+            if config is None:
+                raise ValueError("the class of its own code is not known")
+            model = build_model(kind, config, torch.float32)
+            model.tie_weights()
+    except Exception as error:  # models check, and reckon with, their configs in many ways
+        raise _loading_error(folder, config_file, loader, error) from error
+    return model
 
 
 def _check_kinds(held: Mapping[str, Weight], model: PreTrainedModel) -> None:

@@ -156,6 +156,7 @@ def _provenance(
         "model": compiled.export.model,
         "kind": compiled.export.kind,
         "dtype": compiled.export.dtype,
+        "precision": load_backend(compiled.backend).precision(compiled.options),
         "made_by": compiled.export.made_by,
         "backend": compiled.backend,
         "versions": dict(load_backend(compiled.backend).versions()),

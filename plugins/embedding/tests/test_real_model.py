@@ -51,9 +51,12 @@ def test_the_command_line_gives_the_same_vectors(model, expected, tmp_path, caps
 
 
 def test_a_result_is_an_array_and_options_for_hardware_are_ignored(model, expected):
-    with pytest.warns(UserWarning, match="runtime_ai100 is for QEfficient's hardware"):
-        result = model.generate(TEXTS[:2], runtime_ai100=True)
+    with pytest.warns(UserWarning, match="device_ids is ignored"):
+        result = model.generate(TEXTS[:2], runtime_ai100=True, device_ids=[0])
     assert np.abs(np.asarray(result) - expected[:2]).max() < 1e-5
+    assert np.array_equal(result["output"], np.asarray(result))
+    on_torch = model.generate(TEXTS[:2], runtime_ai100=False)
+    assert np.abs(on_torch["output"] - expected[:2]).max() < 1e-5
     with pytest.raises(UsageError, match="takes no poling"):
         model.generate(TEXTS[:2], poling="mean")
 

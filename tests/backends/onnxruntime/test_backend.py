@@ -268,3 +268,19 @@ def test_compiling_again_what_is_there_imports_no_family(trained: Export) -> Non
     assert done.returncode == 0, done.stderr
     assert "was compiled already" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_quantizing_leaves_the_logging_of_the_process_alone(demo_export, tmp_path):
+    code = f"""
+import logging
+from pathlib import Path
+from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.backends.compile_export import compile_export
+from qeff_proxy.compile_options import CompileOptions
+options = CompileOptions(backend={{"weights": "int4"}})
+compile_export(read_export(Path({str(demo_export)!r})), "onnxruntime", options, force=True)
+assert not logging.getLogger().handlers and logging.getLogger().level == logging.WARNING
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[INFO]" not in done.stderr

@@ -8,7 +8,9 @@ position tables) are not changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -180,15 +182,27 @@ def _registered(
     return tuple(values)
 
 
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Undo what the quantizer's module does as it is imported: it makes all libraries log."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
 def _quantized(
     graph: ir.Graph, weight: ir.Value, file: BinaryIO, options: WeightOptions, *, transposed: bool
 ) -> _Quantized:
     """Quantize a weight and write it to ``file``."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        DefaultWeightOnlyQuantizer,
-    )
-
+    with _own_logging():
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            DefaultWeightOnlyQuantizer,
+        )
     assert weight.const_value is not None  # noqa: S101 (as _weight_of found it)
     array = weight.const_value.numpy()
     if not np.isfinite(array).all():

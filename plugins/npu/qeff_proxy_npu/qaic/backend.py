@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -131,7 +132,15 @@ class QaicBackend(FixedShapesBackend):
         graph = graph_beside_weights(export, part, work)
         write_specializations(part, specializations, work / "specializations.json")
         command = [str(compiler), *self._arguments(export, part, options, work, graph)]
-        _run(command, work, export.folder / "compiled" / "logs" / f"qaic-{part.name}.log", options)
+        log = export.folder / "compiled" / "logs" / f"qaic-{part.name}.log"
+        try:
+            _run(command, work, log, options)
+        except BackendError:
+            if not _refuses_specializations(log):
+                raise
+            shutil.rmtree(work / "qpc", ignore_errors=True)
+            write_specializations(part, specializations, work / "specializations.json", named=False)
+            _run(command, work, log, options)
         graph.unlink()
         if part.weights is not None:
             (work / part.weights).unlink()
@@ -219,6 +228,12 @@ def _run(command: list[str], work: Path, log: Path, options: CompileOptions) -> 
         _failed(work, log, f"refuses it with exit status {done.returncode}: {last}")
     if not (work / "qpc" / "programqpc.bin").is_file():
         _failed(work, log, "ended well, but wrote no programqpc.bin")
+
+
+def _refuses_specializations(log: Path) -> bool:
+    """Whether the compiler complains of them, as one does that does not know the named form."""
+    said = log.read_text(encoding="utf-8", errors="replace").partition("\n")[2]
+    return re.search(r"speciali[sz]ation|symbols", said, re.IGNORECASE) is not None
 
 
 def _failed(work: Path, log: Path, what: str) -> NoReturn:

@@ -38,15 +38,20 @@ _SYMBOLS = {
 }
 
 
-def write_specializations(part: ExportedPart, found: Sequence[Sizes], path: Path) -> None:
+def write_specializations(
+    part: ExportedPart, found: Sequence[Sizes], path: Path, *, named: bool = True
+) -> None:
     """Write ``specializations.json``: a name, and the size of each symbol as a string.
 
     Args:
         part: The part.
         found: Its specializations (`qeff_proxy_npu.fixed_shapes.Plan`).
         path: The file.
+        named: False writes the sizes alone, as QEfficient did up to 1.21: older compilers refuse
+            values that are objects.
     """
-    value = {"specializations": [_specialization(part, sizes, found) for sizes in found]}
+    specializations = [_specialization(part, sizes, found) for sizes in found]
+    value = {"specializations": [one if named else one["symbols"] for one in specializations]}
     path.write_text(json.dumps(value, indent=4), encoding="utf-8")
 
 

@@ -69,6 +69,15 @@ def test_the_files_are_those_of_qefficient(sdk: Path, export: Export) -> None:
     assert (folder / "body" / "qpc" / "programqpc.bin").read_bytes() == b"a program"
 
 
+def test_an_older_compiler_gets_the_sizes_alone(
+    sdk: Path, export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QAIC_FAULT", "old")
+    written = compiled(export, mos=3) / "body" / "specializations.json"
+    sizes = {"batch_size": "1", "ctx_len": "32", "past_len": "24", "seq_len": "8"}
+    assert json.loads(written.read_text())["specializations"][0] == sizes
+
+
 def test_without_options_it_is_16_cores_of_one_card_in_float16(sdk: Path, export: Export) -> None:
     folder = compiled(export)
     assert command(folder)[1:] == [

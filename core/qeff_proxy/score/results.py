@@ -1,0 +1,129 @@
+"""The scores of backends, as values, JSON and text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qeff_proxy.common.json_schema import plain_json
+from qeff_proxy.errors import UsageError
+
+#: What a limit may be of, and whether it is the least or the most.
+LIMITS = {"ratio": "most", "kl": "most", "p99": "most", "flips": "most", "top1": "least",
+          "top5": "least"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """A token of the text at which the backend differs most.
+
+    Attributes:
+        before: The text before it.
+        token: It.
+        kl: The divergence of the two distributions, in nats.
+        reference: Its probability by the reference.
+        candidate: Its probability by the backend.
+        expected: The reference's first token.
+        chosen: The backend's.
+    """
+
+    before: str
+    token: str
+    kl: float
+    reference: float
+    candidate: float
+    expected: str
+    chosen: str
+
+
+@dataclass(frozen=True)
+class BackendScore:
+    """What one backend's precision costs on the text.
+
+    Attributes:
+        backend: Its name.
+        precision: What it computes in, where that is less than the model's dtype.
+        error: Why it has no score, or ``None``.
+        measures: As `qeff_proxy.score.tally.measures_of` names them, and ``median``, ``p99`` and
+            ``max`` of the divergence.
+        intervals: Where a measure is with 95% certainty (windows resampled).
+        worst: The tokens with the largest divergence, the worst first.
+        missed: The limits that it does not keep, in words.
+    """
+
+    backend: str
+    precision: str | None = None
+    error: str | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    worst: tuple[WorstToken, ...] = ()
+    missed: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether it ran, and keeps the limits."""
+        return self.error is None and not self.missed
+
+
+@dataclass(frozen=True)
+class Score:
+    """A text, scored.
+
+    Attributes:
+        source: The model.
+        text: The file.
+        window: Tokens of a window.
+        windows: How many there are.
+        tokens: How many tokens are scored: those of the second half of each window.
+        backends: Their scores.
+    """
+
+    source: str
+    text: str
+    window: int
+    windows: int
+    tokens: int
+    backends: tuple[BackendScore, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all backends ran and keep the limits."""
+        return all(one.passed for one in self.backends)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        value: dict[str, Any] = plain_json(self)
+        return {**value, "passed": self.passed}
+
+
+def parse_limits(text: str) -> dict[str, float]:
+    """Read ``NAME:VALUE,…``.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    limits = {}
+    for piece in text.split(","):
+        name, _, value = piece.partition(":")
+        try:
+            limits[name] = float(value)
+            if name not in LIMITS or not limits[name] >= 0:
+                raise ValueError
+        except ValueError:
+            known = ", ".join(LIMITS)
+            raise UsageError(
+                f"--limit {piece} is not NAME:VALUE", f"Names are {known}; such as kl:0.01."
+            ) from None
+    return limits
+
+
+def missed_limits(measures: Mapping[str, float], limits: Mapping[str, float]) -> tuple[str, ...]:
+    """The limits that are not kept, in words; a NaN keeps none."""
+    missed = []
+    for name, limit in limits.items():
+        value = measures[name]
+        if not (value <= limit if LIMITS[name] == "most" else value >= limit):
+            side = "below" if value < limit else "above"
+            missed.append(f"{name} {value:.4g} is {side} {limit:g}")
+    return tuple(missed)
