@@ -58,8 +58,9 @@ ORDER = [
 OUTSIDE = {"", "__main__"}
 # Families whose plugins are planned; the rest is read from the entry points.
 PLANNED = ("bert", "gemma3", "internvl", "llava", "molmo", "wav2vec2", "whisper")
-# The checkpoint that comes with the program is named after what it is; /opt is a folder.
-ALLOWED = re.compile(r"tiny[-_ ]gpt2|/opt/", re.IGNORECASE)
+# The checkpoint that comes with the program is named after what it is; /opt is a folder; llama.cpp
+# is a program.
+ALLOWED = re.compile(r"tiny[-_ ]gpt2|/opt/|llama\.cpp|llama-gguf-split", re.IGNORECASE)
 # A suite for backends needs some real model to compile; it branches on none.
 EXAMPLES = {"core/qeff_proxy/testing/backend_parts.py"}
 
