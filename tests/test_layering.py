@@ -48,6 +48,7 @@ ORDER = [
     "verify",
     "isolate",
     "score",
+    "sweep",
     "demo",
     "auto",
     "testing",

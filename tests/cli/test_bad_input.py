@@ -26,7 +26,10 @@ def fails(capsys: Any, *arguments: str, code: int) -> str:
     """Run the command; give its one line on stderr."""
     assert main(arguments) == code
     out, err = capsys.readouterr()
-    assert out == ""
+    if "--json" in arguments:
+        assert json.loads(out)["error"]["exit_code"] == code
+    else:
+        assert out == ""
     assert err.startswith("qeff-proxy: error: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err

@@ -26,6 +26,7 @@ GROUPS = {
     "qeff_proxy.backend_listings",
     "qeff_proxy.demos",
     "qeff_proxy.device_targets",
+    "qeff_proxy.executors",
     "qeff_proxy.remote_code",
 }
 

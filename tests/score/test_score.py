@@ -128,7 +128,8 @@ def test_perplexity_is_that_of_transformers(demo_checkpoint, eager, tokenizer, t
         first = max(1, tokens.shape[1] // 2)
         chosen = logits[first - 1 : -1].log_softmax(1).gather(1, tokens[0, first:, None])
         losses, count = losses - chosen.sum().item(), count + len(chosen)
-    assert (score.tokens, score.windows) == (count, len(windows))
+    assert score.scored == count
+    assert score.said == f"{count} tokens scored, in {len(windows)} windows of {WINDOW}"
     for one in score.backends:
         assert one.error is None
         assert one.measures["reference"] == pytest.approx(np.exp(losses / count), rel=1e-5)
@@ -146,7 +147,7 @@ def test_chunks_and_batches_change_nothing(demo_export, text):
     pieces = score_model(demo_export, ["torch"], text, ScoreOptions(window=WINDOW, verify=options))
     for one, other in zip(whole.backends, pieces.backends, strict=True):
         assert other.measures["candidate"] == pytest.approx(one.measures["candidate"], rel=1e-6)
-        assert (pieces.tokens, pieces.windows) == (whole.tokens, whole.windows)
+        assert pieces.said == whole.said
 
 
 def test_a_worse_backend_is_told_with_its_worst_tokens(demo_export, text, noisy, capsys):

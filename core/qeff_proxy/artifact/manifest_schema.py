@@ -23,6 +23,7 @@ from qeff_proxy.common.json_schema import (
     plain_json,
     read_as,
 )
+from qeff_proxy.common.shown import Shown
 from qeff_proxy.dump.format import DTYPES as TENSOR_DTYPES
 from qeff_proxy.parts import Dtype, Kind, MaskSpec, TensorSpec, is_tap
 
@@ -59,8 +60,8 @@ class ExportedPart:
     masks: tuple[MaskSpec, ...] = ()
 
 
-@dataclass(frozen=True)
-class Export:
+@dataclass(frozen=True, repr=False)
+class Export(Shown):
     """An export, read from its folder.
 
     Attributes:
@@ -103,6 +104,16 @@ class Export:
             if part.name == name:
                 return part
         raise KeyError(name)
+
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        return {
+            "model": self.model.get("source"),
+            "kind": f"{self.kind}, {self.dtype}",
+            "parts": ", ".join(part.name for part in self.parts),
+            "bytes": f"{sum(self.files.values()):,}",
+            "folder": self.folder,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``export.json``."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qeff_proxy.flows.generation.generate import PerfMetrics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Transcript(ByName):
     """What a CTC model heard; prints as its text.
 
@@ -39,11 +39,15 @@ class Transcript(ByName):
     logits: list[npt.NDArray[np.float32]]
     io_folder: Path | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        return {"texts": self.texts, "dump": self.io_folder}
+
     def __str__(self) -> str:
         return "\n".join(self.texts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpeechResult(ByName):
     """What an encoder and decoder heard; prints as its text.
 
@@ -61,6 +65,10 @@ class SpeechResult(ByName):
     segments: list[list[dict[str, Any]]] | None
     perf_metrics: PerfMetrics
     io_folder: Path | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        return {"texts": self.texts or self.generated_ids.tolist(), "dump": self.io_folder}
 
     def __str__(self) -> str:
         return "\n".join(self.texts) if self.texts is not None else str(self.generated_ids)

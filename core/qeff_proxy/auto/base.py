@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from qeff_proxy.artifact.export_folder import check_export_place
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.auto.checkpoint import load_checkpoint, remove_view
 from qeff_proxy.auto.on_disk import export_of_graphs
@@ -25,6 +26,7 @@ from qeff_proxy.auto.right_class import with_right_class
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.common import arguments
 from qeff_proxy.common.messages import type_named
+from qeff_proxy.common.shown import Shown
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import ProxyError, UnsupportedModelError, UsageError
@@ -55,7 +57,7 @@ _VOCABULARY = "vocabulary.safetensors"
 HOW = {"runtime_ai100", "iteration"}
 
 
-class ByName:
+class ByName(Shown):
     """A result whose values can be read by name, as ``result["logits"]``."""
 
     def __getitem__(self, name: str) -> Any:
@@ -65,7 +67,7 @@ class ByName:
         return getattr(self, name)
 
 
-class ProxyModel:
+class ProxyModel(Shown):
     """The base class of the faces: load, export, compile."""
 
     task: ClassVar[Task]
@@ -175,6 +177,16 @@ class ProxyModel:
         weakref.finalize(model, remove_view, view)
         return model
 
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        loaded = self._loaded
+        return {
+            "model": f"{loaded.source} ({loaded.model_type}, {loaded.dtype})",
+            "proxy": self._kind,
+            "export": self._export and self._export.folder,
+            "compiled": self.qpc_path,
+        }
+
     @property
     def model(self) -> PreTrainedModel:
         """The uncut transformers model."""
@@ -223,12 +235,14 @@ class ProxyModel:
         others = without_ignored(ignored, EXPORT, self.export)
         if others:
             raise UsageError(f"export has no argument {min(others)!r}", "See its arguments.")
+        folder = arguments.path("export_dir", export_dir)
+        check_export_place(self._loaded.source, folder)
         try:
             self._export = export_model(
                 self._loaded,
                 self._hooks,
                 self._kind,
-                output=arguments.path("export_dir", export_dir),
+                output=folder,
                 opset=opset,
                 taps=taps,
                 num_layers=num_layers,

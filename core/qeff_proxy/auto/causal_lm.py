@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qeff_proxy.flows.generation.generate import PerfMetrics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GenerationResult(ByName):
     """The result of ``generate``.
 
@@ -41,6 +41,17 @@ class GenerationResult(ByName):
     generated_texts: list[str] | None
     perf_metrics: PerfMetrics
     io_folder: Path | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        ids, speed = self.generated_ids, self.perf_metrics
+        return {
+            "texts": self.generated_texts,
+            "tokens": " x ".join(map(str, ids.shape)),
+            "first after": f"{speed.prefill_time:.3f} s",
+            "then": f"{speed.decode_perf:.1f} tokens/s",
+            "dump": self.io_folder,
+        }
 
     @classmethod
     def of(cls, result: RunResult) -> Self:

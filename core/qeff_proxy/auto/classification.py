@@ -15,7 +15,7 @@ from qeff_proxy.auto.embedding import TextEncoder
 from qeff_proxy.load.tasks import TASKS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClassificationResult(ByName):
     """What a classifier found; prints as its labels.
 
@@ -31,6 +31,10 @@ class ClassificationResult(ByName):
     scores: list[Any]
     logits: npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]
     io_folder: Path | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        return {"labels": self.labels, "dump": self.io_folder}
 
     def __str__(self) -> str:
         return "\n".join(

@@ -23,7 +23,7 @@ from qeff_proxy.run.run_compiled import RunResult
 _MANY = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EmbeddingResult(ByName):
     """The result of ``generate``; numpy converts it to its vectors.
 
@@ -35,6 +35,14 @@ class EmbeddingResult(ByName):
 
     embeddings: npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]
     io_folder: Path | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        shapes = {" x ".join(map(str, np.shape(each))) for each in self.embeddings}
+        return {
+            "embeddings": f"{len(self.embeddings)} of {' or '.join(sorted(shapes))}",
+            "dump": self.io_folder,
+        }
 
     def __getitem__(self, name: str) -> Any:
         """A value by its name: QEfficient calls the embeddings ``output``.

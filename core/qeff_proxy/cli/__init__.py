@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, Protocol, cast
 
-from qeff_proxy.cli.output import plain_warnings, report_error
+from qeff_proxy.cli.output import plain_warnings, print_json_error, report_error
 from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.errors import ArtifactError, ProxyError, UsageError
 
@@ -33,12 +33,15 @@ COMMANDS = {
     "verify": "run a model on several backends and name the first layer that differs from PyTorch",
     "isolate": "find the operator that makes a backend's numbers wrong, and write it to a file",
     "score": "compare backends with PyTorch on a text: perplexity, divergence, worst tokens",
+    "sweep": "verify many models on many backends, keep every result, and say what changed",
     "compare": "compare two dumps and name the first layer that differs",
     "pack": "pack a dump's inputs for a device's own tools, with their lists and commands",
     "unpack": "make a dump of what a device's tools wrote",
     "run-on": "pack a dump, run it on a device by a command, and compare",
     "backends": "list backends, what they need and how to install it, their devices and options",
     "plugin": "write a package for a plugin of your own, which passes its conformance suite",
+    "doctor": "show versions, backends, the cache, memory and disk, and what is wrong with any",
+    "shell-completion": "print a script that completes commands and options in your shell",
     "plugins": "list plugins, the model types they serve and what is wrong with any",
 }
 
@@ -53,8 +56,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports wrong arguments in one line, like all other errors."""
 
     def error(self, message: str) -> NoReturn:
-        report_error(f"{message}. See {self.prog} --help.")
-        self.exit(2)
+        raise UsageError(message, f"See {self.prog} --help.")
 
 
 def _load_command(name: str) -> _Command:
@@ -115,7 +117,19 @@ def _run(arguments: Sequence[str]) -> int:
     """
     chosen = next((word for word in arguments if word in COMMANDS), None)
     parser = build_parser(chosen)
-    args = parser.parse_args(arguments)
+
+    def failed(error: BaseException, message: str, exit_code: int) -> int:
+        report_error(message)
+        if "--json" in arguments:
+            hint = getattr(error, "hint", None)
+            problem = getattr(error, "problem", message)
+            print_json_error(type(error).__name__, problem, hint, exit_code)
+        return exit_code
+
+    try:
+        args = parser.parse_args(arguments)
+    except UsageError as error:
+        return failed(error, str(error), error.exit_code)
     if args.version:
         from qeff_proxy.common.version import installed_version
 
@@ -131,32 +145,27 @@ def _run(arguments: Sequence[str]) -> int:
     except ProxyError as error:
         if args.debug:
             raise
-        report_error(str(error))
-        return error.exit_code
+        return failed(error, str(error), error.exit_code)
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # rich turns it into an exit
             raise error.__context__ from None
         if args.debug:
             raise
-        report_error("a plugin or library ended the program; run with --debug for the trace")
-        return 70
+        said = "a plugin or library ended the program; run with --debug for the trace"
+        return failed(error, said, 70)
     except Exception as error:
         if args.debug or isinstance(error, BrokenPipeError) or _is_of_output(error):
             raise
         if errno.ELOOP in (getattr(each, "errno", None) for each in (error, error.__context__)):
-            report_error(f"{error}. Correct the link, or name another folder (or QEFF_HOME).")
-            return ArtifactError.exit_code
-        report_error(
-            f"unexpected {type(error).__name__}: {error}. This is a defect of qeff-proxy or of a "
-            "plugin; run with --debug for the trace."
-        )
-        return 70
+            said = f"{error}. Correct the link, or name another folder (or QEFF_HOME)."
+            return failed(error, said, ArtifactError.exit_code)
+        said = f"unexpected {type(error).__name__}: {error}. This is a defect of qeff-proxy or of a"
+        return failed(error, f"{said} plugin; run with --debug for the trace.", 70)
     except KeyboardInterrupt as error:
         if args.debug:
             raise
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-        report_error(f"interrupted{where}; no result is half-written")
-        return 130
+        return failed(error, f"interrupted{where}; no result is half-written", 130)
 
 
 @contextmanager

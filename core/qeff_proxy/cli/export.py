@@ -25,10 +25,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights",
-        choices=("copy", "reference"),
+        choices=("copy", "reference", "keep"),
         default="copy",
         help="reference: link the checkpoint's files instead of copying them (ONNX Runtime reads "
-        "such files, onnx.load refuses them; default: copy)",
+        "such files, onnx.load refuses them); keep: write the codes and scales of a quantized "
+        "checkpoint, not the floats they stand for (default: copy)",
     )
 
 

@@ -13,6 +13,7 @@ from qeff_proxy.cli.options import (
     add_backend_option,
     add_model_options,
     add_shape_options,
+    check_place,
     compile_options_of,
     kind_of,
     loaded_of,
@@ -129,6 +130,7 @@ def _on_backend(args: argparse.Namespace) -> Fault:
     """The operator that is at fault on a backend."""
     request = request_of(args)
     by_backend = options_by_backend(args, [args.backend])
+    check_place(args)
     with stage_display("isolating", quiet=args.json) as progress:
         progress("loading libraries")
         from qeff_proxy.isolate.isolate_fault import isolate_fault

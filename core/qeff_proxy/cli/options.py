@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qeff_proxy.artifact.manifest_schema import Export
+from qeff_proxy.artifact.manifest_schema import MANIFEST, Export
 from qeff_proxy.backends.compile_export import Compiled
 from qeff_proxy.cli.output import add_json_option, stage_display
+from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel
@@ -52,11 +53,16 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
             )
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, exports: bool) -> None:
-    """MODEL and how to load and cut it."""
+def add_model_options(
+    parser: argparse.ArgumentParser, *, exports: bool, several: bool = False
+) -> None:
+    """MODEL, or several, and how to load and cut it."""
     what = "a checkpoint's folder or hub id"
     parser.add_argument(
-        "model", metavar="MODEL", help=f"{what}, or an export's folder" if exports else what
+        "model",
+        metavar="MODEL",
+        nargs="+" if several else None,
+        help=f"{what}, or an export's folder" if exports else what,
     )
     parser.add_argument(
         "--dtype",
@@ -281,6 +287,16 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
             progress=progress,
         )
     return export, hooks
+
+
+def check_place(args: argparse.Namespace) -> None:
+    """Refuse a folder of exports that cannot be written to, before anything is loaded."""
+    from qeff_proxy.artifact.export_folder import cache_home
+    from qeff_proxy.load.checkpoint_files import folder_named
+
+    folder = folder_named(args.model)
+    is_export = (folder / MANIFEST).is_file()
+    check_writable(folder if is_export else args.output or cache_home())
 
 
 def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False) -> Compiled:

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 _EPILOG = """\
 The text is cut into windows; PyTorch and each backend run them, and the tokens of the second half
 of each window are scored. KL is the divergence of the backend's next-token distribution from
-PyTorch's, in nats; flips are tokens that one of the two has first and the other has not. Intervals
-are of 95%, by resampling windows.
+PyTorch's, in nats; flips are tokens that one of the two has first and the other has not. Of an
+embedder, each line is a text: cosine of its two vectors, Spearman's correlation of the similarities
+of all pairs, and whether the nearest other line is the same. Intervals are of 95%.
 Exit status: 0, or 1 when a backend fails or misses a --limit.
 """
 #: Measure → what the table calls it, and its format.
@@ -46,6 +47,11 @@ _ROWS = {
     "top1": ("same first token", "{:.3%}"),
     "top5": ("among first 5", "{:.3%}"),
     "flips": ("flips", "{:.3%}"),
+    "cosine": ("cosine, mean", "{:.6f}"),
+    "p01": ("cosine, 1%", "{:.6f}"),
+    "least": ("cosine, least", "{:.6f}"),
+    "rank": ("rank correlation", "{:.6f}"),
+    "nearest": ("same nearest line", "{:.3%}"),
 }
 _SHOWN = 5
 
@@ -61,7 +67,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window", type=int, metavar="N", help="tokens of a window (default: 512 at most)"
     )
-    parser.add_argument("--windows", type=int, metavar="N", help="score no more than the first N")
+    parser.add_argument(
+        "--windows", type=int, metavar="N", help="score no more than the first N, or lines"
+    )
     parser.add_argument(
         "--worst", type=int, default=_SHOWN, metavar="N", help="tokens to name (default: 5)"
     )
@@ -69,7 +77,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--limit",
         default="",
         metavar="NAME:VALUE,…",
-        help="exit with 1 beyond these: ratio, kl, p99, flips at most, top1, top5 at least",
+        help="exit with 1 beyond these: ratio, kl, p99, flips at most; top1, top5, cosine, p01, "
+        "least, rank, nearest at least",
     )
     add_shape_options(parser)
     add_calibration_option(parser)
@@ -121,10 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(score: Score) -> Iterator[RenderableType]:
     """A table and the worst tokens of each backend."""
-    yield (
-        f"{score.text}: {score.tokens} tokens scored, in {score.windows} windows of "
-        f"{score.window} of {score.source}"
-    )
+    yield f"{score.text}: {score.said} of {score.source}"
     for one in score.backends:
         yield ""
         if one.error is not None:
@@ -133,12 +139,8 @@ def _lines(score: Score) -> Iterator[RenderableType]:
         yield _table(one)
         for limit in one.missed:
             yield f"{one.backend}: {limit}"
-        for token in one.worst:
-            yield (
-                f"KL {token.kl:.1e} at …{printable(token.before)}[{printable(token.token)}]: "
-                f"{token.reference:.1%} in PyTorch and {token.candidate:.1%}; first "
-                f"{printable(token.expected)!r} and {printable(token.chosen)!r}"
-            )
+        for worst in one.worst:
+            yield printable(str(worst))
 
 
 def _table(one: BackendScore) -> RenderableType:
@@ -149,6 +151,8 @@ def _table(one: BackendScore) -> RenderableType:
     for column in (title, "", "95% interval"):
         table.add_column(column, justify="left" if column == title else "right")
     for name, (title, form) in _ROWS.items():
+        if name not in one.measures:
+            continue
         interval = [form.format(bound) for bound in one.intervals.get(name, ())]
         shown = f"{interval[0]} to {interval[1]}" if interval else ""
         table.add_row(title, form.format(one.measures[name]), shown)

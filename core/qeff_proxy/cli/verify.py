@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_proxy.artifact.manifest_schema import MANIFEST, Export
+from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.cli.inputs import add_input_options, parse_rows, request_of
 from qeff_proxy.cli.options import (
     add_backend_option,
@@ -17,15 +17,15 @@ from qeff_proxy.cli.options import (
     add_dump_options,
     add_model_options,
     add_shape_options,
+    check_place,
     compile_options_of,
     kind_of,
     loaded_of,
     options_by_backend,
 )
-from qeff_proxy.cli.output import print_json, print_text, stage_display
+from qeff_proxy.cli.output import print_json, print_text, report_error, stage_display
 from qeff_proxy.cli.speed_table import command_for, speed_lines
-from qeff_proxy.common.file_errors import check_writable
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import ProxyError, UsageError
 from qeff_proxy.load.load_model import LoadedModel
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ without layer outputs, and the backends and PyTorch run the input in turns.
 --by-layer loads, compiles and runs one layer at a time: models larger than memory can be verified.
 Each layer runs on the reference's inputs (local error) and on the backend's own results so far
 (inherited error). The continuation is the prompt again, from its start.
+Several MODELs are verified one after another, each with the same options.
 Exit status: 0 when every backend passed, else 1. Limits of --tol: see qeff-proxy compare --help.
 """
 
@@ -49,7 +50,7 @@ Exit status: 0 when every backend passed, else 1. Limits of --tol: see qeff-prox
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.epilog = _EPILOG
-    add_model_options(parser, exports=True)
+    add_model_options(parser, exports=True, several=True)
     parser.add_argument(
         "--backend",
         action="append",
@@ -101,7 +102,38 @@ def _add_outcome_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify, print the verdicts, and return 0 when all backends passed, else 1."""
+    """Verify each model, print the verdicts, and return 0 when all passed, else 1."""
+    models = args.model
+    if len(models) == 1:
+        args.model = models[0]
+        return _verify(args, print_json)
+    for name in ("output", "html", "io_dir"):
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is for one MODEL", "Name one, or leave it out.")
+    reports: list[dict[str, Any]] = []
+    codes: dict[str, int] = {}
+    for model in models:
+        if not args.json:
+            print_text(f"{'' if model == models[0] else chr(10)}{model}:")
+        one = argparse.Namespace(**{**vars(args), "model": model})
+        try:
+            codes[model] = _verify(one, reports.append)
+        except ProxyError as error:
+            report_error(f"{model}: {error}")
+            codes[model] = error.exit_code
+            reports.append({"model": model, "passed": False, "error": str(error)})
+    if args.json:
+        print_json({"passed": not any(codes.values()), "models": reports})
+    else:
+        print_text("")
+        for model, code in codes.items():
+            print_text(f"{'FAILED' if code else 'PASSED'} {model}")
+    return next(filter(None, codes.values()), 0)
+
+
+def _verify(args: argparse.Namespace, show_json: Callable[[dict[str, Any]], None]) -> int:
+    """Verify one model."""
     from qeff_proxy.compare import Tolerances
 
     if args.turns is not None and not args.speed and "best" not in (args.backend or ()):
@@ -116,7 +148,8 @@ def run(args: argparse.Namespace) -> int:
     continuation = parse_rows([args.continuation])[0] if args.continuation else ()
     tolerances = Tolerances.parse(args.tol)
     request = request_of(args)
-    _check_place(args)
+    if args.by_layer or args.io_dir is None:
+        check_place(args)
     by_backend = options_by_backend(args, args.backend or ["onnxruntime"])
     with stage_display("verifying", quiet=args.json) as progress:
         progress("loading libraries")
@@ -160,19 +193,22 @@ def run(args: argparse.Namespace) -> int:
         else:
             verification = verify_model(model, backends, request, options, **more)
     if args.by_layer:
-        _print(args, layers, layer_lines)
-        if layers.failure is not None:
+        _print(args, layers, layer_lines, show_json)
+        if layers.failure is not None and not args.json:
             raise layers.failure
+        if layers.failure is not None:  # the result is printed: no second document
+            report_error(str(layers.failure))
+            return layers.failure.exit_code
         return 130 if layers.interrupted else 0 if layers.passed else 1
     if args.itself:
-        _print(args, agreement, self_lines)
+        _print(args, agreement, self_lines, show_json)
         return 0 if agreement.passed else 1
     speed = verification.speed
     if args.json:
         report = verification.to_json()
         if speed is not None and speed.best is not None:
             report["speed"]["command"] = command_for(args, speed.best.name)
-        print_json(report)
+        show_json(report)
     else:
         for renderable in _rendered(verification):
             print_text(renderable)
@@ -181,10 +217,15 @@ def run(args: argparse.Namespace) -> int:
     return 0 if verification.passed else 1
 
 
-def _print(args: argparse.Namespace, result: Any, lines: Callable[[Any], Iterable[Any]]) -> None:
+def _print(
+    args: argparse.Namespace,
+    result: Any,
+    lines: Callable[[Any], Iterable[Any]],
+    show_json: Callable[[dict[str, Any]], None],
+) -> None:
     """Print a result as JSON, or as tables and lines."""
     if args.json:
-        print_json(result.to_json())
+        show_json(result.to_json())
         return
     for renderable in lines(result):
         print_text(renderable)
@@ -220,17 +261,6 @@ def _check_alone(args: argparse.Namespace) -> None:
             raise UsageError(f"--{option} and --{mode} exclude each other")
     if "best" in (args.backend or ()):
         raise UsageError(f"--{mode} takes no --backend best", "Name the backends.")
-
-
-def _check_place(args: argparse.Namespace) -> None:
-    """Refuse an export's folder that cannot be written to, before anything is loaded."""
-    from qeff_proxy.artifact.export_folder import cache_home
-    from qeff_proxy.load.checkpoint_files import folder_named
-
-    if args.by_layer or args.io_dir is None:
-        folder = folder_named(args.model)
-        is_export = (folder / MANIFEST).is_file()
-        check_writable(folder if is_export else args.output or cache_home())
 
 
 def _model(args: argparse.Namespace) -> LoadedModel | Export:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_proxy.common.json_schema import plain_json
+from qeff_proxy.common.shown import Shown
 from qeff_proxy.compare.statistics import cosine, sqnr_db
 from qeff_proxy.dump import StepInfo, TensorName
 from qeff_proxy.dump.format import Phase
@@ -213,8 +214,8 @@ class Divergence:
         }
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """Two dumps compared.
 
     Attributes:
@@ -268,6 +269,19 @@ class Comparison:
     def passed(self) -> bool:
         """Whether something was compared, all of it passed, and nothing is missing."""
         return bool(self.tensors) and not self.problems and all(t.passed for t in self.tensors)
+
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        first = self.first_divergence
+        return {
+            "verdict": "PASSED" if self.passed else "FAILED",
+            "first divergence": None if first is None else f"{first.tensor} in {first.step}",
+            "tensors": len(self.tensors),
+            "steps": len(self.steps),
+            "problems": "; ".join(self.problems) or None,
+            "reference": self.reference,
+            "candidate": self.candidate,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values: infinite and undefined numbers are None."""

@@ -25,7 +25,7 @@ from qeff_proxy.artifact.manifest_schema import MANIFEST, Export
 from qeff_proxy.common.arguments import one_of, whole_number
 from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
 from qeff_proxy.common.gc_threshold import collecting_rarely
-from qeff_proxy.errors import ArtifactError, ExportError
+from qeff_proxy.errors import ArtifactError, ExportError, UsageError
 from qeff_proxy.export.cache_key import export_key
 from qeff_proxy.load.load_model import LoadedModel, most_positions
 from qeff_proxy.parts import Kind
@@ -39,8 +39,10 @@ _LARGE = 1 << 30
 _CHECKED = "BLAKE3 of the files taken, no NaN found"
 #: The exporter writes the operators of this opset, and can only convert them to later ones.
 LEAST_OPSET = 18
+#: The first that dequantizes 4 bits, and in blocks.
+LEAST_OPSET_OF_CODES = 21
 #: How an export holds its weights.
-WEIGHTS = ("copy", "reference")
+WEIGHTS = ("copy", "reference", "keep")
 _PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
@@ -72,7 +74,9 @@ def export_model(
             inside of these, or several (`qeff_proxy.layers.taps`).
         num_layers: Export the first layers only: so many, or with ``"auto"`` the shortest prefix
             that holds every kind of layer twice (`qeff_proxy.load.shortened_model`).
-        weights: ``"copy"``, or ``"reference"`` to link the checkpoint's own files into the export
+        weights: ``"copy"``; ``"keep"`` to write the codes and scales of a quantized checkpoint
+            instead of float weights (`qeff_proxy.export.keep_codes`); or ``"reference"`` to link
+            the checkpoint's own files into the export
             where they hold weights byte for byte: nothing is copied, ONNX Runtime reads them, but
             ``onnx.load`` refuses files that have two names; and whoever changes the checkpoint in
             place changes the export.
@@ -98,6 +102,10 @@ def export_model(
         from onnx.defs import onnx_opset_version
 
         whole_number("opset", opset, LEAST_OPSET, onnx_opset_version())
+    if weights == "keep":
+        opset = LEAST_OPSET_OF_CODES if opset is None else opset
+        if opset < LEAST_OPSET_OF_CODES:
+            raise UsageError(f"codes are kept from opset {LEAST_OPSET_OF_CODES} on, not {opset}")
     if num_layers is not None:
         from qeff_proxy.load.shortened_model import with_depth
 
@@ -198,6 +206,7 @@ def _write_graphs(
 def _write_folder(job: GraphJob, graphs: Graphs, key: dict[str, Any], target: Path) -> Export:
     """Write a temporary folder, check its graphs, and move it into place."""
     from qeff_proxy.export.check_graph import sizes_to_check
+    from qeff_proxy.export.keep_codes import keep_all_codes
     from qeff_proxy.export.write_files import (
         check_graphs,
         hash_linked,
@@ -207,6 +216,8 @@ def _write_folder(job: GraphJob, graphs: Graphs, key: dict[str, Any], target: Pa
 
     loaded, progress, cut = job.loaded, job.progress, graphs.cut
     with staged_folder(target, MANIFEST, KEPT) as folder:
+        if key["weights"] == "keep":
+            keep_all_codes(graphs)
         progress("writing weights")
         linked = key["weights"] == "reference"
         places, hashes = write_weights(folder, graphs, reference=linked)

@@ -331,14 +331,14 @@ def point_into(part: TracedPart, places: Mapping[str, StoredWeight]) -> None:
     for name in part.weights:
         place, path = places[name].place, places[name].path
         value = part.model.graph.initializers[name]
+        dtype, shape = _IR_DTYPES[place.dtype], ir.Shape(place.shape)
+        if value.dtype == ir.DataType.UINT4 and isinstance(value.shape, ir.Shape):
+            dtype, shape = value.dtype, value.shape  # two in a byte of the file
         value.const_value = ir.ExternalTensor(
-            path.name,
-            place.offset,
-            place.length,
-            _IR_DTYPES[place.dtype],
-            shape=ir.Shape(place.shape),
+            *(path.name, place.offset, place.length, dtype),
+            shape=shape,
             name=name,
             base_dir=path.parent,
         )
-        value.shape = ir.Shape(place.shape)
-        value.type = ir.TensorType(_IR_DTYPES[place.dtype])
+        value.shape = shape
+        value.type = ir.TensorType(dtype)

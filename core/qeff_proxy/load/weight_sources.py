@@ -49,6 +49,25 @@ class StoredWeight:
         return map_tensor(self)
 
 
+@dataclass(frozen=True)
+class Codes:
+    """What ONNX's ``DequantizeLinear`` needs to compute a weight [rows, columns] from codes.
+
+    Attributes:
+        bits: Of a code: 4 or 8, without a sign.
+        size: Columns that share a scale and a zero point.
+        words: The codes, U8 [rows, columns · bits / 8], the first in the lower bits.
+        scales: [rows, groups] of the weight's dtype.
+        zeros: U8 [rows · groups · bits / 8], as the codes.
+    """
+
+    bits: int
+    size: int
+    words: ComputedWeight
+    scales: ComputedWeight
+    zeros: ComputedWeight
+
+
 @dataclass(frozen=True, eq=False)
 class ComputedWeight:
     """A weight that is computed from tensors of a checkpoint, such as codes and their scales.
@@ -59,6 +78,7 @@ class ComputedWeight:
         shape: Of the result.
         pieces: What it is computed from.
         compute: Gives it, from the pieces in their order.
+        codes: Gives the codes that it can be computed from in a graph, if there are such.
     """
 
     key: str
@@ -66,6 +86,7 @@ class ComputedWeight:
     shape: tuple[int, ...]
     pieces: tuple[Weight, ...]
     compute: Callable[..., torch.Tensor]
+    codes: Callable[[], Codes | None] | None = None
 
     @property
     def path(self) -> Path:

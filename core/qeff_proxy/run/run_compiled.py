@@ -16,6 +16,7 @@ from qeff_proxy.backends.compile_export import Compiled, open_sessions
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import clear_leftovers
 from qeff_proxy.common.quiet import quiet_loading
+from qeff_proxy.common.shown import Shown
 from qeff_proxy.dump import DumpOptions, DumpWriter
 from qeff_proxy.dump.place import DUMPS, write_error
 from qeff_proxy.errors import DumpError
@@ -26,8 +27,8 @@ from qeff_proxy.request import Request
 from qeff_proxy.session.session import Session
 
 
-@dataclass(frozen=True)
-class RunResult:
+@dataclass(frozen=True, repr=False)
+class RunResult(Shown):
     """The result of a run.
 
     Attributes:
@@ -39,6 +40,10 @@ class RunResult:
     outputs: Mapping[str, Any]
     decoded: Any
     io_folder: Path | None
+
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        return {"outputs": ", ".join(self.outputs), "dump": self.io_folder}
 
 
 def run_compiled(

@@ -10,8 +10,10 @@ from qeff_proxy.common.json_schema import plain_json
 from qeff_proxy.errors import UsageError
 
 #: What a limit may be of, and whether it is the least or the most.
-LIMITS = {"ratio": "most", "kl": "most", "p99": "most", "flips": "most", "top1": "least",
-          "top5": "least"}  # fmt: skip
+LIMITS = {
+    **dict.fromkeys(("ratio", "kl", "p99", "flips"), "most"),
+    **dict.fromkeys(("top1", "top5", "cosine", "p01", "least", "rank", "nearest"), "least"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,47 @@ class WorstToken:
     expected: str
     chosen: str
 
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kl:.1e} at …{self.before}[{self.token}]: {self.reference:.1%} in PyTorch "
+            f"and {self.candidate:.1%}; first {self.expected!r} and {self.chosen!r}"
+        )
+
+
+@dataclass(frozen=True)
+class WorstLine:
+    """A line whose vector differs most.
+
+    Attributes:
+        cosine: Of the backend's vector and PyTorch's.
+        line: Its beginning.
+    """
+
+    cosine: float
+    line: str
+
+    def __str__(self) -> str:
+        return f"cosine {self.cosine:.6f} of {self.line}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one backend.
+
+    Attributes:
+        measures: By name.
+        intervals: Where a measure is with 95% certainty.
+        worst: The worst tokens or lines, the worst first.
+        scored: How many there were.
+        said: The same in words.
+    """
+
+    measures: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    worst: tuple[WorstToken | WorstLine, ...]
+    scored: int
+    said: str
+
 
 @dataclass(frozen=True)
 class BackendScore:
@@ -45,10 +88,11 @@ class BackendScore:
         backend: Its name.
         precision: What it computes in, where that is less than the model's dtype.
         error: Why it has no score, or ``None``.
-        measures: As `qeff_proxy.score.tally.measures_of` names them, and ``median``, ``p99`` and
-            ``max`` of the divergence.
-        intervals: Where a measure is with 95% certainty (windows resampled).
-        worst: The tokens with the largest divergence, the worst first.
+        measures: By name (docs/score.md): of tokens `qeff_proxy.score.tally.measures_of`, and
+            ``median``, ``p99`` and ``max`` of the divergence; of vectors ``cosine``, ``p01``,
+            ``least``, ``rank`` and ``nearest``.
+        intervals: Where a measure is with 95% certainty (windows or lines resampled).
+        worst: The tokens or lines that differ most, the worst first.
         missed: The limits that it does not keep, in words.
     """
 
@@ -57,7 +101,7 @@ class BackendScore:
     error: str | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    worst: tuple[WorstToken, ...] = ()
+    worst: tuple[WorstToken | WorstLine, ...] = ()
     missed: tuple[str, ...] = ()
 
     @property
@@ -73,17 +117,15 @@ class Score:
     Attributes:
         source: The model.
         text: The file.
-        window: Tokens of a window.
-        windows: How many there are.
-        tokens: How many tokens are scored: those of the second half of each window.
+        scored: How many tokens or lines are scored.
+        said: The same in words.
         backends: Their scores.
     """
 
     source: str
     text: str
-    window: int
-    windows: int
-    tokens: int
+    scored: int
+    said: str
     backends: tuple[BackendScore, ...]
 
     @property
@@ -122,6 +164,8 @@ def missed_limits(measures: Mapping[str, float], limits: Mapping[str, float]) ->
     """The limits that are not kept, in words; a NaN keeps none."""
     missed = []
     for name, limit in limits.items():
+        if name not in measures:
+            continue
         value = measures[name]
         if not (value <= limit if LIMITS[name] == "most" else value >= limit):
             side = "below" if value < limit else "above"

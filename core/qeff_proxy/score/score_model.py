@@ -1,35 +1,31 @@
-"""Score a causal language model on a text, on several backends and in PyTorch.
+"""Score a model on a text, on several backends and in PyTorch.
 
-The text is cut into windows of tokens. PyTorch and the backend run each window; the second half of
-it is scored, whose tokens have at least half a window of context (as llama.cpp's ``perplexity``
-does). One backend at a time is in memory beside PyTorch, so PyTorch runs once for each.
+A causal language model's text is cut into windows of tokens. PyTorch and the backend run each
+window; the second half of it is scored, whose tokens have at least half a window of context (as
+llama.cpp's ``perplexity`` does). An embedder's text is embedded line by line. One backend at a time
+is in memory beside PyTorch, so PyTorch runs once for each.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from qeff_proxy.arrays import Array
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import compile_export, fixed_lengths, open_sessions
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.errors import UsageError
-from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.load.load_model import LoadedModel, load_config, most_positions
 from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.run.calibration import takes_calibration, with_calibration
-from qeff_proxy.score.results import BackendScore, Score, WorstToken, missed_limits
-from qeff_proxy.score.tally import Tally, Worst
-from qeff_proxy.score.windows import beginning_of, windows_of
-from qeff_proxy.session.session import Session
+from qeff_proxy.score.results import BackendScore, Score, missed_limits
+from qeff_proxy.score.score_tokens import TokenScorer
+from qeff_proxy.score.score_vectors import VectorScorer
+from qeff_proxy.score.windows import windows_of
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.results import reason_of
@@ -45,9 +41,10 @@ if TYPE_CHECKING:
     from qeff_proxy.compile_options import CompileOptions
 
 _LOG = logging.getLogger(__name__)
-_FLOW = "causal-lm"
+_TOKENS, _VECTORS = "causal-lm", "encoder"
 _WINDOW = 512
-_BEFORE = 48  # characters of context that are shown
+#: Lengths that texts are padded to on a backend of fixed shapes.
+_LENGTHS = (32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -103,21 +100,29 @@ def score_model(
         raise UsageError("a model made in memory has no tokenizer", "Save it, and name the folder.")
     tokenizer = load_processor(folder, trust_remote_code=trust_remote_code)
     window = _window_of(options, folder)
-    next(windows_of(text, tokenizer, window))  # before the work begins
+    next(windows_of(text, tokenizer, window))  # to refuse a text before the work begins
     hooks = hooks or installed_hooks(model)
     export = export_of(model, hooks, replace(options.verify, taps=_taps_of(model)), progress)
-    if export.flow != _FLOW or export.kind == "stub":
+    if export.flow not in (_TOKENS, _VECTORS) or export.kind == "stub":
         raise UsageError(
-            f"{export.model['source']} runs as {export.flow} ({export.kind}); a text is scored by "
-            f"the logits of a {_FLOW}",
-            "Name a causal language model.",
+            f"{export.model['source']} runs as {export.flow} ({export.kind}): a text is scored by "
+            "a causal language model's logits or an embedder's vectors",
+            "Name such a model, split or whole.",
         )
     loaded = model if isinstance(model, LoadedModel) else None
     parts = live_proxy(loaded, hooks, export).parts
     reference = {part.name: TorchSession(part) for part in parts}
-    scorer = _Scorer(export, hooks, text, tokenizer, window, options, reference, progress)
-    scores = tuple(scorer.score(name) for name in dict.fromkeys(backends))
-    return Score(export.model["source"], str(text), window, scorer.windows, scorer.tokens, scores)
+    if export.flow == _TOKENS:
+        scorer: TokenScorer | VectorScorer = TokenScorer(
+            text, tokenizer, window, options.windows, options.worst, reference, progress
+        )
+    else:
+        scorer = VectorScorer(
+            text, tokenizer, hooks, options.windows, options.worst, reference, progress
+        )
+    run = _Run(export, hooks, tokenizer, window, options, scorer, progress)
+    scores = tuple(run.score(name) for name in dict.fromkeys(backends))
+    return Score(export.model["source"], str(text), run.scored, run.said, scores)
 
 
 def _taps_of(model: LoadedModel | Export) -> tuple[str, ...]:
@@ -139,67 +144,54 @@ def _window_of(options: ScoreOptions, folder: Path) -> int:
 
 
 @dataclass
-class _Scorer:
+class _Run:
     """One text, scored on one backend after the other."""
 
     export: Export
     hooks: Hooks
-    text: Path
     tokenizer: Any
     window: int
     options: ScoreOptions
-    reference: Mapping[str, Session]
+    scorer: TokenScorer | VectorScorer
     progress: Callable[[str], None]
-    windows: int = 0
-    tokens: int = 0
+    scored: int = 0
+    said: str = "nothing was scored"
 
     def score(self, name: str) -> BackendScore:
         """The score of one backend; an exception becomes its error."""
-        tally = Tally(self.options.worst)
         try:
-            compiled_options = self._options_of(name)
-            precision = load_backend(name).precision(compiled_options)
+            chosen = self._options_of(name)
+            precision = load_backend(name).precision(chosen)
             self.progress(f"compiling for {name}")
             compiled = compile_export(
                 self.export,
                 name,
-                compiled_options,
+                chosen,
                 force=self.options.verify.force,
                 check=True,
                 wait=self.options.verify.wait,
                 progress=self.progress,
             )
-            with ExitStack() as stack:
-                sessions = stack.enter_context(open_sessions(compiled, self.hooks))
-                self._run(name, compiled.options, sessions, tally)
+            with open_sessions(compiled, self.hooks) as sessions:
+                measured = self.scorer.measure(compiled, sessions)
         except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
             _LOG.debug("%s failed", name, exc_info=error)
             return BackendScore(name, error=reason_of(error))
-        self.windows = len(tally.windows)
-        self.tokens = int(sum(row[0] for row in tally.windows))
-        measures = tally.measures()
-        measures |= {"median": tally.quantile(0.5), "p99": tally.quantile(0.99)}
-        worst = sorted(tally.worst, reverse=True)
-        measures["max"] = worst[0].kl if worst else 0.0
+        self.scored, self.said = measured.scored, measured.said
         return BackendScore(
             name,
             precision,
             None,
-            measures,
-            tally.intervals(),
-            tuple(self._in_words(worst)),
-            missed_limits(measures, self.options.limits),
+            measured.measures,
+            measured.intervals,
+            measured.worst,
+            missed_limits(measured.measures, self.options.limits),
         )
 
     def _options_of(self, name: str) -> CompileOptions:
         options = self.options.verify.compile_for(name)
         if load_backend(name).needs_fixed_shapes(options):
-            lengths = replace(
-                options,
-                ctx_len=options.ctx_len or self.window,
-                prefill_seq_len=options.prefill_seq_len or self.window,
-            )
-            options = fixed_lengths(self.export, lengths)
+            options = fixed_lengths(self.export, self._with_lengths(options))
         if takes_calibration(name):
             options = with_calibration(
                 self.export,
@@ -212,68 +204,14 @@ class _Scorer:
             )
         return options
 
-    def _run(
-        self,
-        name: str,
-        options: CompileOptions,
-        sessions: Mapping[str, Session],
-        tally: Tally,
-    ) -> None:
-        """Run all windows on PyTorch and on a backend."""
-        ours = CausalEngine(self.export.parts, self.reference)
-        theirs = CausalEngine(self.export.parts, sessions)
-        for batch in self._batches(options.batch_size):
-            self.progress(f"scoring on {name}: window {len(tally.windows) + 1}")
-            expected = _logits(ours, batch, options.prefill_seq_len)
-            actual = _logits(theirs, batch, options.prefill_seq_len)
-            if not np.isfinite(actual).all():
-                number = len(tally.windows) + 1
-                raise UsageError(f"its logits have NaN or infinite elements in window {number}")
-            for row, tokens in enumerate(batch):
-                first = max(1, len(tokens) // 2)
-                tally.add(expected[row], actual[row], tokens, first)
-
-    def _batches(self, size: int) -> Iterator[Array]:
-        """Windows of one length, ``[batch, length]``."""
-        pending: list[Array] = []
-        for number, ids in enumerate(windows_of(self.text, self.tokenizer, self.window)):
-            if number == self.options.windows:
-                break
-            if pending and (len(pending) == size or ids.shape != pending[0].shape):
-                yield np.concatenate(pending)
-                pending = []
-            pending.append(ids)
-        if pending:
-            yield np.concatenate(pending)
-
-    def _in_words(self, worst: Sequence[Worst]) -> Iterator[WorstToken]:
-        """The worst positions with their text."""
-        wanted = {one.window for one in worst}
-        windows = windows_of(self.text, self.tokenizer, self.window)
-        last = max(wanted, default=-1)
-        texts = {n: ids[0] for n, ids in zip(range(last + 1), windows, strict=False) if n in wanted}
-        first = len(beginning_of(self.tokenizer))
-        decode = self.tokenizer.decode
-        for one in worst:
-            tokens = texts[one.window].tolist()
-            yield WorstToken(
-                decode(tokens[first : one.position])[-_BEFORE:],
-                decode(tokens[one.position : one.position + 1]),
-                one.kl,
-                one.reference,
-                one.candidate,
-                decode([one.expected]),
-                decode([one.chosen]),
-            )
-
-
-def _logits(engine: CausalEngine, ids: Array, chunk: int | None) -> Array:
-    """The logits of all positions, ``[batch, length, vocabulary]``."""
-    longest = min(size for size in (engine.longest_step, chunk, ids.shape[1]) if size is not None)
-    cache, pieces = None, []
-    for index, begin in enumerate(range(0, ids.shape[1], longest)):
-        piece = ids[:, begin : begin + longest]
-        seen = np.ones((len(ids), begin + piece.shape[1]), np.int64)
-        logits, cache = engine.step(StepId("prefill", index), piece, seen, cache)
-        pieces.append(logits)
-    return np.concatenate(pieces, axis=1)
+    def _with_lengths(self, options: CompileOptions) -> CompileOptions:
+        """The lengths of a backend of fixed shapes, where the user names none."""
+        if self.export.flow == _VECTORS:
+            most = min(self.export.settings["max_length"] or _LENGTHS[-1], _LENGTHS[-1])
+            lengths = (*(length for length in _LENGTHS if length < most), most)
+            return replace(options, seq_len=options.seq_len or lengths)
+        return replace(
+            options,
+            ctx_len=options.ctx_len or self.window,
+            prefill_seq_len=options.prefill_seq_len or self.window,
+        )

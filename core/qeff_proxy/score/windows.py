@@ -34,7 +34,7 @@ def windows_of(path: Path, tokenizer: Any, length: int) -> Iterator[Array]:
     new = length - len(first)
     pending: list[int] = []
     count = 0
-    for block in _blocks(path):
+    for block in blocks_of(path):
         with quiet_loading():  # tokenizers warn of texts that are longer than the model's context
             pending += tokenizer(block, add_special_tokens=False)["input_ids"]
         while len(pending) >= new:
@@ -55,7 +55,12 @@ def beginning_of(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
-def _blocks(path: Path) -> Iterator[str]:
+def blocks_of(path: Path) -> Iterator[str]:
+    """Yield a text in blocks of whole lines.
+
+    Raises:
+        UsageError: The file cannot be read, or is no UTF-8.
+    """
     try:
         with path.open(encoding="utf-8", newline="") as file:
             while block := file.read(_BLOCK):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.common.shown import Shown
 from qeff_proxy.compare import Comparison, Divergence, TensorComparison
 from qeff_proxy.dump import Dump
 from qeff_proxy.errors import ProxyError
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from qeff_proxy.verify.timing import Speed
 
 
-@dataclass(frozen=True)
-class BackendResult:
+@dataclass(frozen=True, repr=False)
+class BackendResult(Shown):
     """One backend's run, compared with the reference.
 
     Attributes:
@@ -102,6 +103,20 @@ class BackendResult:
         """Cosine similarity of the model's output, of the worse phase."""
         return min((t.worst.cosine for t in self.final if t.worst is not None), default=None)
 
+    def verdict(self) -> str:
+        """The verdict in a line."""
+        if self.comparison is None:
+            return f"ERROR: {self.error}"
+        first = self.divergence
+        where = "" if first is None else f", first divergence {first.tensor} in {first.step}"
+        sqnr = "" if self.sqnr is None else f", SQNR {self.sqnr:.1f} dB"
+        tokens = f", {self.equal_tokens} of {self.tokens} tokens equal" if self.tokens else ""
+        return f"{'PASSED' if self.passed else 'FAILED'}{where}{sqnr}{tokens}"
+
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        return {"backend": self.backend, "verdict": self.verdict(), "report": self.report}
+
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object; numbers that are infinite or undefined are None."""
         worst = self.worst
@@ -133,8 +148,8 @@ class BackendResult:
         }
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
     """A model on several backends, compared with PyTorch.
 
     Attributes:
@@ -165,6 +180,11 @@ class Verification:
     def passed(self) -> bool:
         """Whether every backend passed."""
         return bool(self.results) and all(result.passed for result in self.results)
+
+    def facts(self) -> dict[str, Any]:
+        """What is shown of it."""
+        verdicts = {result.backend: result.verdict() for result in self.results}
+        return {"model": self.source, **verdicts, "export": self.export}
 
     def to_json(self) -> dict[str, Any]:
         """The verification as a JSON object."""

@@ -130,7 +130,7 @@ def _compiled(
             f"ONNX Runtime's CPU kernels do not take bfloat16, which the {part.name} part has",
             "Export in float32 or float16.",
         )
-    quantized = WeightOptions.of(part.name, options.backend).bits is not None
+    quantized = WeightOptions.of(part.name, options.backend).replaces
     once = checked is not None
     kind = structure_of_file(export.folder / part.file) if once and not quantized else ""
     known = checked.get(kind) if checked is not None else None

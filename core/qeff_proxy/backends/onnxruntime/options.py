@@ -24,6 +24,7 @@ _BRIEFLY_US = 20
 #: The options that say how weights are stored.
 WEIGHT_NAMES = ("weights", "head_weights")
 _BITS = {"int8": 8, "int4": 4}
+_KEEP = "keep"
 _BLOCKS = (16, 32, 64, 128, 256)
 
 OPTIONS: dict[str, str] = {
@@ -32,8 +33,8 @@ OPTIONS: dict[str, str] = {
     "in_place": "write a decoder's cache in place, where its graph allows it (default: true)",
     "spinning": "how long threads wait busily between operators: briefly (default), true: "
     "as long as ONNX Runtime lets them, which is slow where anything else runs, false: never",
-    "weights": "what matrix products keep their weights in: float (default: as exported), int8 "
-    "or int4",
+    "weights": "what matrix products keep their weights in: float (default: as exported), int8, "
+    "int4, or keep: the codes in an export made with --weights keep",
     "head_weights": "the same for the LM head (default: float)",
     "block_size": f"weights that share a scale: {', '.join(map(str, _BLOCKS))} (default: 32)",
     "activations": "what products with such weights are computed in: int8 (default) or float, "
@@ -45,7 +46,7 @@ VALUES: dict[str, Any] = {
     "save_optimized": bool,
     "in_place": bool,
     "spinning": (_BRIEFLY, True, False),
-    **dict.fromkeys(WEIGHT_NAMES, ("float", *_BITS)),
+    **dict.fromkeys(WEIGHT_NAMES, ("float", *_BITS, _KEEP)),
     "block_size": _BLOCKS,
     "activations": ("int8", "float"),
 }
@@ -78,15 +79,24 @@ class WeightOptions:
         bits: 8 or 4; ``None``: as exported.
         block_size: Weights that share a scale.
         integer_products: Whether activations are quantized to 8 bits during the run.
+        keep: Whether the codes in the export are used.
     """
 
     bits: int | None = None
     block_size: int = 32
     integer_products: bool = True
+    keep: bool = False
+
+    @property
+    def replaces(self) -> bool:
+        """Whether weights are not used as they are exported."""
+        return self.bits is not None or self.keep
 
     @classmethod
     def of(cls, part: str, options: Mapping[str, Any]) -> WeightOptions:
         """Read a part's options, which are among `VALUES`."""
         kind = options.get("head_weights" if part == "lm_head" else "weights", "float")
-        integers = options.get("activations", "int8") == "int8"
-        return cls(_BITS.get(kind), int(options.get("block_size", 32)), integers)
+        keep = kind == _KEEP
+        # Kept weights are those that the model was published with: rounding is asked for.
+        integers = options.get("activations", "float" if keep else "int8") == "int8"
+        return cls(_BITS.get(kind), int(options.get("block_size", 32)), integers, keep)

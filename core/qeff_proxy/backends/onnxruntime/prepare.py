@@ -65,7 +65,7 @@ def prepare_part(
             fuse and divide_in_norms(model),
             fuse and fuse_rotary(model),
             fuse and merge and _merges(part, weights, options) and merge_products(model),
-            weights.bits is not None and quantize_weights(model, data, weights),
+            weights.replaces and quantize_weights(model, data, weights),
         ]
     if any(changed):
         ir.save(model, graph)
@@ -78,7 +78,7 @@ def _merges(part: ExportedPart, weights: WeightOptions, options: CompileOptions)
     Not if weights are quantized one by one, nor if the runtime would join them again at each step.
     """
     decodes = any(spec.name.startswith(PAST) for spec in part.inputs)
-    return decodes and weights.bits is None and options.backend.get("optimization") != "none"
+    return decodes and not weights.replaces and options.backend.get("optimization") != "none"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ position tables) are not changed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,21 @@ _INLINE = 1024  # tensors of at most so many bytes stay in the graph's file
 
 @dataclass(frozen=True)
 class _Quantized:
-    """Blocks, scales and zero points of a weight ``[rows, columns]``, as initializers."""
+    """Blocks, scales and zero points of a weight ``[rows, columns]``, as initializers.
+
+    Attributes:
+        values: The initializers.
+        rows: What the product sums over.
+        columns: Of its result.
+        bits: Of an element.
+        size: Rows of a block.
+    """
 
     values: tuple[ir.Value, ...]
     rows: int
     columns: int
+    bits: int
+    size: int
 
 
 def quantize_weights(model: ir.Model, data: Path, options: WeightOptions) -> bool:
@@ -45,7 +55,7 @@ def quantize_weights(model: ir.Model, data: Path, options: WeightOptions) -> boo
     Args:
         model: The graph, with external weights. It is changed in place.
         data: The file to write all its weights to, in the folder the graph will be saved in.
-        options: With `WeightOptions.bits`.
+        options: With `WeightOptions.bits` or ``keep``.
 
     Returns:
         Whether any weight was quantized; otherwise nothing was changed.
@@ -54,14 +64,17 @@ def quantize_weights(model: ir.Model, data: Path, options: WeightOptions) -> boo
         BackendError: A weight has NaN or infinite elements.
     """
     graph = model.graph
-    products = [(node, use) for node in graph if (use := _weight_of(node)) is not None]
+    of_kind = _kept_weight_of if options.keep else _weight_of
+    products = [(node, use) for node in graph if (use := of_kind(node)) is not None]
     if not products:
         return False
     done: dict[tuple[str, bool], _Quantized] = {}
     with data.open("wb") as file:
         for node, (weight, transposed) in products:
             key = (str(weight.name), transposed)
-            if key not in done:
+            if key not in done and options.keep:
+                done[key] = _kept(graph, weight, file)
+            elif key not in done:
                 done[key] = _quantized(graph, weight, file, options, transposed=transposed)
             _replace(graph, node, done[key], options)
         RemoveUnusedNodesPass()(model)
@@ -74,7 +87,41 @@ def quantize_weights(model: ir.Model, data: Path, options: WeightOptions) -> boo
 
 
 def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
-    """The weight of a matrix product, and whether it is stored as ``[N, K]``; else ``None``."""
+    """The float weight of a matrix product, and whether it is ``[N, K]``; else ``None``."""
+    value, transposed = _operand_of(node) or (None, False)
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    tensor = value.const_value
+    floating = tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    return (value, transposed) if floating and len(tensor.shape) == 2 else None
+
+
+def _kept_weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
+    """The weight ``[N, K]`` of a product that is dequantized from the checkpoint's codes."""
+    value, transposed = _operand_of(node) or (None, False)
+    producer = None if value is None else value.producer()
+    while producer is not None and producer.op_type == "Cast" and not producer.domain:
+        value = producer.inputs[0]
+        producer = None if value is None else value.producer()
+    if producer is None or producer.op_type != "DequantizeLinear" or not transposed:
+        return None
+    assert value is not None  # noqa: S101 (it has a producer)
+    blocks = producer.attributes.get_int("block_size", 0)
+    given = all(_constant(one) is not None for one in producer.inputs)
+    whole = given and len(producer.inputs) == 3 and producer.attributes.get_int("axis", 1) == 1
+    return (value, True) if whole and blocks else None
+
+
+def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor that a value is, perhaps in another dtype."""
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type == "Cast":
+        return _constant(producer.inputs[0])
+    return None if value is None else value.const_value
+
+
+def _operand_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
+    """The second factor of a matrix product, and whether it is stored as ``[N, K]``."""
     if node.domain or node.op_type not in ("MatMul", "Gemm"):
         return None
     value = node.inputs[1]
@@ -95,11 +142,44 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
         if order is not None and list(order.value) != [1, 0]:
             return None
         value, transposed = producer.inputs[0], not transposed
-    if value is None or not value.is_initializer() or value.const_value is None:
-        return None
-    tensor = value.const_value
-    floating = tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-    return (value, transposed) if floating and len(tensor.shape) == 2 else None
+    return None if value is None else (value, transposed)
+
+
+def _kept(graph: ir.Graph, weight: ir.Value, file: BinaryIO) -> _Quantized:
+    """The checkpoint's codes of a weight, whose order is that of ``MatMulNBits``."""
+    producer = weight.producer()
+    assert producer is not None  # noqa: S101 (as _kept_weight_of found it)
+    codes, scales, zeros = (_constant(one) for one in producer.inputs)
+    assert codes is not None and scales is not None and zeros is not None  # noqa: S101, PT018
+    columns, rows = codes.shape.numpy()
+    size = producer.attributes.get_int("block_size", 0)
+    bits = 4 if codes.dtype == ir.DataType.UINT4 else 8
+    words = np.frombuffer(codes.tobytes(), np.uint8).reshape(columns, rows // size, -1)
+    points: Array = zeros.numpy().astype(np.uint8)
+    if bits == 4:  # each column begins with a byte of its own
+        points = np.pad(points, ((0, 0), (0, points.shape[1] % 2)))
+        points = points[:, ::2] | (points[:, 1::2] << 4)
+    parts = (words, scales.numpy().astype(np.float32), points)
+    return _Quantized(_registered(graph, str(weight.name), parts, file), rows, columns, bits, size)
+
+
+def _registered(
+    graph: ir.Graph, prefix: str, parts: Sequence[Array], file: BinaryIO
+) -> tuple[ir.Value, ...]:
+    """Write blocks, scales and zero points, and add them to a graph."""
+    values = []
+    for part, ending in zip(parts, ("quantized", "scales", "zero_points"), strict=True):
+        name = f"{prefix}.{ending}"
+        tensor = _stored(part, name, file)
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(part.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        graph.register_initializer(value)
+        values.append(value)
+    return tuple(values)
 
 
 @contextmanager
@@ -135,20 +215,11 @@ def _quantized(
         block_size=options.block_size, is_symmetric=False, bits=options.bits
     )
     parts = DefaultWeightOnlyQuantizer(config).qbits_block_quant(array)
-    values = []
-    for part, ending in zip(parts, ("quantized", "scales", "zero_points"), strict=True):
-        name = f"{weight.name}.{'transposed.' if transposed else ''}{ending}"
-        tensor = _stored(part, name, file)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(part.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        graph.register_initializer(value)
-        values.append(value)
+    prefix = f"{weight.name}.transposed" if transposed else str(weight.name)
     rows, columns = array.shape
-    return _Quantized(tuple(values), rows, columns)
+    values = _registered(graph, prefix, parts, file)
+    assert options.bits is not None  # noqa: S101 (weights are quantized only then)
+    return _Quantized(values, rows, columns, options.bits, options.block_size)
 
 
 def _stored(array: Array, name: str, file: BinaryIO) -> ir.TensorProtocol:
@@ -182,8 +253,8 @@ def _replace(graph: ir.Graph, node: ir.Node, weight: _Quantized, options: Weight
         attributes={
             "K": weight.rows,
             "N": weight.columns,
-            "bits": options.bits,
-            "block_size": options.block_size,
+            "bits": weight.bits,
+            "block_size": weight.size,
             "accuracy_level": _IN_INT8 if options.integer_products else _IN_FLOAT,
         },
         domain="com.microsoft",

@@ -102,6 +102,7 @@ def model_of_export(export: Export) -> PreTrainedModel:
     from safetensors.torch import load_file
 
     from qeff_proxy.load.load_model import load_config
+    from qeff_proxy.load.quantized.kept_codes import dequantize_kept
     from qeff_proxy.load.transformers_model import architecture_class
 
     name = export.model["architecture"]
@@ -117,6 +118,7 @@ def model_of_export(export: Export) -> PreTrainedModel:
         weights.update(load_file(export.folder / file))
     model = build_model(architecture, config, getattr(torch, export.dtype))
     model.tie_weights()
+    weights = dequantize_kept(weights, getattr(torch, export.dtype))
     unknown = _fill(model, weights, tuple(f"{part.name}." for part in export.parts))
     if unknown:
         raise BackendError(

@@ -8,15 +8,16 @@ word are in the order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up. Source: Au
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from qeff_proxy.load.quantized.arithmetic import scale, unpack_rows
+from qeff_proxy.load.quantized.kept_codes import kept_codes, pack
 from qeff_proxy.load.quantized.pieces import FLOATS, Pieces, refusal, unsupported
-from qeff_proxy.load.weight_sources import StoredWeight, Weight
+from qeff_proxy.load.weight_sources import Codes, StoredWeight, Weight
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _VERSIONS = ("gemm", "exllama", "ipex")  # versions of the kernel; all are stored in one layout
@@ -55,6 +56,7 @@ def weights_of(held: Mapping[str, StoredWeight], settings: Mapping[str, Any]) ->
             (words * 8, inputs),
             (codes, scales, zeros),
             partial(_dequantize, length),
+            codes=partial(_kept, f"{name}.weight", length, (codes, scales, zeros)),
         )
     return pieces.weights
 
@@ -62,6 +64,21 @@ def weights_of(held: Mapping[str, StoredWeight], settings: Mapping[str, Any]) ->
 def _dequantize(
     size: int, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
 ) -> torch.Tensor:
-    codes = unpack_rows(words.t().contiguous(), _ORDER)
-    shifts = unpack_rows(zeros.t().contiguous(), _ORDER)
-    return scale(codes, scales.t(), size, scales.dtype, shifts)
+    return scale(_codes(words), scales.t(), size, scales.dtype, _codes(zeros))
+
+
+def _codes(words: torch.Tensor) -> torch.Tensor:
+    """Uint8 [outputs, inputs or groups]."""
+    return unpack_rows(words.t().contiguous(), _ORDER)
+
+
+def _kept(key: str, size: int, tensors: Sequence[StoredWeight]) -> Codes | None:
+    inputs, words = tensors[0].shape
+    return kept_codes(
+        *(key, 4, size, (words * 8, inputs), tensors[1].dtype, tensors),
+        (
+            lambda words, *_: pack(_codes(words), 4),
+            lambda _words, scales, _zeros: scales.t(),
+            lambda _words, _scales, zeros: _codes(zeros),
+        ),
+    )

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from qeff_proxy.load.quantized.arithmetic import group_index, scale, unpack
+from qeff_proxy.load.quantized.kept_codes import kept_codes
 from qeff_proxy.load.quantized.pieces import FLOATS, FP8, Pieces, refusal, unsupported
 from qeff_proxy.load.quantized.scaled_codes import replace_scaled, scale_shapes
-from qeff_proxy.load.weight_sources import StoredWeight, Weight
+from qeff_proxy.load.weight_sources import Codes, StoredWeight, Weight
 
 _FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
@@ -121,7 +122,10 @@ def _replace_packed(
     )
     base = key.removesuffix(".weight")
     also = (f"{key}_shape", f"{key}_zero_point", f"{base}.input_scale", f"{base}.output_scale")
-    pieces.replace(key, scales.dtype, (rows, columns), tensors, compute, *also)
+    kept = None
+    if not indexed and block and scales.shape == (rows, columns // block[1]):
+        kept = partial(_kept, key, bits, block[1], (rows, columns), tensors)
+    pieces.replace(key, scales.dtype, (rows, columns), tensors, compute, *also, codes=kept)
 
 
 def _dequantize(
@@ -149,4 +153,23 @@ def _dequantize(
         *(words, scales, groups, scales.dtype, zeros),
         columns=columns,
         read=lambda part: unpack(part, bits)[:, :columns].float(),
+    )
+
+
+def _kept(
+    key: str, bits: int, size: int, shape: tuple[int, int], tensors: Sequence[StoredWeight]
+) -> Codes | None:
+    def zeros(_: torch.Tensor, scales: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+        if not packed:
+            return torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8)
+        return unpack(packed[0].t(), bits)[:, : shape[0]].t()
+
+    length = shape[1] * bits // 8
+    return kept_codes(
+        *(key, bits, size, shape, tensors[1].dtype, tensors),
+        (
+            lambda words, *_: words.contiguous().view(torch.uint8)[:, :length],
+            lambda _words, scales, *_: scales,
+            zeros,
+        ),
     )

@@ -10,15 +10,16 @@ Source: GPTQModel, ``nn_modules/qlinear/__init__.py`` (``dequantize_weight``) an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from qeff_proxy.load.quantized.arithmetic import group_index, scale, unpack
+from qeff_proxy.load.quantized.kept_codes import kept_codes
 from qeff_proxy.load.quantized.pieces import FLOATS, Pieces, refusal, unsupported
-from qeff_proxy.load.weight_sources import StoredWeight, Weight
+from qeff_proxy.load.weight_sources import Codes, StoredWeight, Weight
 
 _BITS = (2, 4, 8)
 _FORMATS = ("gptq", "gptq_v2")
@@ -56,13 +57,17 @@ def weights_of(held: Mapping[str, StoredWeight], settings: Mapping[str, Any]) ->
         if f"{name}.g_idx" in held:
             index = pieces.take(f"{name}.g_idx", codes, ("I32", "I64"), (inputs,), why=why)
             tensors.append(index)
+        length = size if size > 0 else inputs
         compute = partial(
             _dequantize,
-            *(bits, size if size > 0 else inputs),
+            *(bits, length),
             one_less=layout == "gptq",
             named=f"{name}.g_idx in {codes.path}",
         )
-        pieces.replace(f"{name}.weight", scales.dtype, (outputs, inputs), tensors, compute)
+        kept = partial(_kept, f"{name}.weight", bits, length, tensors, one_less=layout == "gptq")
+        pieces.replace(
+            *(f"{name}.weight", scales.dtype, (outputs, inputs), tensors, compute), codes=kept
+        )
     return pieces.weights
 
 
@@ -77,15 +82,36 @@ def _dequantize(
     one_less: bool,
     named: str,
 ) -> torch.Tensor:
-    if one_less:
-        ones = sum(1 << shift for shift in range(0, 32, bits))
-        zeros = zeros + ones  # of int32: wraps
-    shifts = unpack(zeros, bits)[:, : scales.shape[1]]
+    shifts = _zeros(bits, zeros, scales, one_less=one_less)
     groups: int | torch.Tensor = size
     if index is not None and not torch.equal(index, torch.arange(len(index)) // size):
         groups = group_index(index, scales.shape[0], named)
     return scale(
-        *(words.t().contiguous(), scales.t(), groups, scales.dtype, shifts.t()),
+        *(words.t().contiguous(), scales.t(), groups, scales.dtype, shifts),
         columns=words.shape[0] * 32 // bits,
         read=lambda part: unpack(part, bits).float(),
+    )
+
+
+def _zeros(bits: int, zeros: torch.Tensor, scales: torch.Tensor, *, one_less: bool) -> torch.Tensor:
+    """Zero points, uint8 [outputs, groups]."""
+    if one_less:
+        ones = sum(1 << shift for shift in range(0, 32, bits))
+        zeros = zeros + ones  # of int32: wraps
+    return unpack(zeros, bits)[:, : scales.shape[1]].t()
+
+
+def _kept(
+    key: str, bits: int, size: int, tensors: Sequence[StoredWeight], *, one_less: bool
+) -> Codes | None:
+    inputs, outputs = tensors[0].shape[0] * 32 // bits, tensors[0].shape[1]
+    if len(tensors) > 3 and not torch.equal(tensors[3].read(), torch.arange(inputs) // size):
+        return None  # groups in act-order
+    return kept_codes(
+        *(key, bits, size, (outputs, inputs), tensors[1].dtype, tensors[:3]),
+        (
+            lambda words, *_: words.t().contiguous().view(torch.uint8),
+            lambda _words, scales, _: scales.t(),
+            lambda _words, scales, zeros: _zeros(bits, zeros, scales, one_less=one_less),
+        ),
     )

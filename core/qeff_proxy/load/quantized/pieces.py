@@ -8,7 +8,7 @@ import torch
 
 from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES
-from qeff_proxy.load.weight_sources import ComputedWeight, StoredWeight, Weight
+from qeff_proxy.load.weight_sources import Codes, ComputedWeight, StoredWeight, Weight
 
 FLOATS = ("F16", "BF16", "F32")
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -94,8 +94,11 @@ class Pieces:
         pieces: Sequence[StoredWeight],
         compute: Callable[..., torch.Tensor],
         *also: str,
+        codes: Callable[[], Codes | None] | None = None,
     ) -> None:
         """Put a weight in the place of its pieces, and of what else is stored for it (``also``)."""
         for name in (*(piece.key for piece in pieces), *also):
             self.weights.pop(name, None)
-        self.weights[key] = ComputedWeight(key, dtype, tuple(shape), tuple(pieces), compute)
+        self.weights[key] = ComputedWeight(
+            *(key, dtype, tuple(shape), tuple(pieces), compute), codes=codes
+        )

@@ -1,0 +1,116 @@
+"""Score the tokens of a text: what a decoder and a backend make of each window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qeff_proxy.arrays import Array
+from qeff_proxy.backends.compile_export import Compiled
+from qeff_proxy.errors import UsageError
+from qeff_proxy.flows.causal_engine import CausalEngine, StepId
+from qeff_proxy.score.results import Measured, WorstToken
+from qeff_proxy.score.tally import Tally, Worst
+from qeff_proxy.score.windows import beginning_of, windows_of
+from qeff_proxy.session.session import Session
+
+_BEFORE = 48  # characters of context that are shown
+
+
+@dataclass(frozen=True)
+class TokenScorer:
+    """The windows of a text, run by PyTorch and a backend.
+
+    Attributes:
+        text: A file in UTF-8.
+        tokenizer: The checkpoint's.
+        window: Tokens of a window.
+        windows: Score no more than the first so many.
+        worst: How many of the worst tokens to name.
+        reference: PyTorch's sessions, one per part.
+        progress: Called with the name of each stage as it starts.
+    """
+
+    text: Path
+    tokenizer: Any
+    window: int
+    windows: int | None
+    worst: int
+    reference: Mapping[str, Session]
+    progress: Callable[[str], None]
+
+    def measure(self, compiled: Compiled, sessions: Mapping[str, Session]) -> Measured:
+        """Run all windows on PyTorch and on a backend.
+
+        Raises:
+            UsageError: The backend's logits have NaN or infinite elements.
+        """
+        options, tally = compiled.options, Tally(self.worst)
+        ours = CausalEngine(compiled.export.parts, self.reference)
+        theirs = CausalEngine(compiled.export.parts, sessions)
+        for batch in self._batches(options.batch_size):
+            number = len(tally.windows) + 1
+            self.progress(f"scoring on {compiled.backend}: window {number}")
+            expected = _logits(ours, batch, options.prefill_seq_len)
+            actual = _logits(theirs, batch, options.prefill_seq_len)
+            if not np.isfinite(actual).all():
+                raise UsageError(f"its logits have NaN or infinite elements in window {number}")
+            for row, tokens in enumerate(batch):
+                first = max(1, len(tokens) // 2)
+                tally.add(expected[row], actual[row], tokens, first)
+        measures = tally.measures()
+        measures |= {"median": tally.quantile(0.5), "p99": tally.quantile(0.99)}
+        worst = sorted(tally.worst, reverse=True)
+        measures["max"] = worst[0].kl if worst else 0.0
+        scored = int(sum(row[0] for row in tally.windows))
+        said = f"{scored} tokens scored, in {len(tally.windows)} windows of {self.window}"
+        return Measured(measures, tally.intervals(), tuple(self._in_words(worst)), scored, said)
+
+    def _batches(self, size: int) -> Iterator[Array]:
+        """Windows of one length, ``[batch, length]``."""
+        pending: list[Array] = []
+        for number, ids in enumerate(windows_of(self.text, self.tokenizer, self.window)):
+            if number == self.windows:
+                break
+            if pending and (len(pending) == size or ids.shape != pending[0].shape):
+                yield np.concatenate(pending)
+                pending = []
+            pending.append(ids)
+        if pending:
+            yield np.concatenate(pending)
+
+    def _in_words(self, worst: Sequence[Worst]) -> Iterator[WorstToken]:
+        """The worst positions with their text."""
+        wanted = {one.window for one in worst}
+        windows = windows_of(self.text, self.tokenizer, self.window)
+        last = max(wanted, default=-1)
+        texts = {n: ids[0] for n, ids in zip(range(last + 1), windows, strict=False) if n in wanted}
+        first = len(beginning_of(self.tokenizer))
+        decode = self.tokenizer.decode
+        for one in worst:
+            tokens = texts[one.window].tolist()
+            yield WorstToken(
+                decode(tokens[first : one.position])[-_BEFORE:],
+                decode(tokens[one.position : one.position + 1]),
+                one.kl,
+                one.reference,
+                one.candidate,
+                decode([one.expected]),
+                decode([one.chosen]),
+            )
+
+
+def _logits(engine: CausalEngine, ids: Array, chunk: int | None) -> Array:
+    """The logits of all positions, ``[batch, length, vocabulary]``."""
+    longest = min(size for size in (engine.longest_step, chunk, ids.shape[1]) if size is not None)
+    cache, pieces = None, []
+    for index, begin in enumerate(range(0, ids.shape[1], longest)):
+        piece = ids[:, begin : begin + longest]
+        seen = np.ones((len(ids), begin + piece.shape[1]), np.int64)
+        logits, cache = engine.step(StepId("prefill", index), piece, seen, cache)
+        pieces.append(logits)
+    return np.concatenate(pieces, axis=1)

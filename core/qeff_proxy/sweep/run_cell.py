@@ -1,0 +1,259 @@
+"""Verify one cell in this process, and describe the result as a record of the ledger."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from qeff_proxy.errors import ProxyError
+from qeff_proxy.sweep.ledger import Divergence, Layer, Record, Verdict
+from qeff_proxy.sweep.plan import Cell
+
+if TYPE_CHECKING:
+    from qeff_proxy.artifact.manifest_schema import Export
+    from qeff_proxy.compare import TensorComparison
+    from qeff_proxy.load.load_model import LoadedModel
+    from qeff_proxy.parts import Kind
+    from qeff_proxy.request import Request
+    from qeff_proxy.verify.options import VerifyOptions
+    from qeff_proxy.verify.results import BackendResult
+
+
+class Job(msgspec.Struct, frozen=True):
+    """A cell that is to run: plain data.
+
+    Attributes:
+        cell: What to verify.
+        id: Its identity.
+        night: The run of the sweep.
+        versions: Of the packages that it depends on.
+        folder: Of reports and of the dumps while it runs; absolute.
+    """
+
+    cell: Cell
+    id: str
+    night: str
+    versions: dict[str, str]
+    folder: Path
+
+    @property
+    def dumps(self) -> Path:
+        """Where its dumps lie while it runs."""
+        return self.folder / "running" / self.id[:16]
+
+    @property
+    def report(self) -> Path:
+        """Its page."""
+        return self.folder / "reports" / self.night / f"{self.id[:16]}.html"
+
+    def record(self, verdict: Verdict, reason: str = "", **more: Any) -> Record:
+        """The record of the cell, with this end."""
+        return Record(
+            id=self.id,
+            name=self.cell.name,
+            night=self.night,
+            time=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
+            verdict=verdict,
+            reason=reason,
+            options=self.cell.options,
+            versions=self.versions,
+            **more,
+        )
+
+
+def run_cell(job: Job) -> tuple[Record, dict[str, Any] | None]:
+    """Verify a cell.
+
+    Returns:
+        Its record, and the fingerprint of its run; whatever stops it is in the record.
+    """
+    from qeff_proxy.verify.results import reason_of
+    from qeff_proxy.verify.verify_model import verify_model
+
+    stages = _Stages()
+    shutil.rmtree(job.dumps, ignore_errors=True)  # of a run that was killed
+    try:
+        job.report.parent.mkdir(parents=True, exist_ok=True)
+        verification = verify_model(
+            _model_of(job.cell),
+            [job.cell.backend],
+            _request_of(job.cell),
+            _options_of(job),
+            trust_remote_code=job.cell.trust_remote_code,
+            progress=stages.start,
+        )
+        result = verification.results[0]
+        seconds = stages.end()
+        if result.failure is not None:
+            return _failure(job, result.failure, reason_of(result.failure), seconds), None
+        return _described(job, result, verification.reference, seconds, verification.speed)
+    except Exception as error:  # noqa: BLE001 (a sweep goes on, whatever stops a cell)
+        return _failure(job, error, reason_of(error), stages.end()), None
+    finally:
+        shutil.rmtree(job.dumps, ignore_errors=True)
+
+
+class _Stages:
+    """The seconds of each stage."""
+
+    def __init__(self) -> None:
+        self._begin = self._start = time.perf_counter()
+        self._stage = "loading"
+        self._seconds: dict[str, float] = {}
+
+    def start(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._start
+        self._stage, self._start = stage, now
+
+    def end(self) -> dict[str, float]:
+        self.start("")
+        stages = {stage: round(seconds, 3) for stage, seconds in self._seconds.items()}
+        return {**stages, "total": round(self._start - self._begin, 3)}
+
+
+def _failure(job: Job, error: Exception, reason: str, seconds: dict[str, float]) -> Record:
+    report = {"report": _place(job)} if job.report.is_file() else {}
+    verdict: Verdict = "refused" if isinstance(error, ProxyError) else "error"
+    return job.record(verdict, reason[:2000], seconds=seconds, **report)
+
+
+def _place(job: Job) -> str:
+    return job.report.relative_to(job.folder.parent).as_posix()
+
+
+def _model_of(cell: Cell) -> LoadedModel | Export:
+    from qeff_proxy.artifact.export_folder import find_export
+    from qeff_proxy.load.checkpoint_files import folder_named
+    from qeff_proxy.load.load_model import load_model, with_options
+    from qeff_proxy.load.tasks import TASKS, UNUSED_WEIGHTS
+
+    export = find_export(folder_named(cell.source))
+    if export is not None:
+        return export
+    task = TASKS[cell.task] if cell.task is not None else None
+    loaded = load_model(
+        cell.source,
+        dtype=cell.setting.dtype,
+        trust_remote_code=cell.trust_remote_code,
+        allow_pickle=cell.allow_pickle,
+        auto_class=None if task is None else task.auto_class,
+        unused=UNUSED_WEIGHTS if task is None else task.unused,
+    )
+    return with_options(replace(loaded, task=cell.task), cell.cut_options)
+
+
+def _request_of(cell: Cell) -> Request | None:
+    import numpy as np
+
+    from qeff_proxy.errors import UsageError
+    from qeff_proxy.request import Request
+
+    given = cell.input
+    if given.ids:
+        if len({len(row) for row in given.ids}) > 1:
+            raise UsageError("the lists of token ids differ in length", "Make an input of each.")
+        return Request(inputs={"input_ids": np.array(given.ids, np.int64)})
+    if not (given.prompts or given.audio or given.images):
+        return None
+    return Request(given.prompts, audio=given.audio, images=given.images)
+
+
+def _options_of(job: Job) -> VerifyOptions:
+    from qeff_proxy.compare import Tolerances
+    from qeff_proxy.compile_options import CompileOptions
+    from qeff_proxy.verify.options import VerifyOptions
+
+    setting = job.cell.setting
+    return VerifyOptions(
+        kind=cast("Kind", {"none": "whole"}.get(setting.proxy, setting.proxy)),
+        taps=setting.taps,
+        opset=setting.opset,
+        max_new_tokens=setting.max_new_tokens,
+        tolerances=Tolerances.parse(list(setting.tol)),
+        compile=CompileOptions(
+            batch_size=setting.batch_size,
+            prefill_seq_len=setting.prefill_seq_len,
+            ctx_len=setting.ctx_len,
+            seq_len=setting.seq_len,
+            num_cores=setting.num_cores,
+        ),
+        backends={job.cell.backend: job.cell.options},
+        calibration=setting.calibrate,
+        io_folder=job.dumps,
+        html=job.report,
+        speed=setting.speed,
+    )
+
+
+def _described(
+    job: Job, result: BackendResult, reference: Path, seconds: dict[str, float], speed: Any
+) -> tuple[Record, dict[str, Any] | None]:
+    """The record and the fingerprint of a cell that ran to its end."""
+    from qeff_proxy.compare.verdict import describe_verdict
+    from qeff_proxy.sweep.fingerprint import find_dead_output, take_fingerprint
+
+    assert result.comparison is not None  # noqa: S101 (it has no failure)
+    assert result.folder is not None  # noqa: S101
+    dead = find_dead_output(reference)
+    verdict: Verdict = "passed" if result.passed and dead is None else "failed"
+    reason = "" if result.passed else describe_verdict(result.comparison)[0]
+    if dead is not None:
+        reason = (
+            f"nothing was verified: {dead} of the reference is constant or not finite. {reason}"
+        )
+    first = result.divergence
+    rates = [speed.rate(timing) for timing in speed.timings] if speed is not None else []
+    provenance: Mapping[str, Any] = result.comparison.candidate_provenance
+    record = job.record(
+        verdict,
+        reason.strip(),
+        divergence=None
+        if first is None
+        else Divergence(first.tensor.partition(".")[0], first.tensor, first.layer, first.step),
+        error=_number(result.worst_error),
+        worst=str(result.worst.name) if result.worst is not None else None,
+        sqnr=_number(result.sqnr),
+        layers=_layers_of(result.comparison.tensors),
+        equal_tokens=result.equal_tokens,
+        tokens=result.tokens,
+        seconds=seconds,
+        speed=_number(rates[0]) if rates else None,
+        precision=_precision(job) or provenance.get("dtype"),
+        report=_place(job),
+    )
+    return record, take_fingerprint(result.folder)
+
+
+def _precision(job: Job) -> str | None:
+    from qeff_proxy.backends.registry import load_backend
+
+    return load_backend(job.cell.backend).precision(_options_of(job).compile_for(job.cell.backend))
+
+
+def _layers_of(tensors: list[TensorComparison]) -> list[Layer]:
+    """The worst error and SQNR of the outputs of each layer, in the order of the computation."""
+    worst: dict[str, tuple[float, float]] = {}
+    for tensor in sorted(tensors, key=lambda each: each.order):
+        name = tensor.name
+        if name.direction != "out" or name.layer is None:
+            continue
+        at = f"{name.part} layer {name.layer}"
+        error, sqnr = worst.get(at, (0.0, math.inf))
+        errors = [math.inf if math.isnan(e) else float(e) for e in tensor.step_error]
+        decibels = [-math.inf if math.isnan(d) else float(d) for d in tensor.step_sqnr]
+        worst[at] = max([error, *errors]), min([sqnr, *decibels])
+    return [Layer(at, _number(error), _number(sqnr)) for at, (error, sqnr) in worst.items()]
+
+
+def _number(value: float | None) -> float | None:
+    """A JSON number of five digits; ``None`` where it is infinite or undefined."""
+    return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
