@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from peft import LoraConfig, get_peft_model
 from qeff_proxy import QEFFAutoModelForCausalLM
 from qeff_proxy.cli import main
 from qeff_proxy.errors import CheckpointError
@@ -192,6 +193,23 @@ def test_export_streams_the_file_and_generates_the_tokens_of_transformers(
     assert main([*command, "--json", "--output", str(folder)]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["generated_ids"] == [expected.tolist()]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
+def test_an_adapter_is_merged_into_dequantized_weights(llama: Path, tmp_path: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj", "up_proj"], r=4)
+    model = get_peft_model(read_by_transformers(llama), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.05)
+    model.peft_config["default"].base_model_name_or_path = llama.name
+    model.save_pretrained(tmp_path)
+    expected = dict(model.merge_and_unload().named_parameters())
+    loaded = load_model(str(llama), adapters=[tmp_path])
+    assert loaded.sample is not None
+    for name, weight in loaded.sample(all_layers).model.named_parameters():
+        assert (weight - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max(), name
 
 
 def test_two_files_in_a_folder_are_named(llama: Path, tmp_path: Path) -> None:

@@ -125,7 +125,13 @@ def find_model(
                     + (f" but revision {found[0].settings['revision']} of {base}" if base else ""),
                     "Name the base model, and this folder with --adapter.",
                 )
-            folder = find(str(base))
+            try:
+                folder = find(str(base))
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"the base model that {folder / CONFIG} names is not found: {error.problem}",
+                    "Name the base model, and this folder with --adapter.",
+                ) from error
             if (folder / CONFIG).exists():
                 raise CheckpointError(
                     f"{found[0].folder / CONFIG} names the base model {base}, an adapter itself",

@@ -83,7 +83,7 @@ def _write_folder(folder: Path, file: Path) -> None:
     if count is not None and count.contents() > 1:
         raise CheckpointError(
             f"{file} is one of {count.contents()} pieces of a model",
-            "Join them with llama.cpp: llama-gguf-split --merge.",
+            "Join them with ggml's gguf-split --merge.",
         )
     from transformers import AutoConfig, AutoTokenizer
 
@@ -182,7 +182,7 @@ def gguf_weights(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     if unread:
         warnings.warn(
             f"{file} holds {', '.join(sorted(unread)[:4])}, which transformers does not read: the "
-            "outputs may differ from llama.cpp's",
+            "outputs may differ from those of programs that do",
             UserWarning,
             stacklevel=4,
         )

@@ -156,7 +156,7 @@ def load_model(
 
         if not held:
             raise CheckpointError(
-                f"{folder} has its weights as pickles, into which no adapter is merged",
+                f"the weights of {folder} are not read tensor by tensor, as adapters are merged",
                 "Convert them to safetensors.",
             )
         model = model_on_meta(folder, config_file, auto_class, trust_remote_code=trust_remote_code)
