@@ -80,7 +80,7 @@ def test_shards_of_one_name_are_one_night(write_plan: WritePlan) -> None:
     compared = compare_nights(path.parent / "ledger.jsonl")
     assert (compared.after, compared.before) == ("nightly-7", None)
     assert sorted(compared.records) == [f"m0{n}/nonesuch/default/example" for n in range(4)]
-    with pytest.raises(UsageError, match="'../x' cannot name a night"):
+    with pytest.raises(UsageError, match=r"'\.\./x' cannot name a night"):
         run_quick(path, night="../x")
 
 
@@ -166,7 +166,8 @@ def test_no_cell_is_lost_or_doubled_when_sweeps_are_killed(write_plan: WritePlan
 
 
 def test_a_killed_worker_costs_its_cell_another_run_and_nothing_else(write_plan: WritePlan) -> None:
-    path = write_plan(cells=24)
+    models = "".join(f'slow{number} = "./none-{number}"\n' for number in range(12))
+    path = write_plan(f"[models]\n{models}[backends.nonesuch]")
     driver, chance, killed = drive(path), random.Random(2), 0
     while driver.poll() is None and killed < 5:
         time.sleep(chance.random() * 0.1)
@@ -183,7 +184,7 @@ def test_a_killed_worker_costs_its_cell_another_run_and_nothing_else(write_plan:
     assert lost
     assert {record.reason for record in lost} == {"its process ended by SIGKILL"}
     assert sorted(run_quick(path).ran) == sorted(record.name for record in lost)
-    check_kept(path, 24)
+    check_kept(path, 12)
 
 
 def children_of(driver: int) -> list[int]:
