@@ -79,7 +79,7 @@ def short(job):
         time.sleep(60)
     if model.startswith("raises"):
         raise RuntimeError("a defect of the worker")
-    time.sleep(0.03)
+    time.sleep(0.4 if model.startswith("slow") else 0.03)
     with open(job.folder / "ran.txt", "a") as file:
         file.write(f"{job.cell.name}\\n")
     return job.record("passed", error=1e-6, seconds={"total": 0.03}), {"x": ["h", 1, 2]}

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from qeff_proxy.cli import main
 from qeff_proxy.errors import UsageError
-from qeff_proxy.sweep import Ledger, read_plan, run_sweep
+from qeff_proxy.sweep import Ledger, compare_nights, read_plan, run_sweep
 from qeff_proxy.sweep.run_sweep import cells_of
 
 WritePlan = Callable[..., Path]
@@ -71,6 +71,17 @@ def test_shards_share_the_cells(write_plan: WritePlan) -> None:
     parts = [{cell.name for cell in cells_of(plan, (part, 3))} for part in (1, 2, 3)]
     assert sum(map(len, parts)) == len(set().union(*parts)) == 30
     assert all(parts)
+
+
+def test_shards_of_one_name_are_one_night(write_plan: WritePlan) -> None:
+    path = write_plan(cells=4)
+    for part in (1, 2):
+        run_quick(path, shard=(part, 2), night="nightly-7")
+    compared = compare_nights(path.parent / "ledger.jsonl")
+    assert (compared.after, compared.before) == ("nightly-7", None)
+    assert sorted(compared.records) == [f"m0{n}/nonesuch/default/example" for n in range(4)]
+    with pytest.raises(UsageError, match=r"'\.\./x' cannot name a night"):
+        run_quick(path, night="../x")
 
 
 def test_cells_that_hang_die_or_grow_are_named_and_the_others_go_on(
@@ -155,7 +166,8 @@ def test_no_cell_is_lost_or_doubled_when_sweeps_are_killed(write_plan: WritePlan
 
 
 def test_a_killed_worker_costs_its_cell_another_run_and_nothing_else(write_plan: WritePlan) -> None:
-    path = write_plan(cells=24)
+    models = "".join(f'slow{number} = "./none-{number}"\n' for number in range(12))
+    path = write_plan(f"[models]\n{models}[backends.nonesuch]")
     driver, chance, killed = drive(path), random.Random(2), 0
     while driver.poll() is None and killed < 5:
         time.sleep(chance.random() * 0.1)
@@ -172,7 +184,7 @@ def test_a_killed_worker_costs_its_cell_another_run_and_nothing_else(write_plan:
     assert lost
     assert {record.reason for record in lost} == {"its process ended by SIGKILL"}
     assert sorted(run_quick(path).ran) == sorted(record.name for record in lost)
-    check_kept(path, 24)
+    check_kept(path, 12)
 
 
 def children_of(driver: int) -> list[int]:

@@ -49,6 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--workers", type=int, metavar="N", help="cells at a time (default: cores)")
     runs.add_argument("--shard", metavar="I/N", help="only the I-th of N parts of the cells")
     runs.add_argument(
+        "--night", metavar="NAME", help="a name for this run; shards that share one are one night"
+    )
+    runs.add_argument(
         "--again",
         action="append",
         default=[],
@@ -74,7 +77,15 @@ def run(args: argparse.Namespace) -> int:
         _refuse(args, "a plan", html=None, junit=None, markdown=False)
         return _run_plan(args, Path(action))
     _refuse(
-        args, action, on="local", dry_run=False, workers=None, shard=None, again=[], no_wait=False
+        args,
+        action,
+        on="local",
+        dry_run=False,
+        workers=None,
+        shard=None,
+        night=None,
+        again=[],
+        no_wait=False,
     )
     if len(words) not in (1, 3):
         raise UsageError(f"sweep {action} takes a ledger, or a ledger and two nights")
@@ -106,6 +117,7 @@ def _run_plan(args: argparse.Namespace, path: Path) -> int:
             workers=args.workers,
             again=args.again,
             shard=shard,
+            night=args.night,
             wait_for_others=not args.no_wait,
             progress=progress,
             finished=_say_nothing if args.json or sys.stderr.isatty() else _say,
@@ -136,7 +148,8 @@ def _print_cells(args: argparse.Namespace, plan: Plan, shard: tuple[int, int] | 
 
     cells = cells_of(plan, shard)
     identities = identify_cells(cells)
-    known = {record.id: record for record in Ledger(plan.ledger).new_records()}
+    wanted = {identity.id for identity in identities.values()}
+    known = {r.id: r for r in Ledger(plan.ledger).new_records() if r.id in wanted}
     rows = [
         {
             "name": cell.name,

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import time
 import uuid
 import zlib
@@ -68,6 +69,7 @@ def run_sweep(
     workers: int | None = None,
     again: Sequence[str] = (),
     shard: tuple[int, int] | None = None,
+    night: str | None = None,
     wait_for_others: bool = True,
     progress: Callable[[str], None] = lambda _line: None,
     finished: Callable[[Record], None] = lambda _record: None,
@@ -81,12 +83,13 @@ def run_sweep(
         again: Globs of cells to run although the ledger has them.
         shard: ``(i, n)``: only the i-th of n parts of the cells, from 1; a cell stays in its part
             whatever else the plan has.
+        night: A name for this run; shards that share one are one night to `compare_nights`.
         wait_for_others: Wait for cells that another sweep on this ledger runs.
         progress: Called with a line about how far it is.
         finished: Called with each record as it is kept.
 
     Raises:
-        UsageError: ``again`` or ``shard`` leaves no cell.
+        UsageError: ``again`` matches no cell, or ``night`` is no name.
         PluginError: There is no such executor.
         ArtifactError: The ledger cannot be written.
     """
@@ -94,7 +97,9 @@ def run_sweep(
     for pattern in again:
         if not any(fnmatchcase(name, pattern) for name in cells):
             raise UsageError(f"no cell matches {pattern!r}, which is to run again")
-    run = _Run(plan, cells, again, wait_for_others, progress, finished)
+    if night is not None and re.fullmatch(r"[\w:-][\w.:-]*", night) is None:
+        raise UsageError(f"{night!r} cannot name a night", "Use letters, digits and - _ . :")
+    run = _Run(plan, cells, again, night, wait_for_others, progress, finished)
     if run.pending:
         executor = load_executor(on, workers)
         try:
@@ -121,6 +126,7 @@ class _Run:
         plan: Plan,
         cells: dict[str, Cell],
         again: Sequence[str],
+        night: str | None,
         wait_for_others: bool,
         progress: Callable[[str], None],
         finished: Callable[[Record], None],
@@ -132,12 +138,14 @@ class _Run:
         check_writable(plan.ledger.parent)
         progress("identifying the cells")
         self.identities: dict[str, Identity] = identify_cells(cells.values())
-        done = {record.id: record for record in self.ledger.new_records()}
-        now = datetime.datetime.now(datetime.UTC)
-        night = f"{now:%Y-%m-%dT%H-%M-%S}-{uuid.uuid4().hex[:4]}"
         ids = {name: identity.id for name, identity in self.identities.items()}
+        wanted = set(ids.values())
+        done = {r.id: r for r in self.ledger.new_records() if r.id in wanted}
+        now = datetime.datetime.now(datetime.UTC)
+        night = night or f"{now:%Y-%m-%dT%H-%M-%S}-{uuid.uuid4().hex[:4]}"
         self.sweep = Sweep(plan.ledger, night, {name: done.get(ids[name]) for name in cells})
-        self._note(self.ledger.append_night(Night(night, str(plan.path), ids)))
+        if cells:
+            self._note(self.ledger.append_night(Night(night, str(plan.path), ids)))
         self.pending = [
             name
             for name, record in self.sweep.records.items()
@@ -151,6 +159,7 @@ class _Run:
         self._claimed: dict[str, ExitStack] = {}
         self._total = len(self.pending)
         self._elsewhere: set[str] = set()
+        self._kept: set[str] = set()
         self._names: dict[str, list[str]] = {}
         for name, identity in ids.items():
             self._names.setdefault(identity, []).append(name)
@@ -209,7 +218,7 @@ class _Run:
     def _is_done_elsewhere(self, name: str) -> bool:
         """Whether another sweep has kept a result of the cell since this one began."""
         for record in self.ledger.new_records():
-            if record.night != self.sweep.night:
+            if record.id not in self._kept:
                 self._set(record)
                 if record.verdict in FINISHED:
                     self._elsewhere.add(record.id)
@@ -240,6 +249,7 @@ class _Run:
         except Exception as error:  # noqa: BLE001 (an executor's own fault must not stop the others)
             record = self._job(name).record("killed", f"{type(error).__name__}: {error}")
         try:
+            self._kept.add(record.id)
             self._note(self.ledger.append(record, fingerprint))
         except ArtifactError as error:  # a full disk: the others may still find room
             self.sweep.notes.append(f"the result of {name} is lost: {error}")
