@@ -59,6 +59,10 @@ def test_several_models_are_verified(demo_export: Path, tmp_path: Path, capsys: 
     report = json.loads(capsys.readouterr().out)
     assert [each["passed"] for each in report["models"]] == [True, False]
     assert report["passed"] is False
+    (backend,) = report["models"][0]["backends"]
+    assert backend["versions"]["onnxruntime"]
+    assert {"torch", "transformers", "qeff-proxy"} <= set(report["models"][0]["made_by"])
+    assert report["models"][0]["date"].endswith(" UTC")
     assert main([*command, "--html", "x.html"]) == 2
     assert main(["verify", str(demo_export), str(demo_export), "--max-new-tokens", "2"]) == 0
     assert capsys.readouterr().out.endswith(f"PASSED {demo_export}\n")

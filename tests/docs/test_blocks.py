@@ -22,14 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 CHECKPOINT = Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
 HUB_ID = "openai-community/gpt2"  # stands for any model, as the word MODEL does
 #: Commands that other tests, or `make`, run.
-ELSEWHERE = (
-    "qeff-proxy sweep",
-    "pip install",
-    "make ",
-    "source ",
-    ".venv/bin/pre-commit",
-    "pytest",
-)
+ELSEWHERE = ("pip install", "make ", "source ", ".venv/bin/pre-commit", "pytest")
 #: Commands that prepare the files which a page's commands read.
 BEFORE = {
     "README.md": [

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from qeff_proxy.auto.base import HOW, ByName, ProxyModel
+from qeff_proxy.auto.base import HOW, ProxyModel
 from qeff_proxy.auto.causal_lm import new_tokens, without_runtime
 from qeff_proxy.common import arguments
+from qeff_proxy.common.shown import ByName
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.load.tasks import TASKS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qeff_proxy.artifact.export_folder import check_export_place
 from qeff_proxy.artifact.manifest_schema import Export
-from qeff_proxy.auto.checkpoint import load_checkpoint, remove_view
+from qeff_proxy.auto.checkpoint import load_checkpoint, remove_view, wrapped
 from qeff_proxy.auto.on_disk import export_of_graphs
 from qeff_proxy.auto.qefficient import (
     BUILD,
@@ -26,13 +26,14 @@ from qeff_proxy.auto.right_class import with_right_class
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.common import arguments
 from qeff_proxy.common.messages import type_named
+from qeff_proxy.common.notebook import notebook_stages
 from qeff_proxy.common.shown import Shown
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import ProxyError, UnsupportedModelError, UsageError
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.adapter_files import Adapters
-from qeff_proxy.load.load_model import LoadedModel, load_config, with_options, wrap_model
+from qeff_proxy.load.load_model import LoadedModel, load_config, with_options
 from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.load.tasks import Task
 from qeff_proxy.parts import Kind
@@ -55,16 +56,6 @@ _TWO_GRAPHS = ("vision", "lang")
 _VOCABULARY = "vocabulary.safetensors"
 #: Arguments of every ``generate`` that say how to run, and not what.
 HOW = {"runtime_ai100", "iteration"}
-
-
-class ByName(Shown):
-    """A result whose values can be read by name, as ``result["logits"]``."""
-
-    def __getitem__(self, name: str) -> Any:
-        """An attribute by its name."""
-        if name not in vars(self):
-            raise KeyError(name)
-        return getattr(self, name)
 
 
 class ProxyModel(Shown):
@@ -112,7 +103,7 @@ class ProxyModel(Shown):
             raise UsageError(
                 f"plugins are {type_named(plugins)}", "Give qeff_proxy.Plugins, or nothing."
             )
-        loaded = model if isinstance(model, LoadedModel) else _wrapped(model)
+        loaded = model if isinstance(model, LoadedModel) else wrapped(model)
         self._loaded = with_options(loaded, asked)
         self._kind: Kind = kind
         self._plugins = plugins or Plugins.discover()
@@ -238,17 +229,19 @@ class ProxyModel(Shown):
         folder = arguments.path("export_dir", export_dir)
         check_export_place(self._loaded.source, folder)
         try:
-            self._export = export_model(
-                self._loaded,
-                self._hooks,
-                self._kind,
-                output=folder,
-                opset=opset,
-                taps=taps,
-                num_layers=num_layers,
-                weights=weights,
-                force=force,
-            )
+            with notebook_stages("exporting") as progress:
+                self._export = export_model(
+                    self._loaded,
+                    self._hooks,
+                    self._kind,
+                    output=folder,
+                    opset=opset,
+                    taps=taps,
+                    num_layers=num_layers,
+                    weights=weights,
+                    force=force,
+                    progress=progress,
+                )
         except ProxyError as error:
             clearer = with_right_class(error, self._loaded, self.task, self._plugins)
             if clearer is error:
@@ -327,7 +320,10 @@ class ProxyModel(Shown):
                 calibration,
                 trust_remote_code=self._loaded.trust_remote_code,
             )
-        self._compiled = compile_export(self._export, backend, options, force=force)
+        with notebook_stages("compiling") as progress:
+            self._compiled = compile_export(
+                self._export, backend, options, force=force, progress=progress
+            )
         return self._compiled.folder
 
     def run_request(
@@ -398,17 +394,6 @@ class ProxyModel(Shown):
                 "this model was made in memory and has no tokenizer", "Pass tokenizer=."
             )
         return load_processor(self._loaded.folder, trust_remote_code=self._loaded.trust_remote_code)
-
-
-def _wrapped(model: Any) -> LoadedModel:
-    """Wrap a transformers model like the result of `qeff_proxy.load.load_model`."""
-    if not hasattr(getattr(model, "config", None), "model_type"):
-        what = repr(model) if isinstance(model, str) else type_named(model)
-        raise UsageError(
-            f"{what} is no transformers model",
-            "Give one, or load a checkpoint with from_pretrained.",
-        )
-    return wrap_model(model)
 
 
 def _lengths(seq_len: Any) -> tuple[int, ...] | None:

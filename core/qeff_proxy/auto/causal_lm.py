@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from qeff_proxy.auto.base import HOW, ByName, ProxyModel
+from qeff_proxy.auto.base import HOW, ProxyModel
 from qeff_proxy.auto.qefficient import GENERATE, without_ignored
 from qeff_proxy.common.arguments import flag, processor, texts
 from qeff_proxy.common.messages import first_line, type_named
+from qeff_proxy.common.shown import ByName
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.tasks import TASKS

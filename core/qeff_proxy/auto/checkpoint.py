@@ -17,7 +17,7 @@ from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.adapter_files import Adapters
 from qeff_proxy.load.checkpoint_files import find_checkpoint, folder_named
-from qeff_proxy.load.load_model import LoadedModel, load_config, load_model
+from qeff_proxy.load.load_model import LoadedModel, load_config, load_model, wrap_model
 from qeff_proxy.load.tasks import Task
 
 if TYPE_CHECKING:
@@ -119,6 +119,17 @@ def load_checkpoint(
         remove_view(view)
         raise
     return loaded, view, config
+
+
+def wrapped(model: Any) -> LoadedModel:
+    """Wrap a transformers model like the result of `qeff_proxy.load.load_model`."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        what = repr(model) if isinstance(model, str) else type_named(model)
+        raise UsageError(
+            f"{what} is no transformers model",
+            "Give one, or load a checkpoint with from_pretrained.",
+        )
+    return wrap_model(model)
 
 
 def remove_view(view: Path | None) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qeff_proxy.auto.base import ByName
 from qeff_proxy.auto.embedding import TextEncoder
+from qeff_proxy.common.shown import ByName
 from qeff_proxy.load.tasks import TASKS
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qeff_proxy.auto.base import ByName, ProxyModel
+from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.common import arguments
+from qeff_proxy.common.shown import ByName
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.tasks import TASKS

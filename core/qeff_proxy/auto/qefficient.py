@@ -206,7 +206,6 @@ EXEC: dict[str, Keyword] = {
 }
 #: Public names of QEfficient that this package does not have.
 ELSEWHERE = {
-    "QEffAutoPeftModelForCausalLM": "merge the adapter into its base model, and export that",
     "QEFFCommonLoader": "qeff-proxy inspect MODEL names the class for a checkpoint",
     "QEffFluxPipeline": "there is no flow for diffusion",
     "QEffWanPipeline": "there is no flow for diffusion",

@@ -205,7 +205,9 @@ def _verify(args: argparse.Namespace, show_json: Callable[[dict[str, Any]], None
         return 0 if agreement.passed else 1
     speed = verification.speed
     if args.json:
-        report = verification.to_json()
+        from qeff_proxy.compare.report_facts import today
+
+        report = {**verification.to_json(), "date": today()}
         if speed is not None and speed.best is not None:
             report["speed"]["command"] = command_for(args, speed.best.name)
         show_json(report)

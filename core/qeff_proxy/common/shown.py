@@ -37,3 +37,13 @@ class Shown:
             for name, fact in self._known().items()
         )
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+
+
+class ByName(Shown):
+    """A result whose values can be read by name, as ``result["logits"]``."""
+
+    def __getitem__(self, name: str) -> Any:
+        """An attribute by its name."""
+        if name not in vars(self):
+            raise KeyError(name)
+        return getattr(self, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ from qeff_proxy.run.run_compiled import RunResult
 
 if TYPE_CHECKING:
     from qeff_proxy.verify.timing import Speed
+
+
+#: Packages whose versions shape an export, as its ``made_by`` has them.
+_PACKAGES = ("qeff-proxy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,6 +108,17 @@ class BackendResult(Shown):
         """Cosine similarity of the model's output, of the worse phase."""
         return min((t.worst.cosine for t in self.final if t.worst is not None), default=None)
 
+    @property
+    def _provenance(self) -> Mapping[str, Any]:
+        """What made its dump; empty where it has none."""
+        return {} if self.comparison is None else self.comparison.candidate_provenance
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """Versions of what made the export: package → version."""
+        made = self._provenance.get("made_by") or {}
+        return {name: made[name] for name in _PACKAGES if name in made}
+
     def verdict(self) -> str:
         """The verdict in a line."""
         if self.comparison is None:
@@ -123,6 +139,7 @@ class BackendResult(Shown):
         origin = self.comparison.origin if self.comparison is not None else None
         return {
             "backend": self.backend,
+            "versions": self._provenance.get("versions"),
             "passed": self.passed,
             "error": self.error,
             "dump": str(self.folder) if self.folder is not None else None,
@@ -196,6 +213,7 @@ class Verification(Shown):
             "reference": str(self.reference),
             "reference_weights": self.weights,
             "input": self.input,
+            "made_by": next((r.made_by for r in self.results if r.made_by), None),
             "idle_parts": list(self.idle),
             "decoded": self.decoded if _is_plain(self.decoded) else None,
             "backends": [result.to_json() for result in self.results],
