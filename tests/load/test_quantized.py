@@ -437,6 +437,32 @@ def test_settings_that_do_not_fit_the_tensors_are_refused(
         checkpoint_tensors(tmp_path, {"quantization_config": {**settings, **change}})
 
 
+def test_a_scheme_that_differs_in_zero_points_only_is_told_by_them(tmp_path: Path) -> None:
+    stored, settings, weight = FORMATS["int4 with zero points"](WEIGHT)
+    groups = settings["config_groups"]
+    symmetric = {**groups["group_0"]["weights"], "symmetric": True}
+    settings["config_groups"] = {"first": {"targets": ["x"], "weights": symmetric}, **groups}
+    save(tmp_path, stored)
+    held = checkpoint_tensors(tmp_path, {"quantization_config": settings})
+    torch.testing.assert_close(held["X.weight"].read(), weight, rtol=0, atol=0)
+
+
+def test_act_order_without_groups_is_refused(tmp_path: Path) -> None:
+    stored, settings, _ = FORMATS["int4"](WEIGHT)
+    settings["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    save(tmp_path, stored)
+    with pytest.raises(CheckpointError, match=r"holds X.weight_packed without its X.weight_g_idx"):
+        checkpoint_tensors(tmp_path, {"quantization_config": settings})
+
+
+@pytest.mark.parametrize("settings", [None, {"quant_method": "awq"}])
+def test_fp8_that_no_settings_speak_of_is_refused(settings: Any, tmp_path: Path) -> None:
+    stored, _, _ = fp8(WEIGHT, (16, 32))
+    save(tmp_path, stored)
+    with pytest.raises(CheckpointError, match=r"X.weight in .*safetensors is of FP8, and the quan"):
+        checkpoint_tensors(tmp_path, {"quantization_config": settings})
+
+
 def test_an_input_in_a_group_that_is_not_there_is_named(tmp_path: Path) -> None:
     stored, settings, _ = gptq(WEIGHT, act_order=True)
     save(tmp_path, changed(stored, "X.g_idx", lambda t: t + 1))

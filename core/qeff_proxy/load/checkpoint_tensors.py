@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.checkpoint_files import GGUF_LINK, safetensors_files
 from qeff_proxy.load.gguf_files import gguf_weights
 from qeff_proxy.load.quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
+from qeff_proxy.load.quantized.pieces import FP8
 from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.load.weight_sources import StoredWeight, Weight
 
@@ -49,6 +50,9 @@ def checkpoint_tensors(folder: Path, config: Mapping[str, Any]) -> Mapping[str, 
     }
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
+        _check_fp8(
+            held, (key for key in held if f"{key}_scale" in held or f"{key}_scale_inv" in held)
+        )
         return dict(held)
     method = str(settings.get("quant_method", "an unknown method"))
     if any(settings.get(f"load_in_{bits}bit") for bits in (4, 8)):
@@ -59,4 +63,17 @@ def checkpoint_tensors(folder: Path, config: Mapping[str, Any]) -> Mapping[str, 
             f"{folder} has weights quantized with {method}{place}, which are not supported",
             "Name the checkpoint that they were made from, in float32, float16 or bfloat16.",
         )
-    return FORMATS[method](held, settings)
+    weights = FORMATS[method](held, settings)
+    _check_fp8(held, (key for key, weight in weights.items() if isinstance(weight, StoredWeight)))
+    return weights
+
+
+def _check_fp8(held: Mapping[str, StoredWeight], keys: Iterable[str]) -> None:
+    """Refuse codes of FP8 among weights: they are numbers, but not those of the weight."""
+    for key in keys:
+        if held[key].dtype in FP8:
+            raise CheckpointError(
+                f"{key} in {held[key].path} is of FP8, and the quantization_config of config.json "
+                "does not say how it is scaled",
+                "Correct it, or name the checkpoint that the weights were made from.",
+            )

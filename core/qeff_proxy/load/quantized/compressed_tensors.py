@@ -52,7 +52,8 @@ def weights_of(held: Mapping[str, StoredWeight], settings: Mapping[str, Any]) ->
             _replace_packed(pieces, key.removesuffix("_packed"), codes, schemes)
         elif codes.dtype in (*FP8, "I8") and key.endswith("weight"):
             scheme = _scheme_of(pieces, key, codes, codes.shape, schemes)
-            zeros = codes.dtype == "I8" and not scheme.get("symmetric", True)
+            asymmetric = not scheme.get("symmetric", True) or f"{key}_zero_point" in held
+            zeros = codes.dtype == "I8" and asymmetric
             replace_scaled(pieces, key, codes, _block(scheme), zeros=zeros)
     return pieces.weights
 
@@ -105,13 +106,15 @@ def _replace_packed(
         raise unsupported(f"weights packed with {scheme.get('strategy')} scales and {bits} bits")
     scales = pieces.take(f"{key}_scale", codes, FLOATS)
     tensors = [codes, scales]
-    asymmetric = not scheme.get("symmetric", True)
+    points = pieces.find(f"{key}_zero_point")  # schemes may differ in nothing else
+    asymmetric = not scheme.get("symmetric", True) or (points is not None and points.dtype == "I32")
     if asymmetric and scales.shape[:1] == (rows,):
         packed = (math.ceil(rows * bits / 32), math.prod(scales.shape) // rows)
         tensors.append(pieces.take(f"{key}_zero_point", codes, ("I32",), packed))
     elif asymmetric:
         tensors.append(pieces.take(f"{key}_zero_point", codes, ("I8",), scales.shape))
-    indexed = f"{key}_g_idx" in pieces.weights
+    # Without its groups, a weight in act-order would be scaled wrongly.
+    indexed = f"{key}_g_idx" in pieces.weights or scheme.get("actorder") in ("group", True)
     if indexed:
         tensors.append(pieces.take(f"{key}_g_idx", codes, ("I32", "I64"), (columns,)))
     compute = partial(
