@@ -58,7 +58,7 @@ HOW = {"runtime_ai100", "iteration"}
 
 
 class ProxyModel(Shown):
-    """The base class of the faces: load, export, compile."""
+    """The base class of the faces."""
 
     task: ClassVar[Task]
     _config: PreTrainedConfig | None = None
@@ -158,7 +158,13 @@ class ProxyModel(Shown):
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-        model = cls(loaded, enable_proxy=enable_proxy, proxy=proxy, plugins=plugins, options=asked)
+        try:
+            model = cls(
+                loaded, enable_proxy=enable_proxy, proxy=proxy, plugins=plugins, options=asked
+            )
+        except BaseException:
+            remove_view(view)
+            raise
         model._config = changed
         weakref.finalize(model, remove_view, view)
         return model
@@ -212,8 +218,6 @@ class ProxyModel(Shown):
         **ignored: Any,
     ) -> Path:
         """Export the parts to ONNX (`qeff_proxy.export.export_model`) and return their folder.
-
-        QEfficient's other arguments are ignored with a warning.
 
         Raises:
             UnsupportedModelError: The checkpoint is of another task; names the class for it.
