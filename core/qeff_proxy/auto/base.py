@@ -50,7 +50,6 @@ KIND_NAMES: dict[str, Kind] = {
     "whole": "whole",
     "none": "whole",
 }
-_TWO_GRAPHS = ("vision", "lang")
 #: The weights of embedding and LM head in an export.
 _VOCABULARY = "vocabulary.safetensors"
 #: Arguments of every ``generate`` that say how to run, and not what.
@@ -293,7 +292,10 @@ class ProxyModel(Shown):
             understood=load_backend(backend).options,
             whose=f"means nothing to backend {backend!r} and ",
         )
-        graphs = [onnx_path, *(chosen.pop(f"{part}_onnx_path", None) for part in _TWO_GRAPHS)]
+        graphs = [
+            onnx_path,
+            *(chosen.pop(f"{part}_onnx_path", None) for part in ("vision", "lang")),
+        ]
         named = [path for path in graphs if path is not None]
         if named:
             self._export, self._compiled = export_of_graphs(named, self._loaded.model_type), None
