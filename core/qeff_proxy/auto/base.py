@@ -292,11 +292,8 @@ class ProxyModel(Shown):
             understood=load_backend(backend).options,
             whose=f"means nothing to backend {backend!r} and ",
         )
-        graphs = [
-            onnx_path,
-            *(chosen.pop(f"{part}_onnx_path", None) for part in ("vision", "lang")),
-        ]
-        named = [path for path in graphs if path is not None]
+        others = (chosen.pop(name, None) for name in ("vision_onnx_path", "lang_onnx_path"))
+        named = [path for path in (onnx_path, *others) if path is not None]
         if named:
             self._export, self._compiled = export_of_graphs(named, self._loaded.model_type), None
         if self._export is None:
