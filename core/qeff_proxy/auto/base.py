@@ -43,7 +43,6 @@ KIND_NAMES: dict[str, Kind] = {
     "whole": "whole",
     "none": "whole",
 }
-_TWO_GRAPHS = ("vision", "lang")
 #: The weights of embedding and LM head in an export.
 _VOCABULARY = "vocabulary.safetensors"
 #: Arguments of every ``generate`` that say how to run, and not what.
@@ -51,7 +50,7 @@ HOW = {"runtime_ai100", "iteration"}
 
 
 class ProxyModel(Shown):
-    """The base class of the faces: load, export, compile."""
+    """The base class of the faces."""
 
     task: ClassVar[Task]
     _config: PreTrainedConfig | None = None
@@ -155,7 +154,13 @@ class ProxyModel(Shown):
             allow_pickle=allow_pickle,
             adapters=adapters,
         )
-        model = cls(loaded, enable_proxy=enable_proxy, proxy=proxy, plugins=plugins, options=asked)
+        try:
+            model = cls(
+                loaded, enable_proxy=enable_proxy, proxy=proxy, plugins=plugins, options=asked
+            )
+        except BaseException:
+            remove_view(view)
+            raise
         model._config = changed
         weakref.finalize(model, remove_view, view)
         return model
@@ -209,8 +214,6 @@ class ProxyModel(Shown):
         **ignored: Any,
     ) -> Path:
         """Export the parts to ONNX (`qeff_proxy.export.export_model`) and return their folder.
-
-        QEfficient's other arguments are ignored with a warning.
 
         Raises:
             UnsupportedModelError: The checkpoint is of another task; names the class for it.
@@ -286,8 +289,8 @@ class ProxyModel(Shown):
             understood=load_backend(backend).options,
             whose=f"means nothing to backend {backend!r} and ",
         )
-        graphs = [onnx_path, *(chosen.pop(f"{part}_onnx_path", None) for part in _TWO_GRAPHS)]
-        named = [path for path in graphs if path is not None]
+        others = (chosen.pop(name, None) for name in ("vision_onnx_path", "lang_onnx_path"))
+        named = [path for path in (onnx_path, *others) if path is not None]
         if named:
             self._export, self._compiled = export_of_graphs(named, self._loaded.model_type), None
         if self._export is None:
