@@ -1,7 +1,7 @@
 """Sweep: verify many models on many backends, keep every result, and say what changed.
 
-`qeff_proxy.sweep.compare_nights` is not imported here: it needs NumPy, and a sweep of which nothing
-has changed does not.
+`qeff_proxy.sweep.compare_nights` is imported from its module: it needs all of the comparison of
+dumps, which a sweep of which nothing has changed does not.
 """
 
 from __future__ import annotations
