@@ -140,7 +140,7 @@ def test_an_identity_changes_with_what_the_verdict_depends_on(
 def test_the_plans_that_come_with_the_program_are_right(write_plan: WritePlan) -> None:
     root = Path(__file__).parents[2]
     page = (root / "docs" / "sweeps.md").read_text(encoding="utf-8")
-    code = page.partition('```toml title="plan.toml"\n')[2].partition("```")[0]
+    code = page.partition("```toml\n")[2].partition("```")[0]
     path = write_plan(code)
     (path.parent / "checkpoints" / "tiny").mkdir(parents=True)
     names = [cell.name for cell in read_plan(path).cells]

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from qeff_proxy.cli import main
 from qeff_proxy.errors import UsageError
-from qeff_proxy.sweep import Ledger, compare_nights, read_plan, run_sweep
+from qeff_proxy.sweep import Ledger, read_plan, run_sweep
+from qeff_proxy.sweep.compare_nights import compare_nights
 from qeff_proxy.sweep.run_sweep import cells_of
 
 WritePlan = Callable[..., Path]
