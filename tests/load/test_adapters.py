@@ -183,6 +183,22 @@ def test_export_streams_the_merged_weights_and_the_command_finds_it_again(
         face.set_adapter("third")
 
 
+def test_fewer_layers_of_a_model_with_an_adapter(bases: dict[str, Path], adapter: Path) -> None:
+    face = QEffAutoPeftModelForCausalLM.from_pretrained(adapter, num_hidden_layers=2)
+    oracle = dict(merged_by_peft(bases["llama"], adapter).named_parameters())
+    parameters = dict(face.model.named_parameters())
+    assert "model.layers.2.mlp.up_proj.weight" not in parameters
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert (parameters[name] - oracle[name]).abs().max() <= 1e-6 * oracle[name].abs().max()
+    face.load_adapter(adapter, "other")
+    with pytest.raises(UsageError, match="set_adapter keeps no config, num_hidden_layers"):
+        face.set_adapter("other")
+    config = face.config
+    config.rms_norm_eps = 0.5
+    with pytest.raises(UsageError, match="config= changes the base model of the adapter"):
+        QEffAutoPeftModelForCausalLM.from_pretrained(adapter, config=config)
+
+
 def test_an_adapter_beside_its_base_model_is_merged(bases: dict[str, Path], tmp_path: Path) -> None:
     base = Path(shutil.copytree(bases["gpt2"], tmp_path / "gpt2"))
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["c_attn"])

@@ -15,7 +15,7 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.auto.qefficient import HUB
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
-from qeff_proxy.load.adapter_files import Adapters
+from qeff_proxy.load.adapter_files import Adapters, find_model
 from qeff_proxy.load.checkpoint_files import find_checkpoint, folder_named
 from qeff_proxy.load.load_model import LoadedModel, load_config, load_model, wrap_model
 from qeff_proxy.load.tasks import Task
@@ -82,11 +82,16 @@ def load_checkpoint(
             warnings.warn(
                 f"revision is ignored: {source} is a local folder", UserWarning, stacklevel=3
             )
-        folder = find_checkpoint(source, **trusts, hub=hub)
+        folder = (
+            find_checkpoint(source, **trusts, hub=hub)
+            if hub
+            else find_model(source, (), **trusts)[0]
+        )
         config = there = load_config(folder)
         if str(wanted) == "auto":
             wanted = there.dtype
-        place = str(folder)
+        if hub:
+            place = str(folder)
         if asked is not None:
             config = asked = _config(asked)
             there = _read_as(asked, folder)
@@ -95,6 +100,11 @@ def load_checkpoint(
             asked, fewer = _at_full_depth(asked, there)
             depth = fewer if depth is None else depth
             if _of_the_model(asked) != _of_the_model(there):
+                if find_model(place, (), **trusts)[1]:
+                    raise UsageError(
+                        f"config= changes the base model of the adapter in {source}",
+                        "Name the base model, and the adapter in adapters=.",
+                    )
                 view = _with_config(folder, asked)
                 place = str(view)
     try:

@@ -77,6 +77,11 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         if adapter_name == self._active:
             return
         before = self._loaded
+        if self._config is not None:
+            raise UsageError(
+                "set_adapter keeps no config, num_hidden_layers, revision or dtype='auto'",
+                "Load the other adapter with from_pretrained.",
+            )
         if before.folder is None or (before.folder / CONFIG).exists():
             raise UsageError(
                 f"the adapter beside the weights of {before.source} is always merged",

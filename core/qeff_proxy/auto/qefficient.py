@@ -83,7 +83,7 @@ LOAD: dict[str, Keyword] = {
     "ccl_enabled": _ignored(_CONTEXT, False),
     "max_seq_len_cached": _ignored("the model's own config says how many positions it has"),
     "ignore_mismatched_sizes": _ignored("a weight of another shape is always refused", False),
-    "gguf_file": _refused("name the GGUF file itself as the model"),
+    "gguf_file": _refused("name the GGUF file itself, as the model"),
 }
 #: Of a class that is called on a model.
 BUILD: dict[str, Keyword] = dict(LOAD)
