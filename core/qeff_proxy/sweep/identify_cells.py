@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from qeff_proxy.load.checkpoint_files import (
 )
 from qeff_proxy.parts import Kind
 from qeff_proxy.plugins.entry_points import find_entry
-from qeff_proxy.plugins.manager import Plugins
+from qeff_proxy.plugins.manager import PluginOrigin, Plugins
 from qeff_proxy.sweep.plan import Cell
 
 
@@ -56,6 +56,13 @@ class _Source:
     dtype: str
 
 
+@dataclass(frozen=True)
+class _Nobody:
+    plugin: str
+    distribution: None = None
+    version: None = None
+
+
 def identify_cells(cells: Iterable[Cell]) -> dict[str, Identity]:
     """The identity of each cell, by its name.
 
@@ -64,7 +71,7 @@ def identify_cells(cells: Iterable[Cell]) -> dict[str, Identity]:
     files = cache(_file_hash)
     source = cache(_source_of)
     backend = cache(_backend_facts)
-    shared = cache(_export_facts)
+    shared = cache(partial(_export_facts, Plugins.discover()))
     identities = {}
     for cell in cells:
         setting = cell.setting
@@ -114,11 +121,15 @@ def _source_of(source: str, allow_pickle: bool, trust_remote_code: bool) -> tupl
 
 
 def _export_facts(
-    model_type: str, dtype: str, proxy: str, opset: int | None, taps: str
+    plugins: Plugins, model_type: str, dtype: str, proxy: str, opset: int | None, taps: str
 ) -> dict[str, Any]:
     """All but the checkpoint that an export depends on."""
     kind = cast("Kind", {"none": "whole"}.get(proxy, proxy))
-    owner = Plugins.discover().origin(model_type)
+    owner: PluginOrigin | _Nobody
+    try:
+        owner = plugins.origin(model_type)
+    except ProxyError as error:  # two packages claim it; the cell says so
+        owner = _Nobody(str(error))
     return export_key(_Source("", dtype), owner, kind, opset, taps.split(","))
 
 
