@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from qeff_proxy import Plugins
 from qeff_proxy.auto import QEffAutoPeftModelForCausalLM
+from qeff_proxy.backends.torch.backend import model_of_export
 from qeff_proxy.cli import main
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.export.export_model import export_model
@@ -181,6 +182,30 @@ def test_export_streams_the_merged_weights_and_the_command_finds_it_again(
     assert_equal(face.model, merged_by_peft(base, other), base)
     with pytest.raises(UsageError, match=r"no adapter is named 'third'. Known: default, other"):
         face.set_adapter("third")
+
+
+def test_an_adapter_of_the_head_has_a_weight(bases: dict[str, Path], tmp_path: Path) -> None:
+    """peft saves the head's own weight with it, which is no change."""
+    base = bases["llama"]
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["lm_head", "v_proj"], r=4)
+    assert any("base_layer" in key for key in load_file(adapter / "adapter_model.safetensors"))
+    head = eager(base).lm_head.weight
+    change = merged_by_peft(base, adapter).lm_head.weight - head
+    ours = load_model(str(base), adapters=[f"{adapter}@-0.5"]).model.lm_head.weight
+    torch.testing.assert_close(ours, head - 0.5 * change, rtol=0, atol=1e-6)
+    twice = load_model(str(base), adapters=[str(adapter), f"{adapter}@0.25"]).model.lm_head.weight
+    torch.testing.assert_close(twice, head + 1.25 * change, rtol=0, atol=1e-6)
+
+
+def test_an_export_that_links_the_base_has_the_merged_weights_in_pytorch(
+    bases: dict[str, Path], adapter: Path, tmp_path: Path
+) -> None:
+    """The linked file of the base has weights of the same names, which were taken once."""
+    loaded = load_model(str(bases["llama"]), adapters=[str(adapter)])
+    hooks = PLUGINS.hooks_for("llama")
+    export = export_model(loaded, hooks, output=tmp_path / "export", weights="reference")
+    assert set(export.files) == {"body.safetensors", "model.safetensors"}
+    assert_equal(model_of_export(export), merged_by_peft(bases["llama"], adapter), bases["llama"])
 
 
 def test_fewer_layers_of_a_model_with_an_adapter(bases: dict[str, Path], adapter: Path) -> None:

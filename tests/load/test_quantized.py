@@ -17,6 +17,7 @@ import torch
 from qeff_proxy import QEFFAutoModelForCausalLM
 from qeff_proxy.errors import CheckpointError
 from qeff_proxy.load.checkpoint_tensors import checkpoint_tensors
+from qeff_proxy.load.load_model import load_model
 from safetensors.torch import load_file, save_file
 
 ROWS, COLUMNS = 48, 96
@@ -425,6 +426,7 @@ def test_tensors_that_are_missing_or_do_not_fit_are_named_with_their_file(
         ("fp8 in blocks", {"weight_block_size": [128, 128]}, r"takes \[1, 1\]"),
         ("int4", {"format": "marlin-24"}, "compressed-tensors' format 'marlin-24'"),
         ("int4", {"config_groups": {}}, "no settings of quantization_config"),
+        ("int4", {"transform_config": {"config_groups": {"R4": {}}}}, "weights that were rotated"),
         ("int4", {"quant_method": "hqq"}, "quantized with hqq, which are not supported"),
     ],
 )
@@ -453,6 +455,57 @@ def test_act_order_without_groups_is_refused(tmp_path: Path) -> None:
     save(tmp_path, stored)
     with pytest.raises(CheckpointError, match=r"holds X.weight_packed without its X.weight_g_idx"):
         checkpoint_tensors(tmp_path, {"quantization_config": settings})
+
+
+def test_gptq_in_act_order_without_its_groups_is_refused(tmp_path: Path) -> None:
+    stored, settings, _ = gptq(WEIGHT, act_order=True)
+    del stored["X.g_idx"]
+    save(tmp_path, stored)
+    with pytest.raises(CheckpointError, match=r"holds X.qweight without its X.g_idx"):
+        checkpoint_tensors(tmp_path, {"quantization_config": settings})
+
+
+def test_scaled_activations_of_awq_are_refused(tmp_path: Path) -> None:
+    """transformers divides their outputs by these scales (`AWQ_SCALES_MAPPINGS`)."""
+    stored, settings, _ = awq(WEIGHT)
+    save(tmp_path, {**stored, "layers.0.mlp.act.scales": torch.ones(4)})
+    with pytest.raises(CheckpointError, match=r"layers.0.mlp.act.scales in .* is of no weight"):
+        checkpoint_tensors(tmp_path, {"quantization_config": settings})
+
+
+def test_what_is_stored_for_activations_and_caches_is_left_out(tmp_path: Path) -> None:
+    stored, settings, weight = FORMATS["int8"](WEIGHT)
+    also = ("input_scale", "input_zero_point", "output_zero_point", "k_scale", "v_scale")
+    save(tmp_path, {**stored, **{f"X.{name}": torch.ones(1) for name in also}})
+    held = checkpoint_tensors(tmp_path, {"quantization_config": settings})
+    assert held.keys() == {"X.weight"}
+    torch.testing.assert_close(held["X.weight"].read(), weight, rtol=2e-7, atol=0)
+
+
+def test_scales_of_fp8_may_be_powers_of_two(tmp_path: Path) -> None:
+    stored, settings, _ = fp8(WEIGHT, (16, 32))
+    scales = stored["X.weight_scale_inv"].log2().round().exp2()
+    save(tmp_path, {**stored, "X.weight_scale_inv": scales.to(torch.float8_e8m0fnu)})
+    found = checkpoint_tensors(tmp_path, {"quantization_config": settings})["X.weight"].read()
+    wide = scales.repeat_interleave(16, 0).repeat_interleave(32, 1)
+    torch.testing.assert_close(found, stored["X.weight"].float() * wide, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_bias_that_a_quantizer_added_must_be_zeros(
+    zeros: bool, make_model: Any, tmp_path: Path
+) -> None:
+    make_model("llama", layers=2).save_pretrained(tmp_path / "source")
+    stored = load_file(tmp_path / "source" / "model.safetensors")
+    bias = torch.zeros(96) if zeros else torch.ones(96)
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    save(tmp_path, {**stored, "model.layers.0.mlp.up_proj.bias": bias}, **config)
+    loaded = load_model(str(tmp_path))
+    if zeros:
+        assert loaded.model.model.layers[0].mlp.up_proj.bias is None
+        return
+    with pytest.raises(CheckpointError, match=r"up_proj.bias, which .* does not use"):
+        _ = loaded.model
 
 
 @pytest.mark.parametrize("settings", [None, {"quant_method": "awq"}])

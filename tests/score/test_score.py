@@ -209,16 +209,25 @@ def test_a_text_longer_than_a_block_is_streamed(tokenizer, tmp_path, monkeypatch
 
 def test_every_window_begins_as_the_tokenizer_begins_a_text(tmp_path):
     class Words:
-        bos_token_id = 1
-
         def __call__(self, text, add_special_tokens=True):
             ids = [10 + len(word) for word in text.split()]
-            return {"input_ids": [1, *ids] if add_special_tokens else ids}
+            return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
 
     path = tmp_path / "words.txt"
     path.write_text("a bb ccc dddd eeeee ffffff g")
     windows = [window[0].tolist() for window in windows_of(path, Words(), 4)]
     assert windows == [[1, 11, 12, 13], [1, 14, 15, 16], [1, 11]]
+
+
+def test_hopeless_tokens_are_in_the_quantiles():
+    """A divergence beyond all bins, as of logits that are off by orders of magnitude."""
+    generator = np.random.default_rng(0)
+    logits = generator.standard_normal((40, 9)).astype(np.float32)
+    tally = Tally(keep=0)
+    tally.add(logits, -1e5 * logits, np.arange(40) % 9, 1)
+    assert tally.largest > 1e4
+    assert tally.quantile(0.5) == tally.quantile(0.99) == tally.largest
+    assert missed_limits({"p99": tally.quantile(0.99)}, {"p99": 0.1})
 
 
 def test_limits_are_read_and_a_nan_keeps_none():

@@ -74,6 +74,7 @@ class _Merge:
 
     def __init__(self, weights: dict[str, Weight], model: PreTrainedModel) -> None:
         self.weights = weights
+        self._base = dict(weights)
         self._model = model
         self._modules = dict(model.named_modules())
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -96,7 +97,7 @@ class _Merge:
                 changes.setdefault(match[1], {})[part] = tensor
             elif "lora_" in path or "token_adapter" in path:
                 raise _refused(tensor, "is of a method that is not merged here")
-            else:
+            elif not self._is_base(path, tensor):
                 replaced[_WRAPPERS.sub("", path)] = tensor
         touched = {self._replace(path, tensor, adapter) for path, tensor in replaced.items()}
         for path, tensor in replaced.items():
@@ -112,6 +113,15 @@ class _Merge:
             self._check_ties(key, first, set())
             touched.add(key)
         self._check_complete(adapter, touched)
+
+    def _is_base(self, path: str, tensor: StoredWeight) -> bool:
+        """Whether a tensor is the base model's own: peft saves those of changed embeddings."""
+        if ".base_layer." not in path:
+            return False
+        base = self._base.get(self._key_of(_WRAPPERS.sub("", path), tensor))
+        if base is None or base.shape != tensor.shape:
+            return False
+        return torch.equal(base.read().to(torch.float32), tensor.read().to(torch.float32))
 
     def _key_of(self, name: str, tensor: StoredWeight) -> str:
         """The checkpoint's key of a weight that an adapter names as the model or the file does."""

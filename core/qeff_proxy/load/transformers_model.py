@@ -116,7 +116,7 @@ def read_model(
             "Check that config.json and the weights belong together.",
         )
     _check_kinds(held, model)
-    _check_left_over(folder, model, sorted(notes.get("unexpected_keys", ())))
+    _check_left_over(folder, held, model, sorted(notes.get("unexpected_keys", ())))
     _check_missing(folder, model, sorted(notes.get("missing_keys", ())), unused)
     model.config.return_dict = True  # outputs are read by name, whatever the config asks for
     return model
@@ -203,7 +203,9 @@ def _check_kinds(held: Mapping[str, Weight], model: PreTrainedModel) -> None:
             )
 
 
-def _check_left_over(folder: Path, model: PreTrainedModel, unexpected: list[str]) -> None:
+def _check_left_over(
+    folder: Path, held: Mapping[str, Weight], model: PreTrainedModel, unexpected: list[str]
+) -> None:
     """Refuse weights that the model has a place for but, by its config, does not use.
 
     That is a bias of a projection made without one, or a layer beyond the last. Modules that the
@@ -233,6 +235,8 @@ def _check_left_over(folder: Path, model: PreTrainedModel, unexpected: list[str]
         while path and path not in modules:
             path = path.rpartition(".")[0]
         beyond = owner is None and type(modules.get(path)).__name__ == "ModuleList"
+        if lacks and name.endswith(".bias") and name in held and not held[name].read().any():
+            continue  # a bias of zeros, which some quantizers add, changes nothing
         if lacks or beyond:
             raise CheckpointError(
                 f"{folder} holds {name}, which {type(model).__name__} built from its config.json "

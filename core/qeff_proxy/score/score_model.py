@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import compile_export, fixed_lengths, open_sessions
 from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.common.arguments import whole_number
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel, load_config, most_positions
 from qeff_proxy.load.load_processor import load_processor
@@ -64,6 +65,11 @@ class ScoreOptions:
     worst: int = 10
     limits: Mapping[str, float] = field(default_factory=dict)
     verify: VerifyOptions = field(default_factory=VerifyOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("window", "windows"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name))
 
 
 def score_model(

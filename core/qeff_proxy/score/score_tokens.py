@@ -11,6 +11,7 @@ import numpy as np
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.backends.compile_export import Compiled
+from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.score.results import Measured, WorstToken
@@ -57,17 +58,21 @@ class TokenScorer:
             self.progress(f"scoring on {compiled.backend}: window {number}")
             expected = _logits(ours, batch, options.prefill_seq_len)
             actual = _logits(theirs, batch, options.prefill_seq_len)
-            if not np.isfinite(actual).all():
-                raise UsageError(f"its logits have NaN or infinite elements in window {number}")
+            for whose, logits in (("PyTorch's", expected), ("its", actual)):
+                if not np.isfinite(logits).all():
+                    raise UsageError(
+                        f"{whose} logits have NaN or infinite elements in window {number}"
+                    )
             for row, tokens in enumerate(batch):
                 first = max(1, len(tokens) // 2)
                 tally.add(expected[row], actual[row], tokens, first)
         measures = tally.measures()
         measures |= {"median": tally.quantile(0.5), "p99": tally.quantile(0.99)}
         worst = sorted(tally.worst, reverse=True)
-        measures["max"] = worst[0].kl if worst else 0.0
+        measures["max"] = tally.largest
         scored = int(sum(row[0] for row in tally.windows))
-        said = f"{scored} tokens scored, in {len(tally.windows)} windows of {self.window}"
+        windows = counted(len(tally.windows), "window")
+        said = f"{scored} tokens scored, in {windows} of {self.window}"
         return Measured(measures, tally.intervals(), tuple(self._in_words(worst)), scored, said)
 
     def _batches(self, size: int) -> Iterator[Array]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeff_proxy.backends.compile_export import Compiled
+from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import UsageError
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
@@ -72,10 +73,14 @@ class VectorScorer:
             worst = sorted(worst, key=lambda one: one.cosine)[: self.worst]
             done += len(batch)
         if done < 2:
-            raise UsageError(f"{self.text} has {done} lines", "Similarities need two or more.")
+            raise UsageError(
+                f"{self.text} has {counted(done, 'line')}", "Similarities need two or more."
+            )
         ours, theirs = (np.concatenate(each)[:_PAIRS] for each in zip(*kept, strict=True))
         measures, intervals = _measures(np.concatenate(cosines), ours, theirs)
-        return Measured(measures, intervals, tuple(worst), done, f"{done} lines embedded")
+        return Measured(
+            measures, intervals, tuple(worst), done, f"{counted(done, 'line')} embedded"
+        )
 
     def _batches(self) -> Iterator[list[str]]:
         batch: list[str] = []

@@ -27,7 +27,8 @@ COLUMNS = ("tokens", "reference", "candidate", "kl", "same", "five", "flips")
 _FIVE = 5
 _SLICE = 1 << 22  # elements of logits that are in float64 at once
 _DRAWS = 1000
-_EDGES = np.concatenate([[0.0], np.logspace(-16, 3, 4000)])  # nats; each bin 1.1% wide
+#: Nats; each bin is 1.1% wide, and the last one has all above.
+_EDGES = np.concatenate([[0.0], np.logspace(-16, 3, 4000), [np.inf]])
 
 
 @dataclass(frozen=True, order=True)
@@ -61,12 +62,14 @@ class Tally:
         keep: How many of the worst positions to keep.
         windows: For each window its sums (`COLUMNS`).
         worst: The worst positions, a heap.
+        largest: The largest divergence.
         histogram: Of the divergences, by `_EDGES`.
     """
 
     keep: int = 10
     windows: list[NDArray[np.float64]] = field(default_factory=list)
     worst: list[Worst] = field(default_factory=list)
+    largest: float = 0.0
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(_EDGES), np.int64))
 
     def add(self, expected: Array, actual: Array, tokens: Array, first: int) -> None:
@@ -94,12 +97,11 @@ class Tally:
         with np.errstate(invalid="ignore"):  # of what has no probability in either
             terms = np.exp(reference) * (reference - candidate)
         kl = np.maximum(np.where(np.isneginf(reference), 0.0, terms).sum(1), 0.0)
+        self.largest = max(self.largest, float(kl.max()))
         first, other = reference.argmax(1), candidate.argmax(1)
         better = (candidate > candidate[at, first][:, None]).sum(1)
         right = (first == tokens) != (other == tokens)
-        self.histogram += np.bincount(np.searchsorted(_EDGES, kl), minlength=len(_EDGES) + 1)[
-            : len(_EDGES)
-        ]
+        self.histogram += np.bincount(np.searchsorted(_EDGES, kl), minlength=len(_EDGES))
         for n in np.argsort(-kl)[: self.keep]:
             place = (window, begin + int(n))
             given = np.exp(reference[n, tokens[n]]), np.exp(candidate[n, tokens[n]])
@@ -125,7 +127,7 @@ class Tally:
         """The divergence below which a share of the positions is, to 1%."""
         total = int(self.histogram.sum())
         at = int(np.searchsorted(np.cumsum(self.histogram), share * total))
-        return float(_EDGES[min(at, len(_EDGES) - 1)])
+        return min(float(_EDGES[min(at, len(_EDGES) - 1)]), self.largest)
 
     def measures(self) -> dict[str, float]:
         """The measures of all windows: see `measures_of`."""

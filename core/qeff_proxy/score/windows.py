@@ -20,7 +20,7 @@ _BLOCK = 1 << 20
 def windows_of(path: Path, tokenizer: Any, length: int) -> Iterator[Array]:
     """Yield the tokens of a text, ``[1, length]`` int64, the last window shorter.
 
-    Where the tokenizer puts a token for the beginning before a text, every window begins with it.
+    Where the tokenizer puts tokens for the beginning before a text, every window begins with them.
 
     Args:
         path: A text in UTF-8.
@@ -49,10 +49,12 @@ def windows_of(path: Path, tokenizer: Any, length: int) -> Iterator[Array]:
 
 
 def beginning_of(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before a text: one, or none."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    ids = tokenizer("a")["input_ids"]
-    return [bos] if bos is not None and ids[:1] == [bos] else []
+    """The tokens that the tokenizer puts before a text, if any."""
+    ids, plain = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    places = range(len(ids) - len(plain) + 1)
+    at = next((n for n in places if ids[n : n + len(plain)] == plain), 0)
+    first: list[int] = ids[:at]
+    return first
 
 
 def blocks_of(path: Path) -> Iterator[str]:

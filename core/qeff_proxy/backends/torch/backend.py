@@ -21,6 +21,8 @@ from qeff_proxy.common.private_names import build_model
 from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
+from qeff_proxy.load.safetensors_header import read_header
+from qeff_proxy.load.weight_sources import StoredWeight
 from qeff_proxy.parts import Kind, Part, Proxy
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.session.session import Session
@@ -29,6 +31,8 @@ from qeff_proxy.session.torch_session import TorchSession
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: The weights files that an export writes; all others are linked files of a checkpoint.
+_WRITTEN = {"body.safetensors", "vocabulary.safetensors"}
 #: While a part runs, transformers' functions that make masks are exchanged, for all threads.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -114,8 +118,11 @@ def model_of_export(export: Export) -> PreTrainedModel:
             "Use another backend.",
         )
     weights: dict[str, torch.Tensor] = {}
-    for file in export.files:
-        weights.update(load_file(export.folder / file))
+    if set(export.files) <= _WRITTEN:
+        for file in export.files:
+            weights.update(load_file(export.folder / file))
+    else:
+        weights = _weights_of_graphs(export)
     model = build_model(architecture, config, getattr(torch, export.dtype))
     model.tie_weights()
     weights = dequantize_kept(weights, getattr(torch, export.dtype))
@@ -126,6 +133,30 @@ def model_of_export(export: Export) -> PreTrainedModel:
             "Export the model again.",
         )
     return cast("PreTrainedModel", model.eval())
+
+
+def _weights_of_graphs(export: Export) -> dict[str, torch.Tensor]:
+    """The tensors that the graphs of an export take from its files, by the graphs' names.
+
+    The files of a checkpoint, which an export may link, have names of their own, tensors that the
+    export changed (merged adapters, another dtype), and tensors that it does not use.
+    """
+    import onnx
+
+    places = {file: read_header(export.folder / file) for file in export.files}
+    weights = {}
+    for part in export.parts:
+        graph = onnx.load(export.folder / part.file, load_external_data=False).graph
+        for tensor in graph.initializer:
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            if not where:
+                continue
+            lies = int(where.get("offset", 0)), int(where["length"])
+            stored = places[where["location"]].items()
+            key, place = next((k, p) for k, p in stored if (p.offset, p.length) == lies)
+            path = export.folder / where["location"]
+            weights[tensor.name] = StoredWeight(path, key, place).read()
+    return weights
 
 
 def _fill(

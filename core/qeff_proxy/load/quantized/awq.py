@@ -39,6 +39,9 @@ def weights_of(held: Mapping[str, StoredWeight], settings: Mapping[str, Any]) ->
         raise unsupported(f"AWQ weights in the layout {version!r}")
     if bits != 4:
         raise unsupported(f"AWQ weights of {bits} bits")
+    for key, tensor in held.items():
+        if key.endswith(".scales") and f"{key.removesuffix('.scales')}.qweight" not in held:
+            raise refusal(tensor, "is of no weight: scaled activations are not supported")
     pieces = Pieces(held)
     for name, codes in pieces.ending(".qweight"):
         if len(codes.shape) != 2 or codes.dtype != "I32":

@@ -20,7 +20,7 @@ import torch
 from qeff_proxy.load.quantized.arithmetic import group_index, scale, unpack
 from qeff_proxy.load.quantized.kept_codes import kept_codes
 from qeff_proxy.load.quantized.pieces import FLOATS, FP8, Pieces, refusal, unsupported
-from qeff_proxy.load.quantized.scaled_codes import replace_scaled, scale_shapes
+from qeff_proxy.load.quantized.scaled_codes import activation_keys, replace_scaled, scale_shapes
 from qeff_proxy.load.weight_sources import Codes, StoredWeight, Weight
 
 _FORMATS = (
@@ -45,6 +45,8 @@ def weights_of(held: Mapping[str, StoredWeight], settings: Mapping[str, Any]) ->
     for layout in (settings.get("format"), sparsity, *(group.get("format") for group in groups)):
         if layout is not None and layout not in _FORMATS:
             raise unsupported(f"weights in compressed-tensors' format {layout!r}")
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        raise unsupported("weights that were rotated (transform_config of compressed-tensors)")
     schemes = [group["weights"] for group in groups if group.get("weights")]
     pieces = Pieces(held)
     for key, codes in held.items():
@@ -124,7 +126,7 @@ def _replace_packed(
         indexed=indexed,
     )
     base = key.removesuffix(".weight")
-    also = (f"{key}_shape", f"{key}_zero_point", f"{base}.input_scale", f"{base}.output_scale")
+    also = (f"{key}_shape", f"{key}_zero_point", *activation_keys(base))
     kept = None
     if not indexed and block and scales.shape == (rows, columns // block[1]):
         kept = partial(_kept, key, bits, block[1], (rows, columns), tensors)

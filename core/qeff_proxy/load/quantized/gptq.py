@@ -54,7 +54,7 @@ def weights_of(held: Mapping[str, StoredWeight], settings: Mapping[str, Any]) ->
         packed = (groups, math.ceil(outputs * bits / 32))
         zeros = pieces.take(f"{name}.qzeros", codes, ("I32",), packed, why=why)
         tensors = [codes, scales, zeros]
-        if f"{name}.g_idx" in held:
+        if f"{name}.g_idx" in held or settings.get("desc_act"):
             index = pieces.take(f"{name}.g_idx", codes, ("I32", "I64"), (inputs,), why=why)
             tensors.append(index)
         length = size if size > 0 else inputs

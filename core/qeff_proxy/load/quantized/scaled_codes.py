@@ -28,6 +28,12 @@ def scale_shapes(shape: Sequence[int], block: Sequence[int] | None) -> list[tupl
     return [(), (1,), (*outer, 1, 1), (*outer, rows), (*outer, rows, 1)]
 
 
+def activation_keys(base: str) -> list[str]:
+    """What a checkpoint stores for a module's activations, which stay float here."""
+    ends = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+    return [f"{base}.{end}" for end in (*ends, "activation_scale", "k_scale", "v_scale")]
+
+
 def replace_scaled(
     pieces: Pieces,
     key: str,
@@ -54,14 +60,16 @@ def replace_scaled(
     why = f" in blocks of {block[0]} x {block[1]}" if block else ""
     name = f"{key}_scale_inv"
     name = name if pieces.find(name) else f"{key}_scale"
-    scales = pieces.take(name, codes, FLOATS, *shapes, why=why)
+    # A dtype of powers of two can be no weight's.
+    kinds = FLOATS if dtype is None else (*FLOATS, "F8_E8M0")
+    scales = pieces.take(name, codes, kinds, *shapes, why=why)
     tensors = [codes, scales]
     if zeros:
-        kinds = ("I8", "F8_E4M3", *FLOATS)
-        tensors.append(pieces.take(f"{key}_zero_point", codes, kinds, scales.shape, why=why))
+        points = ("I8", "F8_E4M3", *FLOATS)
+        tensors.append(pieces.take(f"{key}_zero_point", codes, points, scales.shape, why=why))
     result = dtype or scales.dtype
     base = key.removesuffix(".weight")
-    also = (f"{base}.input_scale", f"{base}.activation_scale", f"{base}.output_scale")
+    also = activation_keys(base)
     compute = partial(_dequantize, block, getattr(torch, TORCH_DTYPES[result]))
     pieces.replace(key, result, codes.shape, tensors, compute, *also, f"{key}_zero_point")
 
