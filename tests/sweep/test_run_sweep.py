@@ -91,11 +91,10 @@ def test_cells_that_hang_die_or_grow_are_named_and_the_others_go_on(
     path = write_plan(
         """
         time_limit = 20
-        memory_limit = 0.25
         [models]
         hangs = {source = "./h", time_limit = 1}
         dies = "./d"
-        grows = "./g"
+        grows = {source = "./g", memory_limit = 0.25}
         raises = "./r"
         fine = "./f"
         [backends.nonesuch]

@@ -340,7 +340,7 @@ def test_a_dump_holds_both_parts_at_the_compiled_length(bert, tmp_path):
         ({"pooling": "mean", "normalize": "yes"}, "normalize is 'yes'"),
         ({"pooling": lambda hidden, mask: hidden / mask.no}, "fails: AttributeError: .*must turn"),
         ({"pooling": lambda hidden, mask: hidden}, r"shape \[1, 2, 32\] for one text"),
-        ({"poling": "mean"}, "no option 'poling'"),
+        ({"poling": "mean"}, "no argument 'poling'. Try 'pooling'"),
     ],
 )
 def test_an_option_that_cannot_be_right_is_refused(bert, options, message):
