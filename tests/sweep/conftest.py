@@ -90,7 +90,7 @@ class Quick(LocalExecutor):
 '''
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: other tests list what is installed
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of the package, on the path of this process and of those that it starts."""
     folder = tmp_path_factory.mktemp("toys")
