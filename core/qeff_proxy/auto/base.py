@@ -28,7 +28,7 @@ from qeff_proxy.load.adapter_files import Adapters
 from qeff_proxy.load.load_model import LoadedModel, load_config, with_options
 from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.load.tasks import Task
-from qeff_proxy.parts import Kind
+from qeff_proxy.parts import PROXIES, Kind
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import RunResult, run_compiled
@@ -37,12 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 #: The values of ``proxy=``: the kinds, and "none" for no proxy.
-KIND_NAMES: dict[str, Kind] = {
-    "split": "split",
-    "stub": "stub",
-    "whole": "whole",
-    "none": "whole",
-}
+KIND_NAMES: dict[str, Kind] = {**PROXIES, "whole": "whole"}
 #: The weights of embedding and LM head in an export.
 _VOCABULARY = "vocabulary.safetensors"
 #: Arguments of every ``generate`` that say how to run, and not what.

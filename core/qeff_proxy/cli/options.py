@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,16 @@ from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel
-from qeff_proxy.load.tasks import CUT_OPTIONS, TASKS, UNUSED_WEIGHTS
-from qeff_proxy.parts import INNER_TAPS, TAPS, Kind
+from qeff_proxy.load.tasks import CUT_OPTIONS, TASKS
+from qeff_proxy.parts import INNER_TAPS, PROXIES, TAPS, Kind
 from qeff_proxy.plugins.hooks import Hooks
 
-_KINDS: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
 _DEFAULT_DTYPE = "float32"
 
 
 def kind_of(args: argparse.Namespace) -> Kind:
     """The kind of proxy that ``--proxy`` names."""
-    return _KINDS[args.proxy or "split"]
+    return PROXIES[args.proxy or "split"]
 
 
 def _check_agrees(args: argparse.Namespace, export: Export) -> None:
@@ -33,7 +31,7 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
     taps = ",".join(export.settings.get("taps", ()))
     asked = {
         "--dtype": (args.dtype, export.dtype),
-        "--proxy": (args.proxy and _KINDS[args.proxy], export.kind),
+        "--proxy": (args.proxy and PROXIES[args.proxy], export.kind),
         "--opset": (args.opset, export.made_by.get("opset")),
         "--taps": (getattr(args, "taps", None), taps),
         "--output": (args.output, None),
@@ -86,7 +84,7 @@ def add_model_options(
     if exports:
         parser.add_argument(
             "--proxy",
-            choices=sorted(_KINDS),
+            choices=sorted(PROXIES),
             help="split: embedding, body and LM head as graphs of their own (default); stub: one "
             "graph with weightless ends; none: the whole model as one graph",
         )
@@ -197,17 +195,14 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
     from qeff_proxy.load.load_model import flow_of, load_model, with_options
     from qeff_proxy.plugins.manager import Plugins
 
-    task = TASKS.get(args.model_task)
     loaded = load_model(
         args.model,
+        task=args.model_task,
         dtype=args.dtype or _DEFAULT_DTYPE,
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
-        auto_class=None if task is None else task.auto_class,
-        unused=UNUSED_WEIGHTS if task is None else task.unused,
         adapters=args.adapter,
     )
-    loaded = replace(loaded, task=args.model_task)
     hooks = Plugins.discover().hooks_for(loaded.model_type, task=flow_of(loaded))
     return with_options(loaded, options), hooks
 

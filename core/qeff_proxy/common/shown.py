@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import html
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 _LONGEST = 200  # characters of a fact
 
 
-class Shown:
+class Shown(ABC):
     """An object that is shown by a few facts instead of all it holds.
 
     A dataclass needs ``repr=False``, or it writes a ``repr`` of its own.
     """
 
+    @abstractmethod
     def facts(self) -> Mapping[str, Any]:
         """The facts, by name; ``None`` is left out."""
-        raise NotImplementedError
 
     def _known(self) -> dict[str, str]:
         facts = {name: str(fact) for name, fact in self.facts().items() if fact is not None}

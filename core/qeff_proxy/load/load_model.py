@@ -108,6 +108,7 @@ class LoadedModel:
 def load_model(
     source: str,
     *,
+    task: str | None = None,
     auto_class: str | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
@@ -119,6 +120,8 @@ def load_model(
 
     Args:
         source: A local folder or a hub id.
+        task: A key of `TASKS`, whose class and unused weights it has then; ``None``: as the next
+            arguments say.
         auto_class: The transformers auto class to load with, such as ``"AutoModelForCausalLM"``;
             ``None`` takes the architecture that the checkpoint names.
         dtype: One of `DTYPES`: the dtype to load the weights in.
@@ -136,6 +139,8 @@ def load_model(
     from qeff_proxy.load.checkpoint_tensors import checkpoint_tensors
 
     check_dtype(dtype)
+    if task is not None:
+        auto_class, unused = TASKS[task].auto_class, TASKS[task].unused
     folder, merged = find_model(
         source, adapters, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
     )
@@ -197,6 +202,7 @@ def load_model(
         sample=sample,
         check_unchanged=check_unchanged,
         weights=held,
+        task=task,
         notes={"adapters": [{"path": str(p), "weight": w} for p, w in places]} if places else {},
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,8 @@ class TokenScorer:
     def _batches(self, size: int) -> Iterator[Array]:
         """Windows of one length, ``[batch, length]``."""
         pending: list[Array] = []
-        for number, ids in enumerate(windows_of(self.text, self.tokenizer, self.window)):
-            if number == self.windows:
-                break
+        windows = windows_of(self.text, self.tokenizer, self.window)
+        for ids in islice(windows, self.windows):
             if pending and (len(pending) == size or ids.shape != pending[0].shape):
                 yield np.concatenate(pending)
                 pending = []

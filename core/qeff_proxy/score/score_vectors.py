@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +84,9 @@ class VectorScorer:
         )
 
     def _batches(self) -> Iterator[list[str]]:
-        batch: list[str] = []
-        count = 0
-        for block in blocks_of(self.text):
-            for line in filter(str.strip, block.splitlines()):
-                if count == self.lines:
-                    break
-                count += 1
-                batch.append(line)
-                if len(batch) == _BATCH:
-                    yield batch
-                    batch = []
-        if batch:
+        lines = (line for block in blocks_of(self.text) for line in block.splitlines())
+        chosen = islice(filter(str.strip, lines), self.lines)
+        while batch := list(islice(chosen, _BATCH)):
             yield batch
 
     def _embed(

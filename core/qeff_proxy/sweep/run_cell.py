@@ -7,13 +7,13 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from qeff_proxy.errors import ProxyError
+from qeff_proxy.parts import PROXIES
 from qeff_proxy.sweep.ledger import Divergence, Layer, Record, Verdict
 from qeff_proxy.sweep.plan import Cell
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export
     from qeff_proxy.compare import TensorComparison
     from qeff_proxy.load.load_model import LoadedModel
-    from qeff_proxy.parts import Kind
     from qeff_proxy.request import Request
     from qeff_proxy.verify.options import VerifyOptions
     from qeff_proxy.verify.results import BackendResult
@@ -134,21 +133,18 @@ def _model_of(cell: Cell) -> LoadedModel | Export:
     from qeff_proxy.artifact.export_folder import find_export
     from qeff_proxy.load.checkpoint_files import folder_named
     from qeff_proxy.load.load_model import load_model, with_options
-    from qeff_proxy.load.tasks import TASKS, UNUSED_WEIGHTS
 
     export = find_export(folder_named(cell.source))
     if export is not None:
         return export
-    task = TASKS[cell.task] if cell.task is not None else None
     loaded = load_model(
         cell.source,
+        task=cell.task,
         dtype=cell.setting.dtype,
         trust_remote_code=cell.trust_remote_code,
         allow_pickle=cell.allow_pickle,
-        auto_class=None if task is None else task.auto_class,
-        unused=UNUSED_WEIGHTS if task is None else task.unused,
     )
-    return with_options(replace(loaded, task=cell.task), cell.cut_options)
+    return with_options(loaded, cell.cut_options)
 
 
 def _request_of(cell: Cell) -> Request | None:
@@ -174,7 +170,7 @@ def _options_of(job: Job) -> VerifyOptions:
 
     setting = job.cell.setting
     return VerifyOptions(
-        kind=cast("Kind", {"none": "whole"}.get(setting.proxy, setting.proxy)),
+        kind=PROXIES[setting.proxy],
         taps=setting.taps,
         opset=setting.opset,
         max_new_tokens=setting.max_new_tokens,
@@ -227,16 +223,10 @@ def _described(
         tokens=result.tokens,
         seconds=seconds,
         speed=_number(rates[0]) if rates else None,
-        precision=_precision(job) or provenance.get("dtype"),
+        precision=provenance.get("precision") or provenance.get("dtype"),
         report=_place(job),
     )
     return record, take_fingerprint(result.folder)
-
-
-def _precision(job: Job) -> str | None:
-    from qeff_proxy.backends.registry import load_backend
-
-    return load_backend(job.cell.backend).precision(_options_of(job).compile_for(job.cell.backend))
 
 
 def _layers_of(tensors: list[TensorComparison]) -> list[Layer]:
