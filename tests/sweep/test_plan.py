@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from qeff_proxy.errors import UsageError
 from qeff_proxy.sweep import read_plan
 from qeff_proxy.sweep.identify_cells import identify_cells
+from safetensors.torch import save_file
 
 WritePlan = Callable[..., Path]
 
@@ -135,6 +138,24 @@ def test_an_identity_changes_with_what_the_verdict_depends_on(
         assert not set(ids()) & set(first)
     finally:
         config.write_bytes(before)
+
+
+def test_an_adapter_that_changed_is_another_cell(
+    write_plan: WritePlan, saved_gpt2: Path, tmp_path: Path
+) -> None:
+    """A folder with an adapter only stands for its base model, merged with it."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["c_attn"]}
+    settings["base_model_name_or_path"] = str(saved_gpt2)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+
+    def ids(value: float) -> set[str]:
+        save_file({"x": torch.full((4,), value)}, adapter / "adapter_model.safetensors")
+        cells = read_plan(write_plan(f'[models]\nm = "{adapter}"\n[backends]\ntorch = {{}}')).cells
+        return {identity.id for identity in identify_cells(cells).values()}
+
+    assert ids(1.0) != ids(2.0)
 
 
 def test_the_plans_that_come_with_the_program_are_right(write_plan: WritePlan) -> None:

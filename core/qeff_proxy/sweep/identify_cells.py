@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -23,13 +23,9 @@ from qeff_proxy.common.code_digest import code_digest
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ProxyError
 from qeff_proxy.export.cache_key import export_key
-from qeff_proxy.load.checkpoint_files import (
-    checkpoint_identity,
-    find_checkpoint,
-    folder_named,
-    read_config_file,
-)
-from qeff_proxy.parts import Kind
+from qeff_proxy.load.adapter_files import find_model
+from qeff_proxy.load.checkpoint_files import folder_named, identity_as, read_config_file
+from qeff_proxy.parts import PROXIES
 from qeff_proxy.plugins.entry_points import find_entry
 from qeff_proxy.plugins.manager import PluginOrigin, Plugins
 from qeff_proxy.sweep.plan import Cell
@@ -112,10 +108,11 @@ def _source_of(source: str, allow_pickle: bool, trust_remote_code: bool) -> tupl
         if export is not None:
             manifest = (export.folder / MANIFEST).read_bytes()
             return hashlib.sha256(manifest).hexdigest(), str(export.model["model_type"])
-        folder = find_checkpoint(
+        folder, adapters = find_model(
             source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
         )
-        return checkpoint_identity(folder), str(read_config_file(folder).get("model_type"))
+        merged = [(adapter.folder, adapter.weight) for adapter in adapters]
+        return identity_as(folder, "", merged), str(read_config_file(folder).get("model_type"))
     except (ProxyError, OSError, ValueError) as error:  # the cell itself says so
         return f"{source}: {error}", ""
 
@@ -124,13 +121,12 @@ def _export_facts(
     plugins: Plugins, model_type: str, dtype: str, proxy: str, opset: int | None, taps: str
 ) -> dict[str, Any]:
     """All but the checkpoint that an export depends on."""
-    kind = cast("Kind", {"none": "whole"}.get(proxy, proxy))
     owner: PluginOrigin | _Nobody
     try:
         owner = plugins.origin(model_type)
     except ProxyError as error:  # two packages claim it; the cell says so
         owner = _Nobody(str(error))
-    return export_key(_Source("", dtype), owner, kind, opset, taps.split(","))
+    return export_key(_Source("", dtype), owner, PROXIES[proxy], opset, taps.split(","))
 
 
 def _backend_facts(name: str, options: str) -> dict[str, Any]:
