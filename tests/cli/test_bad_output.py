@@ -92,7 +92,8 @@ def test_a_home_that_cannot_be_written_is_named_before_the_work_begins(
     monkeypatch.setenv("QEFF_HOME", str(folder))
     if "below" not in home:  # tests may run as root, whom no mode of a folder stops
         monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != tmp_path)
-    for load in ("qeff_proxy.cli.options.loaded_of", "qeff_proxy.cli.verify.loaded_of"):
+    # `verify` first: imported after `options` was changed, it would keep the changed function.
+    for load in ("qeff_proxy.cli.verify.loaded_of", "qeff_proxy.cli.options.loaded_of"):
         monkeypatch.setattr(load, lambda *_arguments, **_options: pytest.fail("the work began"))
     assert main([word.format(checkpoint=saved_gpt2) for word in arguments]) == 7
     said = capsys.readouterr().err
