@@ -33,6 +33,9 @@ class Backend(ABC):
     #: its values itself. An option ``calibration`` takes a folder of dumps
     #: (`qeff_proxy.run.calibration`).
     values: Mapping[str, Any] = {}
+    #: The precisions that it can compute in, by the names that all backends share (``fp16``,
+    #: ``bf16``, ``int8``, ``int4``, ``a16w8``, ``a8w8``), and the options that choose each.
+    precisions: Mapping[str, Mapping[str, Any]] = {}
 
     @abstractmethod
     def versions(self) -> Mapping[str, str]:
@@ -78,6 +81,10 @@ class Backend(ABC):
         `qeff_proxy.verify` allows the errors of that precision.
         """
         return None
+
+    def lowers(self, part: ExportedPart, options: CompileOptions) -> bool:  # noqa: ARG002
+        """Whether a lower precision is that of a part, too, and not only of others."""
+        return True
 
     def untimed(self, options: CompileOptions) -> str | None:  # noqa: ARG002
         """Why its speed here means nothing, such as an emulator; ``None`` if it is meaningful.

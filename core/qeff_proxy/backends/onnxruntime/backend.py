@@ -29,6 +29,7 @@ from qeff_proxy.backends.onnxruntime.check_rewriting import can_be_compared, com
 from qeff_proxy.backends.onnxruntime.open_graph import COPYING, map_weights, open_graph
 from qeff_proxy.backends.onnxruntime.options import (
     OPTIONS,
+    PRECISIONS,
     VALUES,
     WEIGHT_NAMES,
     WeightOptions,
@@ -53,6 +54,7 @@ class OnnxRuntimeBackend(Backend):
 
     options = OPTIONS
     values = VALUES
+    precisions = PRECISIONS
 
     @cached_property
     def _checked(self) -> dict[str, _Rewriting]:
@@ -71,6 +73,10 @@ class OnnxRuntimeBackend(Backend):
         """``"int8_weights"`` or ``"int4_weights"``: the coarsest that weights are quantized to."""
         kinds = [str(options.backend.get(name, "float")).lower() for name in WEIGHT_NAMES]
         return next((f"{kind}_weights" for kind in ("int4", "int8") if kind in kinds), None)
+
+    def lowers(self, part: ExportedPart, options: CompileOptions) -> bool:
+        """Whether the weights of a part are quantized."""
+        return WeightOptions.of(part.name, options.backend).bits is not None
 
     def compile(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path

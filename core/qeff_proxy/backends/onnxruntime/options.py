@@ -50,6 +50,8 @@ VALUES: dict[str, Any] = {
     "block_size": _BLOCKS,
     "activations": ("int8", "float"),
 }
+#: See `qeff_proxy.backends.backend.Backend.precisions`.
+PRECISIONS: dict[str, dict[str, str]] = {kind: {"weights": kind} for kind in _BITS}
 
 
 def runtime_settings(options: CompileOptions) -> onnxruntime.SessionOptions:

@@ -81,6 +81,8 @@ class QaicBackend(FixedShapesBackend):
         "timeout": int,
     }
 
+    precisions: Mapping[str, Mapping[str, Any]] = {"fp16": {}}
+
     def versions(self) -> dict[str, str]:
         """Path, size and time of change of the compiler, which stand for its version."""
         try:

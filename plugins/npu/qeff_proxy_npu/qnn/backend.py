@@ -35,7 +35,7 @@ from qeff_proxy_npu.fixed_shapes.backend import FixedShapesBackend
 from qeff_proxy_npu.fixed_shapes.plan import Plan, name_of
 from qeff_proxy_npu.qnn.calibrate import Calibrator, calibration_digest, prepared
 from qeff_proxy_npu.qnn.compile import compile_graph
-from qeff_proxy_npu.qnn.options import LOWEST_MASK, OPTIONS, VALUES, QnnOptions
+from qeff_proxy_npu.qnn.options import LOWEST_MASK, NAMES, OPTIONS, VALUES, QnnOptions
 from qeff_proxy_npu.qnn.quantize import WEIGHTS, quantize_graph
 from qeff_proxy_npu.qnn.session import QnnSession
 
@@ -52,6 +52,7 @@ class QnnBackend(FixedShapesBackend):
 
     options = OPTIONS
     values = VALUES
+    precisions = NAMES
 
     def precision(self, options: CompileOptions) -> str:
         """Of the option ``precision``."""

@@ -10,7 +10,16 @@ from typing import Any
 from qeff_proxy.common.arguments import one_of
 from qeff_proxy.errors import UsageError
 
-__all__ = ["ARCHITECTURES", "LOWEST_MASK", "OPTIONS", "PRECISIONS", "SOCS", "VALUES", "QnnOptions"]
+__all__ = [
+    "ARCHITECTURES",
+    "LOWEST_MASK",
+    "NAMES",
+    "OPTIONS",
+    "PRECISIONS",
+    "SOCS",
+    "VALUES",
+    "QnnOptions",
+]
 
 #: Chip → its number in the compiler, and the version of its HTP. Only these are accepted: for an
 #: unknown number the compiler silently compiles for a default.
@@ -27,6 +36,11 @@ DEFAULT_SOC = "SC8380XP"
 ARCHITECTURES = tuple(sorted({architecture for _, architecture in SOCS.values()}))
 #: Half precision, or activations and weights of so many bits.
 PRECISIONS = ("float16", "a16w8", "a8w8")
+#: The same by the names that all backends share.
+NAMES: dict[str, dict[str, str]] = {
+    "fp16": {},
+    **{name: {"precision": name} for name in PRECISIONS[1:]},
+}
 #: Attention masks go no lower: float16 ends at -65,504, and scores are added to the mask.
 LOWEST_MASK = -30_000.0
 
