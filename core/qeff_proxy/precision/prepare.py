@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qeff_proxy.artifact.export_folder import check_weights_of
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.onnxruntime.options import WeightOptions
@@ -46,6 +48,7 @@ class Prepared:
         model: The checkpoint, or the export.
         hooks: Of its model type.
         request: The input.
+        tensors: Its tensors.
         options: With the options of the backend that choose the precision.
         variants: Runs it.
         described: The input, as JSON values.
@@ -56,6 +59,7 @@ class Prepared:
     model: LoadedModel | Export
     hooks: Hooks
     request: Request
+    tensors: Mapping[str, torch.Tensor]
     options: VerifyOptions
     variants: Variants
     described: Mapping[str, Any]
@@ -118,7 +122,7 @@ def prepare(
         else f"{precision} simulated by rounding what operators read and give, all else in float32"
     )
     described = described_request(request)
-    return Prepared(export, model, hooks, request, options, variants, described, how)
+    return Prepared(export, model, hooks, request, tensors, options, variants, described, how)
 
 
 def with_precision(options: VerifyOptions, backend: str, precision: str) -> VerifyOptions:

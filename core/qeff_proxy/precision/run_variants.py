@@ -19,10 +19,11 @@ import onnxruntime
 from qeff_proxy.arrays import Array
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.onnxruntime.open_graph import COPYING, map_weights, open_graph
+from qeff_proxy.backends.recipe import name_units_of
 from qeff_proxy.common.file_errors import reading
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.flows.flow import Job
-from qeff_proxy.graph.modules import kind_of, layer_in, name_units, unit_of, weights_of
+from qeff_proxy.graph.modules import kind_of, layer_in, unit_of, weights_of
 from qeff_proxy.graph.split_layers import LayerGraph, split_layers
 from qeff_proxy.precision.distance import Distance, distance_of
 from qeff_proxy.precision.ranges import Range, depends_on, range_of
@@ -113,7 +114,7 @@ class Variants:
     def _load(self, part: ExportedPart) -> ir.Model:
         with reading(self.export.folder):
             model = ir.load(self.export.folder / part.file)
-        name_units(model, self._site(part))
+        name_units_of(model, self.export, part)
         return model
 
     def _active(self, part: ExportedPart, specs: Sequence[object]) -> set[str]:

@@ -51,6 +51,8 @@ OPTIONS: dict[str, str] = {
     "precision": f"what is computed in: {', '.join(PRECISIONS)} (default: {PRECISIONS[0]})",
     "calibration": "dump, or folder of dumps, whose inputs a quantized precision is calibrated on "
     "(--calibrate makes one of prompts)",
+    "recipe": "the file of a recipe: modules that stay in half precision where the rest is in "
+    "whole numbers (--recipe)",
     "strict": "fail where a node would stay on the CPU (default: true)",
     "optimization": "effort of the compiler, 0 to 3 (default: the compiler's own)",
     "vtcm_mb": "fast memory a graph may use, in MB (default: the compiler's own)",
@@ -61,6 +63,7 @@ OPTIONS: dict[str, str] = {
 VALUES: dict[str, Any] = {
     "precision": PRECISIONS,
     "strict": bool,
+    "recipe": str,
     "optimization": (0, 1, 2, 3),
     "vtcm_mb": int,
     "timeout": int,
@@ -76,6 +79,7 @@ class QnnOptions:
         soc: The chip's name.
         htp_arch: Version of its HTP.
         precision: Of `PRECISIONS`.
+        recipe: The file of a recipe to obey, or ``None``.
         calibration: The folder of the dumps to calibrate on, or ``None``.
         strict: Whether a node that stays on the CPU is an error.
         optimization: 0 to 3, or ``None``.
@@ -88,6 +92,7 @@ class QnnOptions:
     htp_arch: int = SOCS[DEFAULT_SOC][1]
     precision: str = PRECISIONS[0]
     calibration: str | None = None
+    recipe: str | None = None
     strict: bool = True
     optimization: int | None = None
     vtcm_mb: int | None = None
@@ -108,6 +113,11 @@ class QnnOptions:
         one_of("htp_arch", architecture, ARCHITECTURES)
         others = {name: chosen[name] for name in VALUES if name in chosen}
         calibration = _folder(chosen.get("calibration"), chosen.get("precision", PRECISIONS[0]))
+        if "recipe" in chosen and chosen.get("precision", PRECISIONS[0]) == PRECISIONS[0]:
+            raise UsageError(
+                f"a recipe says what stays in half precision, and all is in {PRECISIONS[0]}",
+                f"Say precision={' or precision='.join(PRECISIONS[1:])}, or leave it out.",
+            )
         return cls(soc, architecture, calibration=calibration, **others)
 
     @property
