@@ -134,6 +134,23 @@ def test_a8w8_rounds_to_steps_of_the_observed_range(model, measured):
     assert row.low.sqnr == pytest.approx(sqnr(reference, actual), abs=0.5)
 
 
+def test_a16w8_is_the_rounding_of_weights(demo_checkpoint, eager):
+    """Of products that read their weights untransposed; 16 bits of activations cost nothing."""
+    ids, reference = IDS % 500, None
+    with torch.no_grad():
+        reference = eager(input_ids=torch.tensor(ids)).logits[0]
+        weight = eager.transformer.h[1].mlp.c_fc.weight
+        kept = weight.data.clone()
+        scales = kept.abs().amax(0, keepdim=True) / 127
+        weight.data.copy_(torch.round(kept / scales) * scales)
+        actual = eager(input_ids=torch.tensor(ids)).logits[0]
+        weight.data.copy_(kept)
+    request = Request(inputs={"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    found = measure_sensitivity(str(demo_checkpoint), "qnn", "a16w8", request, each=True)
+    row = next(row for row in found.units if row.name == "transformer.h.1.mlp.c_fc")
+    assert row.low.sqnr == pytest.approx(sqnr(reference, actual), abs=0.2)
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_all_low_is_what_the_backend_computes(model, checkpoint, measured, precision):
     found = measured(precision)
@@ -142,7 +159,7 @@ def test_all_low_is_what_the_backend_computes(model, checkpoint, measured, preci
     with open_sessions(compile_export(export, "onnxruntime", options)) as sessions:
         engine = CausalEngine(export.parts, sessions)
         actual, _ = engine.step(StepId("prefill", 0), IDS, np.ones_like(IDS), None)
-    expected = sqnr(logits_of(model), torch.tensor(np.array(actual[0])))
+    expected = sqnr(logits_of(model), torch.tensor(actual[0].copy()))
     assert found.low.sqnr == pytest.approx(expected, abs=0.3)
 
 

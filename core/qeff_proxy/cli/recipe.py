@@ -115,12 +115,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({**result.to_json(), "files": [str(path) for path in files]})
     else:
-        for line in _lines(result, files):
+        for line in _lines(result, files, by_share=args.max_wide is not None):
             print_text(line)
     return 0 if result.reached else 1
 
 
-def _lines(result: Result, files: list[Path]) -> Iterator[str]:
+def _lines(result: Result, files: list[Path], *, by_share: bool) -> Iterator[str]:
     recipe, found = result.recipe, result.found
     yield f"{recipe.source} in {recipe.precision} for {recipe.backend}: {result.how}."
     yield f"All of it low: {describe_distance(found.low)}"
@@ -135,6 +135,6 @@ def _lines(result: Result, files: list[Path]) -> Iterator[str]:
     else:
         yield "Nothing was proven: these numbers are those of the simulation."
     if not result.reached:
-        gained = "gains nothing there" if result.found.reached else "does not reach the goal"
-        yield f"It {gained}, and was not written."
+        failed = "gains nothing" if by_share else "does not reach the goal"
+        yield f"It {failed}, and was not written."
     yield from (f"{path}" for path in files)

@@ -194,7 +194,8 @@ class Variants:
             inputs = self._active(part, graph.inputs)
             masks = {mask.name for mask in part.masks}
             model = self.simulation.lower(part.name, graph.model, low, inputs, masks, ranges)
-            session = _open(model, self.export)
+            # ONNX Runtime's optimizer would round weights between rounded values once more.
+            session = _open(model, self.export, optimize=not low)
             chosen = [runs[place] for place in places]
             for place, outputs in zip(places, _forward(session, graph, chosen), strict=True):
                 distance = None
