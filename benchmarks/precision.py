@@ -2,8 +2,8 @@
 
 For each model and precision: the last outputs with everything low and with the recipe for 10% of
 the weights, in the simulation and on the backend; and in the simulation the best of all sets within
-10% of the ten modules that lose most alone. ``--memory`` measures the peak memory of ``sensitivity``
-on a GPT-2 of 24 layers and 350 million parameters, with random weights, instead.
+10% of the ten modules that lose most alone. ``--memory`` measures the peak memory of
+``sensitivity`` on a GPT-2 of 24 layers and 350 million parameters, with random weights, instead.
 
     python benchmarks/precision.py MODEL --backend onnxruntime --precision int8 int4
     python benchmarks/precision.py --memory

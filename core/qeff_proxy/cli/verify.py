@@ -306,6 +306,7 @@ def _rendered(verification: Verification) -> list[RenderableType]:
             said = [f"ERROR: {printable(result.error)}"]
         else:
             said = describe_verdict(result.comparison)
+            said += [f"In what it says: {result.scored}."] if result.scored else []
         said[0] = f"{result.backend}: {said[0]}"
         lines += [Text(line) for line in said]
     lines += ["", f"export: {verification.export}", f"dumps: {verification.reference.parent}"]

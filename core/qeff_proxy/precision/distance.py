@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qeff_proxy.arrays import Array, to_array
-from qeff_proxy.score.tally import Tally
+from qeff_proxy.compare.tally import Tally
 from qeff_proxy.tensor_names import LAYER_NAME
 
 _LOGITS = "logits"

@@ -88,7 +88,7 @@ class BackendScore:
         backend: Its name.
         precision: What it computes in, where that is less than the model's dtype.
         error: Why it has no score, or ``None``.
-        measures: By name (docs/score.md): of tokens `qeff_proxy.score.tally.measures_of`, and
+        measures: By name (docs/score.md): of tokens `qeff_proxy.compare.tally.measures_of`, and
             ``median``, ``p99`` and ``max`` of the divergence; of vectors ``cosine``, ``p01``,
             ``least``, ``rank`` and ``nearest``.
         intervals: Where a measure is with 95% certainty (windows or lines resampled).

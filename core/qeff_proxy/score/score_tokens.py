@@ -13,10 +13,10 @@ import numpy as np
 from qeff_proxy.arrays import Array
 from qeff_proxy.backends.compile_export import Compiled
 from qeff_proxy.common.messages import counted
+from qeff_proxy.compare.tally import Tally, Worst
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.score.results import Measured, WorstToken
-from qeff_proxy.score.tally import Tally, Worst
 from qeff_proxy.score.windows import beginning_of, windows_of
 from qeff_proxy.session.session import Session
 
