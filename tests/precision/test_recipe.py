@@ -122,7 +122,8 @@ def test_a_target_out_of_reach_writes_nothing(demo_checkpoint, tmp_path, capsys)
     place = ["--write", str(tmp_path / "r.toml"), "--nodes", str(tmp_path / "nodes")]
     assert main([*command, *place]) == 1
     assert "It does not reach the goal, and was not written." in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "r.toml").exists()
+    assert not (tmp_path / "nodes").exists()
 
 
 def test_overflow_is_found_whatever_else_overflows(make_model, tmp_path):
@@ -187,7 +188,7 @@ def test_compile_and_verify_obey_it(checkpoint, made, file, capsys):
     for recipe in ([], ["--recipe", str(file)]):
         main([*command, *weights, *recipe])
         report = json.loads(capsys.readouterr().out)
-        found.append(report["backends"][0]["output"]["sqnr"])
+        found.append(report["backends"][0]["sqnr"])
     assert found[1] > found[0] + 1
     options = {"weights": "int4", "recipe": str(file)}
     layers = [

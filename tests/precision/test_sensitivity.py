@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import qeff_proxy_vision
 import torch
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
@@ -24,6 +25,7 @@ from qeff_proxy.precision.sensitivity import Sensitivity, measure_sensitivity
 from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.verify_model import verify_model
 from torch.nn.functional import kl_div
 from transformers import BertConfig, BertModel
 
@@ -231,6 +233,19 @@ def test_an_encoder_has_no_divergence_of_tokens(tmp_path):
     assert len(found.layers) == 5
     assert found.low.kl is None
     assert 10 < found.low.sqnr < min(row.low.sqnr for row in found.layers)
+
+
+def test_what_an_early_part_loses_reaches_the_last_outputs():
+    """Of a vision tower, a projector and a decoder, each in a part of its own or two."""
+    folder = Path(qeff_proxy_vision.__file__).parent / "checkpoints" / "tiny-llava"
+    found = measure_sensitivity(str(folder), "onnxruntime", "int4")
+    rows = {row.name: row for row in (*found.layers, *found.kinds)}
+    towers = [row for name, row in rows.items() if "vision_tower" in name]
+    assert len(towers) == 3
+    assert all(row.low.sqnr < 90 for row in rows.values())
+    options = VerifyOptions(max_new_tokens=1, backends={"onnxruntime": {"weights": "int4"}})
+    (real,) = verify_model(str(folder), ["onnxruntime"], options=options).results
+    assert found.low.sqnr == pytest.approx(real.sqnr, abs=6)  # all positions, and the last
 
 
 def test_the_command(checkpoint, capsys):

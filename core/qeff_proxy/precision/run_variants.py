@@ -140,8 +140,8 @@ class Variants:
             UnsupportedModelError: The model cannot be run layer by layer.
         """
         low = [frozenset(), *map(frozenset, variants)]
-        at = [0] * len(low)  # of each variant, its place in `known`
-        known: list[dict[str, Outputs]] = [{}]
+        at = [0] * len(low)  # of each variant, its place in `known`, and among the runs of a part
+        known: list[dict[str, Outputs]] = [{}]  # the outputs of the parts before
         found: list[Distance] = []
         for number, part in enumerate(self.export.parts):
             runs = [
@@ -159,12 +159,15 @@ class Variants:
                 wanted = [(place, one & here) for place, one in zip(at, low, strict=True)]
                 order = {pair: n for n, pair in enumerate(dict.fromkeys(wanted))}
                 at = [order[pair] for pair in wanted]
+                known = [known[place] for place, _ in order]
                 following = graphs[stage + 1 :]
                 done = self._stage(part, graph, runs, list(order), following, observe, is_last)
                 runs = [run for run, _ in done]
                 found = [distance for _, distance in done if distance is not None]
                 gc.collect(1)  # graphs are cycles, which hold arrays of the layer's size
-            known = [{**known[0], part.name: run.outputs()} for run in runs] if runs else known
+            known = [
+                {**one, part.name: run.outputs()} for one, run in zip(known, runs, strict=True)
+            ]
         if not found:
             raise UnsupportedModelError(
                 "the last part computes nothing on this input", "Give another input."
