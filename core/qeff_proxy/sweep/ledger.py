@@ -18,8 +18,11 @@ from qeff_proxy.common.file_errors import writing
 from qeff_proxy.errors import UsageError
 
 #: ``failed``: its numbers are wrong. ``refused``: an error that names the reason. ``error``: a
-#: defect. The last three may pass when they run again.
-Verdict = Literal["passed", "failed", "refused", "error", "time-out", "out of memory", "killed"]
+#: defect. ``wrong worker``: it was sent to a machine whose packages or files are not the sweep's.
+#: The last four may pass when they run again.
+Verdict = Literal[
+    "passed", "failed", "refused", "error", "time-out", "out of memory", "killed", "wrong worker"
+]
 #: Verdicts of cells that do not run again.
 FINISHED = frozenset({"passed", "failed", "refused", "error"})
 

@@ -77,6 +77,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     override: dict[str, Any] = {}
     time_limit: _Positive | None = None
     memory_limit: _Positive | None = None
+    cores: Count | None = None
+    resources: dict[_Name, _Positive] = {}
 
 
 class _Backend(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +86,7 @@ class _Backend(msgspec.Struct, frozen=True, kw_only=True):
 
     backend: Text | None = None
     options: dict[str, Any] = {}
+    resources: dict[_Name, _Positive] = {}
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +101,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     ledger: Text = "ledger.jsonl"
     time_limit: _Positive = 1800
     memory_limit: _Positive | None = None
+    cores: Count | None = None
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +113,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
         options: Of the backend.
         time_limit: Seconds.
         memory_limit: Gigabytes (10⁹ bytes) of the cell's processes together.
+        cores: That it takes; by default the executor's choice.
+        resources: What else it takes, such as ``{"npu": 1}``.
     """
 
     name: str
@@ -123,6 +129,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     input: Input
     time_limit: float
     memory_limit: float | None
+    cores: int | None = None
+    resources: dict[str, float] = {}
 
     @property
     def model(self) -> str:
@@ -234,6 +242,8 @@ def _cells_of(file: _File, folder: Path, where: str) -> Iterable[Cell]:
                             ),
                             time_limit=model.time_limit or file.time_limit,
                             memory_limit=model.memory_limit or file.memory_limit,
+                            cores=model.cores or file.cores,
+                            resources={**backend.resources, **model.resources},
                         )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import math
+import pkgutil
+import platform
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from qeff_proxy.verify.results import BackendResult
 
 
+#: A record, and the fingerprint of the run where there is one.
+Outcome: TypeAlias = tuple[Record, dict[str, Any] | None]
+
+
 class Job(msgspec.Struct, frozen=True):
     """A cell that is to run: plain data.
 
@@ -35,6 +41,8 @@ class Job(msgspec.Struct, frozen=True):
         night: The run of the sweep.
         versions: Of the packages that it depends on.
         folder: Of reports and of the dumps while it runs; absolute.
+        work: The function that runs it, as ``module:function``.
+        checked: Whether to compare the identity of the cell where it runs with ``id``.
     """
 
     cell: Cell
@@ -42,6 +50,8 @@ class Job(msgspec.Struct, frozen=True):
     night: str
     versions: dict[str, str]
     folder: Path
+    work: str = "qeff_proxy.sweep.run_cell:run_cell"
+    checked: bool = False
 
     @property
     def dumps(self) -> Path:
@@ -68,7 +78,50 @@ class Job(msgspec.Struct, frozen=True):
         )
 
 
-def run_cell(job: Job) -> tuple[Record, dict[str, Any] | None]:
+def encode_job(job: Job) -> bytes:
+    """A job as bytes, for another machine."""
+    return msgspec.json.encode(job, enc_hook=str)
+
+
+def decode_job(message: bytes) -> Job:
+    """The job of `encode_job`."""
+    return msgspec.json.decode(message, type=Job, dec_hook=lambda kind, value: kind(value))
+
+
+def encode_outcome(outcome: Outcome) -> bytes:
+    """What a cell gave, as bytes."""
+    return msgspec.json.encode(outcome)
+
+
+def decode_outcome(message: bytes) -> Outcome:
+    """The outcome of `encode_outcome`."""
+    return msgspec.json.decode(message, type=tuple[Record, dict[str, Any] | None])
+
+
+def perform(job: Job) -> Outcome:
+    """Run a job in this process, unless this machine is not as the one that made it."""
+    different = _difference(job) if job.checked else None
+    if different is not None:
+        return job.record("wrong worker", different), None
+    outcome: Outcome = pkgutil.resolve_name(job.work)(job)
+    return outcome
+
+
+def _difference(job: Job) -> str | None:
+    """How this machine differs from the one that made a job, in what the cell depends on."""
+    from qeff_proxy.sweep.identify_cells import identify_cells
+
+    here = identify_cells([job.cell])[job.cell.name]
+    if here.id == job.id:
+        return None
+    names = [
+        n for n in {**job.versions, **here.versions} if job.versions.get(n) != here.versions.get(n)
+    ]
+    told = [f"{n} {here.versions.get(n, 'none')}, not {job.versions.get(n, 'none')}" for n in names]
+    return f"{platform.node()} has {'; '.join(told) or 'other files or settings of this cell'}"
+
+
+def run_cell(job: Job) -> Outcome:
     """Verify a cell.
 
     Returns:
@@ -192,7 +245,7 @@ def _options_of(job: Job) -> VerifyOptions:
 
 def _described(
     job: Job, result: BackendResult, reference: Path, seconds: dict[str, float], speed: Any
-) -> tuple[Record, dict[str, Any] | None]:
+) -> Outcome:
     """The record and the fingerprint of a cell that ran to its end."""
     from qeff_proxy.compare.verdict import describe_verdict
     from qeff_proxy.sweep.fingerprint import find_dead_output, take_fingerprint

@@ -25,11 +25,11 @@ from typing import Any
 from qeff_proxy.common.atomic_folder import locked
 from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.errors import ArtifactError, UsageError
-from qeff_proxy.sweep.executors import Executor, Outcome, load_executor
+from qeff_proxy.sweep.executors import Executor, load_executor
 from qeff_proxy.sweep.identify_cells import Identity, identify_cells
 from qeff_proxy.sweep.ledger import FINISHED, Ledger, Night, Record
 from qeff_proxy.sweep.plan import Cell, Plan
-from qeff_proxy.sweep.run_cell import Job
+from qeff_proxy.sweep.run_cell import Job, Outcome
 
 _POLL = 1.0  # seconds between two looks at a cell that another sweep runs
 
