@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from qeff_proxy.sweep.ray_executor import RayExecutor
 from qeff_proxy.testing.executors import ExecutorSuite
 
 ray = pytest.importorskip("ray")

@@ -28,6 +28,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """How a cell exports, compiles and compares; the names are those of ``qeff-proxy verify``.
 
     Attributes:
+        by_layer: Verify one layer at a time, as ``verify --by-layer``.
         options: Options of one backend, by its name in the plan.
         tol: Tolerances, each as after ``--tol``.
     """
@@ -45,6 +46,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     tol: tuple[Text, ...] = ()
     calibrate: Text | None = None
     speed: bool = False
+    by_layer: bool = False
     options: dict[str, dict[str, Any]] = {}
 
 
@@ -217,6 +219,7 @@ def _cells_of(file: _File, folder: Path, where: str) -> Iterable[Cell]:
                 for setting_name, setting in _chosen(file.settings, model.settings):
                     changed = {**msgspec.to_builtins(setting), **model.override}
                     chosen = check_fields(Setting, changed, f"override of [models.{model_name}]")
+                    _check_by_layer(chosen, f"{title}/{backend_name}/{setting_name} of {where}")
                     for input_name, each in _chosen(file.inputs, model.inputs):
                         name = f"{title}/{backend_name}/{setting_name}/{input_name}"
                         if not _matches(name, file.include) or _matches(name, file.exclude):
@@ -245,6 +248,12 @@ def _cells_of(file: _File, folder: Path, where: str) -> Iterable[Cell]:
                             cores=model.cores or file.cores,
                             resources={**backend.resources, **model.resources},
                         )
+
+
+def _check_by_layer(setting: Setting, where: str) -> None:
+    for name in ("taps", "calibrate", "speed"):
+        if setting.by_layer and getattr(setting, name):
+            raise UsageError(f"{where} has both by_layer and {name}", "They exclude each other.")
 
 
 def _models_of(file: _File, folder: Path) -> Iterable[tuple[str, Model]]:

@@ -51,9 +51,8 @@ class RayExecutor:
                     f"there is no Ray cluster at {address}: {error}", "See ray status."
                 ) from error
         variables = {n: v for n, v in os.environ.items() if n.startswith(_VARIABLES)}
-        self._task = ray.remote(run_remote).options(
-            max_retries=_RETRIES, runtime_env={"env_vars": variables}
-        )
+        self._environment = {"env_vars": variables}
+        self._function = ray.remote(run_remote)
         self._workers = workers
         self._running: dict[Any, None] = {}
         self._threads = ThreadPoolExecutor(_MOST, "sweep")
@@ -72,10 +71,15 @@ class RayExecutor:
             future: Future[Outcome] = Future()
             future.set_result((job.record("wrong worker", lacking), None))
             return future
-        sizes = {"num_cpus": needs.pop("CPU"), "num_gpus": needs.pop("GPU", 0)}
-        memory = int(needs.pop("memory", 0)) or None
-        options = self._task.options(**sizes, memory=memory, resources=needs, name=job.cell.name)
-        task = options.remote(encode_job(job))
+        task = self._function.options(
+            num_cpus=needs.pop("CPU"),
+            num_gpus=needs.pop("GPU", 0),
+            memory=int(needs.pop("memory", 0)) or None,
+            resources=needs,
+            max_retries=_RETRIES,
+            runtime_env=self._environment,
+            name=job.cell.name,
+        ).remote(encode_job(job))
         self._running[task] = None
         return self._threads.submit(self._wait, task)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qeff_proxy.load.load_model import LoadedModel
     from qeff_proxy.request import Request
     from qeff_proxy.verify.options import VerifyOptions
-    from qeff_proxy.verify.results import BackendResult
+    from qeff_proxy.verify.results import BackendResult, Verification
 
 
 #: A record, and the fingerprint of the run where there is one.
@@ -128,29 +128,81 @@ def run_cell(job: Job) -> Outcome:
         Its record, and the fingerprint of its run; whatever stops it is in the record.
     """
     from qeff_proxy.verify.results import reason_of
-    from qeff_proxy.verify.verify_model import verify_model
 
     stages = _Stages()
     shutil.rmtree(job.dumps, ignore_errors=True)  # of a run that was killed
     try:
         job.report.parent.mkdir(parents=True, exist_ok=True)
-        verification = verify_model(
-            _model_of(job.cell),
-            [job.cell.backend],
-            _request_of(job.cell),
-            _options_of(job),
-            trust_remote_code=job.cell.trust_remote_code,
-            progress=stages.start,
-        )
-        result = verification.results[0]
-        seconds = stages.end()
-        if result.failure is not None:
-            return _failure(job, result.failure, reason_of(result.failure), seconds), None
-        return _described(job, result, verification.reference, seconds, verification.speed)
+        return (_verify_layers if job.cell.setting.by_layer else _verify_whole)(job, stages)
     except Exception as error:  # noqa: BLE001 (a sweep goes on, whatever stops a cell)
         return _failure(job, error, reason_of(error), stages.end()), None
     finally:
         shutil.rmtree(job.dumps, ignore_errors=True)
+
+
+def _verify_whole(job: Job, stages: _Stages) -> Outcome:
+    from qeff_proxy.verify.results import reason_of
+    from qeff_proxy.verify.verify_model import verify_model
+
+    cell = job.cell
+    verification = verify_model(
+        _model_of(cell),
+        [cell.backend],
+        _request_of(cell),
+        _options_of(job),
+        trust_remote_code=cell.trust_remote_code,
+        progress=stages.start,
+    )
+    result = verification.results[0]
+    seconds = stages.end()
+    if result.failure is not None:
+        return _failure(job, result.failure, reason_of(result.failure), seconds), None
+    return _described(job, result, verification, seconds)
+
+
+def _verify_layers(job: Job, stages: _Stages) -> Outcome:
+    """Verify one layer at a time; the ledger has the error that each adds."""
+    from qeff_proxy.verify.by_layer import verify_layers
+    from qeff_proxy.verify.by_layer.results import describe_layers
+
+    cell = job.cell
+    verification = verify_layers(
+        _model_of(cell),
+        [cell.backend],
+        _request_of(cell),
+        _options_of(job),
+        trust_remote_code=cell.trust_remote_code,
+        progress=stages.start,
+    )
+    if verification.failure is not None:
+        raise verification.failure
+    spent = stages.end()
+    running = sum(spent[stage] for stage in spent if stage.endswith(f": {cell.backend}"))
+    seconds = {f"running {cell.backend}": round(running, 3), "total": spent["total"]}
+    result = verification.results[0]
+    faulty = [*result.faulty, *(each for each in result.layers if not each.inherited.passed)]
+    first = faulty[0] if faulty else None
+    errors = [(each.local.over_peak, each.local.tensor) for each in result.layers]
+    error, worst = max(errors, default=(None, None))
+    verdict: Verdict = "refused" if result.error else "passed" if result.passed else "failed"
+    where = None if first is None else first.local if first in result.faulty else first.inherited
+    return job.record(
+        verdict,
+        result.error or ("" if result.passed else describe_layers(result, verification)[0]),
+        divergence=None
+        if first is None or where is None
+        else Divergence(first.part, where.tensor, first.layer, where.step),
+        error=_number(error),
+        worst=worst,
+        sqnr=_number(result.layers[-1].inherited.sqnr) if result.layers else None,
+        layers=[
+            Layer(each.name, _number(each.local.over_peak), _number(each.local.sqnr))
+            for each in result.layers
+        ],
+        seconds=seconds,
+        export=verification.export.name,
+        report=_place(job),
+    ), None
 
 
 class _Stages:
@@ -244,7 +296,7 @@ def _options_of(job: Job) -> VerifyOptions:
 
 
 def _described(
-    job: Job, result: BackendResult, reference: Path, seconds: dict[str, float], speed: Any
+    job: Job, result: BackendResult, verification: Verification, seconds: dict[str, float]
 ) -> Outcome:
     """The record and the fingerprint of a cell that ran to its end."""
     from qeff_proxy.compare.verdict import describe_verdict
@@ -252,7 +304,7 @@ def _described(
 
     assert result.comparison is not None  # noqa: S101 (it has no failure)
     assert result.folder is not None  # noqa: S101
-    dead = find_dead_output(reference)
+    dead = find_dead_output(verification.reference)
     verdict: Verdict = "passed" if result.passed and dead is None else "failed"
     reason = "" if result.passed else describe_verdict(result.comparison)[0]
     if dead is not None:
@@ -260,6 +312,7 @@ def _described(
             f"nothing was verified: {dead} of the reference is constant or not finite. {reason}"
         )
     first = result.divergence
+    speed = verification.speed
     rates = [speed.rate(timing) for timing in speed.timings] if speed is not None else []
     provenance: Mapping[str, Any] = result.comparison.candidate_provenance
     record = job.record(
@@ -277,6 +330,7 @@ def _described(
         seconds=seconds,
         speed=_number(rates[0]) if rates else None,
         precision=provenance.get("precision") or provenance.get("dtype"),
+        export=verification.export.name,
         report=_place(job),
     )
     return record, take_fingerprint(result.folder)

@@ -40,20 +40,19 @@ class ExecutorSuite:
     """The checks of one executor.
 
     Attributes:
-        executor: Its name with its address, or what makes it with ``workers`` and ``address``.
+        executor: Its name, with its address where it needs one, or its class.
         remote: Its workers may be other machines, whose packages are compared.
     """
 
-    executor: ClassVar[str | Callable[..., Executor]]
+    executor: ClassVar[str | type[Any]]
     remote: ClassVar[bool] = True
 
     # What an author may override
 
     def make_executor(self, workers: int | None = 2) -> Executor:
         """A new instance, which runs two cells at a time."""
-        if isinstance(self.executor, str):
-            return load_executor(self.executor, workers)
-        return type(self).executor(workers=workers, address=None)
+        made = self.executor
+        return load_executor(made, workers) if isinstance(made, str) else made(workers=workers)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -75,7 +74,8 @@ class ExecutorSuite:
         """With fingerprints, and as the cell made them; what it prints changes nothing."""
         for model in ("plain", "talks"):
             record, fingerprint = self._run(running, _job(tmp_path, model))
-            assert (record.verdict, record.reason, record.tokens) == ("passed", "", 3)
+            assert record.verdict == "passed", record.reason
+            assert (record.reason, record.tokens) == ("", 3)
             assert record.layers == [Layer("é layer 0", 1.5e-7, None)]
             assert fingerprint == {"body.out.x": ["0a1b", 1.0, None]}
             assert (record.name, record.night) == (f"{model}/nonesuch/default/example", "n1")
@@ -99,23 +99,23 @@ class ExecutorSuite:
     def test_a_cell_that_dies_is_named(self, running: Executor, tmp_path: Path) -> None:
         """With how its process ended, and what it said last."""
         record, _ = self._run(running, _job(tmp_path, "dies"))
-        assert record.verdict == "killed"
+        assert record.verdict == "killed", record.reason
         assert record.reason == "its process ended by SIGSEGV; it said: about to die"
         record, _ = self._run(running, _job(tmp_path, "raises"))
-        assert record.verdict == "killed"
+        assert record.verdict == "killed", record.reason
         assert "a defect of the cell" in record.reason
 
     def test_a_cell_that_hangs_is_ended(self, running: Executor, tmp_path: Path) -> None:
         """With all that it started."""
         record, _ = self._run(running, _job(tmp_path, "hangs", time_limit=3.0))
-        assert record.verdict == "time-out"
+        assert record.verdict == "time-out", record.reason
         assert "not done within its 3 s" in record.reason
         _check_ended(tmp_path, "hangs.pid", "hangs.child")
 
     def test_a_cell_that_grows_is_ended(self, running: Executor, tmp_path: Path) -> None:
         """Where it leaves its memory."""
         record, _ = self._run(running, _job(tmp_path, "grows", memory_limit=1.2))
-        assert record.verdict == "out of memory"
+        assert record.verdict == "out of memory", record.reason
         _check_ended(tmp_path, "grows.pid")
 
     def test_a_wrong_worker_says_so(self, running: Executor, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ class ExecutorSuite:
             return
         job = _job(tmp_path, "elsewhere", versions={"acme-sdk": "7"}, identity="0" * 64)
         record, _ = self._run(running, job)
-        assert record.verdict == "wrong worker"
+        assert record.verdict == "wrong worker", record.reason
         assert "acme-sdk none, not 7" in record.reason
         assert not (tmp_path / "elsewhere.pid").exists()
 
