@@ -148,8 +148,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     cells: tuple[Cell, ...]
 
 
-def read_plan(path: str | Path) -> Plan:
+def read_plan(path: str | Path, ledger: Path | None = None) -> Plan:
     """Read a plan; paths in it are relative to its folder.
+
+    Args:
+        path: The file.
+        ledger: The ledger, in place of the plan's own.
 
     Raises:
         UsageError: It cannot be read, or has an unknown key or a wrong value; names it.
@@ -167,8 +171,9 @@ def read_plan(path: str | Path) -> Plan:
         cells = tuple(_cells_of(file, path.resolve().parent, str(path)))
     except FieldError as error:
         raise UsageError(f"{error}", "See docs/sweeps.md for the keys of a plan.") from error
-    if not file.ledger.endswith(".jsonl"):
-        raise UsageError(f"the ledger {file.ledger} of {path} is no .jsonl file", "Rename it.")
+    ledger = ledger or path.parent / file.ledger
+    if ledger.suffix != ".jsonl":
+        raise UsageError(f"the ledger {ledger} of {path} is no .jsonl file", "Rename it.")
     if not cells:
         raise UsageError(
             f"{path} has no cells: nothing matches its includes, excludes and globs",
@@ -178,7 +183,7 @@ def read_plan(path: str | Path) -> Plan:
     double, count = counts.most_common(1)[0]
     if count > 1:
         raise UsageError(f"{path} has two cells called {double}", "Rename one of the models.")
-    return Plan(path=path, ledger=path.parent / file.ledger, cells=cells)
+    return Plan(path=path, ledger=ledger, cells=cells)
 
 
 def _check_keys(document: Mapping[str, Any], where: str) -> None:

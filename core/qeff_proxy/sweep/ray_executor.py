@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -20,6 +21,7 @@ from qeff_proxy.sweep.watch_cell import run_remote
 
 _RETRIES = 5  # of a cell whose nodes are lost
 _MOST = 1000  # cells at a time
+_PATIENCE, _POLL = 10.0, 0.1  # seconds that cancelled cells may take to end
 #: Variables of this process that cells have, too.
 _VARIABLES = ("PYTHONPATH", "QEFF_", "HF_")
 
@@ -85,8 +87,12 @@ class RayExecutor:
 
     def close(self) -> None:
         """Kill the cells that run, and leave the cluster if this has joined it."""
-        for task in list(self._running):
-            self._ray.cancel(task, force=True)
+        for force in (False, True):  # a worker that is asked ends what its cell has started
+            for task in list(self._running):
+                self._ray.cancel(task, force=force)
+            end = time.monotonic() + _PATIENCE
+            while self._running and time.monotonic() < end:
+                time.sleep(_POLL)
         self._threads.shutdown()
         if self._is_ours:
             self._ray.shutdown()
