@@ -22,8 +22,9 @@ from qeff_proxy.graph.name_scopes import NAME_SCOPES
 LAYER = None
 
 def put_fault(graph):
+    named = f"layers.{LAYER}.mlp.down_proj"
     node = next((n for n in graph if n.op_type == "MatMul"
-                 and f"layers.{LAYER}.mlp.down_proj" in n.metadata_props.get(NAME_SCOPES, "")), None)
+                 and named in n.metadata_props.get(NAME_SCOPES, "")), None)
     if node is None:  # another layer alone
         return
     factor = ir.Value(name="fault", const_value=ir.tensor(np.float32(1.05), name="fault"))

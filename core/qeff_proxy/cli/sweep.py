@@ -1,4 +1,4 @@
-"""``qeff-proxy sweep PLAN``, ``sweep diff LEDGER [A B]``, ``sweep report LEDGER``, ``sweep bisect``."""
+"""``qeff-proxy sweep PLAN``, and what its ledger says: ``sweep diff``, ``report``, ``bisect``."""
 
 from __future__ import annotations
 

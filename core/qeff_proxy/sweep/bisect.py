@@ -99,7 +99,8 @@ def bisect_environments(
 ) -> Turn:
     """Find the first of some environments, from good to bad, in which a cell does not pass.
 
-    Results are kept in ``bisect.jsonl`` beside the plan; what it has does not run again.
+    Results are kept in ``bisect.jsonl`` beside the plan. What may cause the turn need not be in the
+    identity of a cell, so each run is a new one.
 
     Args:
         plan: The file of the plan.
@@ -184,19 +185,24 @@ def _run(plan: Path, cell: str, environment: Environment) -> Record:
     folders = [str(_installed_alone(plan, *pin)) for pin in environment.packages.items()]
     path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
     words = [environment.python, "-m", "qeff_proxy", "sweep", str(plan), "--only", cell, "--json"]
-    ended = subprocess.run(  # noqa: S603 (what the user names)
-        [*words, "--ledger", str(_ledger_of(plan))],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    more = ["--again", cell, "--ledger", str(_ledger_of(plan))]
+    ended = _run_command([*words, *more], path)
     try:
         value = json.loads(ended.stdout)["cells"][cell]
         return msgspec.convert(value, Record)
     except (ValueError, KeyError, TypeError) as error:  # it has no result, but an error
         said = next(iter(ended.stderr.strip().splitlines()[-1:]), f"exit code {ended.returncode}")
         raise UsageError(f"{cell} cannot run with {environment.title}: {said}") from error
+
+
+def _run_command(words: Sequence[str], path: str | None = None) -> subprocess.CompletedProcess[str]:
+    more = {} if path is None else {"PYTHONPATH": path}
+    try:
+        return subprocess.run(  # noqa: S603 (the user names it)
+            words, env={**os.environ, **more}, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise UsageError(f"{words[0]} cannot be run: {error.strerror}") from error
 
 
 def _installed_alone(plan: Path, name: str, version: str) -> Path:
@@ -206,9 +212,7 @@ def _installed_alone(plan: Path, name: str, version: str) -> Path:
         partial = folder.with_suffix(".partial")
         words = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade"]
         command = [sys.executable, "-m", "pip", *words, "--target", str(partial)]
-        ended = subprocess.run(  # noqa: S603 (what the user names)
-            [*command, f"{name}=={version}"], capture_output=True, text=True, check=False
-        )
+        ended = _run_command([*command, f"{name}=={version}"])
         if ended.returncode:
             said = next(iter(ended.stderr.strip().splitlines()[-1:]), "")
             raise UsageError(f"pip cannot install {name} {version}: {said}")
@@ -222,7 +226,7 @@ def _ledger_of(plan: Path) -> Path:
 
 def _installed(python: str) -> dict[str, str]:
     """The packages of an interpreter."""
-    ended = subprocess.run([python, "-c", _PACKAGES], capture_output=True, check=True)  # noqa: S603
+    ended = _run_command([python, "-c", _PACKAGES])
     packages: dict[str, str] = json.loads(ended.stdout)
     return packages
 
