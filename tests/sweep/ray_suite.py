@@ -68,11 +68,8 @@ def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return plan
 
 
-def sweep_on(plan: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Any:
-    monkeypatch.setattr(
-        "qeff_proxy.sweep.run_sweep.load_executor", lambda _on, workers: Waiting(workers)
-    )
-    return run_sweep(read_plan(plan), on="waiting", **more)
+def sweep_on(plan: Path, **more: Any) -> Any:
+    return run_sweep(read_plan(plan), on=Waiting, **more)
 
 
 def began(plan: Path) -> Counter[str]:
@@ -81,7 +78,7 @@ def began(plan: Path) -> Counter[str]:
 
 
 def test_a_lost_node_costs_its_cells_a_retry_and_nothing_else(
-    cluster: Cluster, waiting: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, waiting: Path
 ) -> None:
     node = cluster.add_node(num_cpus=2)
     lost: list[str] = []
@@ -91,7 +88,7 @@ def test_a_lost_node_costs_its_cells_a_retry_and_nothing_else(
             lost.append(line)
             cluster.remove_node(node, allow_graceful=False)
 
-    sweep = sweep_on(waiting, monkeypatch, progress=lose)
+    sweep = sweep_on(waiting, progress=lose)
     assert lost
     assert sweep.passed
     records = list(Ledger(waiting.parent / "ledger.jsonl").new_records())
@@ -102,12 +99,10 @@ def test_a_lost_node_costs_its_cells_a_retry_and_nothing_else(
     assert set(again.values()) == {2}
 
 
-def test_what_no_node_has_is_said(
-    cluster: Cluster, waiting: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_no_node_has_is_said(cluster: Cluster, waiting: Path) -> None:
     text = waiting.read_text().replace("[backends.nonesuch]", "[backends.a]\n[backends.b]")
     waiting.write_text(f"{text}resources = {{npu = 1}}\n")
-    sweep = sweep_on(waiting, monkeypatch)
+    sweep = sweep_on(waiting)
     verdicts = Counter((n.split("/")[1], r.verdict) for n, r in sweep.records.items())
     assert verdicts == {("a", "passed"): CELLS, ("b", "wrong worker"): CELLS}
     reason = sweep.records["m00/b/default/example"].reason
@@ -131,9 +126,9 @@ def test_two_nodes_run_twice_as_many_cells(waiting: Path, monkeypatch: pytest.Mo
             made.add_node(num_cpus=2)
         monkeypatch.setenv("RAY_ADDRESS", made.address)
         start = time.perf_counter()
-        sweep_on(waiting, monkeypatch, again=["*"])  # the workers start
+        sweep_on(waiting, again=["*"])  # the workers start
         start = time.perf_counter()
-        assert sweep_on(waiting, monkeypatch, again=["*"]).passed
+        assert sweep_on(waiting, again=["*"]).passed
         seconds.append(time.perf_counter() - start)
         made.shutdown()
     print(f"one node {seconds[0]:.1f} s, two {seconds[1]:.1f} s: {seconds[0] / seconds[1]:.2f}")

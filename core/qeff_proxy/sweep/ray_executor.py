@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,7 @@ class RayExecutor:
         self._ray = ray
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
+            _check_reachable(address)
             try:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -110,6 +112,18 @@ class RayExecutor:
             return None
         told = ", ".join(f"{name} {number:g}" for name, number in needs.items())
         return f"none of the {len(nodes)} nodes of the cluster has {told}"
+
+
+def _check_reachable(address: str | None) -> None:
+    """Say at once that nobody is at an address; Ray tries it for minutes."""
+    host, colon, port = (address or "").partition("://")[0].rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+        except OSError as error:
+            raise UsageError(
+                f"there is no Ray cluster at {address}: {error}", "See ray status."
+            ) from error
 
 
 def _needs_of(cell: Cell) -> dict[str, float]:

@@ -65,7 +65,7 @@ class Sweep:
 def run_sweep(
     plan: Plan,
     *,
-    on: str = "local",
+    on: str | Callable[[int | None], Executor] = "local",
     workers: int | None = None,
     again: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -79,7 +79,7 @@ def run_sweep(
 
     Args:
         plan: From `read_plan`.
-        on: The executor: ``NAME`` or ``NAME:ADDRESS``.
+        on: The executor: ``NAME`` or ``NAME:ADDRESS``, or what makes one, given ``workers``.
         workers: Cells at a time.
         again: Globs of cells to run although the ledger has them.
         only: Globs of the cells to run; those left out are part of the night as they are known.
@@ -103,7 +103,7 @@ def run_sweep(
         raise UsageError(f"{night!r} cannot name a night", "Use letters, digits and - _ . :")
     run = _Run(plan, cells, again, only or ("*",), night, wait_for_others, progress, finished)
     if run.pending:
-        executor = load_executor(on, workers)
+        executor = load_executor(on, workers) if isinstance(on, str) else on(workers)
         try:
             run.loop(executor)
         except KeyboardInterrupt:

@@ -142,8 +142,7 @@ class ExecutorSuite:
             "[settings.s]\nmax_new_tokens = 2\n[inputs]\na = {ids = [[3, 5, 7]]}\n"
             "b = {ids = [[2, 4]]}\n"
         )
-        on = self._on(monkeypatch)
-        sweep = run_sweep(read_plan(plan), on=on, workers=2)
+        sweep = run_sweep(read_plan(plan), on=self.make_executor, workers=2)
         verdicts = {name: record and record.verdict for name, record in sweep.records.items()}
         assert verdicts == {
             "gpt2/onnxruntime/s/a": "passed",
@@ -157,7 +156,7 @@ class ExecutorSuite:
         assert [layer.at for layer in passed.layers] == [f"body layer {n}" for n in range(5)]
         assert passed.report is not None
         assert (tmp_path / passed.report).is_file()
-        assert run_sweep(read_plan(plan), on=on).ran == []
+        assert run_sweep(read_plan(plan), on=self.make_executor).ran == []
 
     def test_closing_ends_what_runs(self, tmp_path: Path) -> None:
         """Soon, and with all that the cells have started."""
@@ -176,16 +175,6 @@ class ExecutorSuite:
         outcome = executor.submit(job).result(_LONG)
         assert not job.dumps.exists()
         return outcome
-
-    def _on(self, monkeypatch: pytest.MonkeyPatch) -> str:
-        """The name that a sweep finds the executor by."""
-        if isinstance(self.executor, str):
-            return self.executor
-        monkeypatch.setattr(
-            "qeff_proxy.sweep.run_sweep.load_executor",
-            lambda _name, workers: self.make_executor(workers),
-        )
-        return "of the suite"
 
 
 def _job(
