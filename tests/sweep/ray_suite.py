@@ -5,6 +5,7 @@ Nodes are simulated on this machine, each with a raylet, a store and workers of 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -60,10 +61,10 @@ def wait(job):
 def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plan of cells that wait."""
     (tmp_path / "waiting_cells.py").write_text(WAITING.replace("SECONDS", "3"))
-    path = [str(tmp_path), *filter(None, [__import__("os").environ.get("PYTHONPATH")])]
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", ":".join(path))
     plan = tmp_path / "plan.toml"
-    models = "".join(f'm{place:02} = "./none"\n' for place in range(CELLS))
+    models = "".join(f'm{place:02} = "./none-{place}"\n' for place in range(CELLS))
     plan.write_text(f"[models]\n{models}[backends.nonesuch]\n")
     return plan
 
@@ -125,7 +126,6 @@ def test_two_nodes_run_twice_as_many_cells(waiting: Path, monkeypatch: pytest.Mo
         for _ in range(nodes - 1):
             made.add_node(num_cpus=2)
         monkeypatch.setenv("RAY_ADDRESS", made.address)
-        start = time.perf_counter()
         sweep_on(waiting, again=["*"])  # the workers start
         start = time.perf_counter()
         assert sweep_on(waiting, again=["*"]).passed

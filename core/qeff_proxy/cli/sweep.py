@@ -326,7 +326,8 @@ def _change_lines(compared: NightComparison) -> list[RenderableType]:
     for heading in ("", "cell", "where", "what changed"):
         table.add_column(heading, overflow="fold")
     for change in compared.changes:
-        word = Text("worse", "red") if change.worse else Text(change.kind, "green")
+        style = "red" if change.worse else "green" if change.better else ""
+        word = Text("worse" if change.worse else change.kind, style)
         table.add_row(word, *(printable(t) for t in (change.name, change.at or "", change.what)))
     lines: list[RenderableType] = [table, ""] if compared.changes else []
     between = f"{compared.before} → {compared.after}" if compared.before else compared.after

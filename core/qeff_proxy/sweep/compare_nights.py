@@ -67,6 +67,11 @@ class Change:
     before: Record | None = None
     after: Record | None = None
 
+    @property
+    def better(self) -> bool:
+        """Whether the cell passes now and did not get worse."""
+        return not self.worse and self.after is not None and self.after.verdict == "passed"
+
 
 @dataclass(frozen=True)
 class NightComparison:
