@@ -6,7 +6,6 @@ Nodes are simulated on this machine, each with a raylet, a store and workers of 
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,21 +114,3 @@ def test_an_address_without_a_cluster_is_refused(
 ) -> None:
     assert main(["sweep", str(waiting), "--on", "ray:127.0.0.1:1"]) == 2
     assert "there is no Ray cluster at 127.0.0.1:1" in capsys.readouterr().err
-
-
-def test_two_nodes_run_twice_as_many_cells(waiting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = []
-    for nodes in (1, 2):
-        made = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
-        )
-        for _ in range(nodes - 1):
-            made.add_node(num_cpus=2)
-        monkeypatch.setenv("RAY_ADDRESS", made.address)
-        sweep_on(waiting, again=["*"])  # the workers start
-        start = time.perf_counter()
-        assert sweep_on(waiting, again=["*"]).passed
-        seconds.append(time.perf_counter() - start)
-        made.shutdown()
-    print(f"one node {seconds[0]:.1f} s, two {seconds[1]:.1f} s: {seconds[0] / seconds[1]:.2f}")
-    assert seconds[0] / seconds[1] > 1.4

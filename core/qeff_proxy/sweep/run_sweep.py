@@ -31,6 +31,7 @@ from qeff_proxy.sweep.ledger import FINISHED, Ledger, Night, Record
 from qeff_proxy.sweep.plan import Cell, Plan
 from qeff_proxy.sweep.run_cell import Job, Outcome
 
+_LONGEST = 1000  # characters of an executor's error
 _POLL = 1.0  # seconds between two looks at a cell that another sweep runs
 
 
@@ -254,7 +255,8 @@ class _Run:
         try:
             record, fingerprint = future.result()
         except Exception as error:  # noqa: BLE001 (an executor's own fault must not stop the others)
-            record = self._job(name).record("killed", f"{type(error).__name__}: {error}")
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
+            record = self._job(name).record("killed", said)
         try:
             self._kept.add(record.id)
             self._note(self.ledger.append(record, fingerprint))

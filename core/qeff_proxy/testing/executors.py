@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +31,6 @@ from qeff_proxy.sweep.ledger import Layer, Ledger, Record
 from qeff_proxy.sweep.plan import read_plan
 from qeff_proxy.sweep.run_cell import Job
 from qeff_proxy.sweep.run_sweep import run_sweep
-from qeff_proxy.testing.tiny import random_weights
 
 _WORK = "qeff_proxy.testing.executor_cells:run"
 _LONG = 120.0  # seconds that a worker may take to start
@@ -130,30 +130,26 @@ class ExecutorSuite:
 
     def test_a_sweep_runs_on_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A real model passes, a backend that is not there is refused, and each is kept."""
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        config = GPT2Config(n_layer=5, n_embd=32, n_head=2, n_positions=64, vocab_size=97)
-        model = random_weights(GPT2LMHeadModel(config))
-        model.save_pretrained(tmp_path / "gpt2")
+        model = files("qeff_proxy") / "checkpoints" / "tiny-gpt2"
         monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
         plan = tmp_path / "plan.toml"
         plan.write_text(
-            '[models]\ngpt2 = "gpt2"\n[backends.onnxruntime]\n[backends.nonesuch]\n'
+            f"[models]\nm = '{model}'\n[backends.onnxruntime]\n[backends.nonesuch]\n"
             "[settings.s]\nmax_new_tokens = 2\n[inputs]\na = {ids = [[3, 5, 7]]}\n"
             "b = {ids = [[2, 4]]}\n"
         )
         sweep = run_sweep(read_plan(plan), on=self.make_executor, workers=2)
         verdicts = {name: record and record.verdict for name, record in sweep.records.items()}
         assert verdicts == {
-            "gpt2/onnxruntime/s/a": "passed",
-            "gpt2/onnxruntime/s/b": "passed",
-            "gpt2/nonesuch/s/a": "refused",
-            "gpt2/nonesuch/s/b": "refused",
+            "m/onnxruntime/s/a": "passed",
+            "m/onnxruntime/s/b": "passed",
+            "m/nonesuch/s/a": "refused",
+            "m/nonesuch/s/b": "refused",
         }
         records = list(Ledger(tmp_path / "ledger.jsonl").new_records())
         assert sorted(record.name for record in records) == sorted(verdicts)
         passed = next(record for record in records if record.verdict == "passed")
-        assert [layer.at for layer in passed.layers] == [f"body layer {n}" for n in range(5)]
+        assert [layer.at for layer in passed.layers] == [f"body layer {n}" for n in range(3)]
         assert passed.report is not None
         assert (tmp_path / passed.report).is_file()
         assert run_sweep(read_plan(plan), on=self.make_executor).ran == []
