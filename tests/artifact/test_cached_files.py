@@ -183,7 +183,7 @@ def test_a_look_up_counts_as_use(
     assert compile_export(read_export(folder)).was_there
     after = {entry.kind: entry.last_use for entry in list_cache()}
     assert all(after[kind] > before[kind] for kind in before)
-    assert all(entry.in_use for entry in list_cache())  # a minute ago
+    assert all(entry.in_use for entry in list_cache())  # not long ago
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What lies below ``QEFF_HOME``: exports, and in them compiled parts, dumps and journals.
 
 What a run uses is not removed: what it holds a lock of, has open or in its memory (on this
-machine), or has looked up or written in the last ten minutes.
+machine), or has looked up or written within the last hour.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qeff_proxy.errors import ArtifactError
 KINDS = ("export", "compiled", "dump", "journal", "leftover")
 _JOURNAL = "by-layer-"
 _MARKED = (MANIFEST, "compile.json")  # see `qeff_proxy.common.last_use`
-_RECENT = 600.0  # seconds since the last use, in which a run may be between look-up and opening
+_RECENT = 3600.0  # seconds since the last use, in which a run may need it again
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def choose(
     *,
     kinds: Collection[str] = KINDS,
     unused_since: float | None = None,
-    most: int | None = None,
+    most: float | None = None,
     exports: Iterable[str] | None = None,
 ) -> list[Entry]:
     """Entries to remove, the longest unused first; none that is in use.

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qeff_proxy.artifact.cached_files import KINDS, Entry, choose, list_cache, remove
 from qeff_proxy.artifact.export_folder import cache_home
@@ -18,7 +17,7 @@ from qeff_proxy.errors import UsageError
 _EPILOG = """\
 An export has what was compiled of it, dumps of its runs and journals of interrupted verifications
 by layer. Without --prune, what the options choose is listed, and nothing is removed. What a run
-uses stays: what is locked, open on this machine, or was used in the last ten minutes.
+uses stays: what is locked, open on this machine, or was used within the last hour.
 Exit status: 0.
 """
 _AGES = {"m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -63,28 +62,24 @@ def run(args: argparse.Namespace) -> int:
     entries = list_cache()
     shown = entries
     if any(wanted):
+        since = None if age is None else time.time() - age
         kinds = args.kind or KINDS
-        shown = choose(
-            entries,
-            kinds=kinds,
-            unused_since=None if age is None else time.time() - age,
-            most=None if most is None else int(most),
-            exports=exports,
-        )
+        shown = choose(entries, kinds=kinds, unused_since=since, most=most, exports=exports)
     kept = [entry for entry in shown if args.prune and not remove(entry)]
     removed = [entry for entry in shown if args.prune and entry not in kept]
+    size = sum(entry.size for entry in entries)
     if args.json:
         print_json(
             {
                 "home": str(cache_home()),
-                "size": sum(entry.size for entry in entries),
-                "entries": [_plain(entry) for entry in shown],
+                "size": size,
+                "entries": [{**vars(entry), "path": str(entry.path)} for entry in shown],
                 "removed": [str(entry.path) for entry in removed],
             }
         )
         return 0
     _print_table(shown)
-    total = f"{counted(len(entries), 'entry', 'entries')}, {_sum(entries)} in {cache_home()}"
+    total = f"{counted(len(entries), 'entry', 'entries')}, {format_bytes(size)} in {cache_home()}"
     if args.prune:
         print_text(f"{counted(len(removed), 'entry', 'entries')} removed, of {total}")
         for entry in kept:
@@ -137,11 +132,3 @@ def _print_table(entries: list[Entry]) -> None:
 def _age(seconds: float) -> str:
     unit = next((u for u in ("d", "h") if seconds >= _AGES[u]), "m")
     return f"{int(max(seconds, 0) // _AGES[unit])} {unit} ago"
-
-
-def _sum(entries: list[Entry]) -> str:
-    return format_bytes(sum(entry.size for entry in entries))
-
-
-def _plain(entry: Entry) -> dict[str, Any]:
-    return {**vars(entry), "path": str(entry.path)}
