@@ -178,14 +178,15 @@ for _ in range(2):  # in the first, workers start
     sweep = run_sweep(read_plan(sys.argv[1]), on=lambda _: executor, again=["*"])
     assert sweep.passed and len(sweep.ran) == 24
     print(f"{time.perf_counter() - start:.2f}", flush=True)
+ray.shutdown()
 cluster.shutdown()
 """
 
 
 def nodes(folder: Path) -> None:
-    """24 cells that wait for 4 s, on nodes of two CPUs; in the environment of `make test-ray`."""
+    """24 cells that wait for 10 s, on nodes of two CPUs; in the environment of `make test-ray`."""
     (folder / "waiting_cells.py").write_text(
-        "import time\ndef wait(job):\n    time.sleep(4)\n    return job.record('passed'), None\n"
+        "import time\ndef wait(job):\n    time.sleep(10)\n    return job.record('passed'), None\n"
     )
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     models = "".join(f'm{place:02} = "./none-{place}"\n' for place in range(24))

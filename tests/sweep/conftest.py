@@ -70,6 +70,7 @@ import os
 import signal
 import subprocess
 import time
+import msgspec
 from qeff_proxy.sweep.local_executor import LocalExecutor
 
 def short(job):
@@ -92,7 +93,9 @@ def short(job):
 
 class Quick(LocalExecutor):
     preload = ("qeff_proxy.sweep.local_executor",)
-    work = staticmethod(short)
+
+    def submit(self, job):
+        return super().submit(msgspec.structs.replace(job, work="quick_executor:short"))
 '''
 
 
