@@ -55,6 +55,7 @@ _SECTIONED = {"text_config": {"rope_parameters": _SECTIONS}}
 _NO_TOKEN_IDS = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}  # refused with them
 #: What the defaults of a config leave out, or have otherwise than the checkpoints.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {"16": 8}},
     "bamba": {"attn_layer_indices": [1, 3]},
     "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2},
     "chameleon": {"vocabulary_map": {"<image>": 250, "IMGIMGA": 251, "IMGIMGB": 252}},
