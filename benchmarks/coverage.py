@@ -117,6 +117,13 @@ def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
     ]
 
 
+def image_size_of(model: Any) -> int | None:
+    """A small side in pixels, for towers that take images of any size."""
+    names = ("vision_config", "vq_config", "vision_model", "audio_config")
+    parts = [getattr(model.config, name, None) for name in names]
+    return None if any(getattr(part, "image_size", None) for part in parts) else 32
+
+
 def image_tensors(model: Any) -> tuple[dict[str, Any], int]:
     """The tensors of two images of noise and the tokens of each; none if no form fits the tower."""
     import torch
@@ -126,7 +133,8 @@ def image_tensors(model: Any) -> tuple[dict[str, Any], int]:
     width = model.get_input_embeddings().weight.shape[-1]
     torch.manual_seed(1)
     try:
-        for image in candidates(model, feature_arguments(model) or ["none"], None):
+        size = image_size_of(model)
+        for image in candidates(model, feature_arguments(model) or ["none"], size and (size, size)):
             pixels = torch.randn(2 * len(image.pixels), *image.pixels.shape[1:]).to(model.dtype)
             if image.pixels.min() >= 0:  # from 0 to 1
                 pixels = pixels.sigmoid()
@@ -196,9 +204,11 @@ def generated(model: Any, hooks: Any, feeds: dict[str, Any], folder: Path) -> li
     from qeff_proxy.backends.compile_export import compile_export, open_sessions
     from qeff_proxy.export.export_model import export_model
     from qeff_proxy.flows.flow import Job, load_flow
-    from qeff_proxy.load.load_model import wrap_model
+    from qeff_proxy.load.load_model import with_options, wrap_model
 
-    export = export_model(wrap_model(model), hooks, output=folder)
+    size = image_size_of(model) if "pixel_values" in feeds else None
+    loaded = with_options(wrap_model(model), {} if size is None else {"image_size": size})
+    export = export_model(loaded, hooks, output=folder)
     logits = Logits()
     with open_sessions(compiled := compile_export(export)) as sessions:
         job = Job(

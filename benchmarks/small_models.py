@@ -53,6 +53,18 @@ _KINDS = ("full_attention", "sliding_attention")
 _ROPE_OF_KINDS = {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in _KINDS}
 _SECTIONED = {"text_config": {"rope_parameters": _SECTIONS}}
 _NO_TOKEN_IDS = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}  # refused with them
+_PLACED = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "image_size": 32,
+    "patch_size": 8,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 64,
+}
 #: What the defaults of a config leave out, or have otherwise than the checkpoints.
 SETTINGS: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {"16": 8}},
@@ -61,9 +73,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 250, "IMGIMGA": 251, "IMGIMGB": 252}},
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE_OF_KINDS}},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma4": {"text_config": _NO_TOKEN_IDS},
+    "gemma4": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
     "gemma4_text": {"hidden_size_per_layer_input": 0},
-    "gemma4_unified": {"text_config": _NO_TOKEN_IDS},
+    "gemma4_unified": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
     "glm4v_moe": {
         "text_config": {
             "rope_parameters": {
