@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mimetypes
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import generates, run_compiled
 from qeff_proxy.score.results import Measured, WorstAnswer
+from qeff_proxy.score.scorer import Scorer
 from qeff_proxy.score.windows import blocks_of
 from qeff_proxy.session.session import Session
 
@@ -86,39 +87,25 @@ def listed_in(path: Path) -> Iterator[Listed]:
 
 
 @dataclass(frozen=True)
-class AnswerScorer:
-    """The files of a list, put to PyTorch and a backend.
+class AnswerScorer(Scorer):
+    """Puts the files of a list to the model.
 
     Attributes:
-        text: The list, in UTF-8.
         processor: The checkpoint's.
         hooks: Of the model type.
-        lines: Score no more than the first so many.
         new_tokens: The most tokens of an answer or a transcript.
-        worst: How many of the answers that differ to show.
-        reference: PyTorch's sessions, one per part.
-        progress: Called with the name of each stage as it starts.
     """
 
-    text: Path
     processor: Any
     hooks: Hooks
-    lines: int | None
     new_tokens: int | None
-    worst: int
-    reference: Mapping[str, Session]
-    progress: Callable[[str], None]
 
     def measure(self, compiled: Compiled, sessions: Mapping[str, Session]) -> Measured:
-        """Put all files to PyTorch and to a backend.
-
-        Raises:
-            UsageError: The model does not take such files.
-        """
+        """Put all files to the model; as `Scorer.measure`."""
         rows: list[list[float]] = []
         others: list[WorstAnswer] = []
         speech = False
-        for listed in islice(listed_in(self.text), self.lines):
+        for listed in islice(listed_in(self.text), self.most):
             self.progress(f"scoring on {compiled.backend}: file {len(rows) + 1}")
             expected = self._say(compiled, listed, self.reference)
             actual = self._say(compiled, listed, sessions)

@@ -28,6 +28,7 @@ from qeff_proxy.score.results import BackendScore, Score, missed_limits
 from qeff_proxy.score.score_answers import AnswerScorer, listed_in
 from qeff_proxy.score.score_tokens import TokenScorer
 from qeff_proxy.score.score_vectors import VectorScorer
+from qeff_proxy.score.scorer import Scorer
 from qeff_proxy.score.windows import windows_of
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.verify.options import VerifyOptions
@@ -125,15 +126,14 @@ def score_model(
     loaded = model if isinstance(model, LoadedModel) else None
     parts = live_proxy(loaded, hooks, export).parts
     reference = {part.name: TorchSession(part) for part in parts}
-    scorer: TokenScorer | VectorScorer | AnswerScorer
-    most, worst = options.windows, options.worst
+    about = (text, options.windows, options.worst, reference, progress)
+    scorer: Scorer
     if listed:
-        new = options.new_tokens
-        scorer = AnswerScorer(text, tokenizer, hooks, most, new, worst, reference, progress)
+        scorer = AnswerScorer(*about, tokenizer, hooks, options.new_tokens)
     elif export.flow == _TOKENS:
-        scorer = TokenScorer(text, tokenizer, window, most, worst, reference, progress)
+        scorer = TokenScorer(*about, tokenizer, window)
     else:
-        scorer = VectorScorer(text, tokenizer, hooks, most, worst, reference, progress)
+        scorer = VectorScorer(*about, tokenizer, hooks)
     run = _Run(export, hooks, tokenizer, window, options, scorer, progress)
     scores = tuple(run.score(name) for name in dict.fromkeys(backends))
     return Score(export.model["source"], str(text), run.scored, run.said, scores)
@@ -166,7 +166,7 @@ class _Run:
     tokenizer: Any
     window: int
     options: ScoreOptions
-    scorer: TokenScorer | VectorScorer | AnswerScorer
+    scorer: Scorer
     progress: Callable[[str], None]
     scored: int = 0
     said: str = "nothing was scored"

@@ -48,7 +48,7 @@ def test_answers_are_compared(tmp_path):
     (token,) = processor.tokenizer("house", add_special_tokens=False)["input_ids"][:1]
     compiled = compile_export(export)
     with open_sessions(compiled, hooks) as sessions:
-        scorer = AnswerScorer(listed, processor, hooks, None, 6, 5, sessions, lambda _: None)
+        scorer = AnswerScorer(listed, None, 5, sessions, lambda _: None, processor, hooks, 6)
         same = scorer.measure(compiled, sessions)
         other = scorer.measure(
             compiled, {**sessions, "lm_head": OtherWord(sessions["lm_head"], token)}
