@@ -172,7 +172,9 @@ def test_the_plans_that_come_with_the_program_are_right(write_plan: WritePlan) -
     assert {cell.backend for cell in demos.cells} == {"onnxruntime", "openvino", "qnn"}
 
 
-def test_what_a_cell_takes_is_that_of_its_model_and_backend(write_plan: WritePlan) -> None:
+def test_what_a_cell_takes_is_that_of_its_model_and_backend(
+    write_plan: Callable[..., Path],
+) -> None:
     plan = write_plan(
         """
         cores = 2
