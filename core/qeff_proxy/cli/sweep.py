@@ -38,8 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words",
         nargs="+",
-        metavar="PLAN | diff LEDGER [A B] | report LEDGER | bisect LEDGER… | bisect PLAN CELL",
-        help="what to run, or a ledger and two of its nights to compare",
+        metavar="WHAT",
+        help="PLAN, diff LEDGER [A B], report LEDGER [A B], bisect LEDGER [LEDGER], or bisect PLAN "
+        "CELL: what to run, or whose results to compare",
     )
     runs = parser.add_argument_group("running a plan")
     runs.add_argument("--dry-run", action="store_true", help="print the cells, and run nothing")

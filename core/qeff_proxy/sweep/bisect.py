@@ -60,14 +60,14 @@ class Environment:
     packages: dict[str, str] = field(default_factory=dict)
 
 
-def bisect_ledgers(paths: Sequence[Path], pattern: str = "*") -> list[Turn]:
+def bisect_ledgers(paths: Sequence[Path], only: Sequence[str] = ("*",)) -> list[Turn]:
     """The turns of all cells whose latest result did not pass, and of which an earlier one did.
 
     A version with which the cell has passed, too, is not what made it turn.
 
     Args:
         paths: Of ledgers, the earlier first.
-        pattern: Glob of the cells.
+        only: Globs of the cells.
 
     Raises:
         UsageError: There is no such ledger.
@@ -77,7 +77,8 @@ def bisect_ledgers(paths: Sequence[Path], pattern: str = "*") -> list[Turn]:
         if not path.is_file():
             raise UsageError(f"there is no ledger {path}", "A sweep writes it.")
         for record in Ledger(path).new_records():
-            if record.verdict in FINISHED and fnmatchcase(record.name, pattern):
+            wanted = any(fnmatchcase(record.name, pattern) for pattern in only)
+            if wanted and record.verdict in FINISHED:
                 history.setdefault(record.name, []).append(record)
     turns = []
     for records in history.values():
@@ -120,12 +121,13 @@ def bisect_environments(
         return _run(plan, cell, environments[place])
 
     low, high = 0, len(environments) - 1
-    good, bad = record_in(low), record_in(high)
+    good = record_in(low)
     if good.verdict != "passed":
         raise UsageError(
             f"{cell} does not pass with {environments[low].title}: {good.verdict}, {good.reason}",
             "Name an environment in which it does first.",
         )
+    bad = record_in(high)
     if bad.verdict == "passed":
         raise UsageError(
             f"{cell} passes with {environments[high].title}", "Name one in which it does not last."
