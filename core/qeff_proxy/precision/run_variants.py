@@ -164,6 +164,9 @@ class Variants:
                 done = self._stage(part, graph, runs, list(order), following, observe, is_last)
                 runs = [run for run, _ in done]
                 found = [distance for _, distance in done if distance is not None]
+                for value in graph.model.graph.initializers.values():
+                    if isinstance(value.const_value, ir.ExternalTensor):
+                        value.const_value.release()  # its part of the file stays mapped otherwise
                 gc.collect(1)  # graphs are cycles, which hold arrays of the layer's size
             known = [
                 {**one, part.name: run.outputs()} for one, run in zip(known, runs, strict=True)
