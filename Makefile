@@ -1,6 +1,7 @@
 # make demo    set up .venv and run the whole flow on the checkpoint that comes with the program
 # make test    set up what is missing, then lint, types, documentation and tests
 # make test-versions    a quick part of the tests with the oldest and newest torch and transformers
+# make test-ray    sweeps on a simulated Ray cluster; Ray is installed beside .venv
 # make docs    build the documentation into site/, warnings as errors
 # make release-check    build all six packages, check them, install them elsewhere and use them
 # make setup | lint | types | wheels | clean
@@ -18,7 +19,7 @@ STAMP := .venv/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: setup demo test test-versions lint types docs pytest browser wheels release-check clean
+.PHONY: setup demo test test-versions test-ray lint types docs pytest browser wheels release-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -44,6 +45,14 @@ pytest: $(STAMP) browser
 # Takes gigabytes and many minutes, so `make test` leaves it out.
 test-versions:
 	$(PYTHON) tools/version_table.py $(VERSIONS_ARGS)
+
+# Ray is large, so only those who change sweeps have it.
+test-ray: $(STAMP)
+	test -x build/ray/bin/python || $(PYTHON) -m venv build/ray
+	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" | sed 's/.*/import site; site.addsitedir("&")/' \
+		>"$$(build/ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	build/ray/bin/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt 'ray>=2.50'
+	build/ray/bin/python -m pytest tests/sweep/ray_suite.py -W ignore::FutureWarning -s -q
 
 # The report of `compare` is opened in a real browser. Where a package may not be installed, its test
 # says what is missing, and QEFF_PROXY_TEST_WITHOUT_BROWSER=1 leaves it out.

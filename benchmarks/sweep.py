@@ -2,6 +2,7 @@
 
 python benchmarks/sweep.py cells [FOLDER]    200 cells, against a process each; and again
 python benchmarks/sweep.py kill [FOLDER]     50 kills of drivers and workers at random moments
+python benchmarks/sweep.py nodes [FOLDER]    waiting cells on one and two simulated nodes of Ray
 python benchmarks/sweep.py ledger [FOLDER]   compare and draw a ledger of 100,000 cells
 """
 
@@ -155,6 +156,56 @@ def below(process: int) -> list[int]:
     return children + [inner for child in children for inner in below(child)]
 
 
+NODES = """
+import sys, time
+import msgspec
+import ray
+from ray.cluster_utils import Cluster
+from qeff_proxy.sweep import read_plan, run_sweep
+from qeff_proxy.sweep.ray_executor import RayExecutor
+
+class Waiting(RayExecutor):
+    def submit(self, job):
+        return super().submit(msgspec.structs.replace(job, work="waiting_cells:wait"))
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+for _ in range(int(sys.argv[2]) - 1):
+    cluster.add_node(num_cpus=2)
+ray.init(cluster.address, logging_level="ERROR")  # so that workers outlive a sweep
+for _ in range(2):  # in the first, workers start
+    start = time.perf_counter()
+    executor = Waiting(None, None)
+    sweep = run_sweep(read_plan(sys.argv[1]), on=lambda _: executor, again=["*"])
+    assert sweep.passed and len(sweep.ran) == 24
+    print(f"{time.perf_counter() - start:.2f}", flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def nodes(folder: Path) -> None:
+    """24 cells that wait for 10 s, on nodes of two CPUs; in the environment of `make test-ray`."""
+    (folder / "waiting_cells.py").write_text(
+        "import time\ndef wait(job):\n    time.sleep(10)\n    return job.record('passed'), None\n"
+    )
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    models = "".join(f'm{place:02} = "./none-{place}"\n' for place in range(24))
+    (folder / "plan.toml").write_text(f"[models]\n{models}[backends.nonesuch]\n")
+    seconds = []
+    for count in (1, 2):
+        words = [sys.executable, "-c", NODES, str(folder / "plan.toml"), str(count)]
+        said = subprocess.run(
+            words,
+            env={**os.environ, "PYTHONPATH": path, "RAY_worker_niceness": "0"},
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        seconds.append(float(said.stdout.split()[-1]))
+    print(
+        f"one node {seconds[0]:.1f} s, two {seconds[1]:.1f} s: {seconds[0] / seconds[1]:.2f} times"
+    )
+
+
 def ledger(folder: Path) -> None:
     """500 cells in each of 200 nights, of 32 layers each."""
     chance, sketch = random.Random(0), [1.125, -2.25, 33.5, -4.75]
@@ -204,7 +255,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(tempfile.mkdtemp())
     place.mkdir(parents=True, exist_ok=True)
     try:
-        {"cells": cells, "kill": kill, "ledger": ledger}[sys.argv[1]](place)
+        {"cells": cells, "kill": kill, "nodes": nodes, "ledger": ledger}[sys.argv[1]](place)
     finally:
         if len(sys.argv) <= 2:
             shutil.rmtree(place)

@@ -22,8 +22,11 @@ from qeff_proxy.graph.name_scopes import NAME_SCOPES
 LAYER = None
 
 def put_fault(graph):
-    node = next(n for n in graph if n.op_type == "MatMul"
-                and f"layers.{LAYER}.mlp.down_proj" in n.metadata_props.get(NAME_SCOPES, ""))
+    named = f"layers.{LAYER}.mlp.down_proj"
+    node = next((n for n in graph if n.op_type == "MatMul"
+                 and named in n.metadata_props.get(NAME_SCOPES, "")), None)
+    if node is None:  # another layer alone
+        return
     factor = ir.Value(name="fault", const_value=ir.tensor(np.float32(1.05), name="fault"))
     graph.register_initializer(factor)
     output = node.outputs[0]
@@ -45,15 +48,18 @@ class Toy(OnnxRuntimeBackend):
         pass
 
     def open(self, export, part, options, folder):
+        return self.open_once(export, part, options, folder)
+
+    def open_once(self, export, part, options, folder):
         if part.name != "body" or LAYER is None:
-            return self.open_once(export, part, options, folder)
+            return super().open_once(export, part, options, folder)
         model = ir.load(export.folder / part.file)
         put_fault(model.graph)
         path = export.folder / f"{part.file}.{os.getpid()}.onnx"
         ir.save(model, path)
         part = replace(part, file=path.name, sha256=sha256_of(path))
         try:
-            return self.open_once(export, part, options, folder)
+            return super().open_once(export, part, options, folder)
         finally:
             path.unlink()
 """
@@ -64,6 +70,7 @@ import os
 import signal
 import subprocess
 import time
+import msgspec
 from qeff_proxy.sweep.local_executor import LocalExecutor
 
 def short(job):
@@ -86,7 +93,9 @@ def short(job):
 
 class Quick(LocalExecutor):
     preload = ("qeff_proxy.sweep.local_executor",)
-    work = staticmethod(short)
+
+    def submit(self, job):
+        return super().submit(msgspec.structs.replace(job, work="quick_executor:short"))
 '''
 
 

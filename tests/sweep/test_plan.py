@@ -89,7 +89,7 @@ def test_a_glob_is_every_folder_and_tasks_have_cells_of_their_own(write_plan: Wr
         ('[models]\na="x"\n[settings.s]\noptions={qnn={a=1}}', "names 'qnn', which is none of"),
         ('exclude=["*"]\n[models]\na="x"', "has no cells"),
         ('[models]\na="zoo/*"', "no folder matches"),
-        ('ledger="results"\n[models]\na="x"', "the ledger results of .* is no .jsonl file"),
+        ('ledger="results"\n[models]\na="x"', "the ledger .*results of .* is no .jsonl file"),
         ("[models", "is no TOML"),
         ('[models]\n"a/b"="x"', "a name in 'models'"),
         ("", "required field `?'?models|lacks"),
@@ -170,3 +170,26 @@ def test_the_plans_that_come_with_the_program_are_right(write_plan: WritePlan) -
     assert "gpt2/qnn/half/text" not in names
     demos = read_plan(root / "examples" / "demos.toml")
     assert {cell.backend for cell in demos.cells} == {"onnxruntime", "openvino", "qnn"}
+
+
+def test_what_a_cell_takes_is_that_of_its_model_and_backend(
+    write_plan: Callable[..., Path],
+) -> None:
+    plan = write_plan(
+        """
+        cores = 2
+        [models]
+        a = "x"
+        b = {source = "y", cores = 4, resources = {disk = 0.5}}
+        [backends.one]
+        [backends.two]
+        resources = {npu = 1, disk = 1}
+        """
+    )
+    cells = {cell.name.rsplit("/", 2)[0]: cell for cell in read_plan(plan).cells}
+    assert {name: (cell.cores, cell.resources) for name, cell in cells.items()} == {
+        "a/one": (2, {}),
+        "a/two": (2, {"npu": 1, "disk": 1}),
+        "b/one": (4, {"disk": 0.5}),
+        "b/two": (4, {"npu": 1, "disk": 0.5}),
+    }

@@ -67,6 +67,21 @@ def test_what_the_ledger_has_is_not_run_again(write_plan: WritePlan) -> None:
         run_quick(path, again=["x"])
 
 
+def test_some_cells_run_and_the_others_stay_as_they_are_known(
+    write_plan: WritePlan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_plan(cells=3)
+    words = ["sweep", str(path), "--on", "quick", "--workers", "2"]
+    assert main([*words, "--only", "m01/*", "--ledger", str(path.parent / "other.jsonl")]) == 0
+    assert "1 cell: 1 passed; 1 ran now" in capsys.readouterr().out
+    assert verdicts(path.parent / "other.jsonl") == {"m01": "passed"}
+    assert not (path.parent / "ledger.jsonl").exists()
+    run_quick(path)
+    sweep = run_quick(path, only=["m00/*"], again=["*"])
+    assert [*sweep.records] == sweep.ran == ["m00/nonesuch/default/example"]
+    assert compare_nights(path.parent / "ledger.jsonl").changes == []  # none is missing
+
+
 def test_shards_share_the_cells(write_plan: WritePlan) -> None:
     plan = read_plan(write_plan(cells=30))
     parts = [{cell.name for cell in cells_of(plan, (part, 3))} for part in (1, 2, 3)]

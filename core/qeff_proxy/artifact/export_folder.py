@@ -29,6 +29,7 @@ from qeff_proxy.artifact.hashes import _ALGORITHM, hash_weights_file, sha256_of
 from qeff_proxy.artifact.manifest_schema import MANIFEST, Export, read_manifest
 from qeff_proxy.common.atomic_folder import HIDDEN, settle_folder
 from qeff_proxy.common.file_errors import check_writable, reading
+from qeff_proxy.common.last_use import mark_used
 from qeff_proxy.errors import ArtifactError
 
 #: Subfolders that a new export of the same folder takes over from the old one.
@@ -62,6 +63,7 @@ def read_export(folder: Path) -> Export:
         raise ArtifactError(f"{manifest} is damaged: {error}", again) from error
     with reading(folder):
         _check_files(export, again)
+    mark_used(manifest)
     return export
 
 

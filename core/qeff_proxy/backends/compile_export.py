@@ -21,6 +21,7 @@ from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
 from qeff_proxy.common.code_digest import code_digest
 from qeff_proxy.common.file_errors import opening, reading
+from qeff_proxy.common.last_use import mark_used
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.plugins.hooks import Hooks
 
@@ -100,6 +101,7 @@ def compile_export(
     there = Compiled(export, backend, options, target, was_there=True)
     if not force and _is_whole(target, key):
         if not check or _has_its_contents(target):
+            mark_used(target / COMPILED)
             return there  # without the lock, so that what is whole can be used side by side
         warnings.warn(
             f"the files in {target} are not what was compiled: they are compiled again",

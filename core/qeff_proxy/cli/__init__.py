@@ -40,6 +40,7 @@ COMMANDS = {
     "run-on": "pack a dump, run it on a device by a command, and compare",
     "backends": "list backends, what they need and how to install it, their devices and options",
     "plugin": "write a package for a plugin of your own, which passes its conformance suite",
+    "cache": "list what lies below QEFF_HOME by size and age, and remove what is not used",
     "doctor": "show versions, backends, the cache, memory and disk, and what is wrong with any",
     "shell-completion": "print a script that completes commands and options in your shell",
     "plugins": "list plugins, the model types they serve and what is wrong with any",

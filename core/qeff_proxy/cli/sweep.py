@@ -1,4 +1,4 @@
-"""``qeff-proxy sweep PLAN``, ``sweep diff LEDGER [A B]``, ``sweep report LEDGER --html FILE``."""
+"""``qeff-proxy sweep PLAN``, and what its ledger says: ``sweep diff``, ``report``, ``bisect``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ PLAN is a TOML file of models, backends, settings and inputs (docs/sweeps.md). E
 verification in a process of its own; what it gives is appended to the ledger, and a cell that the
 ledger has is not run again, so that an interrupted sweep goes on where it was.
 diff compares two nights (runs of a sweep; by default the last two); report writes them as a page.
-Exit status: 0 when every cell passed (of diff: when nothing got worse), else 1; 130 on Ctrl-C.
+bisect names the package and the layer at which cells turned that do not pass any more: from one
+ledger or two, or by runs of one cell between two environments (--python) or lock files (--locks).
+Exit status: 0 when every cell passed (of diff: when nothing got worse; of bisect: when no cell
+turned), else 1; 130 on Ctrl-C.
 """
 
 
@@ -35,8 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words",
         nargs="+",
-        metavar="PLAN | diff LEDGER [A B] | report LEDGER",
-        help="what to run, or a ledger and two of its nights to compare",
+        metavar="WHAT",
+        help="PLAN, diff LEDGER [A B], report LEDGER [A B], bisect LEDGER [LEDGER], or bisect PLAN "
+        "CELL: what to run, or whose results to compare",
     )
     runs = parser.add_argument_group("running a plan")
     runs.add_argument("--dry-run", action="store_true", help="print the cells, and run nothing")
@@ -44,9 +48,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--on",
         default="local",
         metavar="EXECUTOR[:ADDRESS]",
-        help="where cells run: local (default), or an executor of an installed package",
+        help="where cells run: local (default), ray, slurm, or an executor of an installed package",
     )
-    runs.add_argument("--workers", type=int, metavar="N", help="cells at a time (default: cores)")
+    runs.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="cells at a time (local: as many as cores, with 2 GB of free memory each)",
+    )
+    runs.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="run only the cells that match; may be given again (of bisect: show only these)",
+    )
+    runs.add_argument("--ledger", type=Path, metavar="FILE", help="in place of the plan's")
     runs.add_argument("--shard", metavar="I/N", help="only the I-th of N parts of the cells")
     runs.add_argument(
         "--night", metavar="NAME", help="a name for this run; shards that share one are one night"
@@ -65,28 +82,47 @@ def configure(parser: argparse.ArgumentParser) -> None:
     told.add_argument("--html", type=Path, metavar="FILE", help="write a page (report)")
     told.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML (diff)")
     told.add_argument("--markdown", action="store_true", help="print Markdown (diff)")
+    found = parser.add_argument_group("bisecting")
+    found.add_argument(
+        "--python",
+        nargs="+",
+        metavar="PYTHON",
+        help="interpreters of environments, from one in which the cell passes to one that is bad",
+    )
+    found.add_argument(
+        "--locks",
+        nargs=2,
+        type=Path,
+        metavar=("OLD", "NEW"),
+        help="lock files (pip freeze): their packages are exchanged one after the other",
+    )
     add_json_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run a plan, or compare the nights of a ledger."""
     action, *words = args.words
+    of_plans: dict[str, Any] = {
+        "dry_run": False,
+        "workers": None,
+        "shard": None,
+        "night": None,
+        "again": [],
+    }
+    of_plans |= {"on": "local", "no_wait": False, "ledger": None}
+    of_nights = {"html": None, "junit": None, "markdown": False}
+    of_bisect = {"python": None, "locks": None}
+    if action == "bisect":
+        from qeff_proxy.cli.sweep_bisect import run_bisect
+
+        _refuse(args, action, **of_plans, **of_nights)
+        return run_bisect(args, words)
     if action not in ("diff", "report"):
         if words:
             raise UsageError(f"{words[0]} is one argument too many", "Name one plan.")
-        _refuse(args, "a plan", html=None, junit=None, markdown=False)
+        _refuse(args, "a plan", **of_nights, **of_bisect)
         return _run_plan(args, Path(action))
-    _refuse(
-        args,
-        action,
-        on="local",
-        dry_run=False,
-        workers=None,
-        shard=None,
-        night=None,
-        again=[],
-        no_wait=False,
-    )
+    _refuse(args, action, **of_plans, **of_bisect, only=[])
     if len(words) not in (1, 3):
         raise UsageError(f"sweep {action} takes a ledger, or a ledger and two nights")
     return _compare(args, action, Path(words[0]), (words[1], words[2]) if words[1:] else None)
@@ -104,7 +140,7 @@ def _run_plan(args: argparse.Namespace, path: Path) -> int:
     shard = _shard_of(args.shard)
     if args.workers is not None and args.workers < 1:
         raise UsageError(f"--workers {args.workers} runs no cell", "Name 1 or more.")
-    plan = read_plan(path)
+    plan = read_plan(path, args.ledger)
     if args.dry_run:
         _print_cells(args, plan, shard)
         return 0
@@ -116,6 +152,7 @@ def _run_plan(args: argparse.Namespace, path: Path) -> int:
             on=args.on,
             workers=args.workers,
             again=args.again,
+            only=args.only,
             shard=shard,
             night=args.night,
             wait_for_others=not args.no_wait,
@@ -290,7 +327,8 @@ def _change_lines(compared: NightComparison) -> list[RenderableType]:
     for heading in ("", "cell", "where", "what changed"):
         table.add_column(heading, overflow="fold")
     for change in compared.changes:
-        word = Text("worse", "red") if change.worse else Text(change.kind, "green")
+        style = "red" if change.worse else "green" if change.better else ""
+        word = Text("worse" if change.worse else change.kind, style)
         table.add_row(word, *(printable(t) for t in (change.name, change.at or "", change.what)))
     lines: list[RenderableType] = [table, ""] if compared.changes else []
     between = f"{compared.before} → {compared.after}" if compared.before else compared.after

@@ -67,6 +67,11 @@ class Change:
     before: Record | None = None
     after: Record | None = None
 
+    @property
+    def better(self) -> bool:
+        """Whether the cell passes now and did not get worse."""
+        return not self.worse and self.after is not None and self.after.verdict == "passed"
+
 
 @dataclass(frozen=True)
 class NightComparison:
@@ -111,7 +116,7 @@ def compare_nights(path: str | Path, nights: tuple[str, str] | None = None) -> N
     if before is not None:
         for name in dict.fromkeys([*history.cells[after], *history.cells[before]]):
             changes += _changes_of(name, history, before, after)
-        changes = _with_layers(history.ledger, changes)
+        changes = with_layers(changes, history.ledger)
     past = {name: history.of(name, after) for name in records}
     return NightComparison(Path(path), before, after, records, past, changes)
 
@@ -188,11 +193,7 @@ def _changes_of(name: str, history: _History, first: str, second: str) -> list[C
     versions = _versions_between(before, after)
     changes = []
     if before.verdict != after.verdict:
-        ran = before.verdict in ("passed", "failed")
-        kind: Kind = "refused" if ran and after.verdict not in ("passed", "failed") else "verdict"
-        worse = after.verdict != "passed" and (ran or before.verdict == "passed")
-        what = f"{before.verdict} became {_told(after)}{versions}"
-        changes.append(Change(name, kind, worse, what, _place(after), before, after))
+        changes.append(describe_turn(before, after, versions))
     elif before.divergence != after.divergence and after.divergence is not None:
         what = f"the first divergence moved from {before.divergence or 'no place'} to "
         earlier = _depth(after) < _depth(before)
@@ -205,6 +206,15 @@ def _changes_of(name: str, history: _History, first: str, second: str) -> list[C
     if past and after.verdict == before.verdict == "passed":
         changes += _times(name, past, before, after, versions)
     return changes
+
+
+def describe_turn(before: Record, after: Record, versions: str) -> Change:
+    """The change of a verdict."""
+    ran = before.verdict in ("passed", "failed")
+    kind: Kind = "refused" if ran and after.verdict not in ("passed", "failed") else "verdict"
+    worse = after.verdict != "passed" and (ran or before.verdict == "passed")
+    what = f"{before.verdict} became {_told(after)}{versions}"
+    return Change(after.name, kind, worse, what, _place(after), before, after)
 
 
 def _numbers(
@@ -267,11 +277,11 @@ def _outside(values: Sequence[float], now: float, width: _Width) -> tuple[int, f
     return (1 if apart > 0 else -1), math.exp(median)
 
 
-def _with_layers(ledger: Ledger, changes: list[Change]) -> list[Change]:
-    """Add, from the fingerprints, the first tensor whose values moved."""
+def with_layers(changes: list[Change], *ledgers: Ledger) -> list[Change]:
+    """Add, from the fingerprints in the ledgers, the first tensor whose values moved."""
     changed = [each for each in changes if each.before and each.after and each.kind != "time"]
     ids = {r.id for each in changed[:_LOOKED_UP] for r in (each.before, each.after) if r}
-    prints = ledger.fingerprints(ids)
+    prints = {place: each for one in ledgers for place, each in one.fingerprints(ids).items()}
     result = []
     for change in changes:
         moved = None

@@ -1,42 +1,49 @@
 """Where cells run: executors, which packages may add as entry points of ``qeff_proxy.executors``.
 
-The core's are ``local`` (processes of this machine). A package registers a class::
+The core's are ``local`` (processes of this machine), ``ray`` and ``slurm``. A package registers a
+class::
 
     [project.entry-points."qeff_proxy.executors"]
     cluster = "my_package.cluster:ClusterExecutor"
+
+It starts cells there by `qeff_proxy.sweep.watch_cell.run_remote`, and
+`qeff_proxy.testing.executors.ExecutorSuite` decides whether it works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, cast
 
 from qeff_proxy.plugins.entry_points import find_entry, load_entry
-from qeff_proxy.sweep.ledger import Record
-from qeff_proxy.sweep.run_cell import Job
+from qeff_proxy.sweep.run_cell import Job, Outcome
 
 ENTRY_POINT_GROUP = "qeff_proxy.executors"
-BUILTIN_EXECUTORS = {"local": "qeff_proxy.sweep.local_executor:LocalExecutor"}
-
-#: A record, and the fingerprint of the run where there is one.
-Outcome: TypeAlias = tuple[Record, dict[str, Any] | None]
+BUILTIN_EXECUTORS = {
+    "local": "qeff_proxy.sweep.local_executor:LocalExecutor",
+    "ray": "qeff_proxy.sweep.ray_executor:RayExecutor",
+    "slurm": "qeff_proxy.sweep.slurm_executor:SlurmExecutor",
+}
 
 
 class Executor(Protocol):
-    """Runs `qeff_proxy.sweep.run_cell` elsewhere, within the limits of the cell.
+    """Runs cells elsewhere, within their limits.
 
     It is made with ``workers`` (cells at a time; ``None``: its own choice) and ``address`` (what
     follows the colon of ``--on NAME:ADDRESS``; ``None`` without).
-
-    Attributes:
-        slots: Cells that it runs at the same time; no more are submitted.
     """
 
-    slots: int
+    @property
+    def slots(self) -> int:
+        """Cells that it runs at the same time; no more are submitted."""
 
     def submit(self, job: Job) -> Future[Outcome]:
-        """Start a cell. A cell that dies or leaves its limits has a record that says so."""
+        """Start a cell. A cell that dies or leaves its limits has a record that says so.
+
+        The future raises only where the executor itself failed; the cell then runs again in the
+        next sweep.
+        """
 
     def close(self) -> None:
         """Kill the cells that run, and release what it holds."""
@@ -47,6 +54,7 @@ def load_executor(name: str, workers: int | None = None) -> Executor:
 
     Raises:
         PluginError: There is none, or it cannot be used.
+        UsageError: The address is none of its.
     """
     word, _, address = name.partition(":")
     entry = find_entry(ENTRY_POINT_GROUP, "executor", word, BUILTIN_EXECUTORS)

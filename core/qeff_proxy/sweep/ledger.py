@@ -18,8 +18,11 @@ from qeff_proxy.common.file_errors import writing
 from qeff_proxy.errors import UsageError
 
 #: ``failed``: its numbers are wrong. ``refused``: an error that names the reason. ``error``: a
-#: defect. The last three may pass when they run again.
-Verdict = Literal["passed", "failed", "refused", "error", "time-out", "out of memory", "killed"]
+#: defect. ``wrong worker``: it was sent to a machine whose packages or files are not the sweep's.
+#: The last four may pass when they run again.
+Verdict = Literal[
+    "passed", "failed", "refused", "error", "time-out", "out of memory", "killed", "wrong worker"
+]
 #: Verdicts of cells that do not run again.
 FINISHED = frozenset({"passed", "failed", "refused", "error"})
 
@@ -56,7 +59,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         verdict: See `Verdict`.
         reason: Why it did not pass, in one line.
         divergence: Where it first diverged.
-        error: The largest error of all tensors, over the reference's peak.
+        error: The largest error of all tensors, over the reference's peak; of a cell by layer, the
+            largest that a layer adds.
         worst: The tensor of that error.
         sqnr: Of the model's output, in dB; ``None`` where it is exact or there is none.
         layers: By layer, in the order of the computation.
@@ -67,6 +71,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         precision: What the backend computed in.
         options: Of the backend, which name the chip.
         versions: Of the packages that it depends on.
+        export: The name of the export's folder.
         report: Path of its page, relative to the ledger's folder.
     """
 
@@ -89,6 +94,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     precision: str | None = None
     options: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    export: str | None = None
     report: str | None = None
 
 

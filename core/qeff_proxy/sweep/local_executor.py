@@ -1,62 +1,57 @@
-"""Run cells in processes of this machine, forked from one that has imported PyTorch."""
+"""Run cells in processes of this machine, as many as its cores and its memory take."""
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 import os
-import queue
-import resource
-import shutil
-import signal
-import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
-from pathlib import Path
+from contextlib import contextmanager
 
-import msgspec
-
+from qeff_proxy.common.free_memory import free_memory
 from qeff_proxy.errors import UsageError
-from qeff_proxy.sweep.executors import Outcome
-from qeff_proxy.sweep.run_cell import Job, run_cell
+from qeff_proxy.sweep.plan import Cell
+from qeff_proxy.sweep.run_cell import Job, Outcome
+from qeff_proxy.sweep.watch_cell import PRELOAD, CellWatcher
 
-_POLL = 0.2  # seconds between two looks at the memory of a cell
-_PR_SET_PDEATHSIG = 1
-_GIGABYTE = 10**9
+_USUAL = 2.0  # gigabytes of a cell without a limit, for the number of cells at a time
+_NOTHING = 1e-9  # what is left of sums of fractions
+_MEMORY = "memory limit"  # among the resources, whose names have no space
 
 
 class LocalExecutor:
     """A pool of processes, a new one for each cell; each has its own cores.
 
+    A cell waits until its ``cores`` and its ``memory_limit`` are free, and for its ``resources``,
+    of which a machine has one each. What it asks for beyond the machine it gets alone.
+
     Attributes:
         preload: Modules that the process imports from which the others are forked.
-        work: What runs in a cell's process; a function of a module.
+        slots: Cells at a time.
 
     Args:
-        workers: Cells at a time; by default one for each core.
+        workers: Cells at a time; by default one for each core, but 2 GB of free memory for each.
         address: None: there is nothing to connect to.
     """
 
-    preload: Sequence[str] = ("qeff_proxy.sweep.preload",)
-    work: Callable[[Job], Outcome] = staticmethod(run_cell)
+    preload: Sequence[str] = PRELOAD
 
     def __init__(self, workers: int | None = None, address: str | None = None) -> None:
         if address is not None:
             raise UsageError(f"local runs on this machine, not at {address}")
         cores = sorted(os.sched_getaffinity(0))
-        self.slots = workers or len(cores)
-        self._cores: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
-        for slot in range(self.slots):
-            self._cores.put({*cores[slot :: self.slots]} or {cores[slot % len(cores)]})
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([*self.preload])
+        memory = (free_memory() or float("inf")) / 10**9
+        self.slots = workers or max(1, int(min(len(cores), memory // _USUAL)))
+        self._each = max(1, len(cores) // self.slots)
+        count = max(len(cores), self.slots)
+        self._cores = [cores[place % len(cores)] for place in range(count)]
+        self._most = count
+        self._memory = memory
+        self._used: Counter[str] = Counter()
+        self._freed = threading.Condition()
+        self._watcher = CellWatcher(self.preload)
         self._threads = ThreadPoolExecutor(self.slots, "sweep")
-        self._closed = threading.Event()
 
     def submit(self, job: Job) -> Future[Outcome]:
         """Start a cell when a worker is free."""
@@ -64,113 +59,34 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Kill the cells that run."""
-        self._closed.set()
+        self._watcher.close()
         self._threads.shutdown(cancel_futures=True)
 
     def _run(self, job: Job) -> Outcome:
-        cores = self._cores.get()
-        ours, theirs = self._context.Pipe(duplex=False)
-        log = job.report.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        process = self._context.Process(
-            target=_work,
-            args=(self.work, job, dict(os.environ), cores, log, theirs),
-            name=job.cell.name,
-        )
+        with self._share_of(job.cell) as cores:
+            return self._watcher.run(job, cores, len(cores))
+
+    @contextmanager
+    def _share_of(self, cell: Cell) -> Iterator[set[int]]:
+        """Cores for a cell, as soon as all that it needs is free."""
+        count = min(cell.cores or self._each, self._most)
+        needs = Counter({**cell.resources, _MEMORY: cell.memory_limit or 0.0})
+
+        def is_free() -> bool:
+            return len(self._cores) >= count and all(
+                used < _NOTHING or used + needs[name] <= (self._memory if name == _MEMORY else 1.0)
+                for name, used in self._used.items()
+                if needs[name]
+            )
+
+        with self._freed:
+            self._freed.wait_for(is_free)
+            cores, self._cores = self._cores[:count], self._cores[count:]
+            self._used.update(needs)
         try:
-            process.start()
-            theirs.close()
-            return self._watch(job, process, ours, log)
+            yield set(cores)
         finally:
-            _kill(process)
-            ours.close()
-            shutil.rmtree(job.dumps, ignore_errors=True)
-            self._cores.put(cores)
-            if log.is_file() and log.stat().st_size == 0:
-                log.unlink()
-
-    def _watch(self, job: Job, process: ForkServerProcess, ours: Connection, log: Path) -> Outcome:
-        """The outcome of a cell, which is killed when it leaves its limits."""
-        limit = job.cell.memory_limit
-        start = time.monotonic()
-        peak = 0
-        while not self._closed.is_set():
-            ready = wait([ours, process.sentinel], _POLL)
-            peak = max(peak, _memory_of(process.pid))
-            more = {"peak_memory": peak, "seconds": {"total": round(time.monotonic() - start, 3)}}
-            if ours in ready:
-                with suppress(EOFError, OSError):
-                    record, fingerprint, size = ours.recv()
-                    size = max(peak, size)
-                    return msgspec.structs.replace(record, peak_memory=size), fingerprint
-            if ready:
-                process.join()
-                code = process.exitcode or 0
-                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                said = _last_line(log)
-                return job.record("killed", f"its process ended by {how}{said}", **more), None
-            if limit is not None and peak > limit * _GIGABYTE:
-                reason = f"it was out of its memory limit of {limit:g} GB"
-                return job.record("out of memory", reason, **more), None
-            if time.monotonic() - start > job.cell.time_limit:
-                reason = f"it was not done within its {job.cell.time_limit:g} s{_last_line(log)}"
-                return job.record("time-out", reason, **more), None
-        return job.record("killed", "the sweep was interrupted"), None
-
-
-def _work(
-    work: Callable[[Job], Outcome],
-    job: Job,
-    environment: dict[str, str],
-    cores: set[int],
-    log: Path,
-    out: Connection,
-) -> None:
-    """Run a cell in this new process, and send its record, fingerprint and peak memory."""
-    os.setsid()  # it and its own processes end together, and Ctrl-C ends only the sweep
-    if hasattr(libc := ctypes.CDLL(None), "prctl"):
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would take its result
-    os.environ.clear()
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.sched_setaffinity(0, cores)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(len(cores))
-    record, fingerprint = work(job)
-    out.send((record, fingerprint, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
-
-
-def _kill(process: ForkServerProcess) -> None:
-    """End a cell's process with all that it started."""
-    if process.pid is None:
-        return
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(ProcessLookupError):
-        process.kill()  # before it had a group of its own
-    process.join()
-
-
-def _memory_of(session: int | None) -> int:
-    """The resident bytes of all processes of a session."""
-    pages = 0
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        with suppress(OSError, ValueError, IndexError):
-            # The command's name is in parentheses, and may hold any character.
-            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
-            if int(fields[3]) == session:
-                pages += int(fields[21])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _last_line(log: Path) -> str:
-    """The last line that a cell printed, for the reason of its end."""
-    with suppress(OSError):
-        lines = log.read_bytes()[-2000:].decode(errors="replace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"; it said: {said[-300:]}" if said else ""
-    return ""
+            with self._freed:
+                self._cores += cores
+                self._used.subtract(needs)
+                self._freed.notify_all()

@@ -28,6 +28,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """How a cell exports, compiles and compares; the names are those of ``qeff-proxy verify``.
 
     Attributes:
+        by_layer: Verify one layer at a time, as ``verify --by-layer``.
         options: Options of one backend, by its name in the plan.
         tol: Tolerances, each as after ``--tol``.
     """
@@ -45,6 +46,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     tol: tuple[Text, ...] = ()
     calibrate: Text | None = None
     speed: bool = False
+    by_layer: bool = False
     options: dict[str, dict[str, Any]] = {}
 
 
@@ -77,6 +79,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     override: dict[str, Any] = {}
     time_limit: _Positive | None = None
     memory_limit: _Positive | None = None
+    cores: Count | None = None
+    resources: dict[_Name, _Positive] = {}
 
 
 class _Backend(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +88,7 @@ class _Backend(msgspec.Struct, frozen=True, kw_only=True):
 
     backend: Text | None = None
     options: dict[str, Any] = {}
+    resources: dict[_Name, _Positive] = {}
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +103,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     ledger: Text = "ledger.jsonl"
     time_limit: _Positive = 1800
     memory_limit: _Positive | None = None
+    cores: Count | None = None
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +115,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
         options: Of the backend.
         time_limit: Seconds.
         memory_limit: Gigabytes (10⁹ bytes) of the cell's processes together.
+        cores: That it takes; by default the executor's choice.
+        resources: What else it takes, such as ``{"npu": 1}``.
     """
 
     name: str
@@ -123,6 +131,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     input: Input
     time_limit: float
     memory_limit: float | None
+    cores: int | None = None
+    resources: dict[str, float] = {}
 
     @property
     def model(self) -> str:
@@ -138,8 +148,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     cells: tuple[Cell, ...]
 
 
-def read_plan(path: str | Path) -> Plan:
+def read_plan(path: str | Path, ledger: Path | None = None) -> Plan:
     """Read a plan; paths in it are relative to its folder.
+
+    Args:
+        path: The file.
+        ledger: The ledger, in place of the plan's own.
 
     Raises:
         UsageError: It cannot be read, or has an unknown key or a wrong value; names it.
@@ -157,8 +171,9 @@ def read_plan(path: str | Path) -> Plan:
         cells = tuple(_cells_of(file, path.resolve().parent, str(path)))
     except FieldError as error:
         raise UsageError(f"{error}", "See docs/sweeps.md for the keys of a plan.") from error
-    if not file.ledger.endswith(".jsonl"):
-        raise UsageError(f"the ledger {file.ledger} of {path} is no .jsonl file", "Rename it.")
+    ledger = ledger or path.parent / file.ledger
+    if ledger.suffix != ".jsonl":
+        raise UsageError(f"the ledger {ledger} of {path} is no .jsonl file", "Rename it.")
     if not cells:
         raise UsageError(
             f"{path} has no cells: nothing matches its includes, excludes and globs",
@@ -168,7 +183,7 @@ def read_plan(path: str | Path) -> Plan:
     double, count = counts.most_common(1)[0]
     if count > 1:
         raise UsageError(f"{path} has two cells called {double}", "Rename one of the models.")
-    return Plan(path=path, ledger=path.parent / file.ledger, cells=cells)
+    return Plan(path=path, ledger=ledger, cells=cells)
 
 
 def _check_keys(document: Mapping[str, Any], where: str) -> None:
@@ -209,6 +224,7 @@ def _cells_of(file: _File, folder: Path, where: str) -> Iterable[Cell]:
                 for setting_name, setting in _chosen(file.settings, model.settings):
                     changed = {**msgspec.to_builtins(setting), **model.override}
                     chosen = check_fields(Setting, changed, f"override of [models.{model_name}]")
+                    _check_by_layer(chosen, f"{title}/{backend_name}/{setting_name} of {where}")
                     for input_name, each in _chosen(file.inputs, model.inputs):
                         name = f"{title}/{backend_name}/{setting_name}/{input_name}"
                         if not _matches(name, file.include) or _matches(name, file.exclude):
@@ -234,7 +250,15 @@ def _cells_of(file: _File, folder: Path, where: str) -> Iterable[Cell]:
                             ),
                             time_limit=model.time_limit or file.time_limit,
                             memory_limit=model.memory_limit or file.memory_limit,
+                            cores=model.cores or file.cores,
+                            resources={**backend.resources, **model.resources},
                         )
+
+
+def _check_by_layer(setting: Setting, where: str) -> None:
+    for name in ("taps", "calibrate", "speed"):
+        if setting.by_layer and getattr(setting, name):
+            raise UsageError(f"{where} has both by_layer and {name}", "They exclude each other.")
 
 
 def _models_of(file: _File, folder: Path) -> Iterable[tuple[str, Model]]:

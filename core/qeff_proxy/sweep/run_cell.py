@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import math
+import pkgutil
+import platform
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
     from qeff_proxy.load.load_model import LoadedModel
     from qeff_proxy.request import Request
     from qeff_proxy.verify.options import VerifyOptions
-    from qeff_proxy.verify.results import BackendResult
+    from qeff_proxy.verify.results import BackendResult, Verification
+
+
+#: A record, and the fingerprint of the run where there is one.
+Outcome: TypeAlias = tuple[Record, dict[str, Any] | None]
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -35,6 +41,8 @@ class Job(msgspec.Struct, frozen=True):
         night: The run of the sweep.
         versions: Of the packages that it depends on.
         folder: Of reports and of the dumps while it runs; absolute.
+        work: The function that runs it, as ``module:function``.
+        checked: Whether to compare the identity of the cell where it runs with ``id``.
     """
 
     cell: Cell
@@ -42,6 +50,8 @@ class Job(msgspec.Struct, frozen=True):
     night: str
     versions: dict[str, str]
     folder: Path
+    work: str = "qeff_proxy.sweep.run_cell:run_cell"
+    checked: bool = False
 
     @property
     def dumps(self) -> Path:
@@ -68,36 +78,131 @@ class Job(msgspec.Struct, frozen=True):
         )
 
 
-def run_cell(job: Job) -> tuple[Record, dict[str, Any] | None]:
+def encode_job(job: Job) -> bytes:
+    """A job as bytes, for another machine."""
+    return msgspec.json.encode(job, enc_hook=str)
+
+
+def decode_job(message: bytes) -> Job:
+    """The job of `encode_job`."""
+    return msgspec.json.decode(message, type=Job, dec_hook=lambda kind, value: kind(value))
+
+
+def encode_outcome(outcome: Outcome) -> bytes:
+    """What a cell gave, as bytes."""
+    return msgspec.json.encode(outcome)
+
+
+def decode_outcome(message: bytes) -> Outcome:
+    """The outcome of `encode_outcome`."""
+    return msgspec.json.decode(message, type=tuple[Record, dict[str, Any] | None])
+
+
+def perform(job: Job) -> Outcome:
+    """Run a job in this process, unless this machine is not as the one that made it."""
+    different = _difference(job) if job.checked else None
+    if different is not None:
+        return job.record("wrong worker", different), None
+    outcome: Outcome = pkgutil.resolve_name(job.work)(job)
+    return outcome
+
+
+def _difference(job: Job) -> str | None:
+    """How this machine differs from the one that made a job, in what the cell depends on."""
+    from qeff_proxy.sweep.identify_cells import identify_cells
+
+    here = identify_cells([job.cell])[job.cell.name]
+    if here.id == job.id:
+        return None
+    names = [
+        n for n in {**job.versions, **here.versions} if job.versions.get(n) != here.versions.get(n)
+    ]
+    told = [f"{n} {here.versions.get(n, 'none')}, not {job.versions.get(n, 'none')}" for n in names]
+    return f"{platform.node()} has {'; '.join(told) or 'other files or settings of this cell'}"
+
+
+def run_cell(job: Job) -> Outcome:
     """Verify a cell.
 
     Returns:
         Its record, and the fingerprint of its run; whatever stops it is in the record.
     """
     from qeff_proxy.verify.results import reason_of
-    from qeff_proxy.verify.verify_model import verify_model
 
     stages = _Stages()
     shutil.rmtree(job.dumps, ignore_errors=True)  # of a run that was killed
     try:
         job.report.parent.mkdir(parents=True, exist_ok=True)
-        verification = verify_model(
-            _model_of(job.cell),
-            [job.cell.backend],
-            _request_of(job.cell),
-            _options_of(job),
-            trust_remote_code=job.cell.trust_remote_code,
-            progress=stages.start,
-        )
-        result = verification.results[0]
-        seconds = stages.end()
-        if result.failure is not None:
-            return _failure(job, result.failure, reason_of(result.failure), seconds), None
-        return _described(job, result, verification.reference, seconds, verification.speed)
+        return (_verify_layers if job.cell.setting.by_layer else _verify_whole)(job, stages)
     except Exception as error:  # noqa: BLE001 (a sweep goes on, whatever stops a cell)
         return _failure(job, error, reason_of(error), stages.end()), None
     finally:
         shutil.rmtree(job.dumps, ignore_errors=True)
+
+
+def _verify_whole(job: Job, stages: _Stages) -> Outcome:
+    from qeff_proxy.verify.results import reason_of
+    from qeff_proxy.verify.verify_model import verify_model
+
+    cell = job.cell
+    verification = verify_model(
+        _model_of(cell),
+        [cell.backend],
+        _request_of(cell),
+        _options_of(job),
+        trust_remote_code=cell.trust_remote_code,
+        progress=stages.start,
+    )
+    result = verification.results[0]
+    seconds = stages.end()
+    if result.failure is not None:
+        return _failure(job, result.failure, reason_of(result.failure), seconds), None
+    return _described(job, result, verification, seconds)
+
+
+def _verify_layers(job: Job, stages: _Stages) -> Outcome:
+    """Verify one layer at a time; the ledger has the error that each adds."""
+    from qeff_proxy.verify.by_layer import verify_layers
+    from qeff_proxy.verify.by_layer.results import describe_layers
+
+    cell = job.cell
+    verification = verify_layers(
+        _model_of(cell),
+        [cell.backend],
+        _request_of(cell),
+        _options_of(job),
+        trust_remote_code=cell.trust_remote_code,
+        progress=stages.start,
+    )
+    if verification.failure is not None:
+        raise verification.failure
+    spent = stages.end()
+    running = sum(spent[stage] for stage in spent if stage.endswith(f": {cell.backend}"))
+    seconds = {f"running {cell.backend}": round(running, 3), "total": spent["total"]}
+    result = verification.results[0]
+    faulty = [*result.faulty, *(each for each in result.layers if not each.inherited.passed)]
+    first = faulty[0] if faulty else None
+    errors = [(each.local.over_peak, each.local.tensor) for each in result.layers]
+    error, worst = max(errors, default=(None, None))
+    verdict: Verdict = "refused" if result.error else "passed" if result.passed else "failed"
+    where = None if first is None else first.local if first in result.faulty else first.inherited
+    return job.record(
+        verdict,
+        result.error or ("" if result.passed else describe_layers(result, verification)[0]),
+        divergence=None
+        if first is None or where is None
+        else Divergence(first.part, where.tensor, first.layer, where.step),
+        error=_number(error),
+        worst=worst,
+        sqnr=_number(result.layers[-1].inherited.sqnr) if result.layers else None,
+        layers=[
+            Layer(each.name, _number(each.local.over_peak), _number(each.local.sqnr))
+            for each in result.layers
+        ],
+        seconds=seconds,
+        export=verification.export.name,
+        report=_place(job),
+    ), None
 
 
 class _Stages:
@@ -191,15 +296,15 @@ def _options_of(job: Job) -> VerifyOptions:
 
 
 def _described(
-    job: Job, result: BackendResult, reference: Path, seconds: dict[str, float], speed: Any
-) -> tuple[Record, dict[str, Any] | None]:
+    job: Job, result: BackendResult, verification: Verification, seconds: dict[str, float]
+) -> Outcome:
     """The record and the fingerprint of a cell that ran to its end."""
     from qeff_proxy.compare.verdict import describe_verdict
     from qeff_proxy.sweep.fingerprint import find_dead_output, take_fingerprint
 
     assert result.comparison is not None  # noqa: S101 (it has no failure)
     assert result.folder is not None  # noqa: S101
-    dead = find_dead_output(reference)
+    dead = find_dead_output(verification.reference)
     verdict: Verdict = "passed" if result.passed and dead is None else "failed"
     reason = "" if result.passed else describe_verdict(result.comparison)[0]
     if dead is not None:
@@ -207,6 +312,7 @@ def _described(
             f"nothing was verified: {dead} of the reference is constant or not finite. {reason}"
         )
     first = result.divergence
+    speed = verification.speed
     rates = [speed.rate(timing) for timing in speed.timings] if speed is not None else []
     provenance: Mapping[str, Any] = result.comparison.candidate_provenance
     record = job.record(
@@ -224,6 +330,7 @@ def _described(
         seconds=seconds,
         speed=_number(rates[0]) if rates else None,
         precision=provenance.get("precision") or provenance.get("dtype"),
+        export=verification.export.name,
         report=_place(job),
     )
     return record, take_fingerprint(result.folder)

@@ -25,12 +25,13 @@ from typing import Any
 from qeff_proxy.common.atomic_folder import locked
 from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.errors import ArtifactError, UsageError
-from qeff_proxy.sweep.executors import Executor, Outcome, load_executor
+from qeff_proxy.sweep.executors import Executor, load_executor
 from qeff_proxy.sweep.identify_cells import Identity, identify_cells
 from qeff_proxy.sweep.ledger import FINISHED, Ledger, Night, Record
 from qeff_proxy.sweep.plan import Cell, Plan
-from qeff_proxy.sweep.run_cell import Job
+from qeff_proxy.sweep.run_cell import Job, Outcome
 
+_LONGEST = 1000  # characters of an executor's error
 _POLL = 1.0  # seconds between two looks at a cell that another sweep runs
 
 
@@ -65,9 +66,10 @@ class Sweep:
 def run_sweep(
     plan: Plan,
     *,
-    on: str = "local",
+    on: str | Callable[[int | None], Executor] = "local",
     workers: int | None = None,
     again: Sequence[str] = (),
+    only: Sequence[str] = (),
     shard: tuple[int, int] | None = None,
     night: str | None = None,
     wait_for_others: bool = True,
@@ -78,9 +80,10 @@ def run_sweep(
 
     Args:
         plan: From `read_plan`.
-        on: The executor: ``NAME`` or ``NAME:ADDRESS``.
+        on: The executor: ``NAME`` or ``NAME:ADDRESS``, or what makes one, given ``workers``.
         workers: Cells at a time.
         again: Globs of cells to run although the ledger has them.
+        only: Globs of the cells to run; those left out are part of the night as they are known.
         shard: ``(i, n)``: only the i-th of n parts of the cells, from 1; a cell stays in its part
             whatever else the plan has.
         night: A name for this run; shards that share one are one night to `compare_nights`.
@@ -89,19 +92,19 @@ def run_sweep(
         finished: Called with each record as it is kept.
 
     Raises:
-        UsageError: ``again`` matches no cell, or ``night`` is no name.
+        UsageError: ``again`` or ``only`` matches no cell, or ``night`` is no name.
         PluginError: There is no such executor.
         ArtifactError: The ledger cannot be written.
     """
     cells = {cell.name: cell for cell in cells_of(plan, shard)}
-    for pattern in again:
+    for pattern in (*again, *only):
         if not any(fnmatchcase(name, pattern) for name in cells):
-            raise UsageError(f"no cell matches {pattern!r}, which is to run again")
+            raise UsageError(f"no cell matches {pattern!r}, which is to run")
     if night is not None and re.fullmatch(r"[\w:-][\w.:-]*", night) is None:
         raise UsageError(f"{night!r} cannot name a night", "Use letters, digits and - _ . :")
-    run = _Run(plan, cells, again, night, wait_for_others, progress, finished)
+    run = _Run(plan, cells, again, only or ("*",), night, wait_for_others, progress, finished)
     if run.pending:
-        executor = load_executor(on, workers)
+        executor = load_executor(on, workers) if isinstance(on, str) else on(workers)
         try:
             run.loop(executor)
         except KeyboardInterrupt:
@@ -118,6 +121,10 @@ def cells_of(plan: Plan, shard: tuple[int, int] | None = None) -> list[Cell]:
     return [c for c in plan.cells if zlib.crc32(c.name.encode()) % parts == part - 1]
 
 
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in globs)
+
+
 class _Run:
     """The state of a sweep between its cells."""
 
@@ -126,6 +133,7 @@ class _Run:
         plan: Plan,
         cells: dict[str, Cell],
         again: Sequence[str],
+        only: Sequence[str],
         night: str | None,
         wait_for_others: bool,
         progress: Callable[[str], None],
@@ -143,15 +151,14 @@ class _Run:
         done = {r.id: r for r in self.ledger.new_records() if r.id in wanted}
         now = datetime.datetime.now(datetime.UTC)
         night = night or f"{now:%Y-%m-%dT%H-%M-%S}-{uuid.uuid4().hex[:4]}"
-        self.sweep = Sweep(plan.ledger, night, {name: done.get(ids[name]) for name in cells})
+        chosen = [name for name in cells if _matches(name, only)]
+        self.sweep = Sweep(plan.ledger, night, {name: done.get(ids[name]) for name in chosen})
         if cells:
             self._note(self.ledger.append_night(Night(night, str(plan.path), ids)))
         self.pending = [
             name
             for name, record in self.sweep.records.items()
-            if record is None
-            or record.verdict not in FINISHED
-            or any(fnmatchcase(name, pattern) for pattern in again)
+            if record is None or record.verdict not in FINISHED or _matches(name, again)
         ]
         # Cells that differ in nothing but their names run once.
         self.pending = list({ids[name]: name for name in reversed(self.pending)}.values())[::-1]
@@ -226,7 +233,8 @@ class _Run:
 
     def _set(self, record: Record) -> None:
         for name in self._names.get(record.id, ()):
-            self.sweep.records[name] = record
+            if name in self.sweep.records:
+                self.sweep.records[name] = record
 
     def _wait_for_others(self) -> bool:
         """Wait for cells that other sweeps have claimed; False if that is not wanted."""
@@ -247,7 +255,8 @@ class _Run:
         try:
             record, fingerprint = future.result()
         except Exception as error:  # noqa: BLE001 (an executor's own fault must not stop the others)
-            record = self._job(name).record("killed", f"{type(error).__name__}: {error}")
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
+            record = self._job(name).record("killed", said)
         try:
             self._kept.add(record.id)
             self._note(self.ledger.append(record, fingerprint))

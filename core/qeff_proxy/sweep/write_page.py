@@ -87,7 +87,7 @@ def _item(change: Change, nights: NightComparison, base: Path) -> str:
         if record is not None and (link := _link(record, nights, base))
     )
     at = f"<b>{html.escape(printable(change.at))}</b> " if change.at else ""
-    kind = "no" if change.worse else "ok"
+    kind = "no" if change.worse else "ok" if change.better else "sub"
     return (
         f'<li><span class="{kind}">{"worse" if change.worse else change.kind}</span> '
         f"<code>{html.escape(printable(change.name))}</code> {at}"

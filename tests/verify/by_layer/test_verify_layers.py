@@ -28,7 +28,7 @@ from qeff_proxy.load.load_model import load_model, wrap_model
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import random_weights
-from qeff_proxy.verify.by_layer import memory, verify_layers
+from qeff_proxy.verify.by_layer import verify_layers
 from qeff_proxy.verify.by_layer.calls import calls_of, job_of
 from qeff_proxy.verify.by_layer.candidate import remove_leftovers
 from qeff_proxy.verify.by_layer.reference import reference_parts
@@ -413,18 +413,6 @@ def test_a_model_that_does_not_fit_in_memory_is_verified_by_layer(llama, monkeyp
     said = capsys.readouterr()
     assert "layers" not in json.loads(said.out)["backends"][0]
     assert "but --io-steps and --by-layer exclude each other" in said.err
-
-
-def test_free_memory_is_the_least_of_the_machine_and_its_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
-    assert memory.free_memory() is None
-    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:    3000 kB\n")
-    monkeypatch.setattr(memory, "_LIMIT", tmp_path / "memory.max")
-    assert memory.free_memory() == 3000 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_memory() == 3000 * 1024
-    (tmp_path / "memory.max").write_text("1048576\n")
-    assert memory.free_memory() == 1048576
 
 
 def test_the_steps_take_a_continuation_that_is_given(llama):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
+from qeff_proxy.common.free_memory import free_memory
 from qeff_proxy.load.load_model import LoadedModel
 
 #: Peak memory of a verification over the float32 weights (docs/performance.md).
 _PEAK = 2.2
-_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_MEMORY = Path("/proc/meminfo")
 
 
 def memory_lacking(loaded: LoadedModel) -> str | None:
@@ -25,14 +23,3 @@ def memory_lacking(loaded: LoadedModel) -> str | None:
         f"verifying {loaded.source} whole takes about {needed / 1e9:.1f} GB of memory, and "
         f"{free / 1e9:.1f} GB are free"
     )
-
-
-def free_memory() -> int | None:
-    """Bytes that this process can still use; ``None`` where the system does not say."""
-    if not _MEMORY.is_file():
-        return None
-    lines = (line.partition(":") for line in _MEMORY.read_text().splitlines())
-    available = next(value for name, _, value in lines if name == "MemAvailable")
-    free = int(available.split()[0]) * 1024
-    limit = _LIMIT.read_text().strip() if _LIMIT.is_file() else "max"
-    return free if limit == "max" else min(free, int(limit))
