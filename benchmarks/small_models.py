@@ -44,7 +44,7 @@ SMALL: dict[int, str] = {
     "patch_size attention_chunk_size",
     1: "n_group topk_group n_shared_experts first_k_dense_replace num_expert_group n_groups expand "
     "mamba_expand",
-    128: "max_position_embeddings n_positions max_seq_len max_target_positions",
+    512: "max_position_embeddings n_positions max_seq_len max_target_positions",
 }
 SIZES = {name: size for size, names in SMALL.items() for name in names.split()}
 _RECURRENT = ["linear_attention", "full_attention"]
