@@ -51,6 +51,7 @@ ORDER = [
     "sweep",
     "demo",
     "auto",
+    "utils",
     "testing",
     "cli",
 ]

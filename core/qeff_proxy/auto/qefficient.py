@@ -48,6 +48,8 @@ def _refused(here: str, *quiet: Any) -> Keyword:
 _NEAR = 0.75
 #: Arguments for the model hub.
 HUB = ("revision", "cache_dir", "token")
+#: Other arguments of ``from_pretrained`` that say what to load.
+FILES = (*HUB, "torch_dtype", "gguf_file")
 _FETCHED = Keyword("where and how a hub id is fetched; a local folder needs none")
 _OF_QAIC = "it is an option of backend='qaic'"
 _FLAG = "it is a flag of qaic-compile: backend='qaic', compiler_args='-…'"
@@ -83,11 +85,11 @@ LOAD: dict[str, Keyword] = {
     "ccl_enabled": _ignored(_CONTEXT, False),
     "max_seq_len_cached": _ignored("the model's own config says how many positions it has"),
     "ignore_mismatched_sizes": _ignored("a weight of another shape is always refused", False),
-    "gguf_file": _refused("name the GGUF file itself, as the model"),
+    "gguf_file": Keyword("a GGUF file in the folder or repository"),
 }
 #: Of a class that is called on a model.
 BUILD: dict[str, Keyword] = dict(LOAD)
-for _name in (*HUB, "config", "dtype", "num_hidden_layers", "torch_dtype", "trust_remote_code"):
+for _name in (*FILES, "config", "dtype", "num_hidden_layers", "trust_remote_code"):
     BUILD[_name] = _ignored("the model is loaded already", False)
 #: Of ``compile``.
 COMPILE: dict[str, Keyword] = {
@@ -178,7 +180,7 @@ _OF_TEXT = {
     "comp_ctx_lengths_prefill": _ignored(_CONTEXT),
     "comp_ctx_lengths_decode": _ignored(_CONTEXT),
     "prompt_to_lora_id_mapping": _refused(_ADAPTERS),
-    "prompt_to_adapter_mapping": _refused(_ADAPTERS),
+    "prompt_to_adapter_mapping": _refused("it is for QEffAutoPeftModelForCausalLM, which obeys it"),
 }
 #: Of ``generate``.
 GENERATE: dict[str, Keyword] = {
@@ -210,6 +212,8 @@ ELSEWHERE = {
     "QEffFluxPipeline": "there is no flow for diffusion",
     "QEffWanPipeline": "there is no flow for diffusion",
     "QEffWanImageToVideoPipeline": "there is no flow for diffusion",
+    "InternProcessor": "from qeff_proxy_vision.qefficient import InternProcessor",
+    "QAICInferenceSession": "generate runs what compile made; cloud_ai_100_exec_kv does by its folder",
     "compile": "QEFFAutoModelForCausalLM.from_pretrained(…).compile() exports and compiles",
     "export": "QEFFAutoModelForCausalLM.from_pretrained(…).export() exports",
     "transform": "a model is cut and verified as it is exported",

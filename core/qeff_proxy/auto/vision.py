@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qeff_proxy.auto.base import ProxyModel
-from qeff_proxy.auto.causal_lm import GenerationResult, check_prompts, generate_text, new_tokens
+from qeff_proxy.auto.causal_lm import (
+    GenerationResult,
+    check_prompts,
+    generate_text,
+    inputs_and_settings,
+    new_tokens,
+)
 from qeff_proxy.common import arguments
 from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import UsageError
@@ -71,6 +77,7 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
             UsageError: Images and prompts do not match or do not fit, an image cannot be read, or
                 an argument is wrong.
         """
+        inputs, settings = inputs_and_settings(self, inputs, settings)
         texts = check_prompts(prompts, inputs)
         if inputs is not None and images is not None:
             raise UsageError("images go with prompts", "The processor's inputs hold them already.")
