@@ -55,6 +55,7 @@ _OF_QAIC = "it is an option of backend='qaic'"
 _FLAG = "it is a flag of qaic-compile: backend='qaic', compiler_args='-…'"
 _BATCH = "the rows of a batch begin and end together; batch_size is their number"
 _IMAGES = "the checkpoint's processor sizes the images, and the graphs take what it makes"
+_SIZE = "of ImageTextToText: the size of the images, where the graphs are made for one"
 _BOTH = "every part is exported and compiled, for prefill and decode"
 _CONTEXT = "the graphs have one context length: ctx_len"
 _SAMPLER = "tokens are chosen on the host: do_sample, temperature, top_k, top_p, min_p"
@@ -132,8 +133,8 @@ COMPILE: dict[str, Keyword] = {
     "encoder_ctx_len": _ignored("the encoder's length is the checkpoint's own"),
     "img_size": _ignored(_IMAGES),
     "num_patches": _ignored(_IMAGES, 1),
-    "height": _ignored(_IMAGES),
-    "width": _ignored(_IMAGES),
+    "height": Keyword(_SIZE),
+    "width": Keyword(_SIZE),
     "max_num_tiles": _ignored(_IMAGES),
     "num_frames": _ignored("there is no flow for videos", 1),
     "mm_processor_kwargs": _ignored(_IMAGES, {}),
