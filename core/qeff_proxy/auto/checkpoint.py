@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.auto.qefficient import HUB
 from qeff_proxy.common.messages import first_line, type_named
+from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.load.adapter_files import Adapters, find_model
 from qeff_proxy.load.checkpoint_files import find_checkpoint, folder_named
@@ -160,7 +161,8 @@ def _gguf_file(source: str, name: str, hub: Mapping[str, Any]) -> str:
     from huggingface_hub import hf_hub_download
 
     try:
-        return hf_hub_download(source, name, **hub)
+        with quiet_logs("huggingface_hub"):  # it notes each try
+            return hf_hub_download(source, name, **hub)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the model hub does not give {name!r} of {source!r} ({first_line(error)})",

@@ -58,7 +58,7 @@ _IMAGES = "the checkpoint's processor sizes the images, and the graphs take what
 _SIZE = "of ImageTextToText: the size of the images, where the graphs are made for one"
 _BOTH = "every part is exported and compiled, for prefill and decode"
 _CONTEXT = "the graphs have one context length: ctx_len"
-_SAMPLER = "tokens are chosen on the host: do_sample, temperature, top_k, top_p, min_p"
+_SAMPLER = "tokens are chosen on the host: give do_sample, temperature, top_k, top_p, min_p"
 _ADAPTERS = "without its adapter a prompt would get the answer of the base model"
 _STREAMED = "an export reads the weights it needs layer by layer, from file to file"
 
@@ -175,7 +175,7 @@ _OF_TEXT = {
     "enable_debug_logs": _ignored("there is no runtime that has debug logs", False),
     "is_tlm": _ignored("tokens are generated one at a time", False),
     "include_sampler": _ignored(_SAMPLER, False),
-    "sampling_params": _ignored(_SAMPLER),
+    "sampling_params": _refused(_SAMPLER),
     "include_guided_decoding": _ignored("use logits_processor", False),
     "return_pdfs": _ignored("with write_io the dump has the logits", False),
     "comp_ctx_lengths_prefill": _ignored(_CONTEXT),
