@@ -51,6 +51,7 @@ ORDER = [
     "sweep",
     "demo",
     "auto",
+    "generation",
     "utils",
     "testing",
     "cli",

@@ -90,12 +90,15 @@ class TestFace:
 
     def test_inputs_may_be_given_by_name(self, make_model: Any) -> None:
         model = QEFFAutoModelForCausalLM(make_model("gpt2"))
-        batch = {"input_ids": torch.tensor([[0, 3, 4]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+        batch = {
+            "input_ids": torch.tensor([[0, 3, 4]]),
+            "attention_mask": torch.tensor([[0, 1, 1]]),
+        }
         expected = model.generate(inputs=batch, generation_len=5).generated_ids
         assert np.array_equal(model.generate(**batch, max_new_tokens=5).generated_ids, expected)
         unmasked = model.generate(input_ids=[[0, 3, 4]], max_new_tokens=5).generated_ids
         assert not np.array_equal(unmasked, expected)
-        with pytest.raises(UsageError, match="has no argument 'prompt'. Try 'prompts'"):
+        with pytest.raises(UsageError, match=r"has no argument 'prompt'\. Try 'prompts'"):
             model.generate(prompt=["a"])
 
     @pytest.mark.parametrize("in_memory", [False, True])

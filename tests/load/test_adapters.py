@@ -223,7 +223,7 @@ def test_each_prompt_has_its_adapter(bases: dict[str, Path], tmp_path: Path) -> 
     assert face.generate(**batch, max_new_tokens=9).generated_ids.tolist() == rows[:1]
     with pytest.raises(UsageError, match="4 prompts and 3 names"):
         face.generate(tokenizer, prompts, prompt_to_adapter_mapping=names[1:])
-    with pytest.raises(UsageError, match="no adapter is named 'three'. Known: one, two"):
+    with pytest.raises(UsageError, match=r"no adapter is named 'three'\. Known: one, two"):
         face.generate(tokenizer, ["a"], prompt_to_adapter_mapping=["three"])
     with pytest.raises(UsageError, match="a dump is of one adapter"):
         face.generate(tokenizer, prompts, prompt_to_adapter_mapping=names, write_io=True)
@@ -235,7 +235,10 @@ def letters() -> Any:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **vocabulary}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", return_token_type_ids=False
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<unk>",
+        return_token_type_ids=False,
     )
 
 

@@ -224,9 +224,9 @@ def test_a_file_named_as_transformers_has_it(llama: Path, tmp_path: Path) -> Non
         shutil.copy(llama, tmp_path / name)
     face = QEFFAutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="two.gguf")
     assert torch.equal(logits_of(face.model), logits_of(read_by_transformers(llama)))
-    with pytest.raises(CheckpointError, match="holds no file 'three.gguf'"):
+    with pytest.raises(CheckpointError, match=r"holds no file 'three\.gguf'"):
         QEFFAutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="three.gguf")
-    with pytest.raises(CheckpointError, match="hub does not give 'a.gguf' of 'no/such'"):
+    with pytest.raises(CheckpointError, match=r"hub does not give 'a\.gguf' of 'no/such'"):
         QEFFAutoModelForCausalLM.from_pretrained("no/such", gguf_file="a.gguf")
 
 

@@ -32,8 +32,11 @@ def test_a_folder_without_a_tokenizer_is_named(demo_checkpoint: Path, tmp_path: 
 
 
 def test_a_name_that_is_elsewhere_says_where() -> None:
+    from qeff_proxy.generation import cloud_infer
     from qeff_proxy.utils import test_utils
 
-    with pytest.raises(ImportError, match="from qeff_proxy_vision.qefficient import Intern"):
+    with pytest.raises(ImportError, match=r"from qeff_proxy_vision\.qefficient import Intern"):
         test_utils.InternProcessor  # noqa: B018 (to look it up is what raises)
+    with pytest.raises(ImportError, match="cloud_ai_100_exec_kv run what compile made"):
+        cloud_infer.QAICInferenceSession  # noqa: B018
     assert not hasattr(test_utils, "other")

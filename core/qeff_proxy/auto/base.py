@@ -13,7 +13,15 @@ from qeff_proxy.artifact.export_folder import check_export_place
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.auto.checkpoint import load_checkpoint, remove_view, wrapped
 from qeff_proxy.auto.on_disk import export_of_graphs
-from qeff_proxy.auto.qefficient import BUILD, COMPILE, EXPORT, FILES, GENERATE, LOAD, without_ignored
+from qeff_proxy.auto.qefficient import (
+    BUILD,
+    COMPILE,
+    EXPORT,
+    FILES,
+    GENERATE,
+    LOAD,
+    without_ignored,
+)
 from qeff_proxy.auto.right_class import with_right_class
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.common import arguments

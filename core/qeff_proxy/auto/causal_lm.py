@@ -265,8 +265,8 @@ def inputs_and_settings(
     """
     settings = dict(settings)
     if inputs is None and "input_ids" in settings:
-        names = [name for name in settings if name == "input_ids" or hasattr(settings[name], "ndim")]
-        inputs = {name: settings.pop(name) for name in names}
+        names = [name for name, value in settings.items() if hasattr(value, "ndim")]
+        inputs = {name: settings.pop(name) for name in {"input_ids", *names}}
     method = face.generate  # type: ignore[attr-defined]
     return inputs, without_runtime(settings, method, understood=face.how)
 

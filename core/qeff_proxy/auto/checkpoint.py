@@ -162,7 +162,7 @@ def _gguf_file(source: str, name: str, hub: Mapping[str, Any]) -> str:
 
     try:
         with quiet_logs("huggingface_hub"):  # it notes each try
-            return hf_hub_download(source, name, **hub)
+            return str(hf_hub_download(source, name, **hub))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the model hub does not give {name!r} of {source!r} ({first_line(error)})",

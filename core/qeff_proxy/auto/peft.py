@@ -35,7 +35,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
     _active: str
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # QEfficient has the name in the second place
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         adapter_name: str = "default",

@@ -214,11 +214,18 @@ ELSEWHERE = {
     "QEffWanPipeline": "there is no flow for diffusion",
     "QEffWanImageToVideoPipeline": "there is no flow for diffusion",
     "InternProcessor": "from qeff_proxy_vision.qefficient import InternProcessor",
-    "QAICInferenceSession": "generate runs what compile made; cloud_ai_100_exec_kv does by its folder",
+    "QAICInferenceSession": "generate and cloud_ai_100_exec_kv run what compile made",
     "compile": "QEFFAutoModelForCausalLM.from_pretrained(…).compile() exports and compiles",
     "export": "QEFFAutoModelForCausalLM.from_pretrained(…).export() exports",
     "transform": "a model is cut and verified as it is exported",
 }
+
+
+def elsewhere(module: str, name: str) -> Exception:
+    """The error for a name that a module does not have; it says what to do, where that is known."""
+    if name in ELSEWHERE:
+        return ImportError(f"there is no {module}.{name}: {ELSEWHERE[name]}")
+    return AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
 def without_ignored(

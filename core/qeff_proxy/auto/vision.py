@@ -191,7 +191,7 @@ def _processed_size(loaded: LoadedModel, height: int, width: int) -> str | None:
 
 
 def _preparing(model: PreTrainedModel) -> MethodType:
-    """transformers' ``prepare_inputs_for_generation`` of a model, and QEfficient's.
+    """Transformers' ``prepare_inputs_for_generation`` of a model, and QEfficient's.
 
     That one has ``inputs=``, ``prefill_seq_len=`` and ``batch_size=`` and adds positions, which
     ``generate`` makes here: it gives the inputs as they are.

@@ -255,9 +255,7 @@ def as_in_memory(loaded: LoadedModel) -> LoadedModel:
     """
     model = loaded.model
     digest = hashlib.sha256(f"{loaded.identity}\0{_identity_of(model)}".encode())
-    return replace(
-        loaded, identity=digest.hexdigest(), read=lambda: model, sample=None, weights={}
-    )
+    return replace(loaded, identity=digest.hexdigest(), read=lambda: model, sample=None, weights={})
 
 
 def _identity_of(model: PreTrainedModel) -> str:

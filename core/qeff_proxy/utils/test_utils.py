@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qeff_proxy.auto.qefficient import ELSEWHERE
+from qeff_proxy.auto.qefficient import elsewhere
 
 
 def __getattr__(name: str) -> Any:
-    if name in ELSEWHERE:
-        raise ImportError(f"there is no {__name__}.{name}: {ELSEWHERE[name]}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise elsewhere(__name__, name)

@@ -15,7 +15,7 @@ from qeff_proxy_vision.tiles import split_into_tiles
 __all__ = ["InternProcessor"]
 
 _SYSTEM = (
-    "<|im_start|>system\n你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家"
+    "<|im_start|>system\n你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家"  # noqa: RUF001 (Chinese)
     "合作单位联合开发的多模态大语言模型。<|im_end|>\n"
 )
 _END = "<|im_end|>\n"
