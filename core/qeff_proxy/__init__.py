@@ -85,7 +85,8 @@ def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"qeff_proxy.{module}"), name)
-    if name in {"compile", "transform"} or name.lower().startswith(("qeff", "qaic", "intern")):
+    is_qefficients = name.lower().startswith("qeff") or name.endswith(("Processor", "Session"))
+    if is_qefficients or name in {"compile", "transform"}:
         from qeff_proxy.auto.qefficient import elsewhere
 
         raise elsewhere(__name__, name)

@@ -96,6 +96,10 @@ class TestFace:
         }
         expected = model.generate(inputs=batch, generation_len=5).generated_ids
         assert np.array_equal(model.generate(**batch, max_new_tokens=5).generated_ids, expected)
+        padded = {name: torch.nn.functional.pad(each, (0, 4)) for name, each in batch.items()}
+        assert np.array_equal(
+            model.generate(inputs=padded, generation_len=5).generated_ids, expected
+        )
         unmasked = model.generate(input_ids=[[0, 3, 4]], max_new_tokens=5).generated_ids
         assert not np.array_equal(unmasked, expected)
         with pytest.raises(UsageError, match=r"has no argument 'prompt'\. Try 'prompts'"):

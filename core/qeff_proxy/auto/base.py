@@ -338,10 +338,7 @@ class ProxyModel(Shown):
         io_options: DumpOptions | None,
         run: Mapping[str, Any] | None = None,
     ) -> RunResult:
-        """Run one request (`qeff_proxy.run.run_compiled`); compiles first where needed.
-
-        ``run`` may hold QEfficient's ``runtime_ai100`` and ``iteration``.
-        """
+        """Run one request (`qeff_proxy.run.run_compiled`), as `how` says; compiles first."""
         run = run or {}
         times = arguments.whole_number("iteration", run.get("iteration") or 1)
         on_torch = arguments.flag("runtime_ai100", run.get("runtime_ai100", True)) is False

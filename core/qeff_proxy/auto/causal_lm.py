@@ -261,14 +261,29 @@ def inputs_and_settings(
     """Inputs and settings of a ``generate`` that was perhaps called with ``**inputs``.
 
     Returns:
-        The inputs, and what `without_runtime` leaves of the others.
+        The inputs without padding behind them, and what `without_runtime` leaves of the others.
     """
     settings = dict(settings)
     if inputs is None and "input_ids" in settings:
         names = [name for name, value in settings.items() if hasattr(value, "ndim")]
         inputs = {name: settings.pop(name) for name in {"input_ids", *names}}
     method = face.generate  # type: ignore[attr-defined]
-    return inputs, without_runtime(settings, method, understood=face.how)
+    return _trimmed(inputs), without_runtime(settings, method, understood=face.how)
+
+
+def _trimmed(inputs: Any) -> Any:
+    """The inputs without the last positions, if these are padding in every row.
+
+    QEfficient's scripts pad on the right, to the length of a prefill chunk.
+    """
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if getattr(mask, "ndim", 0) != 2:
+        return inputs
+    length = int(np.flatnonzero(np.asarray(mask).any(axis=0)).max(initial=-1)) + 1
+    if length in {0, mask.shape[1]}:
+        return inputs
+    alike = {name for name, each in inputs.items() if getattr(each, "shape", None) == mask.shape}
+    return {name: each[:, :length] if name in alike else each for name, each in inputs.items()}
 
 
 def without_runtime(
