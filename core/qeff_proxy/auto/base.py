@@ -94,9 +94,7 @@ class ProxyModel(Shown):
         if kind is None:
             raise UsageError(f"proxy is {proxy!r}", "It must be 'split', 'stub' or None.")
         if plugins is not None and not isinstance(plugins, Plugins):
-            raise UsageError(
-                f"plugins are {type_named(plugins)}", "Give qeff_proxy.Plugins, or nothing."
-            )
+            raise UsageError(f"plugins are {type_named(plugins)}", "Give qeff_proxy.Plugins.")
         loaded = model if isinstance(model, LoadedModel) else wrapped(model)
         self._loaded = with_options(loaded, asked)
         self._kind: Kind = kind
@@ -104,7 +102,6 @@ class ProxyModel(Shown):
         self._hooks = self._plugins.hooks_for(self._loaded.model_type, task=min(self.task.flows))
         self._export: Export | None = None
         self._compiled: Compiled | None = None
-        # Whether someone else has the model in memory, and may change it.
         self._lent = self._loaded.folder is None
 
     @classmethod
@@ -295,6 +292,7 @@ class ProxyModel(Shown):
             understood=load_backend(backend).options,
             whose=f"means nothing to backend {backend!r} and ",
         )
+        self.take_sizes(chosen)
         others = (chosen.pop(name, None) for name in ("vision_onnx_path", "lang_onnx_path"))
         named = [path for path in (onnx_path, *others) if path is not None]
         if named:
@@ -326,6 +324,9 @@ class ProxyModel(Shown):
                 self._export, backend, options, force=force, progress=progress
             )
         return self._compiled.folder
+
+    def take_sizes(self, options: dict[str, Any]) -> None:
+        """Take, from the options of `compile`, sizes of images; see the face that has images."""
 
     def run_request(
         self,

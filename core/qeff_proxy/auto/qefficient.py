@@ -265,12 +265,12 @@ def without_ignored(
             raise UsageError(f"{name} cannot be obeyed: {keyword.here}", "Leave it out.")
         elif keyword.asks(value):
             warnings.warn(
-                f"{name} {whose}is ignored: {keyword.here}", UserWarning, stacklevel=_users_frame()
+                f"{name} {whose}is ignored: {keyword.here}", UserWarning, stacklevel=users_frame()
             )
     return kept
 
 
-def _users_frame() -> int:
+def users_frame() -> int:
     """The ``stacklevel`` of the first caller outside of this package, for a warning."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").startswith("qeff_proxy."):

@@ -19,6 +19,7 @@ from qeff_proxy.auto.causal_lm import (
     inputs_and_settings,
     new_tokens,
 )
+from qeff_proxy.auto.qefficient import users_frame
 from qeff_proxy.common import arguments
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.common.quiet import quiet_loading
@@ -51,29 +52,15 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
         vars(model).setdefault("prepare_inputs_for_generation", _preparing(model))
         return model
 
-    def compile(
-        self,
-        onnx_path: str | Path | None = None,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        **options: Any,
-    ) -> Path:
-        """Compile the parts (`qeff_proxy.auto.base.ProxyModel.compile`).
+    def take_sizes(self, options: dict[str, Any]) -> None:
+        """Take ``height`` and ``width``: the size of the images in pixels.
 
-        Args:
-            onnx_path: An export of this model.
-            height: With ``width``, the size of the images in pixels, where the vision part is made
-                for one size: what the checkpoint's processor makes of it is exported, as with
-                ``from_pretrained(…, image_size=…)``.
-            width: See ``height``.
-            options: The arguments of the other classes' ``compile``.
+        Where the vision part is made for one size, what the checkpoint's processor makes of it is
+        exported, as with ``from_pretrained(…, image_size=…)``.
         """
-        if height is not None or width is not None:
-            self._take_images_of(height, width)
-        return super().compile(onnx_path, **options)
-
-    def _take_images_of(self, height: Any, width: Any) -> None:
+        height, width = options.pop("height", None), options.pop("width", None)
+        if height is None and width is None:
+            return
         sides = [arguments.whole_number(*each) for each in (("height", height), ("width", width))]
         size = _processed_size(self._loaded, *sides)
         if size is None:
@@ -81,7 +68,7 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
                 "height and width are ignored: the graphs take images of any size, as the "
                 "checkpoint's processor makes them",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=users_frame(),
             )
         elif size != self._loaded.options.get("image_size"):
             loaded = as_in_memory(self._loaded) if self._lent else self._loaded
