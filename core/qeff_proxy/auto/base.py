@@ -55,7 +55,6 @@ class ProxyModel(Shown):
 
     task: ClassVar[Task]
     _config: PreTrainedConfig | None = None
-    #: Arguments of ``generate`` that say how to run, and not what.
     how: ClassVar[frozenset[str]] = frozenset({"runtime_ai100", "iteration"})
 
     def __init__(
