@@ -51,6 +51,8 @@ ORDER = [
     "sweep",
     "demo",
     "auto",
+    "generation",
+    "utils",
     "testing",
     "cli",
 ]
