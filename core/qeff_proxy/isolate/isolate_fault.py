@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.artifact.manifest_schema import ExportedPart
@@ -44,6 +43,9 @@ from qeff_proxy.verify.by_layer.results import (
 )
 from qeff_proxy.verify.by_layer.verify_layers import LayerRun, verify_layers
 from qeff_proxy.verify.options import VerifyOptions
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: The layer's error at fixed shapes is the fault that was seen, if it is at least this share of it.
 _SAME = 0.25
