@@ -125,6 +125,12 @@ def test_token_ids_are_called_with_as_the_flow_does(kind, make_model, tmp_path):
             known[part.name] = [{"inputs_embeds": table[call.inputs["input_ids"]]} for call in ours]
 
 
+def test_a_folder_is_no_place_for_a_capsule(exports, tmp_path, capsys):
+    first, second = map(str, exports)
+    assert main(["isolate", first, "--against", second, "--capsule", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_what_is_more_than_token_ids_goes_through_the_flow(exports):
     export = read_export(exports[0])
     rows = export.settings["embedding_rows"]

@@ -284,7 +284,6 @@ def test_options_without_an_effect_are_refused(capsule, checkpoint, tmp_path, ca
         ],
         ["isolate", first, "--against", second, "--backend", "openvino"],
         ["isolate", first, "--backend", "onnxruntime", "--backend", "openvino"],
-        ["isolate", first, "--against", second, "--capsule", str(tmp_path)],
     ]
     for command in wrong:
         assert main(command) == 2, command

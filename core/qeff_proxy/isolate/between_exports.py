@@ -237,7 +237,7 @@ class _Pair:
                 if over_peak(expected, actual) <= self._limit:
                     agree.add(name)
                 elif expected.shape == actual.shape or name in operators.outputs:
-                    numbers = _between(twin, agree, made, number)
+                    numbers = operators_between(twin, agree, made, number)
                     exact = {name: value for name, value in operators.values.items()
                              if name in agree}  # fmt: skip
                     alone = twin.run_these(numbers, {**twin.values, **exact})
@@ -250,10 +250,17 @@ class _Pair:
         return None
 
 
-def _between(
+def operators_between(
     twin: Operators, agree: set[str], made: Mapping[str, int], last: int
 ) -> tuple[int, ...]:
-    """The operators between values that agree and one that does not."""
+    """The operators between values that agree and one that does not.
+
+    Args:
+        twin: The layer's operators.
+        agree: The names of the values that agree.
+        made: Which operator makes a value.
+        last: The one that makes the value that does not.
+    """
     chosen = {last}
     waiting = [last]
     while waiting:

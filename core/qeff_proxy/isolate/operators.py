@@ -134,12 +134,19 @@ class Operators:
         layer: The layer's graph.
         feeds: Its inputs in that run.
         plain: Runs its operators; by default one of its own.
+        measured: Values of another run, of a device's dump; what reads them is computed from them.
 
     Raises:
         UnsupportedModelError: It is in bfloat16.
     """
 
-    def __init__(self, layer: LayerGraph, feeds: Values, plain: PlainRuntime | None = None) -> None:
+    def __init__(
+        self,
+        layer: LayerGraph,
+        feeds: Values,
+        plain: PlainRuntime | None = None,
+        measured: Values | None = None,
+    ) -> None:
         if any(spec.dtype == "bfloat16" for spec in (*layer.inputs, *layer.outputs)):
             raise UnsupportedModelError(
                 "operators run one by one in ONNX Runtime on the CPU, which does not take bfloat16",
@@ -164,8 +171,10 @@ class Operators:
                 nodes.append(node)
         #: The operators, in an order in which they can run.
         self.nodes: tuple[ir.Node, ...] = tuple(nodes)
+        #: What was computed in the place of measured values.
+        self.computed: dict[str, Array] = {}
         #: The reference's value of everything in the layer.
-        self.values: Values = self._run_all(feeds)
+        self.values: Values = self._run_all(feeds, measured or {})
 
     def with_values(self, values: Values) -> Operators:
         """The same operators with other values for the reference's."""
@@ -190,10 +199,14 @@ class Operators:
         """The layer's outputs among values."""
         return {name: values[name] for name in self.outputs}
 
-    def _run_all(self, feeds: Values) -> dict[str, Array]:
+    def _run_all(self, feeds: Values, measured: Values) -> dict[str, Array]:
         values: dict[str, Array] = {**self._constants, **feeds}
         for node in self.model.graph:
             self._evaluate(node, values)
+            for name in [str(v.name) for v in node.outputs if v.name in measured]:
+                self.computed[name] = values[name]
+                if measured[name].shape == values[name].shape:
+                    values[name] = measured[name].astype(values[name].dtype)
         return values
 
     def _evaluate(self, node: ir.Node, values: dict[str, Array]) -> None:
