@@ -176,7 +176,8 @@ def verify_layers_of(
         options.tolerances.check_used(output_names(export))
     check_weights_of(export)
     remove_leftovers(export.folder)
-    candidates = [Candidate(name, export, options) for name in backends]
+    own_process = observe is not None
+    candidates = [Candidate(one, export, options, own_process=own_process) for one in backends]
     precisions = {candidate.precision for candidate in candidates if export.dtype == "float32"}
     floors = {name: LayerFloor(bits) for name, bits in BITS.items() if name in precisions}
     known: dict[str, Outputs] = {}
@@ -242,6 +243,9 @@ def verify_layers_of(
                 raise
             interrupted = where
             failure = error if isinstance(error, ArtifactError) else None
+        finally:
+            for candidate in candidates:
+                candidate.close()
     results = tuple(candidate.result() for candidate in candidates)
     done = LayerVerification(
         export.model["source"], export.folder, tuple(steps), results, interrupted, failure, resumed
