@@ -110,21 +110,24 @@ def test_operators_that_fail_only_together_are_a_group(checkpoint, with_fault):
     assert "group of 2 operators" in "\n".join(describe_fault(fault))
 
 
-def test_a_fault_that_moves_from_run_to_run_is_said(checkpoint, with_fault):
+@pytest.mark.parametrize("healthy", [[0], [0, 2, 3], [1, 2, 4]])
+def test_a_fault_that_moves_from_run_to_run_is_said(healthy, checkpoint, with_fault):
+    """It shows in 4 of 5 runs, or in 2; these are counted from its layer's first."""
     runs = iter(range(1 << 30))
     edit = Fault("Sigmoid", MLP, coarse(2))
 
     def sometimes(model: ir.Model) -> None:
         before = edit.name
-        if next(runs) % 5 or before is None:
+        if before is None or next(runs) % 5 not in healthy:
             edit(model)
 
     with_fault(sometimes)
     fault = isolate(checkpoint)
-    assert [[edit.name]] == names(fault) or fault.unexplained
-    if fault.causes:
-        assert fault.causes[0].shown < 5
-        assert f"in {fault.causes[0].shown} of 5 runs" in "\n".join(describe_fault(fault))
+    said = "\n".join(describe_fault(fault))
+    assert [[edit.name]] == names(fault), said
+    (cause,) = fault.causes
+    assert cause.shown == 5 - len(healthy)
+    assert f"in {cause.shown} of 5 runs" in said
 
 
 def test_an_operator_that_the_backend_dies_on_is_named(checkpoint, with_fault):

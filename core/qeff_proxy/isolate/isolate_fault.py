@@ -23,7 +23,15 @@ from qeff_proxy.arrays import Array
 from qeff_proxy.artifact.manifest_schema import ExportedPart
 from qeff_proxy.errors import UsageError
 from qeff_proxy.graph.split_layers import LayerGraph
-from qeff_proxy.isolate.blame import MOST_CAUSES, Culprit, OpenGroup, Trials, find_culprits
+from qeff_proxy.isolate.blame import (
+    MOST_CAUSES,
+    RUNS,
+    SEEN,
+    Culprit,
+    OpenGroup,
+    Trials,
+    find_culprits,
+)
 from qeff_proxy.isolate.capsule import check_capsule_place
 from qeff_proxy.isolate.describe import describe_operator, worst_element
 from qeff_proxy.isolate.neighbourhood import Neighbour, neighbourhood
@@ -46,9 +54,6 @@ from qeff_proxy.verify.options import VerifyOptions
 
 if TYPE_CHECKING:
     from torch import nn
-
-#: The layer's error at fixed shapes is the fault that was seen, if it is at least this share of it.
-_SAME = 0.25
 
 
 def isolate_fault(
@@ -232,6 +237,7 @@ def _look_into(
         lambda outputs: candidate.precision is not None or compared(outputs).passed,
         lambda stage: progress(f"{result.name}: {stage}"),
         most=1 if result.local.passed else MOST_CAUSES,
+        seen=0.0 if result.local.passed else result.local.over_peak,
     )
     fault = replace(fault, whole=whole)
     if capsule.path is not None and culprits and whole is not None:
@@ -297,11 +303,11 @@ def _unexplained(result: LayerResult, whole: float | None, causes: Sequence[Caus
             "The layer is within tolerance: its error is rounding, of which these operators have "
             "the largest share that was found."
         )
-    if whole < _SAME * result.local.over_peak:
+    if whole < SEEN * result.local.over_peak:
         return (
             f"The layer's error does not show again at the fixed shapes of this step ({whole:.3g} "
-            f"of the peak, {result.local.over_peak:.3g} before): it comes from run to run, or from "
-            "shapes that are not fixed."
+            f"of the peak in any of {RUNS} runs, {result.local.over_peak:.3g} before): it comes "
+            "from run to run, or from shapes that are not fixed."
         )
     if not causes:
         return "No group of its operators causes it."
