@@ -68,6 +68,7 @@ class Trials:
         if not chosen:
             return {}
         group = self.operators.group(chosen)
+        self.operators.free_pages()
         # A backend may warn of a graph that the user never asked for.
         with without_warnings(), self.opened(group) as session:
             found = session.run({new: np.asarray(values[old]) for new, old in group.inputs.items()})

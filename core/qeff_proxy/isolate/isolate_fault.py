@@ -245,6 +245,7 @@ def _look_into(
     causes = tuple(
         _cause(culprit, trials, candidate.precision, layer.module) for culprit in culprits
     )
+    operators.free_pages()
     return replace(fault, causes=causes, unexplained=_unexplained(result, whole, causes)), culprits
 
 
@@ -364,4 +365,6 @@ class _Exact(Session):
         """Run it; see `Session.compute`."""
         operators = Operators(self._graph, feeds, self._plain)
         trials = Trials(operators, self._open)
-        return operators.results(trials.without(self._numbers, operators.values))
+        outputs = operators.results(trials.without(self._numbers, operators.values))
+        operators.free_pages()
+        return outputs

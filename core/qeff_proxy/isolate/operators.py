@@ -8,6 +8,7 @@ computes the others (a weight's transpose) goes with the operators that read it.
 from __future__ import annotations
 
 import copy
+import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -181,6 +182,16 @@ class Operators:
         other = copy.copy(self)
         other.values = values
         return other
+
+    def free_pages(self) -> None:
+        """Let the weights' pages go, which are mapped; who reads one gets it from the file again.
+
+        A backend that opens the layer would have its weights in memory a second time.
+        """
+        for value in self.model.graph.initializers.values():
+            mapped = getattr(value.const_value, "raw", None)
+            if isinstance(mapped, mmap.mmap):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     @property
     def outputs(self) -> list[str]:
