@@ -105,7 +105,7 @@ FAULTS: dict[str, list[tuple[Any, ...]]] = {
         ("off-by-one position", "Concat", "h.3.attn", late(), 1),
     ],
     "lfm2": [  # layer 2 is a convolution with a state
-        ("stale state", "Concat", "layers.2.conv", stale(3)),
+        ("stale state", "Slice", "layers.2.conv", stale(3)),
         ("off-by-one position", "Concat", "layers.2.conv", late(3)),
         ("wrong rounding", "Conv", "layers.2.conv", coarse(3)),
         ("epsilon", "Add", "layers.2.operator_norm", ADDED),
@@ -163,6 +163,7 @@ def main() -> None:
     """Put the faults in, one at a time, and print what was named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, action="append")
+    parser.add_argument("--kind", help="only this kind of fault")
     args = parser.parse_args()
     count = named = accused = 0
     for model in args.model or MODELS:
@@ -174,7 +175,8 @@ def main() -> None:
             accused += not healthy.healthy
             if not healthy.healthy:
                 print(json.dumps({"model": model, "accused": describe_fault(healthy)}))
-            for kind, operator, module, change, *nth in FAULTS[model]:
+            chosen = [one for one in FAULTS[model] if args.kind in (None, one[0])]
+            for kind, operator, module, change, *nth in chosen:
                 edit = Fault(operator, module, change, *nth)
                 fault = isolate(checkpoint, request, edit)
                 found = [[o.node for o in cause.operators] for cause in fault.causes]

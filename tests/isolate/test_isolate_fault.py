@@ -27,6 +27,7 @@ from operator_faults import (
 )
 from qeff_proxy.cli import main
 from qeff_proxy.errors import ArtifactError, UsageError
+from qeff_proxy.graph.name_scopes import NAME_SCOPES
 from qeff_proxy.isolate import (
     describe_fault,
     isolate_fault,
@@ -80,6 +81,24 @@ def test_the_faulty_operator_is_named(kind, checkpoint, with_fault):
     assert fault.before.sqnr < 60 < fault.after.sqnr
     assert cause.operators[0].module.startswith("model.layers.3")
     assert "modeling_llama.py" in cause.operators[0].source or kind == "coarse rounding"
+
+
+def test_what_was_found_before_ctrl_c_is_printed(checkpoint, with_fault, tmp_path, capsys):
+    edit = FAULTS["an axis"]
+
+    def interrupted(model: ir.Model) -> None:
+        edit(model)
+        if any("layers.5.mlp" in node.metadata_props.get(NAME_SCOPES, "") for node in model.graph):
+            raise KeyboardInterrupt
+
+    with_fault(interrupted)
+    path = tmp_path / "fault.zip"
+    command = ["isolate", str(checkpoint), "--ids", "3,10,17", "--max-new-tokens", "1"]
+    assert main([*command, "--capsule", str(path)]) == 130
+    said = capsys.readouterr().out
+    assert edit.name in said
+    assert "Interrupted at body layer 5, so there is no proof." in said
+    assert read_capsule(path).facts["where"] == "body layer 3"
 
 
 def test_two_faults_are_both_named(checkpoint, with_fault):

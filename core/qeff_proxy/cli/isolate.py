@@ -34,7 +34,7 @@ causes the error. The proof is the error of the model's last outputs with those 
 --capsule writes them to a file with their inputs and a script: qeff-proxy isolate FILE.zip runs it.
 --against compares two exports of one model (other opset, exporter, weights) without a backend, or
 with --export two dumps: the operators between the device's values.
-Exit status: 0 when there is no fault, else 1.
+Exit status: 0 when there is no fault, 130 when interrupted, else 1.
 """
 
 
@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
             print_text(line)
         if args.html is not None:
             print_text(f"report: {args.html}")
+    if fault.interrupted:
+        return 130
     return 0 if fault.passed else 1
 
 

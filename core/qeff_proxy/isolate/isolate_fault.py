@@ -122,7 +122,9 @@ def isolate_fault(
         return replace(_nothing(result.layers), source=done.source, backend=backend)
     fault = replace(search.fault, source=done.source, backend=backend)
     if done.interrupted:
-        return replace(fault, notes=(*fault.notes, f"Interrupted at {done.interrupted}."))
+        said = f"Interrupted at {done.interrupted}, so there is no proof."
+        fault = replace(fault, notes=(*fault.notes, said))
+        return replace(fault, interrupted=done.failure is None)
     if search.exact is None or search.exact.last is None:
         return fault
     before, after = result.layers[-1].inherited, search.exact.last.inherited

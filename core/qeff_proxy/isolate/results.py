@@ -133,6 +133,7 @@ class Fault:
         capsule: The file to send, where one was asked for.
         notes: Anything else that must be known.
         exports: Whether two exports were compared; ``backend`` is the second's folder.
+        interrupted: Whether Ctrl-C ended the run before its proof.
         dumps: Whether two dumps were; ``backend`` is the device's, ``source`` the export.
     """
 
@@ -154,6 +155,7 @@ class Fault:
     notes: tuple[str, ...] = ()
     exports: bool = False
     dumps: bool = False
+    interrupted: bool = False
 
     @property
     def found(self) -> bool:
