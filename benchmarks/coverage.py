@@ -12,7 +12,6 @@ the JSON file already is not run again.
 from __future__ import annotations
 
 import argparse
-import copy
 import inspect
 import json
 import multiprocessing
@@ -28,55 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from small_models import FIRST_SPECIAL, LAYERS, build_small
 
-LAYERS, VOCABULARY = 5, 256
-#: What configs call a size, by what is a small one.
-SMALL: dict[int, str] = {
-    LAYERS: "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers",
-    VOCABULARY: "vocab_size",
-    64: "hidden_size n_embd d_model dim embedding_size emb_dim word_embed_proj_dim "
-    "output_hidden_size true_hidden_size intra_bottleneck_size lru_width proj_hidden_size",
-    96: "intermediate_size ffn_dim n_inner d_ff hidden_dim encoder_ffn_dim decoder_ffn_dim",
-    32: "moe_intermediate_size shared_expert_intermediate_size",
-    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads n_routed_experts "
-    "decoder_attention_heads attention_heads num_local_experts num_experts linear_num_value_heads "
-    "linear_num_heads mamba_n_heads",
-    2: "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token "
-    "linear_num_key_heads",
-    16: "head_dim v_head_dim qk_nope_head_dim d_kv kv_lora_rank query_pre_attn_scalar state_size "
-    "linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_d_state",
-    8: "qk_rope_head_dim rotary_dim sliding_window attention_window_size local_attention",
-    1: "n_group topk_group n_shared_experts first_k_dense_replace num_expert_group n_groups expand "
-    "mamba_expand",
-    128: "max_position_embeddings n_positions max_seq_len max_target_positions",
-}
-SIZES = {name: size for size, names in SMALL.items() for name in names.split()}
-_RECURRENT = ["linear_attention", "full_attention"]
-#: What the defaults of a config leave out, or have otherwise than the checkpoints.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1, 3]},
-    "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2},
-    "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma4_text": {"hidden_size_per_layer_input": 0},  # refused with it: it takes token ids
-    "granitemoehybrid": {"layer_types": _RECURRENT * 2 + _RECURRENT[:1]},
-    "kimi_linear": {"num_key_value_heads": 4, "layer_types": _RECURRENT * 2 + _RECURRENT[:1]},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
-    "zaya": {"num_experts_per_tok": 1},
-}
-SETTINGS["lfm2"]["full_attn_idxs"] = None
-#: Left out where a model of all of these cannot be built: first the shapes of heads, then widths.
-ATTEMPTS = (
-    (),
-    ("head_dim", "num_key_value_heads", "num_kv_heads"),
-    tuple(name for name, size in SIZES.items() if size not in (LAYERS, VOCABULARY)),
-)
-MOST_PARAMETERS = 2.5e8
 #: The mapping's name in transformers, the auto class, and the task.
 MAPPINGS = {
     "causal": ("CAUSAL_LM", "AutoModelForCausalLM", "causal-lm"),
     "ctc": ("CTC", "AutoModelForCTC", "ctc"),
     "encoder": ("MASKED_LM", "AutoModel", "encoder"),
+    "image-text": ("IMAGE_TEXT_TO_TEXT", "AutoModelForImageTextToText", "image-text-to-text"),
+    "speech": ("SPEECH_SEQ_2_SEQ", "AutoModelForSpeechSeq2Seq", "speech-seq2seq"),
     "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM", "AutoModelForSeq2SeqLM", "seq2seq"),
     "classification": (
         "SEQUENCE_CLASSIFICATION",
@@ -89,6 +48,7 @@ STEPS = (7, 3, 1, 1)
 STEPS_OF_STATES = (10, 1, 1)
 LENGTHS = {"encoder": (9, 6, 4), "input_values": (8_000, 5_300), "input_features": (120, 77)}
 TOLERANCE = 1e-3
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def model_types(mapping: str) -> list[str]:
@@ -102,54 +62,19 @@ def model_types(mapping: str) -> list[str]:
     return names
 
 
-def small_settings(config: Any, left_out: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of a config that make its model small."""
-    settings: dict[str, Any] = {}
-    depth = getattr(config, "num_hidden_layers", None)
-    for name in config.to_dict():
-        value = vars(config)[name] if name in vars(config) else getattr(config, name, None)
-        if hasattr(value, "to_dict"):
-            settings[name] = type(value)(**small_settings(value, left_out))
-        elif name in SIZES and name not in left_out and type(value) is int:
-            settings[name] = SIZES[name]
-        elif isinstance(value, list) and len(value) == depth and depth > LAYERS:
-            kinds = list(dict.fromkeys(map(str, value)))
-            few = [value[[str(v) for v in value].index(kind)] for kind in kinds]
-            settings[name] = (few * LAYERS)[:LAYERS]
-        elif name.endswith("token_id") and type(value) is int and value >= VOCABULARY:
-            settings[name] = 1
-    return settings
-
-
 def build(mapping: str, model_type: str, hooks: Any) -> tuple[Any, Any, Any]:
-    """A small model with shaken weights, inputs, and what it makes of them."""
-    import torch
+    """A small model, inputs, and what it makes of them."""
     import transformers
 
-    config_class = transformers.CONFIG_MAPPING[model_type]
+    def run(model: Any) -> tuple[Any, Any]:
+        inputs = inputs_of(mapping, model, hooks)
+        return inputs, reference(mapping, model, inputs)
+
     auto_class = getattr(transformers, MAPPINGS[mapping][1])
-    for left_out in ATTEMPTS:
-        try:
-            settings = small_settings(config_class(), left_out)
-            config = config_class(**{**settings, **SETTINGS.get(model_type, {})})
-            if mapping == "causal" and hasattr(config, "is_decoder"):
-                config.is_decoder = True
-            with torch.device("meta"):
-                size = auto_class.from_config(copy.deepcopy(config)).num_parameters()
-            if size > MOST_PARAMETERS:
-                raise ValueError(f"{size / 1e6:.0f} million parameters are too many")
-            model = auto_class.from_config(config, attn_implementation="eager").eval()
-            generator = torch.Generator().manual_seed(0)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-                    parameter.add_(noise * (0.1 if parameter.dim() < 2 else 0.15))
-            inputs = inputs_of(mapping, model, hooks)
-            return model, inputs, reference(mapping, model, inputs)
-        except Exception:
-            if left_out is ATTEMPTS[-1]:
-                raise
-    raise AssertionError("the last attempt returns or raises")
+    model, (inputs, expected) = build_small(
+        model_type, auto_class, run, decoder=mapping == "causal"
+    )
+    return model, inputs, expected
 
 
 def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
@@ -161,14 +86,18 @@ def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
         width = hooks.build_proxy(model, None, site, "split").parts[0].inputs[0].shape[2:]
         shapes = [(1, length, *width) for length in LENGTHS[name]]
         return [{name: generator.standard_normal(shape, np.float32)} for shape in shapes]
+    if mapping == "image-text":
+        return [image_prompt(model, generator)]
+    if mapping == "speech":
+        return [sound(model, generator)]
     if mapping in ("encoder", "classification"):
-        rows = [generator.integers(3, VOCABULARY, (1, n)) for n in LENGTHS["encoder"]]
+        rows = [generator.integers(3, FIRST_SPECIAL, (1, n)) for n in LENGTHS["encoder"]]
         return [{"input_ids": ids} for ids in rows]
     if mapping == "seq2seq":
         feeds = {
-            "input_ids": generator.integers(3, VOCABULARY, (2, 11)),
+            "input_ids": generator.integers(3, FIRST_SPECIAL, (2, 11)),
             "attention_mask": np.ones((2, 11), np.int64),
-            "decoder_input_ids": generator.integers(3, VOCABULARY, (2, sum(STEPS))),
+            "decoder_input_ids": generator.integers(3, FIRST_SPECIAL, (2, sum(STEPS))),
         }
         feeds["input_ids"][1, 7:], feeds["attention_mask"][1, 7:] = 0, 0
         return [feeds]
@@ -178,7 +107,7 @@ def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
     layers = DynamicCache(config=model.config).layers
     has_states = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
     steps = STEPS_OF_STATES if has_states else STEPS
-    ids = generator.integers(3, VOCABULARY, (2, sum(steps)))
+    ids = generator.integers(3, FIRST_SPECIAL, (2, sum(steps)))
     padding = np.ones_like(ids)
     padding[1, :3] = 0
     ends = np.cumsum(steps)
@@ -188,12 +117,124 @@ def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
     ]
 
 
+def image_size_of(model: Any) -> int | None:
+    """A small side in pixels, for towers that take images of any size."""
+    names = ("vision_config", "vq_config", "vision_model", "audio_config")
+    parts = [getattr(model.config, name, None) for name in names]
+    return None if any(getattr(part, "image_size", None) for part in parts) else 32
+
+
+def image_tensors(model: Any) -> tuple[dict[str, Any], int]:
+    """The tensors of two images of noise and the tokens of each; none if no form fits the tower."""
+    import torch
+    from qeff_proxy.errors import UnsupportedModelError
+    from qeff_proxy_vision.one_image import candidates, feature_arguments, features_owner
+
+    width = model.get_input_embeddings().weight.shape[-1]
+    torch.manual_seed(1)
+    try:
+        size = image_size_of(model)
+        for image in candidates(model, feature_arguments(model) or ["none"], size and (size, size)):
+            pixels = torch.randn(2 * len(image.pixels), *image.pixels.shape[1:]).to(model.dtype)
+            if image.pixels.min() >= 0:  # from 0 to 1
+                pixels = pixels.sigmoid()
+            tensors = {name: torch.cat([value] * 2) for name, value in image.geometry.items()}
+            tensors["pixel_values"] = pixels
+            try:
+                with torch.no_grad():
+                    features = features_owner(model).get_image_features(**tensors)
+            except Exception:  # noqa: BLE001 (the form of another model)
+                continue
+            features = getattr(features, "pooler_output", features)
+            rows = [features] if isinstance(features, torch.Tensor) else features
+            return tensors, sum(row.numel() for row in rows) // width // 2
+    except UnsupportedModelError:
+        pass
+    return {}, 0
+
+
+def image_prompt(model: Any, generator: Any) -> dict[str, Any]:
+    """A batch of two prompts, one of them padded, with an image each where the model takes one."""
+    tensors, count = image_tensors(model)
+    names = ("image_token_id", "image_token_index")
+    token = next((t for name in names if (t := getattr(model.config, name, None))), 0)
+    texts = [generator.integers(3, FIRST_SPECIAL, n).tolist() for n in (4, 6, 2, 3)]
+    prompts = [texts[0] + [token] * count + texts[1], texts[2] + [token] * count + texts[3]]
+    length = max(map(len, prompts))
+    ids = np.array([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = np.array([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    arrays = {"input_ids": ids, "attention_mask": mask}
+    takes = inspect.signature(model.forward).parameters
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in takes and count:
+            arrays[name] = (ids == token).astype(np.int64)
+    return arrays | {name: value.numpy() for name, value in tensors.items()}
+
+
+def sound(model: Any, generator: Any) -> dict[str, Any]:
+    """The sound of two rows, in the form that the model's encoder takes it."""
+    config = model.config
+    if model.main_input_name == "input_values":
+        return {"input_values": generator.standard_normal((2, 8_000), np.float32)}
+    names = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "n_mels")
+    parts = [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))]
+    bins = [getattr(part, name, None) for part in parts for name in names]
+    bins = next((size for size in bins if isinstance(size, int)), 80)
+    frames = getattr(config, "max_source_positions", None)
+    if config.model_type == "whisper":
+        return {"input_features": generator.standard_normal((2, bins, 2 * frames), np.float32)}
+    return {"input_features": generator.standard_normal((2, 120, bins), np.float32)}
+
+
+class Logits:
+    """Keeps the logits of the last position of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Any] = []
+
+    def step(self, _phase: str, _index: int, _part: str, _in: Any, out: Any, **_more: Any) -> None:
+        """Called after each run of a part."""
+        if "logits" in out:
+            self.steps.append(out["logits"][:, -1:])
+
+
+def generated(model: Any, hooks: Any, feeds: dict[str, Any], folder: Path) -> list[Any]:
+    """The logits of each step of a greedy generation by the exported graphs."""
+    import torch
+    from qeff_proxy.backends.compile_export import compile_export, open_sessions
+    from qeff_proxy.export.export_model import export_model
+    from qeff_proxy.flows.flow import Job, load_flow
+    from qeff_proxy.load.load_model import with_options, wrap_model
+
+    size = image_size_of(model) if "pixel_values" in feeds else None
+    loaded = with_options(wrap_model(model), {} if size is None else {"image_size": size})
+    export = export_model(loaded, hooks, output=folder)
+    logits = Logits()
+    with open_sessions(compiled := compile_export(export)) as sessions:
+        job = Job(
+            export=export,
+            sessions=sessions,
+            options=compiled.options,
+            config=model.config,
+            tensors={name: torch.from_numpy(value) for name, value in feeds.items()},
+            folder=folder,
+            settings=GREEDY,
+            recorder=logits,
+        )
+        load_flow(export.flow).run(job)
+    return logits.steps[-GREEDY["max_new_tokens"] :]
+
+
 def reference(mapping: str, model: Any, inputs: list[dict[str, Any]]) -> list[Any]:
     """What the uncut model makes of each, with its own cache and masks."""
     import torch
     from qeff_proxy.families.model_cache import cache_argument, cache_of
     from qeff_proxy.flows.causal_engine import position_ids_of
 
+    if mapping in ("image-text", "speech"):
+        tensors = {name: torch.from_numpy(value) for name, value in inputs[0].items()}
+        out = model.generate(**tensors, **GREEDY, output_logits=True, return_dict_in_generate=True)
+        return [step.float().numpy()[:, None] for step in out.logits]
     if mapping == "encoder" and model.config.is_encoder_decoder:
         model = model.get_encoder()
     takes = inspect.signature(model.forward).parameters
@@ -254,6 +295,8 @@ def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) ->
                 logits, cache = engine.step(StepId("prefill", 0), tokens, seen, cache)
                 results.append(logits)
         return results
+    if mapping in ("image-text", "speech"):
+        return generated(model, hooks, inputs[0], folder)
     if mapping == "ctc":
         recognizer = qeff_proxy.QEFFAutoModelForCTC(model, proxy="split")
         recognizer.export(folder)

@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     rows = parse_rows(args.inputs) if args.ids else []
     settings = _settings(args)
     from qeff_proxy.dump import DumpOptions
+    from qeff_proxy.run.run_compiled import generates, run_compiled
 
     beams = args.num_beams or 1
     io_options = DumpOptions(
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     export, hooks = export_of(args, with_processor=not rows)
     if (args.write_io or _asks_for_dump(args)) and args.io_dir is None:
         check_writable(export.folder)
-    if _generates(export):
+    if generates(export):
         settings["do_sample"] = args.sample
     elif settings or args.sample or args.stream:
         raise UsageError(
@@ -93,7 +94,6 @@ def run(args: argparse.Namespace) -> int:
         )
     compiled = compiled_of(args, export)
     from qeff_proxy.load.load_processor import load_processor
-    from qeff_proxy.run.run_compiled import run_compiled
 
     processor = None
     if not rows:
@@ -136,11 +136,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--stream takes one INPUT")
     if args.stream and args.json:
         raise UsageError("--stream and --json exclude each other")
-
-
-def _generates(export: Export) -> bool:
-    outputs = (spec.name for part in export.parts for spec in part.outputs)
-    return export.kind == "stub" or any(name.startswith("present.") for name in outputs)
 
 
 def _request(

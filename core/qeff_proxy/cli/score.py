@@ -32,7 +32,8 @@ The text is cut into windows; PyTorch and each backend run them, and the tokens 
 of each window are scored. KL is the divergence of the backend's next-token distribution from
 PyTorch's, in nats; flips are tokens that one of the two has first and the other has not. Of an
 embedder, each line is a text: cosine of its two vectors, Spearman's correlation of the similarities
-of all pairs, and whether the nearest other line is the same. Intervals are of 95%.
+of all pairs, and whether the nearest other line is the same. For a model of sound or images each
+line is a file, a tab, and what is said in it or the question about it. Intervals are of 95%.
 Exit status: 0, or 1 when a backend fails or misses a --limit.
 """
 #: Measure → what the table calls it, and its format.
@@ -52,6 +53,11 @@ _ROWS = {
     "least": ("cosine, least", "{:.6f}"),
     "rank": ("rank correlation", "{:.6f}"),
     "nearest": ("same nearest line", "{:.3%}"),
+    "wer_reference": ("PyTorch's word errors", "{:.2%}"),
+    "wer": ("word errors", "{:.2%}"),
+    "wer_more": ("word errors, more", "{:+.2%}"),
+    "same": ("same answers", "{:.2%}"),
+    "alike": ("words before another", "{:.2%}"),
 }
 _SHOWN = 5
 
@@ -71,6 +77,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--windows", type=int, metavar="N", help="score no more than the first N, or lines"
     )
     parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="of an answer (default: 64) or a transcript"
+    )
+    parser.add_argument(
         "--worst", type=int, default=_SHOWN, metavar="N", help="tokens to name (default: 5)"
     )
     parser.add_argument(
@@ -78,7 +87,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="NAME:VALUE,…",
         help="exit with 1 beyond these: ratio, kl, p99, flips at most; top1, top5, cosine, p01, "
-        "least, rank, nearest at least",
+        "least, rank, nearest, same, alike at least; wer, wer_more at most",
     )
     add_shape_options(parser)
     add_calibration_option(parser)
@@ -89,9 +98,10 @@ def run(args: argparse.Namespace) -> int:
     """Score, print, and return 0 when all backends ran and keep the limits, else 1."""
     names = args.backend or ["onnxruntime"]
     by_backend = options_by_backend(args, names)
-    for option in ("window", "windows"):
+    for option in ("window", "windows", "max_new_tokens"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise UsageError(f"--{option} is {getattr(args, option)}", "Give a number from 1 on.")
+            name = option.replace("_", "-")
+            raise UsageError(f"--{name} is {getattr(args, option)}", "Give a number from 1 on.")
     with stage_display("scoring", quiet=args.json) as progress:
         progress("loading libraries")
         from qeff_proxy.score import ScoreOptions, score_model
@@ -115,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
             model,
             names,
             args.text.expanduser(),
-            ScoreOptions(args.window, args.windows, args.worst, limits, options),
+            ScoreOptions(
+                args.window, args.windows, args.worst, args.max_new_tokens, limits, options
+            ),
             hooks=hooks,
             trust_remote_code=args.trust_remote_code,
             progress=progress,

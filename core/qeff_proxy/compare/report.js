@@ -85,7 +85,7 @@ function drawLayers() {
   const first = data.first_place;
   if (first !== null) {
     svg.append(element("line", { x1: x(first), x2: x(first), y1: top, y2: floor, stroke: "var(--bad)", "stroke-dasharray": "4 4" }));
-    const flip = first > places.length * 0.7;
+    const flip = x(first) > width * 0.7;
     svg.append(element("text", { x: x(first) + (flip ? -6 : 6), y: top - 4, "text-anchor": flip ? "end" : "start", style: "fill:var(--bad);font-weight:600" }, data.first_text));
   }
   series.forEach((s, n) => {

@@ -284,6 +284,11 @@ class HeadPart(nn.Module):
         paths = filter(None, (decoder_path, encoder_path))
         passed = {path: _Passthrough(model.get_submodule(path)) for path in paths}
         self.model = replace_modules(model, passed)
+        steps = decoder_path.split(".")
+        for count in range(len(steps)):  # the modules that are copies
+            module = self.model.get_submodule(".".join(steps[:count]))
+            if hasattr(module, "rope_deltas"):  # of the last prompt that the model has seen
+                module.rope_deltas = None
         self.has_encoder = encoder_path is not None
 
     def forward(self, last_hidden_state: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -46,6 +46,12 @@ class RunResult(Shown):
         return {"outputs": ", ".join(self.outputs), "dump": self.io_folder}
 
 
+def generates(export: Export) -> bool:
+    """Whether a model writes its output token by token."""
+    outputs = (spec.name for part in export.parts for spec in part.outputs)
+    return export.kind == "stub" or any(name.startswith("present.") for name in outputs)
+
+
 def run_compiled(
     compiled: Compiled,
     hooks: Hooks,

@@ -11,8 +11,9 @@ from qeff_proxy.errors import UsageError
 
 #: What a limit may be of, and whether it is the least or the most.
 LIMITS = {
-    **dict.fromkeys(("ratio", "kl", "p99", "flips"), "most"),
+    **dict.fromkeys(("ratio", "kl", "p99", "flips", "wer", "wer_more"), "most"),
     **dict.fromkeys(("top1", "top5", "cosine", "p01", "least", "rank", "nearest"), "least"),
+    **dict.fromkeys(("same", "alike"), "least"),
 }
 
 
@@ -62,20 +63,40 @@ class WorstLine:
 
 
 @dataclass(frozen=True)
+class WorstAnswer:
+    """A transcript or an answer that is another.
+
+    Attributes:
+        file: The name of the recording or image.
+        reference: What PyTorch says of it.
+        candidate: What the backend says.
+        more: Words that the backend has wrong beyond those that PyTorch has.
+    """
+
+    file: str
+    reference: str
+    candidate: str
+    more: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reference!r} in PyTorch and {self.candidate!r}"
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was measured of one backend.
 
     Attributes:
         measures: By name.
         intervals: Where a measure is with 95% certainty.
-        worst: The worst tokens or lines, the worst first.
+        worst: The worst tokens, lines or answers, the worst first.
         scored: How many there were.
         said: The same in words.
     """
 
     measures: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
-    worst: tuple[WorstToken | WorstLine, ...]
+    worst: tuple[WorstToken | WorstLine | WorstAnswer, ...]
     scored: int
     said: str
 
@@ -90,9 +111,10 @@ class BackendScore:
         error: Why it has no score, or ``None``.
         measures: By name (docs/score.md): of tokens `qeff_proxy.score.tally.measures_of`, and
             ``median``, ``p99`` and ``max`` of the divergence; of vectors ``cosine``, ``p01``,
-            ``least``, ``rank`` and ``nearest``.
-        intervals: Where a measure is with 95% certainty (windows or lines resampled).
-        worst: The tokens or lines that differ most, the worst first.
+            ``least``, ``rank`` and ``nearest``; of answers ``same`` and ``alike``, and of
+            transcripts ``wer``, ``wer_reference`` and ``wer_more``.
+        intervals: Where a measure is with 95% certainty (windows, lines or files resampled).
+        worst: The tokens, lines or answers that differ most, the worst first.
         missed: The limits that it does not keep, in words.
     """
 
@@ -101,7 +123,7 @@ class BackendScore:
     error: str | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    worst: tuple[WorstToken | WorstLine, ...] = ()
+    worst: tuple[WorstToken | WorstLine | WorstAnswer, ...] = ()
     missed: tuple[str, ...] = ()
 
     @property
@@ -117,7 +139,7 @@ class Score:
     Attributes:
         source: The model.
         text: The file.
-        scored: How many tokens or lines are scored.
+        scored: How many tokens, lines or files are scored.
         said: The same in words.
         backends: Their scores.
     """

@@ -2,8 +2,9 @@
 
 A causal language model's text is cut into windows of tokens. PyTorch and the backend run each
 window; the second half of it is scored, whose tokens have at least half a window of context (as
-llama.cpp's ``perplexity`` does). An embedder's text is embedded line by line. One backend at a time
-is in memory beside PyTorch, so PyTorch runs once for each.
+llama.cpp's ``perplexity`` does). An embedder's text is embedded line by line. A text that lists
+recordings or images is put to a model of those. One backend at a time is in memory beside PyTorch,
+so PyTorch runs once for each.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.run.calibration import takes_calibration, with_calibration
 from qeff_proxy.score.results import BackendScore, Score, missed_limits
+from qeff_proxy.score.score_answers import AnswerScorer, listed_in
 from qeff_proxy.score.score_tokens import TokenScorer
 from qeff_proxy.score.score_vectors import VectorScorer
+from qeff_proxy.score.scorer import Scorer
 from qeff_proxy.score.windows import windows_of
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.verify.options import VerifyOptions
@@ -55,6 +58,7 @@ class ScoreOptions:
     Attributes:
         window: Tokens of a window; by default 512, or the model's positions if those are fewer.
         windows: Score no more than the first so many.
+        new_tokens: The most tokens of an answer (by default 64) or a transcript.
         worst: How many of the worst tokens to name.
         limits: Measure → the most or the least it may be (`qeff_proxy.score.results.LIMITS`).
         verify: Export, shapes and options of the backends, as for a verification.
@@ -63,11 +67,12 @@ class ScoreOptions:
     window: int | None = None
     windows: int | None = None
     worst: int = 10
+    new_tokens: int | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     verify: VerifyOptions = field(default_factory=VerifyOptions)
 
     def __post_init__(self) -> None:
-        for name in ("window", "windows"):
+        for name in ("window", "windows", "new_tokens"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
 
@@ -94,8 +99,8 @@ def score_model(
         progress: Called with the name of each stage as it starts.
 
     Raises:
-        UsageError: The model is no causal language model, the text cannot be read, or the window
-            does not fit. A failure of one backend is not raised but kept in its score.
+        UsageError: The model is not one for the text, the text cannot be read, or the window does
+            not fit. A failure of one backend is not raised but kept in its score.
         CheckpointError: The checkpoint has no tokenizer.
     """
     options = options or ScoreOptions()
@@ -105,27 +110,30 @@ def score_model(
     if folder is None:
         raise UsageError("a model made in memory has no tokenizer", "Save it, and name the folder.")
     tokenizer = load_processor(folder, trust_remote_code=trust_remote_code)
+    listed = sum(1 for _ in listed_in(text))  # which refuses a list before the work begins
     window = _window_of(options, folder)
-    next(windows_of(text, tokenizer, window))  # to refuse a text before the work begins
+    if not listed:
+        next(windows_of(text, getattr(tokenizer, "tokenizer", tokenizer), window))
     hooks = hooks or installed_hooks(model)
     export = export_of(model, hooks, replace(options.verify, taps=_taps_of(model)), progress)
-    if export.flow not in (_TOKENS, _VECTORS) or export.kind == "stub":
+    if (export.flow in (_TOKENS, _VECTORS)) == bool(listed) or export.kind == "stub":
         raise UsageError(
-            f"{export.model['source']} runs as {export.flow} ({export.kind}): a text is scored by "
-            "a causal language model's logits or an embedder's vectors",
-            "Name such a model, split or whole.",
+            f"{export.model['source']} runs as {export.flow} ({export.kind}), which {text} is no "
+            "text for",
+            "A causal language model or an embedder is scored on a plain text; a model of sound "
+            "or images on lines of a file, a tab and its transcript or question.",
         )
     loaded = model if isinstance(model, LoadedModel) else None
     parts = live_proxy(loaded, hooks, export).parts
     reference = {part.name: TorchSession(part) for part in parts}
-    if export.flow == _TOKENS:
-        scorer: TokenScorer | VectorScorer = TokenScorer(
-            text, tokenizer, window, options.windows, options.worst, reference, progress
-        )
+    about = (text, options.windows, options.worst, reference, progress)
+    scorer: Scorer
+    if listed:
+        scorer = AnswerScorer(*about, tokenizer, hooks, options.new_tokens)
+    elif export.flow == _TOKENS:
+        scorer = TokenScorer(*about, tokenizer, window)
     else:
-        scorer = VectorScorer(
-            text, tokenizer, hooks, options.windows, options.worst, reference, progress
-        )
+        scorer = VectorScorer(*about, tokenizer, hooks)
     run = _Run(export, hooks, tokenizer, window, options, scorer, progress)
     scores = tuple(run.score(name) for name in dict.fromkeys(backends))
     return Score(export.model["source"], str(text), run.scored, run.said, scores)
@@ -158,7 +166,7 @@ class _Run:
     tokenizer: Any
     window: int
     options: ScoreOptions
-    scorer: TokenScorer | VectorScorer
+    scorer: Scorer
     progress: Callable[[str], None]
     scored: int = 0
     said: str = "nothing was scored"

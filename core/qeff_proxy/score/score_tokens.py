@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.score.results import Measured, WorstToken
+from qeff_proxy.score.scorer import Scorer
 from qeff_proxy.score.tally import Tally, Worst
 from qeff_proxy.score.windows import beginning_of, windows_of
 from qeff_proxy.session.session import Session
@@ -24,33 +24,19 @@ _BEFORE = 48  # characters of context that are shown
 
 
 @dataclass(frozen=True)
-class TokenScorer:
-    """The windows of a text, run by PyTorch and a backend.
+class TokenScorer(Scorer):
+    """Scores the windows of a text.
 
     Attributes:
-        text: A file in UTF-8.
         tokenizer: The checkpoint's.
         window: Tokens of a window.
-        windows: Score no more than the first so many.
-        worst: How many of the worst tokens to name.
-        reference: PyTorch's sessions, one per part.
-        progress: Called with the name of each stage as it starts.
     """
 
-    text: Path
     tokenizer: Any
     window: int
-    windows: int | None
-    worst: int
-    reference: Mapping[str, Session]
-    progress: Callable[[str], None]
 
     def measure(self, compiled: Compiled, sessions: Mapping[str, Session]) -> Measured:
-        """Run all windows on PyTorch and on a backend.
-
-        Raises:
-            UsageError: The backend's logits have NaN or infinite elements.
-        """
+        """Run all windows; as `Scorer.measure`."""
         options, tally = compiled.options, Tally(self.worst)
         ours = CausalEngine(compiled.export.parts, self.reference)
         theirs = CausalEngine(compiled.export.parts, sessions)
@@ -80,7 +66,7 @@ class TokenScorer:
         """Windows of one length, ``[batch, length]``."""
         pending: list[Array] = []
         windows = windows_of(self.text, self.tokenizer, self.window)
-        for ids in islice(windows, self.windows):
+        for ids in islice(windows, self.most):
             if pending and (len(pending) == size or ids.shape != pending[0].shape):
                 yield np.concatenate(pending)
                 pending = []

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import run_compiled
 from qeff_proxy.score.results import Measured, WorstLine
+from qeff_proxy.score.scorer import Scorer
 from qeff_proxy.score.windows import blocks_of
 from qeff_proxy.session.session import Session
 
@@ -28,34 +28,19 @@ _SHOWN = 80  # characters of a line
 
 
 @dataclass(frozen=True)
-class VectorScorer:
-    """The lines of a text, embedded by PyTorch and a backend.
+class VectorScorer(Scorer):
+    """Embeds the lines of a text; each that is not blank is a text of its own.
 
     Attributes:
-        text: A file in UTF-8; each line that is not blank is a text.
         tokenizer: The checkpoint's.
         hooks: Of the model type.
-        lines: Score no more than the first so many.
-        worst: How many of the worst lines to name.
-        reference: PyTorch's sessions, one per part.
-        progress: Called with the name of each stage as it starts.
     """
 
-    text: Path
     tokenizer: Any
     hooks: Hooks
-    lines: int | None
-    worst: int
-    reference: Mapping[str, Session]
-    progress: Callable[[str], None]
 
     def measure(self, compiled: Compiled, sessions: Mapping[str, Session]) -> Measured:
-        """Embed all lines on PyTorch and on a backend.
-
-        Raises:
-            UsageError: There are fewer than two lines, the model has no pooling, or the backend's
-                vectors have NaN or infinite elements.
-        """
+        """Embed all lines; as `Scorer.measure`."""
         cosines: list[NDArray[np.float64]] = []
         kept: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         worst: list[WorstLine] = []
@@ -85,7 +70,7 @@ class VectorScorer:
 
     def _batches(self) -> Iterator[list[str]]:
         lines = (line for block in blocks_of(self.text) for line in block.splitlines())
-        chosen = islice(filter(str.strip, lines), self.lines)
+        chosen = islice(filter(str.strip, lines), self.most)
         while batch := list(islice(chosen, _BATCH)):
             yield batch
 

@@ -227,10 +227,12 @@ def _positions(
     if given is None:
         return None
     found = to_array(given)
+    found = np.broadcast_to(found, (*found.shape[:-2], *padding.shape))
     valid = padding.astype(bool)
     usual = position_ids_of(padding, padding.shape[1])
     axes = found.shape[0] if found.ndim == 3 else 0
-    if not axes and (found == usual)[valid].all():
+    # Some count padding, too, where only the distance of two positions matters.
+    if not axes and any((found == one)[valid].all() for one in (usual, np.arange(len(usual[0])))):
         return None
     planes = found if axes else found[None]
     row = int(np.flatnonzero(marked.any(axis=1))[0])

@@ -466,6 +466,22 @@ def test_graphs_give_what_transformers_generates(exported):
     assert len(seen) > 8, "the model repeats itself, so that equal tokens say little"
 
 
+def test_a_model_that_has_generated_before_is_exported(tmp_path):
+    """It keeps the offsets of its last prompt's positions, a batch of them."""
+    model = make_model("qwen3_vl")
+    model.generate(**make_prompt([2, 1]), **GREEDY)
+    kept = model.model.rope_deltas
+    assert kept is not None
+    face = QEFFAutoModelForImageTextToText(model, proxy="split", options={"image_size": "32x64"})
+    face.export(tmp_path / "export")
+    assert model.model.rope_deltas is kept
+    face.compile()
+    prompt = make_prompt([1, 1], seed=4)
+    expected = model.generate(**prompt, **GREEDY)[:, prompt["input_ids"].shape[1] :]
+    result = face.generate(inputs=prompt, generation_len=NEW_TOKENS)
+    assert (np.asarray(result.generated_ids) == expected.numpy()).all()
+
+
 def test_the_layers_are_streamed(exported):
     _, compiled = exported
     assert compiled.export.model["model_type"] == "qwen3_vl"

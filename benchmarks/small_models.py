@@ -1,0 +1,187 @@
+"""Small models of any architecture of transformers: five layers deep, with shaken random weights.
+
+The sizes follow from the names that configs give them. What single architectures need besides
+stands in `SETTINGS`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["FIRST_SPECIAL", "LAYERS", "VOCABULARY", "build_small"]
+
+LAYERS, VOCABULARY = 5, 256
+#: Tokens from here on may stand for images, padding and such.
+FIRST_SPECIAL = 200
+#: What configs call a size, by what is a small one.
+SMALL: dict[int, str] = {
+    LAYERS: "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers depth "
+    "num_encoder_layers num_decoder_layers encoder_num_hidden_layers decoder_num_hidden_layers",
+    VOCABULARY: "vocab_size",
+    64: "hidden_size n_embd d_model dim embedding_size emb_dim word_embed_proj_dim model_dim "
+    "output_hidden_size true_hidden_size intra_bottleneck_size lru_width proj_hidden_size "
+    "embed_dim embedding_dim out_hidden_size projection_dim text_hidden_size output_dim "
+    "cross_attention_hidden_size mm_hidden_size vision_hidden_size projector_hidden_size "
+    "encoder_hidden_size",
+    96: "intermediate_size ffn_dim n_inner d_ff hidden_dim encoder_ffn_dim decoder_ffn_dim "
+    "ffn_hidden_size intermediate_size_mlp block_ff_dim encoder_intermediate_size "
+    "shared_intermediate_size",
+    32: "moe_intermediate_size shared_expert_intermediate_size image_size expert_ffn_hidden_size "
+    "moe_shared_expert_intermediate_size expert_intermediate_size",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads n_routed_experts "
+    "decoder_attention_heads attention_heads num_local_experts num_experts linear_num_value_heads "
+    "linear_num_heads mamba_n_heads moe_num_experts encoder_num_attention_heads "
+    "decoder_num_attention_heads num_image_tokens mm_tokens_per_image swa_num_attention_heads",
+    2: "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_k moe_topk "
+    "linear_num_key_heads encoder_num_key_value_heads decoder_num_key_value_heads top_k_experts "
+    "swa_num_key_value_heads",
+    16: "head_dim v_head_dim qk_nope_head_dim d_kv kv_lora_rank query_pre_attn_scalar state_size "
+    "linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_d_state "
+    "swa_head_dim swa_v_head_dim global_head_dim index_head_dim",
+    8: "qk_rope_head_dim rotary_dim sliding_window attention_window_size local_attention "
+    "patch_size attention_chunk_size",
+    1: "n_group topk_group n_shared_experts first_k_dense_replace num_expert_group n_groups expand "
+    "mamba_expand",
+    128: "max_position_embeddings n_positions max_seq_len max_target_positions",
+}
+SIZES = {name: size for size, names in SMALL.items() for name in names.split()}
+_RECURRENT = ["linear_attention", "full_attention"]
+_SECTIONS = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+_KINDS = ("full_attention", "sliding_attention")
+_ROPE_OF_KINDS = {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in _KINDS}
+_SECTIONED = {"text_config": {"rope_parameters": _SECTIONS}}
+_NO_TOKEN_IDS = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}  # refused with them
+_PLACED = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "image_size": 32,
+    "patch_size": 8,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 64,
+}
+#: What the defaults of a config leave out, or have otherwise than the checkpoints.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {"16": 8}},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2},
+    "chameleon": {"vocabulary_map": {"<image>": 250, "IMGIMGA": 251, "IMGIMGB": 252}},
+    "cohere_compass": {"text_config": {"rope_parameters": _ROPE_OF_KINDS}},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma4": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "gemma4_unified": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {
+                **_SECTIONS,
+                "mrope_section": [2, 1, 1],
+                "partial_rotary_factor": 0.5,
+            }
+        }
+    },
+    "granitemoehybrid": {"layer_types": _RECURRENT * 2 + _RECURRENT[:1]},
+    "internvl": {"image_seq_length": 4, "downsample_ratio": 0.5},
+    "kimi_linear": {"num_key_value_heads": 4, "layer_types": _RECURRENT * 2 + _RECURRENT[:1]},
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"],
+        "full_attn_idxs": None,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
+    "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 32], [32, 64], [64, 64]]},
+    "moonshine": dict.fromkeys(
+        ("num_key_value_heads", "encoder_num_key_value_heads", "decoder_num_key_value_heads"), 4
+    ),
+    "zaya": {"num_experts_per_tok": 1},
+}
+SETTINGS |= dict.fromkeys(
+    ["qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "paddleocr_vl"], _SECTIONED
+)
+#: Left out where a model of all of these cannot be built: first the shapes of heads, then widths.
+ATTEMPTS = (
+    (),
+    ("head_dim", "num_key_value_heads", "num_kv_heads"),
+    tuple(name for name, size in SIZES.items() if size not in (LAYERS, VOCABULARY)),
+)
+MOST_PARAMETERS = 2.5e8
+
+
+def small_settings(
+    config: Any, left_out: tuple[str, ...], own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of a config that make its model small; those of `own` are what they are."""
+    settings: dict[str, Any] = {}
+    depth = getattr(config, "num_hidden_layers", None)
+    special = VOCABULARY  # each special token is another one
+    for name in config.to_dict():
+        value = vars(config)[name] if name in vars(config) else getattr(config, name, None)
+        if hasattr(value, "to_dict"):
+            settings[name] = type(value)(**small_settings(value, left_out, own.get(name, {})))
+        elif name in SIZES and name not in left_out and type(value) is int:
+            settings[name] = SIZES[name]
+        elif isinstance(value, list) and len(value) == depth and depth > LAYERS:
+            kinds = list(dict.fromkeys(map(str, value)))
+            few = [value[[str(v) for v in value].index(kind)] for kind in kinds]
+            settings[name] = (few * LAYERS)[:LAYERS]
+        elif (
+            name.endswith(("token_id", "token_index"))
+            and type(value) is int
+            and value >= FIRST_SPECIAL
+        ):
+            special -= 1
+            settings[name] = special
+    return {
+        **settings,
+        **{k: v for k, v in own.items() if k not in settings or not isinstance(v, dict)},
+    }
+
+
+def build_small(
+    model_type: str,
+    auto_class: Any,
+    works: Callable[[Any], Any],
+    *,
+    decoder: bool = False,
+) -> tuple[Any, Any]:
+    """Build a small model that works.
+
+    Args:
+        model_type: The key of the config.
+        auto_class: A class of transformers that makes models from configs.
+        works: Runs a model; its errors mean that the sizes do not fit each other.
+        decoder: The model is to be a decoder, where its config leaves that open.
+
+    Returns:
+        The model and what `works` returned.
+    """
+    import torch
+    import transformers
+
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    for left_out in ATTEMPTS:
+        try:
+            own = SETTINGS.get(model_type, {})
+            config = config_class(**small_settings(config_class(), left_out, own))
+            if decoder and hasattr(config, "is_decoder"):
+                config.is_decoder = True
+            with torch.device("meta"):
+                size = auto_class.from_config(copy.deepcopy(config)).num_parameters()
+            if size > MOST_PARAMETERS:
+                raise ValueError(f"{size / 1e6:.0f} million parameters are too many")
+            model = auto_class.from_config(config, attn_implementation="eager").eval()
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                    parameter.add_(noise * (0.1 if parameter.dim() < 2 else 0.15))
+            return model, works(model)
+        except Exception:
+            if left_out is ATTEMPTS[-1]:
+                raise
+    raise AssertionError("the last attempt returns or raises")
