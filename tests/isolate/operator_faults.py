@@ -127,7 +127,7 @@ def _whole(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int64)
 
 
-def overflow(limit: float = 0.05) -> Callable[..., None]:
+def overflow(limit: float = 1e-3) -> Callable[..., None]:
     """Larger numbers become infinite, as in a format of a smaller range."""
     scale = np.float32(2.0**64)
     rest = np.float32(np.finfo(np.float32).max / 2.0**64 / limit)  # in two steps: it fits in none
