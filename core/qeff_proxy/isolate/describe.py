@@ -7,16 +7,19 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from torch import nn
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
 from qeff_proxy.isolate.blame import absolute_error, peak_of
 from qeff_proxy.isolate.operators import Operators, names_read
 from qeff_proxy.isolate.results import OperatorFacts, TensorFacts, WorstElement
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: Of each dtype, the largest finite number and the smallest normal one.
 _RANGES: Mapping[str, tuple[float, float]] = {
