@@ -48,6 +48,7 @@ ORDER = [
     "verify",
     "isolate",
     "score",
+    "precision",
     "sweep",
     "demo",
     "auto",

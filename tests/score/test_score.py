@@ -12,10 +12,10 @@ import torch
 from qeff_proxy.backends.registry import BUILTIN_BACKENDS
 from qeff_proxy.backends.torch.backend import TorchBackend
 from qeff_proxy.cli import main
+from qeff_proxy.compare.tally import Tally
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.score import ScoreOptions, score_model
 from qeff_proxy.score.results import missed_limits, parse_limits
-from qeff_proxy.score.tally import Tally
 from qeff_proxy.score.windows import windows_of
 
 LINES = [

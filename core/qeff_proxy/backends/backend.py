@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.plugins.hooks import Hooks
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
     from qeff_proxy.session.session import Session
 
@@ -33,6 +36,9 @@ class Backend(ABC):
     #: its values itself. An option ``calibration`` takes a folder of dumps
     #: (`qeff_proxy.run.calibration`).
     values: Mapping[str, Any] = {}
+    #: The precisions that it can compute in, by the names that all backends share (``fp16``,
+    #: ``bf16``, ``int8``, ``int4``, ``a16w8``, ``a8w8``), and the options that choose each.
+    precisions: Mapping[str, Mapping[str, Any]] = {}
 
     @abstractmethod
     def versions(self) -> Mapping[str, str]:
@@ -79,6 +85,10 @@ class Backend(ABC):
         """
         return None
 
+    def lowers(self, part: ExportedPart, options: CompileOptions) -> bool:  # noqa: ARG002
+        """Whether a lower precision is that of a part, too, and not only of others."""
+        return True
+
     def untimed(self, options: CompileOptions) -> str | None:  # noqa: ARG002
         """Why its speed here means nothing, such as an emulator; ``None`` if it is meaningful.
 
@@ -89,6 +99,19 @@ class Backend(ABC):
     def fingerprint(self, options: CompileOptions) -> Mapping[str, str]:  # noqa: ARG002
         """Hashes of the contents of files that its options name. Other contents compile anew."""
         return {}
+
+    def nodes_file(self, part: str, nodes: Sequence[ir.Node]) -> tuple[str, str]:
+        """What stays wide, for other tools: by default the names that quantizers exclude.
+
+        Args:
+            part: The part's name.
+            nodes: Those of its graph that stay wide.
+
+        Returns:
+            The file's name, and its content.
+        """
+        excluded = {"nodes_to_exclude": [str(node.name) for node in nodes]}
+        return f"{part}.nodes.json", json.dumps(excluded, indent=2) + "\n"
 
     def use_hooks(self, hooks: Hooks) -> None:  # noqa: B027 (most backends need no hooks)
         """Called before `open` with the hooks of the model's family, to cut the model again."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.lengths import has_cache, with_fixed_shapes
+from qeff_proxy.backends.recipe import OPTION, check_recipe
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folder
 from qeff_proxy.common.code_digest import code_digest
@@ -88,12 +89,15 @@ def compile_export(
         "backend": backend,
         "versions": dict(implementation.versions()),
         "code": code_of(implementation),
-        "options": options.to_json(),
+        "options": _without_recipe(options).to_json(),
         "parts": {part.name: part.sha256 for part in export.parts},
     }
     with reading(export.folder):
         key["weights"] = {name: _state_of(export.folder / name) for name in export.files}
     fingerprint = dict(implementation.fingerprint(options))
+    recipe = check_recipe(export, options)
+    if recipe is not None:
+        fingerprint["recipe"] = recipe
     if fingerprint:
         key["inputs"] = fingerprint
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
@@ -130,6 +134,12 @@ def compile_export(
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
             (folder / COMPILED).write_text(text, encoding="utf-8")
     return Compiled(export, backend, options, target)
+
+
+def _without_recipe(options: CompileOptions) -> CompileOptions:
+    """The options without the path of a recipe, whose content counts."""
+    others = {name: value for name, value in options.backend.items() if name != OPTION}
+    return replace(options, backend=others)
 
 
 def code_of(backend: Backend) -> dict[str, str | None]:

@@ -33,6 +33,8 @@ COMMANDS = {
     "verify": "run a model on several backends and name the first layer that differs from PyTorch",
     "isolate": "find the operator that makes a backend's numbers wrong, and write it to a file",
     "score": "compare backends with PyTorch on a text: perplexity, divergence, worst tokens",
+    "sensitivity": "measure what each layer and kind of module loses in a lower precision",
+    "recipe": "find the modules that have to stay wide, prove it, and write them to a file",
     "sweep": "verify many models on many backends, keep every result, and say what changed",
     "compare": "compare two dumps and name the first layer that differs",
     "pack": "pack a dump's inputs for a device's own tools, with their lists and commands",

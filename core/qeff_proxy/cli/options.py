@@ -126,6 +126,7 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="onnxruntime", help="default: onnxruntime")
     add_shape_options(parser)
     add_calibration_option(parser)
+    add_recipe_option(parser)
     add_backend_option(parser, "NAME=VALUE", "an option of this backend")
 
 
@@ -156,6 +157,17 @@ def add_calibration_option(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="inputs to calibrate a quantized precision on: prompts, one a line; an image or a "
         "sound, or a folder of them; a dump, or a folder of dumps",
+    )
+
+
+def add_recipe_option(parser: argparse.ArgumentParser) -> None:
+    """``--recipe``: what stays wide."""
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="modules that stay wide where the rest is in a lower precision; qeff-proxy recipe "
+        "writes one",
     )
 
 
@@ -299,6 +311,10 @@ def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False
     from qeff_proxy.backends.compile_export import compile_export
 
     options = compile_options_of(args, args.backend_option)
+    if args.recipe is not None:
+        from qeff_proxy.backends.recipe import with_recipe
+
+        options = with_recipe(args.backend, options, args.recipe.expanduser())
     with stage_display("compiling", quiet=args.json) as progress:
         if args.calibrate is not None:
             from qeff_proxy.run.calibration import with_calibration

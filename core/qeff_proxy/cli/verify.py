@@ -16,6 +16,7 @@ from qeff_proxy.cli.options import (
     add_calibration_option,
     add_dump_options,
     add_model_options,
+    add_recipe_option,
     add_shape_options,
     check_place,
     compile_options_of,
@@ -25,6 +26,7 @@ from qeff_proxy.cli.options import (
 )
 from qeff_proxy.cli.output import print_json, print_text, report_error, stage_display
 from qeff_proxy.cli.speed_table import command_for, speed_lines
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ProxyError, UsageError
 from qeff_proxy.load.load_model import LoadedModel
 
@@ -63,6 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_outcome_options(parser)
     add_shape_options(parser)
     add_calibration_option(parser)
+    add_recipe_option(parser)
     add_backend_option(parser, "BACKEND.NAME=VALUE", "an option of one backend")
 
 
@@ -150,7 +153,13 @@ def _verify(args: argparse.Namespace, show_json: Callable[[dict[str, Any]], None
     request = request_of(args)
     if args.by_layer or args.io_dir is None:
         check_place(args)
-    by_backend = options_by_backend(args, args.backend or ["onnxruntime"])
+    backends = args.backend or ["onnxruntime"]
+    by_backend = options_by_backend(args, backends)
+    for name in backends if args.recipe is not None else ():
+        from qeff_proxy.backends.recipe import with_recipe
+
+        chosen = CompileOptions(backend=by_backend.get(name, {}))
+        by_backend[name] = dict(with_recipe(name, chosen, args.recipe.expanduser()).backend)
     with stage_display("verifying", quiet=args.json) as progress:
         progress("loading libraries")
         from qeff_proxy.dump import DumpOptions
@@ -176,7 +185,6 @@ def _verify(args: argparse.Namespace, show_json: Callable[[dict[str, Any]], None
             speed=args.speed,
             turns=VerifyOptions.turns if args.turns is None else args.turns,
         )
-        backends = args.backend or ["onnxruntime"]
         more = {"trust_remote_code": args.trust_remote_code, "progress": progress}
         model = _model(args)
         _choose_by_layer(args, model)
@@ -298,6 +306,7 @@ def _rendered(verification: Verification) -> list[RenderableType]:
             said = [f"ERROR: {printable(result.error)}"]
         else:
             said = describe_verdict(result.comparison)
+            said += [f"In what it says: {result.scored}."] if result.scored else []
         said[0] = f"{result.backend}: {said[0]}"
         lines += [Text(line) for line in said]
     lines += ["", f"export: {verification.export}", f"dumps: {verification.reference.parent}"]

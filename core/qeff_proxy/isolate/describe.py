@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -13,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_proxy.arrays import Array
-from qeff_proxy.graph.name_scopes import NAME_SCOPES
+from qeff_proxy.graph.modules import module_path, names_of_modules
 from qeff_proxy.isolate.blame import absolute_error, peak_of
 from qeff_proxy.isolate.operators import Operators, names_read
 from qeff_proxy.isolate.results import OperatorFacts, TensorFacts, WorstElement
@@ -45,8 +43,8 @@ def describe_operator(
         module: The part in PyTorch, to find classes and files in; ``None`` where there is none.
     """
     node = operators.nodes[number]
-    path = _module_path(node)
-    begins, begins_in_model = _names_of_modules(operators.model)
+    path = module_path(node)
+    begins, begins_in_model = names_of_modules(operators.model)
     in_model = path.replace(begins, begins_in_model, 1) if path.startswith(begins) else path
     inputs = [_tensor(operators, name, precision) for name in names_read(node)]
     outputs = [_tensor(operators, str(v.name), precision) for v in node.outputs if v.name]
@@ -151,36 +149,6 @@ def _weights(operators: Operators, node: ir.Node) -> list[str]:
         elif operators.is_fixed(name) and "." in name:  # traced constants are called val_7
             names[name] = None
     return list(names)
-
-
-def _module_path(node: ir.Node) -> str:
-    """The innermost module that a node was traced from."""
-    noted = node.metadata_props.get(NAME_SCOPES, "")
-    try:
-        scopes = ast.literal_eval(noted) if noted else []
-    except (SyntaxError, ValueError):
-        return ""
-    # The last is the operator's own name.
-    return str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
-
-
-def _names_of_modules(model: ir.Model) -> tuple[str, str]:
-    """How a module's path begins in the part, and in the model: ``module.decoder.``, ``model.``.
-
-    Weights are called as in the model, nodes as in the part.
-    """
-    found: Counter[tuple[str, str]] = Counter()
-    for name, value in model.graph.initializers.items():
-        owner = str(name).split(".")[:-1]
-        for node in value.consumers() if owner else ():
-            path = _module_path(node).split(".")
-            same = 0
-            while same < min(len(owner), len(path)) and owner[-1 - same] == path[-1 - same]:
-                same += 1
-            if same:
-                begins = (path[: len(path) - same], owner[: len(owner) - same])
-                found[".".join([*begins[0], ""]), ".".join([*begins[1], ""])] += 1
-    return found.most_common(1)[0][0] if found else ("", "")
 
 
 def _source(module: nn.Module | None, path: str) -> str | None:

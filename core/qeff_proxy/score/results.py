@@ -109,7 +109,7 @@ class BackendScore:
         backend: Its name.
         precision: What it computes in, where that is less than the model's dtype.
         error: Why it has no score, or ``None``.
-        measures: By name (docs/score.md): of tokens `qeff_proxy.score.tally.measures_of`, and
+        measures: By name (docs/score.md): of tokens `qeff_proxy.compare.tally.measures_of`, and
             ``median``, ``p99`` and ``max`` of the divergence; of vectors ``cosine``, ``p01``,
             ``least``, ``rank`` and ``nearest``; of answers ``same`` and ``alike``, and of
             transcripts ``wer``, ``wer_reference`` and ``wer_more``.

@@ -12,11 +12,11 @@ import numpy as np
 from qeff_proxy.arrays import Array
 from qeff_proxy.backends.compile_export import Compiled
 from qeff_proxy.common.messages import counted
+from qeff_proxy.compare.tally import Tally, Worst
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.score.results import Measured, WorstToken
 from qeff_proxy.score.scorer import Scorer
-from qeff_proxy.score.tally import Tally, Worst
 from qeff_proxy.score.windows import beginning_of, windows_of
 from qeff_proxy.session.session import Session
 
@@ -43,8 +43,8 @@ class TokenScorer(Scorer):
         for batch in self._batches(options.batch_size):
             number = len(tally.windows) + 1
             self.progress(f"scoring on {compiled.backend}: window {number}")
-            expected = _logits(ours, batch, options.prefill_seq_len)
-            actual = _logits(theirs, batch, options.prefill_seq_len)
+            expected = all_logits(ours, batch, options.prefill_seq_len)
+            actual = all_logits(theirs, batch, options.prefill_seq_len)
             for whose, logits in (("PyTorch's", expected), ("its", actual)):
                 if not np.isfinite(logits).all():
                     raise UsageError(
@@ -95,13 +95,23 @@ class TokenScorer(Scorer):
             )
 
 
-def _logits(engine: CausalEngine, ids: Array, chunk: int | None) -> Array:
-    """The logits of all positions, ``[batch, length, vocabulary]``."""
+def all_logits(
+    engine: CausalEngine, ids: Array, chunk: int | None, padding: Array | None = None
+) -> Array:
+    """The logits of all positions, ``[batch, length, vocabulary]``.
+
+    Args:
+        engine: Runs the parts.
+        ids: The tokens, ``[batch, length]``.
+        chunk: How many positions run at once; ``None``: all.
+        padding: 0 where a position is padded, ``[batch, length]``; ``None``: nowhere.
+    """
+    seen = np.ones(ids.shape, np.int64) if padding is None else padding
     longest = min(size for size in (engine.longest_step, chunk, ids.shape[1]) if size is not None)
     cache, pieces = None, []
     for index, begin in enumerate(range(0, ids.shape[1], longest)):
         piece = ids[:, begin : begin + longest]
-        seen = np.ones((len(ids), begin + piece.shape[1]), np.int64)
-        logits, cache = engine.step(StepId("prefill", index), piece, seen, cache)
+        until = seen[:, : begin + piece.shape[1]]
+        logits, cache = engine.step(StepId("prefill", index), piece, until, cache)
         pieces.append(logits)
     return np.concatenate(pieces, axis=1)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_proxy.common.messages import counted
 from qeff_proxy.common.shown import Shown
 from qeff_proxy.compare import Comparison, Divergence, TensorComparison
+from qeff_proxy.compare.tally import Tally
 from qeff_proxy.dump import Dump
 from qeff_proxy.errors import ProxyError
 from qeff_proxy.run.run_compiled import RunResult
@@ -38,6 +40,9 @@ class BackendResult(Shown):
             logits of all of them at once; 0 where it gives none.
         seconds: How long compiling, running and comparing took.
         report: The HTML report, where one was asked for.
+        scores: Of a lower precision than the tensors', over all positions with logits: ``kl``, the
+            mean divergence from PyTorch in nats, ``top1``, the share with the same first token, and
+            how many ``positions``; nothing where there are none.
     """
 
     backend: str
@@ -48,6 +53,19 @@ class BackendResult(Shown):
     tokens: int
     seconds: float
     report: Path | None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> str:
+        """What a lower precision makes of the tokens, in words; empty where nothing was scored."""
+        if not self.scores:
+            return ""
+        positions = int(self.scores["positions"])
+        return (
+            f"the logits' distributions are off by KL {self.scores['kl']:.1e} on average, and the "
+            f"first choice is PyTorch's at {self.scores['top1']:.1%} of "
+            f"{counted(positions, 'position')}"
+        )
 
     @property
     def error(self) -> str | None:
@@ -161,6 +179,7 @@ class BackendResult(Shown):
             },
             "first_divergence": self.divergence.to_json() if self.divergence else None,
             "first_difference": origin.to_json() if origin is not None else None,
+            "scores": dict(self.scores),
             "problems": self.comparison.problems if self.comparison is not None else [],
         }
 
@@ -273,3 +292,30 @@ def count_equal_tokens(reference: Dump, candidate: Dump, *, generates: bool) -> 
             equal += int((ours == theirs).sum()) if ours.shape == theirs.shape else 0
             count += ours.size
     return equal, count
+
+
+def score_steps(reference: Dump, candidate: Dump) -> dict[str, float]:
+    """What a run makes of the reference's next tokens, over the logits of all steps.
+
+    Returns:
+        See `BackendResult.scores`; nothing where there are no logits, or some are not finite.
+    """
+    tally = Tally(keep=0)
+    for step in reference.steps:
+        for phase, name in reference.tensors:
+            if phase != step.phase or (name.direction, name.tensor) != ("out", "logits"):
+                continue
+            ours, theirs = (
+                d.array(phase, step.index, str(name)).astype(np.float32)
+                for d in (reference, candidate)
+            )
+            rows = ours.reshape(-1, ours.shape[-1])
+            if ours.shape != theirs.shape or not np.isfinite(theirs).all():
+                return {}
+            tokens = np.concatenate([[0], rows.argmax(1)])
+            tally.add(rows, theirs.reshape(rows.shape), tokens, 1)
+    if not tally.windows:
+        return {}
+    measures = tally.measures()
+    positions = sum(window[0] for window in tally.windows)
+    return {"kl": measures["kl"], "top1": measures["top1"], "positions": float(positions)}

@@ -22,7 +22,7 @@ from qeff_proxy.compare.tolerances import COMPUTED_IN
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import ProxyError
-from qeff_proxy.verify.results import BackendResult, count_equal_tokens
+from qeff_proxy.verify.results import BackendResult, count_equal_tokens, score_steps
 from qeff_proxy.verify.run_facts import error_page, facts_of_run
 from qeff_proxy.verify.runs import REFERENCE
 
@@ -57,6 +57,8 @@ def try_backend(
         comparison = compare_with_reference(run, compiled, name)
         reference, candidate = read_dump(run.folder / REFERENCE), read_dump(run.folder / name)
         equal, tokens = count_equal_tokens(reference, candidate, generates=run.generates)
+        is_lower = load_backend(name).precision(compiled.options) is not None
+        scores = score_steps(reference, candidate) if is_lower else {}
     except Exception as error:  # noqa: BLE001 (a backend's own fault must not stop the others)
         _LOG.debug("%s failed", name, exc_info=error)
         _drop_locals(error)
@@ -64,10 +66,13 @@ def try_backend(
             write_page(error_page(run, name, result, error), report)
         seconds = time.perf_counter() - start
         return BackendResult(name, error, result, None, 0, 0, seconds, report)
-    if report is not None:
-        write_report(comparison, report, facts_of_run(run, name, result))
     seconds = time.perf_counter() - start
-    return BackendResult(name, None, result, comparison, equal, tokens, seconds, report)
+    done = BackendResult(name, None, result, comparison, equal, tokens, seconds, report, scores)
+    if report is not None:
+        facts = facts_of_run(run, name, result)
+        scored = {"in what it says": done.scored} if done.scored else {}
+        write_report(comparison, report, {**facts, **scored})
+    return done
 
 
 def compiled_for(run: Runs, export: Export, name: str, progress: Callable[[str], None]) -> Compiled:

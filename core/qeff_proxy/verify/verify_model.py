@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, cast
 from qeff_proxy.artifact.export_folder import check_weights_of, find_export
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import fixed_lengths
+from qeff_proxy.backends.recipe import check_recipe
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.dump import DumpOptions, read_dump
@@ -96,6 +97,8 @@ def verify_model(
     export = export_of(model, hooks, options, progress)
     if export.kind == "stub":
         raise UsageError(_STUB, "Export with proxy='split' to verify.")
+    for name in names:
+        check_recipe(export, options.compile_for(name))
     progress("checking the export's weights")  # only the first compile does
     check_weights_of(export)
     plain = _without_taps(loaded, hooks, export, options, progress)

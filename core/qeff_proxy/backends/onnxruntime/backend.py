@@ -29,6 +29,7 @@ from qeff_proxy.backends.onnxruntime.check_rewriting import can_be_compared, com
 from qeff_proxy.backends.onnxruntime.open_graph import COPYING, map_weights, open_graph
 from qeff_proxy.backends.onnxruntime.options import (
     OPTIONS,
+    PRECISIONS,
     VALUES,
     WEIGHT_NAMES,
     WeightOptions,
@@ -36,10 +37,11 @@ from qeff_proxy.backends.onnxruntime.options import (
 )
 from qeff_proxy.backends.onnxruntime.rewritten_graph import RewrittenGraph
 from qeff_proxy.backends.onnxruntime.session import OnnxRuntimeSession
+from qeff_proxy.backends.recipe import OPTION
 from qeff_proxy.common.file_errors import try_writing
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.compile_options import CompileOptions
-from qeff_proxy.errors import BackendError
+from qeff_proxy.errors import BackendError, UsageError
 
 #: Counted up with each change of `prepare_part`, so that parts are compiled anew.
 _REWRITING = "4"
@@ -53,11 +55,21 @@ class OnnxRuntimeBackend(Backend):
 
     options = OPTIONS
     values = VALUES
+    precisions = PRECISIONS
 
     @cached_property
     def _checked(self) -> dict[str, _Rewriting]:
         """By structure, the rewriting of graphs that ran once: it is right for others like them."""
         return {}
+
+    def check_options(self, name: str, options: CompileOptions) -> None:
+        """Refuse a recipe where no weights are quantized, too."""
+        super().check_options(name, options)
+        if OPTION in options.backend and self.precision(options) is None:
+            raise UsageError(
+                "a recipe says what stays float, and all weights do",
+                "Say what the others are, such as weights=int8.",
+            )
 
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version, and that of how graphs are rewritten for it."""
@@ -71,6 +83,10 @@ class OnnxRuntimeBackend(Backend):
         """``"int8_weights"`` or ``"int4_weights"``: the coarsest that weights are quantized to."""
         kinds = [str(options.backend.get(name, "float")).lower() for name in WEIGHT_NAMES]
         return next((f"{kind}_weights" for kind in ("int4", "int8") if kind in kinds), None)
+
+    def lowers(self, part: ExportedPart, options: CompileOptions) -> bool:
+        """Whether the weights of a part are quantized."""
+        return WeightOptions.of(part.name, options.backend).bits is not None
 
     def compile(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
@@ -104,7 +120,10 @@ class OnnxRuntimeBackend(Backend):
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> OnnxRuntimeSession:
         """A session on weights that stay mapped; nothing is saved, no product is merged."""
-        settings = map_weights(runtime_settings(options))
+        settings = runtime_settings(options)
+        if not WeightOptions.of(part.name, options.backend).replaces:
+            # Of quantized weights it would compute products in float32, and not as compiled.
+            map_weights(settings)
         return _compiled(export, part, options, folder, settings, self._checked)[1]
 
 

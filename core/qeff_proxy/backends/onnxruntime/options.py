@@ -39,6 +39,7 @@ OPTIONS: dict[str, str] = {
     "block_size": f"weights that share a scale: {', '.join(map(str, _BLOCKS))} (default: 32)",
     "activations": "what products with such weights are computed in: int8 (default) or float, "
     "which loses less; with int8 weights it is slow",
+    "recipe": "the file of a recipe: modules whose weights stay float (--recipe)",
 }
 #: See `qeff_proxy.backends.backend.Backend.values`.
 VALUES: dict[str, Any] = {
@@ -49,7 +50,10 @@ VALUES: dict[str, Any] = {
     **dict.fromkeys(WEIGHT_NAMES, ("float", *_BITS, _KEEP)),
     "block_size": _BLOCKS,
     "activations": ("int8", "float"),
+    "recipe": str,
 }
+#: See `qeff_proxy.backends.backend.Backend.precisions`.
+PRECISIONS: dict[str, dict[str, str]] = {kind: {"weights": kind} for kind in _BITS}
 
 
 def runtime_settings(options: CompileOptions) -> onnxruntime.SessionOptions:

@@ -22,6 +22,7 @@ from qeff_proxy.backends.onnxruntime.fuse_rotary import fuse_rotary
 from qeff_proxy.backends.onnxruntime.options import WeightOptions
 from qeff_proxy.backends.onnxruntime.quantize import quantize_weights
 from qeff_proxy.backends.onnxruntime.rewritten_graph import RewrittenGraph
+from qeff_proxy.backends.recipe import name_units_of, wide_nodes
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError
@@ -58,6 +59,8 @@ def prepare_part(
     except Exception as error:  # protobuf's exceptions share no public base class
         line = first_line(error)
         raise BackendError(f"the graph of the {part.name} part is damaged: {line}") from error
+    name_units_of(model, export, part)
+    wide = wide_nodes(options.backend)
     graph, data = RewrittenGraph.paths(part, folder)
     with _quiet():
         changed = [
@@ -65,7 +68,7 @@ def prepare_part(
             fuse and divide_in_norms(model),
             fuse and fuse_rotary(model),
             fuse and merge and _merges(part, weights, options) and merge_products(model),
-            weights.replaces and quantize_weights(model, data, weights),
+            weights.replaces and quantize_weights(model, data, weights, wide),
         ]
     if any(changed):
         ir.save(model, graph)

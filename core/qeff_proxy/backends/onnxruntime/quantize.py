@@ -9,8 +9,8 @@ position tables) are not changed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -49,13 +49,20 @@ class _Quantized:
     size: int
 
 
-def quantize_weights(model: ir.Model, data: Path, options: WeightOptions) -> bool:
+def quantize_weights(
+    model: ir.Model,
+    data: Path | None,
+    options: WeightOptions,
+    wide: Callable[[ir.Node], bool] = lambda _node: False,
+) -> bool:
     """Quantize the weights of a graph's matrix products.
 
     Args:
         model: The graph, with external weights. It is changed in place.
-        data: The file to write all its weights to, in the folder the graph will be saved in.
+        data: The file to write all its weights to, in the folder the graph will be saved in;
+            ``None`` leaves the others where they are, and holds the quantized ones in memory.
         options: With `WeightOptions.bits` or ``keep``.
+        wide: Products that keep their weights.
 
     Returns:
         Whether any weight was quantized; otherwise nothing was changed.
@@ -64,12 +71,14 @@ def quantize_weights(model: ir.Model, data: Path, options: WeightOptions) -> boo
         BackendError: A weight has NaN or infinite elements.
     """
     graph = model.graph
-    of_kind = _kept_weight_of if options.keep else _weight_of
-    products = [(node, use) for node in graph if (use := of_kind(node)) is not None]
+    of_kind = _kept_weight_of if options.keep else weight_of
+    products = [
+        (node, use) for node in graph if (use := of_kind(node)) is not None and not wide(node)
+    ]
     if not products:
         return False
     done: dict[tuple[str, bool], _Quantized] = {}
-    with data.open("wb") as file:
+    with nullcontext() if data is None else data.open("wb") as file:
         for node, (weight, transposed) in products:
             key = (str(weight.name), transposed)
             if key not in done and options.keep:
@@ -80,13 +89,14 @@ def quantize_weights(model: ir.Model, data: Path, options: WeightOptions) -> boo
         RemoveUnusedNodesPass()(model)
         for value in graph.initializers.values():
             tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and tensor.path != str(data):
+            outside = isinstance(tensor, ir.ExternalTensor) and tensor.path != str(data)
+            if file is not None and outside and tensor is not None:
                 value.const_value = _stored(tensor.numpy(), str(value.name), file)
     model.opset_imports.setdefault("com.microsoft", 1)
     return True
 
 
-def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
+def weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
     """The float weight of a matrix product, and whether it is ``[N, K]``; else ``None``."""
     value, transposed = _operand_of(node) or (None, False)
     if value is None or not value.is_initializer() or value.const_value is None:
@@ -145,7 +155,7 @@ def _operand_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
     return None if value is None else (value, transposed)
 
 
-def _kept(graph: ir.Graph, weight: ir.Value, file: BinaryIO) -> _Quantized:
+def _kept(graph: ir.Graph, weight: ir.Value, file: BinaryIO | None) -> _Quantized:
     """The checkpoint's codes of a weight, whose order is that of ``MatMulNBits``."""
     producer = weight.producer()
     assert producer is not None  # noqa: S101 (as _kept_weight_of found it)
@@ -164,7 +174,7 @@ def _kept(graph: ir.Graph, weight: ir.Value, file: BinaryIO) -> _Quantized:
 
 
 def _registered(
-    graph: ir.Graph, prefix: str, parts: Sequence[Array], file: BinaryIO
+    graph: ir.Graph, prefix: str, parts: Sequence[Array], file: BinaryIO | None
 ) -> tuple[ir.Value, ...]:
     """Write blocks, scales and zero points, and add them to a graph."""
     values = []
@@ -195,7 +205,12 @@ def _own_logging() -> Iterator[None]:
 
 
 def _quantized(
-    graph: ir.Graph, weight: ir.Value, file: BinaryIO, options: WeightOptions, *, transposed: bool
+    graph: ir.Graph,
+    weight: ir.Value,
+    file: BinaryIO | None,
+    options: WeightOptions,
+    *,
+    transposed: bool,
 ) -> _Quantized:
     """Quantize a weight and write it to ``file``."""
     with _own_logging():
@@ -203,7 +218,7 @@ def _quantized(
             DefaultWeightOnlyQuantConfig,
             DefaultWeightOnlyQuantizer,
         )
-    assert weight.const_value is not None  # noqa: S101 (as _weight_of found it)
+    assert weight.const_value is not None  # noqa: S101 (as weight_of found it)
     array = weight.const_value.numpy()
     if not np.isfinite(array).all():
         raise BackendError(
@@ -222,9 +237,9 @@ def _quantized(
     return _Quantized(values, rows, columns, options.bits, options.block_size)
 
 
-def _stored(array: Array, name: str, file: BinaryIO) -> ir.TensorProtocol:
-    """The array as a tensor: appended to ``file``, or inline if it is small."""
-    if array.nbytes <= _INLINE:
+def _stored(array: Array, name: str, file: BinaryIO | None) -> ir.TensorProtocol:
+    """The array as a tensor: appended to ``file``, or inline if it is small or there is none."""
+    if file is None or array.nbytes <= _INLINE:
         return ir.Tensor(array.copy(), name=name)
     file.write(b"\0" * (-file.tell() % _ALIGNMENT))
     offset = file.tell()

@@ -25,6 +25,7 @@ import onnx_ir as ir
 from qeff_proxy.artifact.export_folder import check_weights_of
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import fixed_lengths
+from qeff_proxy.backends.recipe import check_recipe, name_units_of
 from qeff_proxy.common.file_errors import reading
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import ArtifactError, UsageError
@@ -176,6 +177,7 @@ def verify_layers_of(
         options.tolerances.check_used(output_names(export))
     check_weights_of(export)
     remove_leftovers(export.folder)
+    recipes = [check_recipe(export, options.compile_for(name)) for name in backends]
     own_process = observe is not None
     candidates = [Candidate(one, export, options, own_process=own_process) for one in backends]
     precisions = {candidate.precision for candidate in candidates if export.dtype == "float32"}
@@ -184,7 +186,7 @@ def verify_layers_of(
     steps: dict[str, None] = {}
     where, interrupted, failure, resumed = "", None, None, None
     settings = [candidate.settings() for candidate in candidates]
-    settings += [options.max_new_tokens, options.tolerances, torch.__version__]
+    settings += [recipes, options.max_new_tokens, options.tolerances, torch.__version__]
     journal = Journal.of(export, tensors, settings)
     with journal.held(anew=options.force or observe is not None):
         try:
@@ -192,6 +194,7 @@ def verify_layers_of(
                 progress(f"splitting {part.name}")
                 with reading(export.folder):
                     whole = ir.load(export.folder / part.file)
+                name_units_of(whole, export, part)
                 graphs = split_layers(whole, part.inputs, part.outputs)
                 run = PartRun(part, calls_of(job_of(export, options, tensors), part.name, known))
                 steps.update(dict.fromkeys(call.step for call in run.calls))

@@ -25,6 +25,10 @@ class FixedShapesBackend(Backend):
         """Always."""
         return True
 
+    def lowers(self, part: ExportedPart, options: CompileOptions) -> bool:  # noqa: ARG002
+        """Not those that the host runs."""
+        return not runs_on_host(part)
+
     def compile(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> None:

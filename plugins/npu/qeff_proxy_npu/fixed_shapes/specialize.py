@@ -18,6 +18,7 @@ import onnx_ir as ir
 from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import BackendError
 from qeff_proxy.graph.folding import fold_graph
+from qeff_proxy.graph.modules import name_units
 from qeff_proxy.graph.name_scopes import layer_of
 from qeff_proxy.parts import TensorSpec
 from qeff_proxy.session.axes import is_sum, size_of
@@ -51,6 +52,7 @@ def specialize(
         BackendError: A shape still depends on values: names operator and node.
     """
     model = ir.load(path)
+    name_units(model)  # as a recipe has them: folding takes some nodes away
     specs = {spec.name: spec for spec in part.inputs}
     for value in model.graph.inputs:
         value.shape = ir.Shape(_fixed(specs[str(value.name)], sizes))

@@ -70,6 +70,11 @@ class OpenVinoBackend(Backend):
         "save_compiled": bool,
     }
 
+    precisions: Mapping[str, Mapping[str, Any]] = {
+        "fp16": {"precision": "float16"},
+        "bf16": {"precision": "bfloat16"},
+    }
+
     def versions(self) -> dict[str, str]:
         """OpenVINO's version and build."""
         return {"openvino": str(openvino.__version__)}
@@ -94,6 +99,10 @@ class OpenVinoBackend(Backend):
             short = self._core.get_property(device, "INFERENCE_PRECISION_HINT").get_type_name()
         names = {short: name for name, short in _PRECISIONS.items() if name != "float32"}
         return names.get(short)
+
+    def lowers(self, part: ExportedPart, options: CompileOptions) -> bool:
+        """Not those that the host runs."""
+        return self._is_fixed(part, options) or not self.needs_fixed_shapes(options)
 
     def compile(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path

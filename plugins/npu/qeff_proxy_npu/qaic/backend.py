@@ -9,6 +9,7 @@ and the vendor's platform SDK, and is done with the vendor's tools.
 
     <compiled>/body/
         specializations.json    the fixed shapes
+        body.fp32.yaml          with a recipe: the outputs of nodes that stay in float32
         custom_io.yaml          dtype of the cache at the graph's edge
         mdp_ts_4.json           with num_devices=4: how the model is laid over the cards
         command.json            the command line, paths relative to this folder
@@ -23,23 +24,28 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
+from qeff_proxy.backends.recipe import OPTION, name_units_of, wide_nodes
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, UsageError
 
 from qeff_proxy_npu.fixed_shapes.backend import FixedShapesBackend
 from qeff_proxy_npu.fixed_shapes.plan import Plan
 from qeff_proxy_npu.qaic.files import (
+    fp32_nodes,
     graph_beside_weights,
     write_custom_io,
     write_partition,
     write_specializations,
 )
 from qeff_proxy_npu.qaic.sdk import find_compiler, find_hardware_version, find_runner
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["QaicBackend"]
 
@@ -68,6 +74,7 @@ class QaicBackend(FixedShapesBackend):
         "convert_to_fp16": "compute in float16 (default: true, except for a bfloat16 export)",
         "aic_hw_version": "ai100 or ai200 (default: that of the first card, else ai100)",
         **_FLAGS,
+        "recipe": "the file of a recipe: modules that stay in float32 (--recipe)",
         "compiler": "path of qaic-compile (default: that of the SDK, else on PATH)",
         "compiler_args": "more arguments for it, as one string",
         "timeout": "seconds that compiling a part may take (default: no limit)",
@@ -77,9 +84,12 @@ class QaicBackend(FixedShapesBackend):
         "mxint8_kv_cache": bool,
         "num_devices": int,
         "convert_to_fp16": bool,
+        "recipe": str,
         "aic_enable_depth_first": bool,
         "timeout": int,
     }
+
+    precisions: Mapping[str, Mapping[str, Any]] = {"fp16": {}}
 
     def versions(self) -> dict[str, str]:
         """Path, size and time of change of the compiler, which stand for its version."""
@@ -109,6 +119,14 @@ class QaicBackend(FixedShapesBackend):
         hardware = options.backend.get("aic_hw_version", "ai100")
         if not re.fullmatch(r"ai\d+", str(hardware)):
             raise UsageError(f"there is no hardware {hardware!r}", "Name ai100 or ai200.")
+        if OPTION in options.backend and "node_precision_info" in options.backend:
+            raise UsageError(
+                "a recipe and node_precision_info both say what stays in float32", "Give one."
+            )
+
+    def nodes_file(self, part: str, nodes: Sequence[ir.Node]) -> tuple[str, str]:
+        """The file of the option ``node_precision_info``, which names outputs of nodes."""
+        return f"{part}.fp32.yaml", fp32_nodes(nodes)
 
     def compile_part(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
@@ -185,6 +203,10 @@ class QaicBackend(FixedShapesBackend):
         }
         if int(flags.get("mos", 1)) < 1:
             del flags["mos"]  # QEfficient's way of saying none
+        if OPTION in chosen:
+            nodes = work / f"{part.name}.fp32.yaml"
+            nodes.write_text(fp32_nodes(_wide_nodes(export, part, chosen)), encoding="utf-8")
+            flags["node_precision_info"] = nodes
         arguments = ["-aic-hw", f"-aic-hw-version={hardware}", f"-m={graph}"]
         for name, value in flags.items():
             option = "-" + name.replace("_", "-")
@@ -203,6 +225,16 @@ class QaicBackend(FixedShapesBackend):
         if write_custom_io(part, cache, work / "custom_io.yaml"):
             arguments.append(f"-custom-IO-list-file={work / 'custom_io.yaml'}")
         return [*arguments, f"-aic-binary-dir={work / 'qpc'}"]
+
+
+def _wide_nodes(export: Export, part: ExportedPart, options: Mapping[str, Any]) -> list[ir.Node]:
+    """The nodes of a part that stay in float32, by the recipe among the options."""
+    import onnx_ir as ir
+
+    model = ir.load(export.folder / part.file)
+    name_units_of(model, export, part)
+    stays = wide_nodes(options)
+    return [node for node in model.graph if stays(node)]
 
 
 def _run(command: list[str], work: Path, log: Path, options: CompileOptions) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,12 @@ import onnx
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
     from qeff_proxy.session.axes import Sizes
 
 __all__ = [
+    "fp32_nodes",
     "graph_beside_weights",
     "write_custom_io",
     "write_partition",
@@ -92,6 +94,15 @@ def write_custom_io(part: ExportedPart, precision: str, path: Path) -> bool:
     if entries:
         path.write_text("".join(entries), encoding="utf-8")
     return bool(entries)
+
+
+def fp32_nodes(nodes: Iterable[ir.Node]) -> str:
+    """The content of a node-precision file: the outputs of nodes that stay in float32.
+
+    Read in quic/efficient-transformers, which writes names of outputs, not of nodes.
+    """
+    names = [str(value.name) for node in nodes for value in node.outputs if value.name]
+    return "FP32NodeInstanceNames:\n" + "".join(f"  - {json.dumps(name)}\n" for name in names)
 
 
 def write_partition(devices: int, cores: int, path: Path) -> None:

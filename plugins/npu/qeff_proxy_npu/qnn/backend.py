@@ -20,6 +20,7 @@ import json
 import platform
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -27,15 +28,17 @@ import onnxruntime
 import onnxruntime_qnn  # noqa: F401 (so that its absence is an error when the backend is chosen)
 from importlib_metadata import version
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
+from qeff_proxy.backends.recipe import OPTION, wide_nodes
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ArtifactError, BackendError
+from qeff_proxy.graph.modules import weights_of
 from qeff_proxy.session.axes import Sizes
 
 from qeff_proxy_npu.fixed_shapes.backend import FixedShapesBackend
 from qeff_proxy_npu.fixed_shapes.plan import Plan, name_of
 from qeff_proxy_npu.qnn.calibrate import Calibrator, calibration_digest, prepared
 from qeff_proxy_npu.qnn.compile import compile_graph
-from qeff_proxy_npu.qnn.options import LOWEST_MASK, OPTIONS, VALUES, QnnOptions
+from qeff_proxy_npu.qnn.options import LOWEST_MASK, NAMES, OPTIONS, VALUES, QnnOptions
 from qeff_proxy_npu.qnn.quantize import WEIGHTS, quantize_graph
 from qeff_proxy_npu.qnn.session import QnnSession
 
@@ -52,6 +55,7 @@ class QnnBackend(FixedShapesBackend):
 
     options = OPTIONS
     values = VALUES
+    precisions = NAMES
 
     def precision(self, options: CompileOptions) -> str:
         """Of the option ``precision``."""
@@ -70,6 +74,17 @@ class QnnBackend(FixedShapesBackend):
         """A hash of the inputs that are calibrated on."""
         digest = calibration_digest(QnnOptions.of(options.backend))
         return {} if digest is None else {"calibration": digest}
+
+    def nodes_file(self, part: str, nodes: Sequence[ir.Node]) -> tuple[str, str]:
+        """Overrides as the converters of Qualcomm's SDK and AIMET write them: float, 16 bits."""
+        half = [{"bitwidth": 16, "dtype": "float"}]
+        weights = [str(value.name) for node in nodes for value in weights_of(node)]
+        results = [str(value.name) for node in nodes for value in node.outputs if value.name]
+        encodings = {
+            "activation_encodings": dict.fromkeys(results, half),
+            "param_encodings": dict.fromkeys(weights, half),
+        }
+        return f"{part}.encodings.json", json.dumps(encodings, indent=2) + "\n"
 
     def versions(self) -> dict[str, str]:
         """Versions of ONNX Runtime, the provider, and of what is done to graphs before."""
@@ -125,7 +140,10 @@ class QnnBackend(FixedShapesBackend):
             if calibrator is not None:
                 ranges = calibrator.ranges_of(export, part)
                 masks = [mask.name for mask in part.masks]
-                body, lowest = quantize_graph(body, weights, ranges, masks, chosen.precision, aside)
+                stays = wide_nodes({} if chosen.recipe is None else {OPTION: chosen.recipe})
+                body, lowest = quantize_graph(
+                    body, weights, ranges, masks, chosen.precision, aside, stays
+                )
                 weights = aside
             log = _log_path(export, part)
             report = compile_graph(body, weights, aside / f"{name}.onnx", chosen, log, part.name)

@@ -10,7 +10,16 @@ from typing import Any
 from qeff_proxy.common.arguments import one_of
 from qeff_proxy.errors import UsageError
 
-__all__ = ["ARCHITECTURES", "LOWEST_MASK", "OPTIONS", "PRECISIONS", "SOCS", "VALUES", "QnnOptions"]
+__all__ = [
+    "ARCHITECTURES",
+    "LOWEST_MASK",
+    "NAMES",
+    "OPTIONS",
+    "PRECISIONS",
+    "SOCS",
+    "VALUES",
+    "QnnOptions",
+]
 
 #: Chip → its number in the compiler, and the version of its HTP. Only these are accepted: for an
 #: unknown number the compiler silently compiles for a default.
@@ -27,6 +36,11 @@ DEFAULT_SOC = "SC8380XP"
 ARCHITECTURES = tuple(sorted({architecture for _, architecture in SOCS.values()}))
 #: Half precision, or activations and weights of so many bits.
 PRECISIONS = ("float16", "a16w8", "a8w8")
+#: The same by the names that all backends share.
+NAMES: dict[str, dict[str, str]] = {
+    "fp16": {},
+    **{name: {"precision": name} for name in PRECISIONS[1:]},
+}
 #: Attention masks go no lower: float16 ends at -65,504, and scores are added to the mask.
 LOWEST_MASK = -30_000.0
 
@@ -37,6 +51,8 @@ OPTIONS: dict[str, str] = {
     "precision": f"what is computed in: {', '.join(PRECISIONS)} (default: {PRECISIONS[0]})",
     "calibration": "dump, or folder of dumps, whose inputs a quantized precision is calibrated on "
     "(--calibrate makes one of prompts)",
+    "recipe": "the file of a recipe: modules that stay in half precision where the rest is in "
+    "whole numbers (--recipe)",
     "strict": "fail where a node would stay on the CPU (default: true)",
     "optimization": "effort of the compiler, 0 to 3 (default: the compiler's own)",
     "vtcm_mb": "fast memory a graph may use, in MB (default: the compiler's own)",
@@ -47,6 +63,7 @@ OPTIONS: dict[str, str] = {
 VALUES: dict[str, Any] = {
     "precision": PRECISIONS,
     "strict": bool,
+    "recipe": str,
     "optimization": (0, 1, 2, 3),
     "vtcm_mb": int,
     "timeout": int,
@@ -62,6 +79,7 @@ class QnnOptions:
         soc: The chip's name.
         htp_arch: Version of its HTP.
         precision: Of `PRECISIONS`.
+        recipe: The file of a recipe to obey, or ``None``.
         calibration: The folder of the dumps to calibrate on, or ``None``.
         strict: Whether a node that stays on the CPU is an error.
         optimization: 0 to 3, or ``None``.
@@ -74,6 +92,7 @@ class QnnOptions:
     htp_arch: int = SOCS[DEFAULT_SOC][1]
     precision: str = PRECISIONS[0]
     calibration: str | None = None
+    recipe: str | None = None
     strict: bool = True
     optimization: int | None = None
     vtcm_mb: int | None = None
@@ -94,6 +113,11 @@ class QnnOptions:
         one_of("htp_arch", architecture, ARCHITECTURES)
         others = {name: chosen[name] for name in VALUES if name in chosen}
         calibration = _folder(chosen.get("calibration"), chosen.get("precision", PRECISIONS[0]))
+        if "recipe" in chosen and chosen.get("precision", PRECISIONS[0]) == PRECISIONS[0]:
+            raise UsageError(
+                f"a recipe says what stays in half precision, and all is in {PRECISIONS[0]}",
+                f"Say precision={' or precision='.join(PRECISIONS[1:])}, or leave it out.",
+            )
         return cls(soc, architecture, calibration=calibration, **others)
 
     @property

@@ -7,7 +7,7 @@ compiler makes operators of 8 and 16 bits of them. Its own rules for that compil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def quantize_graph(
     masks: Sequence[str],
     precision: str,
     folder: Path,
+    stays: Callable[[ir.Node], bool] = lambda _node: False,
 ) -> tuple[ir.Model, float]:
     """Quantize a graph.
 
@@ -49,6 +50,7 @@ def quantize_graph(
         masks: Those of its inputs that are additive attention masks.
         precision: Of `ACTIVATION_BITS`.
         folder: Where `WEIGHTS` is written.
+        stays: Which nodes stay in half precision.
 
     Returns:
         The quantized graph, with the same inputs and outputs in float32, and the lowest number
@@ -65,6 +67,7 @@ def quantize_graph(
     _check_ranges(model.graph, ranges)
     axes = _row_axes(model.graph)
     kept = _in_half_precision(model.graph)
+    kept += [str(node.name) for node in model.graph if stays(node) and node.name not in kept]
     quantized = ir.from_proto(_quantized(_with_weights(model), ranges, precision, axes, kept))
     quantized = ir.external_data.unload_from_model(
         quantized, folder, WEIGHTS, size_threshold_bytes=_INLINE

@@ -31,6 +31,7 @@ VALUES = {
     "-ols": r"[1-9]\d*",
     "-network-specialization-config": r".+/specializations\.json",
     "-custom-IO-list-file": r".+/custom_io\.yaml",
+    "-node-precision-info": r".+\.yaml",
     "-mdp-load-partition-config": r".+\.json",
     "-aic-binary-dir": r".+/qpc",
 }
@@ -83,6 +84,12 @@ def check(given: dict[str, str]) -> None:
         entries = re.findall(r" - IOName: (\S+)\n   Precision: (float16|bfloat16|mxint8)\n\n", text)
         if not entries or {name for name, _ in entries} - {value.name for value in values}:
             refuse("custom IO names what the graph has not")
+    if "-node-precision-info" in given:
+        first, *lines = Path(given["-node-precision-info"]).read_text().splitlines()
+        outputs = {output for node in model.graph.node for output in node.output}
+        listed = {json.loads(line.removeprefix("  - ")) for line in lines}
+        if first != "FP32NodeInstanceNames:" or not listed or listed - outputs:
+            refuse("node precision names what the graph does not compute")
     if "-mdp-load-partition-config" in given:
         partition = json.loads(Path(given["-mdp-load-partition-config"]).read_text())
         (one,) = partition["partitions"]

@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import pytest
+import qeff_proxy
 from qeff_proxy.backends.compile_export import compile_export, open_sessions
+from qeff_proxy.backends.recipe import Recipe, identity_of
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.cli import main
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.export.export_model import export_model
+from qeff_proxy.load.load_model import load_model
+from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.testing.backend_parts import feeds_of, make_export
 
 if TYPE_CHECKING:
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).parent / "golden"
 STAND_IN = Path(__file__).parent / "qaic_compile.py"
+CHECKPOINT = Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
 LENGTHS = {"prefill_seq_len": 8, "ctx_len": 32}
 
 
@@ -215,3 +222,21 @@ def test_the_face_takes_qefficients_keywords(
         model.compile(mxfp6_matmul=True, num_devices=1)
     with pytest.raises(UsageError, match="no option 'mxfp9'"):
         model.compile(mxfp9=True)
+
+
+def test_a_recipe_becomes_a_node_precision_file(sdk: Path, tmp_path: Path) -> None:
+    loaded = load_model(str(CHECKPOINT))
+    hooks = Plugins.discover().hooks_for(loaded.model_type)
+    export = export_model(loaded, hooks, output=tmp_path / "gpt2")
+    recipe = tmp_path / "recipe.toml"
+    wide = ("transformer.h.1.mlp.c_fc", "transformer.h.2.attn:Softmax")
+    Recipe("tiny-gpt2", identity_of(export), "qaic", "fp16", wide).write(recipe)
+    folder = compiled(export, recipe=str(recipe))
+    assert "-node-precision-info=body.fp32.yaml" in command(folder)
+    nodes = {node.name: node for node in onnx.load(folder / "body" / "body.onnx").graph.node}
+    listed = (folder / "body" / "body.fp32.yaml").read_text().splitlines()
+    assert listed[0] == "FP32NodeInstanceNames:"
+    makers = {output: node.op_type for node in nodes.values() for output in node.output}
+    assert sorted(makers[json.loads(line[4:])] for line in listed[1:]) == ["Gemm", "Softmax"]
+    with pytest.raises(UsageError, match="both say what stays in float32"):
+        compiled(export, recipe=str(recipe), node_precision_info="mine.yaml")

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from qeff_proxy.backends.compile_export import compile_export
+from qeff_proxy.backends.recipe import Recipe, identity_of
 from qeff_proxy.cli import main
 from qeff_proxy.compare import Tolerance, Tolerances
 from qeff_proxy.compile_options import CompileOptions
@@ -319,3 +320,26 @@ def test_a_quantized_run_is_held_to_what_its_bits_allow(precision: str) -> None:
     assert found == Tolerances(precision=precision).of("body.out.x", "float16", "float16")
     assert (found.sqnr or 0) < (half.sqnr or 0)
     assert Tolerances(precision=precision).of("x", "int64", "int64") == Tolerance(0.0, 0.0)
+
+
+def test_what_a_recipe_names_stays_in_half_precision(
+    calibrated: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """With all modules but one wide, 8 bits are nearly as good as float16."""
+    export, options = calibrated
+    wide = ("transformer.h.0", "transformer.h.1", "transformer.h.2.mlp", "transformer.ln_f")
+    recipe = tmp_path / "recipe.toml"
+    Recipe("tiny-gpt2", identity_of(export), "qnn", "a8w8", wide).write(recipe)
+    command = [
+        *("verify", str(export.folder), "--backend", "qnn", "--max-new-tokens", "2", "--json"),
+        *("--prompt", "Tom saw a dog", "--prefill-seq-len", "8", "--ctx-len", "32"),
+        *("-O", "qnn.precision=a8w8", "--calibrate", options.backend["calibration"]),
+    ]
+    found = []
+    for more in ([], ["--recipe", str(recipe)]):
+        main([*command, *more])
+        (result,) = json.loads(capsys.readouterr().out)["backends"]
+        found.append(result["sqnr"])
+    assert found[1] > found[0] + 3
+    with pytest.raises(UsageError, match="a recipe says what stays in half precision"):
+        compile_export(export, "qnn", CompileOptions(backend={"recipe": str(recipe)}))

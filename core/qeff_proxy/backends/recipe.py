@@ -1,0 +1,218 @@
+"""Recipes: what of a model stays wide where a backend computes the rest in a lower precision.
+
+A recipe names modules (`qeff_proxy.graph.modules`), not nodes: these are looked up in the graph
+that is compiled. So it fits each export of the model. A backend that can obey one has the option
+``recipe``, the path of its file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.common.file_errors import reading, writing
+from qeff_proxy.common.json_schema import FieldError, read_as
+from qeff_proxy.common.write_whole import write_whole
+from qeff_proxy.compile_options import CompileOptions
+from qeff_proxy.errors import ArtifactError, UsageError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
+
+#: The option of backends that obey one.
+OPTION = "recipe"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What of a model stays wide.
+
+    Attributes:
+        source: The model it was measured on.
+        identity: A hash of the names and shapes of the model's weights.
+        backend: The backend it was measured for.
+        precision: The precision of all else.
+        wide: Module paths, each with an operator's type where only these operators of it are meant
+            (``model.layers.3.self_attn:Softmax``). All modules in a module are meant too.
+        measured: What was measured, for readers.
+    """
+
+    source: str
+    identity: str
+    backend: str
+    precision: str
+    wide: tuple[str, ...]
+    measured: Mapping[str, float | int | str] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write it as TOML; an older file stays until then.
+
+        Raises:
+            ArtifactError: It cannot be written.
+        """
+        facts = {"schema": _SCHEMA, **{n: v for n, v in vars(self).items() if isinstance(v, str)}}
+        lines = [
+            f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in facts.items()
+        ]
+        paths = "".join(f"    {json.dumps(one, ensure_ascii=False)},\n" for one in self.wide)
+        lines += [f"wide = [\n{paths}]", "", "[measured]"]
+        lines += [f"{name} = {json.dumps(value)}" for name, value in self.measured.items()]
+        try:
+            write_whole(path, "\n".join(lines) + "\n")
+        except OSError as error:
+            raise ArtifactError(
+                f"{path} cannot be written: {error.strerror}", "Choose another place."
+            ) from error
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        UsageError: There is none, or it is damaged.
+    """
+    try:
+        value = tomllib.loads(path.read_text(encoding="utf-8"))
+        schema = value.pop("schema", None)
+        if schema != _SCHEMA:
+            raise FieldError(f"it has schema {schema!r}, not {_SCHEMA}")
+        return read_as(Recipe, value, "the recipe")
+    except OSError as error:
+        raise UsageError(
+            f"the recipe {path} cannot be read: {error.strerror}", "qeff-proxy recipe writes one."
+        ) from error
+    except ValueError as error:  # FieldError, TOML's and UTF-8's errors are ones
+        raise UsageError(
+            f"{path} is no recipe: {error}", "qeff-proxy recipe writes one."
+        ) from error
+
+
+def identity_of(export: Export) -> str:
+    """A hash of the names and shapes of a model's weights: the same for each export of it."""
+    from qeff_proxy.load.safetensors_header import read_header
+
+    with reading(export.folder):
+        headers = [read_header(export.folder / name) for name in sorted(export.files)]
+    shapes = {name: list(one.shape) for header in headers for name, one in header.items()}
+    return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
+
+
+def name_units_of(model: ir.Model, export: Export, part: ExportedPart) -> None:
+    """Name the units of a part's graph; the part may be the embedding or the LM head."""
+    from qeff_proxy.graph.modules import name_units
+
+    name_units(model, export.cut.get("sites", {}).get(part.name, {}).get("module"))
+
+
+def with_recipe(backend: str, options: CompileOptions, path: Path | None) -> CompileOptions:
+    """The options with a recipe to obey; unchanged for ``None``.
+
+    Raises:
+        UsageError: The backend cannot obey one, or it cannot be read.
+    """
+    if path is None:
+        return options
+    if OPTION not in load_backend(backend).options:
+        raise UsageError(f"backend {backend!r} cannot obey a recipe", "Leave --recipe out.")
+    read_recipe(path)
+    return replace(options, backend={**options.backend, OPTION: str(path.absolute())})
+
+
+def check_recipe(export: Export, options: CompileOptions) -> str | None:
+    """Check a recipe against the whole export that it is for.
+
+    Returns:
+        A hash of it; ``None`` where none is to be obeyed.
+
+    Raises:
+        UsageError: It is for another model, or a path of it does not exist.
+    """
+    if OPTION not in options.backend:
+        return None
+    path = Path(options.backend[OPTION])
+    recipe = read_recipe(path)
+    if recipe.identity != identity_of(export):
+        raise UsageError(
+            f"the recipe {path} is for {recipe.source}, and {export.model['source']} has other "
+            "weights",
+            "Make one of this model: qeff-proxy recipe.",
+        )
+    import onnx_ir as ir
+
+    from qeff_proxy.graph.modules import chosen_units, unit_of
+
+    units: dict[str, None] = {}
+    for part in export.parts:
+        with reading(export.folder):
+            model = ir.load(export.folder / part.file)
+        name_units_of(model, export, part)
+        units.update(dict.fromkeys(unit for node in model.graph if (unit := unit_of(node))))
+    missing = [one for one, found in chosen_units(recipe.wide, units).items() if not found]
+    if missing:
+        raise UsageError(
+            f"the recipe {path} names {missing[0]}, which {export.model['source']} does not have",
+            "Nothing was compiled. Correct the recipe, or make one anew.",
+        )
+    return hashlib.sha256(json.dumps(recipe.wide).encode()).hexdigest()
+
+
+def wide_nodes(options: Mapping[str, Any]) -> Callable[[ir.Node], bool]:
+    """Whether a node stays wide, by the recipe among a backend's options.
+
+    Its graph has its units named (`name_units_of`), before nodes are rewritten.
+    """
+    if OPTION not in options:
+        return lambda _node: False
+    from qeff_proxy.graph.modules import chosen_units, unit_of
+
+    wide = read_recipe(Path(options[OPTION])).wide
+
+    def stays(node: ir.Node) -> bool:
+        unit = unit_of(node)
+        return unit is not None and any(chosen_units(wide, [unit]).values())
+
+    return stays
+
+
+def write_nodes(recipe: Recipe, export: Export, backend: str, folder: Path) -> list[Path]:
+    """Write the nodes of an export that stay wide, in the form that a backend's own tools read.
+
+    Args:
+        recipe: What stays wide.
+        export: Whose nodes.
+        backend: Whose tools.
+        folder: Where to; a file for each part that has any.
+
+    Raises:
+        ArtifactError: They cannot be written.
+    """
+    import onnx_ir as ir
+
+    from qeff_proxy.graph.modules import chosen_units, unit_of
+
+    implementation = load_backend(backend)
+    contents: dict[Path, str] = {}
+    for part in export.parts:
+        with reading(export.folder):
+            model = ir.load(export.folder / part.file)
+        name_units_of(model, export, part)
+        units = {node: unit for node in model.graph if (unit := unit_of(node)) is not None}
+        wide = frozenset().union(*chosen_units(recipe.wide, set(units.values())).values())
+        nodes = [node for node, unit in units.items() if unit in wide]
+        if nodes:
+            name, content = implementation.nodes_file(part.name, nodes)
+            contents[folder / name] = content
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in contents.items():
+            write_whole(path, content)
+    return list(contents)
