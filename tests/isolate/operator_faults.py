@@ -127,11 +127,13 @@ def _whole(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int64)
 
 
-def overflow(limit: float = 1e-3) -> Callable[..., None]:
+def overflow(limit: float = 0.05) -> Callable[..., None]:
     """Larger numbers become infinite, as in a format of a smaller range."""
     scale = np.float32(2.0**64)
     rest = np.float32(np.finfo(np.float32).max / 2.0**64 / limit)  # in two steps: it fits in none
-    return then(("Mul", [scale]), ("Mul", [rest]), ("Div", [rest]), ("Div", [scale]))
+    there, back = [("Mul", [scale]), ("Mul", [rest])], [("Div", [rest]), ("Div", [scale])]
+    # ONNX Runtime multiplies scales into a product behind them, so that nothing would overflow.
+    return then(*there, ("Neg", []), *back, ("Neg", []))
 
 
 def untransposed(node: ir.Node, _graph: ir.Graph) -> None:
