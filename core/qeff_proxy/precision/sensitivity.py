@@ -15,7 +15,7 @@ from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.precision.distance import Distance
 from qeff_proxy.precision.prepare import Prepared, prepare
-from qeff_proxy.precision.ranges import LARGEST, Range, range_of
+from qeff_proxy.precision.ranges import LARGEST, Range
 from qeff_proxy.request import Request
 from qeff_proxy.verify.options import VerifyOptions
 
@@ -205,9 +205,10 @@ class _UnitRanges:
                 if one is not None:
                     self._results[unit] = one.joined(self._results.get(unit))
             for weight in weights_of(node):
-                one = None if weight.const_value is None else range_of(weight.const_value.numpy())
-                if one is not None:
-                    self._weights[unit] = max(one.peak, self._weights.get(unit, 0.0))
+                array = None if weight.const_value is None else weight.const_value.numpy()
+                if array is not None and array.size:  # without a copy: it may be the vocabulary
+                    peak = max(-float(array.min()), float(array.max()))
+                    self._weights[unit] = max(peak, self._weights.get(unit, 0.0))
 
     def found(self) -> tuple[UnitRange, ...]:
         """Those that are worth a word."""
