@@ -2,6 +2,7 @@
 # make test    set up what is missing, then lint, types, documentation and tests
 # make test-versions    a quick part of the tests with the oldest and newest torch and transformers
 # make test-ray    sweeps on a simulated Ray cluster; Ray is installed beside .venv
+# make coverage    try every architecture of the installed transformers (hours), and write the table
 # make docs    build the documentation into site/, warnings as errors
 # make release-check    build all six packages, check them, install them elsewhere and use them
 # make setup | lint | types | wheels | clean
@@ -13,13 +14,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 PYTEST_ARGS ?= -n 2 --dist loadscope
 DEMO_ARGS ?=
 VERSIONS_ARGS ?=
+COVERAGE_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: setup demo test test-versions test-ray lint types docs pytest browser wheels release-check clean
+.PHONY: setup demo test test-versions test-ray coverage lint types docs pytest browser wheels release-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -53,6 +55,10 @@ test-ray: $(STAMP)
 		>"$$(build/ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
 	build/ray/bin/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt 'ray>=2.50'
 	build/ray/bin/python -m pytest tests/sweep/ray_suite.py -W ignore::FutureWarning -s -q
+
+# An architecture that is in coverage.json is not run again.
+coverage: $(STAMP)
+	$(BIN)/python benchmarks/coverage.py --jobs 2 --markdown docs/coverage.md $(COVERAGE_ARGS)
 
 # The report of `compare` is opened in a real browser. Where a package may not be installed, its test
 # says what is missing, and QEFF_PROXY_TEST_WITHOUT_BROWSER=1 leaves it out.

@@ -44,7 +44,7 @@ SMALL: dict[int, str] = {
     "patch_size attention_chunk_size",
     1: "n_group topk_group n_shared_experts first_k_dense_replace num_expert_group n_groups expand "
     "mamba_expand",
-    128: "max_position_embeddings n_positions max_seq_len max_target_positions",
+    512: "max_position_embeddings n_positions max_seq_len max_target_positions",
 }
 SIZES = {name: size for size, names in SMALL.items() for name in names.split()}
 _RECURRENT = ["linear_attention", "full_attention"]
@@ -101,20 +101,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 SETTINGS |= dict.fromkeys(
-    ["qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "paddleocr_vl"], _SECTIONED
+    [
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "glm4v",
+        "glm46v",
+        "glm_ocr",
+        "glmga",
+        "paddleocr_vl",
+        "cosmos3_edge",
+    ],
+    _SECTIONED,
 )
-#: Left out where a model of all of these cannot be built: first the shapes of heads, then widths.
-ATTEMPTS = (
-    (),
-    ("head_dim", "num_key_value_heads", "num_kv_heads"),
-    tuple(name for name, size in SIZES.items() if size not in (LAYERS, VOCABULARY)),
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "linear_num_key_heads")
+#: What is left out of the sizes, or has another one, where a model of all of them cannot be built:
+#: first the shapes of heads, then widths.
+ATTEMPTS: tuple[dict[str, int | None], ...] = (
+    {},
+    dict.fromkeys(_KV_HEADS, 4),
+    {**dict.fromkeys(_KV_HEADS), "head_dim": None},
+    {name: None for name, size in SIZES.items() if size not in (LAYERS, VOCABULARY)},
 )
 MOST_PARAMETERS = 2.5e8
 
 
-def small_settings(
-    config: Any, left_out: tuple[str, ...], own: Mapping[str, Any]
-) -> dict[str, Any]:
+def small_settings(config: Any, sizes: Mapping[str, int], own: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a config that make its model small; those of `own` are what they are."""
     settings: dict[str, Any] = {}
     depth = getattr(config, "num_hidden_layers", None)
@@ -122,9 +133,9 @@ def small_settings(
     for name in config.to_dict():
         value = vars(config)[name] if name in vars(config) else getattr(config, name, None)
         if hasattr(value, "to_dict"):
-            settings[name] = type(value)(**small_settings(value, left_out, own.get(name, {})))
-        elif name in SIZES and name not in left_out and type(value) is int:
-            settings[name] = SIZES[name]
+            settings[name] = type(value)(**small_settings(value, sizes, own.get(name, {})))
+        elif name in sizes and type(value) is int:
+            settings[name] = sizes[name]
         elif isinstance(value, list) and len(value) == depth and depth > LAYERS:
             kinds = list(dict.fromkeys(map(str, value)))
             few = [value[[str(v) for v in value].index(kind)] for kind in kinds]
@@ -164,10 +175,11 @@ def build_small(
     import transformers
 
     config_class = transformers.CONFIG_MAPPING[model_type]
-    for left_out in ATTEMPTS:
+    for attempt in ATTEMPTS:
         try:
+            sizes = {name: s for name, s in {**SIZES, **attempt}.items() if s is not None}
             own = SETTINGS.get(model_type, {})
-            config = config_class(**small_settings(config_class(), left_out, own))
+            config = config_class(**small_settings(config_class(), sizes, own))
             if decoder and hasattr(config, "is_decoder"):
                 config.is_decoder = True
             with torch.device("meta"):
@@ -182,6 +194,6 @@ def build_small(
                     parameter.add_(noise * (0.1 if parameter.dim() < 2 else 0.15))
             return model, works(model)
         except Exception:
-            if left_out is ATTEMPTS[-1]:
+            if attempt is ATTEMPTS[-1]:
                 raise
     raise AssertionError("the last attempt returns or raises")

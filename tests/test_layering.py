@@ -52,6 +52,8 @@ ORDER = [
     "sweep",
     "demo",
     "auto",
+    "generation",
+    "utils",
     "testing",
     "cli",
 ]

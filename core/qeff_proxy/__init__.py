@@ -85,11 +85,11 @@ def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"qeff_proxy.{module}"), name)
-    if name in {"compile", "transform"} or name.lower().startswith("qeff"):
-        from qeff_proxy.auto.qefficient import ELSEWHERE
+    is_qefficients = name.lower().startswith("qeff") or name.endswith(("Processor", "Session"))
+    if is_qefficients or name in {"compile", "transform"}:
+        from qeff_proxy.auto.qefficient import elsewhere
 
-        if name in ELSEWHERE:
-            raise ImportError(f"there is no qeff_proxy.{name}: {ELSEWHERE[name]}")
+        raise elsewhere(__name__, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -88,6 +88,46 @@ class TestFace:
         assert np.array_equal(result.generated_ids, expected[:, 2:].numpy())
         assert [part.name for part in read_parts(model)] == ["model"]
 
+    def test_inputs_may_be_given_by_name(self, make_model: Any) -> None:
+        model = QEFFAutoModelForCausalLM(make_model("gpt2"))
+        batch = {
+            "input_ids": torch.tensor([[0, 3, 4]]),
+            "attention_mask": torch.tensor([[0, 1, 1]]),
+        }
+        expected = model.generate(inputs=batch, generation_len=5).generated_ids
+        assert np.array_equal(model.generate(**batch, max_new_tokens=5).generated_ids, expected)
+        padded = {name: torch.nn.functional.pad(each, (0, 4)) for name, each in batch.items()}
+        assert np.array_equal(
+            model.generate(inputs=padded, generation_len=5).generated_ids, expected
+        )
+        unmasked = model.generate(input_ids=[[0, 3, 4]], max_new_tokens=5).generated_ids
+        assert not np.array_equal(unmasked, expected)
+        with pytest.raises(UsageError, match=r"has no argument 'prompt'\. Try 'prompts'"):
+            model.generate(prompt=["a"])
+
+    @pytest.mark.parametrize("in_memory", [False, True])
+    def test_a_model_changed_in_memory_is_another_export(
+        self, in_memory: bool, make_model: Any, tmp_path: Path
+    ) -> None:
+        """It is neither exported as it was nor taken for what its files hold."""
+        make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+
+        def load() -> Any:
+            source = str(tmp_path / "gpt2")
+            if in_memory:
+                return QEFFAutoModelForCausalLM(AutoModelForCausalLM.from_pretrained(source))
+            return QEFFAutoModelForCausalLM.from_pretrained(source)
+
+        first, changed, again = load(), load(), load()
+        first.export()
+        with torch.no_grad():
+            changed.model.transformer.h[1].mlp.c_proj.weight.mul_(-3)
+            ids = changed.model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        made = [tokens(each) for each in (first, changed, again)]
+        assert made[1] == ids[:, IDS.shape[1] :].tolist() != made[0]
+        assert made[2] == made[0]
+        assert again.onnx_path == first.onnx_path != changed.onnx_path
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

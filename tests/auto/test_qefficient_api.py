@@ -36,6 +36,7 @@ THROUGH_OPTIONS = {
     "cache_dir",
     "token",
     "torch_dtype",
+    "gguf_file",
     "pooling",
     "kv_offload",
     "lang_onnx_path",

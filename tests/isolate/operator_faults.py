@@ -127,13 +127,33 @@ def _whole(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int64)
 
 
-def stale() -> Callable[..., None]:
+def overflow(limit: float = 0.05) -> Callable[..., None]:
+    """Larger numbers become infinite, as in a format of a smaller range."""
+    scale = np.float32(2.0**64)
+    rest = np.float32(np.finfo(np.float32).max / 2.0**64 / limit)  # in two steps: it fits in none
+    there, back = [("Mul", [scale]), ("Mul", [rest])], [("Div", [rest]), ("Div", [scale])]
+    # ONNX Runtime multiplies scales into a product behind them, so that nothing would overflow.
+    return then(*there, ("Neg", []), *back, ("Neg", []))
+
+
+def untransposed(node: ir.Node, _graph: ir.Graph) -> None:
+    """A product reads its square weight as it is stored, instead of the weight's transpose."""
+    transpose = node.inputs[1].producer()
+    assert transpose is not None
+    assert transpose.op_type == "Transpose"
+    node.replace_input_with(1, transpose.inputs[0])
+
+
+def _first_before(rank: int) -> tuple[str, list[Any]]:
+    """Zeros for one position, which is the third of the axes, in front of the others."""
+    return "Pad", [_whole(*(int(axis == 2) for axis in range(2 * rank)))]
+
+
+def stale(rank: int = 4) -> Callable[..., None]:
     """The first position of ``[batch, heads, positions, size]`` is zero."""
-    rest = [_whole(1), _whole(2**60), _whole(2)]
-    return then(("Slice", rest), ("Pad", [_whole(0, 0, 1, 0, 0, 0, 0, 0)]))
+    return then(("Slice", [_whole(1), _whole(2**60), _whole(2)]), _first_before(rank))
 
 
-def late() -> Callable[..., None]:
+def late(rank: int = 4) -> Callable[..., None]:
     """Each position has the value of the one before."""
-    but_last = [_whole(0), _whole(-1), _whole(2)]
-    return then(("Slice", but_last), ("Pad", [_whole(0, 0, 1, 0, 0, 0, 0, 0)]))
+    return then(("Slice", [_whole(0), _whole(-1), _whole(2)]), _first_before(rank))

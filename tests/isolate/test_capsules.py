@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from transformers import (
     BertModel,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -62,7 +64,13 @@ def llava() -> tuple[PreTrainedModel, Request]:
     return LlavaForConditionalGeneration(config), Request(inputs=inputs)
 
 
+def llama() -> tuple[PreTrainedModel, Request]:
+    config = LlamaConfig(**SIZES, vocab_size=131, num_hidden_layers=6, max_position_embeddings=128)
+    return LlamaForCausalLM(config), Request(inputs={"input_ids": IDS})
+
+
 FAULTS = {
+    "text": (llama, "llama", "body", "body layer 4", "layers.4.mlp.gate_proj.weight"),
     "embedding": (bert, "bert", "body", "body layer 2", "2.intermediate.dense.weight"),
     "audio": (whisper, "whisper", "encoder", "encoder layer 3", "encoder.layers.3.fc1.weight"),
     "vision": (llava, "llava", "vision", "vision layer 1", "layers.1.mlp.fc1.weight"),
@@ -89,8 +97,27 @@ def halve(folder: Path, part: str, ending: str) -> str:
     return weight
 
 
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> list[str]:
+    """Python with NumPy and ONNX Runtime alone, as in an environment that has nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    for name in ("numpy", "onnxruntime"):
+        place = Path(importlib.import_module(name).__file__).parent
+        for one in place.parent.glob(f"{name}*"):  # with the libraries that its wheel brings
+            if one.name in (name, f"{name}.libs"):
+                (folder / one.name).symlink_to(one)
+    start = f"import runpy, sys; sys.path.insert(0, {str(folder)!r}); runpy.run_path(sys.argv[1])"
+    command = [sys.executable, "-I", "-S", "-c", start]
+    code = f"{start.rpartition('; ')[0]}; import onnxruntime, importlib.util as u; " + (
+        "print([n for n in ('onnx', 'torch', 'qeff_proxy', 'pytest') if u.find_spec(n)])"
+    )
+    said = subprocess.run([*command[:-1], code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
+    return command
+
+
 @pytest.mark.parametrize("modality", FAULTS)
-def test_a_wrong_weight_of_each_modality(modality, tmp_path):
+def test_a_wrong_weight_of_each_modality(modality, tmp_path, clean):
     make, family, part, where, ending = FAULTS[modality]
     model, request = make()
     hooks = Plugins.discover().hooks_for(family)
@@ -109,8 +136,8 @@ def test_a_wrong_weight_of_each_modality(modality, tmp_path):
     assert cause.remaining == 0 < cause.error
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "lab")
-    script = [sys.executable, "-I", str(tmp_path / "lab" / "run.py")]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    script = str(tmp_path / "lab" / "run.py")
+    done = subprocess.run([*clean, script], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     shares = [float(line.split()[-1].strip("%")) for line in done.stdout.splitlines()[1:3]]
     assert shares[1] == pytest.approx(shares[0], rel=0.01)

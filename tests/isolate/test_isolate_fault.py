@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +25,15 @@ from operator_faults import (
     stale,
     then,
 )
-from qeff_proxy.artifact.export_folder import read_export
-from qeff_proxy.artifact.hashes import sha256_of
-from qeff_proxy.artifact.manifest_schema import read_manifest
 from qeff_proxy.cli import main
 from qeff_proxy.errors import ArtifactError, UsageError
-from qeff_proxy.export.export_model import export_model
+from qeff_proxy.graph.name_scopes import NAME_SCOPES
 from qeff_proxy.isolate import (
     describe_fault,
-    isolate_between,
     isolate_fault,
     read_capsule,
     run_capsule,
 )
-from qeff_proxy.load.load_model import load_model
-from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify.options import VerifyOptions
 from transformers import BertConfig, BertModel
@@ -91,6 +83,24 @@ def test_the_faulty_operator_is_named(kind, checkpoint, with_fault):
     assert "modeling_llama.py" in cause.operators[0].source or kind == "coarse rounding"
 
 
+def test_what_was_found_before_ctrl_c_is_printed(checkpoint, with_fault, tmp_path, capsys):
+    edit = FAULTS["an axis"]
+
+    def interrupted(model: ir.Model) -> None:
+        edit(model)
+        if any("layers.5.mlp" in node.metadata_props.get(NAME_SCOPES, "") for node in model.graph):
+            raise KeyboardInterrupt
+
+    with_fault(interrupted)
+    path = tmp_path / "fault.zip"
+    command = ["isolate", str(checkpoint), "--ids", "3,10,17", "--max-new-tokens", "1"]
+    assert main([*command, "--capsule", str(path)]) == 130
+    said = capsys.readouterr().out
+    assert edit.name in said
+    assert "Interrupted at body layer 5, so there is no proof." in said
+    assert read_capsule(path).facts["where"] == "body layer 3"
+
+
 def test_two_faults_are_both_named(checkpoint, with_fault):
     one, two = (Fault(FAULTS[kind].operator, FAULTS[kind].module, FAULTS[kind].change)
                 for kind in ("an axis", "coarse rounding"))  # fmt: skip
@@ -119,21 +129,24 @@ def test_operators_that_fail_only_together_are_a_group(checkpoint, with_fault):
     assert "group of 2 operators" in "\n".join(describe_fault(fault))
 
 
-def test_a_fault_that_moves_from_run_to_run_is_said(checkpoint, with_fault):
+@pytest.mark.parametrize("healthy", [[0], [0, 2, 3], [1, 2, 4]])
+def test_a_fault_that_moves_from_run_to_run_is_said(healthy, checkpoint, with_fault):
+    """It shows in 4 of 5 runs, or in 2; these are counted from its layer's first."""
     runs = iter(range(1 << 30))
     edit = Fault("Sigmoid", MLP, coarse(2))
 
     def sometimes(model: ir.Model) -> None:
         before = edit.name
-        if next(runs) % 5 or before is None:
+        if before is None or next(runs) % 5 not in healthy:
             edit(model)
 
     with_fault(sometimes)
     fault = isolate(checkpoint)
-    assert [[edit.name]] == names(fault) or fault.unexplained
-    if fault.causes:
-        assert fault.causes[0].shown < 5
-        assert f"in {fault.causes[0].shown} of 5 runs" in "\n".join(describe_fault(fault))
+    said = "\n".join(describe_fault(fault))
+    assert [[edit.name]] == names(fault), said
+    (cause,) = fault.causes
+    assert cause.shown == 5 - len(healthy)
+    assert f"in {cause.shown} of 5 runs" in said
 
 
 def test_an_operator_that_the_backend_dies_on_is_named(checkpoint, with_fault):
@@ -277,77 +290,8 @@ def test_the_command(checkpoint, with_fault, tmp_path, capsys):
     assert main(["isolate", str(checkpoint / "config.json")]) == 2
 
 
-@pytest.fixture(scope="module")
-def exports(checkpoint, tmp_path_factory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("exports")
-    loaded = load_model(str(checkpoint))
-    hooks = Plugins.discover().hooks_for(loaded.model_type)
-    first = export_model(loaded, hooks, output=folder / "first", taps="layers").folder
-    return first, Path(shutil.copytree(first, folder / "second"))
-
-
-def between(exports: tuple[Path, Path], **more: Any) -> Any:
-    first, second = (read_export(folder) for folder in exports)
-    return isolate_between(first, second, REQUEST, OPTIONS, **more)
-
-
-def flip_bit(export: Path, weight: str) -> None:
-    """Flip an exponent bit of one element: it becomes nearly 0."""
-    (file,) = export.glob("body*.safetensors")
-    data = bytearray(file.read_bytes())
-    size = int.from_bytes(data[:8], "little")
-    begin, _ = json.loads(data[8 : 8 + size])[weight]["data_offsets"]
-    place = 8 + size + begin + 40
-    data[place + 3] ^= 1 << 5
-    file.write_bytes(data)
-
-
-def test_one_wrong_bit_between_two_exports(exports, tmp_path):
-    assert between(exports).healthy
-    weight = "model.layers.4.mlp.up_proj.weight"
-    flip_bit(exports[1], weight)
-    path = tmp_path / "bit.zip"
-    fault = between(exports, capsule=path)
-    flip_bit(exports[1], weight)  # as it was
-    assert fault.where == "body layer 4"
-    (cause,) = fault.causes
-    assert [operator.weights for operator in cause.operators] == [(weight,)]
-    assert cause.remaining == 0 < cause.error
-    again = run_capsule(path, "onnxruntime")  # the wrong bit is in the capsule
-    assert again.shows, (again.recorded, again.error)
-    assert again.error == pytest.approx(again.recorded, rel=1e-3)
-
-
-def test_another_opset_is_the_same_model(exports, checkpoint, tmp_path):
-    loaded = load_model(str(checkpoint))
-    hooks = Plugins.discover().hooks_for(loaded.model_type)
-    other = export_model(loaded, hooks, output=tmp_path / "opset", taps="layers", opset=21)
-    assert between((exports[0], other.folder)).healthy
-    part = other.part("body")
-    model = ir.load(other.folder / part.file)
-    edit = FAULTS["an axis"]
-    Fault(edit.operator, edit.module, edit.change)(model)
-    ir.save(model, other.folder / part.file)
-    first = read_export(exports[0])
-    second = replace(
-        read_manifest(other.folder),
-        parts=tuple(replace(one, sha256=sha256_of(other.folder / one.file)) for one in other.parts),
-    )
-    fault = isolate_between(first, second, REQUEST, OPTIONS)
-    assert fault.where == "body layer 3"
-    assert [o.operator for cause in fault.causes for o in cause.operators] == ["Softmax"]
-
-
-def test_exports_of_other_taps_are_refused(exports, checkpoint, tmp_path, capsys):
-    loaded = load_model(str(checkpoint))
-    hooks = Plugins.discover().hooks_for(loaded.model_type)
-    other = export_model(loaded, hooks, output=tmp_path / "plain").folder
-    assert main(["isolate", str(exports[0]), "--against", str(other)]) == 2
-    assert "is in one of the exports only" in capsys.readouterr().err
-
-
-def test_options_without_an_effect_are_refused(capsule, exports, tmp_path, capsys):
-    first, second = map(str, exports)
+def test_options_without_an_effect_are_refused(capsule, checkpoint, tmp_path, capsys):
+    first = second = str(checkpoint)
     wrong = [
         ["isolate", str(capsule), "--html", str(tmp_path / "x.html")],
         ["isolate", str(capsule), "--dtype", "float16"],
@@ -362,7 +306,6 @@ def test_options_without_an_effect_are_refused(capsule, exports, tmp_path, capsy
         ],
         ["isolate", first, "--against", second, "--backend", "openvino"],
         ["isolate", first, "--backend", "onnxruntime", "--backend", "openvino"],
-        ["isolate", first, "--against", second, "--capsule", str(tmp_path)],
     ]
     for command in wrong:
         assert main(command) == 2, command

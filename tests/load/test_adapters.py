@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from qeff_proxy.load.adapter_files import parse_adapters
 from qeff_proxy.load.first_layers import all_layers
 from qeff_proxy.load.load_model import load_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # What peft says of itself, and of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
@@ -182,6 +184,61 @@ def test_export_streams_the_merged_weights_and_the_command_finds_it_again(
     assert_equal(face.model, merged_by_peft(base, other), base)
     with pytest.raises(UsageError, match=r"no adapter is named 'third'. Known: default, other"):
         face.set_adapter("third")
+
+
+def test_each_prompt_has_its_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    """QEfficient's calls of several adapters: the tokens of peft, one prompt after the other."""
+    base = bases["llama"]
+    one, two = (
+        make_adapter(base, tmp_path / name, seed, target_modules=["q_proj", "up_proj"], r=4)
+        for seed, name in enumerate(("one", "two"))
+    )
+    tokenizer = letters()
+    face = QEffAutoPeftModelForCausalLM.from_pretrained(one, "one", finite_adapters=True)
+    face.load_adapter(two, "two")
+    face.load_adapter(one, "three")
+    assert [face.unload_adapter("three") for _ in range(2)] == [True, False]
+    with pytest.raises(UsageError, match="'one' is active"):
+        face.unload_adapter("one")
+    face.compile(prefill_seq_len=4, ctx_len=24)
+    prompts, names = ["abcdefgh", "badc", "abcdefgh", "abcdefgh"], ["two", "base", "one", "two"]
+    models = {"one": merged_by_peft(base, one), "two": merged_by_peft(base, two)}
+    models["base"] = eager(base)
+    result = face.generate(tokenizer, prompts, prompt_to_adapter_mapping=names, generation_len=9)
+    rows = []
+    for prompt, name in zip(prompts, names, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        made = models[name].generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)
+        rows.append(made[0, ids.shape[1] :].tolist())
+    assert result.generated_ids.tolist() == rows
+    assert result.generated_texts == tokenizer.batch_decode(rows)
+    assert len({str(row) for row in rows}) == 3
+    assert face.active_adapter == "one"
+
+    face.set_adapter("two")  # compiled as before
+    options = face._compiled.options  # type: ignore[union-attr]
+    assert (options.prefill_seq_len, options.ctx_len) == (4, 24)
+    batch = tokenizer(prompts[0], return_tensors="pt")
+    assert face.generate(**batch, max_new_tokens=9).generated_ids.tolist() == rows[:1]
+    with pytest.raises(UsageError, match="4 prompts and 3 names"):
+        face.generate(tokenizer, prompts, prompt_to_adapter_mapping=names[1:])
+    with pytest.raises(UsageError, match=r"no adapter is named 'three'\. Known: one, two"):
+        face.generate(tokenizer, ["a"], prompt_to_adapter_mapping=["three"])
+    with pytest.raises(UsageError, match="a dump is of one adapter"):
+        face.generate(tokenizer, prompts, prompt_to_adapter_mapping=names, write_io=True)
+
+
+def letters() -> Any:
+    """A tokenizer of letters."""
+    vocabulary = {letter: index + 3 for index, letter in enumerate(string.printable[10:90])}
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **vocabulary}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<unk>",
+        return_token_type_ids=False,
+    )
 
 
 def test_an_adapter_of_the_head_has_a_weight(bases: dict[str, Path], tmp_path: Path) -> None:

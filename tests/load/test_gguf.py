@@ -219,6 +219,17 @@ def test_two_files_in_a_folder_are_named(llama: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+def test_a_file_named_as_transformers_has_it(llama: Path, tmp_path: Path) -> None:
+    for name in ("one.gguf", "two.gguf"):
+        shutil.copy(llama, tmp_path / name)
+    face = QEFFAutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="two.gguf")
+    assert torch.equal(logits_of(face.model), logits_of(read_by_transformers(llama)))
+    with pytest.raises(CheckpointError, match=r"holds no file 'three\.gguf'"):
+        QEFFAutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="three.gguf")
+    with pytest.raises(CheckpointError, match=r"hub does not give 'a\.gguf' of 'no/such'"):
+        QEFFAutoModelForCausalLM.from_pretrained("no/such", gguf_file="a.gguf")
+
+
 def test_a_changed_file_is_another_model(llama: Path, tmp_path: Path) -> None:
     file = Path(shutil.copy(llama, tmp_path))
     before = load_model(str(file))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from qeff_proxy.auto.base import HOW, ProxyModel
+from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.causal_lm import new_tokens, without_runtime
 from qeff_proxy.common import arguments
 from qeff_proxy.common.shown import ByName
@@ -220,7 +220,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
         if type(processor) is int:
             processor, generation_len = None, processor
         settings = without_runtime(settings, self.generate)
-        run = {name: settings.pop(name) for name in HOW & set(settings)}
+        run = {name: settings.pop(name) for name in self.how & set(settings)}
         asked = {
             "max_new_tokens": new_tokens(generation_len, max_new_tokens),
             "language": language,

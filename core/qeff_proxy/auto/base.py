@@ -13,7 +13,15 @@ from qeff_proxy.artifact.export_folder import check_export_place
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.auto.checkpoint import load_checkpoint, remove_view, wrapped
 from qeff_proxy.auto.on_disk import export_of_graphs
-from qeff_proxy.auto.qefficient import BUILD, COMPILE, EXPORT, GENERATE, HUB, LOAD, without_ignored
+from qeff_proxy.auto.qefficient import (
+    BUILD,
+    COMPILE,
+    EXPORT,
+    FILES,
+    GENERATE,
+    LOAD,
+    without_ignored,
+)
 from qeff_proxy.auto.right_class import with_right_class
 from qeff_proxy.backends.compile_export import Compiled, compile_export
 from qeff_proxy.common import arguments
@@ -25,7 +33,7 @@ from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import ProxyError, UnsupportedModelError, UsageError
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.adapter_files import Adapters
-from qeff_proxy.load.load_model import LoadedModel, load_config, with_options
+from qeff_proxy.load.load_model import LoadedModel, as_in_memory, load_config, with_options
 from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.load.tasks import Task
 from qeff_proxy.parts import PROXIES, Kind
@@ -40,8 +48,6 @@ if TYPE_CHECKING:
 KIND_NAMES: dict[str, Kind] = {**PROXIES, "whole": "whole"}
 #: The weights of embedding and LM head in an export.
 _VOCABULARY = "vocabulary.safetensors"
-#: Arguments of every ``generate`` that say how to run, and not what.
-HOW = {"runtime_ai100", "iteration"}
 
 
 class ProxyModel(Shown):
@@ -49,6 +55,7 @@ class ProxyModel(Shown):
 
     task: ClassVar[Task]
     _config: PreTrainedConfig | None = None
+    how: ClassVar[frozenset[str]] = frozenset({"runtime_ai100", "iteration"})
 
     def __init__(
         self,
@@ -86,9 +93,7 @@ class ProxyModel(Shown):
         if kind is None:
             raise UsageError(f"proxy is {proxy!r}", "It must be 'split', 'stub' or None.")
         if plugins is not None and not isinstance(plugins, Plugins):
-            raise UsageError(
-                f"plugins are {type_named(plugins)}", "Give qeff_proxy.Plugins, or nothing."
-            )
+            raise UsageError(f"plugins are {type_named(plugins)}", "Give qeff_proxy.Plugins.")
         loaded = model if isinstance(model, LoadedModel) else wrapped(model)
         self._loaded = with_options(loaded, asked)
         self._kind: Kind = kind
@@ -96,6 +101,7 @@ class ProxyModel(Shown):
         self._hooks = self._plugins.hooks_for(self._loaded.model_type, task=min(self.task.flows))
         self._export: Export | None = None
         self._compiled: Compiled | None = None
+        self._lent = self._loaded.folder is None
 
     @classmethod
     def from_pretrained(
@@ -129,8 +135,8 @@ class ProxyModel(Shown):
                 or weights by path.
             plugins: The plugins to use; by default the installed ones.
             options: Options of the family's ``build_proxy`` (``pooling`` …), ``revision``,
-                ``cache_dir`` and ``token`` of a hub id, and QEfficient's other arguments, of which
-                those that mean nothing here are ignored with a warning.
+                ``cache_dir`` and ``token`` of a hub id, ``gguf_file``, and QEfficient's other
+                arguments, of which those that mean nothing here are ignored with a warning.
 
         Raises:
             CheckpointError: It cannot be found, read or trusted.
@@ -139,7 +145,7 @@ class ProxyModel(Shown):
         """
         folder = arguments.path("the model's folder or hub id", pretrained_model_name_or_path)
         asked = without_ignored(options, LOAD, cls.from_pretrained, understood=cls.task.options)
-        loading = {name: asked.pop(name) for name in (*HUB, "torch_dtype") if name in asked}
+        loading = {name: asked.pop(name) for name in FILES if name in asked}
         loaded, view, changed = load_checkpoint(
             "" if folder is None else str(pretrained_model_name_or_path),
             cls.task,
@@ -172,7 +178,8 @@ class ProxyModel(Shown):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The uncut transformers model."""
+        """The uncut transformers model; `export` takes it with what was changed in it."""
+        self._lent = True
         return self._loaded.model
 
     @cached_property
@@ -221,7 +228,7 @@ class ProxyModel(Shown):
         try:
             with notebook_stages("exporting") as progress:
                 self._export = export_model(
-                    self._loaded,
+                    as_in_memory(self._loaded) if self._lent else self._loaded,
                     self._hooks,
                     self._kind,
                     output=folder,
@@ -284,6 +291,7 @@ class ProxyModel(Shown):
             understood=load_backend(backend).options,
             whose=f"means nothing to backend {backend!r} and ",
         )
+        self.take_sizes(chosen)
         others = (chosen.pop(name, None) for name in ("vision_onnx_path", "lang_onnx_path"))
         named = [path for path in (onnx_path, *others) if path is not None]
         if named:
@@ -316,6 +324,9 @@ class ProxyModel(Shown):
             )
         return self._compiled.folder
 
+    def take_sizes(self, options: dict[str, Any]) -> None:
+        """Take, from the options of `compile`, sizes of images; see the face that has images."""
+
     def run_request(
         self,
         request: Request,
@@ -327,10 +338,7 @@ class ProxyModel(Shown):
         io_options: DumpOptions | None,
         run: Mapping[str, Any] | None = None,
     ) -> RunResult:
-        """Run one request (`qeff_proxy.run.run_compiled`); compiles first where needed.
-
-        ``run`` may hold QEfficient's ``runtime_ai100`` and ``iteration``.
-        """
+        """Run one request (`qeff_proxy.run.run_compiled`), as `how` says; compiles first."""
         run = run or {}
         times = arguments.whole_number("iteration", run.get("iteration") or 1)
         on_torch = arguments.flag("runtime_ai100", run.get("runtime_ai100", True)) is False
@@ -368,7 +376,7 @@ class ProxyModel(Shown):
             UsageError: An argument is none of ``generate``.
         """
         kept = without_ignored(runtime, GENERATE, self.generate)  # type: ignore[attr-defined]
-        others = sorted(set(kept) - HOW)
+        others = sorted(set(kept) - self.how)
         if others:
             raise UsageError(f"generate takes no {others[0]}", "See its arguments.")
         return kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from qeff_proxy.auto.base import HOW, ProxyModel
+from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.qefficient import GENERATE, without_ignored
 from qeff_proxy.common.arguments import flag, processor, texts
 from qeff_proxy.common.messages import first_line, type_named
@@ -114,13 +114,15 @@ class _TextModel(ProxyModel):
             io_tensors: Which tensors to dump: a glob, or several.
             kv: ``"delta"`` dumps the cache rows that a step added, ``"full"`` the whole cache.
             settings: Further arguments of transformers' ``generate``: ``do_sample``,
-                ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …; ``seed``; and
-                QEfficient's (docs/qefficient.md): ``stream=True`` prints the text of one prompt,
-                ``runtime_ai100=False`` runs on torch.
+                ``temperature``, ``num_beams``, ``stop_strings``, ``eos_token_id`` …; ``seed``; the
+                inputs by name (``**inputs``); and QEfficient's (docs/qefficient.md):
+                ``stream=True`` prints the text of one prompt, ``runtime_ai100=False`` runs on
+                torch.
 
         Raises:
             UsageError: The prompt is empty or too long, or an argument cannot be right.
         """
+        inputs, settings = inputs_and_settings(self, inputs, settings)
         for value in (first, second):
             is_text = isinstance(value, str | list | tuple)
             if value is not None and (prompts if is_text else tokenizer) is not None:
@@ -237,8 +239,8 @@ def generate_text(
     """
     from qeff_proxy.flows.generation.settings import check_settings
 
-    settings = without_runtime(settings, face.generate)  # type: ignore[attr-defined]
-    run = {name: settings.pop(name) for name in HOW & set(settings)}
+    settings = dict(settings)
+    run = {name: settings.pop(name) for name in face.how & set(settings)}
     if flag("stream", settings.pop("stream", False)) and settings["streamer"] is None:
         settings["streamer"] = printer(request, tokenizer)
     check_settings(settings)
@@ -253,17 +255,52 @@ def generate_text(
     return GenerationResult.of(result)
 
 
-def without_runtime(settings: Mapping[str, Any], method: Callable[..., Any]) -> dict[str, Any]:
+def inputs_and_settings(
+    face: ProxyModel, inputs: Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
+    """Inputs and settings of a ``generate`` that was perhaps called with ``**inputs``.
+
+    Returns:
+        The inputs without padding behind them, and what `without_runtime` leaves of the others.
+    """
+    settings = dict(settings)
+    if inputs is None and "input_ids" in settings:
+        names = [name for name, value in settings.items() if hasattr(value, "ndim")]
+        inputs = {name: settings.pop(name) for name in {"input_ids", *names}}
+    method = face.generate  # type: ignore[attr-defined]
+    return _trimmed(inputs), without_runtime(settings, method, understood=face.how)
+
+
+def _trimmed(inputs: Any) -> Any:
+    """The inputs without the last positions, if these are padding in every row.
+
+    QEfficient's scripts pad on the right, to the length of a prefill chunk.
+    """
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if getattr(mask, "ndim", 0) != 2:
+        return inputs
+    length = int(np.flatnonzero(np.asarray(mask).any(axis=0)).max(initial=-1)) + 1
+    if length in {0, mask.shape[1]}:
+        return inputs
+    alike = {name for name, each in inputs.items() if getattr(each, "shape", None) == mask.shape}
+    return {name: each[:, :length] if name in alike else each for name, each in inputs.items()}
+
+
+def without_runtime(
+    settings: Mapping[str, Any], method: Callable[..., Any], *, understood: Collection[str] = ()
+) -> dict[str, Any]:
     """Settings of transformers' ``generate``, and what is obeyed of QEfficient's.
 
     Args:
         settings: What the user gave besides the parameters of ``method``.
         method: The ``generate`` of a class here.
+        understood: Others that are obeyed.
     """
     from transformers import GenerationConfig, GenerationMixin
 
     known = {*GenerationConfig().to_dict(), *signature(GenerationMixin.generate).parameters}
-    return without_ignored(settings, GENERATE, method, understood=known - {"kwargs"})
+    known = (known - {"kwargs"}) | set(understood)
+    return without_ignored(settings, GENERATE, method, understood=known)
 
 
 def printer(request: Request, tokenizer: Any) -> Any:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.auto.qefficient import HUB
-from qeff_proxy.common.messages import type_named
-from qeff_proxy.errors import UsageError
+from qeff_proxy.common.messages import first_line, type_named
+from qeff_proxy.common.quiet import quiet_logs
+from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.load.adapter_files import Adapters, find_model
 from qeff_proxy.load.checkpoint_files import find_checkpoint, folder_named
 from qeff_proxy.load.load_model import LoadedModel, load_config, load_model, wrap_model
@@ -54,8 +55,8 @@ def load_checkpoint(
     Args:
         source: A local folder or a hub id.
         task: The task to load it for.
-        arguments: ``revision``, ``cache_dir``, ``token``, ``config``, ``torch_dtype`` and
-            ``num_hidden_layers``; ``None`` asks for nothing.
+        arguments: ``revision``, ``cache_dir``, ``token``, ``gguf_file``, ``config``,
+            ``torch_dtype`` and ``num_hidden_layers``; ``None`` asks for nothing.
         dtype: As in `load_model`, or ``"auto"`` for the checkpoint's own.
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read pickled weights.
@@ -75,6 +76,8 @@ def load_checkpoint(
     if len({dtype_name(each) for each in named}) > 1:
         raise UsageError("dtype and torch_dtype say the same; give one of them")
     wanted = named[0] if named else None
+    if arguments.get("gguf_file") is not None:
+        source, hub = _gguf_file(source, str(arguments["gguf_file"]), hub), {}
     place, view, config = source, None, None
     if hub or asked is not None or depth is not None or str(wanted) == "auto":
         trusts = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
@@ -146,6 +149,25 @@ def remove_view(view: Path | None) -> None:
     """Remove the temporary folder of `load_checkpoint`, if there is one."""
     if view is not None:
         shutil.rmtree(view, ignore_errors=True)
+
+
+def _gguf_file(source: str, name: str, hub: Mapping[str, Any]) -> str:
+    """The path of a GGUF file in a folder, or in a repository of the hub."""
+    folder = folder_named(source)
+    if not source.strip() or folder.exists():
+        if source.strip() and (folder / name).is_file():
+            return str(folder / name)
+        raise CheckpointError(f"{source!r} holds no file {name!r}", "Check gguf_file.")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with quiet_logs("huggingface_hub"):  # it notes each try
+            return str(hf_hub_download(source, name, **hub))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the model hub does not give {name!r} of {source!r} ({first_line(error)})",
+            "Check the names and the network, or download the file and name it as the model.",
+        ) from error
 
 
 def _config(asked: Any) -> PreTrainedConfig:

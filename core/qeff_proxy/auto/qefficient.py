@@ -48,14 +48,17 @@ def _refused(here: str, *quiet: Any) -> Keyword:
 _NEAR = 0.75
 #: Arguments for the model hub.
 HUB = ("revision", "cache_dir", "token")
+#: Other arguments of ``from_pretrained`` that say what to load.
+FILES = (*HUB, "torch_dtype", "gguf_file")
 _FETCHED = Keyword("where and how a hub id is fetched; a local folder needs none")
 _OF_QAIC = "it is an option of backend='qaic'"
 _FLAG = "it is a flag of qaic-compile: backend='qaic', compiler_args='-…'"
 _BATCH = "the rows of a batch begin and end together; batch_size is their number"
 _IMAGES = "the checkpoint's processor sizes the images, and the graphs take what it makes"
+_SIZE = "of ImageTextToText: the size of the images, where the graphs are made for one"
 _BOTH = "every part is exported and compiled, for prefill and decode"
 _CONTEXT = "the graphs have one context length: ctx_len"
-_SAMPLER = "tokens are chosen on the host: do_sample, temperature, top_k, top_p, min_p"
+_SAMPLER = "tokens are chosen on the host: give do_sample, temperature, top_k, top_p, min_p"
 _ADAPTERS = "without its adapter a prompt would get the answer of the base model"
 _STREAMED = "an export reads the weights it needs layer by layer, from file to file"
 
@@ -83,11 +86,11 @@ LOAD: dict[str, Keyword] = {
     "ccl_enabled": _ignored(_CONTEXT, False),
     "max_seq_len_cached": _ignored("the model's own config says how many positions it has"),
     "ignore_mismatched_sizes": _ignored("a weight of another shape is always refused", False),
-    "gguf_file": _refused("name the GGUF file itself, as the model"),
+    "gguf_file": Keyword("a GGUF file in the folder or repository"),
 }
 #: Of a class that is called on a model.
 BUILD: dict[str, Keyword] = dict(LOAD)
-for _name in (*HUB, "config", "dtype", "num_hidden_layers", "torch_dtype", "trust_remote_code"):
+for _name in (*FILES, "config", "dtype", "num_hidden_layers", "trust_remote_code"):
     BUILD[_name] = _ignored("the model is loaded already", False)
 #: Of ``compile``.
 COMPILE: dict[str, Keyword] = {
@@ -130,8 +133,8 @@ COMPILE: dict[str, Keyword] = {
     "encoder_ctx_len": _ignored("the encoder's length is the checkpoint's own"),
     "img_size": _ignored(_IMAGES),
     "num_patches": _ignored(_IMAGES, 1),
-    "height": _ignored(_IMAGES),
-    "width": _ignored(_IMAGES),
+    "height": Keyword(_SIZE),
+    "width": Keyword(_SIZE),
     "max_num_tiles": _ignored(_IMAGES),
     "num_frames": _ignored("there is no flow for videos", 1),
     "mm_processor_kwargs": _ignored(_IMAGES, {}),
@@ -172,13 +175,13 @@ _OF_TEXT = {
     "enable_debug_logs": _ignored("there is no runtime that has debug logs", False),
     "is_tlm": _ignored("tokens are generated one at a time", False),
     "include_sampler": _ignored(_SAMPLER, False),
-    "sampling_params": _ignored(_SAMPLER),
+    "sampling_params": _refused(_SAMPLER),
     "include_guided_decoding": _ignored("use logits_processor", False),
     "return_pdfs": _ignored("with write_io the dump has the logits", False),
     "comp_ctx_lengths_prefill": _ignored(_CONTEXT),
     "comp_ctx_lengths_decode": _ignored(_CONTEXT),
     "prompt_to_lora_id_mapping": _refused(_ADAPTERS),
-    "prompt_to_adapter_mapping": _refused(_ADAPTERS),
+    "prompt_to_adapter_mapping": _refused("it is for QEffAutoPeftModelForCausalLM, which obeys it"),
 }
 #: Of ``generate``.
 GENERATE: dict[str, Keyword] = {
@@ -210,10 +213,19 @@ ELSEWHERE = {
     "QEffFluxPipeline": "there is no flow for diffusion",
     "QEffWanPipeline": "there is no flow for diffusion",
     "QEffWanImageToVideoPipeline": "there is no flow for diffusion",
+    "InternProcessor": "from qeff_proxy_vision.qefficient import InternProcessor",
+    "QAICInferenceSession": "generate and cloud_ai_100_exec_kv run what compile made",
     "compile": "QEFFAutoModelForCausalLM.from_pretrained(…).compile() exports and compiles",
     "export": "QEFFAutoModelForCausalLM.from_pretrained(…).export() exports",
     "transform": "a model is cut and verified as it is exported",
 }
+
+
+def elsewhere(module: str, name: str) -> Exception:
+    """The error for a name that a module does not have; it says what to do, where that is known."""
+    if name in ELSEWHERE:
+        return ImportError(f"there is no {module}.{name}: {ELSEWHERE[name]}")
+    return AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
 def without_ignored(
@@ -253,12 +265,12 @@ def without_ignored(
             raise UsageError(f"{name} cannot be obeyed: {keyword.here}", "Leave it out.")
         elif keyword.asks(value):
             warnings.warn(
-                f"{name} {whose}is ignored: {keyword.here}", UserWarning, stacklevel=_users_frame()
+                f"{name} {whose}is ignored: {keyword.here}", UserWarning, stacklevel=users_frame()
             )
     return kept
 
 
-def _users_frame() -> int:
+def users_frame() -> int:
     """The ``stacklevel`` of the first caller outside of this package, for a warning."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").startswith("qeff_proxy."):

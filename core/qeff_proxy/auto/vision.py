@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from qeff_proxy.auto.base import ProxyModel
-from qeff_proxy.auto.causal_lm import GenerationResult, check_prompts, generate_text, new_tokens
+from qeff_proxy.auto.causal_lm import (
+    GenerationResult,
+    check_prompts,
+    generate_text,
+    inputs_and_settings,
+    new_tokens,
+)
+from qeff_proxy.auto.qefficient import users_frame
 from qeff_proxy.common import arguments
+from qeff_proxy.common.messages import first_line
+from qeff_proxy.common.quiet import quiet_loading
 from qeff_proxy.dump import DumpOptions
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import CheckpointError, UsageError
+from qeff_proxy.load.load_model import LoadedModel, as_in_memory, load_config, with_options
 from qeff_proxy.load.tasks import TASKS
 from qeff_proxy.request import Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Arguments of QEfficient's ``prepare_inputs_for_generation``.
+_QEFFICIENT = {"inputs", "prefill_seq_len", "batch_size"}
 
 
 class QEFFAutoModelForImageTextToText(ProxyModel):
@@ -23,6 +44,36 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
     """
 
     task = TASKS["vision"]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The uncut transformers model, which also has QEfficient's way to prepare inputs."""
+        model = super().model
+        vars(model).setdefault("prepare_inputs_for_generation", _preparing(model))
+        return model
+
+    def take_sizes(self, options: dict[str, Any]) -> None:
+        """Take ``height`` and ``width``: the size of the images in pixels.
+
+        Where the vision part is made for one size, what the checkpoint's processor makes of it is
+        exported, as with ``from_pretrained(…, image_size=…)``.
+        """
+        height, width = options.pop("height", None), options.pop("width", None)
+        if height is None and width is None:
+            return
+        sides = [arguments.whole_number(*each) for each in (("height", height), ("width", width))]
+        size = _processed_size(self._loaded, *sides)
+        if size is None:
+            warnings.warn(
+                "height and width are ignored: the graphs take images of any size, as the "
+                "checkpoint's processor makes them",
+                UserWarning,
+                stacklevel=users_frame(),
+            )
+        elif size != self._loaded.options.get("image_size"):
+            loaded = as_in_memory(self._loaded) if self._lent else self._loaded
+            self._loaded = with_options(loaded, {"image_size": size})
+            self._export = self._compiled = None
 
     def generate(
         self,
@@ -71,6 +122,7 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
             UsageError: Images and prompts do not match or do not fit, an image cannot be read, or
                 an argument is wrong.
         """
+        inputs, settings = inputs_and_settings(self, inputs, settings)
         texts = check_prompts(prompts, inputs)
         if inputs is not None and images is not None:
             raise UsageError("images go with prompts", "The processor's inputs hold them already.")
@@ -94,6 +146,52 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
             io_dir=io_dir,
             write_io=write_io,
         )
+
+
+def _processed_size(loaded: LoadedModel, height: int, width: int) -> str | None:
+    """The size of an image for the model, as ``image_size`` has it; ``None`` if it is fixed.
+
+    The processor says how many patches an image has, where that depends on its size.
+    """
+    if loaded.folder is None:
+        return f"{height}x{width}"
+    from transformers import AutoImageProcessor
+
+    config = load_config(loaded.folder)
+    patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
+    try:
+        with quiet_loading():
+            sizes = AutoImageProcessor.from_pretrained(
+                loaded.folder, local_files_only=True, trust_remote_code=loaded.trust_remote_code
+            )(images=[np.zeros((height, width, 3), np.uint8)], return_tensors="np")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{loaded.source} has no image processor for images of {height} x {width} pixels "
+            f"({first_line(error)})",
+            "Add its preprocessor_config.json, or leave height and width out.",
+        ) from error
+    grid = sizes.get("image_grid_thw", sizes.get("image_grid_hw"))
+    if grid is None or not isinstance(patch, int):
+        return None
+    down, across = (int(patches) * patch for patches in grid[0][-2:])
+    return f"{down}x{across}"
+
+
+def _preparing(model: PreTrainedModel) -> MethodType:
+    """Transformers' ``prepare_inputs_for_generation`` of a model, and QEfficient's.
+
+    That one has ``inputs=``, ``prefill_seq_len=`` and ``batch_size=`` and adds positions, which
+    ``generate`` makes here: it gives the inputs as they are.
+    """
+    own: Any = type(model).prepare_inputs_for_generation
+
+    @wraps(own)
+    def prepare(self: PreTrainedModel, *args: Any, **named: Any) -> Any:
+        if not args and "inputs" in named and set(named) <= _QEFFICIENT:
+            return named["inputs"]
+        return own(self, *args, **named)
+
+    return MethodType(prepare, model)
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _print_table(shown)
     total = f"{counted(len(entries), 'entry', 'entries')}, {format_bytes(size)} in {cache_home()}"
+    used = sum(entry.in_use for entry in entries)
+    total += f"; {used} in use, now or within the hour" if used else ""
     if args.prune:
         print_text(f"{counted(len(removed), 'entry', 'entries')} removed, of {total}")
         for entry in kept:

@@ -32,14 +32,17 @@ The model is verified layer by layer. In the first layer that is out of line by 
 groups of operators run on the backend and all others exactly, until the smallest group is left that
 causes the error. The proof is the error of the model's last outputs with those operators exact.
 --capsule writes them to a file with their inputs and a script: qeff-proxy isolate FILE.zip runs it.
---against compares two exports of one model (other opset, exporter, weights) without a backend.
-Exit status: 0 when there is no fault, else 1.
+--against compares two exports of one model (other opset, exporter, weights) without a backend, or
+with --export two dumps: the operators between the device's values.
+Exit status: 0 when there is no fault, 130 when interrupted, else 1.
 """
 
 
 #: Options of a checkpoint's export, and of compiling it for a backend.
 _EXPORT = ("taps", "dtype", "proxy", "output", "opset", "force", "cut_option")
 _COMPILATION = ("backend_option",)
+_INPUTS = ("prompt", "prompt_file", "ids", "audio", "image")
+_SHAPES = ("seq_len", "prefill_seq_len", "ctx_len")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +53,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         type=Path,
-        metavar="EXPORT",
-        help="MODEL is an export, and the operator is named in which this other one differs",
+        metavar="OTHER",
+        help="MODEL is an export, and the operator is named in which this other one differs; or "
+        "MODEL is a dump, and this is the dump of a device that was fed from it",
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="EXPORT", help="of two dumps: the export that they are of"
     )
     parser.add_argument(
         "--layer",
@@ -89,7 +96,10 @@ def run(args: argparse.Namespace) -> int:
         check_report_place(args.html)
         if args.capsule is not None and args.html.resolve() == args.capsule.resolve():
             raise UsageError("--html and --capsule name one file", "Name two.")
-    fault = _between(args, path) if args.against is not None else _on_backend(args)
+    if args.export is not None:
+        fault = _between_dumps(args, path)
+    else:
+        fault = _between(args, path) if args.against is not None else _on_backend(args)
     from qeff_proxy.isolate.report import write_fault_report
     from qeff_proxy.isolate.results import describe_fault
 
@@ -102,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
             print_text(line)
         if args.html is not None:
             print_text(f"report: {args.html}")
+    if fault.interrupted:
+        return 130
     return 0 if fault.passed else 1
 
 
@@ -124,6 +136,25 @@ def _between(args: argparse.Namespace, path: Path) -> Fault:
             trust_remote_code=args.trust_remote_code,
             progress=progress,
         )
+
+
+def _between_dumps(args: argparse.Namespace, path: Path) -> Fault:
+    """The first value of a device's dump that does not follow from those before it."""
+    if args.against is None:
+        raise UsageError(
+            "--export is for two dumps: isolate REFERENCE --against DEVICE --export EXPORT"
+        )
+    own = ("layer", "anonymous", *_INPUTS, *_SHAPES, *_EXPORT, *_COMPILATION)
+    _refuse(args, own, "two dumps take no --{}")
+    with stage_display("isolating", quiet=args.json) as progress:
+        progress("loading libraries")
+        from qeff_proxy.artifact.export_folder import read_export
+        from qeff_proxy.dump import read_dump
+        from qeff_proxy.isolate.between_dumps import isolate_dumps
+
+        dumps = read_dump(path), read_dump(args.against.expanduser())
+        export = read_export(args.export.expanduser())
+        return isolate_dumps(*dumps, export, capsule=args.capsule, progress=progress)
 
 
 def _on_backend(args: argparse.Namespace) -> Fault:
@@ -172,9 +203,7 @@ def _refuse(args: argparse.Namespace, names: Iterable[str], problem: str) -> Non
 
 def _run_capsule(args: argparse.Namespace, path: Path) -> int:
     """Run a capsule, and return 0 where its fault does not show, else 1."""
-    inputs = ("prompt", "prompt_file", "ids", "audio", "image")
-    shapes = ("seq_len", "prefill_seq_len", "ctx_len")
-    own = ("layer", "against", "capsule", "html", *inputs, *shapes, *_EXPORT)
+    own = ("layer", "against", "export", "capsule", "html", *_INPUTS, *_SHAPES, *_EXPORT)
     _refuse(args, own, "a capsule has its own graph and input: it takes no --{}")
     if not zipfile.is_zipfile(path):
         raise UsageError(

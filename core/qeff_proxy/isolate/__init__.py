@@ -1,5 +1,6 @@
 """Isolate a fault: from the layer that is out of line to the operator that causes it."""
 
+from qeff_proxy.isolate.between_dumps import isolate_dumps
 from qeff_proxy.isolate.between_exports import isolate_between
 from qeff_proxy.isolate.capsule import read_capsule
 from qeff_proxy.isolate.isolate_fault import isolate_fault
@@ -12,6 +13,7 @@ __all__ = [
     "OperatorFacts",
     "describe_fault",
     "isolate_between",
+    "isolate_dumps",
     "isolate_fault",
     "read_capsule",
     "run_capsule",

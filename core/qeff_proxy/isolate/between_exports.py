@@ -34,7 +34,14 @@ from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values, names_
 from qeff_proxy.isolate.results import Cause, Fault
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
-from qeff_proxy.verify.by_layer.calls import Outputs, calls_of, job_of
+from qeff_proxy.verify.by_layer.calls import (
+    Call,
+    Outputs,
+    calls_of,
+    calls_on_ids,
+    job_of,
+    plain_ids,
+)
 from qeff_proxy.verify.by_layer.part_run import PartRun, Step
 from qeff_proxy.verify.by_layer.results import compare_layer, layer_name
 from qeff_proxy.verify.options import VerifyOptions
@@ -62,7 +69,7 @@ def isolate_between(
     Args:
         first: The reference.
         second: The other. With layer taps in both, a layer at a time is in memory.
-        request: The input; by default the flow's example.
+        request: The input; by default the flow's example, of a decoder random tokens.
         options: Its ``max_new_tokens``, ``continuation`` and ``compile`` are used.
         capsule: Write the operator to this file, with the second's weights.
         hooks: Of the model type, in place of the installed plugins.
@@ -76,14 +83,10 @@ def isolate_between(
     if capsule is not None:
         check_capsule_place(capsule)
     _check_alike(first, second)
-    hooks = hooks or installed_hooks(first)
-    request, tensors = check_request(request, first, hooks, trust_remote_code)
-    live = partial(live_proxy, None, hooks, first)
-    processor = processor_in(first.processor_folder, trust_remote_code)
-    _, tensors = complete_request(first, request, tensors, hooks, processor, live)
+    calls = _calls(first, request, options, hooks, trust_remote_code)
     known: dict[str, Outputs] = {}
     for part, other in zip(first.parts, second.parts, strict=True):
-        run = PartRun(part, calls_of(job_of(first, options, tensors), part.name, known))
+        run = PartRun(part, calls(part.name, known))
         graphs, others = _layers(first, part), _layers(second, other)
         if [g.layer for g in graphs] != [g.layer for g in others]:
             raise UsageError(
@@ -110,6 +113,26 @@ def isolate_between(
             pair.close()
         known[part.name] = run.outputs()
     return Fault(str(first.folder), str(second.folder), exports=True)
+
+
+def _calls(
+    export: Export,
+    request: Request | None,
+    options: VerifyOptions,
+    hooks: Hooks | None,
+    trust_remote_code: bool,
+) -> Callable[[str, Mapping[str, Outputs]], list[Call]]:
+    """How to learn the calls of a part, from those before it; of token ids without PyTorch."""
+    ids = plain_ids(export, request, options)
+    if ids is not None:
+        new = options.max_new_tokens
+        return lambda part, known: calls_on_ids(export, part, known, ids, new)
+    hooks = hooks or installed_hooks(export)
+    request, tensors = check_request(request, export, hooks, trust_remote_code)
+    live = partial(live_proxy, None, hooks, export)
+    processor = processor_in(export.processor_folder, trust_remote_code)
+    _, tensors = complete_request(export, request, tensors, hooks, processor, live)
+    return lambda part, known: calls_of(job_of(export, options, tensors), part, known)
 
 
 def _check_alike(first: Export, second: Export) -> None:
@@ -214,7 +237,7 @@ class _Pair:
                 if over_peak(expected, actual) <= self._limit:
                     agree.add(name)
                 elif expected.shape == actual.shape or name in operators.outputs:
-                    numbers = _between(twin, agree, made, number)
+                    numbers = operators_between(twin, agree, made, number)
                     exact = {name: value for name, value in operators.values.items()
                              if name in agree}  # fmt: skip
                     alone = twin.run_these(numbers, {**twin.values, **exact})
@@ -227,10 +250,17 @@ class _Pair:
         return None
 
 
-def _between(
+def operators_between(
     twin: Operators, agree: set[str], made: Mapping[str, int], last: int
 ) -> tuple[int, ...]:
-    """The operators between values that agree and one that does not."""
+    """The operators between values that agree and one that does not.
+
+    Args:
+        twin: The layer's operators.
+        agree: The names of the values that agree.
+        made: Which operator makes a value.
+        last: The one that makes the value that does not.
+    """
     chosen = {last}
     waiting = [last]
     while waiting:

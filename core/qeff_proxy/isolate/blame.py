@@ -31,6 +31,8 @@ OpenGroup = Callable[[Group], AbstractContextManager[Session]]
 
 #: Of the error, what remains when it is still the same fault; and what is a fault of its own.
 _SAME, _ANOTHER = 0.5, 0.1
+#: A run shows a fault that was seen before, if its error is at least this share.
+SEEN = 0.25
 #: So many causes in one layer are looked for.
 MOST_CAUSES = 4
 #: Operators inside a group are taken out one by one up to this size.
@@ -51,6 +53,8 @@ class Trials:
         self.operators = operators
         self.opened = open_group
         self._errors: dict[frozenset[int], float | None] = {}
+        #: How often each group runs: more than once where the fault moves from run to run.
+        self.times = 1
         #: Why the backend refused groups, by their operators.
         self.refused: dict[frozenset[int], str] = {}
 
@@ -64,6 +68,7 @@ class Trials:
         if not chosen:
             return {}
         group = self.operators.group(chosen)
+        self.operators.free_pages()
         # A backend may warn of a graph that the user never asked for.
         with without_warnings(), self.opened(group) as session:
             found = session.run({new: np.asarray(values[old]) for new, old in group.inputs.items()})
@@ -74,19 +79,30 @@ class Trials:
 
         Returns:
             The largest error of an output over its peak; ``None`` where the backend refuses them.
+            That of one more run, if it runs ``again``.
         """
         chosen = frozenset(numbers)
-        if chosen not in self._errors or again:
-            try:
-                found = self.run(chosen, self.operators.values)
-            except Exception as error:  # noqa: BLE001 (a backend's fault; the group is not usable)
-                _LOG.debug("a group of %d operators was refused", len(chosen), exc_info=error)
-                self.refused[chosen] = reason_of(error)
-                self._errors[chosen] = None
-            else:
-                values = self.operators.run_on(found, without=chosen)
-                self._errors[chosen] = self.distance(values)
+        if again:
+            return self._error(chosen)
+        if chosen not in self._errors:
+            errors = [self._error(chosen) for _ in range(self.times)]
+            known = [error for error in errors if error is not None]
+            self._errors[chosen] = max(known) if len(known) == len(errors) else None
         return self._errors[chosen]
+
+    def repeat(self) -> None:
+        """From now on, run each group several times: its error is the largest of these."""
+        self.times = RUNS
+        self._errors.clear()
+
+    def _error(self, chosen: frozenset[int]) -> float | None:
+        try:
+            found = self.run(chosen, self.operators.values)
+        except Exception as error:  # noqa: BLE001 (a backend's fault; the group is not usable)
+            _LOG.debug("a group of %d operators was refused", len(chosen), exc_info=error)
+            self.refused[chosen] = reason_of(error)
+            return None
+        return self.distance(self.operators.run_on(found, without=chosen))
 
     def without(self, numbers: Iterable[int], values: Mapping[str, Array]) -> dict[str, Array]:
         """The layer's outputs with these operators exact, and all others on the backend.
@@ -167,6 +183,7 @@ def find_culprits(
     progress: Callable[[str], None] = lambda _stage: None,
     *,
     most: int = MOST_CAUSES,
+    seen: float = 0.0,
 ) -> tuple[float | None, list[Culprit]]:
     """Find the operators that cause a layer's error, or that the backend refuses.
 
@@ -175,6 +192,7 @@ def find_culprits(
         passes: Whether outputs of the layer are within tolerance, so that no cause is left.
         progress: Called with the name of each stage as it starts.
         most: How many causes to look for.
+        seen: The layer's error in an earlier run; one that does not show now may come again.
 
     Returns:
         The layer's error with all its operators on the backend (``None``: refused so), and the
@@ -182,11 +200,15 @@ def find_culprits(
     """
     everything = list(range(len(trials.operators.nodes)))
     total = trials.error(everything)
+    if total is not None and not _still(total, seen, SEEN):
+        trials.repeat()
+        total = trials.error(everything)
     if total is None:
         progress("looking for the operator that is refused")
         numbers = _shrink(trials, everything, lambda chosen: trials.error(chosen) is None)
         why = trials.refused[frozenset(numbers)]
-        return None, [Culprit(numbers, math.inf, _without(trials, set(numbers))[0], RUNS, why)]
+        shown = sum(trials.error(numbers, again=True) is None for _ in range(RUNS))
+        return None, [Culprit(numbers, math.inf, _without(trials, set(numbers))[0], shown, why)]
     culprits: list[Culprit] = []
     exact: set[int] = set()
     error: float | None = total
@@ -202,11 +224,7 @@ def find_culprits(
         start = next((piece for piece in pieces if causes(piece)), None)
         if start is None:
             break
-        numbers = _shrink(trials, start, causes)
-        its_error = trials.error(numbers) or 0.0
-        shown = sum(
-            _still(trials.error(numbers, again=True), its_error, _ANOTHER) for _ in range(RUNS)
-        )
+        numbers, its_error, shown = _shrink_surely(trials, start, causes)
         exact |= set(numbers)
         error, values = _without(trials, exact)
         refused = next((why for key, why in trials.refused.items() if key <= set(numbers)), None)
@@ -214,6 +232,19 @@ def find_culprits(
         if not _still(error, total, _ANOTHER) and passes(values):
             break
     return total, culprits
+
+
+def _shrink_surely(
+    trials: Trials, numbers: list[int], holds: Callable[[list[int]], bool]
+) -> tuple[tuple[int, ...], float, int]:
+    """`_shrink`, with repeated runs where results move; its error, and how often it shows."""
+    found = _shrink(trials, numbers, holds)
+    error = trials.error(found) or 0.0
+    shown = sum(_still(trials.error(found, again=True), error, _ANOTHER) for _ in range(RUNS))
+    if shown < RUNS and len(found) > 1 and trials.times == 1:
+        trials.repeat()
+        return _shrink_surely(trials, list(found), holds)
+    return found, error, shown
 
 
 def _still(error: float | None, whole: float, share: float) -> bool:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from torch import nn
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.graph.modules import module_path, names_of_modules
 from qeff_proxy.isolate.blame import absolute_error, peak_of
 from qeff_proxy.isolate.operators import Operators, names_read
 from qeff_proxy.isolate.results import OperatorFacts, TensorFacts, WorstElement
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: Of each dtype, the largest finite number and the smallest normal one.
 _RANGES: Mapping[str, tuple[float, float]] = {

@@ -17,14 +17,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from qeff_proxy.arrays import Array
 from qeff_proxy.artifact.manifest_schema import ExportedPart
 from qeff_proxy.errors import UsageError
 from qeff_proxy.graph.split_layers import LayerGraph
-from qeff_proxy.isolate.blame import MOST_CAUSES, Culprit, OpenGroup, Trials, find_culprits
+from qeff_proxy.isolate.blame import (
+    MOST_CAUSES,
+    RUNS,
+    SEEN,
+    Culprit,
+    OpenGroup,
+    Trials,
+    find_culprits,
+)
 from qeff_proxy.isolate.capsule import check_capsule_place
 from qeff_proxy.isolate.describe import describe_operator, worst_element
 from qeff_proxy.isolate.neighbourhood import Neighbour, neighbourhood
@@ -45,8 +52,8 @@ from qeff_proxy.verify.by_layer.results import (
 from qeff_proxy.verify.by_layer.verify_layers import LayerRun, verify_layers
 from qeff_proxy.verify.options import VerifyOptions
 
-#: The layer's error at fixed shapes is the fault that was seen, if it is at least this share of it.
-_SAME = 0.25
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def isolate_fault(
@@ -115,7 +122,9 @@ def isolate_fault(
         return replace(_nothing(result.layers), source=done.source, backend=backend)
     fault = replace(search.fault, source=done.source, backend=backend)
     if done.interrupted:
-        return replace(fault, notes=(*fault.notes, f"Interrupted at {done.interrupted}."))
+        said = f"Interrupted at {done.interrupted}, so there is no proof."
+        fault = replace(fault, notes=(*fault.notes, said))
+        return replace(fault, interrupted=done.failure is None)
     if search.exact is None or search.exact.last is None:
         return fault
     before, after = result.layers[-1].inherited, search.exact.last.inherited
@@ -230,6 +239,7 @@ def _look_into(
         lambda outputs: candidate.precision is not None or compared(outputs).passed,
         lambda stage: progress(f"{result.name}: {stage}"),
         most=1 if result.local.passed else MOST_CAUSES,
+        seen=0.0 if result.local.passed else result.local.over_peak,
     )
     fault = replace(fault, whole=whole)
     if capsule.path is not None and culprits and whole is not None:
@@ -237,6 +247,7 @@ def _look_into(
     causes = tuple(
         _cause(culprit, trials, candidate.precision, layer.module) for culprit in culprits
     )
+    operators.free_pages()
     return replace(fault, causes=causes, unexplained=_unexplained(result, whole, causes)), culprits
 
 
@@ -295,11 +306,11 @@ def _unexplained(result: LayerResult, whole: float | None, causes: Sequence[Caus
             "The layer is within tolerance: its error is rounding, of which these operators have "
             "the largest share that was found."
         )
-    if whole < _SAME * result.local.over_peak:
+    if whole < SEEN * result.local.over_peak:
         return (
             f"The layer's error does not show again at the fixed shapes of this step ({whole:.3g} "
-            f"of the peak, {result.local.over_peak:.3g} before): it comes from run to run, or from "
-            "shapes that are not fixed."
+            f"of the peak in any of {RUNS} runs, {result.local.over_peak:.3g} before): it comes "
+            "from run to run, or from shapes that are not fixed."
         )
     if not causes:
         return "No group of its operators causes it."
@@ -356,4 +367,6 @@ class _Exact(Session):
         """Run it; see `Session.compute`."""
         operators = Operators(self._graph, feeds, self._plain)
         trials = Trials(operators, self._open)
-        return operators.results(trials.without(self._numbers, operators.values))
+        outputs = operators.results(trials.without(self._numbers, operators.values))
+        operators.free_pages()
+        return outputs

@@ -8,6 +8,7 @@ computes the others (a weight's transpose) goes with the operators that read it.
 from __future__ import annotations
 
 import copy
+import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,12 +135,19 @@ class Operators:
         layer: The layer's graph.
         feeds: Its inputs in that run.
         plain: Runs its operators; by default one of its own.
+        measured: Values of another run, of a device's dump; what reads them is computed from them.
 
     Raises:
         UnsupportedModelError: It is in bfloat16.
     """
 
-    def __init__(self, layer: LayerGraph, feeds: Values, plain: PlainRuntime | None = None) -> None:
+    def __init__(
+        self,
+        layer: LayerGraph,
+        feeds: Values,
+        plain: PlainRuntime | None = None,
+        measured: Values | None = None,
+    ) -> None:
         if any(spec.dtype == "bfloat16" for spec in (*layer.inputs, *layer.outputs)):
             raise UnsupportedModelError(
                 "operators run one by one in ONNX Runtime on the CPU, which does not take bfloat16",
@@ -164,14 +172,26 @@ class Operators:
                 nodes.append(node)
         #: The operators, in an order in which they can run.
         self.nodes: tuple[ir.Node, ...] = tuple(nodes)
+        #: What was computed in the place of measured values.
+        self.computed: dict[str, Array] = {}
         #: The reference's value of everything in the layer.
-        self.values: Values = self._run_all(feeds)
+        self.values: Values = self._run_all(feeds, measured or {})
 
     def with_values(self, values: Values) -> Operators:
         """The same operators with other values for the reference's."""
         other = copy.copy(self)
         other.values = values
         return other
+
+    def free_pages(self) -> None:
+        """Let the weights' pages go, which are mapped; who reads one gets it from the file again.
+
+        A backend that opens the layer would have its weights in memory a second time.
+        """
+        for value in self.model.graph.initializers.values():
+            mapped = getattr(value.const_value, "raw", None)
+            if isinstance(mapped, mmap.mmap):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     @property
     def outputs(self) -> list[str]:
@@ -190,10 +210,14 @@ class Operators:
         """The layer's outputs among values."""
         return {name: values[name] for name in self.outputs}
 
-    def _run_all(self, feeds: Values) -> dict[str, Array]:
+    def _run_all(self, feeds: Values, measured: Values) -> dict[str, Array]:
         values: dict[str, Array] = {**self._constants, **feeds}
         for node in self.model.graph:
             self._evaluate(node, values)
+            for name in [str(v.name) for v in node.outputs if v.name in measured]:
+                self.computed[name] = values[name]
+                if measured[name].shape == values[name].shape:
+                    values[name] = measured[name].astype(values[name].dtype)
         return values
 
     def _evaluate(self, node: ir.Node, values: dict[str, Array]) -> None:

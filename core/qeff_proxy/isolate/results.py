@@ -133,6 +133,8 @@ class Fault:
         capsule: The file to send, where one was asked for.
         notes: Anything else that must be known.
         exports: Whether two exports were compared; ``backend`` is the second's folder.
+        interrupted: Whether Ctrl-C ended the run before its proof.
+        dumps: Whether two dumps were; ``backend`` is the device's, ``source`` the export.
     """
 
     source: str
@@ -152,6 +154,8 @@ class Fault:
     capsule: Path | None = None
     notes: tuple[str, ...] = ()
     exports: bool = False
+    dumps: bool = False
+    interrupted: bool = False
 
     @property
     def found(self) -> bool:
@@ -186,6 +190,7 @@ def describe_fault(fault: Fault) -> list[str]:
     """The fault in words, a paragraph a line."""
     if fault.healthy:
         same = "computes the same" if fault.exports else "no layer is out of line"
+        same = "every value follows from those before it" if fault.dumps else same
         return [f"{fault.backend}: {same}; there is no fault to find."]
     lines = [
         f"{fault.backend} does not run {fault.where}: {fault.refused}"
@@ -216,6 +221,11 @@ def describe_fault(fault: Fault) -> list[str]:
 
 def _measured(fault: Fault) -> str:
     error = fault.local
+    if fault.dumps:
+        return (
+            f"{error.tensor} is off by {format_share(error.over_peak)} of its peak, on the "
+            f"device's own values before it, in {error.step}"
+        )
     return (
         f"{format_decibels(error.sqnr)} ({format_share(error.over_peak)} of the peak) on the "
         f"reference's inputs, worst in {error.step or fault.step}"
@@ -225,14 +235,21 @@ def _measured(fault: Fault) -> str:
 def _describe_cause(cause: Cause, fault: Fault) -> list[str]:
     refused = fault.whole is None
     where = "of the second export" if fault.exports else "on the backend"
+    where = "as the device gave it" if fault.dumps else where
     lines = [f"{'Largest share' if fault.local.passed else 'Cause'}: {cause.name}."]
     if len(cause.operators) > 1:
         fewer = "it takes fewer" if refused else "fewer show no fault"
+        fewer = "the dump has no value between them" if fault.dumps else fewer
         why = f"it refuses fewer: {cause.refused}" if cause.refused and not refused else fewer
         listed = ", ".join(f"{o.operator} {o.node}" for o in cause.operators)
         lines.append(f"It is a group of {len(cause.operators)} operators ({why}): {listed}.")
     alone = f"Only this {where}, all else exact: {format_share(cause.error)} of the peak"
-    if refused:
+    if fault.dumps:
+        lines.append(
+            f"{alone}. The layer's other values follow from those before them, to "
+            f"{format_share(cause.remaining)}."
+        )
+    elif refused:
         lines.append(f"The backend refuses this: {cause.refused}")
     elif cause.remaining is None:
         lines.append(f"{alone}; the backend refuses the other operators without it.")

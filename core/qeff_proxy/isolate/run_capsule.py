@@ -13,6 +13,7 @@ import onnx
 
 from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
+from qeff_proxy.backends.own_process import OwnProcess
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.isolate.blame import distance
@@ -73,8 +74,14 @@ def run_capsule(path: Path, backend: str, options: CompileOptions | None = None)
             folder, "whole", "capsule", "float32", {"source": str(path)}, (part,), {}, {}, {}, {}
         )
         (folder / "compiled").mkdir()
-        with runner.open_once(export, part, options, folder / "compiled") as session:
-            actual = session.run(capsule.inputs)
+        process = OwnProcess.of(backend, runner)
+        try:
+            opener = process or runner
+            with opener.open_once(export, part, options, folder / "compiled") as session:
+                actual = session.run(capsule.inputs)
+        finally:
+            if process is not None:
+                process.close()
     error = distance(capsule.expected, actual)
     return Rerun(path, backend, capsule.error, error, capsule.facts)
 

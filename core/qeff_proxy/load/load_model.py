@@ -239,19 +239,34 @@ def _describe_function(function: Any) -> str:
 
 def wrap_model(model: PreTrainedModel, source: str | None = None) -> LoadedModel:
     """Take a model that was made in memory; its identity is the hash of its weights."""
-    from qeff_proxy.arrays import to_array
-
-    digest = hashlib.sha256(model.config.to_json_string().encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(to_array(tensor).tobytes())
+    identity = _identity_of(model)
     if attention_of(model) != "eager":
         model.set_attn_implementation("eager")
     name = source or model.config.name_or_path or model.config.model_type
     dtype = check_dtype(model.dtype)
-    return LoadedModel(
-        name, None, digest.hexdigest(), model.config.model_type, dtype, lambda: model
-    )
+    return LoadedModel(name, None, identity, model.config.model_type, dtype, lambda: model)
+
+
+def as_in_memory(loaded: LoadedModel) -> LoadedModel:
+    """The model as it is in memory now: it may have been changed since its identity was computed.
+
+    A checkpoint's model that was not changed gets another identity than its files, too: to tell
+    would take to read them again.
+    """
+    model = loaded.model
+    digest = hashlib.sha256(f"{loaded.identity}\0{_identity_of(model)}".encode())
+    return replace(loaded, identity=digest.hexdigest(), read=lambda: model, sample=None, weights={})
+
+
+def _identity_of(model: PreTrainedModel) -> str:
+    """A hash of config, modules and weights."""
+    from qeff_proxy.arrays import to_array
+
+    digest = hashlib.sha256(f"{model.config.to_json_string()}\0{model}".encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(to_array(tensor).tobytes())
+    return digest.hexdigest()
 
 
 def architecture_of(loaded: LoadedModel) -> str | None:

@@ -211,7 +211,7 @@ def _installed_alone(plan: Path, name: str, version: str) -> Path:
     """A folder with one package, which goes before others on the path; made once."""
     folder = _ledger_of(plan).with_suffix("") / "packages" / f"{name}-{version}"
     if not folder.is_dir():
-        partial = folder.with_suffix(".partial")
+        partial = folder.with_name(f"{folder.name}.partial")
         words = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade"]
         command = [sys.executable, "-m", "pip", *words, "--target", str(partial)]
         ended = _run_command([*command, f"{name}=={version}"])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled, compile_export
@@ -26,9 +25,10 @@ from qeff_proxy.run.replay_tokens import keep_tokens, replay_tokens
 from qeff_proxy.run.run_compiled import RunResult, new_io_folder, run_compiled
 from qeff_proxy.session.session import Session
 from qeff_proxy.verify.results import reason_of
-from qeff_proxy.verify.rounding import BITS, RoundedModule
 
 if TYPE_CHECKING:
+    import torch
+
     from qeff_proxy.verify.options import VerifyOptions
 
 #: The folder of the reference's dump, beside those of the backends.
@@ -89,10 +89,12 @@ class Runs:
 
         The model's weights are those of the reference, so that no second model is in memory.
         """
+        from qeff_proxy.session.torch_session import TorchSession
+        from qeff_proxy.verify.rounding import BITS, RoundedModule
+
         if precision not in BITS:
             self.floors[precision] = f"PyTorch cannot compute in {precision}"
             return
-        from qeff_proxy.session.torch_session import TorchSession
 
         compiled = compile_export(self.export, "torch", self.options.compile)
         sessions = {
@@ -125,6 +127,8 @@ class Runs:
 
     def own_choice(self) -> list[str] | None:
         """What the latest candidate would have said; ``None`` if the same, or without text."""
+        import torch
+
         if not self._choices or not hasattr(self.processor, "batch_decode"):
             return None
         if len(self._choices) == len(self.tokens) and all(

@@ -29,7 +29,6 @@ from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.dump import DumpOptions, read_dump
 from qeff_proxy.errors import ProxyError, UsageError
-from qeff_proxy.layers.taps import normalize_taps
 from qeff_proxy.load.checkpoint_files import folder_named
 from qeff_proxy.load.load_model import LoadedModel, flow_of, load_model
 from qeff_proxy.parts import Kind, Proxy
@@ -178,6 +177,8 @@ def export_of(
 ) -> Export:
     """Export a checkpoint with the taps asked for; an export must have them already."""
     if isinstance(model, Export):
+        from qeff_proxy.layers.taps import normalize_taps
+
         has = tuple(model.settings.get("taps", ()))
         if options.taps is not None and (asked := normalize_taps(options.taps)) != has:
             raise UsageError(

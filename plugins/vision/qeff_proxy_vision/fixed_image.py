@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
@@ -83,12 +84,9 @@ class FixedImagePart(nn.Module):
 
 
 def _packs(module: nn.Module) -> bool:
-    """Whether this is the attention of a tower without windows, on the patches of all images."""
-    windows = getattr(getattr(module, "config", None), "window_size", None)
-    return (
-        windows is None
-        and "cu_seqlens" in inspect.signature(module.forward).parameters
-        and (hasattr(module, "scaling"))
+    """Whether this is the attention of a tower, on the patches of all images or windows."""
+    return "cu_seqlens" in inspect.signature(module.forward).parameters and hasattr(
+        module, "scaling"
     )
 
 
@@ -96,10 +94,21 @@ def _with_own_forward(module: nn.Module) -> nn.Module:
     """A copy that keeps its ``forward`` while transformers' exporter replaces that of its class.
 
     The replacement is for several segments of one length, and leaves out the norms of queries and
-    keys (GLM-OCR's). Here there is one image, and its lengths are constants.
+    keys (GLM-OCR's). Here there is one image, and its lengths are constants. The replacement serves
+    where a tower has windows that are all of one length: it has one attention for all of them.
     """
     clone = replace_modules(module, {})
-    vars(clone)["forward"] = MethodType(type(module).forward, clone)
+    own = type(module).forward
+    signature = inspect.signature(own)
+    has_windows = getattr(getattr(module, "config", None), "window_size", None) is not None
+
+    def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
+        ends = signature.bind(self, *args, **named).arguments["cu_seqlens"].tolist()
+        lengths = {end - start for start, end in pairwise(ends)}
+        replaced = has_windows and len(lengths) == 1 < len(ends) - 1
+        return (type(self).forward if replaced else own)(self, *args, **named)
+
+    vars(clone)["forward"] = MethodType(forward, clone)
     return clone
 
 

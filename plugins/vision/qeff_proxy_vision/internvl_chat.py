@@ -39,16 +39,19 @@ from qeff_proxy_vision.tiles import split_into_tiles
 from qeff_proxy_vision.towers import pixel_part
 
 __all__ = [
+    "CONTEXT",
     "Loader",
     "build_proxy",
     "decode",
     "locate_embedding",
     "locate_lm_head",
+    "normalized",
     "preprocess",
 ]
 
 _IMAGE = "<image>"
-_CONTEXT = "<IMG_CONTEXT>"
+#: The text of the image token.
+CONTEXT = "<IMG_CONTEXT>"
 _PREFIX = "language_model."
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -72,7 +75,7 @@ class Loader:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=True, local_files_only=True
         )
-        model.img_context_token_id = tokenizer.convert_tokens_to_ids(_CONTEXT)
+        model.img_context_token_id = tokenizer.convert_tokens_to_ids(CONTEXT)
         return answer
 
 
@@ -144,7 +147,7 @@ def build_proxy(
     if token_id is None:
         raise UnsupportedModelError(
             "the model does not know its image token",
-            f"Set model.img_context_token_id = tokenizer.convert_tokens_to_ids({_CONTEXT!r}).",
+            f"Set model.img_context_token_id = tokenizer.convert_tokens_to_ids({CONTEXT!r}).",
         )
     text = _cut_language_model(model.language_model, embedding, lm_head, kind, options)
     config = model.config
@@ -233,8 +236,8 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
             tiles = split_into_tiles(
                 open_image(image), size, (least, most), overview=config.get("use_thumbnail", False)
             )
-            pixels += [_normalized(tile) for tile in tiles]
-            text = text.replace(_IMAGE, f"<img>{_CONTEXT * (rows * len(tiles))}</img>", 1)
+            pixels += [normalized(tile) for tile in tiles]
+            text = text.replace(_IMAGE, f"<img>{CONTEXT * (rows * len(tiles))}</img>", 1)
         texts.append(text)
     tensors = tokenize(processor, texts)
     if pixels:
@@ -255,6 +258,7 @@ def _in_chat(tokenizer: Any, prompt: str, *, first: bool) -> str:
     return text
 
 
-def _normalized(tile: Any) -> Array:
+def normalized(tile: Any) -> Array:
+    """A tile as the tower takes it, ``[3, height, width]`` float32."""
     values = np.asarray(tile, np.float32) / 255
     return np.ascontiguousarray(((values - _MEAN) / _STD).transpose(2, 0, 1))

@@ -280,12 +280,14 @@ def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Arr
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
     """The output of the checkpoint's processor for each row, padded on the left to one length.
 
+    Inputs may have QEfficient's names: ``pixel_values`` and ``valid_idx``.
+
     Returns:
         ``input_ids`` and ``attention_mask [batch, length]``; ``images``, ``image_masks`` and
         ``image_input_idx``, ``[batch, crops, …]``, padded with crops without a position.
     """
     if request.inputs is not None:
-        rows = checked_tensors(request.inputs)
+        rows = checked_tensors(_named_as_the_processor(request.inputs))
         rows.setdefault("attention_mask", torch.ones_like(rows["input_ids"]))
         return rows
     refuse_others(request, "prompts", "images")
@@ -301,6 +303,14 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
         for prompt, images in prompts_and_images(request, "<|image|>")
     ]
     return _padded([{name: torch.as_tensor(row[name]) for name in row} for row in outputs])
+
+
+def _named_as_the_processor(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs without what QEfficient's scripts make of them: another name, and valid places."""
+    rows = {name: value for name, value in inputs.items() if name != "valid_idx"}
+    if "images" not in rows and "pixel_values" in rows:
+        rows["images"] = rows.pop("pixel_values")
+    return rows
 
 
 def _padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

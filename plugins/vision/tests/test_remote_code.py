@@ -296,6 +296,13 @@ def test_molmos_own_code_gives_what_the_uncut_model_gives(molmo, tmp_path):
     own = preprocess_molmo(None, replace(Request(), inputs=row(2, 20)))
     assert own["input_ids"].shape == (1, 20)
     assert own["images"].shape == (1, 2, 16, 147)
+    inputs = {name: value[None] for name, value in row(2, 20).items()}
+    answer = face.generate(inputs=inputs, generation_len=8).generated_ids
+    blind = {**inputs, "images": inputs["images"] * 0}
+    assert face.generate(inputs=blind, generation_len=8).generated_ids.tolist() != answer.tolist()
+    inputs["pixel_values"] = inputs.pop("images")  # as QEfficient's scripts do
+    inputs["valid_idx"] = torch.nonzero(inputs["image_input_idx"].reshape(1, -1) > 0)[:, 1][None]
+    assert face.generate(inputs=inputs, generation_len=8).generated_ids.tolist() == answer.tolist()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of the real code, which is old

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.flows.flow import Job, load_flow
-from qeff_proxy.flows.generation.inputs import checked_ids
 from qeff_proxy.graph.split_layers import LayerGraph
 from qeff_proxy.load.load_model import load_config
+from qeff_proxy.request import Request
 from qeff_proxy.run.replay_tokens import replay_tokens
 from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.session import Session
@@ -24,10 +24,15 @@ from qeff_proxy.verify.by_layer.results import layer_name
 from qeff_proxy.verify.options import VerifyOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from qeff_proxy.parts import TensorSpec
 
 #: The outputs of one part: for each call, name → array.
 Outputs = Sequence[Mapping[str, Array]]
+#: Prompt and continuation of at most so many tokens fit into any model's context.
+_FITS = 512
+_EXAMPLE = 16
 
 
 @dataclass
@@ -126,9 +131,67 @@ def calls_of(job: Job, part: str, known: Mapping[str, Outputs]) -> list[Call]:
         known: The outputs of the parts before it.
     """
     recorder = _Recorder(part)
-    sessions = {one.name: _StandIn(one, known.get(one.name, ())) for one in job.export.parts}
+    sessions = _stand_ins(job.export, known)
     load_flow(job.export.flow).run(replace(job, sessions=sessions, recorder=recorder))
     return recorder.calls
+
+
+def calls_on_ids(
+    export: Export, part: str, known: Mapping[str, Outputs], ids: Array, new: int
+) -> list[Call]:
+    """`calls_of` for a decoder on token ids, without PyTorch, which takes its time to import.
+
+    Args:
+        export: Its flow is ``causal-lm``.
+        part: The part's name.
+        known: The outputs of the parts before it.
+        ids: The prompt, ``[batch, tokens]`` int64, without padding.
+        new: Tokens to generate: the prompt's, again from their start.
+    """
+    recorder = _Recorder(part)
+    engine = CausalEngine(export.parts, _stand_ins(export, known))
+    length = ids.shape[1]
+    chunk = engine.longest_step or length
+    steps = [("prefill", index, start) for index, start in enumerate(range(0, length, chunk))]
+    steps += [("decode", index, length + index) for index in range(new - 1)]
+    every = np.take(ids, range(length + new), axis=1, mode="wrap")
+    cache = None
+    for phase, index, start in steps:
+        stop = start + 1 if phase == "decode" else min(start + chunk, length)
+        seen = np.ones_like(every[:, :stop])
+        step = StepId(phase, index)  # type: ignore[arg-type]
+        _, cache = engine.step(
+            step, every[:, start:stop], seen, cache, last_only=True, recorder=recorder
+        )
+    return recorder.calls
+
+
+def plain_ids(export: Export, request: Request | None, options: VerifyOptions) -> Array | None:
+    """The prompt for `calls_on_ids`, random where there is no request; ``None`` if it needs more.
+
+    What it does not take, such as tokens that the model lacks, is for the flow to refuse.
+    """
+    rows = export.settings.get("embedding_rows")
+    shapes = options.compile.prefill_seq_len or options.compile.ctx_len or options.continuation
+    more = shapes or export.settings.get("request_options")
+    if export.flow != "causal-lm" or export.kind == "stub" or rows is None or more:
+        return None
+    if request is None:
+        return np.random.default_rng(0).integers(0, rows, (1, _EXAMPLE))
+    if list(request.inputs or ()) != ["input_ids"]:
+        return None
+    try:
+        ids = np.asarray((request.inputs or {})["input_ids"])
+    except ValueError:  # rows of other lengths
+        return None
+    fits = ids.ndim == 2 and ids.size > 0 and ids.shape[1] + options.max_new_tokens <= _FITS
+    if not fits or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= rows:
+        return None
+    return ids.astype(np.int64)
+
+
+def _stand_ins(export: Export, known: Mapping[str, Outputs]) -> dict[str, _StandIn]:
+    return {one.name: _StandIn(one, known.get(one.name, ())) for one in export.parts}
 
 
 def job_of(export: Export, options: VerifyOptions, tensors: Mapping[str, torch.Tensor]) -> Job:
@@ -151,6 +214,10 @@ def continuation(
     """The tokens to generate, ``[batch]`` each; none where the model does not generate."""
     if not any(spec.name.startswith(PRESENT) for part in export.parts for spec in part.outputs):
         return []
+    import torch
+
+    from qeff_proxy.flows.generation.inputs import checked_ids
+
     rows = export.settings.get("embedding_rows")
     ids = tensors.get("input_ids")
     if options.continuation:

@@ -20,6 +20,7 @@ from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.compile_export import code_of
+from qeff_proxy.backends.own_process import OwnProcess
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.file_errors import FULL, writing
 from qeff_proxy.compare.tolerances import COMPUTED_IN, Tolerances
@@ -56,9 +57,12 @@ class Candidate:
         name: The backend's name.
         export: The export.
         options: Of the verification.
+        own_process: Run a backend of another package in a process of its own, which it may end.
     """
 
-    def __init__(self, name: str, export: Export, options: VerifyOptions) -> None:
+    def __init__(
+        self, name: str, export: Export, options: VerifyOptions, *, own_process: bool = False
+    ) -> None:
         self.name = name
         self._export = export
         self._options = options.compile_for(name)
@@ -73,9 +77,12 @@ class Candidate:
         self.kept: list[Step] = []
         #: One for all layers: it may know what it learned from those before.
         self._backend: Backend | None = None
+        self._process: OwnProcess | None = None
         self.precision: str | None = None
         with suppress(ProxyError):  # its first layer will say so
             self.precision = self._opened().precision(self._options)
+            if own_process:
+                self._process = OwnProcess.of(name, self._opened())
 
     def _opened(self) -> Backend:
         """The backend, loaded once."""
@@ -235,9 +242,15 @@ class Candidate:
             alone = replace(export, parts=(layer,))
             backend = self._opened()
             backend.check_options(self.name, self._options)
-            session = backend.open_once(alone, layer, self._options, folder)
+            opener = self._process or backend
+            session = opener.open_once(alone, layer, self._options, folder)
             stack.callback(session.close)
             yield session
+
+    def close(self) -> None:
+        """End its process, if it has one."""
+        if self._process is not None:
+            self._process.close()
 
     def result(self) -> BackendLayers:
         """The layers that ran."""

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from qeff_proxy.arrays import to_array
 from qeff_proxy.artifact.manifest_schema import Export
@@ -25,6 +24,9 @@ from qeff_proxy.common.atomic_folder import held
 from qeff_proxy.common.code_digest import code_digest
 from qeff_proxy.common.file_errors import writing
 from qeff_proxy.verify.by_layer.part_run import Step
+
+if TYPE_CHECKING:
+    import torch
 
 #: The name of the reference's run among the others.
 REFERENCE = "reference"
@@ -66,6 +68,8 @@ class Journal:
             tensors: The input.
             settings: All else that the results depend on; their ``repr`` tells them apart.
         """
+        import torch
+
         parts = [part.sha256 for part in export.parts]
         code = code_digest("qeff_proxy")
         key = hashlib.sha256(repr((dict(export.hashes), parts, settings, code)).encode())

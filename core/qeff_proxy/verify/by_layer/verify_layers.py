@@ -18,10 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-import torch
-from torch import nn
 
 from qeff_proxy.artifact.export_folder import check_weights_of
 from qeff_proxy.artifact.manifest_schema import Export
@@ -39,7 +38,6 @@ from qeff_proxy.verify.by_layer.candidate import Candidate, remove_leftovers
 from qeff_proxy.verify.by_layer.floor import LayerFloor
 from qeff_proxy.verify.by_layer.journal import REFERENCE, Entry, Journal
 from qeff_proxy.verify.by_layer.part_run import PartRun, Step
-from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
 from qeff_proxy.verify.by_layer.report import write_layer_reports
 from qeff_proxy.verify.by_layer.results import (
     LayerVerification,
@@ -47,7 +45,6 @@ from qeff_proxy.verify.by_layer.results import (
     output_names,
 )
 from qeff_proxy.verify.options import VerifyOptions
-from qeff_proxy.verify.rounding import BITS
 from qeff_proxy.verify.runs import (
     check_request,
     complete_request,
@@ -56,6 +53,10 @@ from qeff_proxy.verify.runs import (
 )
 from qeff_proxy.verify.verify_backend import needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,11 @@ def verify_layers_of(
     Raises:
         ArtifactError: The export cannot be written to, and no layer ran before.
     """
+    import torch
+
+    from qeff_proxy.verify.by_layer.reference import PartReference, reference_parts
+    from qeff_proxy.verify.rounding import BITS
+
     if any(needs_fixed_shapes(options, name) for name in backends):
         options = replace(options, compile=fixed_lengths(export, options.compile))
     proxy, weights = reference_parts(model, hooks, export)
@@ -172,7 +178,8 @@ def verify_layers_of(
     check_weights_of(export)
     remove_leftovers(export.folder)
     recipes = [check_recipe(export, options.compile_for(name)) for name in backends]
-    candidates = [Candidate(name, export, options) for name in backends]
+    own_process = observe is not None
+    candidates = [Candidate(one, export, options, own_process=own_process) for one in backends]
     precisions = {candidate.precision for candidate in candidates if export.dtype == "float32"}
     floors = {name: LayerFloor(bits) for name, bits in BITS.items() if name in precisions}
     known: dict[str, Outputs] = {}
@@ -239,6 +246,9 @@ def verify_layers_of(
                 raise
             interrupted = where
             failure = error if isinstance(error, ArtifactError) else None
+        finally:
+            for candidate in candidates:
+                candidate.close()
     results = tuple(candidate.result() for candidate in candidates)
     done = LayerVerification(
         export.model["source"], export.folder, tuple(steps), results, interrupted, failure, resumed

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import BackendError
-
-from qeff_proxy_npu.qnn.worker import read_message, write_message
+from qeff_proxy.session.messages import read_message, write_message
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array

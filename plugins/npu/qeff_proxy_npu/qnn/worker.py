@@ -1,77 +1,28 @@
 """The process that compiles for Qualcomm's HTP and runs its emulator, for `Worker`.
 
-It is started as ``python -m qeff_proxy_npu.qnn.worker`` and imports ONNX Runtime and NumPy
-alone. Requests come on standard input, answers go to what was standard output; whatever libraries
-print goes to standard error, which is the log. A message is eight bytes of length, a JSON header
-of that length, and the bytes of the arrays that the header's ``arrays`` describe.
+It is started as ``python -m qeff_proxy_npu.qnn.worker`` and imports little but ONNX Runtime and
+NumPy. Requests come on standard input, answers go to what was standard output; whatever libraries
+print goes to standard error, which is the log.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from qeff_proxy.session.messages import read_message, write_message
 
 if TYPE_CHECKING:
     import onnxruntime
     from qeff_proxy.arrays import Array
 
-__all__ = ["main", "read_message", "write_message"]
+__all__ = ["main"]
 
-_LENGTH = struct.Struct("<Q")
 _VERBOSE, _ERROR = 0, 3
-
-
-def write_message(
-    stream: IO[bytes], header: Mapping[str, Any], arrays: Mapping[str, Array] | None = None
-) -> None:
-    """Write a message.
-
-    Args:
-        stream: Where to.
-        header: JSON values.
-        arrays: Go with it, by name; of NumPy's own dtypes.
-    """
-    flat = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
-    places = [[name, array.dtype.str, list(array.shape)] for name, array in flat.items()]
-    text = json.dumps({**header, "arrays": places}).encode()
-    stream.write(_LENGTH.pack(len(text)) + text)
-    for array in flat.values():
-        if array.nbytes:
-            stream.write(array.reshape(-1).view(np.uint8).data)
-    stream.flush()
-
-
-def read_message(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Read what `write_message` wrote.
-
-    Raises:
-        EOFError: The other side is gone.
-    """
-    (length,) = _LENGTH.unpack(_read(stream, _LENGTH.size))
-    header: dict[str, Any] = json.loads(_read(stream, length))
-    arrays: dict[str, Array] = {}
-    for name, dtype, shape in header.pop("arrays"):
-        array = np.empty(shape, np.dtype(dtype))
-        if array.nbytes:
-            data = _read(stream, array.nbytes)
-            array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
-        arrays[name] = array
-    return header, arrays
-
-
-def _read(stream: IO[bytes], count: int) -> bytes:
-    data = stream.read(count)
-    if len(data) != count:
-        raise EOFError
-    return data
 
 
 class _Worker:

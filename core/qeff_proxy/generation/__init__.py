@@ -1,0 +1,1 @@
+"""QEfficient's ``generation``: says what there is instead."""
