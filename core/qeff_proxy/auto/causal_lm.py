@@ -277,7 +277,7 @@ def _trimmed(inputs: Any) -> Any:
     QEfficient's scripts pad on the right, to the length of a prefill chunk.
     """
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if getattr(mask, "ndim", 0) != 2:
+    if mask is None or getattr(mask, "ndim", 0) != 2:
         return inputs
     length = int(np.flatnonzero(np.asarray(mask).any(axis=0)).max(initial=-1)) + 1
     if length in {0, mask.shape[1]}:
