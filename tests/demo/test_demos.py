@@ -131,6 +131,17 @@ def test_what_cannot_be_asked_for_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_home_that_cannot_be_written_is_told_before_any_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "file" / "home"))
+    assert main(["demo", "sane", "raises"]) == 7
+    said = capsys.readouterr()
+    assert said.err.count("qeff-proxy: error:") == 1
+    assert str(tmp_path / "file") in said.err
+
+
 def test_two_packages_with_a_demo_of_one_name(site_packages: Any, capsys: Any) -> None:
     site_packages.install_metadata("zebra", b"[qeff_proxy.demos]\ntext = zebra:text\n")
     assert main(["demo", "text"]) == 10

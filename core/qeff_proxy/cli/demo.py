@@ -59,6 +59,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demos in turn; each loads, cuts, exports, compiles, runs and compares."""
+    from qeff_proxy.artifact.export_folder import cache_home
+    from qeff_proxy.common.file_errors import check_writable
     from qeff_proxy.demo.demos import choose, find_demos
     from qeff_proxy.plugins.manager import Plugins
 
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         _print_list(entries, as_json=args.json)
         return 0
+    check_writable(cache_home())
     reports: dict[str, Any] = {}
     worst = 0
     for entry in entries:
