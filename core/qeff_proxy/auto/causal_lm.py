@@ -277,12 +277,12 @@ def _trimmed(inputs: Any) -> Any:
     QEfficient's scripts pad on the right, to the length of a prefill chunk.
     """
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if mask is None or getattr(mask, "ndim", 0) != 2:
+    if mask is None or getattr(mask, "ndim", 0) != 2 or getattr(mask, "is_meta", False):
         return inputs
     length = int(np.flatnonzero(np.asarray(mask).any(axis=0)).max(initial=-1)) + 1
-    if length in {0, mask.shape[1]}:
-        return inputs
     alike = {name for name, each in inputs.items() if getattr(each, "shape", None) == mask.shape}
+    if length in {0, mask.shape[1]} or "input_ids" not in alike:
+        return inputs
     return {name: each[:, :length] if name in alike else each for name, each in inputs.items()}
 
 
