@@ -16,8 +16,9 @@ from qeff_proxy.errors import UsageError
 
 _EPILOG = """\
 An export has what was compiled of it, dumps of its runs and journals of interrupted verifications
-by layer. Without --prune, what the options choose is listed, and nothing is removed. What a run
-uses stays: what is locked, open on this machine, or was used within the last hour.
+by layer; they go with it. Without --prune, what the options choose is listed, and nothing is
+removed. What a run uses stays: what is locked, open on this machine, or was used within the last
+hour.
 Exit status: 0.
 """
 _AGES = {"m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -66,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
         kinds = args.kind or KINDS
         shown = choose(entries, kinds=kinds, unused_since=since, most=most, exports=exports)
     kept = [entry for entry in shown if args.prune and not remove(entry)]
-    removed = [entry for entry in shown if args.prune and entry not in kept]
+    chosen = {entry.path for entry in shown}
+    shown = [one for one in entries if not chosen.isdisjoint([one.path, *one.path.parents])]
+    removed = [entry for entry in shown if args.prune and not entry.path.exists()]
     size = sum(entry.size for entry in entries)
     if args.json:
         print_json(
@@ -87,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
         for entry in kept:
             print_text(f"left: {printable(str(entry.path))} is in use by now")
     else:
-        chosen = f"{counted(len(shown), 'entry', 'entries')} chosen, of " if any(wanted) else ""
-        print_text(chosen + total)
+        prefix = f"{counted(len(shown), 'entry', 'entries')} chosen, of " if any(wanted) else ""
+        print_text(prefix + total)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,8 @@ def _print_cells(args: argparse.Namespace, plan: Plan, shard: tuple[int, int] | 
     from qeff_proxy.sweep.run_sweep import cells_of
 
     cells = cells_of(plan, shard)
+    patterns = args.only or ["*"]
+    cells = [cell for cell in cells if any(fnmatchcase(cell.name, one) for one in patterns)]
     identities = identify_cells(cells)
     wanted = {identity.id for identity in identities.values()}
     known = {r.id: r for r in Ledger(plan.ledger).new_records() if r.id in wanted}

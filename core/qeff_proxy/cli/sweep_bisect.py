@@ -24,8 +24,11 @@ def run_bisect(args: argparse.Namespace, words: list[str]) -> int:
     )
 
     if args.python is None and args.locks is None:
-        if len(words) not in (1, 2):
-            raise UsageError("sweep bisect takes a ledger or two, or --python or --locks")
+        if len(words) not in (1, 2) or words[0].endswith(".toml"):
+            raise UsageError(
+                "sweep bisect takes a ledger or two",
+                "With a plan and a cell, give --python or --locks.",
+            )
         turns = bisect_ledgers([Path(word) for word in words], args.only or ["*"])
     else:
         if len(words) != 2 or (args.python and args.locks):

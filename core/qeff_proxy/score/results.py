@@ -183,11 +183,16 @@ def parse_limits(text: str) -> dict[str, float]:
 
 
 def missed_limits(measures: Mapping[str, float], limits: Mapping[str, float]) -> tuple[str, ...]:
-    """The limits that are not kept, in words; a NaN keeps none."""
+    """The limits that are not kept, in words; a NaN keeps none.
+
+    Raises:
+        UsageError: A limit is of something that is not measured of the model.
+    """
     missed = []
     for name, limit in limits.items():
         if name not in measures:
-            continue
+            known = ", ".join(one for one in LIMITS if one in measures)
+            raise UsageError(f"{name} is not measured of such a model", f"Limits are of {known}.")
         value = measures[name]
         if not (value <= limit if LIMITS[name] == "most" else value >= limit):
             side = "below" if value < limit else "above"

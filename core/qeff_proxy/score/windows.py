@@ -44,7 +44,7 @@ def windows_of(path: Path, tokenizer: Any, length: int) -> Iterator[Array]:
     if len(first) + len(pending) > 1 and pending:
         count += len(pending)
         yield np.array([first + pending], np.int64)
-    if len(first) + count < 2:
+    if not count or len(first) + count < 2:
         raise UsageError(f"{path} has too few tokens to score", "Give it a text of some lines.")
 
 

@@ -73,6 +73,7 @@ def bisect_ledgers(paths: Sequence[Path], only: Sequence[str] = ("*",)) -> list[
         UsageError: There is no such ledger.
     """
     history: dict[str, list[Record]] = {}
+    latest: dict[str, str] = {}  # the identity of each cell in its last night
     for path in paths:
         if not path.is_file():
             raise UsageError(f"there is no ledger {path}", "A sweep writes it.")
@@ -80,8 +81,13 @@ def bisect_ledgers(paths: Sequence[Path], only: Sequence[str] = ("*",)) -> list[
             wanted = any(fnmatchcase(record.name, pattern) for pattern in only)
             if wanted and record.verdict in FINISHED:
                 history.setdefault(record.name, []).append(record)
+        for night in Ledger(path).new_nights():
+            latest.update(night.cells)
     turns = []
-    for records in history.values():
+    for name, records in history.items():
+        now = [record for record in records if record.id == latest.get(name, record.id)]
+        if now and now[-1].verdict == "passed":
+            continue  # settings or versions are again those with which it passed
         good = [place for place, record in enumerate(records) if record.verdict == "passed"]
         if good and good[-1] + 1 < len(records):
             before, after = records[good[-1]], records[good[-1] + 1]
