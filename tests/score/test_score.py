@@ -236,6 +236,8 @@ def test_limits_are_read_and_a_nan_keeps_none():
         "kl 0.02 is above 0.01",
         "top1 0.8 is below 0.9",
     )
+    with pytest.raises(UsageError, match="wer is not measured of such a model"):
+        missed_limits({"kl": 0.02}, {"wer": 0.1})
     assert len(missed_limits({"kl": float("nan"), "top1": 1.0}, limits)) == 1
     with pytest.raises(UsageError):
         parse_limits("kl:nan")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from qeff_proxy.cli import main
 from qeff_proxy.sweep import Ledger
-from qeff_proxy.sweep.ledger import Divergence, Record
+from qeff_proxy.sweep.ledger import Divergence, Night, Record
 
 CELL = "llama/toy/short/ids"
 PLAN = """
@@ -147,6 +147,20 @@ def test_a_ledger_names_the_versions_that_never_passed(
     assert "no cell turned" in capsys.readouterr().out
 
 
+def test_a_cell_whose_last_night_is_one_that_passed_has_not_turned(
+    history: History, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its settings were changed and changed back, so that it did not run again."""
+    path = history(("passed", {"sdk": "7"}), ("failed", {"sdk": "7"}))
+    for night, identity in (("n0", 0), ("n1", 1)):
+        Ledger(path).append_night(Night(night, "plan.toml", {CELL: f"{path.name}{identity}"}))
+    assert main(["sweep", "bisect", str(path)]) == 1
+    Ledger(path).append_night(Night("n2", "plan.toml", {CELL: f"{path.name}0"}))
+    capsys.readouterr()
+    assert main(["sweep", "bisect", str(path)]) == 0
+    assert "no cell turned" in capsys.readouterr().out
+
+
 def test_two_ledgers_are_one_history(history: History, capsys: pytest.CaptureFixture[str]) -> None:
     one = history(("passed", {"torch": "1", "sdk": "7"}), name="a.jsonl")
     two = history(("failed", {"torch": "2", "sdk": "8"}), name="b.jsonl")
@@ -161,6 +175,7 @@ def test_two_ledgers_are_one_history(history: History, capsys: pytest.CaptureFix
     [
         (["none.jsonl"], "there is no ledger none.jsonl"),
         ([], "takes a ledger or two"),
+        (["plan.toml", "cell"], "With a plan and a cell, give --python or --locks"),
         (["plan.toml", "cell", "--locks", "a.txt", "b.txt"], "a.txt cannot be read"),
         (["plan.toml", "--python", "a", "b"], "takes a plan and a cell"),
         (["plan.toml", "cell", "--python", "a"], "--python names one environment"),

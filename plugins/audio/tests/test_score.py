@@ -82,7 +82,8 @@ def test_a_list_that_is_none_is_refused_before_the_work(line, said, tmp_path, ca
 
 def test_a_plain_text_is_none_for_a_model_of_sound(tmp_path, capsys):
     text = tmp_path / "plain.txt"
-    text.write_text("One day, Lily went to the park.\n" * 4)
-    code, value = score(capsys, CHECKPOINTS / "tiny-whisper", "--text", text)
-    assert code == 2
-    assert "is no text for" in json.dumps(value)
+    for words, said in (("Lily went to the park.\n", "is no text for"), ("", "has too few tokens")):
+        text.write_text(words * 4)
+        code, value = score(capsys, CHECKPOINTS / "tiny-whisper", "--text", text)
+        assert code == 2
+        assert said in json.dumps(value)
