@@ -248,6 +248,8 @@ def test_nodes_for_other_tools(made, tmp_path):
         ({"wide": ("model.layers.9.mlp",)}, "names model.layers.9.mlp, which"),
         ({"wide": ("model.layers.1:Conv",)}, "names model.layers.1:Conv, which"),
         ({"identity": "0" * 64}, "has other weights"),
+        ({"precision": "int8"}, "is for int8 of onnxruntime, and the options say otherwise"),
+        ({"precision": "int44"}, "is for int44 of onnxruntime"),
     ],
 )
 def test_a_recipe_that_does_not_fit_compiles_nothing(made, tmp_path, change, said, capsys):

@@ -134,7 +134,7 @@ def check_recipe(export: Export, options: CompileOptions) -> str | None:
         A hash of it; ``None`` where none is to be obeyed.
 
     Raises:
-        UsageError: It is for another model, or a path of it does not exist.
+        UsageError: It is for another model or precision, or a path of it does not exist.
     """
     if OPTION not in options.backend:
         return None
@@ -148,8 +148,17 @@ def check_recipe(export: Export, options: CompileOptions) -> str | None:
         )
     import onnx_ir as ir
 
+    from qeff_proxy.backends.registry import load_backend
     from qeff_proxy.graph.modules import chosen_units, unit_of
 
+    made_for = load_backend(recipe.backend).precisions.get(recipe.precision)
+    given = options.backend
+    if made_for is None or any(given.get(name, value) != value for name, value in made_for.items()):
+        raise UsageError(
+            f"the recipe {path} is for {recipe.precision} of {recipe.backend}, and the options say "
+            "otherwise",
+            "Nothing was compiled. Make a recipe for the precision that you compile for.",
+        )
     units: dict[str, None] = {}
     for part in export.parts:
         with reading(export.folder):
