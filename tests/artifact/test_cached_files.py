@@ -175,7 +175,7 @@ def test_a_look_up_counts_as_use(
 
     monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
     folder = tmp_path / "home" / FIRST
-    shutil.copytree(demo_export, folder)
+    shutil.copytree(demo_export, folder, ignore=shutil.ignore_patterns("io", "compiled"))
     compile_export(read_export(folder))
     before = {entry.kind: entry.last_use for entry in list_cache()}
     assert set(before) == {"export", "compiled"}
