@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,13 +179,14 @@ def _shard_of(text: str | None) -> tuple[int, int] | None:
 def _print_cells(args: argparse.Namespace, plan: Plan, shard: tuple[int, int] | None) -> None:
     from rich.table import Table
 
+    from qeff_proxy.dump.selection import matches_any
     from qeff_proxy.sweep.identify_cells import identify_cells
     from qeff_proxy.sweep.ledger import Ledger
     from qeff_proxy.sweep.run_sweep import cells_of
 
     cells = cells_of(plan, shard)
     patterns = args.only or ["*"]
-    cells = [cell for cell in cells if any(fnmatchcase(cell.name, one) for one in patterns)]
+    cells = [cell for cell in cells if matches_any(cell.name, patterns)]
     identities = identify_cells(cells)
     wanted = {identity.id for identity in identities.values()}
     known = {r.id: r for r in Ledger(plan.ledger).new_records() if r.id in wanted}

@@ -14,11 +14,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
 
+from qeff_proxy.dump.selection import matches_any
 from qeff_proxy.errors import UsageError
 from qeff_proxy.sweep.compare_nights import Change, describe_turn, with_layers
 from qeff_proxy.sweep.ledger import FINISHED, Ledger, Record
@@ -78,7 +78,7 @@ def bisect_ledgers(paths: Sequence[Path], only: Sequence[str] = ("*",)) -> list[
         if not path.is_file():
             raise UsageError(f"there is no ledger {path}", "A sweep writes it.")
         for record in Ledger(path).new_records():
-            wanted = any(fnmatchcase(record.name, pattern) for pattern in only)
+            wanted = matches_any(record.name, only)
             if wanted and record.verdict in FINISHED:
                 history.setdefault(record.name, []).append(record)
         for night in Ledger(path).new_nights():

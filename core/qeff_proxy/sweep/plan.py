@@ -9,7 +9,7 @@ import collections
 import difflib
 import glob
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from qeff_proxy.common.json_schema import Count, FieldError, Text, check_fields
+from qeff_proxy.dump.selection import matches_any
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.tasks import CUT_OPTIONS, TASKS
 
@@ -227,7 +228,7 @@ def _cells_of(file: _File, folder: Path, where: str) -> Iterable[Cell]:
                     _check_by_layer(chosen, f"{title}/{backend_name}/{setting_name} of {where}")
                     for input_name, each in _chosen(file.inputs, model.inputs):
                         name = f"{title}/{backend_name}/{setting_name}/{input_name}"
-                        if not _matches(name, file.include) or _matches(name, file.exclude):
+                        if not matches_any(name, file.include) or matches_any(name, file.exclude):
                             continue
                         yield Cell(
                             name=name,
@@ -277,12 +278,8 @@ def _models_of(file: _File, folder: Path) -> Iterable[tuple[str, Model]]:
             yield each.name, msgspec.structs.replace(table, source=str(each))
 
 
-def _chosen(tables: Mapping[str, Any], globs: Iterable[str]) -> list[tuple[str, Any]]:
-    return [(name, table) for name, table in tables.items() if _matches(name, globs)]
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+def _chosen(tables: Mapping[str, Any], globs: Sequence[str]) -> list[tuple[str, Any]]:
+    return [(name, table) for name, table in tables.items() if matches_any(name, globs)]
 
 
 def _check_globs(globs: Iterable[str], names: Iterable[str], where: str) -> None:

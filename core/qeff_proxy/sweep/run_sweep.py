@@ -24,6 +24,7 @@ from typing import Any
 
 from qeff_proxy.common.atomic_folder import locked
 from qeff_proxy.common.file_errors import check_writable
+from qeff_proxy.dump.selection import matches_any
 from qeff_proxy.errors import ArtifactError, UsageError
 from qeff_proxy.sweep.executors import Executor, load_executor
 from qeff_proxy.sweep.identify_cells import Identity, identify_cells
@@ -121,10 +122,6 @@ def cells_of(plan: Plan, shard: tuple[int, int] | None = None) -> list[Cell]:
     return [c for c in plan.cells if zlib.crc32(c.name.encode()) % parts == part - 1]
 
 
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in globs)
-
-
 class _Run:
     """The state of a sweep between its cells."""
 
@@ -151,14 +148,14 @@ class _Run:
         done = {r.id: r for r in self.ledger.new_records() if r.id in wanted}
         now = datetime.datetime.now(datetime.UTC)
         night = night or f"{now:%Y-%m-%dT%H-%M-%S}-{uuid.uuid4().hex[:4]}"
-        chosen = [name for name in cells if _matches(name, only)]
+        chosen = [name for name in cells if matches_any(name, only)]
         self.sweep = Sweep(plan.ledger, night, {name: done.get(ids[name]) for name in chosen})
         if cells:
             self._note(self.ledger.append_night(Night(night, str(plan.path), ids)))
         self.pending = [
             name
             for name, record in self.sweep.records.items()
-            if record is None or record.verdict not in FINISHED or _matches(name, again)
+            if record is None or record.verdict not in FINISHED or matches_any(name, again)
         ]
         # Cells that differ in nothing but their names run once.
         self.pending = list({ids[name]: name for name in reversed(self.pending)}.values())[::-1]
