@@ -80,6 +80,17 @@ def test_the_layer_that_turned_is_named_between_nights(two_nights: Path) -> None
     )
 
 
+def test_a_number_makes_cells_of_the_layers(tmp_path: Path, make_model: Any) -> None:
+    make_model("llama", layers=5).save_pretrained(tmp_path / "checkpoint")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN.replace("[backends.toy]\n", "").replace("= true", "= 3"))
+    sweep = run_sweep(read_plan(plan), workers=1)
+    assert sweep.passed
+    assert list(sweep.records) == [f"llama/onnxruntime/layers:{n}of3/ids" for n in (1, 2, 3)]
+    names = [layer.at for record in sweep.records.values() for layer in record.layers]
+    assert names == ["embedding", *(f"body layer {n}" for n in range(5)), "body", "lm_head"]
+
+
 def test_what_excludes_by_layer_is_refused(tmp_path: Path) -> None:
     plan = tmp_path / "plan.toml"
     plan.write_text('[models]\nm = "m"\n[settings.s]\nby_layer = true\nspeed = true\n')

@@ -82,7 +82,7 @@ def identify_cells(cells: Iterable[Cell]) -> dict[str, Identity]:
         }
         data = [files(item) for item in (*cell.input.audio, *cell.input.images)]
         calibration = setting.calibrate and files(setting.calibrate)
-        settings = msgspec.to_builtins((setting, cell.options, cell.input))
+        settings = msgspec.to_builtins((setting, cell.piece, cell.options, cell.input))
         identities[cell.name] = Identity(
             _hash([export_id, cell.backend, facts, settings, data, calibration]),
             export_id,

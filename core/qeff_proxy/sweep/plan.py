@@ -11,6 +11,7 @@ import glob
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """How a cell exports, compiles and compares; the names are those of ``qeff-proxy verify``.
 
     Attributes:
-        by_layer: Verify one layer at a time, as ``verify --by-layer``.
+        by_layer: Verify one layer at a time, as ``verify --by-layer``; a number splits the layers
+            into so many cells, which run beside each other.
         options: Options of one backend, by its name in the plan.
         tol: Tolerances, each as after ``--tol``.
     """
@@ -47,7 +49,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     tol: tuple[Text, ...] = ()
     calibrate: Text | None = None
     speed: bool = False
-    by_layer: bool = False
+    by_layer: bool | Count = False
     options: dict[str, dict[str, Any]] = {}
 
 
@@ -112,6 +114,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: ``MODEL/BACKEND/SETTING/INPUT``.
+        piece: Which of how many pieces of the layers, of a setting that splits them.
         backend: The backend's name in the program.
         options: Of the backend.
         time_limit: Seconds.
@@ -132,6 +135,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     input: Input
     time_limit: float
     memory_limit: float | None
+    piece: tuple[int, int] = (1, 1)
     cores: int | None = None
     resources: dict[str, float] = {}
 
@@ -226,8 +230,10 @@ def _cells_of(file: _File, folder: Path, where: str) -> Iterable[Cell]:
                     changed = {**msgspec.to_builtins(setting), **model.override}
                     chosen = check_fields(Setting, changed, f"override of [models.{model_name}]")
                     _check_by_layer(chosen, f"{title}/{backend_name}/{setting_name} of {where}")
-                    for input_name, each in _chosen(file.inputs, model.inputs):
-                        name = f"{title}/{backend_name}/{setting_name}/{input_name}"
+                    chosen_inputs = _chosen(file.inputs, model.inputs)
+                    for (input_name, each), piece in product(chosen_inputs, _pieces(chosen)):
+                        number = "" if piece[1] == 1 else f":{piece[0]}of{piece[1]}"
+                        name = f"{title}/{backend_name}/{setting_name}{number}/{input_name}"
                         if not matches_any(name, file.include) or matches_any(name, file.exclude):
                             continue
                         yield Cell(
@@ -251,9 +257,16 @@ def _cells_of(file: _File, folder: Path, where: str) -> Iterable[Cell]:
                             ),
                             time_limit=model.time_limit or file.time_limit,
                             memory_limit=model.memory_limit or file.memory_limit,
+                            piece=piece,
                             cores=model.cores or file.cores,
                             resources={**backend.resources, **model.resources},
                         )
+
+
+def _pieces(setting: Setting) -> list[tuple[int, int]]:
+    """Each piece of the layers, and how many there are."""
+    count = max(int(setting.by_layer), 1)
+    return [(number, count) for number in range(1, count + 1)]
 
 
 def _check_by_layer(setting: Setting, where: str) -> None:

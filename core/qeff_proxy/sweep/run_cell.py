@@ -279,6 +279,7 @@ def _options_of(job: Job) -> VerifyOptions:
         taps=setting.taps,
         opset=setting.opset,
         max_new_tokens=setting.max_new_tokens,
+        piece=job.cell.piece,
         tolerances=Tolerances.parse(list(setting.tol)),
         compile=CompileOptions(
             batch_size=setting.batch_size,

@@ -32,6 +32,8 @@ class VerifyOptions:
         max_new_tokens: Tokens to generate, for models that generate.
         continuation: By layer and against itself, the tokens that follow the prompt, in place of
             ``max_new_tokens``; by default the prompt again from its start.
+        piece: By layer, ``(i, n)`` is the i-th of n equal pieces of the layers. PyTorch computes
+            the layers before it; the inherited error begins with it.
         tolerances: How far each tensor may be off; by default according to its dtype.
         compile: Shapes and cores, for every backend.
         backends: Options of one backend, by its name.
@@ -53,6 +55,7 @@ class VerifyOptions:
     wait: bool = True
     max_new_tokens: int = 8
     continuation: Sequence[int] = ()
+    piece: tuple[int, int] = (1, 1)
     tolerances: Tolerances | None = None
     compile: CompileOptions = field(default_factory=CompileOptions)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qeff_proxy.artifact.export_folder import check_weights_of
-from qeff_proxy.artifact.manifest_schema import Export
+from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.recipe import check_recipe, name_units_of
 from qeff_proxy.common.file_errors import reading
@@ -187,15 +187,16 @@ def verify_layers_of(
     where, interrupted, failure, resumed = "", None, None, None
     settings = [candidate.settings() for candidate in candidates]
     settings += [recipes, options.max_new_tokens, options.tolerances, torch.__version__]
+    settings.append(options.piece)
     journal = Journal.of(export, tensors, settings)
+    parts = [(part, _split(export, part, progress)) for part in export.parts]
+    first, end = _piece(options.piece, sum(len(graphs) for _, graphs in parts))
+    number = 0
     with journal.held(anew=options.force or observe is not None):
         try:
-            for part in export.parts:
-                progress(f"splitting {part.name}")
-                with reading(export.folder):
-                    whole = ir.load(export.folder / part.file)
-                name_units_of(whole, export, part)
-                graphs = split_layers(whole, part.inputs, part.outputs)
+            for part, graphs in parts:
+                if number >= end:
+                    break
                 run = PartRun(part, calls_of(job_of(export, options, tensors), part.name, known))
                 steps.update(dict.fromkeys(call.step for call in run.calls))
                 others: dict[str, Candidate | LayerFloor] = {c.name: c for c in candidates}
@@ -205,7 +206,8 @@ def verify_layers_of(
                     other.begin(part, job_of(export, options, tensors))
                 module = proxy.part(part.name).module
                 live = PartReference(proxy.part(part.name), weights)
-                for stage, graph in enumerate(graphs):
+                for stage, graph in enumerate(graphs[: end - number]):
+                    number += 1
                     check_alone(part, graph, stage)
                     where = layer_name(part.name, graph.layer)
                     following = graphs[stage + 1 :]
@@ -221,6 +223,11 @@ def verify_layers_of(
                     run_layer = partial(live.run, stage=stage, names=names)
                     with live.open():
                         expected = run.forward(graph, run_layer, whole=True)
+                        if number <= first:  # a layer of an earlier piece
+                            kept = run.keep(expected, following)
+                            for other in others.values():
+                                other.restore(kept, other.state(), following)
+                            continue
                         by_step = run.by_step(expected)
                         for floor in floors.values():
                             rounded = partial(run_layer, bits=floor.bits)
@@ -254,3 +261,24 @@ def verify_layers_of(
         export.model["source"], export.folder, tuple(steps), results, interrupted, failure, resumed
     )
     return write_layer_reports(done, export, options, described_request(request))
+
+
+def _split(export: Export, part: ExportedPart, progress: Callable[[str], None]) -> list[LayerGraph]:
+    """The graph of each layer of a part."""
+    progress(f"splitting {part.name}")
+    with reading(export.folder):
+        whole = ir.load(export.folder / part.file)
+    name_units_of(whole, export, part)
+    return split_layers(whole, part.inputs, part.outputs)
+
+
+def _piece(piece: tuple[int, int], layers: int) -> tuple[int, int]:
+    """The first layer of a piece, and the one after its last."""
+    index, pieces = piece
+    if not 1 <= index <= pieces:
+        raise UsageError(f"there is no piece {index} of {pieces}", "They count from 1.")
+    if pieces > layers:
+        raise UsageError(
+            f"the {layers} layers cannot be split into {pieces} pieces", "Make fewer of them."
+        )
+    return (index - 1) * layers // pieces, index * layers // pieces
