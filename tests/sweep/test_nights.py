@@ -168,6 +168,9 @@ def test_ci_gets_junit_and_markdown(
 # From here on, ledgers that are written by hand.
 
 
+CELL = "m/b/s/i"
+
+
 class History:
     """A ledger of one cell, with a record a night."""
 
@@ -175,7 +178,14 @@ class History:
         self.ledger = Ledger(folder / "ledger.jsonl")
         self.count = 0
 
-    def night(self, name: str = "m/b/s/i", *, others: dict[str, str] | None = None, **more: Any):
+    def night(
+        self,
+        name: str = CELL,
+        *,
+        others: dict[str, str] | None = None,
+        left_out: tuple[str, ...] = (),
+        **more: Any,
+    ):
         self.count += 1
         night = f"n{self.count:02}"
         identity = f"{self.count:064}"
@@ -192,7 +202,7 @@ class History:
             }
             self.ledger.append(msgspec.convert(msgspec.to_builtins(record), Record))
         cells = {**({name: identity} if name else {}), **(others or {})}
-        self.ledger.append_night(Night(night, "plan", cells))
+        self.ledger.append_night(Night(night, "plan", cells, left_out))
         return self
 
     def changes(self) -> list[tuple[str, bool, str]]:
@@ -270,6 +280,19 @@ def test_refused_missing_new_and_not_run_cells_are_told(history: History) -> Non
     assert [change[:2] for change in history.changes()] == [("not run", True), ("missing", True)]
     history.night()
     assert [change[:2] for change in history.changes()] == [("new", False), ("missing", True)]
+
+
+def test_a_cell_that_was_not_to_run_is_not_worse(history: History) -> None:
+    history.night().night("", others={CELL: "f" * 64, "x/b/s/i": "e" * 64}, left_out=(CELL,))
+    assert [change[:2] for change in history.changes()] == [("not run", True)]
+
+
+def test_what_was_set_otherwise_is_told(history: History) -> None:
+    history.night(setting={"tol": ["*=peak:0.05"]}, options={"soc": "a"})
+    history.night(verdict="failed", reason="off", options={"soc": "b"})
+    ((_, worse, what),) = history.changes()
+    assert worse
+    assert what == "passed became failed: off (tol ['*=peak:0.05'] → none, soc a → b)"
 
 
 def test_an_unknown_night_or_ledger_is_refused(history: History, tmp_path: Path) -> None:

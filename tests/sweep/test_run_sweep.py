@@ -275,6 +275,7 @@ def test_the_command_prints_cells_a_table_and_one_error(
     said = capsys.readouterr()
     assert "m01/nonesuch/default/example" in said.out
     assert "2 cells; nothing was run" in said.out
+    assert "m01/nonesuch/default/example cannot run on this machine: " in said.out
     assert not (path.parent / "ledger.jsonl").exists()
     assert main(["sweep", str(path), "--dry-run", "--only", "m01/*"]) == 0
     assert "1 cell; nothing was run" in capsys.readouterr().out

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from qeff_proxy.sweep.plan import Plan
     from qeff_proxy.sweep.run_sweep import Sweep
 
+#: Cells that cannot run here, of which a dry run tells why.
+_MISSING = 10
 _EPILOG = """\
 PLAN is a TOML file of models, backends, settings and inputs (docs/sweeps.md). Each cell is one
 verification in a process of its own; what it gives is appended to the ledger, and a cell that the
@@ -196,6 +198,7 @@ def _print_cells(args: argparse.Namespace, plan: Plan, shard: tuple[int, int] | 
             "source": cell.source,
             "id": identities[cell.name].id,
             "verdict": record.verdict if (record := known.get(identities[cell.name].id)) else None,
+            "missing": identities[cell.name].missing,
         }
         for cell in cells
     ]
@@ -208,6 +211,11 @@ def _print_cells(args: argparse.Namespace, plan: Plan, shard: tuple[int, int] | 
     for row in rows:
         table.add_row(*(printable(row[key] or "") for key in ("name", "source", "verdict")))
     print_text(table)
+    missing = [row for row in rows if row["missing"]]
+    for row in missing[:_MISSING]:
+        print_text(printable(f"{row['name']} cannot run on this machine: {row['missing']}"))
+    if len(missing) > _MISSING:
+        print_text(f"… and {counted(len(missing) - _MISSING, 'other cell')} cannot.")
     print_text(f"{counted(len(rows), 'cell')}; nothing was run. Ledger: {plan.ledger}")
 
 
@@ -335,6 +343,8 @@ def _change_lines(compared: NightComparison) -> list[RenderableType]:
         table.add_row(word, *(printable(t) for t in (change.name, change.at or "", change.what)))
     lines: list[RenderableType] = [table, ""] if compared.changes else []
     between = f"{compared.before} → {compared.after}" if compared.before else compared.after
+    if compared.before is None:
+        between += "; there is no earlier one of this plan to compare it with"
     return [*lines, describe_outcome(compared), f"nights: {between}"]
 
 

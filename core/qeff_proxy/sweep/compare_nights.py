@@ -129,9 +129,12 @@ class _History:
             raise UsageError(f"there is no ledger {path}", "A sweep writes it.")
         self.ledger = Ledger(path)
         self.cells: dict[str, dict[str, str]] = {}
+        self.chosen: dict[str, set[str]] = {}
         self._ids: dict[str, dict[str, None]] = {}
         plans: dict[str, str] = {}
         for night in self.ledger.new_nights():
+            chosen = self.chosen.setdefault(night.night, set())
+            chosen.update(set(night.cells).difference(night.left_out))
             self.cells.setdefault(night.night, {}).update(night.cells)
             plans[night.night] = night.plan
             for name, identity in night.cells.items():
@@ -185,6 +188,8 @@ def _changes_of(name: str, history: _History, first: str, second: str) -> list[C
     after = history.state(name, second)
     before = history.state(name, first) if name in history.cells[first] else None
     if after is None:
+        if name not in history.chosen[second]:
+            return []
         return [Change(name, "not run", True, "it has no result yet", before=before)]
     if before is None:
         return [Change(name, "new", False, f"new: {_told(after)}", after=after)]
@@ -332,10 +337,11 @@ def _run_seconds(record: Record) -> float | None:
 
 
 def _versions_between(before: Record, after: Record) -> str:
-    names = dict.fromkeys([*before.versions, *after.versions])
+    """What else differs between two records: versions, settings and options."""
+    one, other = ({**r.versions, **r.setting, **r.options} for r in (before, after))
     changed = [
-        f"{name} {before.versions.get(name, 'none')} → {after.versions.get(name, 'none')}"
-        for name in names
-        if before.versions.get(name) != after.versions.get(name)
+        f"{name} {one.get(name, 'none')} → {other.get(name, 'none')}"
+        for name in dict.fromkeys([*one, *other])
+        if one.get(name) != other.get(name)
     ]
     return f" ({', '.join(changed)})" if changed else ""

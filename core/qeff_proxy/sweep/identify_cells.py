@@ -39,11 +39,13 @@ class Identity:
         id: Of the cell.
         export: Of the export that it shares with other cells.
         versions: Of the packages and the backend that it depends on.
+        missing: Why its model or its backend cannot be used on this machine.
     """
 
     id: str
     export: str
     versions: dict[str, str]
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def identify_cells(cells: Iterable[Cell]) -> dict[str, Identity]:
                     **facts["versions"],
                 },
             ),
+            str(facts.get("missing", "")) if model_type else model,
         )
     return identities
 

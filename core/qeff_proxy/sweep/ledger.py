@@ -70,6 +70,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         peak_memory: Of the cell's processes, in bytes.
         precision: What the backend computed in.
         options: Of the backend, which name the chip.
+        setting: What differs from a setting without keys.
         versions: Of the packages that it depends on.
         export: The name of the export's folder.
         report: Path of its page, relative to the ledger's folder.
@@ -93,17 +94,19 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     peak_memory: int | None = None
     precision: str | None = None
     options: dict[str, Any] = {}
+    setting: dict[str, Any] = {}
     versions: dict[str, str] = {}
     export: str | None = None
     report: str | None = None
 
 
 class Night(msgspec.Struct, frozen=True):
-    """One run of a sweep: its cells, name → identity."""
+    """One run of a sweep: its cells, name → identity, and which of them it was not to run."""
 
     night: str
     plan: str
     cells: dict[str, str]
+    left_out: tuple[str, ...] = ()
 
 
 _Line = TypeVar("_Line", Record, Night)

@@ -53,6 +53,13 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, dict[str, Any]] = {}
 
 
+def changed_keys(setting: Setting) -> dict[str, Any]:
+    """The keys of a setting that differ from the defaults."""
+    plain: dict[str, Any] = msgspec.to_builtins(setting)
+    usual = msgspec.to_builtins(Setting())
+    return {key: value for key, value in plain.items() if value != usual[key]}
+
+
 class Input(msgspec.Struct, frozen=True, kw_only=True):
     """An input; an empty table is the example of ``qeff-proxy verify`` for the model."""
 

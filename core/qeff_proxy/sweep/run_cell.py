@@ -17,7 +17,7 @@ import msgspec
 from qeff_proxy.errors import ProxyError
 from qeff_proxy.parts import PROXIES
 from qeff_proxy.sweep.ledger import Divergence, Layer, Record, Verdict
-from qeff_proxy.sweep.plan import Cell
+from qeff_proxy.sweep.plan import Cell, changed_keys
 
 if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export
@@ -73,6 +73,7 @@ class Job(msgspec.Struct, frozen=True):
             verdict=verdict,
             reason=reason,
             options=self.cell.options,
+            setting=changed_keys(self.cell.setting),
             versions=self.versions,
             **more,
         )

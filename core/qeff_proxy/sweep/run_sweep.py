@@ -151,7 +151,8 @@ class _Run:
         chosen = [name for name in cells if matches_any(name, only)]
         self.sweep = Sweep(plan.ledger, night, {name: done.get(ids[name]) for name in chosen})
         if cells:
-            self._note(self.ledger.append_night(Night(night, str(plan.path), ids)))
+            left_out = tuple(name for name in cells if name not in chosen)
+            self._note(self.ledger.append_night(Night(night, str(plan.path), ids, left_out)))
         self.pending = [
             name
             for name, record in self.sweep.records.items()
