@@ -211,6 +211,10 @@ def generated(model: Any, hooks: Any, feeds: dict[str, Any], folder: Path) -> li
     from qeff_proxy.load.load_model import with_options, wrap_model
 
     size = image_size_of(model) if "pixel_values" in feeds else None
+    tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    if "input_ids" not in feeds and model.config.model_type != "whisper":
+        (sounds,) = tensors.values()
+        tensors["lengths"] = torch.full((len(sounds),), sounds.shape[1])
     loaded = with_options(wrap_model(model), {} if size is None else {"image_size": size})
     export = export_model(loaded, hooks, output=folder)
     logits = Logits()
@@ -220,7 +224,7 @@ def generated(model: Any, hooks: Any, feeds: dict[str, Any], folder: Path) -> li
             sessions=sessions,
             options=compiled.options,
             config=model.config,
-            tensors={name: torch.from_numpy(value) for name, value in feeds.items()},
+            tensors=tensors,
             folder=folder,
             settings=GREEDY,
             recorder=logits,
@@ -321,6 +325,27 @@ def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) ->
     return list(vectors[:, None, None])
 
 
+def refusal_of(mapping: str, model_type: str, hooks: Any) -> str | None:
+    """Why an export is refused, of a model that is built without running it."""
+    import transformers
+    from qeff_proxy.errors import ProxyError
+    from qeff_proxy.export.export_model import export_model
+    from qeff_proxy.load.load_model import wrap_model
+
+    auto_class = getattr(transformers, MAPPINGS[mapping][1])
+    try:
+        model, _ = build_small(
+            model_type, auto_class, lambda _model: None, decoder=mapping == "causal"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            export_model(wrap_model(model), hooks, output=Path(folder) / "export")
+    except ProxyError as error:
+        return error.problem
+    except Exception:  # noqa: BLE001 (it cannot be built at all)
+        return None
+    return None
+
+
 def measure(mapping: str, model_type: str, pipe: Any) -> None:
     """Send the verdict on one architecture, and why, through a pipe."""
     import torch
@@ -351,7 +376,8 @@ def measure(mapping: str, model_type: str, pipe: Any) -> None:
     except ProxyError as error:
         pipe.send(("refused" if verdict == "error" else verdict, error.problem))
     except Exception as error:  # noqa: BLE001 (any failure is a result)
-        pipe.send((verdict, f"{type(error).__name__}: {error}"))
+        why = refusal_of(mapping, model_type, hooks) if verdict == "not built" else None
+        pipe.send(("refused", why) if why else (verdict, f"{type(error).__name__}: {error}"))
 
 
 def watch(context: Any, limit: float, item: tuple[str, str]) -> dict[str, Any]:
@@ -385,8 +411,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{platform.python_version()}, {versions}: every architecture of a mapping of transformers,"
         f" {LAYERS} layers deep, with shaken random weights, run in ONNX Runtime and compared with "
         "PyTorch: all logits within 0.1% of the largest. *Not built*: this script makes no small "
-        "model of it, so nothing is known. *Refused*: with the reason given, before or at the "
-        "export.",
+        "model of it that runs, and its export, if it can be built, is not refused. *Refused*: with "
+        "the reason given, before or at the export.",
         "",
         "`make coverage` measures it anew: hours, of which what `coverage.json` has is not done "
         "again. Results that were looked at by hand are in [Families](families.md).",

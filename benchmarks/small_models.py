@@ -98,6 +98,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moonshine": dict.fromkeys(
         ("num_key_value_heads", "encoder_num_key_value_heads", "decoder_num_key_value_heads"), 4
     ),
+    "wav2vec2-bert": {"vocab_size": VOCABULARY},
+    "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "zaya": {"num_experts_per_tok": 1},
 }
 SETTINGS |= dict.fromkeys(
@@ -175,6 +177,7 @@ def build_small(
     import transformers
 
     config_class = transformers.CONFIG_MAPPING[model_type]
+    first: Exception | None = None  # the others may be about sizes alone
     for attempt in ATTEMPTS:
         try:
             sizes = {name: s for name, s in {**SIZES, **attempt}.items() if s is not None}
@@ -193,7 +196,8 @@ def build_small(
                     noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
                     parameter.add_(noise * (0.1 if parameter.dim() < 2 else 0.15))
             return model, works(model)
-        except Exception:
+        except Exception as error:
+            first = first or error
             if attempt is ATTEMPTS[-1]:
-                raise
+                raise first from None
     raise AssertionError("the last attempt returns or raises")
