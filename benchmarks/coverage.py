@@ -411,8 +411,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{platform.python_version()}, {versions}: every architecture of a mapping of transformers,"
         f" {LAYERS} layers deep, with shaken random weights, run in ONNX Runtime and compared with "
         "PyTorch: all logits within 0.1% of the largest. *Not built*: this script makes no small "
-        "model of it that runs, and its export, if it can be built, is not refused. *Refused*: with "
-        "the reason given, before or at the export.",
+        "model of it that runs, and its export, if it can be built, is not refused. *Refused*: "
+        "with the reason given, before or at the export.",
         "",
         "`make coverage` measures it anew: hours, of which what `coverage.json` has is not done "
         "again. Results that were looked at by hand are in [Families](families.md).",

@@ -196,7 +196,7 @@ def build_small(
                     noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
                     parameter.add_(noise * (0.1 if parameter.dim() < 2 else 0.15))
             return model, works(model)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (raised after the last attempt)
             first = first or error
             if attempt is ATTEMPTS[-1]:
                 raise first from None
