@@ -100,6 +100,11 @@ class Candidate:
         """The result of the layer that ran last."""
         return self._layers[-1] if self._layers else None
 
+    @property
+    def failed_always(self) -> bool:
+        """Whether no layer has run."""
+        return all(layer.error is not None for layer in self._layers)
+
     def fork(self) -> Candidate:
         """A second one with the same results so far, which goes on by itself."""
         other = copy.copy(self)
