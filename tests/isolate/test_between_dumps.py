@@ -169,10 +169,13 @@ def test_the_command(bench, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["causes"][0]["operators"][0]["node"] == QUERY.name
     assert f"<title>{QUERY.name}</title>" in page.read_text()
-    for wrong in (
-        ["isolate", str(bench.reference), "--export", str(bench.export)],
-        [*command, "--export", str(bench.export), "--layer", "3"],
-        command,
+    for wrong, said in (
+        (["isolate", str(bench.reference), "--export", str(bench.export)], "--against DEVICE"),
+        ([*command, "--export", str(bench.export), "--layer", "3"], "no --layer"),
+        (command, "with --export EXPORT"),
+        (["isolate", str(bench.export), "--against", str(device)], "with --export EXPORT"),
+        (["isolate", str(bench.export)], "Name the checkpoint"),
     ):
-        assert main(wrong) != 0
-        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+        assert main(wrong) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert said in line
