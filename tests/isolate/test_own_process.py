@@ -1,4 +1,4 @@
-"""A backend of another package that ends its process, or fails, does not end ``isolate``."""
+"""A backend that ends its process, or fails, does not end ``isolate``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from operator_faults import REQUEST
-from qeff_proxy.backends.own_process import OwnProcess
-from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.cli import main
 from qeff_proxy.errors import BackendError
 from qeff_proxy.isolate import describe_fault, isolate_fault
@@ -112,8 +110,18 @@ def test_no_process_stays_behind(checkpoint, site_packages):
     assert not [line for line in ours if line.split()[0] == str(os.getpid())]
 
 
-def test_backends_of_the_core_need_no_process():
-    assert OwnProcess.of("onnxruntime", load_backend("onnxruntime")) is None
+def test_the_core_ends_its_own_process_alone(checkpoint, site_packages):
+    """The process imports a module that lets ONNX Runtime's backend crash in one operator."""
+    crash = BACKEND.replace("HOW", WAYS["SIGSEGV"]).replace("WHERE", IN_LAYER_3)
+    crash += "\n\nOnnxRuntimeBackend.open_once = Acme.open_once\n"
+    crash = crash.replace("super().open_once(", "original(self, ")
+    crash = crash.replace("class Acme", "original = OnnxRuntimeBackend.open_once\n\n\nclass Acme")
+    (site_packages.folder / "sitecustomize.py").write_text(crash, encoding="utf-8")
+    fault = isolate_fault(str(checkpoint), "onnxruntime", REQUEST, OPTIONS)
+    assert fault.where == "body layer 3"
+    (cause,) = fault.causes
+    assert [operator.operator for operator in cause.operators] == ["Softmax"]
+    assert cause.refused == "onnxruntime ended its process (SIGSEGV)"
 
 
 def test_arrays_of_every_dtype_pass(tmp_path):
