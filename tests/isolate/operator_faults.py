@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from qeff_proxy.artifact.hashes import sha256_of
 from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
+from qeff_proxy.backends.own_process import OwnProcess
 from qeff_proxy.graph.name_scopes import NAME_SCOPES
 from qeff_proxy.request import Request
 from qeff_proxy.session.session import Session
@@ -22,7 +23,10 @@ REQUEST = Request(inputs={"input_ids": np.arange(3, 12)[None] * 7 % 97})
 
 
 def install_fault(patch: pytest.MonkeyPatch, edit: Edit) -> None:
-    """Let an edit change every graph that the onnxruntime backend opens for a layer or a group."""
+    """Let an edit change every graph that the onnxruntime backend opens for a layer or a group.
+
+    It runs in this process, where the edit is.
+    """
     original = OnnxRuntimeBackend.open_once
 
     def opened(self: Any, export: Any, part: Any, options: Any, folder: Path) -> Session:
@@ -37,6 +41,7 @@ def install_fault(patch: pytest.MonkeyPatch, edit: Edit) -> None:
             edited.unlink()
 
     patch.setattr(OnnxRuntimeBackend, "open_once", opened)
+    patch.setattr(OwnProcess, "open_once", lambda _, *asked: OnnxRuntimeBackend().open_once(*asked))
 
 
 class Fault:

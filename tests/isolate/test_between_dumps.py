@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from operator_faults import Edit, Fault, attribute, coarse
+from operator_faults import Edit, Fault, attribute, coarse, then
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
@@ -76,11 +76,27 @@ def nothing() -> Callable[[Any], None]:
     return lambda _model: None
 
 
-def test_a_healthy_device_is_not_accused(bench, nothing):
+def test_a_healthy_device_is_not_accused(bench, nothing, tmp_path):
     fault = bench.isolate(bench.device(nothing))
     assert fault.healthy, describe_fault(fault)
-    fault = bench.isolate(bench.device(nothing, half=True))
-    assert fault.healthy, describe_fault(fault)
+    exact = fault.local.sqnr
+    fault = bench.isolate(bench.device(nothing, half=True), capsule=tmp_path / "none.zip")
+    said = describe_fault(fault)
+    assert fault.healthy, said
+    assert 50 < fault.local.sqnr < 90 < exact
+    assert f"{fault.local.tensor}, {fault.local.sqnr:.1f} dB" in said[1]
+    assert said[2] == "No capsule was written: there is no fault to show."
+
+
+def test_nan_is_called_so(bench):
+    three = np.zeros(96, np.float32)
+    three[[5, 50, 51]] = np.nan
+    edit = Fault("MatMul", "layers.3.mlp.up_proj", then(("Add", [three])))
+    fault = bench.isolate(bench.device(edit))
+    said = "\n".join(describe_fault(fault))
+    assert f"mlp_up_proj.layer-03 has {3 * len(IDS.split(','))} NaN of " in said
+    assert "100%" not in said
+    assert [o.node for c in fault.causes for o in c.operators] == [edit.name]
 
 
 FAULTS = {
@@ -153,10 +169,13 @@ def test_the_command(bench, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["causes"][0]["operators"][0]["node"] == QUERY.name
     assert f"<title>{QUERY.name}</title>" in page.read_text()
-    for wrong in (
-        ["isolate", str(bench.reference), "--export", str(bench.export)],
-        [*command, "--export", str(bench.export), "--layer", "3"],
-        command,
+    for wrong, said in (
+        (["isolate", str(bench.reference), "--export", str(bench.export)], "--against DEVICE"),
+        ([*command, "--export", str(bench.export), "--layer", "3"], "no --layer"),
+        (command, "with --export EXPORT"),
+        (["isolate", str(bench.export), "--against", str(device)], "with --export EXPORT"),
+        (["isolate", str(bench.export)], "Name the checkpoint"),
     ):
-        assert main(wrong) != 0
-        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+        assert main(wrong) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert said in line

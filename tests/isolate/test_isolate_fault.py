@@ -53,8 +53,13 @@ def names(fault: Any) -> list[list[str]]:
 
 def test_a_healthy_model_is_not_accused(checkpoint):
     fault = isolate(checkpoint)
-    assert fault.healthy, describe_fault(fault)
+    said = describe_fault(fault)
+    assert fault.healthy, said
     assert not fault.causes
+    assert f"layer {fault.local.tensor[-1]}, {fault.local.sqnr:.1f} dB" in said[1]
+    assert 100 < fault.local.sqnr < 160
+    assert f"limit {fault.local.limit}" in said[1]
+    assert "rounding" in fault.local.limit
 
 
 FAULTS = {
@@ -176,12 +181,40 @@ def test_an_encoders_dropped_bias(tmp_path, with_fault):
     assert fault.causes[0].operators[0].weights == ("encoder.layer.3.attention.self.query.bias",)
 
 
-def test_a_layer_can_be_named(checkpoint):
-    fault = isolate(checkpoint, layer="2")
-    assert fault.where == "body layer 2"
-    assert fault.local.passed
+def test_a_layer_can_be_named(checkpoint, tmp_path):
+    fault = isolate(checkpoint, layer="2", capsule=tmp_path / "none.zip")
+    said = "\n".join(describe_fault(fault))
+    assert "nothing is at fault in body layer 2" in said
+    assert "Proof" not in said
+    assert "No capsule was written: there is no fault to show." in said
+    assert not (tmp_path / "none.zip").exists()
+    assert fault.passed
     with pytest.raises(UsageError, match="no layer 'body layer 9'"):
         isolate(checkpoint, layer="body layer 9")
+
+
+def test_a_fault_within_tolerance_is_named_where_one_looks(checkpoint, with_fault):
+    edit = Fault("Sigmoid", MLP, coarse(16))
+    with_fault(edit)
+    fault = isolate(checkpoint, layer="3")
+    said = "\n".join(describe_fault(fault))
+    assert fault.passed, said
+    assert names(fault) == [[edit.name]]
+    assert f"Most of its error: Sigmoid {edit.name}" in said
+    assert "Proof" not in said
+
+
+@pytest.mark.filterwarnings("ignore:the body part is not shown to equal its exported graph")
+def test_nan_is_called_so(checkpoint, with_fault):
+    three = np.zeros(96, np.float32)
+    three[[5, 50, 51]] = np.nan
+    with_fault(Fault("Sigmoid", MLP, then(("Add", [three]))))
+    fault = isolate(checkpoint)
+    said = "\n".join(describe_fault(fault))
+    assert fault.local.remark in said.splitlines()[0]
+    assert "NaN of" in fault.local.remark
+    assert "100%" not in said
+    assert "is nan instead of" in said
 
 
 PRODUCT = Fault("MatMul", "layers.3.mlp.down_proj", coarse(0))

@@ -356,6 +356,18 @@ def test_a_part_without_layers_is_refused_with_a_hint() -> None:
         tap_proxy(cut_of(Looped()), ("layers", "attention"))
 
 
+def test_kinds_that_no_layer_has_are_left_out_and_named() -> None:
+    tapped = tap_proxy(cut_of(Looped()), ("layers", "q", "up", "gate"))
+    assert tapped.settings["absent_taps"] == ["q", "gate"]
+    names = [spec.name for spec in tapped.parts[0].outputs]
+    assert "hidden_states.0" in names
+    assert any(name.startswith("hidden_states.0.") for name in names)  # the first projection: up
+    assert "absent_taps" not in tap_proxy(cut_of(Looped()), ("layers", "up")).settings
+    for wrong in (("gate",), ("layers", "mlp.*")):
+        with pytest.raises(UnsupportedModelError, match=r"no (gate|mlp\.\*) can be found"):
+            tap_proxy(cut_of(Looped()), wrong)
+
+
 def test_the_layers_are_the_list_as_long_as_the_cache_unless_it_is_a_small_thing() -> None:
     module = nn.Module()
     module.wide = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))

@@ -42,11 +42,6 @@ class OwnProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._keys = count()
 
-    @classmethod
-    def of(cls, name: str, backend: Backend) -> OwnProcess | None:
-        """One for a backend of another package; ``None`` for those of the core, which need none."""
-        return None if type(backend).__module__.startswith("qeff_proxy.") else cls(name)
-
     def open_once(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> Session:
@@ -129,7 +124,8 @@ def _started() -> subprocess.Popen[bytes]:
     """The process; it imports from where this one does."""
     path = os.pathsep.join(place for place in sys.path if place)
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "qeff_proxy.backends.own_process"],
+        # A backend may warn of a graph that the user never asked for.
+        [sys.executable, "-P", "-W", "ignore", "-m", "qeff_proxy.backends.own_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _notes(export: Export) -> list[str]:
-    """Remarks: how many layers were run, and what they stand for."""
+    """Remarks: how many layers were run, which taps they lack, and what they stand for."""
     lines = []
     layers = export.cut.get("layers")
     if layers is not None and layers["verified"] < layers["count"]:
@@ -62,6 +62,8 @@ def _notes(export: Export) -> list[str]:
             f"{counted(len(layers['kinds']), 'kind')}; "
             "the others repeat their graphs with their own weights"
         )
+    if absent := export.settings.get("absent_taps"):
+        lines.append(f"not tapped, since no layer has them: {', '.join(absent)}")
     stands_for = export.cut.get("stands_for")
     if stands_for is not None:
         lines.append(

@@ -119,6 +119,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _between(args: argparse.Namespace, path: Path) -> Fault:
     """The first difference of two exports."""
+    from qeff_proxy.dump.format import MANIFEST
+
+    if dumps := [
+        str(one) for one in (path, args.against) if (one.expanduser() / MANIFEST).is_file()
+    ]:
+        raise UsageError(
+            f"{' and '.join(dumps)} {'is a dump' if len(dumps) == 1 else 'are dumps'}",
+            "Name the export that two dumps are of with --export EXPORT, or two exports.",
+        )
     _refuse(args, ("layer", "anonymous", *_EXPORT, *_COMPILATION), "--against takes no --{}")
     request = request_of(args)
     with stage_display("isolating", quiet=args.json) as progress:
@@ -159,6 +168,13 @@ def _between_dumps(args: argparse.Namespace, path: Path) -> Fault:
 
 def _on_backend(args: argparse.Namespace) -> Fault:
     """The operator that is at fault on a backend."""
+    from qeff_proxy.artifact.manifest_schema import MANIFEST
+
+    if (Path(args.model).expanduser() / MANIFEST).is_file():
+        raise UsageError(
+            f"{args.model} is an export",
+            "Name the checkpoint that it is of, or another export with --against.",
+        )
     request = request_of(args)
     by_backend = options_by_backend(args, [args.backend])
     check_place(args)

@@ -31,7 +31,7 @@ from qeff_proxy.isolate.capsule import check_capsule_place, pack
 from qeff_proxy.isolate.describe import describe_operator, worst_element
 from qeff_proxy.isolate.neighbourhood import neighbourhood
 from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values
-from qeff_proxy.isolate.results import Cause, Fault
+from qeff_proxy.isolate.results import Cause, Fault, describe_error, note_capsule
 from qeff_proxy.tensor_names import PAST, PRESENT, TAP
 from qeff_proxy.verify.by_layer.results import LayerError, compare_layer, layer_name
 
@@ -76,6 +76,7 @@ def isolate_dumps(
             f"{reference.folder} and {device.folder} have no part of {export.folder} in common",
             "Name two dumps of one run, and the export that it is of.",
         )
+    largest = LayerError()
     for part in common:
         run = _Run(part, reference, device, limits)
         with reading(export.folder):
@@ -85,18 +86,19 @@ def isolate_dumps(
             plain = PlainRuntime(graph.model)
             for step in run.steps:
                 operators, measured = run.on_device(graph, step, plain)
-                wrong = _first_wrong(operators, measured, part.name, step, limits)
+                wrong, most = _first_wrong(operators, measured, part.name, step, limits)
+                largest = max(largest, most, key=lambda error: error.over_peak)
                 if wrong is not None:
                     found = _Found(part, graph, step, operators, *wrong)
                     fault = found.fault(blank, precision)
                     if not run.follows_in_reference(found, plain):
-                        return replace(
+                        fault = replace(
                             fault,
                             causes=(),
                             unexplained=f"The reference's own {found.name} does not follow from "
                             "this export's operators either: name the export that it ran.",
                         )
-                    return _with_capsule(fault, capsule, found)
+                    return note_capsule(_with_capsule(fault, capsule, found), capsule)
                 inherited = run.beside_reference(graph, step)
                 if late.healthy and not inherited.passed:
                     late = replace(
@@ -110,7 +112,10 @@ def isolate_dumps(
                         "operator is to blame: its precision is too low for this model, or it "
                         "was fed other inputs.",
                     )
-    return late
+    if late.healthy:
+        said = f"The largest error of a value: {largest.tensor}, {describe_error(largest)}."
+        late = replace(late, local=largest, notes=(said,))
+    return note_capsule(late, capsule)
 
 
 def _parts(dump: Dump) -> set[str]:
@@ -210,9 +215,14 @@ def _error(
 
 def _first_wrong(
     operators: Operators, measured: Values, part: str, step: StepInfo, limits: Tolerances
-) -> tuple[str, Array, LayerError, float] | None:
-    """The first value that does not follow from those before it; and the worst of the others."""
+) -> tuple[tuple[str, Array, LayerError, float] | None, LayerError]:
+    """The first value that does not follow from those before it, with the worst of the others.
+
+    Returns:
+        That, or ``None``; and the largest error of a value that does.
+    """
     wrong: tuple[str, Array, LayerError] | None = None
+    largest = LayerError()
     others = 0.0
     for name, expected in operators.computed.items():
         error = _error(expected, measured[name], name, part, step, limits)
@@ -220,7 +230,8 @@ def _first_wrong(
             wrong = name, measured[name].astype(expected.dtype), error
         else:
             others = max(others, over_peak(expected, measured[name].astype(expected.dtype)))
-    return (*wrong, others) if wrong is not None else None
+            largest = max(largest, error, key=lambda error: error.over_peak)
+    return (*wrong, others) if wrong is not None else None, largest
 
 
 @dataclass(frozen=True)

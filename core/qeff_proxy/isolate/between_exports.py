@@ -31,7 +31,7 @@ from qeff_proxy.isolate.capsule import check_capsule_place, pack
 from qeff_proxy.isolate.describe import describe_operator, worst_element
 from qeff_proxy.isolate.neighbourhood import neighbourhood
 from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values, names_read
-from qeff_proxy.isolate.results import Cause, Fault
+from qeff_proxy.isolate.results import Cause, Fault, format_share, note_capsule
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
 from qeff_proxy.verify.by_layer.calls import (
@@ -85,6 +85,7 @@ def isolate_between(
     _check_alike(first, second)
     calls = _calls(first, request, options, hooks, trust_remote_code)
     known: dict[str, Outputs] = {}
+    largest = 0.0, "any value"
     for part, other in zip(first.parts, second.parts, strict=True):
         run = PartRun(part, calls(part.name, known))
         graphs, others = _layers(first, part), _layers(second, other)
@@ -108,11 +109,17 @@ def isolate_between(
                     step = run.calls[call].step
                     fault = _fault(first, second, part, step, pair, found)
                     return _with_capsule(fault, capsule, found)
+            largest = max(largest, pair.largest)
             run.keep(outputs, graphs[number + 1 :])
             del operators
             pair.close()
         known[part.name] = run.outputs()
-    return Fault(str(first.folder), str(second.folder), exports=True)
+    share, name = largest
+    limit = f"(limit {format_share(_ROUNDING)})"
+    said = f"The largest difference: {format_share(share)} of the peak, in {name} {limit}."
+    said = said if share else "All values are the same."
+    fault = Fault(str(first.folder), str(second.folder), exports=True, notes=(said,))
+    return note_capsule(fault, capsule)
 
 
 def _calls(
@@ -209,6 +216,8 @@ class _Pair:
         alike = structure_of(graph.model) == structure_of(twin.model)
         self.equal = alike and _equal_weights(graph.model, twin.model)
         self._limit = 0.0 if alike else _ROUNDING
+        #: Of the values that agree, the largest difference over the peak, and the value.
+        self.largest = 0.0, "any value"
 
     def close(self) -> None:
         """Let go of the mapped weights; whoever holds an array of them keeps its file open."""
@@ -234,8 +243,10 @@ class _Pair:
                 if name not in operators.values or operators.is_fixed(name):
                     continue
                 expected, actual = operators.values[name], twin.values[name]
-                if over_peak(expected, actual) <= self._limit:
+                share = over_peak(expected, actual)
+                if share <= self._limit:
                     agree.add(name)
+                    self.largest = max(self.largest, (share, name))
                 elif expected.shape == actual.shape or name in operators.outputs:
                     numbers = operators_between(twin, agree, made, number)
                     exact = {name: value for name, value in operators.values.items()

@@ -30,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 OpenGroup = Callable[[Group], AbstractContextManager[Session]]
 
 #: Of the error, what remains when it is still the same fault; and what is a fault of its own.
-_SAME, _ANOTHER = 0.5, 0.1
+SAME, _ANOTHER = 0.5, 0.1
 #: A run shows a fault that was seen before, if its error is at least this share.
 SEEN = 0.25
 #: So many causes in one layer are looked for.
@@ -200,7 +200,7 @@ def find_culprits(
     """
     everything = list(range(len(trials.operators.nodes)))
     total = trials.error(everything)
-    if total is not None and not _still(total, seen, SEEN):
+    if total is not None and not still(total, seen, SEEN):
         trials.repeat()
         total = trials.error(everything)
     if total is None:
@@ -217,7 +217,7 @@ def find_culprits(
         least = error
 
         def causes(chosen: list[int], least: float = least) -> bool:
-            return _still(trials.error(chosen), least, _SAME)
+            return still(trials.error(chosen), least, SAME)
 
         left = [number for number in everything if number not in exact]
         pieces = [left] if not exact else _neighbours(left)
@@ -229,7 +229,7 @@ def find_culprits(
         error, values = _without(trials, exact)
         refused = next((why for key, why in trials.refused.items() if key <= set(numbers)), None)
         culprits.append(Culprit(numbers, its_error, error, shown, refused))
-        if not _still(error, total, _ANOTHER) and passes(values):
+        if not still(error, total, _ANOTHER) and passes(values):
             break
     return total, culprits
 
@@ -240,14 +240,14 @@ def _shrink_surely(
     """`_shrink`, with repeated runs where results move; its error, and how often it shows."""
     found = _shrink(trials, numbers, holds)
     error = trials.error(found) or 0.0
-    shown = sum(_still(trials.error(found, again=True), error, _ANOTHER) for _ in range(RUNS))
+    shown = sum(still(trials.error(found, again=True), error, _ANOTHER) for _ in range(RUNS))
     if shown < RUNS and len(found) > 1 and trials.times == 1:
         trials.repeat()
         return _shrink_surely(trials, list(found), holds)
     return found, error, shown
 
 
-def _still(error: float | None, whole: float, share: float) -> bool:
+def still(error: float | None, whole: float, share: float) -> bool:
     """Whether an error is at least this share of another."""
     if error is None:
         return False

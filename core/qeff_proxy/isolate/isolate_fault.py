@@ -13,37 +13,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qeff_proxy.arrays import Array
-from qeff_proxy.artifact.manifest_schema import ExportedPart
-from qeff_proxy.errors import UsageError
-from qeff_proxy.graph.split_layers import LayerGraph
+from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.isolate.blame import (
     MOST_CAUSES,
     RUNS,
+    SAME,
     SEEN,
     Culprit,
-    OpenGroup,
     Trials,
     find_culprits,
+    still,
 )
 from qeff_proxy.isolate.capsule import check_capsule_place
+from qeff_proxy.isolate.check_backend import check_runs_anything
 from qeff_proxy.isolate.describe import describe_operator, worst_element
+from qeff_proxy.isolate.exact_layer import without
 from qeff_proxy.isolate.neighbourhood import Neighbour, neighbourhood
-from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values
-from qeff_proxy.isolate.results import Cause, Fault, WorstElement
+from qeff_proxy.isolate.operators import Operators, Values
+from qeff_proxy.isolate.results import (
+    Cause,
+    Fault,
+    WorstElement,
+    describe_error,
+    note_capsule,
+)
 from qeff_proxy.isolate.write_capsule import write_capsule
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.request import Request
-from qeff_proxy.session.session import Session
-from qeff_proxy.verify.by_layer.candidate import Candidate, OpenLayer
+from qeff_proxy.verify.by_layer.candidate import Candidate
 from qeff_proxy.verify.by_layer.results import (
+    BackendLayers,
     LayerError,
     LayerResult,
     LayerVerification,
@@ -91,8 +97,9 @@ def isolate_fault(
     """
     if capsule is not None:
         check_capsule_place(capsule)
+    load_backend(backend).check_options(backend, (options or VerifyOptions()).compile_for(backend))
     wanted = _Capsule(capsule, anonymous, str(getattr(model, "source", model)))
-    search = _Search(layer, wanted, progress)
+    search = _Search(layer, None, wanted, progress)
 
     def verify(search: _Search) -> LayerVerification:
         done = verify_layers(
@@ -112,15 +119,20 @@ def isolate_fault(
     done = verify(search)
     if search.fault is None and layer is None and done.results[0].faulty:
         # Only beside the layers like it is it out of line, which is known at the end.
-        search = _Search(done.results[0].faulty[0].name, wanted, progress)
+        judged = done.results[0].faulty[0]
+        search = _Search(judged.name, judged.local, wanted, progress)
         done = verify(search)
     result = done.results[0]
     if search.fault is None:
         if layer is not None:
+            if result.error is not None:
+                raise BackendError(f"{backend} did not get as far as {layer}: {result.error}")
             known = ", ".join(one.name for one in result.layers)
             raise UsageError(f"there is no layer {layer!r}", f"There are: {known}.")
-        return replace(_nothing(result.layers), source=done.source, backend=backend)
-    fault = replace(search.fault, source=done.source, backend=backend)
+        fault = _nothing(result)
+    else:
+        fault = search.fault
+    fault = note_capsule(replace(fault, source=done.source, backend=backend), capsule)
     if done.interrupted:
         said = f"Interrupted at {done.interrupted}, so there is no proof."
         fault = replace(fault, notes=(*fault.notes, said))
@@ -131,11 +143,13 @@ def isolate_fault(
     return replace(fault, before=before, after=after)
 
 
-def _nothing(layers: Sequence[LayerResult]) -> Fault:
+def _nothing(result: BackendLayers) -> Fault:
     """No layer is out of line by its own error."""
-    late = next((layer for layer in layers if not layer.inherited.passed), None)
+    late = next((layer for layer in result.layers if not layer.inherited.passed), None)
     if late is None:
-        return Fault("", "")
+        worst = result.worst
+        said = f"The largest error of its own: {worst.name}, {describe_error(worst.local)}."
+        return Fault("", "", local=worst.local, notes=(said,))
     return Fault(
         "",
         "",
@@ -150,12 +164,24 @@ def _nothing(layers: Sequence[LayerResult]) -> Fault:
 
 
 class _Search:
-    """Looks into the first layer that is out of line, or the named one, once it has run."""
+    """Looks into the first layer that is out of line, or the named one, once it has run.
+
+    Args:
+        layer: The named one; ``None`` for the first that is out of line.
+        judged: Its error beside those of the layers like it, where these are known.
+        capsule: The capsule that is asked for.
+        progress: Called with the name of each stage as it starts.
+    """
 
     def __init__(
-        self, layer: str | None, capsule: _Capsule, progress: Callable[[str], None]
+        self,
+        layer: str | None,
+        judged: LayerError | None,
+        capsule: _Capsule,
+        progress: Callable[[str], None],
     ) -> None:
         self._layer = layer
+        self._judged = judged
         self._capsule = capsule
         self._progress = progress
         self.fault: Fault | None = None
@@ -167,10 +193,15 @@ class _Search:
     ) -> Sequence[Candidate]:
         """See `qeff_proxy.verify.by_layer.verify_layers.Observer`."""
         result = candidate.last
-        if self.fault is not None or result is None or not self._is_it(result):
+        if self.fault is not None or result is None:
             return []
+        if result.error is not None and candidate.failed_always:
+            check_runs_anything(candidate, layer.reference.part, result.error)
+        if not self._is_it(result):
+            return []
+        result = replace(result, local=self._judged or result.local)
         self.fault, culprits = _look_into(layer, candidate, result, self._capsule, self._progress)
-        if not culprits or result.error is not None:
+        if not culprits or result.error is not None or result.local.passed:
             return []
         numbers = {number for culprit in culprits for number in culprit.numbers}
         self._progress(f"{result.name}: with the culprits exact")
@@ -180,7 +211,7 @@ class _Search:
             layer.expected,
             layer.following,
             layer.floor,
-            _without(before, numbers),
+            without(before, numbers),
         )
         if before.last is None or before.last.error is not None:
             return []
@@ -241,8 +272,10 @@ def _look_into(
         most=1 if result.local.passed else MOST_CAUSES,
         seen=0.0 if result.local.passed else result.local.over_peak,
     )
+    if result.local.passed:  # rounding is all operators' together: none has a share to speak of
+        culprits = [one for one in culprits if not still(one.remaining, one.error, SAME)]
     fault = replace(fault, whole=whole)
-    if capsule.path is not None and culprits and whole is not None:
+    if capsule.path is not None and culprits and whole is not None and not result.local.passed:
         fault = _with_capsule(fault, capsule, trials, culprits[0], candidate, progress)
     causes = tuple(
         _cause(culprit, trials, candidate.precision, layer.module) for culprit in culprits
@@ -301,11 +334,8 @@ def _unexplained(result: LayerResult, whole: float | None, causes: Sequence[Caus
             f"At the fixed shapes of this step the backend takes the layer ({whole:.3g} of the "
             "peak): what it refuses are shapes that are not fixed."
         )
-    if result.local.passed and causes:
-        return (
-            "The layer is within tolerance: its error is rounding, of which these operators have "
-            "the largest share that was found."
-        )
+    if result.local.passed:
+        return "" if causes else "No operator stands out in its error."
     if whole < SEEN * result.local.over_peak:
         return (
             f"The layer's error does not show again at the fixed shapes of this step ({whole:.3g} "
@@ -339,34 +369,3 @@ def _cause(
         culprit.refused,
         around,
     )
-
-
-def _without(candidate: Candidate, numbers: set[int]) -> OpenLayer:
-    """Opens a layer with some operators exact, and all others on the backend."""
-
-    @contextmanager
-    def opened(part: ExportedPart, graph: LayerGraph) -> Iterator[_Exact]:
-        yield _Exact(part, graph, candidate, numbers)
-
-    return opened
-
-
-class _Exact(Session):
-    """A layer with some operators exact."""
-
-    def __init__(
-        self, part: ExportedPart, graph: LayerGraph, candidate: Candidate, numbers: set[int]
-    ) -> None:
-        super().__init__(replace(part, inputs=graph.inputs, outputs=graph.outputs))
-        self._graph = graph
-        self._numbers = numbers
-        self._plain = PlainRuntime(graph.model)
-        self._open: OpenGroup = lambda group: candidate.session(part, group.graph)
-
-    def compute(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:  # noqa: ARG002
-        """Run it; see `Session.compute`."""
-        operators = Operators(self._graph, feeds, self._plain)
-        trials = Trials(operators, self._open)
-        outputs = operators.results(trials.without(self._numbers, operators.values))
-        operators.free_pages()
-        return outputs

@@ -12,6 +12,8 @@ from qeff_proxy.isolate.blame import RUNS
 from qeff_proxy.isolate.neighbourhood import Neighbour
 from qeff_proxy.verify.by_layer.results import LayerError, format_decibels, layer_name
 
+_NO_CAPSULE = "No capsule was written"
+
 
 @dataclass(frozen=True)
 class TensorFacts:
@@ -120,7 +122,7 @@ class Fault:
         layer: The layer; ``None`` for what follows a part's last one.
         step: The step looked at, such as ``prefill-0000``.
         operators: How many operators the layer has.
-        local: The layer's error on the reference's inputs.
+        local: The layer's error on the reference's inputs; where no layer is at fault, the largest.
         inherited: Its error on the backend's own results so far, where that alone is too large;
             else ``None``.
         whole: Its largest error over its peak at the fixed shapes of this step; ``None`` where the
@@ -191,15 +193,14 @@ def describe_fault(fault: Fault) -> list[str]:
     if fault.healthy:
         same = "computes the same" if fault.exports else "no layer is out of line"
         same = "every value follows from those before it" if fault.dumps else same
-        return [f"{fault.backend}: {same}; there is no fault to find."]
+        return [f"{fault.backend}: {same}; there is no fault to find.", *fault.notes]
     lines = [
         f"{fault.backend} does not run {fault.where}: {fault.refused}"
         if fault.refused
         else f"{fault.backend}: at {fault.where} the errors of all layers add up to "
-        f"{format_decibels(fault.inherited.sqnr)} ({format_share(fault.inherited.over_peak)} of "
-        "the peak)."
+        f"{describe_error(fault.inherited)}."
         if fault.inherited is not None
-        else f"{fault.backend}: {fault.where} is within tolerance: {_measured(fault)}."
+        else f"{fault.backend}: nothing is at fault in {fault.where}: {_measured(fault)}."
         if fault.local.passed
         else f"{fault.backend}: {fault.where} is out of line: {_measured(fault)}."
     ]
@@ -208,8 +209,8 @@ def describe_fault(fault: Fault) -> list[str]:
     if fault.before is not None and fault.after is not None:
         lines.append(
             f"Proof: with {'it' if len(fault.causes) == 1 else 'them'} exact, the error of "
-            f"{fault.after.tensor or 'the outputs'} goes from {format_decibels(fault.before.sqnr)} "
-            f"to {format_decibels(fault.after.sqnr)}."
+            f"{fault.after.tensor or 'the outputs'} goes from {_decibels(fault.before)} to "
+            f"{_decibels(fault.after)}."
         )
     if fault.unexplained:
         lines.append(fault.unexplained)
@@ -219,31 +220,53 @@ def describe_fault(fault: Fault) -> list[str]:
     return lines
 
 
+def describe_error(error: LayerError) -> str:
+    """An error in words, with its limit where it is within."""
+    if error.remark:
+        return f"{error.remark} in {error.tensor}"
+    nearest = error.nearest
+    if nearest is not None:
+        floor = f"PyTorch in this precision has {nearest.floor:.1f} dB"
+        return f"{nearest.kind} {nearest.sqnr:.1f} dB (limit {nearest.limit:.1f} dB; {floor})"
+    limit = f"; limit {error.limit}" if error.passed and error.limit else ""
+    return f"{_decibels(error)} ({_of_peak(error.over_peak)}{limit})"
+
+
+def note_capsule(fault: Fault, asked: Path | None) -> Fault:
+    """Say why a capsule that was asked for was not written."""
+    if asked is None or fault.capsule is not None or any(_NO_CAPSULE in n for n in fault.notes):
+        return fault
+    why = "the backend gave no values for it" if fault.found else "no operator was named"
+    why = "there is no fault to show" if fault.passed else why
+    return replace(fault, notes=(*fault.notes, f"{_NO_CAPSULE}: {why}."))
+
+
 def _measured(fault: Fault) -> str:
     error = fault.local
     if fault.dumps:
-        return (
-            f"{error.tensor} is off by {format_share(error.over_peak)} of its peak, on the "
-            f"device's own values before it, in {error.step}"
-        )
-    return (
-        f"{format_decibels(error.sqnr)} ({format_share(error.over_peak)} of the peak) on the "
-        f"reference's inputs, worst in {error.step or fault.step}"
-    )
+        off = f"is off by {format_share(error.over_peak)} of its peak"
+        off = f"has {error.remark}" if error.remark else off
+        return f"{error.tensor} {off}, on the device's own values before it, in {error.step}"
+    where = f"on the reference's inputs, worst in {error.step or fault.step}"
+    return f"{describe_error(error)} {where}"
+
+
+def _decibels(error: LayerError) -> str:
+    return error.remark or format_decibels(error.sqnr)
 
 
 def _describe_cause(cause: Cause, fault: Fault) -> list[str]:
     refused = fault.whole is None
     where = "of the second export" if fault.exports else "on the backend"
     where = "as the device gave it" if fault.dumps else where
-    lines = [f"{'Largest share' if fault.local.passed else 'Cause'}: {cause.name}."]
+    lines = [f"{'Most of its error' if fault.local.passed else 'Cause'}: {cause.name}."]
     if len(cause.operators) > 1:
         fewer = "it takes fewer" if refused else "fewer show no fault"
         fewer = "the dump has no value between them" if fault.dumps else fewer
         why = f"it refuses fewer: {cause.refused}" if cause.refused and not refused else fewer
         listed = ", ".join(f"{o.operator} {o.node}" for o in cause.operators)
         lines.append(f"It is a group of {len(cause.operators)} operators ({why}): {listed}.")
-    alone = f"Only this {where}, all else exact: {format_share(cause.error)} of the peak"
+    alone = f"Only this {where}, all else exact: {_of_peak(cause.error)}"
     if fault.dumps:
         lines.append(
             f"{alone}. The layer's other values follow from those before them, to "
@@ -278,5 +301,9 @@ def _describe_cause(cause: Cause, fault: Fault) -> list[str]:
 def format_share(share: float | None) -> str:
     """A share of the peak in percent."""
     if share is None or not math.isfinite(share):
-        return "more than 100%" if share is not None else "unknown"
+        return "not finite" if share is not None else "unknown"
     return f"{100 * share:.3g}%"
+
+
+def _of_peak(share: float) -> str:
+    return f"{format_share(share)} of the peak" if math.isfinite(share) else "not finite"

@@ -65,8 +65,7 @@ def run_capsule(path: Path, backend: str, options: CompileOptions | None = None)
     """
     capsule = read_capsule(path)
     options = options or CompileOptions()
-    runner = load_backend(backend)
-    runner.check_options(backend, options)
+    load_backend(backend).check_options(backend, options)
     with tempfile.TemporaryDirectory(prefix="qeff-proxy-capsule-") as name:
         folder = Path(name)
         part = _part(capsule, folder)
@@ -74,14 +73,12 @@ def run_capsule(path: Path, backend: str, options: CompileOptions | None = None)
             folder, "whole", "capsule", "float32", {"source": str(path)}, (part,), {}, {}, {}, {}
         )
         (folder / "compiled").mkdir()
-        process = OwnProcess.of(backend, runner)
+        process = OwnProcess(backend)
         try:
-            opener = process or runner
-            with opener.open_once(export, part, options, folder / "compiled") as session:
+            with process.open_once(export, part, options, folder / "compiled") as session:
                 actual = session.run(capsule.inputs)
         finally:
-            if process is not None:
-                process.close()
+            process.close()
     error = distance(capsule.expected, actual)
     return Rerun(path, backend, capsule.error, error, capsule.facts)
 

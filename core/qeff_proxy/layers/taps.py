@@ -87,7 +87,8 @@ def tap_proxy(proxy: Proxy, taps: Sequence[str]) -> Proxy:
     """A proxy whose parts also return the outputs of their layers.
 
     Parts without layers are not changed (the vocabulary's never are); a part with a cache must have
-    layers, and so must at least one part.
+    layers, and so must at least one part. Kinds of projections that no part has, such as a gate in
+    GPT-2, are left out and named in the setting ``absent_taps``.
 
     Args:
         proxy: The parts; each is run once to learn the shapes of its layers' outputs.
@@ -113,7 +114,18 @@ def tap_proxy(proxy: Proxy, taps: Sequence[str]) -> Proxy:
             f"no part has layers to tap (parts: {', '.join(part.name for part in parts)})",
             "Export without taps.",
         )
-    return replace(proxy, parts=tuple(parts))
+    modules = [part.module for part in parts]
+    places = [one for module in modules if isinstance(module, TappedPart) for one in module.places]
+    absent = [tap for tap in taps if not any(tapped[tap] for _, tapped in places)]
+    unknown = absent if len(absent) == len(taps) else [t for t in absent if t not in INNER_TAPS]
+    if unknown:
+        name = type(places[0][0]).__name__
+        raise UnsupportedModelError(
+            f"no {unknown[0]} can be found in the layers ({name})",
+            "Tap the layers only: taps='layers'.",
+        )
+    noted = {"absent_taps": absent} if absent else {}
+    return replace(proxy, parts=tuple(parts), settings={**proxy.settings, **noted})
 
 
 def layers_of(part: Part) -> LayerList | None:
@@ -264,7 +276,7 @@ def _tapped(part: Part, layers: Sequence[nn.Module], taps: Sequence[str]) -> Par
 
     module = TappedPart(part.module, layers, taps).eval()
     for tap in taps:
-        if not any(tapped[tap] for _, tapped in module.places):
+        if tap in TAPS and not any(tapped[tap] for _, tapped in module.places):
             raise UnsupportedModelError(
                 f"no {tap} can be found in the layers of the {part.name} part "
                 f"({type(layers[0]).__name__})",

@@ -57,7 +57,7 @@ class Candidate:
         name: The backend's name.
         export: The export.
         options: Of the verification.
-        own_process: Run a backend of another package in a process of its own, which it may end.
+        own_process: Run the backend in a process of its own, which it may end.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Candidate:
         with suppress(ProxyError):  # its first layer will say so
             self.precision = self._opened().precision(self._options)
             if own_process:
-                self._process = OwnProcess.of(name, self._opened())
+                self._process = OwnProcess(name)
 
     def _opened(self) -> Backend:
         """The backend, loaded once."""
@@ -99,6 +99,11 @@ class Candidate:
     def last(self) -> LayerResult | None:
         """The result of the layer that ran last."""
         return self._layers[-1] if self._layers else None
+
+    @property
+    def failed_always(self) -> bool:
+        """Whether no layer has run."""
+        return all(layer.error is not None for layer in self._layers)
 
     def fork(self) -> Candidate:
         """A second one with the same results so far, which goes on by itself."""

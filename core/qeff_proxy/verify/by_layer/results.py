@@ -63,6 +63,8 @@ class LayerError:
         over_peak: That error over the reference's largest magnitude.
         sqnr: The least signal-to-quantization-noise ratio in dB; infinite where all are exact.
         kinds: Each kind of tensor beside its noise floor, where that was measured.
+        limit: The tolerance of ``tensor``, as users write it.
+        remark: Why the error is no number, in words: ``3 NaN of 64 elements``; else empty.
     """
 
     passed: bool = True
@@ -72,6 +74,8 @@ class LayerError:
     over_peak: float = 0.0
     sqnr: float = math.inf
     kinds: tuple[KindError, ...] = ()
+    limit: str = ""
+    remark: str = ""
 
     @property
     def nearest(self) -> KindError | None:
@@ -291,21 +295,20 @@ def compare_layer(
             phase, tensor = step.partition("-")[0], str(name_tensor(part, "out", name))
             tolerance = tolerances.of(tensor, *dtypes, phase)
             if expected.shape != actual.shape:
-                return LayerError(False, tensor, step, math.inf, math.inf, -math.inf)
+                remark = f"shape {list(actual.shape)} instead of {list(expected.shape)}"
+                error = LayerError(False, tensor, step, math.inf, math.inf, -math.inf)
+                return replace(error, limit=str(tolerance), remark=remark)
             stats = _measure(expected, actual, tolerance, scratch)
             share, sqnr = float(relative_peak(stats)[0]), float(sqnr_db(stats)[0])
             if stats["unmatched"][0]:  # the ratio is that of the finite elements
                 sqnr = -math.inf
             fails = not bool(judge(stats, tolerance)[0])
             worse = not total.tensor or (fails, share) > (not total.passed, total.over_peak)
-            total = LayerError(
-                total.passed and not fails,
-                tensor if worse else total.tensor,
-                step if worse else total.step,
-                float(stats["max_abs"][0]) if worse else total.max_abs,
-                share if worse else total.over_peak,
-                min(sqnr, total.sqnr),
-            )
+            passed, least = total.passed and not fails, min(sqnr, total.sqnr)
+            if worse:
+                said = {"limit": str(tolerance), "remark": _unmatched(stats[0])}
+                total = LayerError(True, tensor, step, float(stats["max_abs"][0]), share, **said)
+            total = replace(total, passed=passed, sqnr=least)
             floor = tolerances.floors.get((phase, tensor))
             named = tolerances.override(tensor) is not None
             if floor is not None and tolerance.sqnr is not None and not named:
@@ -313,6 +316,17 @@ def compare_layer(
                 if kind not in kinds or sqnr < kinds[kind].sqnr:
                     kinds[kind] = KindError(kind, sqnr, floor.sqnr, tolerance.sqnr)
     return replace(total, kinds=tuple(kinds.values()))
+
+
+def _unmatched(stats: Any) -> str:
+    """The NaN and infinite elements that the reference does not have, in words."""
+    if not stats["unmatched"]:
+        return ""
+    kinds = {"NaN": "nan", "infinite": "inf"}
+    counts = {word: (stats[f"candidate_{k}"], stats[f"reference_{k}"]) for word, k in kinds.items()}
+    more = [f"{ours} {word}" for word, (ours, theirs) in counts.items() if ours > theirs]
+    found = " and ".join(more) or f"{stats['unmatched']} in place of NaN or infinity"
+    return f"{found} of {counted(int(stats['count']), 'element')}"
 
 
 def measure_floor(

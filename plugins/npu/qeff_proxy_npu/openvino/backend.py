@@ -86,16 +86,26 @@ class OpenVinoBackend(Backend):
             for device in self._core.available_devices
         ]
 
+    def check_options(self, name: str, options: CompileOptions) -> None:
+        """Check the precision, too."""
+        super().check_options(name, options)
+        _precision(_device(options), options)
+
     def needs_fixed_shapes(self, options: CompileOptions) -> bool:
         """By default on an NPU."""
         default = _device(options).startswith("NPU")
         return bool(options.backend.get("static_shapes", default))
 
     def precision(self, options: CompileOptions) -> str | None:
-        """The precision that was asked for or that the device chooses, if not float32."""
+        """The precision that was asked for or that the device chooses, if not float32.
+
+        Raises:
+            BackendError: The device chooses, and this machine does not have it.
+        """
         device = _device(options)
         short = _precision(device, options)
         if short is None:
+            self._check_device(device)
             short = self._core.get_property(device, "INFERENCE_PRECISION_HINT").get_type_name()
         names = {short: name for name, short in _PRECISIONS.items() if name != "float32"}
         return names.get(short)
@@ -151,14 +161,18 @@ class OpenVinoBackend(Backend):
         Raises:
             BackendError: This machine does not have it.
         """
-        device, available = _device(options), self._core.available_devices
+        device = _device(options)
+        self._check_device(device)
+        on_host = self.needs_fixed_shapes(options) and not self._is_fixed(part, options)
+        return "CPU" if on_host else device
+
+    def _check_device(self, device: str) -> None:
+        available = self._core.available_devices
         if device not in {*available, *(name.partition(".")[0] for name in available)}:
             raise BackendError(
                 f"OpenVINO finds no device {device!r} here, only {', '.join(available)}",
                 "Install the device's driver, or choose another with -O device=CPU.",
             )
-        on_host = self.needs_fixed_shapes(options) and not self._is_fixed(part, options)
-        return "CPU" if on_host else device
 
     def _compile(
         self, export: Export, part: ExportedPart, options: CompileOptions, sizes: Sizes | None
