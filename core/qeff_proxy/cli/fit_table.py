@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 #: Headings of columns that are left out where there is no room, the first one first.
-_LEAST = ("mean", "cosine", "quickest", "slowest turn", "weights", "floor", "floor dB", "limit")
+_LEAST: tuple[str, ...] = (
+    "mean",
+    "cosine",
+    "quickest",
+    "slowest turn",
+    "weights",
+    "floor",
+    "floor dB",
+    "limit",
+)
 _LEAST += ("limit dB", "tokens", "passed", "seconds", "worst tensor", "SQNR dB")
 #: Lines of a name in a cell, and the columns that a sentence needs.
 _LINES = 2
