@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -52,3 +53,35 @@ def test_the_stages_of_a_cold_export(
     assert any("tracing body" in said for said in exporting.said)
     assert any("compiling body" in said for said in compiling.said)
     assert exporting.said[-1].startswith("exporting: ended (")
+
+
+def test_the_stages_of_verifying(handles: list[Handle], saved_gpt2: Path) -> None:
+    from qeff_proxy.verify.options import VerifyOptions
+    from qeff_proxy.verify.verify_model import verify_model
+
+    options = VerifyOptions(max_new_tokens=1)
+    assert verify_model(saved_gpt2, ["torch"], options=options).passed
+    (verifying,) = handles
+    assert any("running torch" in said for said in verifying.said)
+    stages: list[str] = []
+    assert verify_model(saved_gpt2, ["torch"], options=options, progress=stages.append).passed
+    assert len(handles) == 1
+    assert "running torch" in stages
+
+
+def test_loading_says_nothing_of_widgets_that_are_not_installed(saved_gpt2: Path) -> None:
+    """In a new process, where IPython is loaded, and ipywidgets are not found."""
+    program = f"""
+import sys, types
+sys.modules["ipywidgets"] = None
+sys.modules["IPython"] = types.ModuleType("IPython")
+sys.modules["IPython"].get_ipython = object
+sys.modules["ipykernel.zmqshell"] = types.ModuleType("zmqshell")
+from qeff_proxy.load.load_model import load_model
+load_model({str(saved_gpt2)!r})
+assert "tqdm.notebook" in sys.modules, "tqdm did not take it for a notebook"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

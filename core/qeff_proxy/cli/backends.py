@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from qeff_proxy.cli.output import add_json_option, print_json, print_text, stdout_console
+from qeff_proxy.cli.output import add_json_option, print_json, print_text
 from qeff_proxy.errors import BackendError
 
 if TYPE_CHECKING:
@@ -78,7 +78,6 @@ def _print_table(reports: Sequence[BackendReport]) -> None:
 
 
 def _print_details(report: BackendReport, *, with_options: bool) -> None:
-    console = stdout_console()
     name = report.name or report.package or "unknown package"
     lines = []
     if report.reason:
@@ -86,7 +85,7 @@ def _print_details(report: BackendReport, *, with_options: bool) -> None:
     if report.devices:
         lines.append(f"{name} finds {', '.join(report.devices)}")
     for line in lines:
-        console.print(line, soft_wrap=True)
+        print_text(line)
     if with_options and report.options is not None:
         from rich.table import Table
 
@@ -95,5 +94,5 @@ def _print_details(report: BackendReport, *, with_options: bool) -> None:
         table.add_column(overflow="fold")
         for option, meaning in report.options.items():
             table.add_row(f"  {option}", meaning)
-        console.print(f"{name} has {'the options' if report.options else 'no options'}")
-        console.print(table)
+        print_text(f"{name} has {'the options' if report.options else 'no options'}")
+        print_text(table)

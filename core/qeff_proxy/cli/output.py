@@ -18,8 +18,6 @@ from qeff_proxy.common.messages import escape_controls
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.measure import Measurement
-    from rich.table import Table
 
 #: The width of a pipe or file: more columns than any line needs.
 _UNFOLDED = 100_000
@@ -67,42 +65,14 @@ def print_text(renderable: RenderableType) -> None:
 
     if isinstance(renderable, Text):
         renderable = Text(escape_controls(renderable.plain), renderable.style)
-    console = stdout_console()
-    for piece in _fitting(renderable, console):
-        console.print(piece)
-
-
-def _fitting(renderable: RenderableType, console: Console) -> list[RenderableType]:
-    """A table that is too wide for the terminal as a list for each row, so that nothing is cut."""
     from rich.table import Table
-    from rich.text import Text
 
-    if not isinstance(renderable, Table) or _least_width(renderable, console) <= console.width:
-        return [renderable]
-    headings = [escape_controls(str(column.header)) for column in renderable.columns]
-    lines: list[RenderableType] = []
-    for row in zip(*(column.cells for column in renderable.columns), strict=True):
-        for index, (heading, cell) in enumerate(zip(headings, row, strict=True)):
-            value = cell if isinstance(cell, Text) else Text(escape_controls(str(cell)))
-            start = "" if not heading else f"{heading}: " if index == 0 else f"  {heading}: "
-            if value.plain:
-                lines.append(Text(start).append(value))
-    return lines
+    from qeff_proxy.cli.fit_table import fit_table
 
-
-def _least_width(table: Table, console: Console) -> int:
-    """The width at which no word of a table is cut, nor a column that must not wrap."""
-    wide = console.options.update(max_width=_UNFOLDED)
-
-    def measure(renderable: RenderableType) -> Measurement:
-        return console.measure(renderable, options=wide)
-
-    more = 0
-    for column in table.columns:
-        if column.no_wrap:
-            cells = [measure(cell) for cell in (column.header, *column.cells)]
-            more += max(cell.maximum for cell in cells) - max(cell.minimum for cell in cells)
-    return measure(table).minimum + more
+    console = stdout_console()
+    is_table = isinstance(renderable, Table)
+    for piece in fit_table(renderable, console) if is_table else [renderable]:
+        console.print(piece)
 
 
 def report_error(message: str) -> None:

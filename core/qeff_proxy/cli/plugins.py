@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from qeff_proxy.cli.output import add_json_option, print_json, stdout_console
+from qeff_proxy.cli.output import add_json_option, print_json, print_text
 from qeff_proxy.errors import PluginError
 from qeff_proxy.plugins.entry_points import ENVIRONMENT_VARIABLE
 from qeff_proxy.plugins.manager import PluginReport, Plugins
@@ -59,7 +59,7 @@ def _print_table(reports: Sequence[PluginReport], generic: PluginReport, *, chec
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("plugin", no_wrap=True)
+    table.add_column("plugin")
     table.add_column("state", no_wrap=True)
     table.add_column("model types", overflow="fold")
     packages: list[str] = []
@@ -73,11 +73,10 @@ def _print_table(reports: Sequence[PluginReport], generic: PluginReport, *, chec
         table.add_row(f"  {report.plugin}", state, served)
         if report.hooks:
             table.add_row("", "", Text(f"hooks: {', '.join(report.hooks)}", "dim"))
-    console = stdout_console()
-    console.print(table)
+    print_text(table)
     for report in (*reports, generic):
         if report.reason:
             name = " ".join(filter(None, [report.distribution, report.plugin])) or "unknown package"
-            console.print(f"{name}: {report.reason}", soft_wrap=True)
+            print_text(f"{name}: {report.reason}")
     if not checked:
-        console.print("Nothing was imported; --check imports each plugin and checks its hooks.")
+        print_text("Nothing was imported; --check imports each plugin and checks its hooks.")

@@ -27,7 +27,7 @@ def self_lines(verification: SelfVerification) -> Iterator[RenderableType]:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column(result.backend)
         table.add_column("verdict")
-        table.add_column("first that disagrees", no_wrap=True)
+        table.add_column("first that disagrees")
         for heading in ("of peak", "SQNR dB"):
             table.add_column(heading, justify="right")
         table.add_column("worst tensor", overflow="fold")

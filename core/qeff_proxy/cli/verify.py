@@ -291,7 +291,7 @@ def _rendered(verification: Verification) -> list[RenderableType]:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("backend")
     table.add_column("verdict")
-    table.add_column("first divergence", no_wrap=True)
+    table.add_column("first divergence")
     table.add_column("worst tensor", overflow="fold")
     floors = any(result.floor is not None for result in verification.results)
     more = ("floor dB", "limit dB") if floors else ()

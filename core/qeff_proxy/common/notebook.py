@@ -7,7 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -23,14 +27,31 @@ def notebook_stages(title: str) -> Iterator[Callable[[str], None]]:
     start = time.monotonic()
 
     def line(stage: str) -> Any:
-        said = html.escape(f"{title}: {stage} ({time.monotonic() - start:.0f} s)")
-        return {"text/html": f"<pre>{said}</pre>", "text/plain": said}
+        said = f"{title}: {stage} ({time.monotonic() - start:.0f} s)"
+        return {"text/html": f"<pre>{html.escape(said)}</pre>", "text/plain": said}
 
     handle = display(line("starting"), raw=True, display_id=True)
     try:
         yield lambda stage: handle.update(line(stage), raw=True)
     finally:
         handle.update(line("ended"), raw=True)
+
+
+def in_notebooks(title: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Have a function that takes ``progress=`` show its stages in a notebook, if none is given."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def shown(*args: P.args, **kwargs: P.kwargs) -> T:
+            if "progress" in kwargs:
+                return function(*args, **kwargs)
+            with notebook_stages(title) as progress:
+                kwargs["progress"] = progress
+                return function(*args, **kwargs)
+
+        return shown
+
+    return decorate
 
 
 def _display() -> Callable[..., Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from typing import TYPE_CHECKING
 
 from qeff_proxy.common.messages import printable
@@ -18,9 +17,6 @@ from qeff_proxy.compare.verdict import (
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-#: Terminals narrower than this, in columns, are not shown the mean error and the cosine.
-_WIDE = 100
 
 
 def render_comparison(comparison: Comparison, *, rows: int = 12) -> list[RenderableType]:
@@ -42,15 +38,13 @@ def render_comparison(comparison: Comparison, *, rows: int = 12) -> list[Rendera
     ranked = rank_worst(comparison)
     shown = ranked[:rows] if rows else ranked
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True, min_width=6)
-    table.add_column("tensor", overflow="fold", min_width=20)
+    table.add_column("", no_wrap=True)
+    table.add_column("tensor", overflow="fold")
     table.add_column("phase", no_wrap=True)
-    wide = shutil.get_terminal_size((100, 24)).columns >= _WIDE
-    headings = ["passed", "max", "of peak", "SQNR dB", *(("mean", "cosine") if wide else ())]
-    for heading in headings:
+    for heading in ("passed", "max", "of peak", "SQNR dB", "mean", "cosine"):
         table.add_column(heading, justify="right", no_wrap=True)
     for tensor in shown:
-        table.add_row(*_row(tensor)[: 3 + len(headings)])
+        table.add_row(*_row(tensor))
     out: list[RenderableType] = [dumps, "", table]
     if len(shown) < len(ranked):
         out.append(f"… and {len(ranked) - len(shown)} more (--all shows them)")

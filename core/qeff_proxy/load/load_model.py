@@ -9,12 +9,14 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.common.private_names import attention_of, model_classes
+from qeff_proxy.common.quiet import without_warnings
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.load.adapter_files import Adapters, find_model
 from qeff_proxy.load.checkpoint_files import (
@@ -347,6 +349,8 @@ def check_dtype(dtype: str | torch.dtype) -> str:
 
 def _check_architecture(config: dict[str, Any], source: str, trust_remote_code: bool) -> None:
     """Refuse what transformers cannot build, before it tries."""
+    with without_warnings():  # it warns in notebooks without ipywidgets, and shows the same bars
+        import_module("tqdm.auto")
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")

@@ -26,6 +26,7 @@ from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.recipe import check_recipe
 from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.common.notebook import in_notebooks
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.dump import DumpOptions, read_dump
 from qeff_proxy.errors import ProxyError, UsageError
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 _STUB = "a stub's outputs mean nothing, so there is nothing to verify"
 
 
+@in_notebooks("verifying")
 def verify_model(
     model: str | Path | LoadedModel | Export,
     backends: Sequence[str] = ("onnxruntime",),
@@ -76,7 +78,7 @@ def verify_model(
         options: How to verify.
         hooks: Of its model type, in place of the installed plugins.
         trust_remote_code: Run Python code that comes with the checkpoint.
-        progress: Called with the name of each stage as it starts.
+        progress: Called with the name of each stage as it starts; a notebook shows it by default.
 
     Raises:
         UsageError: There is nothing to verify, or the input cannot be right.

@@ -27,6 +27,7 @@ from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.compile_export import fixed_lengths
 from qeff_proxy.backends.recipe import check_recipe, name_units_of
 from qeff_proxy.common.file_errors import reading
+from qeff_proxy.common.notebook import in_notebooks
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import ArtifactError, UsageError
 from qeff_proxy.graph.split_layers import LayerGraph, split_layers
@@ -85,6 +86,7 @@ class LayerRun:
 Observer = Callable[[LayerRun, Candidate, Candidate], Sequence[Candidate]]
 
 
+@in_notebooks("verifying layer by layer")
 def verify_layers(
     model: str | Path | LoadedModel | Export,
     backends: Sequence[str] = ("onnxruntime",),
@@ -106,7 +108,7 @@ def verify_layers(
             the continuation, again from its start.
         hooks: Of its model type, in place of the installed plugins.
         trust_remote_code: Run Python code that comes with the checkpoint.
-        progress: Called with the name of each stage as it starts.
+        progress: Called with the name of each stage as it starts; a notebook shows it by default.
         observe: As for `verify_layers_of`.
 
     Raises:

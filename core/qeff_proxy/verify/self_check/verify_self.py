@@ -21,6 +21,7 @@ from qeff_proxy.artifact.export_folder import check_weights_of
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import compile_export, fixed_lengths, open_sessions
 from qeff_proxy.backends.registry import load_backend
+from qeff_proxy.common.notebook import in_notebooks
 from qeff_proxy.compare.tolerances import COMPUTED_IN, NoiseFloor, Tolerances
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.flow import load_flow
@@ -60,6 +61,7 @@ _LOG = logging.getLogger(__name__)
 _RUN = "run"  # the one step that the calls of a part are joined to
 
 
+@in_notebooks("verifying")
 def verify_self(
     model: str | Path | LoadedModel | Export,
     backends: Sequence[str] = ("onnxruntime",),
@@ -80,7 +82,7 @@ def verify_self(
             are the continuation, again from its start.
         hooks: Of its model type, in place of the installed plugins.
         trust_remote_code: Run Python code that comes with the checkpoint.
-        progress: Called with the name of each stage as it starts.
+        progress: Called with the name of each stage as it starts; a notebook shows it by default.
 
     Raises:
         UsageError: There is nothing to verify, or the input cannot be right.
