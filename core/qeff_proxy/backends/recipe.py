@@ -223,7 +223,6 @@ def write_nodes(recipe: Recipe, export: Export, backend: str, folder: Path) -> l
     from qeff_proxy.graph.modules import chosen_units, unit_of
 
     implementation = load_backend(backend)
-    written: list[Path] = []
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
@@ -237,6 +236,4 @@ def write_nodes(recipe: Recipe, export: Export, backend: str, folder: Path) -> l
                 nodes = [node for node, unit in units.items() if unit in wide]
                 if nodes:
                     implementation.write_nodes(export, part, nodes, aside)
-            for path in sorted(aside.iterdir()):
-                written.append(path.replace(folder / path.name))
-    return written
+            return [path.replace(folder / path.name) for path in sorted(aside.iterdir())]

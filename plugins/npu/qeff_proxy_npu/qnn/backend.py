@@ -45,7 +45,7 @@ from qeff_proxy_npu.qnn.session import QnnSession
 __all__ = ["QnnBackend"]
 
 #: Goes up when what is done to graphs before they are compiled changes.
-_PREPARATION = "1"
+_PREPARATION = "2"
 _EMULATED = "it runs in HTP's emulator here, whose seconds say nothing of a chip's"
 _DTYPES = {"float32", "float16", "int64", "int32", "bool"}
 
@@ -149,7 +149,14 @@ class QnnBackend(FixedShapesBackend):
                 masks = [mask.name for mask in part.masks]
                 stays = wide_nodes({} if chosen.recipe is None else {OPTION: chosen.recipe})
                 body, lowest = quantize_graph(
-                    body, weights, ranges, masks, chosen.precision, aside, stays
+                    body,
+                    weights,
+                    ranges,
+                    masks,
+                    chosen.precision,
+                    aside,
+                    stays,
+                    signed_factors=chosen.signed_factors,
                 )
                 weights = aside
             log = _log_path(export, part)
