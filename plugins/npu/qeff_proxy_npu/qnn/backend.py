@@ -45,7 +45,7 @@ from qeff_proxy_npu.qnn.session import QnnSession
 __all__ = ["QnnBackend"]
 
 #: Goes up when what is done to graphs before they are compiled changes.
-_PREPARATION = "2"
+_PREPARATION = "3"
 _EMULATED = "it runs in HTP's emulator here, whose seconds say nothing of a chip's"
 _DTYPES = {"float32", "float16", "int64", "int32", "bool"}
 
