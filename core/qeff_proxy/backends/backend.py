@@ -100,18 +100,24 @@ class Backend(ABC):
         """Hashes of the contents of files that its options name. Other contents compile anew."""
         return {}
 
-    def nodes_file(self, part: str, nodes: Sequence[ir.Node]) -> tuple[str, str]:
-        """What stays wide, for other tools: by default the names that quantizers exclude.
+    def write_nodes(
+        self,
+        export: Export,  # noqa: ARG002
+        part: ExportedPart,
+        nodes: Sequence[ir.Node],
+        folder: Path,
+    ) -> None:
+        """Write what stays wide for other tools: by default the names that quantizers exclude.
 
         Args:
-            part: The part's name.
-            nodes: Those of its graph that stay wide.
-
-        Returns:
-            The file's name, and its content.
+            export: The export.
+            part: Of it.
+            nodes: Those of the part's graph that stay wide.
+            folder: Where to write files, whose names begin with the part's.
         """
         excluded = {"nodes_to_exclude": [str(node.name) for node in nodes]}
-        return f"{part}.nodes.json", json.dumps(excluded, indent=2) + "\n"
+        text = json.dumps(excluded, indent=2) + "\n"
+        (folder / f"{part.name}.nodes.json").write_text(text, "utf-8")
 
     def use_hooks(self, hooks: Hooks) -> None:  # noqa: B027 (most backends need no hooks)
         """Called before `open` with the hooks of the model's family, to cut the model again."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,6 +193,19 @@ def wide_nodes(options: Mapping[str, Any]) -> Callable[[ir.Node], bool]:
     return stays
 
 
+def wide_nodes_of(
+    export: Export, part: ExportedPart, options: Mapping[str, Any]
+) -> Sequence[ir.Node]:
+    """The nodes of a part's exported graph that stay wide, by the recipe among the options."""
+    import onnx_ir as ir
+
+    with reading(export.folder):
+        model = ir.load(export.folder / part.file)
+    name_units_of(model, export, part)
+    stays = wide_nodes(options)
+    return [node for node in model.graph if stays(node)]
+
+
 def write_nodes(recipe: Recipe, export: Export, backend: str, folder: Path) -> list[Path]:
     """Write the nodes of an export that stay wide, in the form that a backend's own tools read.
 
@@ -209,19 +223,17 @@ def write_nodes(recipe: Recipe, export: Export, backend: str, folder: Path) -> l
     from qeff_proxy.graph.modules import chosen_units, unit_of
 
     implementation = load_backend(backend)
-    contents: dict[Path, str] = {}
-    for part in export.parts:
-        with reading(export.folder):
-            model = ir.load(export.folder / part.file)
-        name_units_of(model, export, part)
-        units = {node: unit for node in model.graph if (unit := unit_of(node)) is not None}
-        wide = frozenset().union(*chosen_units(recipe.wide, set(units.values())).values())
-        nodes = [node for node, unit in units.items() if unit in wide]
-        if nodes:
-            name, content = implementation.nodes_file(part.name, nodes)
-            contents[folder / name] = content
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for path, content in contents.items():
-            write_whole(path, content)
-    return list(contents)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
+            aside = Path(name)
+            for part in export.parts:
+                with reading(export.folder):
+                    model = ir.load(export.folder / part.file)
+                name_units_of(model, export, part)
+                units = {node: unit for node in model.graph if (unit := unit_of(node)) is not None}
+                wide = frozenset().union(*chosen_units(recipe.wide, set(units.values())).values())
+                nodes = [node for node, unit in units.items() if unit in wide]
+                if nodes:
+                    implementation.write_nodes(export, part, nodes, aside)
+            return [path.replace(folder / path.name) for path in sorted(aside.iterdir())]

@@ -9,13 +9,14 @@ backend.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.backends.backend import Backend, usable_cores
+from qeff_proxy.backends.recipe import OPTION, wide_nodes_of
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.session.axes import Sizes, size_of
@@ -23,7 +24,11 @@ from qeff_proxy.session.session import Session
 
 from qeff_proxy_npu.fixed_shapes import Plan, StaticSession, name_of, runs_on_host
 from qeff_proxy_npu.fixed_shapes.check_padding import check_padding
+from qeff_proxy_npu.openvino.marks import mark
 from qeff_proxy_npu.openvino.session import OpenVinoSession
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["OpenVinoBackend"]
 
@@ -59,6 +64,7 @@ class OpenVinoBackend(Backend):
         "device": "CPU (default), GPU or NPU; GPU.1 where there are several",
         "precision": "what is computed in: float32, float16, bfloat16, or auto: the device's own "
         "choice (default: float32, on an NPU auto)",
+        "recipe": "the file of a recipe: modules that stay in float32 (--recipe)",
         "static_shapes": "compile fixed shapes (default: on an NPU, which knows no others)",
         "save_compiled": "keep the compiled parts, so that opening is quick (default: not on a "
         "CPU, which compiles as fast as it would read them)",
@@ -66,6 +72,7 @@ class OpenVinoBackend(Backend):
     values: Mapping[str, Any] = {
         "device": str,
         "precision": str,
+        "recipe": str,
         "static_shapes": bool,
         "save_compiled": bool,
     }
@@ -74,6 +81,15 @@ class OpenVinoBackend(Backend):
         "fp16": {"precision": "float16"},
         "bf16": {"precision": "bfloat16"},
     }
+
+    def check_options(self, name: str, options: CompileOptions) -> None:
+        """Refuse a recipe where all is in float32."""
+        super().check_options(name, options)
+        if OPTION in options.backend and _precision(_device(options), options) == "f32":
+            raise UsageError(
+                "a recipe says what stays in float32, and everything does",
+                "Say precision=float16 or precision=bfloat16, or leave it out.",
+            )
 
     def versions(self) -> dict[str, str]:
         """OpenVINO's version and build."""
@@ -122,7 +138,7 @@ class OpenVinoBackend(Backend):
         if self._is_fixed(part, options):
             check_padding(export, part)
         for sizes in self._specializations(part, options):
-            compiled = self._compile(export, part, options, sizes)
+            compiled = self._compile(export, part, options, sizes, folder)
             if options.backend.get("save_compiled", device != "CPU"):
                 with _blob(folder, part, sizes).open("wb") as file:
                     file.write(compiled.export_model().getbuffer())
@@ -138,6 +154,28 @@ class OpenVinoBackend(Backend):
         if not self._is_fixed(part, options):
             return open_specialization(None)
         return StaticSession(part, options, open_specialization)
+
+    def write_nodes(
+        self, export: Export, part: ExportedPart, nodes: Sequence[ir.Node], folder: Path
+    ) -> None:
+        """The part in OpenVINO's own format, with the operations marked that stay in float32."""
+        self._mark(export, part, nodes, folder / f"{part.name}.xml")
+
+    def _mark(
+        self, export: Export, part: ExportedPart, nodes: Sequence[ir.Node], path: Path
+    ) -> None:
+        mark(openvino, self._core.read_model(export.folder / part.file), nodes, path)
+
+    def _source(
+        self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
+    ) -> Path:
+        """What a part is compiled from: the export, or with a recipe its marked copy."""
+        path = folder / f"{part.name}.xml"
+        if not path.is_file() and OPTION in options.backend and self.lowers(part, options):
+            nodes = wide_nodes_of(export, part, options.backend)
+            if nodes:
+                self._mark(export, part, nodes, path)
+        return path if path.is_file() else export.folder / part.file
 
     @cached_property
     def _core(self) -> Any:
@@ -175,13 +213,18 @@ class OpenVinoBackend(Backend):
             )
 
     def _compile(
-        self, export: Export, part: ExportedPart, options: CompileOptions, sizes: Sizes | None
+        self,
+        export: Export,
+        part: ExportedPart,
+        options: CompileOptions,
+        sizes: Sizes | None,
+        folder: Path,
     ) -> Any:
         device = self._device_of(part, options)
         path = export.folder / part.file
         properties = _properties(device, options)
         try:
-            model = self._core.read_model(path)
+            model = self._core.read_model(self._source(export, part, options, folder))
             if sizes is not None:
                 shapes = {s.name: [size_of(axis, sizes) for axis in s.shape] for s in part.inputs}
                 model.reshape(shapes)
@@ -211,7 +254,7 @@ class OpenVinoBackend(Backend):
             except RuntimeError:
                 # Another driver or processor made it: the export is what counts.
                 pass
-        return self._compile(export, part, options, sizes)
+        return self._compile(export, part, options, sizes, folder)
 
 
 def _device(options: CompileOptions) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
-from qeff_proxy.backends.recipe import OPTION, name_units_of, wide_nodes
+from qeff_proxy.backends.recipe import OPTION, wide_nodes_of
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, UsageError
 
@@ -124,9 +124,15 @@ class QaicBackend(FixedShapesBackend):
                 "a recipe and node_precision_info both say what stays in float32", "Give one."
             )
 
-    def nodes_file(self, part: str, nodes: Sequence[ir.Node]) -> tuple[str, str]:
+    def write_nodes(
+        self,
+        export: Export,  # noqa: ARG002
+        part: ExportedPart,
+        nodes: Sequence[ir.Node],
+        folder: Path,
+    ) -> None:
         """The file of the option ``node_precision_info``, which names outputs of nodes."""
-        return f"{part}.fp32.yaml", fp32_nodes(nodes)
+        (folder / f"{part.name}.fp32.yaml").write_text(fp32_nodes(nodes), "utf-8")
 
     def compile_part(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
@@ -205,7 +211,7 @@ class QaicBackend(FixedShapesBackend):
             del flags["mos"]  # QEfficient's way of saying none
         if OPTION in chosen:
             nodes = work / f"{part.name}.fp32.yaml"
-            nodes.write_text(fp32_nodes(_wide_nodes(export, part, chosen)), encoding="utf-8")
+            nodes.write_text(fp32_nodes(wide_nodes_of(export, part, chosen)), encoding="utf-8")
             flags["node_precision_info"] = nodes
         arguments = ["-aic-hw", f"-aic-hw-version={hardware}", f"-m={graph}"]
         for name, value in flags.items():
@@ -225,16 +231,6 @@ class QaicBackend(FixedShapesBackend):
         if write_custom_io(part, cache, work / "custom_io.yaml"):
             arguments.append(f"-custom-IO-list-file={work / 'custom_io.yaml'}")
         return [*arguments, f"-aic-binary-dir={work / 'qpc'}"]
-
-
-def _wide_nodes(export: Export, part: ExportedPart, options: Mapping[str, Any]) -> list[ir.Node]:
-    """The nodes of a part that stay in float32, by the recipe among the options."""
-    import onnx_ir as ir
-
-    model = ir.load(export.folder / part.file)
-    name_units_of(model, export, part)
-    stays = wide_nodes(options)
-    return [node for node in model.graph if stays(node)]
 
 
 def _run(command: list[str], work: Path, log: Path, options: CompileOptions) -> None:

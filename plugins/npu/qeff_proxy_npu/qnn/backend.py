@@ -45,7 +45,7 @@ from qeff_proxy_npu.qnn.session import QnnSession
 __all__ = ["QnnBackend"]
 
 #: Goes up when what is done to graphs before they are compiled changes.
-_PREPARATION = "1"
+_PREPARATION = "3"
 _EMULATED = "it runs in HTP's emulator here, whose seconds say nothing of a chip's"
 _DTYPES = {"float32", "float16", "int64", "int32", "bool"}
 
@@ -75,7 +75,13 @@ class QnnBackend(FixedShapesBackend):
         digest = calibration_digest(QnnOptions.of(options.backend))
         return {} if digest is None else {"calibration": digest}
 
-    def nodes_file(self, part: str, nodes: Sequence[ir.Node]) -> tuple[str, str]:
+    def write_nodes(
+        self,
+        export: Export,  # noqa: ARG002
+        part: ExportedPart,
+        nodes: Sequence[ir.Node],
+        folder: Path,
+    ) -> None:
         """Overrides as the converters of Qualcomm's SDK and AIMET write them: float, 16 bits."""
         half = [{"bitwidth": 16, "dtype": "float"}]
         weights = [str(value.name) for node in nodes for value in weights_of(node)]
@@ -84,7 +90,8 @@ class QnnBackend(FixedShapesBackend):
             "activation_encodings": dict.fromkeys(results, half),
             "param_encodings": dict.fromkeys(weights, half),
         }
-        return f"{part}.encodings.json", json.dumps(encodings, indent=2) + "\n"
+        text = json.dumps(encodings, indent=2) + "\n"
+        (folder / f"{part.name}.encodings.json").write_text(text, "utf-8")
 
     def versions(self) -> dict[str, str]:
         """Versions of ONNX Runtime, the provider, and of what is done to graphs before."""
@@ -142,7 +149,14 @@ class QnnBackend(FixedShapesBackend):
                 masks = [mask.name for mask in part.masks]
                 stays = wide_nodes({} if chosen.recipe is None else {OPTION: chosen.recipe})
                 body, lowest = quantize_graph(
-                    body, weights, ranges, masks, chosen.precision, aside, stays
+                    body,
+                    weights,
+                    ranges,
+                    masks,
+                    chosen.precision,
+                    aside,
+                    stays,
+                    signed_factors=chosen.signed_factors,
                 )
                 weights = aside
             log = _log_path(export, part)

@@ -41,6 +41,8 @@ NAMES: dict[str, dict[str, str]] = {
     "fp16": {},
     **{name: {"precision": name} for name in PRECISIONS[1:]},
 }
+#: From this HTP on, products of two activations have a second factor of 16 bits; before, of 8.
+_SIGNED_FACTORS = 73
 #: Attention masks go no lower: float16 ends at -65,504, and scores are added to the mask.
 LOWEST_MASK = -30_000.0
 
@@ -124,6 +126,11 @@ class QnnOptions:
     def quantized(self) -> bool:
         """Whether it computes in whole numbers."""
         return self.precision != PRECISIONS[0]
+
+    @property
+    def signed_factors(self) -> bool:
+        """Whether the chip multiplies activations of 16 bits by signed ones of 16 bits."""
+        return self.htp_arch >= _SIGNED_FACTORS
 
     def provider(self) -> dict[str, str]:
         """Options of ONNX Runtime's QNN provider."""

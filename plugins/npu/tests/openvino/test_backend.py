@@ -111,13 +111,13 @@ def test_a_device_that_is_not_there_is_refused(export: Export) -> None:
         run_body(export, CompileOptions(backend={"device": "npu"}))
 
 
-def test_threads_are_as_many_as_were_asked_for(export: Export) -> None:
+def test_threads_are_as_many_as_were_asked_for(export: Export, tmp_path: Path) -> None:
     from qeff_proxy_npu.openvino.backend import OpenVinoBackend
 
     backend = OpenVinoBackend()
     for asked, given in ((1, 1), (10_000, len(os.sched_getaffinity(0)))):
         options = CompileOptions(num_cores=asked)
-        compiled = backend._compile(export, export.part("body"), options, None)
+        compiled = backend._compile(export, export.part("body"), options, None, tmp_path)
         assert compiled.get_property("INFERENCE_NUM_THREADS") == given
 
 
