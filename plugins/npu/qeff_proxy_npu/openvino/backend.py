@@ -83,9 +83,10 @@ class OpenVinoBackend(Backend):
     }
 
     def check_options(self, name: str, options: CompileOptions) -> None:
-        """Refuse a recipe where all is in float32."""
+        """Check the precision, too, and refuse a recipe where all is in float32."""
         super().check_options(name, options)
-        if OPTION in options.backend and _precision(_device(options), options) == "f32":
+        precision = _precision(_device(options), options)
+        if OPTION in options.backend and precision == "f32":
             raise UsageError(
                 "a recipe says what stays in float32, and everything does",
                 "Say precision=float16 or precision=bfloat16, or leave it out.",
@@ -101,11 +102,6 @@ class OpenVinoBackend(Backend):
             f"{device} ({self._core.get_property(device, 'FULL_DEVICE_NAME').strip()})"
             for device in self._core.available_devices
         ]
-
-    def check_options(self, name: str, options: CompileOptions) -> None:
-        """Check the precision, too."""
-        super().check_options(name, options)
-        _precision(_device(options), options)
 
     def needs_fixed_shapes(self, options: CompileOptions) -> bool:
         """By default on an NPU."""
