@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qeff_proxy.backends.registry import load_backend
-from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.errors import ArtifactError, BackendError, UsageError
 from qeff_proxy.isolate.blame import (
     MOST_CAUSES,
     RUNS,
@@ -332,7 +332,7 @@ def _with_capsule(
             anonymous=capsule.anonymous,
             progress=progress,
         )
-    except UsageError as error:
+    except (UsageError, ArtifactError) as error:
         return replace(fault, notes=(f"No capsule was written: {error}",))
     notes = (f"The capsule is smaller than the run: {said}.",) if said else ()
     return replace(fault, capsule=capsule.path, notes=notes)
