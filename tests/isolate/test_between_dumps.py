@@ -61,6 +61,15 @@ class Bench:
         assert main([*words, *(["--dtype", "*=float16"] if half else [])]) == 0
         return output
 
+    def logits_sqnr(self, device: Path) -> float:
+        """Of the first step's logits, as ONNX Runtime and NumPy compute it from the last states."""
+        head = onnxruntime.InferenceSession(self.export / "lm_head.onnx")
+        states = read_dump(device).array("prefill", 0, "body.out.last_hidden_state")
+        wanted = read_dump(self.reference).array("prefill", 0, "lm_head.out.logits")
+        last = states[:, -wanted.shape[1] :]
+        error = head.run(None, {"last_hidden_state": last})[0].astype(np.float64) - wanted
+        return float(10 * np.log10(np.sum(np.square(wanted, dtype=np.float64)) / np.sum(error**2)))
+
     def isolate(self, device: Path, **more: Any) -> Any:
         dumps = read_dump(self.reference), read_dump(device)
         return isolate_dumps(*dumps, read_export(self.export), **more)
@@ -119,6 +128,9 @@ def test_the_operators_between_two_taps_are_named(kind, bench, tmp_path):
     assert edit.name in named
     assert len(named) <= most, said
     assert cause.remaining < 1e-5 < cause.error
+    assert "Proof: with it exact, the error of lm_head.out.logits goes from" in said
+    assert fault.before.sqnr == pytest.approx(bench.logits_sqnr(device), abs=0.1)
+    assert fault.after.sqnr > 100
     if most == 1:
         assert cause.operators[0].weights == ("model.layers.3.self_attn.q_proj.weight",)
     assert not run_capsule(tmp_path / "fault.zip", "onnxruntime").shows

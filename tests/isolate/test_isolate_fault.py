@@ -118,6 +118,20 @@ def test_two_faults_are_both_named(checkpoint, with_fault):
     assert sorted(names(isolate(checkpoint))) == sorted([[one.name], [two.name]])
 
 
+def test_a_second_layer_that_is_out_of_line_is_said(checkpoint, with_fault):
+    one = Fault("Sigmoid", "layers.1.mlp", coarse(2))
+    two = Fault("Sigmoid", "layers.4.mlp", coarse(2))
+
+    def both(model: ir.Model) -> None:
+        one(model)
+        two(model)
+
+    with_fault(both)
+    fault = isolate(checkpoint)
+    assert names(fault) == [[one.name]]
+    assert "Out of line by their own error, too: body layer 4 (see --layer)." in fault.notes
+
+
 def test_operators_that_fail_only_together_are_a_group(checkpoint, with_fault):
     """A backend that fuses: its Mul is wrong only where it sees the Sigmoid before it."""
     sigmoid = Fault("Sigmoid", MLP, lambda *_: None)
@@ -205,16 +219,23 @@ def test_a_fault_within_tolerance_is_named_where_one_looks(checkpoint, with_faul
 
 
 @pytest.mark.filterwarnings("ignore:the body part is not shown to equal its exported graph")
-def test_nan_is_called_so(checkpoint, with_fault):
+def test_nan_is_called_so(checkpoint, with_fault, tmp_path):
     three = np.zeros(96, np.float32)
     three[[5, 50, 51]] = np.nan
     with_fault(Fault("Sigmoid", MLP, then(("Add", [three]))))
-    fault = isolate(checkpoint)
+    fault = isolate(checkpoint, capsule=tmp_path / "fault.zip")
     said = "\n".join(describe_fault(fault))
     assert fault.local.remark in said.splitlines()[0]
     assert "NaN of" in fault.local.remark
     assert "100%" not in said
     assert "is nan instead of" in said
+    assert json.loads(json.dumps(fault.to_json(), allow_nan=False))["local"]["over_peak"] is None
+    with zipfile.ZipFile(tmp_path / "fault.zip") as archive:
+        archive.extractall(tmp_path)
+    script = [sys.executable, "-I", str(tmp_path / "run.py")]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert "onnxruntime: not finite" in done.stdout
+    assert not done.stderr
 
 
 PRODUCT = Fault("MatMul", "layers.3.mlp.down_proj", coarse(0))
@@ -271,7 +292,7 @@ def test_a_capsule_without_the_models_weights(checkpoint, with_fault, tmp_path):
     assert run_capsule(path, "onnxruntime").shows
 
 
-@pytest.mark.parametrize("damage", ["cut", "another", "version", "pickle", "bomb"])
+@pytest.mark.parametrize("damage", ["cut", "another", "outside", "version", "pickle", "bomb"])
 def test_a_damaged_capsule_is_refused(damage, capsule, tmp_path, capsys):
     path = capsule
     bad = tmp_path / "bad.zip"
@@ -280,6 +301,8 @@ def test_a_damaged_capsule_is_refused(damage, capsule, tmp_path, capsys):
     compression = zipfile.ZIP_STORED
     if damage == "another":
         del files["inputs.npz"]
+    elif damage == "outside":
+        files["../run.py"] = files.pop("run.py")
     elif damage == "version":
         files["capsule.json"] = json.dumps({"format": 99}).encode()
     elif damage == "pickle":
@@ -367,6 +390,25 @@ def test_a_hostile_capsule_is_refused(facts, expected, capsule, tmp_path):
             archive.writestr(name, data)
     with pytest.raises(ArtifactError, match="no capsule that can be read"):
         read_capsule(tmp_path / "bad.zip")
+
+
+def test_a_capsule_that_points_to_another_file_is_refused(capsule, tmp_path):
+    """In a weight, or in a constant of a subgraph."""
+    outside = onnx.TensorProto(data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="/etc/passwd")
+    constant = onnx.helper.make_node("Constant", [], ["secret"], value=outside)
+    inner = onnx.helper.make_graph([constant], "inner", [], [onnx.ValueInfoProto(name="secret")])
+    branch = onnx.helper.make_node("If", ["c"], ["x"], then_branch=inner, else_branch=inner)
+    with zipfile.ZipFile(capsule) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    for place in ("initializer", "node"):
+        model = onnx.load_from_string(files["model.onnx"])
+        getattr(model.graph, place).append(outside if place == "initializer" else branch)
+        with zipfile.ZipFile(tmp_path / "bad.zip", "w") as bad:
+            for name, data in files.items():
+                bad.writestr(name, model.SerializeToString() if name == "model.onnx" else data)
+        with pytest.raises(ArtifactError, match="points to another file"):
+            read_capsule(tmp_path / "bad.zip")
 
 
 def test_a_bomb_in_a_capsule_is_refused(capsule, tmp_path):

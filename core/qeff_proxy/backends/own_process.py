@@ -24,7 +24,7 @@ from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.json_schema import read_as
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import BackendError, ProxyError
-from qeff_proxy.session.messages import read_message, write_message
+from qeff_proxy.session.messages import end_process, read_message, write_message
 from qeff_proxy.session.session import Session
 
 __all__ = ["OwnProcess"]
@@ -90,17 +90,8 @@ class OwnProcess:
     def close(self) -> None:
         """End the process."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with suppress(BrokenPipeError):
-                    stream.close()
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process is not None:
+            end_process(process)
 
 
 class _Remote(Session):

@@ -243,6 +243,7 @@ def _run_capsule(args: argparse.Namespace, path: Path) -> int:
 
 def _describe(rerun: Rerun) -> list[str]:
     from qeff_proxy.common.messages import printable
+    from qeff_proxy.isolate.results import format_share
 
     facts = {name: printable(str(value)) for name, value in rerun.facts.items()}
     operators = rerun.facts.get("operators") or ["?"]
@@ -250,7 +251,7 @@ def _describe(rerun: Rerun) -> list[str]:
     return [
         f"{printable(str(operators[0]))}{' …' if len(operators) > 1 else ''} of "
         f"{facts.get('where', '?')}, {facts.get('step', '?')}: {facts.get('source', '?')}",
-        f"{facts.get('backend', '?')} gave {rerun.recorded:.3%} of the peak, {rerun.backend} gives "
-        f"{rerun.error:.3%}.",
+        f"Error over the peak: {facts.get('backend', '?')} gave {format_share(rerun.recorded)}, "
+        f"{rerun.backend} gives {format_share(rerun.error)}.",
         verdict,
     ]

@@ -21,7 +21,6 @@ from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.common.file_errors import reading
 from qeff_proxy.common.messages import counted
 from qeff_proxy.compare.tolerances import COMPUTED_IN, Tolerances
-from qeff_proxy.device.part_source import PartSource
 from qeff_proxy.dump import Dump, StepInfo
 from qeff_proxy.errors import DumpError
 from qeff_proxy.graph.split_layers import LayerGraph, split_layers
@@ -31,8 +30,8 @@ from qeff_proxy.isolate.capsule import check_capsule_place, pack
 from qeff_proxy.isolate.describe import describe_operator, worst_element
 from qeff_proxy.isolate.neighbourhood import neighbourhood
 from qeff_proxy.isolate.operators import Operators, PlainRuntime, Values
+from qeff_proxy.isolate.part_dumps import PartDumps, error_of
 from qeff_proxy.isolate.results import Cause, Fault, describe_error, note_capsule
-from qeff_proxy.tensor_names import PAST, PRESENT, TAP
 from qeff_proxy.verify.by_layer.results import LayerError, compare_layer, layer_name
 
 #: So many operators between two values are still named.
@@ -78,10 +77,9 @@ def isolate_dumps(
         )
     largest = LayerError()
     for part in common:
-        run = _Run(part, reference, device, limits)
-        with reading(export.folder):
-            whole = ir.load(export.folder / part.file)
-        for graph in split_layers(whole, part.inputs, part.outputs):
+        run = PartDumps(part, reference, device, limits)
+        graphs = _graphs(export, part)
+        for number, graph in enumerate(graphs):
             progress(layer_name(part.name, graph.layer))
             plain = PlainRuntime(graph.model)
             for step in run.steps:
@@ -91,13 +89,21 @@ def isolate_dumps(
                 if wrong is not None:
                     found = _Found(part, graph, step, operators, *wrong)
                     fault = found.fault(blank, precision)
-                    if not run.follows_in_reference(found, plain):
+                    if not run.follows_in_reference(graph, step, found.name, plain):
                         fault = replace(
                             fault,
                             causes=(),
                             unexplained=f"The reference's own {found.name} does not follow from "
                             "this export's operators either: name the export that it ran.",
                         )
+                    elif fault.causes:
+                        progress("with the cause exact")
+                        later = [
+                            PartDumps(one, reference, reference, limits)
+                            for one in export.parts[export.parts.index(part) + 1 :]
+                            if one.name in _parts(reference)
+                        ]
+                        fault = _proved(fault, found, run, graphs[number + 1 :], later, export)
                     return note_capsule(_with_capsule(fault, capsule, found), capsule)
                 inherited = run.beside_reference(graph, step)
                 if late.healthy and not inherited.passed:
@@ -118,99 +124,14 @@ def isolate_dumps(
     return note_capsule(late, capsule)
 
 
+def _graphs(export: Export, part: ExportedPart) -> list[LayerGraph]:
+    with reading(export.folder):
+        whole = ir.load(export.folder / part.file)
+    return split_layers(whole, part.inputs, part.outputs)
+
+
 def _parts(dump: Dump) -> set[str]:
     return {name.part for _, name in dump.tensors if name.direction == "out"}
-
-
-class _Run:
-    """A part in both dumps."""
-
-    def __init__(
-        self, part: ExportedPart, reference: Dump, device: Dump, limits: Tolerances
-    ) -> None:
-        self.part = part
-        self.reference = PartSource(reference, part.name)
-        self.device = PartSource(device, part.name)
-        labels = {step.label for step in self.device.steps()}
-        #: The steps that both have.
-        self.steps = [step for step in self.reference.steps() if step.label in labels]
-        if not self.steps:
-            raise DumpError(f"the dumps have no step of the {part.name} part in common")
-        known = {spec.name for spec in part.outputs}
-        taps = [n for step in self.steps for n in self.device.names(step, "out") if n not in known]
-        if taps:
-            raise DumpError(
-                f"{device.folder} has {taps[0]}, which the export's {part.name} part does not give",
-                "Name the export that the device ran, or export it again with the same --taps.",
-            )
-        noted = device.provenance.get("device")
-        self._carries = isinstance(noted, dict) and noted.get("cache") == "device"
-        self._limits = limits
-        #: What the layers gave that have run: by step, name → array.
-        self._given: dict[str, dict[str, Array]] = {step.label: {} for step in self.steps}
-
-    def measured(self, source: PartSource, step: StepInfo, graph: LayerGraph) -> dict[str, Array]:
-        """A layer's outputs in a dump."""
-        names = set(source.names(step, "out"))
-        wanted = [spec.name for spec in graph.outputs if spec.name in names]
-        return {name: source.array(step, "out", name) for name in wanted}
-
-    def on_device(
-        self, graph: LayerGraph, step: StepInfo, plain: PlainRuntime
-    ) -> tuple[Operators, dict[str, Array]]:
-        """A layer on the device's values, and these."""
-        measured = self.measured(self.device, step, graph)
-        feeds = {spec.name: self._feed(spec.name, step) for spec in graph.inputs}
-        operators = Operators(graph, feeds, plain, measured)
-        read_later = (TAP, PRESENT) if self._carries else (TAP,)
-        results = operators.results(operators.values)
-        self._given[step.label] |= {n: a for n, a in results.items() if n.startswith(read_later)}
-        return operators, measured
-
-    def follows_in_reference(self, found: _Found, plain: PlainRuntime) -> bool:
-        """Whether the reference's own value follows from the export's operators."""
-        step, graph, name = found.step, found.graph, found.name
-        measured = self.measured(self.reference, step, graph)
-        if name not in measured:
-            return True
-        taps = set(self.reference.names(step, "out"))
-        feeds = {
-            spec.name: self.reference.array(step, "out", spec.name)
-            if spec.name in taps
-            else self._feed(spec.name, step)
-            for spec in graph.inputs
-        }
-        computed = Operators(graph, feeds, plain, measured).computed
-        limits = replace(self._limits, precision=None)
-        return _error(computed[name], measured[name], name, self.part.name, step, limits).passed
-
-    def beside_reference(self, graph: LayerGraph, step: StepInfo) -> LayerError:
-        """The device's values of a layer beside the reference's."""
-        expected = self.measured(self.reference, step, graph)
-        actual = self.measured(self.device, step, graph)
-        both = {name: array for name, array in expected.items() if name in actual}
-        return compare_layer({step.label: both}, {step.label: actual}, self.part.name, self._limits)
-
-    def _feed(self, name: str, step: StepInfo) -> Array:
-        """An input of a layer: the device's own, as far as its dump says."""
-        if name.startswith(TAP):
-            return self._given[step.label][name]
-        number = self.steps.index(step)
-        if name.startswith(PAST) and self._carries and number:
-            return self._given[self.steps[number - 1].label][name.replace(PAST, PRESENT, 1)]
-        for source in (self.device, self.reference):
-            if name in source.names(step, "in"):
-                return source.array(step, "in", name)
-        raise DumpError(
-            f"neither dump holds the input {name} of {step.label}",
-            "Record the reference with all tensors.",
-        )
-
-
-def _error(
-    expected: Array, actual: Array, name: str, part: str, step: StepInfo, limits: Tolerances
-) -> LayerError:
-    return compare_layer({step.label: {name: expected}}, {step.label: {name: actual}}, part, limits)
 
 
 def _first_wrong(
@@ -225,7 +146,7 @@ def _first_wrong(
     largest = LayerError()
     others = 0.0
     for name, expected in operators.computed.items():
-        error = _error(expected, measured[name], name, part, step, limits)
+        error = error_of(expected, measured[name], name, part, step, limits)
         if wrong is None and not error.passed and not operators.is_fixed(name):
             wrong = name, measured[name].astype(expected.dtype), error
         else:
@@ -305,6 +226,39 @@ class _Found:
             around=neighbourhood(exact, numbers, actual) if alike else (),
         )
         return replace(fault, causes=(cause,))
+
+
+def _proved(
+    fault: Fault,
+    found: _Found,
+    run: PartDumps,
+    following: list[LayerGraph],
+    later: list[PartDumps],
+    export: Export,
+) -> Fault:
+    """The fault with the error of the last outputs in its step: with the device's value, and exact.
+
+    What comes behind the value is exact in both.
+    """
+    exact, step = found.exact, found.step
+    if found.actual.shape != exact.values[found.name].shape:
+        return replace(fault, notes=("No proof: the device's value has another shape.",))
+    changed = exact.run_on({found.name: found.actual}, without=found.numbers)
+    errors = []
+    for values in (changed, exact.values):
+        last, known = run, run.go_on(following, exact.results(values), step)
+        for other in later:
+            read = other.read_from(last, known, step)
+            if read is not None:
+                last, known = other, other.go_on(_graphs(export, other.part), read, step)
+        expected = last.last_outputs(step)
+        actual = {name: known[name] for name in expected}
+        one, other_one = {step.label: expected}, {step.label: actual}
+        errors.append(compare_layer(one, other_one, last.part.name, Tolerances()))
+    if not errors[0].tensor:
+        said = f"No proof: the reference holds no last output of the {last.part.name} part."
+        return replace(fault, notes=(said,))
+    return replace(fault, before=errors[0], after=errors[1])
 
 
 def _with_capsule(fault: Fault, path: Path | None, found: _Found) -> Fault:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qeff_proxy.backends.registry import load_backend
-from qeff_proxy.errors import BackendError, UsageError
+from qeff_proxy.errors import ArtifactError, BackendError, UsageError
 from qeff_proxy.isolate.blame import (
     MOST_CAUSES,
     RUNS,
@@ -60,6 +60,10 @@ from qeff_proxy.verify.options import VerifyOptions
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+#: Over the peak: what float32 rounding alone gives a layer, some 10 units of its last place.
+_ROUNDING = 1e-6
 
 
 def isolate_fault(
@@ -137,6 +141,10 @@ def isolate_fault(
         said = f"Interrupted at {done.interrupted}, so there is no proof."
         fault = replace(fault, notes=(*fault.notes, said))
         return replace(fault, interrupted=done.failure is None)
+    others = [one.name for one in result.faulty if fault.found and one.name != fault.where]
+    if others:
+        said = f"Out of line by their own error, too: {', '.join(others)} (see --layer)."
+        fault = replace(fault, notes=(*fault.notes, said))
     if search.exact is None or search.exact.last is None:
         return fault
     before, after = result.layers[-1].inherited, search.exact.last.inherited
@@ -273,7 +281,11 @@ def _look_into(
         seen=0.0 if result.local.passed else result.local.over_peak,
     )
     if result.local.passed:  # rounding is all operators' together: none has a share to speak of
-        culprits = [one for one in culprits if not still(one.remaining, one.error, SAME)]
+        culprits = [
+            one
+            for one in culprits
+            if one.error > _ROUNDING and not still(one.remaining, one.error, SAME)
+        ]
     fault = replace(fault, whole=whole)
     if capsule.path is not None and culprits and whole is not None and not result.local.passed:
         fault = _with_capsule(fault, capsule, trials, culprits[0], candidate, progress)
@@ -320,7 +332,7 @@ def _with_capsule(
             anonymous=capsule.anonymous,
             progress=progress,
         )
-    except UsageError as error:
+    except (UsageError, ArtifactError) as error:
         return replace(fault, notes=(f"No capsule was written: {error}",))
     notes = (f"The capsule is smaller than the run: {said}.",) if said else ()
     return replace(fault, capsule=capsule.path, notes=notes)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import IO, Any
 
 import numpy as np
 
 from qeff_proxy.arrays import Array, numpy_dtype
 
-__all__ = ["read_message", "write_message"]
+__all__ = ["end_process", "read_message", "write_message"]
 
 _LENGTH = struct.Struct("<Q")
 
@@ -57,6 +59,19 @@ def read_message(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]]:
             array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
         arrays[name] = array
     return header, arrays
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Close the pipes to a process, which ends it; kill it if it does not within five seconds."""
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with suppress(BrokenPipeError):
+                stream.close()
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _read(stream: IO[bytes], count: int) -> bytes:

@@ -306,8 +306,8 @@ def compare_layer(
             worse = not total.tensor or (fails, share) > (not total.passed, total.over_peak)
             passed, least = total.passed and not fails, min(sqnr, total.sqnr)
             if worse:
-                said = {"limit": str(tolerance), "remark": _unmatched(stats[0])}
-                total = LayerError(True, tensor, step, float(stats["max_abs"][0]), share, **said)
+                total = LayerError(True, tensor, step, float(stats["max_abs"][0]), share)
+                total = replace(total, limit=str(tolerance), remark=_unmatched(stats[0]))
             total = replace(total, passed=passed, sqnr=least)
             floor = tolerances.floors.get((phase, tensor))
             named = tolerances.override(tensor) is not None

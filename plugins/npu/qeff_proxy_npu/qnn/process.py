@@ -6,7 +6,6 @@ becomes a `BackendError` that names the cause and the log.
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.errors import BackendError
-from qeff_proxy.session.messages import read_message, write_message
+from qeff_proxy.session.messages import end_process, read_message, write_message
 
 if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
@@ -102,15 +101,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_process(self._process)
 
     def _give_up(self) -> None:
         self._timed_out = True
