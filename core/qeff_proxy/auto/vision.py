@@ -61,6 +61,11 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
         height, width = options.pop("height", None), options.pop("width", None)
         if height is None and width is None:
             return
+        if isinstance(height, list | tuple) or isinstance(width, list | tuple):
+            raise UsageError(
+                f"height {height} and width {width} are several sizes, and graphs are made for one",
+                "Give one height and one width.",
+            )
         sides = [arguments.whole_number(*each) for each in (("height", height), ("width", width))]
         size = _processed_size(self._loaded, *sides)
         if size is None:

@@ -70,9 +70,10 @@ def print_text(renderable: RenderableType) -> None:
     from qeff_proxy.cli.fit_table import fit_table
 
     console = stdout_console()
-    is_table = isinstance(renderable, Table)
-    for piece in fit_table(renderable, console) if is_table else [renderable]:
-        console.print(piece)
+    if isinstance(renderable, Table):
+        console.print(*fit_table(renderable, console), sep="\n")
+    else:
+        console.print(renderable)
 
 
 def report_error(message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from qeff_proxy import QEFFAutoModelForImageTextToText
-from qeff_proxy.errors import CheckpointError
+from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy_vision.qefficient import InternProcessor
 from qeff_proxy_vision.tiny import with_random_weights
 from transformers import (
@@ -134,6 +134,8 @@ def test_a_size_without_effect_is_said(make_model, tmp_path, monkeypatch):
     make_model("llava").save_pretrained(tmp_path / "llava")
     load = partial(QEFFAutoModelForImageTextToText.from_pretrained, enable_proxy=True)
     face = load(tmp_path / "llava")
+    with pytest.raises(UsageError, match="are several sizes, and graphs are made for one"):
+        face.compile(height=[30, 60], width=[50, 100])
     with pytest.raises(CheckpointError, match="no image processor for images of 30 x 50 pixels"):
         face.compile(height=30, width=50)
     size = {"height": 28, "width": 28}
