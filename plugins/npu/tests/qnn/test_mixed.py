@@ -82,7 +82,9 @@ def test_a_recipe_gains_on_htp_what_the_simulation_says(
 ) -> None:
     """ONNX Runtime's optimizer must not quantize again what stays in half precision."""
     text = tmp_path / "calibration.txt"
-    text.write_text("Anna went to the market\nThe cat sat on the mat\nOne day, a boy found a ball\n")
+    text.write_text(
+        "Anna went to the market\nThe cat sat on the mat\nOne day, a boy found a ball\n"
+    )
     code = main(
         [
             *("recipe", str(make_export("gpt2").folder), "--backend", "qnn", "--json"),
