@@ -121,7 +121,9 @@ def test_a_target_out_of_reach_writes_nothing(demo_checkpoint, tmp_path, capsys)
     command = ["recipe", str(demo_checkpoint), "--precision", "int8", "--target-sqnr", "200"]
     place = ["--write", str(tmp_path / "r.toml"), "--nodes", str(tmp_path / "nodes")]
     assert main([*command, *place]) == 1
-    assert "It does not reach the goal, and was not written." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "It does not reach the goal, and was not written." in said
+    assert "Everything is wide: no module is left in int8." in said
     assert not (tmp_path / "r.toml").exists()
     assert not (tmp_path / "nodes").exists()
 
@@ -292,6 +294,9 @@ def test_what_is_refused(made, file, checkpoint, capsys, tmp_path):
         (["verify", export, "--backend", "torch", "--recipe", str(file)], "'torch' cannot"),
         (["compile", export, "--backend", "openvino", "--recipe", str(file)], "everything does"),
     ]
+    for command in ("sensitivity", "recipe"):  # at once: there is no such model
+        goal = ["--same-tokens"] if command == "recipe" else []
+        cases.append(([command, "/no/model", "--precision", "int9", *goal], "It has: int8, int4."))
     search = ["recipe", str(checkpoint), "--precision", "int4"]
     cases += [
         ([*search], "one of the arguments"),

@@ -87,11 +87,13 @@ def run(args: argparse.Namespace) -> int:
         progress("loading libraries")
         from qeff_proxy.backends.recipe import write_nodes
         from qeff_proxy.precision import Goal, make_recipe
+        from qeff_proxy.precision.prepare import with_precision
 
         options = verify_options_of(
             args,
             calibration=args.calibrate and args.calibrate.expanduser(),
         )
+        options = with_precision(options, args.backend, args.precision)  # before a model is read
         export = existing_export_of(args)
         model, hooks = (export, None) if export is not None else loaded_of(args)
         result = make_recipe(
@@ -127,6 +129,8 @@ def _lines(result: Result, files: list[Path], *, by_share: bool) -> Iterator[str
     wide = counted(len(recipe.wide), "module")
     yield f"{wide} wide, {found.share:.1%} of the weights: {describe_distance(found.distance)}"
     yield from (f"  {printable(name)}" for name in recipe.wide)
+    if not found.left:
+        yield f"Everything is wide: no module is left in {recipe.precision}."
     if result.before is not None and result.after is not None:
         yield (
             f"Proof: on {recipe.backend} the last outputs go from "

@@ -86,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
     with stage_display("measuring", quiet=args.json) as progress:
         progress("loading libraries")
         from qeff_proxy.precision import measure_sensitivity
+        from qeff_proxy.precision.prepare import with_precision
 
-        options = verify_options_of(args)
+        options = with_precision(verify_options_of(args), args.backend, args.precision)
         export = existing_export_of(args)
         model, hooks = (export, None) if export is not None else loaded_of(args)
         found = measure_sensitivity(

@@ -128,8 +128,7 @@ def make_recipe(
         progress("running the backend with the recipe")
         after = run_backend(ready, backend, recipe, progress)
         reached = found.reached and _is_proven(goal, before, after)
-        is_all = len(found.wide) == len(ready.variants.units)
-        if reached or is_all or goal.most_wide is not None or attempt == _TRIES:
+        if reached or not found.left or goal.most_wide is not None or attempt == _TRIES:
             break
         aim = _further(goal, found, after)
     recipe = replace(recipe, measured=_measured(found, before, after))

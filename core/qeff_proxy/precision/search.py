@@ -54,6 +54,7 @@ class Found:
         distance: With these wide, in the simulation.
         low: With everything low.
         reached: Whether that is the goal.
+        left: How many units stay low.
     """
 
     wide: frozenset[str]
@@ -61,6 +62,7 @@ class Found:
     distance: Distance
     low: Distance
     reached: bool
+    left: int
 
 
 def search(variants: Variants, goal: Goal, progress: Callable[[str], None]) -> Found:
@@ -88,7 +90,7 @@ def search(variants: Variants, goal: Goal, progress: Callable[[str], None]) -> F
         wide, best = _without_needless(variants, goal, wide, best, every)
     elif goal.most_wide is not None:
         reached = variants.share(wide) <= goal.most_wide
-    return Found(wide, variants.share(wide), best, low, reached)
+    return Found(wide, variants.share(wide), best, low, reached, len(every - wide))
 
 
 def _rank(

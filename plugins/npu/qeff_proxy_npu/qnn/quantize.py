@@ -74,6 +74,7 @@ def quantize_graph(
     kept = _in_half_precision(model.graph)
     kept += [str(node.name) for node in model.graph if stays(node) and node.name not in kept]
     quantized = ir.from_proto(_quantized(_with_weights(model), ranges, precision, axes, kept))
+    quantized.graph.sort()  # the quantizer appends what it adds
     if signed_factors and ACTIVATION_BITS[precision] == 16:
         _sign_factors(quantized.graph)
     quantized = ir.external_data.unload_from_model(
