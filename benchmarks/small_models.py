@@ -102,6 +102,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "zaya": {"num_experts_per_tok": 1},
 }
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+SETTINGS |= {
+    "cohere_compass_text": {"rope_parameters": _ROPE_OF_KINDS},
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8}},
+    "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4, **_ROUTED},
+    "dots1": {"n_shared_experts": 1, **_ROUTED},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+}
+_HEADS = {8: "axk1 deepseek_v3 longcat_flash", 16: "hunyuan_v1_dense hunyuan_v1_moe ministral"}
+SETTINGS |= {name: {"head_dim": size} for size, names in _HEADS.items() for name in names.split()}
 SETTINGS |= dict.fromkeys(
     [
         "qwen2_vl",
