@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -228,7 +228,8 @@ def verify_layers_of(
                         if number <= first:  # a layer of an earlier piece
                             kept = run.keep(expected, following)
                             for other in others.values():
-                                other.restore(kept, other.state(), following)
+                                state: Any = other.state()
+                                other.restore(kept, state, following)
                             continue
                         by_step = run.by_step(expected)
                         for floor in floors.values():
