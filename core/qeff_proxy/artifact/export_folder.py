@@ -72,8 +72,13 @@ def _check_files(export: Export, again: str) -> None:
     folder, manifest = export.folder, export.folder / MANIFEST
     for part in export.parts:
         path = folder / part.file
-        if not path.is_file() or sha256_of(path) != part.sha256:
-            raise ArtifactError(f"{path} is missing or damaged", again)
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing", again)
+        if sha256_of(path) != part.sha256:
+            raise ArtifactError(
+                f"{path} is damaged or was edited: its SHA-256 is not the one in {MANIFEST}",
+                f"{again[:-1]}, or write the SHA-256 of an edited graph into {MANIFEST}.",
+            )
         if part.weights is not None and not _mentions(path, part.weights):
             raise ArtifactError(
                 f"{manifest} is damaged: 'weights' of the {part.name} part is {part.weights!r}, "

@@ -114,13 +114,11 @@ def isolate_dumps(
                         step=step.label,
                         operators=len(operators.nodes),
                         inherited=inherited,
-                        unexplained="Every value follows from the device's own before it, so no "
-                        "operator is to blame: its precision is too low for this model, or it "
-                        "was fed other inputs.",
+                        unexplained="Each value is within its limit of what follows from the "
+                        "device's own before it, so no operator is out of line by itself.",
                     )
-    if late.healthy:
-        said = f"The largest error of a value: {largest.tensor}, {describe_error(largest)}."
-        late = replace(late, local=largest, notes=(said,))
+    said = f"The largest error of a value: {largest.tensor}, {describe_error(largest)}."
+    late = replace(late, local=largest, notes=(said,))
     return note_capsule(late, capsule)
 
 
