@@ -100,24 +100,17 @@ class Backend(ABC):
         """Hashes of the contents of files that its options name. Other contents compile anew."""
         return {}
 
-    def write_nodes(
-        self,
-        export: Export,  # noqa: ARG002
-        part: ExportedPart,
-        nodes: Sequence[ir.Node],
-        folder: Path,
-    ) -> None:
+    def write_nodes(self, graph: Path, nodes: Sequence[ir.Node], folder: Path) -> None:
         """Write what stays wide for other tools: by default the names that quantizers exclude.
 
         Args:
-            export: The export.
-            part: Of it.
-            nodes: Those of the part's graph that stay wide.
-            folder: Where to write files, whose names begin with the part's.
+            graph: The exported file of a part.
+            nodes: Those of it that stay wide.
+            folder: Where to write files, whose names begin as the graph's.
         """
         excluded = {"nodes_to_exclude": [str(node.name) for node in nodes]}
         text = json.dumps(excluded, indent=2) + "\n"
-        (folder / f"{part.name}.nodes.json").write_text(text, "utf-8")
+        (folder / f"{graph.stem}.nodes.json").write_text(text, "utf-8")
 
     def use_hooks(self, hooks: Hooks) -> None:  # noqa: B027 (most backends need no hooks)
         """Called before `open` with the hooks of the model's family, to cut the model again."""

@@ -149,7 +149,6 @@ def check_recipe(export: Export, options: CompileOptions) -> str | None:
         )
     import onnx_ir as ir
 
-    from qeff_proxy.backends.registry import load_backend
     from qeff_proxy.graph.modules import chosen_units, unit_of
 
     made_for = load_backend(recipe.backend).precisions.get(recipe.precision)
@@ -180,11 +179,11 @@ def wide_nodes(options: Mapping[str, Any]) -> Callable[[ir.Node], bool]:
 
     Its graph has its units named (`name_units_of`), before nodes are rewritten.
     """
-    if OPTION not in options:
-        return lambda _node: False
-    from qeff_proxy.graph.modules import chosen_units, unit_of
+    return _stays(read_recipe(Path(options[OPTION])).wide if OPTION in options else ())
 
-    wide = read_recipe(Path(options[OPTION])).wide
+
+def _stays(wide: Sequence[str]) -> Callable[[ir.Node], bool]:
+    from qeff_proxy.graph.modules import chosen_units, unit_of
 
     def stays(node: ir.Node) -> bool:
         unit = unit_of(node)
@@ -197,12 +196,17 @@ def wide_nodes_of(
     export: Export, part: ExportedPart, options: Mapping[str, Any]
 ) -> Sequence[ir.Node]:
     """The nodes of a part's exported graph that stay wide, by the recipe among the options."""
+    return _nodes_of(export, part, wide_nodes(options))
+
+
+def _nodes_of(
+    export: Export, part: ExportedPart, stays: Callable[[ir.Node], bool]
+) -> Sequence[ir.Node]:
     import onnx_ir as ir
 
     with reading(export.folder):
         model = ir.load(export.folder / part.file)
     name_units_of(model, export, part)
-    stays = wide_nodes(options)
     return [node for node in model.graph if stays(node)]
 
 
@@ -218,22 +222,13 @@ def write_nodes(recipe: Recipe, export: Export, backend: str, folder: Path) -> l
     Raises:
         ArtifactError: They cannot be written.
     """
-    import onnx_ir as ir
-
-    from qeff_proxy.graph.modules import chosen_units, unit_of
-
     implementation = load_backend(backend)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
             aside = Path(name)
             for part in export.parts:
-                with reading(export.folder):
-                    model = ir.load(export.folder / part.file)
-                name_units_of(model, export, part)
-                units = {node: unit for node in model.graph if (unit := unit_of(node)) is not None}
-                wide = frozenset().union(*chosen_units(recipe.wide, set(units.values())).values())
-                nodes = [node for node, unit in units.items() if unit in wide]
+                nodes = _nodes_of(export, part, _stays(recipe.wide))
                 if nodes:
-                    implementation.write_nodes(export, part, nodes, aside)
+                    implementation.write_nodes(export.folder / part.file, nodes, aside)
             return [path.replace(folder / path.name) for path in sorted(aside.iterdir())]

@@ -151,27 +151,21 @@ class OpenVinoBackend(Backend):
             return open_specialization(None)
         return StaticSession(part, options, open_specialization)
 
-    def write_nodes(
-        self, export: Export, part: ExportedPart, nodes: Sequence[ir.Node], folder: Path
-    ) -> None:
+    def write_nodes(self, graph: Path, nodes: Sequence[ir.Node], folder: Path) -> None:
         """The part in OpenVINO's own format, with the operations marked that stay in float32."""
-        self._mark(export, part, nodes, folder / f"{part.name}.xml")
-
-    def _mark(
-        self, export: Export, part: ExportedPart, nodes: Sequence[ir.Node], path: Path
-    ) -> None:
-        mark(openvino, self._core.read_model(export.folder / part.file), nodes, path)
+        mark(openvino, self._core.read_model(graph), nodes, folder / f"{graph.stem}.xml")
 
     def _source(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path
     ) -> Path:
         """What a part is compiled from: the export, or with a recipe its marked copy."""
-        path = folder / f"{part.name}.xml"
+        graph = export.folder / part.file
+        path = folder / f"{graph.stem}.xml"
         if not path.is_file() and OPTION in options.backend and self.lowers(part, options):
             nodes = wide_nodes_of(export, part, options.backend)
             if nodes:
-                self._mark(export, part, nodes, path)
-        return path if path.is_file() else export.folder / part.file
+                self.write_nodes(graph, nodes, folder)
+        return path if path.is_file() else graph
 
     @cached_property
     def _core(self) -> Any:

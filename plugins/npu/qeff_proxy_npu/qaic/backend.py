@@ -124,15 +124,9 @@ class QaicBackend(FixedShapesBackend):
                 "a recipe and node_precision_info both say what stays in float32", "Give one."
             )
 
-    def write_nodes(
-        self,
-        export: Export,  # noqa: ARG002
-        part: ExportedPart,
-        nodes: Sequence[ir.Node],
-        folder: Path,
-    ) -> None:
+    def write_nodes(self, graph: Path, nodes: Sequence[ir.Node], folder: Path) -> None:
         """The file of the option ``node_precision_info``, which names outputs of nodes."""
-        (folder / f"{part.name}.fp32.yaml").write_text(fp32_nodes(nodes), "utf-8")
+        (folder / f"{graph.stem}.fp32.yaml").write_text(fp32_nodes(nodes), "utf-8")
 
     def compile_part(
         self, export: Export, part: ExportedPart, options: CompileOptions, folder: Path

@@ -75,13 +75,7 @@ class QnnBackend(FixedShapesBackend):
         digest = calibration_digest(QnnOptions.of(options.backend))
         return {} if digest is None else {"calibration": digest}
 
-    def write_nodes(
-        self,
-        export: Export,  # noqa: ARG002
-        part: ExportedPart,
-        nodes: Sequence[ir.Node],
-        folder: Path,
-    ) -> None:
+    def write_nodes(self, graph: Path, nodes: Sequence[ir.Node], folder: Path) -> None:
         """Overrides as the converters of Qualcomm's SDK and AIMET write them: float, 16 bits."""
         half = [{"bitwidth": 16, "dtype": "float"}]
         weights = [str(value.name) for node in nodes for value in weights_of(node)]
@@ -91,7 +85,7 @@ class QnnBackend(FixedShapesBackend):
             "param_encodings": dict.fromkeys(weights, half),
         }
         text = json.dumps(encodings, indent=2) + "\n"
-        (folder / f"{part.name}.encodings.json").write_text(text, "utf-8")
+        (folder / f"{graph.stem}.encodings.json").write_text(text, "utf-8")
 
     def versions(self) -> dict[str, str]:
         """Versions of ONNX Runtime, the provider, and of what is done to graphs before."""
