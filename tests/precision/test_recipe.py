@@ -36,6 +36,8 @@ from qeff_proxy.request import Request
 from qeff_proxy.verify.by_layer import verify_layers
 from qeff_proxy.verify.options import VerifyOptions
 
+pytestmark = pytest.mark.one_home
+
 IDS = np.arange(3, 43)[None] * 3 % 131
 REQUEST = Request(inputs={"input_ids": IDS, "attention_mask": np.ones_like(IDS)})
 WEAK = ("model.layers.1.self_attn.o_proj", "model.layers.4.mlp.down_proj")

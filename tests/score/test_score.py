@@ -18,6 +18,8 @@ from qeff_proxy.score import ScoreOptions, score_model
 from qeff_proxy.score.results import missed_limits, parse_limits
 from qeff_proxy.score.windows import windows_of
 
+pytestmark = pytest.mark.one_home
+
 LINES = [
     "One day the cat sat on the mat and saw a big red dog.",
     "The dog said: let us play in the garden, it is a sunny day!",

