@@ -226,12 +226,13 @@ def _is_shallower(asked: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
     """Whether a part of the config, such as that of an image tower, says fewer layers."""
     for name, value in there.items():
         other = asked.get(name)
-        if isinstance(value, Mapping) and isinstance(other, Mapping):
-            if _is_shallower(other, value):
-                return True
-        elif name in _DEPTHS and isinstance(value, int) and isinstance(other, int):
-            if other < value:
-                return True
+        if isinstance(value, Mapping):
+            fewer = isinstance(other, Mapping) and _is_shallower(other, value)
+        else:
+            counts = isinstance(value, int) and isinstance(other, int)
+            fewer = name in _DEPTHS and counts and other < value
+        if fewer:
+            return True
     return False
 
 

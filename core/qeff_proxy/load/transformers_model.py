@@ -222,8 +222,7 @@ def _check_left_over(
     heads = [
         name
         for name in unexpected
-        if name.partition(".")[0] not in tops
-        and not _is_any(name, UNUSED_WEIGHTS)
+        if name.partition(".")[0] not in tops and not _is_any(name, UNUSED_WEIGHTS)
     ]
     if heads:
         warnings.warn(
