@@ -33,7 +33,8 @@ SMALL: dict[int, str] = {
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads n_routed_experts "
     "decoder_attention_heads attention_heads num_local_experts num_experts linear_num_value_heads "
     "linear_num_heads mamba_n_heads moe_num_experts encoder_num_attention_heads "
-    "decoder_num_attention_heads num_image_tokens mm_tokens_per_image swa_num_attention_heads",
+    "decoder_num_attention_heads num_image_tokens mm_tokens_per_image swa_num_attention_heads "
+    "index_n_heads index_topk",
     2: "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_k moe_topk "
     "linear_num_key_heads encoder_num_key_value_heads decoder_num_key_value_heads top_k_experts "
     "swa_num_key_value_heads",
