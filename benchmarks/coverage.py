@@ -139,17 +139,16 @@ def image_tensors(model: Any) -> tuple[dict[str, Any], int]:
         arguments = feature_arguments(model) or ["none"]
         plain = candidates(model, ["pixel_values"], both)
         for image in chain(candidates(model, arguments, both), plain):
-            pixels = torch.randn(2 * len(image.pixels), *image.pixels.shape[1:]).to(model.dtype)
+            tensors = image.batch(2)
             if image.pixels.min() >= 0:  # from 0 to 1
-                pixels = pixels.sigmoid()
-            tensors = {name: torch.cat([value] * 2) for name, value in image.geometry.items()}
-            tensors["pixel_values"] = pixels
+                tensors["pixel_values"] = torch.rand(tensors["pixel_values"].shape).to(model.dtype)
             try:
                 with torch.no_grad():
                     features = features_owner(model).get_image_features(**tensors)
             except Exception:  # noqa: BLE001 (the form of another model)
                 continue
-            features = getattr(features, "pooler_output", features)
+            pooled = getattr(features, "pooler_output", features)
+            features = features.last_hidden_state if pooled is None else pooled
             rows = [features] if isinstance(features, torch.Tensor) else features
             return tensors, sum(row.numel() for row in rows) // width // 2
     except UnsupportedModelError:

@@ -70,12 +70,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {"16": 8}},
     "bamba": {"attn_layer_indices": [1, 3]},
     "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2},
-    "chameleon": {"vocabulary_map": {"<image>": 250, "IMGIMGA": 251, "IMGIMGB": 252}},
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE_OF_KINDS}},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma4": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
     "gemma4_text": {"hidden_size_per_layer_input": 0},
-    "gemma4_unified": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
     "glm4v_moe": {
         "text_config": {
             "rope_parameters": {
@@ -125,6 +123,45 @@ SETTINGS |= dict.fromkeys(
     ],
     _SECTIONED,
 )
+SETTINGS |= {
+    "chameleon": {
+        "vocabulary_map": {"<image>": 250, **{f"IMGIMG{'ABCDEFGH'[n]}Z": 230 + n for n in range(8)}},
+        "vq_config": {
+            "num_embeddings": 8,
+            "resolution": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 1, 2],
+            "num_res_blocks": 1,
+            "latent_channels": 64,
+        },
+    },
+    "fuyu": {"image_size": 32},
+    "gemma4_unified": {
+        "text_config": _NO_TOKEN_IDS,
+        "vision_config": {
+            "mm_embed_dim": 64,
+            "output_proj_dims": 64,
+            "mm_posemb_size": 64,
+            "pooling_kernel_size": 2,
+        },
+    },
+    "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "inkling_mm_model": {"vision_config": {"text_hidden_size": 64}},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 256,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "vision_output_dim": 64,
+        }
+    },
+    "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
+    "muse_glimmer": {"out_hidden_size": 256, "vision_config": {"image_size": 32}},
+    "qianfan_ocr": {"vision_config": {"image_size": [32, 32]}},
+    "vipllava": {"vision_feature_layer": [-2, -3, 1]},
+}
+_NAMED = {"image_token_id": 250, "video_token_id": 249}
+SETTINGS |= {name: _NAMED for name in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")}
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "linear_num_key_heads")
 #: What is left out of the sizes, or has another one, where a model of all of them cannot be built:
 #: first the shapes of heads, then widths.

@@ -36,12 +36,12 @@ from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.learn_images import TYPES, learn_images, learn_lookups
 from qeff_proxy_vision.one_image import (
-    PIXELS,
     OneImage,
     candidates,
     feature_arguments,
     features_owner,
     image_size_option,
+    left_out,
 )
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text
 from qeff_proxy_vision.reference import generated_logits
@@ -116,6 +116,7 @@ def build_proxy(
         geometry=geometry,
         positions=learned.positions,
         looked_up_as=learn_lookups(model, decoder, special),
+        refused=tuple(left_out(model)),
     )
     text = _with_body(text, list(layers), learned.positions.axes if learned.positions else 0)
     return add_vision(text, vision.part(learned.deepstack), settings, sample, generated_logits)
@@ -132,7 +133,7 @@ def _geometry(name: str, vision: _Vision, *, said: bool) -> Geometry:
             stacklevel=2,
         )
     tensors = {name: value.tolist() for name, value in image.geometry.items()}
-    return Geometry(tensors, vision.rows, blanks=image.blanks, padding=image.padding)
+    return Geometry(tensors, vision.rows, image.blanks, image.padding, image.along)
 
 
 def _decoder_path(model: PreTrainedModel, text: Proxy) -> str:
@@ -171,7 +172,10 @@ class _Vision:
         return Part(
             "vision",
             self.module,
-            (TensorSpec("pixel_values", dtype, (*first, *pixels.shape[1:])),),
+            tuple(
+                TensorSpec(name, dtype, (*first, *pixels.shape[1:]))
+                for name, pixels in self.image.inputs.items()
+            ),
             tuple(TensorSpec(n, dtype, (*count, self.features[n].shape[1])) for n in names),
             "vision",
         )
@@ -199,7 +203,7 @@ def _vision(
             )
             try:
                 with torch.no_grad():
-                    features = module(image.pixels)
+                    features = module(**image.inputs)
                     if features[FEATURES].shape[-1] == width:
                         return _Vision(module, image, features)
                 problems.append(f"features are {features[FEATURES].shape[-1]} wide, not {width}")
@@ -237,8 +241,7 @@ def _sample(
         ids[1, place : place + vision.rows] = token_id
     mask = torch.ones_like(ids)
     mask[0, : length - 8] = 0
-    images = {name: torch.cat([one] * len(places)) for name, one in vision.image.tensors.items()}
-    images[PIXELS] = torch.cat([vision.image.pixels, vision.image.pixels.flip(-1)])
+    images = vision.image.batch(len(places))
     types = (ids == token_id).to(torch.int64)
     tensors = {"input_ids": ids * mask, "attention_mask": mask, **images}
     takes = inspect.signature(model.forward).parameters
