@@ -142,6 +142,7 @@ SETTINGS |= {
             "mm_embed_dim": 64,
             "output_proj_dims": 64,
             "mm_posemb_size": 64,
+            "patch_size": 8,
             "pooling_kernel_size": 2,
         },
     },
