@@ -50,6 +50,8 @@ __all__ = ["build_proxy", "decode", "preprocess"]
 
 #: Configs' names for the token whose embedding an image's feature replaces.
 _TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
+#: A module that some models apply to the features themselves.
+_PROJECTOR = "multi_modal_projector"
 _HINT = "A plugin for this model type can cut it."
 
 
@@ -193,23 +195,26 @@ def _vision(
     if owner is not model:
         decoder_path = decoder_path.partition(".")[2]
     text_path = decoder_path.partition(".")[0]
-    problems = []
+    problems, projected = [], []
+    projector = getattr(owner, _PROJECTOR, nn.Identity())
+    handle = projector.register_forward_hook(lambda *_: projected.append(True))
     for image in candidates(model, arguments, size):
-        for projector in (None, "multi_modal_projector"):
-            if projector is not None and not hasattr(owner, projector):
-                continue
+        for path in (None, _PROJECTOR) if hasattr(owner, _PROJECTOR) else (None,):
             module = FixedImagePart(
-                owner, text_path, image.geometry, blanks=image.blanks, projector=projector
+                owner, text_path, image.geometry, blanks=image.blanks, projector=path
             )
             try:
                 with torch.no_grad():
                     features = module(**image.inputs)
-                    if features[FEATURES].shape[-1] == width:
-                        return _Vision(module, image, features)
-                problems.append(f"features are {features[FEATURES].shape[-1]} wide, not {width}")
+                found = features[FEATURES].shape[-1]
+                if found == width and (projected or not hasattr(owner, _PROJECTOR)):
+                    handle.remove()
+                    return _Vision(module, image, features)
+                problems.append(f"features are {found} wide, not {width}")
             except Exception as error:  # noqa: BLE001 (a model's code, on a form that may be wrong)
                 shape = list(image.pixels.shape)
                 problems.append(f"pixels {shape}: {type(error).__name__}: {first_line(error)}")
+    handle.remove()
     raise UnsupportedModelError(
         f"the image-text plugin finds no pixels that {type(model).__name__} makes features of "
         f"({problems[0]})",
