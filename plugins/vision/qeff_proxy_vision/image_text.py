@@ -41,6 +41,7 @@ from qeff_proxy_vision.one_image import (
     feature_arguments,
     features_owner,
     image_size_option,
+    image_token,
     left_out,
 )
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text
@@ -48,8 +49,6 @@ from qeff_proxy_vision.reference import generated_logits
 
 __all__ = ["build_proxy", "decode", "preprocess"]
 
-#: Configs' names for the token whose embedding an image's feature replaces.
-_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
 #: A module that some models apply to the features themselves.
 _PROJECTOR = "multi_modal_projector"
 _HINT = "A plugin for this model type can cut it."
@@ -71,7 +70,7 @@ def build_proxy(
             f"{name} has no get_image_features: its images do not become embeddings of tokens",
             _HINT,
         )
-    token_id = next((t for n in _TOKENS if (t := getattr(model.config, n, None)) is not None), None)
+    token_id = image_token(model.config)
     if token_id is None:
         raise UnsupportedModelError(f"the config of {name} names no image token", _HINT)
     size = image_size_option(options.get("image_size"))

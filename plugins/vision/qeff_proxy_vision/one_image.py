@@ -24,10 +24,18 @@ __all__ = [
     "feature_arguments",
     "features_owner",
     "image_size_option",
+    "image_token",
     "left_out",
 ]
 
 PIXELS = "pixel_values"
+#: Configs' names for the token whose embedding an image's feature replaces.
+_TOKENS = (
+    "image_token_id",
+    "image_token_index",
+    "media_placeholder_token_id",
+    "img_context_token_id",
+)
 #: Side of an image, in pixels, where neither config nor user says it: a multiple of the usual
 #: patches (14, 16) and windows (112), with the 256 image tokens that Qwen2-VL makes of it.
 _SIDE = 448
@@ -127,6 +135,11 @@ def _takes(methods: Sequence[Any]) -> dict[str, bool]:
         for name, parameter in inspect.signature(method).parameters.items()
     }
     return {name: needed for name, needed in parameters.items() if name not in _SETTINGS}
+
+
+def image_token(config: Any) -> int | None:
+    """The token that stands for a feature of an image; ``None`` where the config names none."""
+    return next((t for name in _TOKENS if (t := getattr(config, name, None)) is not None), None)
 
 
 def image_size_option(value: Any) -> tuple[int, int] | None:
@@ -233,7 +246,10 @@ def _packed(sizes: _Sizes, arguments: Sequence[str]) -> Iterator[OneImage]:
         yield OneImage(_noise(count, sizes.channels * frames * area), geometry)
     yield OneImage(_noise(count, sizes.channels, *sizes.patch), geometry)
     if "image_grid_thw" in geometry:  # counted in image tokens
-        tokens = {"image_grid_thw": geometry["image_grid_thw"] // torch.tensor([1, sizes.merge, sizes.merge])}
+        tokens = {
+            "image_grid_thw": geometry["image_grid_thw"]
+            // torch.tensor([1, sizes.merge, sizes.merge])
+        }
         sides = [side * sizes.merge for side in sizes.patch]
         yield OneImage(_noise(count // sizes.merge**2, *sides, sizes.channels), tokens)
 
