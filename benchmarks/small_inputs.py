@@ -78,17 +78,18 @@ def image_tensors(model: Any) -> tuple[dict[str, Any], int]:
         arguments = feature_arguments(model) or ["none"]
         plain = candidates(model, ["pixel_values"], both)
         for image in chain(candidates(model, arguments, both), plain):
-            pixels = torch.randn(2 * len(image.pixels), *image.pixels.shape[1:]).to(model.dtype)
+            tensors = image.batch(2)
             if image.pixels.min() >= 0:  # from 0 to 1
-                pixels = pixels.sigmoid()
-            tensors = {name: torch.cat([value] * 2) for name, value in image.geometry.items()}
-            tensors["pixel_values"] = pixels
+                tensors["pixel_values"] = torch.rand(tensors["pixel_values"].shape).to(model.dtype)
             try:
                 with torch.no_grad():
-                    features = features_owner(model).get_image_features(**tensors)
+                    outputs = features_owner(model).get_image_features(**tensors)
             except Exception:  # noqa: BLE001 (the form of another model)
                 continue
-            features = getattr(features, "pooler_output", features)
+            pooled = getattr(outputs, "pooler_output", outputs)
+            features = getattr(outputs, "last_hidden_state", None) if pooled is None else pooled
+            if features is None:  # those of several layers alone
+                features = outputs.deepstack_features[0][1]
             rows = [features] if isinstance(features, torch.Tensor) else features
             return tensors, sum(row.numel() for row in rows) // width // 2
     except UnsupportedModelError:
@@ -98,9 +99,10 @@ def image_tensors(model: Any) -> tuple[dict[str, Any], int]:
 
 def image_prompt(model: Any, generator: Any) -> dict[str, Any]:
     """A batch of two prompts, one of them padded, with an image each where the model takes one."""
+    from qeff_proxy_vision.one_image import image_token
+
     tensors, count = image_tensors(model)
-    names = ("image_token_id", "image_token_index")
-    token = next((t for name in names if (t := getattr(model.config, name, None))), 0)
+    token = image_token(model.config) or 0
     texts = [generator.integers(3, FIRST_SPECIAL, n).tolist() for n in (4, 6, 2, 3)]
     prompts = [texts[0] + [token] * count + texts[1], texts[2] + [token] * count + texts[3]]
     length = max(map(len, prompts))

@@ -71,12 +71,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {"16": 8}},
     "bamba": {"attn_layer_indices": [1, 3]},
     "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2},
-    "chameleon": {"vocabulary_map": {"<image>": 250, "IMGIMGA": 251, "IMGIMGB": 252}},
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE_OF_KINDS}},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma4": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
     "gemma4_text": {"hidden_size_per_layer_input": 0},
-    "gemma4_unified": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
     "glm4v_moe": {
         "text_config": {
             "rope_parameters": {
@@ -126,6 +124,124 @@ SETTINGS |= dict.fromkeys(
     ],
     _SECTIONED,
 )
+SETTINGS |= {
+    "chameleon": {
+        "vocabulary_map": {
+            "<image>": 250,
+            **{f"IMGIMG{'ABCDEFGH'[n]}Z": 230 + n for n in range(8)},
+        },
+        "vq_config": {
+            "num_embeddings": 8,
+            "resolution": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 1, 2],
+            "num_res_blocks": 1,
+            "latent_channels": 64,
+        },
+    },
+    "fuyu": {"image_size": 32},
+    "gemma4_unified": {
+        "text_config": _NO_TOKEN_IDS,
+        "vision_config": {
+            "mm_embed_dim": 64,
+            "output_proj_dims": 64,
+            "mm_posemb_size": 64,
+            "patch_size": 8,
+            "pooling_kernel_size": 2,
+        },
+    },
+    "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "inkling_mm_model": {"vision_config": {"text_hidden_size": 64}},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 256,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "vision_output_dim": 64,
+        }
+    },
+    "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
+    "muse_glimmer": {"out_hidden_size": 256, "vision_config": {"image_size": 32}},
+    "qianfan_ocr": {"vision_config": {"image_size": [32, 32]}},
+    "vipllava": {"vision_feature_layer": [-2, -3, 1]},
+}
+_SWITCHED = [
+    {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": section}
+    for section in ([3, 3, 2], [2, 2, 2, 2])
+]
+_THINKER = {
+    **_SECTIONED,
+    **{
+        f"{of}_{end}_token_id": 240 + 2 * a + b
+        for a, of in enumerate(("vision", "audio"))
+        for b, end in enumerate(("start", "end"))
+    },
+}
+SETTINGS |= {
+    "deepseek_ocr2": {
+        "text_config": {
+            "mlp_layer_types": ["dense", *["sparse"] * 4],
+            "num_experts_per_tok": 2,
+        },
+        "vision_config": {"sam_config": {"downsample_channels": [64, 64]}},
+    },
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4, "head_dim": 24},
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_output_size": 64},
+    },
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _SWITCHED[0]}},
+    "glm5_next": {
+        "text_config": {
+            "num_key_value_heads": 4,
+            "qk_rope_head_dim": 0,
+            "index_topk": 8,
+            "index_kpool": 4,
+        }
+    },
+    "granite4_vision": {
+        "deepstack_layer_map": [[1, 1], [3, 2]],
+        "spatial_target_layers": [3],
+        "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]],
+        "downsample_rate": "2/4",
+    },
+    "hunyuan_vl": {
+        "text_config": {
+            "head_dim": 16,
+            "num_key_value_heads": 2,
+            "rope_parameters": _SWITCHED[1],
+        },
+        "vision_config": {"num_key_value_heads": 4},
+    },
+    "kimi_k25": {
+        "text_config": {"head_dim": 8, "num_key_value_heads": 4},
+        "vision_config": {"projection_hidden_size": 64},
+    },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4}, "out_hidden_size": 256},
+    "nemotron_h_omni": {
+        "img_context_token_id": 250,
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
+    "qwen2_5_omni_thinker": _THINKER,
+    "qwen3_omni_moe_thinker": _THINKER,
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 4,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 16,
+            "indexer_compress_ratio": 4,
+        }
+    },
+    "unlimited_ocr": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {"sam_config": {"downsample_channels": [64, 64]}},
+    },
+    "step3p7": {"text_config": {"sliding_window": 8}},
+}
+_NAMED = {"image_token_id": 250, "video_token_id": 249, "vision_config": {"insert_layer_id": 2}}
+SETTINGS |= dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _NAMED)
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "linear_num_key_heads")
 #: What is left out of the sizes, or has another one, where a model of all of them cannot be built:
 #: first the shapes of heads, then widths.

@@ -61,8 +61,11 @@ class FixedImagePart(nn.Module):
         self.blanks = blanks
         self.projector = projector
 
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, **pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The pixels of one image, or of tiles, to features.
+
+        Args:
+            pixels: ``pixel_values``, and what else the model takes of pixels.
 
         Returns:
             ``image_features [rows, hidden]``; where the tower gives features for layers of the
@@ -72,12 +75,15 @@ class FixedImagePart(nn.Module):
         tracing = torch.compiler.is_compiling()
         with _ConstantsStayReal(blanks=self.blanks) if tracing else nullcontext():
             get_features: Any = self.model.get_image_features
-            outputs = get_features(pixel_values, **self.geometry, return_dict=True)
+            outputs = get_features(**pixels, **self.geometry, return_dict=True)
             if self.projector is not None:
                 hidden = outputs.last_hidden_state
                 projector = self.model.get_submodule(self.projector)
                 outputs = {"pooler_output": projector(hidden.reshape(-1, hidden.shape[-1]))}
-            features = {FEATURES: _rows(outputs["pooler_output"])}
+            pooled = outputs.get("pooler_output")
+            if pooled is None:  # there is nothing to pool, such as of patches without a tower
+                pooled = outputs["last_hidden_state"]
+            features = {FEATURES: _rows(pooled)}
             for index, rows in enumerate(outputs.get("deepstack_features") or ()):
                 features[f"{FEATURES}.{index + 1}"] = _rows(rows)  # after a layer: before the next
         return features

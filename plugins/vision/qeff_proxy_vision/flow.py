@@ -116,7 +116,9 @@ class ImageTextFlow:
         tensors = {name: to_array(torch.as_tensor(value)) for name, value in job.tensors.items()}
         settings = ImageSettings.from_json(job.export.settings["image"])
         takes = [*_TEXT_INPUTS, *_pixels(settings, job.export.parts)]
-        refuse_unused({n: v for n, v in tensors.items() if not _tells_of_images(n)}, takes)
+        refused = settings.refused
+        given = {n: v for n, v in tensors.items() if n in refused or not _tells_of_images(n)}
+        refuse_unused(given, takes)
         prompt = ImagePrompt(settings, tensors, _takes_pixels(job.export.parts), run_vision)
         generated = generate_ids(job, steps, prompt)
         return {"generated_ids": generated.ids, "perf_metrics": generated.perf}

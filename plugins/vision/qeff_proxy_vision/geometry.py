@@ -28,12 +28,14 @@ class Geometry:
         blanks: Images of zeros are padding.
         padding: The one of ``tensors`` that marks the patches that are padding, and its value
             there.
+        along: The axis of the pixels along which images are lined up.
     """
 
     tensors: Mapping[str, Any]
     rows: int
     blanks: bool = False
     padding: tuple[str, int] | None = None
+    along: int = 0
 
     def images(self, spec: TensorSpec, tensors: Mapping[str, Array]) -> list[Array]:
         """The pixels of each image.
@@ -52,6 +54,9 @@ class Geometry:
         if self.padding is not None:
             tensors = _without_padding(spec.name, shape, tensors, *self.padding)
         pixels = np.asarray(tensors[spec.name], numpy_dtype(spec.dtype))
+        if self.along and pixels.ndim == len(shape):
+            count = max(1, pixels.shape[self.along] // shape[self.along])
+            pixels = np.concatenate(np.array_split(pixels, count, axis=self.along))
         # Images are counted along the first axis, or the first two.
         inner = shape[2:] if shape[:2] == (1, 1) else shape[1:]
         if pixels.shape[pixels.ndim - len(inner) :] != inner:

@@ -84,6 +84,7 @@ class ImageSettings:
         geometry: Of the images, if the vision part is made for one geometry.
         positions: How tokens are numbered, if not by their distance from the first.
         looked_up_as: Token → the token whose embedding the model looks up in its place.
+        refused: Processors' outputs that would change the features, and that no part takes.
     """
 
     token_id: int | None
@@ -99,6 +100,7 @@ class ImageSettings:
     geometry: Geometry | None = None
     positions: Positions | None = None
     looked_up_as: Mapping[int, int] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The settings as a JSON object."""
@@ -116,6 +118,7 @@ class ImageSettings:
             "geometry": vars(self.geometry) if self.geometry else None,
             "positions": self.positions.to_json() if self.positions else None,
             "looked_up_as": {str(token): other for token, other in self.looked_up_as.items()},
+            "refused": list(self.refused),
         }
 
     @classmethod
@@ -136,4 +139,5 @@ class ImageSettings:
             Geometry(**value["geometry"]) if value.get("geometry") else None,
             Positions.from_json(value["positions"]) if value.get("positions") else None,
             {int(token): other for token, other in value.get("looked_up_as", {}).items()},
+            tuple(value.get("refused", ())),
         )

@@ -36,20 +36,21 @@ from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.learn_images import TYPES, learn_images, learn_lookups
 from qeff_proxy_vision.one_image import (
-    PIXELS,
     OneImage,
     candidates,
     feature_arguments,
     features_owner,
     image_size_option,
+    image_token,
+    left_out,
 )
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text
 from qeff_proxy_vision.reference import generated_logits
 
 __all__ = ["build_proxy", "decode", "preprocess"]
 
-#: Configs' names for the token whose embedding an image's feature replaces.
-_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
+#: A module that some models apply to the features themselves.
+_PROJECTOR = "multi_modal_projector"
 _HINT = "A plugin for this model type can cut it."
 
 
@@ -69,7 +70,7 @@ def build_proxy(
             f"{name} has no get_image_features: its images do not become embeddings of tokens",
             _HINT,
         )
-    token_id = next((t for n in _TOKENS if (t := getattr(model.config, n, None)) is not None), None)
+    token_id = image_token(model.config)
     if token_id is None:
         raise UnsupportedModelError(f"the config of {name} names no image token", _HINT)
     size = image_size_option(options.get("image_size"))
@@ -116,6 +117,7 @@ def build_proxy(
         geometry=geometry,
         positions=learned.positions,
         looked_up_as=learn_lookups(model, decoder, special),
+        refused=tuple(left_out(model)),
     )
     text = _with_body(text, list(layers), learned.positions.axes if learned.positions else 0)
     return add_vision(text, vision.part(learned.deepstack), settings, sample, generated_logits)
@@ -132,7 +134,7 @@ def _geometry(name: str, vision: _Vision, *, said: bool) -> Geometry:
             stacklevel=2,
         )
     tensors = {name: value.tolist() for name, value in image.geometry.items()}
-    return Geometry(tensors, vision.rows, blanks=image.blanks, padding=image.padding)
+    return Geometry(tensors, vision.rows, image.blanks, image.padding, image.along)
 
 
 def _decoder_path(model: PreTrainedModel, text: Proxy) -> str:
@@ -171,7 +173,10 @@ class _Vision:
         return Part(
             "vision",
             self.module,
-            (TensorSpec("pixel_values", dtype, (*first, *pixels.shape[1:])),),
+            tuple(
+                TensorSpec(name, dtype, (*first, *pixels.shape[1:]))
+                for name, pixels in self.image.inputs.items()
+            ),
             tuple(TensorSpec(n, dtype, (*count, self.features[n].shape[1])) for n in names),
             "vision",
         )
@@ -189,23 +194,26 @@ def _vision(
     if owner is not model:
         decoder_path = decoder_path.partition(".")[2]
     text_path = decoder_path.partition(".")[0]
-    problems = []
+    problems, projected = [], []
+    projector = getattr(owner, _PROJECTOR, nn.Identity())
+    handle = projector.register_forward_hook(lambda *_: projected.append(True))
     for image in candidates(model, arguments, size):
-        for projector in (None, "multi_modal_projector"):
-            if projector is not None and not hasattr(owner, projector):
-                continue
+        for path in (None, _PROJECTOR) if hasattr(owner, _PROJECTOR) else (None,):
             module = FixedImagePart(
-                owner, text_path, image.geometry, blanks=image.blanks, projector=projector
+                owner, text_path, image.geometry, blanks=image.blanks, projector=path
             )
             try:
                 with torch.no_grad():
-                    features = module(image.pixels)
-                    if features[FEATURES].shape[-1] == width:
-                        return _Vision(module, image, features)
-                problems.append(f"features are {features[FEATURES].shape[-1]} wide, not {width}")
+                    features = module(**image.inputs)
+                found = features[FEATURES].shape[-1]
+                if found == width and (projected or not hasattr(owner, _PROJECTOR)):
+                    handle.remove()
+                    return _Vision(module, image, features)
+                problems.append(f"features are {found} wide, not {width}")
             except Exception as error:  # noqa: BLE001 (a model's code, on a form that may be wrong)
                 shape = list(image.pixels.shape)
                 problems.append(f"pixels {shape}: {type(error).__name__}: {first_line(error)}")
+    handle.remove()
     raise UnsupportedModelError(
         f"the image-text plugin finds no pixels that {type(model).__name__} makes features of "
         f"({problems[0]})",
@@ -237,8 +245,7 @@ def _sample(
         ids[1, place : place + vision.rows] = token_id
     mask = torch.ones_like(ids)
     mask[0, : length - 8] = 0
-    images = {name: torch.cat([one] * len(places)) for name, one in vision.image.tensors.items()}
-    images[PIXELS] = torch.cat([vision.image.pixels, vision.image.pixels.flip(-1)])
+    images = vision.image.batch(len(places))
     types = (ids == token_id).to(torch.int64)
     tensors = {"input_ids": ids * mask, "attention_mask": mask, **images}
     takes = inspect.signature(model.forward).parameters

@@ -1,8 +1,8 @@
 """The tensors of one image, in the form that a model's ``get_image_features`` takes them.
 
 The form follows from the names of its arguments, the sizes from the config of the tower. Every
-tensor besides ``pixel_values`` describes the image's geometry (its grid of patches, its size), on
-which the number of feature rows depends.
+tensor but those of pixels describes the image's geometry (its grid of patches, its size), on which
+the number of feature rows depends.
 """
 
 from __future__ import annotations
@@ -24,9 +24,18 @@ __all__ = [
     "feature_arguments",
     "features_owner",
     "image_size_option",
+    "image_token",
+    "left_out",
 ]
 
 PIXELS = "pixel_values"
+#: Configs' names for the token whose embedding an image's feature replaces.
+_TOKENS = (
+    "image_token_id",
+    "image_token_index",
+    "media_placeholder_token_id",
+    "img_context_token_id",
+)
 #: Side of an image, in pixels, where neither config nor user says it: a multiple of the usual
 #: patches (14, 16) and windows (112), with the 256 image tokens that Qwen2-VL makes of it.
 _SIDE = 448
@@ -58,6 +67,8 @@ class OneImage:
         padding: The tensor by which a processor marks padding among an image's patches, and its
             value there.
         size: Height and width in pixels.
+        along: The axis of ``pixel_values`` along which the images of a batch are lined up.
+        more: Further tensors of pixels, by name: of the image in another size.
     """
 
     pixels: torch.Tensor
@@ -66,11 +77,21 @@ class OneImage:
     blanks: bool = False
     padding: tuple[str, int] | None = None
     size: tuple[int, int] = (0, 0)
+    along: int = 0
+    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors, by name."""
-        return {PIXELS: self.pixels, **self.geometry}
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The tensors of pixels, by name."""
+        return {PIXELS: self.pixels, **self.more}
+
+    def batch(self, count: int) -> dict[str, torch.Tensor]:
+        """The tensors of several images of this geometry, by name; every second is mirrored."""
+        tensors = {name: torch.cat([one] * count) for name, one in self.geometry.items()}
+        for name, one in self.inputs.items():
+            images = [one if index % 2 == 0 else one.flip(-1) for index in range(count)]
+            tensors[name] = torch.cat(images, self.along if name == PIXELS else 0)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -93,11 +114,32 @@ def feature_arguments(model: PreTrainedModel) -> list[str] | None:
     """What ``get_image_features`` takes, besides settings; ``None`` where a model has none."""
     owner = features_owner(model)
     methods = [getattr(one, "get_image_features", None) for one in (model, owner)]
-    signatures = [inspect.signature(method) for method in methods if method is not None]
-    if not signatures:
+    if all(method is None for method in methods):
         return None
-    names = [name for signature in signatures for name in signature.parameters]
-    return [name for name in dict.fromkeys(names) if name not in _SETTINGS]
+    return [name for name, needed in _takes(methods).items() if needed or name in _KNOWN]
+
+
+def left_out(model: PreTrainedModel) -> list[str]:
+    """What ``get_image_features`` may be given besides, and is not here."""
+    owner = features_owner(model)
+    methods = [getattr(one, "get_image_features", None) for one in (model, owner)]
+    return [name for name, needed in _takes(methods).items() if not (needed or name in _KNOWN)]
+
+
+def _takes(methods: Sequence[Any]) -> dict[str, bool]:
+    """The arguments of methods, besides settings, and whether they need them."""
+    parameters = {
+        name: parameter.default is parameter.empty
+        for method in methods
+        if method is not None
+        for name, parameter in inspect.signature(method).parameters.items()
+    }
+    return {name: needed for name, needed in parameters.items() if name not in _SETTINGS}
+
+
+def image_token(config: Any) -> int | None:
+    """The token that stands for a feature of an image; ``None`` where the config names none."""
+    return next((t for name in _TOKENS if (t := getattr(config, name, None)) is not None), None)
 
 
 def image_size_option(value: Any) -> tuple[int, int] | None:
@@ -133,8 +175,13 @@ def candidates(
     Raises:
         UnsupportedModelError: ``get_image_features`` takes something that is not known.
     """
-    known = {PIXELS, *_FORMS, "pixel_attention_mask", "image_merge_sizes"}
-    unknown = [name for name in arguments if name not in known]
+    more = {
+        name: part.image_size
+        for name in arguments
+        if name != PIXELS
+        and (part := getattr(model.config, name.replace(PIXELS, "vision_config"), None))
+    }
+    unknown = [name for name in arguments if name not in {*_KNOWN, *more}]
     if unknown:
         raise UnsupportedModelError(
             f"the images of {type(model).__name__} come with {', '.join(unknown)}, which the "
@@ -143,9 +190,10 @@ def candidates(
         )
     sizes = _sizes(model.config, size)
     form = next((name for name in _FORMS if name in arguments), PIXELS)
+    others = {n: _noise(1, sizes.channels, *_pair(s)).to(model.dtype) for n, s in more.items()}
     for image in _FORMS.get(form, _plain)(sizes, arguments):
         pixels = image.pixels.to(model.dtype)
-        yield replace(image, pixels=pixels, size=(sizes.height, sizes.width))
+        yield replace(image, pixels=pixels, size=(sizes.height, sizes.width), more=others)
 
 
 def _sizes(config: Any, size: tuple[int, int] | None) -> _Sizes:
@@ -197,6 +245,13 @@ def _packed(sizes: _Sizes, arguments: Sequence[str]) -> Iterator[OneImage]:
     for frames in dict.fromkeys((sizes.frames, 1, 2)):
         yield OneImage(_noise(count, sizes.channels * frames * area), geometry)
     yield OneImage(_noise(count, sizes.channels, *sizes.patch), geometry)
+    if "image_grid_thw" in geometry:  # counted in image tokens
+        tokens = {
+            "image_grid_thw": geometry["image_grid_thw"]
+            // torch.tensor([1, sizes.merge, sizes.merge])
+        }
+        sides = [side * sizes.merge for side in sizes.patch]
+        yield OneImage(_noise(count // sizes.merge**2, *sides, sizes.channels), tokens)
 
 
 def _padded_patches(sizes: _Sizes, arguments: Sequence[str]) -> Iterator[OneImage]:
@@ -218,6 +273,17 @@ def _placed_patches(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:
     places = torch.stack([columns.flatten(), rows.flatten()], dim=-1)[None]
     name = "image_position_ids"
     yield OneImage(pixels.sigmoid(), {name: places}, padding=(name, -1))
+    sides = sizes.merge  # such patches are merged before
+    corners = places.reshape(1, height, width, 2)[:, ::sides, ::sides].flatten(1, 2) // sides
+    merged = pixels.sigmoid().reshape(1, corners.shape[1], -1)
+    yield OneImage(merged, {name: corners}, padding=(name, -1))
+
+
+def _row_of_patches(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:
+    """The patches of all images side by side, and the grid of each (``target_sizes``)."""
+    height, width = _grid(sizes)
+    pixels = _noise(1, sizes.channels, sizes.patch[0], sizes.patch[1] * height * width)
+    yield OneImage(pixels, {"target_sizes": torch.tensor([[height, width]])}, along=3)
 
 
 def _masked(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:
@@ -225,6 +291,7 @@ def _masked(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:
     mask = torch.ones(1, 1, sizes.height, sizes.width, dtype=torch.int64)
     pixels = _noise(1, 1, sizes.channels, sizes.height, sizes.width)
     yield OneImage(pixels, {"pixel_attention_mask": mask}, blanks=True)
+    yield OneImage(pixels, {"pixel_attention_mask": mask[..., 0, 0].bool()}, blanks=True)
 
 
 def _sized(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:
@@ -241,6 +308,9 @@ def _plain(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:
     pixels = _noise(1, sizes.channels, sizes.height, sizes.width)
     yield OneImage(pixels, tiled=True)
     yield OneImage(pixels[None])
+    height, width = _grid(sizes)
+    yield OneImage(_noise(1, height * width, sizes.channels * sizes.patch[0] * sizes.patch[1]))
+    yield OneImage(_noise(1, sizes.frames, *sizes.patch, sizes.channels), tiled=True)
 
 
 #: The argument that tells the form. The first that a model takes counts.
@@ -250,5 +320,7 @@ _FORMS = {
     "spatial_shapes": _padded_patches,
     "image_position_ids": _placed_patches,
     "image_sizes": _sized,
+    "target_sizes": _row_of_patches,
     "pixel_attention_mask": _masked,
 }
+_KNOWN = frozenset((PIXELS, *_FORMS, "image_merge_sizes"))
