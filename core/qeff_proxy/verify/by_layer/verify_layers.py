@@ -185,7 +185,7 @@ def verify_layers_of(
         options.tolerances.check_used(output_names(export))
     check_weights_of(export)
     remove_leftovers(export.folder)
-    recipes = [check_recipe(export, options.compile_for(name)) for name in backends]
+    recipes = [check_recipe(export, name, options.compile_for(name)) for name in backends]
     own_process = observe is not None
     candidates = [Candidate(one, export, options, own_process=own_process) for one in backends]
     precisions = {candidate.precision for candidate in candidates if export.dtype == "float32"}
