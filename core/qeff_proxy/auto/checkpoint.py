@@ -81,7 +81,7 @@ def load_checkpoint(
     if arguments.get("gguf_file") is not None:
         source, hub = _gguf_file(source, str(arguments["gguf_file"]), hub), {}
     place, view, config = source, None, None
-    unused = task.unused
+    unused, shallower = task.unused, False
     if hub or asked is not None or depth is not None or str(wanted) == "auto":
         trusts = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
         if "revision" in hub and source.strip() and folder_named(source).is_dir():
@@ -113,8 +113,9 @@ def load_checkpoint(
                     )
                 view = _with_config(folder, asked)
                 place = str(view)
+                shallower = _is_shallower(asked.to_dict(), there.to_dict())
     try:
-        if view is not None and _is_shallower(asked.to_dict(), there.to_dict()):
+        if view is not None and shallower:
             trusted = trust_remote_code
             unused += _layers_left_out(folder, view, task.auto_class, trust_remote_code=trusted)
         loaded = load_model(

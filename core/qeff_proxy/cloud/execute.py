@@ -47,8 +47,9 @@ def _run(argv: Sequence[str]) -> list[str]:
     result = cloud_ai_100_exec_kv(
         tokenizer, folder, prompts, generation_len=None if length is None else int(length)
     )
-    pairs = zip(prompts, result.generated_texts, strict=True)
-    return [f"{prompt}{text}" for prompt, text in pairs]
+    texts = result.generated_texts
+    assert texts is not None  # noqa: S101 (there are prompts, so there is a tokenizer)
+    return [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]
 
 
 if __name__ == "__main__":
