@@ -209,8 +209,8 @@ SETTINGS |= {
         }
     },
     "granite4_vision": {
-        "deepstack_layer_map": [[1, 1], [3, 2]],
-        "spatial_target_layers": [3],
+        "deepstack_layer_map": [[1, 1]],
+        "spatial_target_layers": [0, 2, 3, 4],
         "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]],
         "downsample_rate": "2/4",
     },
@@ -224,7 +224,7 @@ SETTINGS |= {
     },
     "kimi_k25": {
         "text_config": {"head_dim": 8, "num_key_value_heads": 4},
-        "vision_config": {"projection_hidden_size": 64},
+        "projection_hidden_size": 64,
     },
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}, "out_hidden_size": 256},

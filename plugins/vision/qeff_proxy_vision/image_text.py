@@ -27,6 +27,7 @@ from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.sites import Absent, Site
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from qeff_proxy_vision.fixed_image import FEATURES, FixedImagePart
@@ -208,6 +209,7 @@ def _vision(
                 found = features[FEATURES].shape[-1]
                 if found == width and (projected or not hasattr(owner, _PROJECTOR)):
                     handle.remove()
+                    image = replace(image, tiled=image.tiled and not _loops(module, image.inputs))
                     return _Vision(module, image, features)
                 problems.append(f"features are {found} wide, not {width}")
             except Exception as error:  # noqa: BLE001 (a model's code, on a form that may be wrong)
@@ -219,6 +221,28 @@ def _vision(
         f"({problems[0]})",
         "If its config tells no image size, give one: -C image_size=HEIGHTxWIDTH.",
     )
+
+
+class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _loops(module: nn.Module, tiles: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tower loops over tiles, so that a trace would freeze their number."""
+    counts = []
+    for number in (2, 3):
+        with torch.no_grad(), _Count() as counter:
+            module(**{name: torch.cat([one] * number) for name, one in tiles.items()})
+        counts.append(counter.count)
+    return counts[0] != counts[1]
 
 
 def _special(model: PreTrainedModel) -> set[int]:
