@@ -146,6 +146,11 @@ class TestFace:
         with pytest.raises(UsageError, match=message):
             model.generate(**arguments)
 
+    def test_transform_says_what_happens_instead(self, make_model: Any) -> None:
+        model = QEFFAutoModelForCausalLM(make_model("gpt2"))
+        with pytest.raises(UsageError, match="no transform: a model is cut and verified as it is"):
+            model.transform(ctx_len=64, num_devices=1)
+
     def test_a_model_of_another_task_is_refused(self, tmp_path: Path) -> None:
         from transformers import ViTConfig, ViTModel
 

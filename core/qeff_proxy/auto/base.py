@@ -20,6 +20,7 @@ from qeff_proxy.auto.qefficient import (
     FILES,
     GENERATE,
     LOAD,
+    Transformed,
     without_ignored,
 )
 from qeff_proxy.auto.right_class import with_right_class
@@ -50,7 +51,7 @@ KIND_NAMES: dict[str, Kind] = {**PROXIES, "whole": "whole"}
 _VOCABULARY = "vocabulary.safetensors"
 
 
-class ProxyModel(Shown):
+class ProxyModel(Transformed, Shown):
     """The base class of the faces."""
 
     task: ClassVar[Task]
@@ -388,9 +389,7 @@ class ProxyModel(Shown):
             CheckpointError: It has none that can be loaded.
         """
         if self._loaded.folder is None:
-            raise UsageError(
-                "this model was made in memory and has no tokenizer", "Pass tokenizer=."
-            )
+            raise UsageError("a model made in memory has no tokenizer", "Pass tokenizer=.")
         return load_processor(self._loaded.folder, trust_remote_code=self._loaded.trust_remote_code)
 
 

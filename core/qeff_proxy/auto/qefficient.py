@@ -228,6 +228,18 @@ def elsewhere(module: str, name: str) -> Exception:
     return AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
+class Transformed:
+    """QEfficient's method ``transform``: says what there is instead."""
+
+    def transform(self, *_: Any, **__: Any) -> None:
+        """Refuse to.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(f"there is no transform: {ELSEWHERE['transform']}", "Leave the call out.")
+
+
 def without_ignored(
     arguments: Mapping[str, Any],
     known: Mapping[str, Keyword],
