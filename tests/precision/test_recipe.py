@@ -251,7 +251,8 @@ def test_nodes_for_other_tools(made, tmp_path):
         ({"wide": ("model.layers.1:Conv",)}, "names model.layers.1:Conv, which"),
         ({"identity": "0" * 64}, "has other weights"),
         ({"precision": "int8"}, "is for int8 of onnxruntime, and the options say otherwise"),
-        ({"precision": "int44"}, "is for int44 of onnxruntime"),
+        ({"precision": "a8w8", "backend": "qnn"}, "is for a8w8 of qnn, which onnxruntime lacks"),
+        ({"precision": "int44"}, "is for int44 of onnxruntime, which onnxruntime lacks"),
     ],
 )
 def test_a_recipe_that_does_not_fit_compiles_nothing(made, tmp_path, change, said, capsys):
@@ -293,8 +294,13 @@ def test_what_is_refused(made, file, checkpoint, capsys, tmp_path):
         (["compile", export, "--recipe", str(file)], "all weights do"),
         (["compile", export, "--recipe", str(tmp_path / "none.toml")], "cannot be read"),
         (["verify", export, "--backend", "torch", "--recipe", str(file)], "'torch' cannot"),
-        (["compile", export, "--backend", "openvino", "--recipe", str(file)], "everything does"),
+        (["compile", export, "--backend", "openvino", "--recipe", str(file)], "openvino lacks"),
     ]
+    place = tmp_path / "export"
+    for command in ("compile", "generate", "verify"):  # before anything is exported
+        given = ["1,2", "--ids"] if command == "generate" else []
+        given += ["--output", str(place), "--recipe", str(file)]
+        cases.append(([command, str(checkpoint), *given], "all weights do"))
     for command in ("sensitivity", "recipe"):  # at once: there is no such model
         goal = ["--same-tokens"] if command == "recipe" else []
         cases.append(([command, "/no/model", "--precision", "int9", *goal], "It has: int8, int4."))
@@ -308,6 +314,7 @@ def test_what_is_refused(made, file, checkpoint, capsys, tmp_path):
     for command, said in cases:
         assert main(command) == 2, command
         assert said in capsys.readouterr().err
+    assert not place.exists()
 
 
 def test_names_with_quotes_survive(tmp_path):

@@ -88,6 +88,8 @@ def prepare(
     check_names([backend], options)
     options = with_precision(options, backend, precision)
     model = opened(model, trust_remote_code)
+    loaded = model if isinstance(model, LoadedModel) else None
+    reads_it = loaded is not None and not loaded.is_read
     hooks = hooks or installed_hooks(model)
     given = check_request(request, model, hooks, trust_remote_code)
     export = export_of(model, hooks, options, progress)
@@ -98,13 +100,14 @@ def prepare(
             "Export in float32, split or whole.",
         )
     check_weights_of(export)
-    loaded = model if isinstance(model, LoadedModel) else None
     processor = processor_in(export.processor_folder, trust_remote_code)
 
     def live() -> Any:
         return live_proxy(loaded, hooks, export)
 
     request, tensors = complete_request(export, *given, hooks, processor, live)
+    if loaded is not None and reads_it:
+        loaded.forget()  # its weights are mapped otherwise, beside the export's
     variants = Variants(
         export,
         _simulation(backend, precision, options),
