@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +109,7 @@ def prepare(
     request, tensors = complete_request(export, *given, hooks, processor, live)
     if loaded is not None and reads_it:
         loaded.forget()  # its weights are mapped otherwise, beside the export's
+        gc.collect()  # modules are cycles
     variants = Variants(
         export,
         _simulation(backend, precision, options),
