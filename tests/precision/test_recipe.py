@@ -288,7 +288,10 @@ def test_another_model_is_told_from_this_one(checkpoint, made, make_model, tmp_p
         check_recipe(other, "onnxruntime", CompileOptions(backend=options))
 
 
-@pytest.mark.parametrize("content", ["", "schema = 2", "schema = 1\nwide = 3", "= 1", "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "schema = 2", "schema = 1\nwide = 3", "= 1", "\xff", "a = " + "[" * 9999 + "]" * 9999],
+)
 def test_a_damaged_file(content, tmp_path):
     (tmp_path / "r.toml").write_bytes(content.encode("latin-1"))
     with pytest.raises(UsageError, match=r"r\.toml is no recipe"):
@@ -316,6 +319,10 @@ def test_what_is_refused(made, file, checkpoint, capsys, tmp_path):
     cases += [
         ([*search], "one of the arguments"),
         ([*search, "--max-wide", "0%"], "a share is above 0%"),
+        ([*search, "--max-wide", "much"], "'much' is no number"),
+        ([*search, "--target-sqnr", "nan"], "'nan' is no number"),
+        ([*search, "--same-tokens", "--write", str(tmp_path)], "is a folder"),
+        ([*search, "--same-tokens", "--nodes", str(file)], "is a file"),
         ([*search, "--target-sqnr", "9", "--same-tokens"], "not allowed with"),
         ([*search, "--same-tokens", "--write", str(tmp_path / "no" / "r.toml")], "no folder"),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_precision_options(parser)
     goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--target-sqnr", type=float, metavar="DB", help="dB at the last outputs")
+    goal.add_argument("--target-sqnr", type=_number, metavar="DB", help="dB at the last outputs")
     goal.add_argument(
         "--same-tokens", action="store_true", help="the same first token at every position"
     )
@@ -71,9 +72,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _percent(text: str) -> float:
-    value = float(text.removesuffix("%")) / 100
+    value = _number(text.removesuffix("%")) / 100
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError("a share is above 0% and at most 100%")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
     return value
 
 
@@ -81,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
     """Make a recipe, write it, and return 0 where the goal is reached, else 1."""
     if not args.write.absolute().parent.is_dir():
         raise UsageError(f"there is no folder {args.write.parent} to write to", "Make it.")
+    if args.write.is_dir() or (args.nodes is not None and args.nodes.is_file()):
+        place = args.write if args.write.is_dir() else args.nodes
+        kind = "folder" if place == args.write else "file"
+        raise UsageError(f"{place} is a {kind}", "--write names a file, --nodes a folder.")
     request = request_of(args)
     check_place(args)
     with stage_display("searching", quiet=args.json) as progress:
