@@ -86,12 +86,12 @@ def read_recipe(path: Path) -> Recipe:
         schema = value.pop("schema", None)
         if schema != _SCHEMA:
             raise FieldError(f"it has schema {schema!r}, not {_SCHEMA}")
-        return read_as(Recipe, value, "the recipe")
+        return read_as(Recipe, {"measured": {}, **value}, "the recipe")
     except OSError as error:
         raise UsageError(
             f"the recipe {path} cannot be read: {error.strerror}", "qeff-proxy recipe writes one."
         ) from error
-    except ValueError as error:  # FieldError, TOML's and UTF-8's errors are ones
+    except (ValueError, RecursionError) as error:  # FieldError, TOML's and UTF-8's errors are ones
         raise UsageError(
             f"{path} is no recipe: {error}", "qeff-proxy recipe writes one."
         ) from error

@@ -265,8 +265,11 @@ def _hooks_of(export: Export) -> Hooks:
 def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tuple[Export, Hooks]:
     """The export that ``MODEL`` names, or that of the checkpoint it names, exported where needed.
 
-    ``with_processor`` refuses a checkpoint without tokenizer before the work begins.
+    ``with_processor`` refuses a checkpoint without tokenizer before the work begins; a recipe that
+    does not fit the backend's options is refused then, too.
     """
+    if getattr(args, "recipe", None) is not None:
+        _chosen_options(args)
     export = existing_export_of(args)
     if export is not None:
         return export, _hooks_of(export)
@@ -307,15 +310,21 @@ def check_place(args: argparse.Namespace) -> None:
     check_writable(folder if is_export else args.output or cache_home())
 
 
+def _chosen_options(args: argparse.Namespace) -> CompileOptions:
+    """Shapes, cores, the backend's options, and the recipe that it obeys."""
+    options = compile_options_of(args, args.backend_option)
+    if args.recipe is None:
+        return options
+    from qeff_proxy.backends.recipe import with_recipe
+
+    return with_recipe(args.backend, options, args.recipe.expanduser())
+
+
 def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False) -> Compiled:
     """Compile the export with the options in the arguments."""
     from qeff_proxy.backends.compile_export import compile_export
 
-    options = compile_options_of(args, args.backend_option)
-    if args.recipe is not None:
-        from qeff_proxy.backends.recipe import with_recipe
-
-        options = with_recipe(args.backend, options, args.recipe.expanduser())
+    options = _chosen_options(args)
     with stage_display("compiling", quiet=args.json) as progress:
         if args.calibrate is not None:
             from qeff_proxy.run.calibration import with_calibration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_precision_options(parser)
     goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--target-sqnr", type=float, metavar="DB", help="dB at the last outputs")
+    goal.add_argument("--target-sqnr", type=_number, metavar="DB", help="dB at the last outputs")
     goal.add_argument(
         "--same-tokens", action="store_true", help="the same first token at every position"
     )
@@ -71,9 +72,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _percent(text: str) -> float:
-    value = float(text.removesuffix("%")) / 100
+    value = _number(text.removesuffix("%")) / 100
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError("a share is above 0% and at most 100%")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
     return value
 
 
@@ -81,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
     """Make a recipe, write it, and return 0 where the goal is reached, else 1."""
     if not args.write.absolute().parent.is_dir():
         raise UsageError(f"there is no folder {args.write.parent} to write to", "Make it.")
+    if args.write.is_dir() or (args.nodes is not None and args.nodes.is_file()):
+        place = args.write if args.write.is_dir() else args.nodes
+        kind = "folder" if place == args.write else "file"
+        raise UsageError(f"{place} is a {kind}", "--write names a file, --nodes a folder.")
     request = request_of(args)
     check_place(args)
     with stage_display("searching", quiet=args.json) as progress:
@@ -130,9 +145,9 @@ def _lines(result: Result, files: list[Path], *, by_share: bool) -> Iterator[str
     yield f"{wide} wide, {found.share:.1%} of the weights: {describe_distance(found.distance)}"
     yield from (f"  {printable(name)}" for name in recipe.wide)
     if by_share and found.recovered is not None:
-        less = "" if found.recovered >= 0.5 else "; no set within the share takes half of it away"
-        sets = counted(found.measured, "set")
-        yield f"{found.recovered:.0%} of the noise is gone{less}. Of {sets} measured, the best."
+        less = "" if found.recovered >= 0.5 else "; none of them takes half of it away"
+        sets = f"the best of the {counted(found.measured, 'set')} that were measured{less}"
+        yield f"{found.recovered:.0%} of the noise is gone, to 0.1 dB {sets}."
     if not found.left:
         yield f"Everything is wide: no module is left in {recipe.precision}."
     if result.before is not None and result.after is not None:

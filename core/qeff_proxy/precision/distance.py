@@ -13,7 +13,8 @@ from qeff_proxy.arrays import Array, to_array
 from qeff_proxy.compare.tally import Tally
 from qeff_proxy.tensor_names import LAYER_NAME
 
-_LOGITS = "logits"
+#: The output that gives a distribution of tokens.
+LOGITS = "logits"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def distance_of(
                 reference, candidate = reference[mask], candidate[mask]
             signal += float(np.square(reference, dtype=np.float64).sum())
             noise += float(np.square(reference - candidate, dtype=np.float64).sum())
-            if name == _LOGITS and np.isfinite(candidate).all():
+            if name == LOGITS and np.isfinite(candidate).all():
                 rows = reference.reshape(-1, reference.shape[-1])
                 tokens = np.concatenate([[0], rows.argmax(1)])
                 tally.add(rows, candidate.reshape(rows.shape), tokens, 1)

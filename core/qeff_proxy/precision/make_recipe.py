@@ -15,7 +15,7 @@ from qeff_proxy.common.json_schema import plain_json
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.plugins.hooks import Hooks
-from qeff_proxy.precision.distance import Distance
+from qeff_proxy.precision.distance import LOGITS, Distance
 from qeff_proxy.precision.prepare import prepare
 from qeff_proxy.precision.run_backend import run_backend
 from qeff_proxy.precision.search import Found, Goal, search
@@ -107,6 +107,8 @@ def make_recipe(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
+    if goal.same_tokens and all(spec.name != LOGITS for spec in ready.export.parts[-1].outputs):
+        raise UsageError("the model gives no logits: no tokens can be the same", "Aim at dB.")
     before = after = None
     if prove:
         progress("running the backend with everything low")
@@ -114,8 +116,6 @@ def make_recipe(
     aim, identity = goal, identity_of(ready.export)
     for attempt in range(1, _TRIES + 1):
         found = search(ready.variants, aim, progress)
-        if goal.same_tokens and found.low.top1 is None:
-            raise UsageError("the model gives no logits: no tokens can be the same", "Aim at dB.")
         recipe = Recipe(
             ready.export.model["source"],
             identity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,6 +89,8 @@ def prepare(
     check_names([backend], options)
     options = with_precision(options, backend, precision)
     model = opened(model, trust_remote_code)
+    loaded = model if isinstance(model, LoadedModel) else None
+    reads_it = loaded is not None and not loaded.is_read
     hooks = hooks or installed_hooks(model)
     given = check_request(request, model, hooks, trust_remote_code)
     export = export_of(model, hooks, options, progress)
@@ -98,13 +101,15 @@ def prepare(
             "Export in float32, split or whole.",
         )
     check_weights_of(export)
-    loaded = model if isinstance(model, LoadedModel) else None
     processor = processor_in(export.processor_folder, trust_remote_code)
 
     def live() -> Any:
         return live_proxy(loaded, hooks, export)
 
     request, tensors = complete_request(export, *given, hooks, processor, live)
+    if loaded is not None and reads_it:
+        loaded.forget()  # its weights are mapped otherwise, beside the export's
+        gc.collect()  # modules are cycles
     variants = Variants(
         export,
         _simulation(backend, precision, options),

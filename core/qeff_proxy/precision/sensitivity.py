@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 from qeff_proxy.common.json_schema import plain_json
 from qeff_proxy.graph.modules import unit_of, weights_of
@@ -205,10 +207,14 @@ class _UnitRanges:
                 if one is not None:
                     self._results[unit] = one.joined(self._results.get(unit))
             for weight in weights_of(node):
-                array = None if weight.const_value is None else weight.const_value.numpy()
-                if array is not None and array.size:  # without a copy: it may be the vocabulary
+                tensor = weight.const_value
+                if tensor is not None and tensor.size:  # without a copy: it may be the vocabulary
+                    array = tensor.numpy()
                     peak = max(-float(array.min()), float(array.max()))
                     self._weights[unit] = max(peak, self._weights.get(unit, 0.0))
+                    del array
+                if isinstance(tensor, ir.ExternalTensor):
+                    tensor.release()  # its part of the file stays mapped otherwise
 
     def found(self) -> tuple[UnitRange, ...]:
         """Those that are worth a word."""
