@@ -217,7 +217,7 @@ def _full_depth(job: GraphJob, sampled: SampledModel, cut: Cut) -> tuple[Part, .
     if sampled.is_whole:
         return cut.proxy.parts
     try:
-        with marked_layers(sampled.model, [sampled.layers], runs=True), few_pages(sampled.model):
+        with few_pages(sampled.model), marked_layers(sampled.model, [sampled.layers], runs=True):
             proxy = job.hooks.build_proxy(
                 model=sampled.model,
                 embedding=cut.sites["embedding"],

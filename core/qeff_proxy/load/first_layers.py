@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,19 +205,19 @@ def _read_weights(
     tensors = {**dict(model.named_parameters()), **buffers}
     converted = {name for name, one in wanted.items() if not _is_mapped(one, tensors[name].dtype)}
     large = sum(tensors[name].nbytes for name in converted) >= LARGE
-    scratch = Scratch() if large else None
-    for name, source in wanted.items():
-        tensor = tensors[name]
-        if scratch is not None and name in converted:
-            blocks = [made.pop(name)] if source is None else source.blocks()
-            value = scratch.put(blocks, tuple(tensor.shape), tensor.dtype)
-        else:
-            value = (made[name] if source is None else source.read()).to(tensor.dtype)
-        if name not in buffers:
-            value = nn.Parameter(value, tensor.requires_grad)
-        for alias in sources.aliases.get(name, (name,)):
-            path, _, last = alias.rpartition(".")
-            setattr(model.get_submodule(path), last, value)
+    with closing(Scratch()) if large else nullcontext() as scratch:
+        for name, source in wanted.items():
+            tensor = tensors[name]
+            if scratch is not None and name in converted:
+                blocks = [made.pop(name)] if source is None else source.blocks()
+                value = scratch.put(blocks, tuple(tensor.shape), tensor.dtype)
+            else:
+                value = (made[name] if source is None else source.read()).to(tensor.dtype)
+            if name not in buffers:
+                value = nn.Parameter(value, tensor.requires_grad)
+            for alias in sources.aliases.get(name, (name,)):
+                path, _, last = alias.rpartition(".")
+                setattr(model.get_submodule(path), last, value)
 
 
 def _is_mapped(source: Weight | None, dtype: torch.dtype) -> bool:

@@ -35,12 +35,16 @@ _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
 class Scratch:
-    """A file without a name that holds tensors; it goes when the last of them does."""
+    """A file without a name that holds tensors; closed, it goes when the last of them does."""
 
     def __init__(self) -> None:
         home = cache_home()  # on a disk, as a rule, where the system's folder may be in memory
         self._file = tempfile.TemporaryFile(dir=home if home.is_dir() else None)  # noqa: SIM115
         self._buffers = Buffers()
+
+    def close(self) -> None:
+        """Put nothing more into it; its tensors stay."""
+        self._file.close()
 
     def put(
         self, blocks: Iterable[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype
