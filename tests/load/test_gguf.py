@@ -65,10 +65,12 @@ def to_ggml(name: str, weight: torch.Tensor, config: Any, architecture: str) -> 
     return weight.contiguous().float().numpy()
 
 
-def write_file(path: Path, model: Any, architecture: str, types: Iterator[Type]) -> Path:
+def write_file(
+    path: Path, model: Any, architecture: str, types: Iterator[Type], **split: Any
+) -> Path:
     """Write a model with a tokenizer of bytes; matrices are of the ``types`` in turn."""
     config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, **split)
     writer.add_name(f"Tiny {config.model_type}")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -267,8 +269,35 @@ def test_what_transformers_does_not_know_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"new\.gguf cannot be read by transformers .*novel"):
         load_model(str(write("new.gguf", "novel")))
-    with pytest.raises(CheckpointError, match=r"piece\.gguf is one of 3 pieces"):
+    with pytest.raises(CheckpointError, match=r"piece\.gguf is one of 3 pieces .* by another name"):
         load_model(str(write("piece.gguf", "llama", split_count=3)))
+
+
+@pytest.mark.parametrize("empty", [False, True])  # the first piece with metadata only
+def test_a_model_in_pieces_is_that_of_one_file(
+    empty: bool, make_model: Any, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": BYTES + 2, "hidden_size": 256, "intermediate_size": 256}
+    model = make_model("llama", layers=2, num_attention_heads=8, head_dim=32, **sizes)
+    whole = write_file(tmp_path / "whole.gguf", model, "llama", cycle(MIXED))
+    split = {"split_max_tensors": 8, "small_first_shard": empty}
+    folder = tmp_path / "pieces"
+    folder.mkdir()
+    write_file(folder / "m.gguf", model, "llama", cycle(MIXED), **split)
+    pieces = sorted(folder.iterdir())
+    assert len(pieces) > 2
+    assert not model.config.tie_word_embeddings
+    expected = dict(load_model(str(whole)).model.named_parameters())
+    for named in (folder, pieces[0], pieces[-1]):
+        read = load_model(str(named))
+        assert read.sample is not None
+        for name, weight in read.sample(all_layers).model.named_parameters():
+            assert torch.equal(weight, expected[name]), name
+    pieces[1].rename(tmp_path / "elsewhere.gguf")
+    with pytest.raises(CheckpointError, match="have changed since the model was loaded"):
+        read.check_unchanged()
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(pieces[1]))} is missing"):
+        load_model(str(pieces[0]))
 
 
 def test_without_package_gguf_it_is_asked_for(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from qeff_proxy.errors import CutError, PluginError, UnsupportedModelError
 from qeff_proxy.flows.equality import NEEDS_PLUGIN
 from qeff_proxy.flows.flow import CutReport, load_flow
 from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.load.mapped_memory import few_pages
 from qeff_proxy.parts import Kind, Proxy
 from qeff_proxy.plugins.entry_points import GENERIC
 from qeff_proxy.plugins.hooks import Hooks
@@ -68,14 +69,15 @@ def cut_model(loaded: LoadedModel, hooks: Hooks, kind: Kind, *, verify: bool = T
     model = loaded.model
     _check_towers(model, hooks)
     before = snapshot_model(model)
-    sites = locate_sites(model, hooks)
-    proxy = hooks.build_proxy(
-        model=model,
-        embedding=sites["embedding"],
-        lm_head=sites["lm_head"],
-        kind=kind,
-        options=loaded.options,
-    )
+    with few_pages(model):
+        sites = locate_sites(model, hooks)
+        proxy = hooks.build_proxy(
+            model=model,
+            embedding=sites["embedding"],
+            lm_head=sites["lm_head"],
+            kind=kind,
+            options=loaded.options,
+        )
     if changes := changes_between(before, snapshot_model(model)):
         raise PluginError(
             f"plugin {hooks.plugin!r} changed the model of type {hooks.model_type!r} while it "
@@ -87,7 +89,8 @@ def cut_model(loaded: LoadedModel, hooks: Hooks, kind: Kind, *, verify: bool = T
         _check_body(loaded, proxy, sites)
     report = None
     if verify and kind != "stub":
-        with _sites_run_in_their_parts(loaded, proxy, sites), _blame(hooks):
+        modules = (model, *(part.module for part in proxy.parts))
+        with _sites_run_in_their_parts(loaded, proxy, sites), _blame(hooks), few_pages(*modules):
             report = load_flow(proxy.flow).verify(model, proxy, sites)
     return Cut(proxy, sites, report)
 

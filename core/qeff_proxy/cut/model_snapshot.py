@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qeff_proxy.load.mapped_memory import few_pages
+
 #: Elements of a tensor that are compared; of larger tensors, so many at equal distances.
 _SAMPLE = 1 << 16
 
@@ -29,8 +31,10 @@ def snapshot_model(model: nn.Module) -> dict[str, Any]:
     # Buffers that are not saved, such as rotary tables, a model may compute anew as it runs.
     kept = model.state_dict()
     saved = {name: one for name, one in model.named_buffers() if name in kept}
-    for name, tensor in {**saved, **dict(model.named_parameters())}.items():
-        state[f"tensor {name}"] = (id(tensor), tensor._version, _sum_of_bits(tensor))  # noqa: SLF001
+    with few_pages(model) as give_back:
+        for name, tensor in {**saved, **dict(model.named_parameters())}.items():
+            state[f"tensor {name}"] = (id(tensor), tensor._version, _sum_of_bits(tensor))  # noqa: SLF001
+            give_back(tensor)
     config = getattr(model, "config", None)
     if config is not None:
         state["the config"] = config.to_dict()

@@ -22,6 +22,7 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import ExportError
 from qeff_proxy.families.rotary import rotary_limits
 from qeff_proxy.flows.random_inputs import random_inputs
+from qeff_proxy.load.mapped_memory import few_pages
 from qeff_proxy.parts import Part, TensorSpec
 from qeff_proxy.session.axes import size_of
 
@@ -113,7 +114,7 @@ def _run_part(part: Part, feeds: Mapping[str, Array]) -> dict[str, Array]:
     arguments: dict[str, Any] = {
         name.replace(".", "__"): to_tensor(value) for name, value in feeds.items()
     }
-    with torch.no_grad():
+    with torch.no_grad(), few_pages(part.module):
         outputs = part.module(**arguments)
     return {name: to_array(value) for name, value in outputs.items()}
 

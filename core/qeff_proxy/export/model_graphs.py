@@ -22,6 +22,7 @@ from qeff_proxy.layers.layer_lists import LayerList, describe_kinds, find_layer_
 from qeff_proxy.layers.taps import tap_proxy
 from qeff_proxy.load.first_layers import SampledModel, at_most
 from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.load.mapped_memory import few_pages
 from qeff_proxy.load.transformers_model import NotSampled
 from qeff_proxy.load.weight_sources import WeightSources
 from qeff_proxy.parts import Kind, Part, TensorSpec
@@ -216,7 +217,7 @@ def _full_depth(job: GraphJob, sampled: SampledModel, cut: Cut) -> tuple[Part, .
     if sampled.is_whole:
         return cut.proxy.parts
     try:
-        with marked_layers(sampled.model, [sampled.layers], runs=True):
+        with few_pages(sampled.model), marked_layers(sampled.model, [sampled.layers], runs=True):
             proxy = job.hooks.build_proxy(
                 model=sampled.model,
                 embedding=cut.sites["embedding"],

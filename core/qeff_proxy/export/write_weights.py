@@ -25,6 +25,7 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.artifact.hashes import name_digest, new_digest
 from qeff_proxy.common.direct_io import PIECE, FileReader, FileWriter
 from qeff_proxy.errors import ArtifactError, CheckpointError
+from qeff_proxy.load.mapped_memory import give_back
 from qeff_proxy.load.quantized.arithmetic import Buffers
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, StoredTensor
 from qeff_proxy.load.weight_sources import (
@@ -149,6 +150,7 @@ def _write_file(
                     made.update(next(layers))
                 tensor = made.pop(name)
             _put_tensor(tensor, sink, look)
+            give_back(tensor)
         return sink.finish()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qeff_proxy.arrays import dtype_name
 from qeff_proxy.layers.index_use import uses_index
 from qeff_proxy.layers.layer_lists import LayerList, find_layer_list, prefix_with_every_kind
 from qeff_proxy.layers.shorten import shorten
 from qeff_proxy.load.checkpoint_files import read_config_file
+from qeff_proxy.load.mapped_memory import LARGE, Scratch
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES
 from qeff_proxy.load.transformers_model import NotSampled
 from qeff_proxy.load.weight_sources import (
+    StoredWeight,
     Weight,
     WeightSources,
     aliases_of,
@@ -186,6 +190,7 @@ def _read_weights(
     assert sources.make is not None  # noqa: S101 (set where the sources are)
     made = sources.make(pieces) if pieces else {}
     buffers = dict(model.named_buffers())
+    wanted: dict[str, Weight | None] = {}
     for name, tensor in [*model.named_parameters(), *buffers.items()]:
         names = sources.aliases.get(name, (name,))
         left_out = name not in buffers and all(alias.startswith(absent) for alias in names)
@@ -196,13 +201,28 @@ def _read_weights(
             raise NotSampled(f"where {name} comes from is not known")
         if source is not None and not stored and name not in buffers:
             continue
-        value = made[name] if source is None else source.read()
-        value = value.to(tensor.dtype)
-        if name not in buffers:
-            value = nn.Parameter(value, tensor.requires_grad)
-        for alias in names:
-            path, _, last = alias.rpartition(".")
-            setattr(model.get_submodule(path), last, value)
+        wanted[name] = source
+    tensors = {**dict(model.named_parameters()), **buffers}
+    converted = {name for name, one in wanted.items() if not _is_mapped(one, tensors[name].dtype)}
+    large = sum(tensors[name].nbytes for name in converted) >= LARGE
+    with closing(Scratch()) if large else nullcontext() as scratch:
+        for name, source in wanted.items():
+            tensor = tensors[name]
+            if scratch is not None and name in converted:
+                blocks = [made.pop(name)] if source is None else source.blocks()
+                value = scratch.put(blocks, tuple(tensor.shape), tensor.dtype)
+            else:
+                value = (made[name] if source is None else source.read()).to(tensor.dtype)
+            if name not in buffers:
+                value = nn.Parameter(value, tensor.requires_grad)
+            for alias in sources.aliases.get(name, (name,)):
+                path, _, last = alias.rpartition(".")
+                setattr(model.get_submodule(path), last, value)
+
+
+def _is_mapped(source: Weight | None, dtype: torch.dtype) -> bool:
+    """Whether a weight is mapped from the checkpoint's file, and not converted."""
+    return isinstance(source, StoredWeight) and TORCH_DTYPES[source.dtype] == dtype_name(dtype)
 
 
 #: At least two layers are loaded, so that the second runs on what the first gives.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ _TOKENS = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "padding_token_id",
 }
+_LINKS = "weights-{:05}.gguf"  # to further files of a model
+#: What the names of a model's pieces differ in.
+_PIECE = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")
 #: Dtypes that a file holds as they are, by their names in ``gguf``.
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 
@@ -47,7 +51,8 @@ def gguf_file_of(path: Path) -> Path | None:
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if not files or (path / GGUF_LINK).is_symlink() or has_weights(path):
         return None
-    if len(files) > 1:
+    names = {_PIECE.sub("", file.name) for file in files}
+    if len(names) > 1:
         raise CheckpointError(
             f"{path} holds several GGUF files ({', '.join(file.name for file in files)})",
             "Name one of them.",
@@ -65,26 +70,47 @@ def unpack_gguf(file: Path) -> Path:
         CheckpointError: The file is damaged, a piece of a file, of an architecture that
             transformers does not read, or package ``gguf`` is missing.
     """
-    file = file.absolute()
-    status = file.stat()
-    made_of = (str(file), status.st_size, status.st_mtime_ns, version("transformers"))
+    files = _pieces_of(file.absolute())
+    file, status = files[0], [one.stat() for one in files]
+    times = [(one.st_size, one.st_mtime_ns) for one in status]
+    made_of = (str(file), times, version("transformers"))
     digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     target = cache_home() / "gguf" / f"{file.stem}-{digest}"
     with locked(target, lambda _: None, what="config"):
         if not (target / "config.json").is_file():
             with staged_folder(target, "config.json") as folder:
-                _write_folder(folder, file)
+                _write_folder(folder, files)
     return target
 
 
-def _write_folder(folder: Path, file: Path) -> None:
+def _pieces_of(file: Path) -> list[Path]:
+    """The files of a model of which one is named, in order; the first has the metadata.
+
+    Raises:
+        CheckpointError: One is missing, or the file is a piece without the name of one.
+    """
+    name = _PIECE.search(file.name)
+    if name is None:
+        count = _read(file).fields.get("split.count")
+        if count is not None and count.contents() > 1:
+            raise CheckpointError(
+                f"{file} is one of {count.contents()} pieces of a model, by another name",
+                f"Name the pieces as they were published: …-00001-of-{count.contents():05}.gguf.",
+            )
+        return [file]
+    numbers = range(1, int(name[2]) + 1)
+    files = [file.with_name(_PIECE.sub(f"-{n:05}-of-{name[2]}", file.name)) for n in numbers]
+    for piece in files:
+        if not piece.is_file():
+            raise CheckpointError(
+                f"{piece} is missing, a piece of the model", "Download all of its files."
+            )
+    return files
+
+
+def _write_folder(folder: Path, files: Sequence[Path]) -> None:
+    file = files[0]
     fields = _read(file).fields
-    count = fields.get("split.count")
-    if count is not None and count.contents() > 1:
-        raise CheckpointError(
-            f"{file} is one of {count.contents()} pieces of a model",
-            "Join them with ggml's gguf-split --merge.",
-        )
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -96,17 +122,22 @@ def _write_folder(folder: Path, file: Path) -> None:
             for name, field in _TOKENS.items():
                 if f"tokenizer.ggml.{field}" in fields:
                     setattr(config, name, fields[f"tokenizer.ggml.{field}"].contents())
+            if any(t.name == "output.weight" for one in files[1:] for t in _read(one).tensors):
+                config.tie_word_embeddings = False  # of which the first file knows nothing
             if "tokenizer.ggml.model" in fields:
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
                 tokenizer.save_pretrained(folder)
             config.save_pretrained(folder)
+    except CheckpointError:
+        raise
     except Exception as error:  # its readers check nothing
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(
             f"{file} cannot be read by transformers ({reason})",
             "Name the checkpoint that it was made from, as safetensors.",
         ) from error
-    (folder / GGUF_LINK).symlink_to(file)
+    for number, piece in enumerate(files):
+        (folder / (_LINKS.format(number) if number else GGUF_LINK)).symlink_to(piece)
 
 
 def _read(file: Path) -> Any:
@@ -152,33 +183,40 @@ def gguf_weights(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     from qeff_proxy.load.transformers_model import model_on_meta
 
     names, newer = find(GGUF), find(GGUF_BLOCKS)
-    file = (folder / GGUF_LINK).readlink()
-    reader = _read(file)
-    architecture = reader.fields["general.architecture"].contents()
+    links = (folder / GGUF_LINK, *sorted(folder.glob(_LINKS.format(0).replace("00000", "*"))))
+    files = [link.readlink() for link in links]
+    readers = [_read(file) for file in files]
+    file, fields = files[0], readers[0].fields
+    architecture = fields["general.architecture"].contents()
     if names is None or (newer is not None and newer.is_supported(architecture)):
-        return {}
+        return _whole(files)
     model = model_on_meta(folder, dict(config), None, trust_remote_code=False)
     kind = names.processors.get(architecture, names.processor)
     processor = kind(config=model.config.to_dict())
     try:
         keys: dict[str, str] = names.weights_map(model, processor)
     except NotImplementedError:
-        return {}  # transformers says so itself, when it loads the file
+        return _whole(files)  # transformers says so itself, when it loads the file
     weights: dict[str, Any] = {}
-    unread = {key for key, field in reader.fields.items() if _scales_positions(key, field)}
-    for tensor in reader.tensors:
+    unread = {key for key, field in fields.items() if _scales_positions(key, field)}
+    held = (
+        (one, tensor)
+        for one, reader in zip(files, readers, strict=True)
+        for tensor in reader.tensors
+    )
+    for path, tensor in held:
         # A view of a single zero: shows what the processor does, at no cost.
         zeros = np.broadcast_to(np.float32(0), tuple(map(int, reversed(tensor.shape))))
         about = {"tensor_key_mapping": keys, "parsed_parameters": {"tensors": {}}}
         processed = processor.process(weights=zeros, name=tensor.name, **about)
         key = keys.get(tensor.name)
         if processed.name != tensor.name or key in weights:
-            return {}
+            return _whole(files)
         if key is None:
             unread.add(tensor.name)
             continue
         changed = None if processed.weights is zeros else processor
-        weights[key] = _weight(file, key, tensor, processed.weights.shape, changed)
+        weights[key] = _weight(path, key, tensor, processed.weights.shape, changed)
     if unread:
         warnings.warn(
             f"{file} holds {', '.join(sorted(unread)[:4])}, which transformers does not read: the "
@@ -187,6 +225,16 @@ def gguf_weights(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
             stacklevel=4,
         )
     return weights
+
+
+def _whole(files: Sequence[Path]) -> dict[str, Any]:
+    """No weights: transformers must load the file, which it does for a single one only."""
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{files[0]} is one of {len(files)} pieces, and is not read tensor by tensor",
+            "Join them with ggml's gguf-split --merge.",
+        )
+    return {}
 
 
 def _scales_positions(key: str, field: Any) -> bool:

@@ -50,6 +50,10 @@ class StoredWeight:
         """The tensor, mapped (`map_tensor`)."""
         return map_tensor(self)
 
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """The tensor as its only block (see `ComputedWeight.blocks`)."""
+        yield self.read()
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -125,22 +129,23 @@ def map_tensor(stored: StoredWeight) -> torch.Tensor:
     Whoever writes to it writes to a copy of the page; the file never changes.
     """
     place = stored.place
-    dtype = getattr(torch, TORCH_DTYPES[place.dtype])
-    if place.length == 0:
-        return torch.empty(place.shape, dtype=dtype)
-    # No more than the tensor is mapped: a writable mapping counts as memory that may be needed.
-    before = place.offset % mmap.ALLOCATIONGRANULARITY
     with stored.path.open("rb") as file:
-        window = mmap.mmap(
-            file.fileno(),
-            before + place.length,
-            access=mmap.ACCESS_COPY,
-            offset=place.offset - before,
-        )
-    flat = torch.frombuffer(window, dtype=torch.uint8, count=place.length, offset=before)
-    if place.offset % dtype.itemsize:
+        dtype = getattr(torch, TORCH_DTYPES[place.dtype])
+        return map_file(file.fileno(), place.offset, place.shape, dtype)
+
+
+def map_file(file: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """As `map_tensor`, of an open file; it may be closed."""
+    length = math.prod(shape) * dtype.itemsize
+    if length == 0:
+        return torch.empty(shape, dtype=dtype)
+    # No more than the tensor is mapped: a writable mapping counts as memory that may be needed.
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    window = mmap.mmap(file, before + length, access=mmap.ACCESS_COPY, offset=offset - before)
+    flat = torch.frombuffer(window, dtype=torch.uint8, count=length, offset=before)
+    if offset % dtype.itemsize:
         flat = flat.clone()  # kernels want whole elements
-    return flat.view(dtype).reshape(place.shape)
+    return flat.view(dtype).reshape(shape)
 
 
 @dataclass

@@ -39,6 +39,7 @@ from qeff_proxy.export.trace.lean_trace import without_notes
 from qeff_proxy.export.trace.operator_table import operators_read_once
 from qeff_proxy.graph.folding import fold_graph
 from qeff_proxy.layers.layer_lists import LayerList, layer_lists, stored_weights
+from qeff_proxy.load.mapped_memory import few_pages
 from qeff_proxy.parts import Part, TensorSpec
 from qeff_proxy.session.sample_inputs import TRACE_SIZES, mangled_inputs, sample_inputs
 
@@ -142,7 +143,8 @@ def _run(part: Part) -> tuple[MarkedLayers, set[str]]:
     for name, tensor in samples.items():
         if tensor.is_floating_point():
             samples[name] = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-    with torch.no_grad(), marked_layers(part.module, runs=True) as marked:
+    pages = few_pages(part.module)  # before the layers are marked, which hides their modules
+    with torch.no_grad(), pages, marked_layers(part.module, runs=True) as marked:
         marked.inputs = {spec.name: samples[name] for name, spec in mangled_inputs(part)}
         try:
             outputs = part.module(**samples)

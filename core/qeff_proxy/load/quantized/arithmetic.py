@@ -132,7 +132,7 @@ def numbers(codes: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> None:
         out.copy_(codes)
         return
     data = codes.contiguous().view(torch.int8)
-    if codes.dtype == torch.float8_e4m3fn and data.numel() and int((data & 127).max()) < 127:
+    if codes.dtype == torch.float8_e4m3fn and data.numel() and _without_sign(data, buffers) < 127:
         # Sign, exponent and mantissa move to where float16 has them, whose exponents are 8 larger:
         # faster than PyTorch's conversion, and than a table, but blind to NaN.
         moved = buffers.get(torch.int16, data.shape).copy_(data).mul_(128).bitwise_and_(-0x4001)
@@ -141,6 +141,11 @@ def numbers(codes: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> None:
     table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).to(torch.float32)
     index = data.flatten().view(torch.uint8).to(torch.int32)
     out.copy_(table.index_select(0, index).view(codes.shape))
+
+
+def _without_sign(data: torch.Tensor, buffers: Buffers) -> int:
+    """The largest of int8 codes, without their highest bit."""
+    return int(torch.bitwise_and(data, 127, out=buffers.get(torch.int8, data.shape)).max())
 
 
 def packed(bits: int) -> Reader:

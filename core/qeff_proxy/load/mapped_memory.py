@@ -1,0 +1,111 @@
+"""Weights of a large model that are run, in memory that is not kept.
+
+A weight that must be converted before it can be run is written to a scratch file and mapped from
+there, as others are from the checkpoint's files: the system can take such memory back. It counts as
+the process's nevertheless once it was read, so its pages are given back after each use. They stay
+in the system's cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qeff_proxy.artifact.export_folder import cache_home
+from qeff_proxy.load.quantized.arithmetic import Buffers
+from qeff_proxy.load.weight_sources import map_file
+
+#: Bytes of weights; those of a smaller model stay in memory, which is faster.
+LARGE = 1 << 29
+_LEAST = 1 << 20  # bytes of a tensor whose pages are given back
+_ELEMENTS = 1 << 18  # converted at a time
+#: Bits of an entry of ``/proc/self/pagemap``: https://docs.kernel.org/admin-guide/mm/pagemap.html
+_PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
+
+
+class Scratch:
+    """A file without a name that holds tensors; closed, it goes when the last of them does."""
+
+    def __init__(self) -> None:
+        home = cache_home()  # on a disk, as a rule, where the system's folder may be in memory
+        self._file = tempfile.TemporaryFile(dir=home if home.is_dir() else None)  # noqa: SIM115
+        self._buffers = Buffers()
+
+    def close(self) -> None:
+        """Put nothing more into it; its tensors stay."""
+        self._file.close()
+
+    def put(
+        self, blocks: Iterable[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Write a tensor, whose elements come in blocks of any dtype, and map it.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        unit = mmap.ALLOCATIONGRANULARITY
+        begin = self._file.seek(-(-self._file.tell() // unit) * unit)
+        for block in blocks:
+            flat = block.detach().reshape(-1)
+            for start in range(0, len(flat), _ELEMENTS):
+                piece = self._buffers.convert(flat[start : start + _ELEMENTS], dtype)
+                self._file.write(piece.contiguous().view(torch.uint8).numpy().data)
+        self._file.flush()
+        return map_file(self._file.fileno(), begin, shape, dtype)
+
+
+@contextmanager
+def few_pages(*modules: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Give the pages of weights back after each use of their module, if the modules are large.
+
+    Yields:
+        Gives back the pages of a tensor that was used otherwise.
+    """
+    inner = {id(one): one for module in modules for one in module.modules()}.values()
+    owned = [(one, tuple(one.parameters(recurse=False))) for one in inner]
+    weights = {id(p): p for _, own in owned for p in own if not p.is_meta}.values()
+    if sys.platform != "linux" or sum(p.nbytes for p in weights) < LARGE:
+        yield lambda _tensor: None
+        return
+    with ExitStack() as stack:
+        for module, own in owned:
+            if own:
+                handle = module.register_forward_hook(partial(_after_use, own), always_call=True)
+                stack.callback(handle.remove)
+        yield give_back
+        for weight in weights:
+            give_back(weight)
+
+
+def _after_use(weights: tuple[torch.Tensor, ...], *_: Any) -> None:
+    for weight in weights:
+        give_back(weight)
+
+
+def give_back(tensor: torch.Tensor) -> None:
+    """Give back the pages of a tensor, if a file holds all that is in them."""
+    if sys.platform != "linux" or tensor.is_meta or tensor.nbytes < _LEAST:
+        return
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE)
+    last = (tensor.data_ptr() + tensor.untyped_storage().nbytes()) // mmap.PAGESIZE
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as table:
+        table.seek(first * 8)
+        pages = np.frombuffer(table.read((last - first) * 8), np.uint64)
+    in_memory, of_file = pages & (_PRESENT | _SWAPPED) != 0, pages & _OF_FILE != 0
+    # Memory of the process itself, or a page that somebody wrote to, would be lost.
+    if in_memory.any() and of_file[in_memory].all():
+        size = (last - first) * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t(size), mmap.MADV_DONTNEED
+        )
