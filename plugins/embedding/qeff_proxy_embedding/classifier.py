@@ -8,7 +8,6 @@ one: padding is on the right, so it is the last that the mask shows.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.families.generic import path_of
+from qeff_proxy.families.given_embeddings import takes_embeddings, with_given_embeddings
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
@@ -80,12 +80,9 @@ def build_proxy(model: PreTrainedModel, embedding: Site | Absent, kind: Kind) ->
     ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
     parts: tuple[Part, ...]
     if kind == "split":
-        if "inputs_embeds" not in inspect.signature(model.forward).parameters:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} takes no inputs_embeds, so its token embedding cannot be "
-                "cut off",
-                "Export it as one graph (--proxy none), or write a plugin for it.",
-            )
+        if not takes_embeddings(model.base_model):
+            cut = with_given_embeddings(model, table)
+            whole = _LastToken(cut) if takes_last else cut
         embeds = TensorSpec("inputs_embeds", dtype, ("batch", "sequence", width))
         body = ClassifierPart(whole, probe.masks, embeds.name, shape)
         parts = (
