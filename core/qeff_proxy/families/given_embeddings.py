@@ -36,6 +36,11 @@ def with_given_embeddings(model: ModuleT, table: nn.Module) -> ModuleT:
     return replace_modules(model, {path: _Given() for path, one in named if one is table})
 
 
+def needs_given(model: nn.Module) -> bool:
+    """Whether a model is, or has in it, one of `with_given_embeddings`."""
+    return any(isinstance(module, _Given) for module in model.modules())
+
+
 @contextmanager
 def embeddings_given(embeddings: torch.Tensor) -> Iterator[torch.Tensor]:
     """Let models of `with_given_embeddings` run on ``embeddings [batch, sequence, width]``.

@@ -170,7 +170,7 @@ class ClassifierPart(EncoderPart):
 
 
 class _LastToken(nn.Module):
-    """A decoder with a head that scores each token; gives the scores of the last one.
+    """A decoder with heads that score each token; gives the scores of the last one.
 
     transformers looks for it among the token ids, which a body does not get.
     """
@@ -180,7 +180,8 @@ class _LastToken(nn.Module):
         self.config = model.config
         self.dtype = model.dtype
         self.decoder = model.base_model
-        self.head = _heads(model)[0]
+        heads = _heads(model)
+        self.head = heads[0] if len(heads) == 1 else nn.Sequential(*heads)
 
     def forward(
         self,
@@ -243,5 +244,5 @@ def _probe_logits(model: PreTrainedModel) -> tuple[tuple[int | str, ...], bool]:
             f"{type(model).__name__} gives {list(logits.shape)} for {ids.shape[1]} tokens",
             "Only scores of texts, or of their tokens, are exported.",
         )
-    takes_last = len(heads) == 1 and isinstance(heads[0], nn.Linear) and scored == [3]
+    takes_last = scored == [3] * len(heads) and isinstance(heads[-1], nn.Linear)
     return ("batch", labels), takes_last

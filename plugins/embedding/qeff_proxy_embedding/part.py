@@ -11,7 +11,7 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.experts import experts_in_turn
-from qeff_proxy.families.given_embeddings import embeddings_given, takes_embeddings
+from qeff_proxy.families.given_embeddings import embeddings_given, needs_given
 from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
@@ -55,7 +55,7 @@ class EncoderPart(nn.Module):
         self.entry = entry
         self.dense = dense
         parameters = inspect.signature(self.model.forward).parameters
-        self.takes_embeddings = takes_embeddings(self.model)
+        self.needs_given = needs_given(self.model)
         self.takes_mask = "attention_mask" in parameters
         # XLM takes token types, too, and looks them up in its token embedding.
         kinds = getattr(model.config, "type_vocab_size", 0) or 0
@@ -127,7 +127,7 @@ class EncoderPart(nn.Module):
             arguments["use_cache"] = False
         name = self.entry
         given: AbstractContextManager[torch.Tensor] = nullcontext(tensors[name])
-        if name == "inputs_embeds" and not self.takes_embeddings:
+        if self.needs_given:
             name, given = "input_ids", embeddings_given(tensors[name])
         with provide_masks(self.model, masks), given as first:
             hidden = self.model(**{name: first}, **arguments)[0]
