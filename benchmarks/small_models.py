@@ -102,6 +102,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moonshine": dict.fromkeys(
         ("num_key_value_heads", "encoder_num_key_value_heads", "decoder_num_key_value_heads"), 4
     ),
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "wav2vec2-bert": {"vocab_size": VOCABULARY},
     "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "xmod": {"default_language": "en_XX"},
@@ -319,6 +320,7 @@ def build_small(
             sizes = {name: s for name, s in {**SIZES, **attempt}.items() if s is not None}
             own = SETTINGS.get(model_type, {})
             config = config_class(**small_settings(config_class(), sizes, own))
+            config.architectures = config.architectures or []  # some types have several classes
             if decoder and hasattr(config, "is_decoder"):
                 config.is_decoder = True
             with torch.device("meta"):

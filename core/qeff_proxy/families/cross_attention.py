@@ -40,6 +40,7 @@ class CrossAttention:
         key: Dotted path, in a layer, of the projection to the cross attention's keys.
         value: The same of its values.
         masked: Whether it has a mask over the encoder's positions.
+        project: Dotted path of a module that the hidden states go through before any layer.
     """
 
     layout: DecoderLayout
@@ -48,6 +49,7 @@ class CrossAttention:
     key: str
     value: str
     masked: bool
+    project: str | None = None
 
     def cross_specs(self, length: int | str) -> tuple[TensorSpec, ...]:
         """``cross_key_values.<layer>.key`` and ``.value``: ``[batch, heads, length, width]``."""
@@ -130,8 +132,15 @@ def probe_cross_attention(
     kinds = [k for k in masks if k != "bidirectional"]
     own_masks = tuple(replace(masks[kind], name=MASK_NAMES[kind]) for kind in kinds)
     layout = DecoderLayout(_cache_layers(own), own_masks)
+    project = None if paths[0].startswith(f"{list_path}.") else paths[0]
+    if project is not None and not paths[1].startswith(f"{list_path}."):
+        raise UnsupportedModelError(
+            f"{name} runs {paths[0]} and {paths[1]} on hidden states of its encoder before its "
+            "layers",
+            "A plugin for this model type can build its parts in another way.",
+        )
     return CrossAttention(
-        layout, _cache_layers(cross), list_path, key, value, "bidirectional" in masks
+        layout, _cache_layers(cross), list_path, key, value, "bidirectional" in masks, project
     )
 
 

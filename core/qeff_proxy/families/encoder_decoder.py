@@ -62,6 +62,7 @@ class EncoderPart(nn.Module):
         self.entry = entry
         self.first = first
         self.masks = masks
+        self.project = decoder.get_submodule(attention.project) if attention.project else None
         layers = decoder.get_submodule(attention.list_path).children()
         self.cross = nn.ModuleList(
             _CrossKeys(layer.get_submodule(attention.key), layer.get_submodule(attention.value), of)
@@ -89,6 +90,8 @@ class EncoderPart(nn.Module):
         clamped = _AlwaysClamped() if torch.compiler.is_compiling() else nullcontext()
         with provide_masks(self.encoder, masks), clamped:
             hidden = self.encoder(**arguments)[0]
+        if self.project is not None:
+            hidden = self.project(hidden)
         result = {}
         for index, cross in enumerate(self.cross):
             keys, values = cross(hidden)
@@ -103,6 +106,15 @@ class _AlwaysClamped(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.isfinite:
             return SimpleNamespace(all=lambda: False)
+        return func(*args, **(kwargs or {}))
+
+
+class _KeptBatch(TorchFunctionMode):
+    """Keeps the first axis where a decoder drops it of a single row: a trace is for any number."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.squeeze and args[1:] == (0,) and args[0].shape[0] != 1:
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -145,6 +157,8 @@ class CrossDecoderPart(nn.Module):
         super().__init__()
         self.decoder = experts_in_turn(rotary_by_length(decoder))
         self.attention = attention
+        weight = getattr(decoder.get_submodule(attention.project or ""), "weight", None)
+        self.encoder_width = None if weight is None else int(weight.shape[1])
         self.table = table
         self.head = head
 
@@ -173,7 +187,9 @@ class CrossDecoderPart(nn.Module):
             "inputs_embeds": embeds,
             "attention_mask": tensors["padding_mask"],
             # Only makes the layers attend; the keys and values are in the cache.
-            "encoder_hidden_states": embeds,
+            "encoder_hidden_states": embeds
+            if self.encoder_width is None
+            else embeds.new_zeros((*embeds.shape[:2], self.encoder_width)),
             "use_cache": True,
             cache_argument(self.decoder.forward): cache,
         }
@@ -183,7 +199,8 @@ class CrossDecoderPart(nn.Module):
             arguments[CROSS_MASK] = tensors[CROSS_PADDING]
         if "position_ids" in inspect.signature(self.decoder.forward).parameters:
             arguments["position_ids"] = tensors["position_ids"]
-        with provide_masks(self.decoder, masks):
+        kept = _KeptBatch() if torch.compiler.is_compiling() else nullcontext()
+        with provide_masks(self.decoder, masks), kept:
             hidden = self.decoder(**arguments)[0]
         result = {"last_hidden_state": hidden}
         if isinstance(self.head, HeadStub):

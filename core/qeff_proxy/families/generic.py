@@ -156,7 +156,7 @@ def _decoder_path(model: PreTrainedModel) -> str | None:
 def _split_parts(
     model: PreTrainedModel,
     decoder_path: str,
-    table: nn.Module,
+    table: Any,
     layout: DecoderLayout,
     vocabulary: int,
 ) -> tuple[Part, ...]:

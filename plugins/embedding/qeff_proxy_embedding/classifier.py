@@ -8,7 +8,6 @@ one: padding is on the right, so it is the last that the mask shows.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.families.generic import path_of
+from qeff_proxy.families.given_embeddings import takes_embeddings, with_given_embeddings
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
@@ -80,12 +80,9 @@ def build_proxy(model: PreTrainedModel, embedding: Site | Absent, kind: Kind) ->
     ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
     parts: tuple[Part, ...]
     if kind == "split":
-        if "inputs_embeds" not in inspect.signature(model.forward).parameters:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} takes no inputs_embeds, so its token embedding cannot be "
-                "cut off",
-                "Export it as one graph (--proxy none), or write a plugin for it.",
-            )
+        if not takes_embeddings(model.base_model):
+            cut = with_given_embeddings(model, table)
+            whole = _LastToken(cut) if takes_last else cut
         embeds = TensorSpec("inputs_embeds", dtype, ("batch", "sequence", width))
         body = ClassifierPart(whole, probe.masks, embeds.name, shape)
         parts = (
@@ -173,7 +170,7 @@ class ClassifierPart(EncoderPart):
 
 
 class _LastToken(nn.Module):
-    """A decoder with a head that scores each token; gives the scores of the last one.
+    """A decoder with heads that score each token; gives the scores of the last one.
 
     transformers looks for it among the token ids, which a body does not get.
     """
@@ -183,7 +180,8 @@ class _LastToken(nn.Module):
         self.config = model.config
         self.dtype = model.dtype
         self.decoder = model.base_model
-        self.head = _heads(model)[0]
+        heads = _heads(model)
+        self.head = heads[0] if len(heads) == 1 else nn.Sequential(*heads)
 
     def forward(
         self,
@@ -246,5 +244,5 @@ def _probe_logits(model: PreTrainedModel) -> tuple[tuple[int | str, ...], bool]:
             f"{type(model).__name__} gives {list(logits.shape)} for {ids.shape[1]} tokens",
             "Only scores of texts, or of their tokens, are exported.",
         )
-    takes_last = len(heads) == 1 and isinstance(heads[0], nn.Linear) and scored == [3]
+    takes_last = scored == [3] * len(heads) and isinstance(heads[-1], nn.Linear)
     return ("batch", labels), takes_last

@@ -20,6 +20,7 @@ from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
+from qeff_proxy.families.given_embeddings import takes_embeddings, with_given_embeddings
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
@@ -105,14 +106,11 @@ class EmbeddingFamily:
         ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
         parts: tuple[Part, ...]
         if kind == "split":
-            if "inputs_embeds" not in inspect.signature(encoder_of(model).forward).parameters:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} takes no inputs_embeds, so its token embedding cannot "
-                    "be cut off",
-                    "Export it as one graph (--proxy none), or write a plugin for it.",
-                )
             embeds = TensorSpec("inputs_embeds", dtype, ("batch", "sequence", narrow))
-            body = EncoderPart(model, probe.masks, pooling, "inputs_embeds", dense)
+            cut = model
+            if not takes_embeddings(encoder_of(model)):
+                cut = with_given_embeddings(model, table)
+            body = EncoderPart(cut, probe.masks, pooling, "inputs_embeds", dense)
             outputs = (body.output(probe.width),)
             parts = (
                 Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),

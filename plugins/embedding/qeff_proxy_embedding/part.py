@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
 from qeff_proxy.families.experts import experts_in_turn
+from qeff_proxy.families.given_embeddings import embeddings_given, needs_given
 from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
@@ -53,6 +55,7 @@ class EncoderPart(nn.Module):
         self.entry = entry
         self.dense = dense
         parameters = inspect.signature(self.model.forward).parameters
+        self.needs_given = needs_given(self.model)
         self.takes_mask = "attention_mask" in parameters
         # XLM takes token types, too, and looks them up in its token embedding.
         kinds = getattr(model.config, "type_vocab_size", 0) or 0
@@ -115,14 +118,18 @@ class EncoderPart(nn.Module):
             mask.kind: tensors[mask.name] for mask in self.masks
         }
         padding_mask = tensors["padding_mask"]
-        arguments: dict[str, Any] = {self.entry: tensors[self.entry]}
+        arguments: dict[str, Any] = {}
         if self.takes_mask:
             arguments["attention_mask"] = padding_mask
         if self.takes_token_types:
             arguments["token_type_ids"] = tensors["token_type_ids"]
         if self.takes_cache:
             arguments["use_cache"] = False
-        with provide_masks(self.model, masks):
-            hidden = self.model(**arguments)[0]
+        name = self.entry
+        given: AbstractContextManager[torch.Tensor] = nullcontext(tensors[name])
+        if self.needs_given:
+            name, given = "input_ids", embeddings_given(tensors[name])
+        with provide_masks(self.model, masks), given as first:
+            hidden = self.model(**{name: first}, **arguments)[0]
         name = "sentence_embedding" if self.pooling.pools else "last_hidden_state"
         return {name: self.pooling(hidden, padding_mask, self.dense)}
