@@ -239,7 +239,7 @@ SETTINGS |= {
     },
     "step3p7": {"text_config": {"sliding_window": 8}},
 }
-_NAMED = {"image_token_id": 250, "video_token_id": 249, "vision_config": {"insert_layer_id": 2}}
+_NAMED = {"image_token_id": 250, "video_token_id": 249, "insert_layer_id": 2}
 SETTINGS |= dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _NAMED)
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "linear_num_key_heads")
 #: What is left out of the sizes, or has another one, where a model of all of them cannot be built:
