@@ -216,7 +216,6 @@ SETTINGS |= {
         "text_config": {"head_dim": 8, "num_key_value_heads": 4},
         "projection_hidden_size": 64,
     },
-    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}, "out_hidden_size": 256},
     "nemotron_h_omni": {
         "img_context_token_id": 250,
