@@ -227,7 +227,6 @@ SETTINGS |= {
         "text_config": {"head_dim": 8, "num_key_value_heads": 4},
         "projection_hidden_size": 64,
     },
-    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}, "out_hidden_size": 256},
     "nemotron_h_omni": {
         "img_context_token_id": 250,
@@ -250,7 +249,7 @@ SETTINGS |= {
     },
     "step3p7": {"text_config": {"sliding_window": 8}},
 }
-_NAMED = {"image_token_id": 250, "video_token_id": 249, "vision_config": {"insert_layer_id": 2}}
+_NAMED = {"image_token_id": 250, "video_token_id": 249, "insert_layer_id": 2}
 SETTINGS |= dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _NAMED)
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "linear_num_key_heads")
 #: What is left out of the sizes, or has another one, where a model of all of them cannot be built:

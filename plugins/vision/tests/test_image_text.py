@@ -7,30 +7,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from qeff_proxy import Plugins, QEFFAutoModelForImageTextToText
-from qeff_proxy.backends.compile_export import open_sessions
+from qeff_proxy import Plugins
 from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.errors import CutError, UnsupportedModelError, UsageError
-from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.flows.flow import load_flow
 from qeff_proxy.load.load_model import with_options, wrap_model
 from qeff_proxy_vision.tiny import with_random_weights
 
 pytestmark = pytest.mark.one_home
 
 FLOW = "image-text-to-text"
-IMAGE_TOKEN, OTHER_TOKEN, PLAIN_TOKENS = 98, 97, 90
-NEW_TOKENS = 10
-TOLERANCE = 2e-4
-GREEDY = {
-    "max_new_tokens": NEW_TOKENS,
-    "do_sample": False,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+IMAGE_TOKEN, OTHER_TOKEN = 98, 97
 TEXT = {
     "vocab_size": 99,
     "hidden_size": 64,
@@ -233,6 +223,49 @@ def test_what_a_model_does_with_images_is_learnt(model_type):
     assert learnt == LEARNT[model_type]
 
 
+HYBRID = {
+    "vision_config": {"model_type": "siglip_vision_model", **TOWER},
+    "high_res_vision_config": {
+        "model_type": "sam_vision_model",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 8,
+        "output_channels": 16,
+        "window_size": 4,
+        "global_attn_indexes": [0],
+        "mlp_dim": 48,
+    },
+    "text_config": {"model_type": "llama", **TEXT},
+    "image_token_id": IMAGE_TOKEN,
+}
+VIDEO = {
+    "vision_config": {"model_type": "clip_vision_model", **TOWER, "projection_dim": 32},
+    "text_config": {"model_type": "llama", **TEXT},
+    "image_token_index": IMAGE_TOKEN,
+    "video_token_index": OTHER_TOKEN,
+}
+
+
+def test_an_image_in_two_sizes(monkeypatch):
+    monkeypatch.setitem(CONFIGS, "deepseek_vl_hybrid", HYBRID)
+    made = cut(make_model("deepseek_vl_hybrid"))
+    inputs = {spec.name: spec.shape for spec in made.proxy.part("vision").inputs}
+    assert inputs == {
+        "pixel_values": ("batch", 3, 32, 32),
+        "high_res_pixel_values": ("batch", 3, 64, 64),
+    }
+    assert made.report.max_difference <= 1e-5
+
+
+def test_what_a_tower_may_be_given_and_is_not(monkeypatch):
+    monkeypatch.setitem(CONFIGS, "video_llava", VIDEO)
+    made = cut(make_model("video_llava"))
+    assert made.proxy.settings["image"]["refused"] == ["pixel_values_images"]
+    assert made.report.max_difference <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("model_type", "fault"),
     [
@@ -327,26 +360,17 @@ def test_recurrent_layers_in_one_graph_with_the_tower_are_refused():
         cut(make_model("qwen3_5"), kv_offload=False)
 
 
-def test_tensors_that_are_not_known_are_refused():
-    config = {
-        "vision_config": {"model_type": "siglip_vision_model", **TOWER},
-        "high_res_vision_config": {
-            "model_type": "sam_vision_model",
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "image_size": 64,
-            "patch_size": 8,
-            "output_channels": 16,
-            "window_size": 4,
-            "global_attn_indexes": [0],
-            "mlp_dim": 48,
-        },
-        "text_config": {"model_type": "llama", **TEXT},
-        "image_token_id": IMAGE_TOKEN,
-    }
-    said = refused_by("deepseek_vl_hybrid", config)
-    assert "come with high_res_pixel_values" in said
+def test_a_form_that_is_not_known_is_refused():
+    model = make_model("aya_vision")
+    own = type(model.model).get_image_features
+
+    class Odd(type(model.model)):
+        def get_image_features(self, pixel_values, weather, **kwargs):
+            return own(self, pixel_values, **kwargs)
+
+    model.model.__class__ = Odd
+    with pytest.raises(UnsupportedModelError, match="come with weather, which"):
+        cut(model)
 
 
 def test_a_tower_for_one_image_in_the_bodys_graph_is_refused():
@@ -374,158 +398,3 @@ def test_the_size_of_images_is_said():
 def test_an_image_size_that_is_none(size):
     with pytest.raises(UsageError, match="image_size is"):
         cut(make_model("mistral3"), image_size=size)
-
-
-# --- Exported graphs ---
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Qwen3-VL, exported from a folder: grids, positions of several axes, features for layers."""
-    folder = tmp_path_factory.mktemp("qwen3_vl")
-    make_model("qwen3_vl").save_pretrained(folder / "checkpoint")
-    face = QEFFAutoModelForImageTextToText.from_pretrained(
-        folder / "checkpoint", enable_proxy=True, image_size="32x64"
-    )
-    face.export(folder / "export")
-    face.compile()
-    return face, face._compiled
-
-
-def make_prompt(images_per_row, grid=(1, 4, 8), seed=3):
-    """A batch of prompts, padded on the left, with images of noise."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = grid[1] * grid[2] // 4
-
-    def text(length):
-        return torch.randint(1, PLAIN_TOKENS, (length,), generator=generator).tolist()
-
-    rows = []
-    for extra, images in enumerate(images_per_row):
-        row = text(4)
-        for _ in range(images):
-            row += [IMAGE_TOKEN] * tokens + text(2)
-        rows.append(row + text(3 + extra))
-    length = max(map(len, rows))
-    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    prompt = {"input_ids": ids, "attention_mask": mask}
-    if images := sum(images_per_row):
-        pixels = torch.randn(images * 4 * tokens, 3 * 2 * 64, generator=generator)
-        prompt |= {
-            "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
-            "pixel_values": pixels,
-            "image_grid_thw": torch.tensor([grid] * images),
-        }
-    return prompt
-
-
-class Logits:
-    """Keeps the logits of the last position of each step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def step(self, phase, index, part, inputs, outputs, *, past_length):
-        if part == "lm_head":
-            self.steps.append(outputs["logits"][:, -1])
-
-
-def run(face, compiled, sessions, prompt):
-    logits = Logits()
-    job = Job(
-        export=compiled.export,
-        sessions=sessions,
-        options=compiled.options,
-        config=face.model.config,
-        tensors=prompt,
-        folder=compiled.export.folder / "none",
-        settings=GREEDY,
-        recorder=logits,
-    )
-    tokens = load_flow(FLOW).run(job)["generated_ids"]
-    return tokens, np.stack(logits.steps[-NEW_TOKENS:])
-
-
-def test_graphs_give_what_transformers_generates(exported):
-    face, compiled = exported
-    in_chunks = replace(compiled, options=replace(compiled.options, prefill_seq_len=7))
-    seen = set()
-    with open_sessions(compiled) as sessions:
-        for images_per_row in ([1], [0], [2], [0, 1], [2, 1]):
-            prompt = make_prompt(images_per_row)
-            with torch.no_grad():
-                output = face.model.generate(
-                    **prompt, **GREEDY, output_logits=True, return_dict_in_generate=True
-                )
-            expected = output.sequences[:, prompt["input_ids"].shape[1] :].numpy()
-            logits = np.stack([step.numpy() for step in output.logits])
-            for options in (compiled, in_chunks):
-                tokens, actual = run(face, options, sessions, prompt)
-                assert np.abs(actual - logits).max() <= TOLERANCE, images_per_row
-                assert (tokens == expected).all(), images_per_row
-            seen |= set(expected.flatten().tolist())
-    assert len(seen) > 8, "the model repeats itself, so that equal tokens say little"
-
-
-def test_a_model_that_has_generated_before_is_exported(tmp_path):
-    """It keeps the offsets of its last prompt's positions, a batch of them."""
-    model = make_model("qwen3_vl")
-    model.generate(**make_prompt([2, 1]), **GREEDY)
-    kept = model.model.rope_deltas
-    assert kept is not None
-    face = QEFFAutoModelForImageTextToText(model, proxy="split", options={"image_size": "32x64"})
-    face.export(tmp_path / "export")
-    assert model.model.rope_deltas is kept
-    face.compile()
-    prompt = make_prompt([1, 1], seed=4)
-    expected = model.generate(**prompt, **GREEDY)[:, prompt["input_ids"].shape[1] :]
-    result = face.generate(inputs=prompt, generation_len=NEW_TOKENS)
-    assert (np.asarray(result.generated_ids) == expected.numpy()).all()
-
-
-def test_the_layers_are_streamed(exported):
-    _, compiled = exported
-    assert compiled.export.model["model_type"] == "qwen3_vl"
-    (layers,) = [compiled.export.cut["layers"]]
-    assert layers["count"] == 5
-    assert layers["verified"] < 5
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda prompt: make_prompt([1], grid=(1, 4, 4)),
-            r"image 1 has image_grid_thw \[1, 4, 4\], and the export is made for \[1, 4, 8\]",
-        ),
-        (
-            lambda prompt: {n: v for n, v in prompt.items() if n != "image_grid_thw"},
-            "images need the tensor 'image_grid_thw'",
-        ),
-        (
-            lambda prompt: {**prompt, "pixel_values": prompt["pixel_values"][:, :-1]},
-            r"pixel_values has shape \[32, 383\], and the export is made for images of",
-        ),
-        (
-            lambda prompt: {**prompt, "pixel_values": prompt["pixel_values"][:-1]},
-            "which is not that of 1 images",
-        ),
-        (
-            lambda prompt: {n: v for n, v in prompt.items() if n != "pixel_values"},
-            "8 image tokens, and there is no image",
-        ),
-        (
-            lambda prompt: {**prompt, "input_ids": prompt["input_ids"].clamp(max=50)},
-            "no image token",
-        ),
-        (
-            lambda prompt: {**prompt, "input_ids": prompt["input_ids"].roll(1).fill_(98)},
-            "17 image tokens, and its images need 8",
-        ),
-    ],
-)
-def test_images_that_do_not_fit(exported, change, said):
-    face, compiled = exported
-    with open_sessions(compiled) as sessions, pytest.raises(UsageError, match=said):
-        run(face, compiled, sessions, change(make_prompt([1])))
