@@ -12,7 +12,7 @@ from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.recipe import OPTION, Recipe, identity_of
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.json_schema import plain_json
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.precision.distance import LOGITS, Distance
@@ -90,7 +90,8 @@ def make_recipe(
         UsageError: The backend lacks the precision or cannot obey a recipe, or the model has no
             tokens to be the same.
         UnsupportedModelError: The model cannot be run layer by layer.
-        BackendError: The backend refuses the whole model, or fails on it.
+        BackendError: The backend refuses the whole model, or fails on it, with a recipe of greedy
+            search alone, too.
     """
     if prove and OPTION not in load_backend(backend).options:
         raise UsageError(
@@ -113,9 +114,9 @@ def make_recipe(
     if prove:
         progress("running the backend with everything low")
         before = run_backend(ready, backend, None, progress)
-    aim, identity = goal, identity_of(ready.export)
+    aim, identity, greedy = goal, identity_of(ready.export), False
     for attempt in range(1, _TRIES + 1):
-        found = search(ready.variants, aim, progress)
+        found = search(ready.variants, aim, progress, greedy=greedy)
         recipe = Recipe(
             ready.export.model["source"],
             identity,
@@ -127,7 +128,13 @@ def make_recipe(
         if before is None:
             return Result(recipe, ready.export, found, ready.how, None, None, found.reached)
         progress("running the backend with the recipe")
-        after = run_backend(ready, backend, recipe, progress)
+        try:
+            after = run_backend(ready, backend, recipe, progress)
+        except BackendError:  # compilers refuse some mixtures: fewer modules make a simpler one
+            if greedy or attempt == _TRIES:
+                raise
+            greedy = True
+            continue
         reached = found.reached and _is_proven(goal, before, after)
         if reached or not found.left or goal.most_wide is not None or attempt == _TRIES:
             break

@@ -86,15 +86,18 @@ class Found:
         return 1 - self.distance.noise / self.low.noise if math.isfinite(self.low.noise) else None
 
 
-def search(variants: Variants, goal: Goal, progress: Callable[[str], None]) -> Found:
+def search(
+    variants: Variants, goal: Goal, progress: Callable[[str], None], *, greedy: bool = False
+) -> Found:
     """Find the units that have to stay wide.
 
     Args:
         variants: Measures sets of low units.
         goal: What to reach.
         progress: Called with each step.
+        greedy: Do no more than greedy search, which finds few units.
     """
-    return _Search(variants, goal, progress).run()
+    return _Search(variants, goal, progress).run(greedy=greedy)
 
 
 class _Search:
@@ -112,7 +115,7 @@ class _Search:
         self._known: dict[frozenset[str], Distance] = {}
         self._alone: dict[str, float] = {}
 
-    def run(self) -> Found:
+    def run(self, *, greedy: bool) -> Found:
         """Search."""
         names = sorted(self._every)
         low, *found = self._measure(
@@ -123,9 +126,11 @@ class _Search:
         self._alone = {name: one.noise for name, one in zip(names, alone, strict=True)}
         fatal = frozenset(name for name, noise in self._alone.items() if noise == math.inf)
         starts = [self._grown(fatal, gains, least) for least in _LEAST]
-        starts += [self._filled(fatal, least) for least in _LEAST]
-        starts = sorted(dict.fromkeys(starts), key=self._rank)[:_STARTS]
-        wide = min((self._exchanged(one) for one in starts), key=self._rank)
+        if not greedy:
+            starts += [self._filled(fatal, least) for least in _LEAST]
+            starts = sorted(dict.fromkeys(starts), key=self._rank)[:_STARTS]
+            starts = [self._exchanged(one) for one in starts]
+        wide = min(starts, key=self._rank)
         wide = self._without_needless(wide)
         best, share = self._known[wide], self._variants.share(wide)
         most = self._goal.most_wide

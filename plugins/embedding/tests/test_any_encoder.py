@@ -8,7 +8,9 @@ import torch
 import transformers
 from qeff_proxy import QEFFAutoModel
 from qeff_proxy.cli import main
+from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.load.load_model import wrap_model
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.sites import Absent
 from qeff_proxy_embedding.probe import probe_model
@@ -107,7 +109,6 @@ def test_commands_know_the_task_by_the_architecture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**SIZES)), "inputs_embeds"),
         (
             lambda: transformers.ViTModel(
                 transformers.ViTConfig(hidden_size=32, num_hidden_layers=5, num_attention_heads=4)
@@ -119,6 +120,17 @@ def test_commands_know_the_task_by_the_architecture(tmp_path, capsys):
 def test_what_cannot_be_cut_says_why(model, message):
     with pytest.raises(UnsupportedModelError, match=message):
         QEFFAutoModel(model().eval(), proxy="split").export()
+
+
+def test_a_model_without_inputs_embeds_is_cut_at_its_table():
+    """The cut compares its parts with the uncut model."""
+    model = random_model(transformers.CLIPTextConfig(**SIZES))
+    cut = cut_model(wrap_model(model), Plugins.discover().hooks_for("x", task="encoder"), "split")
+    table = model.get_input_embeddings().weight
+    assert cut.report.max_difference <= cut.report.tolerance * cut.report.largest_value
+    assert cut.report.largest_value > 1
+    assert all(weight is not table for weight in cut.proxy.part("body").module.parameters())
+    assert any(weight is table for weight in cut.proxy.part("embedding").module.parameters())
 
 
 def test_towers_that_are_left_out_are_said():
