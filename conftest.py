@@ -16,10 +16,20 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="module")
+def module_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `QEFF_HOME` for the tests of one module."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `QEFF_HOME` of the test's own."""
-    path = tmp_path / "home"
+def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `QEFF_HOME` of the test's own; with the mark `one_home`, its module's.
+
+    Tests of what comes after the export share a home, so that each model is exported once.
+    """
+    shared = request.node.get_closest_marker("one_home") is not None
+    path: Path = request.getfixturevalue("module_home") if shared else tmp_path / "home"
     monkeypatch.setenv("QEFF_HOME", str(path))
     return path
 

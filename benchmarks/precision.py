@@ -1,8 +1,9 @@
 """What a recipe recovers, how near greedy search is to exhaustive, and what sensitivity costs.
 
 For each model and precision: the last outputs with everything low and with the recipe for 10% of
-the weights, in the simulation and on the backend; and in the simulation the best of all sets within
-10% of the ten modules that lose most alone. ``--memory`` measures the peak memory of
+the weights, in the simulation and on the backend, and there with everything wide; and in the
+simulation the best of all sets within 10%, of the ten modules that lose most alone, and of the ten
+such large ones with all small ones wide. ``--memory`` measures the peak memory of
 ``sensitivity`` on a GPT-2 of 24 layers and 350 million parameters, with random weights, instead.
 
     python benchmarks/precision.py MODEL --backend onnxruntime --precision int8 int4
@@ -20,11 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qeff_proxy.precision.distance import Distance
+    from qeff_proxy.precision.run_variants import Variants
 
 BUDGET = 0.1
 MOST = 10
+SMALL = 0.001
 SENTENCES = (
     "Anna went to the market. The weather was sunny, so she wore her straw hat.",
     "Tom saw a big dog in the park, and the dog wanted to play with his ball.",
@@ -56,20 +64,24 @@ def recover(model: str, backend: str, precision: str, calibration: Path) -> dict
     seconds = time.process_time() - start
     every = frozenset(variants.units)
     names = sorted(every)
-    single = variants.measure([{name} for name in names])
-    worst = sorted(zip(single, names, strict=True), key=lambda pair: pair[0].sqnr)[:MOST]
-    some = [name for _, name in worst]
+    alone = dict(zip(names, variants.measure([{name} for name in names]), strict=True))
+    worst = sorted(names, key=lambda name: alone[name].sqnr)
+    small = frozenset(name for name in names if variants.share({name}) < SMALL)
+    families = ((frozenset[str](), worst), (small, [one for one in worst if one not in small]))
     sets = [
-        frozenset(chosen)
+        first | frozenset(chosen)
+        for first, some in families
         for size in range(MOST + 1)
-        for chosen in itertools.combinations(some, size)
-        if variants.share(frozenset(chosen)) <= BUDGET
+        for chosen in itertools.combinations(some[:MOST], size)
+        if variants.share(first | frozenset(chosen)) <= BUDGET
     ]
     best = max(variants.measure([every - one for one in sets]), key=lambda one: one.sqnr)
     source, wide = ready.export.model["source"], tuple(sorted(found.wide))
     recipe = Recipe(source, identity_of(ready.export), backend, precision, wide)
-    before = run_backend(ready, backend, None, lambda _stage: None)
-    after = run_backend(ready, backend, recipe, lambda _stage: None)
+    before, after, above = (
+        run_backend(ready, backend, one, lambda _stage: None)
+        for one in (None, recipe, replace(recipe, wide=tuple(names)))
+    )
     return {
         "model": Path(model).name,
         "backend": backend,
@@ -78,10 +90,29 @@ def recover(model: str, backend: str, precision: str, calibration: Path) -> dict
         "share": round(found.share, 4),
         "simulated": [round(found.low.sqnr, 1), round(found.distance.sqnr, 1)],
         "exhaustive": [len(sets), round(best.sqnr, 1)],
-        "on_backend": [round(before.sqnr, 1), round(after.sqnr, 1)],
+        "recovered_noise": round(found.recovered or 0, 3),
+        "held_noise": round(_held(variants, alone), 3),
+        "on_backend": [round(one.sqnr, 1) for one in (before, after, above)],
         "kl_on_backend": [before.kl, after.kl],
-        "search_seconds": round(seconds),
+        "search": [found.measured, round(seconds)],
     }
+
+
+def _held(variants: Variants, alone: Mapping[str, Distance]) -> float:
+    """The largest share of the noise that modules make alone, of any with 10% of the weights.
+
+    A part of the last module counts in proportion, so it is a bound.
+    """
+
+    def density(name: str) -> float:
+        return alone[name].noise / max(1e-12, variants.share({name}))
+
+    held, left = 0.0, BUDGET
+    for name in sorted(alone, key=density, reverse=True):
+        share = variants.share({name})
+        part = min(1.0, left / share) if share else 1.0
+        held, left = held + part * alone[name].noise, left - part * share
+    return held / sum(one.noise for one in alone.values())
 
 
 def memory(folder: Path) -> dict[str, Any]:

@@ -33,13 +33,15 @@ SMALL: dict[int, str] = {
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads n_routed_experts "
     "decoder_attention_heads attention_heads num_local_experts num_experts linear_num_value_heads "
     "linear_num_heads mamba_n_heads moe_num_experts encoder_num_attention_heads "
-    "decoder_num_attention_heads num_image_tokens mm_tokens_per_image swa_num_attention_heads",
+    "decoder_num_attention_heads num_image_tokens mm_tokens_per_image swa_num_attention_heads "
+    "index_topk",
     2: "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_k moe_topk "
     "linear_num_key_heads encoder_num_key_value_heads decoder_num_key_value_heads top_k_experts "
     "swa_num_key_value_heads",
-    16: "head_dim v_head_dim qk_nope_head_dim d_kv kv_lora_rank query_pre_attn_scalar state_size "
-    "linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_d_state "
-    "swa_head_dim swa_v_head_dim global_head_dim index_head_dim",
+    # Fewer heads of an indexer give some positions the same score, of which any may be chosen.
+    16: "index_n_heads head_dim v_head_dim qk_nope_head_dim d_kv kv_lora_rank state_size "
+    "query_pre_attn_scalar linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head "
+    "mamba_d_state swa_head_dim swa_v_head_dim global_head_dim index_head_dim",
     8: "qk_rope_head_dim rotary_dim sliding_window attention_window_size local_attention "
     "patch_size attention_chunk_size",
     1: "n_group topk_group n_shared_experts first_k_dense_replace num_expert_group n_groups expand "
@@ -71,7 +73,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2},
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE_OF_KINDS}},
+    "emu3": {"vocabulary_map": {"<image>": 250, "<|extra_200|>": 251, "<|visual token 0|>": 252}},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 250},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "funnel": {"block_sizes": [2, 2, 1], "block_repeats": [1, 1, 1]},
+    "gemma3n_text": _NO_TOKEN_IDS,
     "gemma4": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
     "gemma4_text": {"hidden_size_per_layer_input": 0},
     "glm4v_moe": {
@@ -98,6 +104,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     ),
     "wav2vec2-bert": {"vocab_size": VOCABULARY},
     "wav2vec2-conformer": {"vocab_size": VOCABULARY},
+    "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
@@ -108,7 +115,10 @@ SETTINGS |= {
     "dots1": {"n_shared_experts": 1, **_ROUTED},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
 }
-_HEADS = {8: "axk1 deepseek_v3 longcat_flash", 16: "hunyuan_v1_dense hunyuan_v1_moe ministral"}
+_HEADS = {
+    8: "axk1 deepseek_v3 longcat_flash youtu",
+    16: "hunyuan_v1_dense hunyuan_v1_moe ministral",
+}
 SETTINGS |= {name: {"head_dim": size} for size, names in _HEADS.items() for name in names.split()}
 SETTINGS |= dict.fromkeys(
     [

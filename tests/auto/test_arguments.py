@@ -17,6 +17,8 @@ from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import CheckpointError, UsageError
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
+pytestmark = pytest.mark.one_home
+
 IDS = [[34, 451, 342, 270]]
 GOES_ON = [[263, 718, 15]]
 

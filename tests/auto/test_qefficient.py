@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from tests.conftest import small_model
 
+pytestmark = pytest.mark.one_home
+
 
 class TestFace:
     """The calls of QEfficient, with only the import line changed."""

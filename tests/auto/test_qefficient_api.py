@@ -18,6 +18,8 @@ from qeff_proxy.auto import qefficient
 from qeff_proxy.auto.qefficient import ELSEWHERE, Keyword, without_ignored
 from qeff_proxy.errors import UsageError
 
+pytestmark = pytest.mark.one_home
+
 PAGE = (Path(__file__).parents[2] / "docs" / "qefficient.md").read_text(encoding="utf-8")
 API: dict[str, dict[str, list[str]]] = json.loads(
     Path(__file__).with_name("qefficient_api.json").read_text(encoding="utf-8")

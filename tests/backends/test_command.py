@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.one_home
+
 COMMAND = Path(sys.executable).with_name("qeff-proxy")
 HEAVY = ("numpy", "onnx", "onnxruntime", "openvino", "torch", "transformers")
 

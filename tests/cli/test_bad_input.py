@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from qeff_proxy.cli import main
 
+pytestmark = pytest.mark.one_home
+
 
 @pytest.fixture
 def checkpoint(saved_gpt2: Path, tmp_path: Path) -> Path:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from qeff_proxy.cli import COMMANDS, main
 
+pytestmark = pytest.mark.one_home
+
 
 def test_the_doctor_finds_nothing(capsys: Any, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("QEFF_HOME", str(tmp_path))

@@ -12,6 +12,8 @@ from qeff_proxy.cli import fit_table, main
 from rich.console import Console
 from rich.table import Table
 
+pytestmark = pytest.mark.one_home
+
 COMMANDS = [
     ["verify", "{model}", "--backend", "onnxruntime", "--backend", "openvino", "--speed"],
     ["verify", "{model}", "--by-layer"],

@@ -12,6 +12,8 @@ from qeff_proxy.cli.output import print_json, print_text, report_error, stage_di
 from rich.table import Table
 from rich.text import Text
 
+pytestmark = pytest.mark.one_home
+
 
 def test_a_table_in_a_pipe_folds_no_name(capsys: pytest.CaptureFixture[str]) -> None:
     name = "body.out." + "x" * 150

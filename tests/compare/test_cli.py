@@ -8,6 +8,8 @@ import shutil
 import pytest
 from qeff_proxy.cli import main
 
+pytestmark = pytest.mark.one_home
+
 
 def test_dumps_that_agree_exit_with_0(good, capsys):
     assert main(["compare", str(good), str(good)]) == 0

@@ -11,6 +11,8 @@ import pytest
 from qeff_proxy.cli import main
 from qeff_proxy.compare import compare_dumps, write_report
 
+pytestmark = pytest.mark.one_home
+
 
 def test_a_report_that_cannot_be_written_leaves_the_older_one(good, tmp_path):
     code = (

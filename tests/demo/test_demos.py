@@ -14,6 +14,8 @@ from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
 from qeff_proxy.backends.registry import BUILTIN_BACKENDS
 from qeff_proxy.cli import main
 
+pytestmark = pytest.mark.one_home
+
 DEMOS = """
 from dataclasses import replace
 from pathlib import Path

@@ -23,6 +23,8 @@ from qeff_proxy.device import PackOptions, import_recorded, load_target, pack_du
 from qeff_proxy.dump import DumpWriter, read_dump
 from qeff_proxy.errors import DumpError
 
+pytestmark = pytest.mark.one_home
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -18,6 +18,8 @@ import qeff_proxy
 from qeff_proxy.cli import main
 from qeff_proxy.testing.new_plugin import write_plugin
 
+pytestmark = pytest.mark.one_home
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CHECKPOINT = Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"

@@ -21,6 +21,8 @@ from qeff_proxy.isolate import describe_fault, isolate_dumps, run_capsule
 from qeff_proxy.load.load_model import load_model
 from qeff_proxy.plugins.manager import Plugins
 
+pytestmark = pytest.mark.one_home
+
 FULL = "layers,norms,q,k,v,o,gate,up,down"
 IDS = "3,10,17,24,31,38"
 QUERY = Fault("MatMul", "layers.3.self_attn.q_proj", coarse(2))

@@ -28,6 +28,8 @@ from qeff_proxy.request import Request
 from qeff_proxy.verify.by_layer.calls import calls_of, calls_on_ids, job_of, plain_ids
 from qeff_proxy.verify.options import VerifyOptions
 
+pytestmark = pytest.mark.one_home
+
 OPTIONS = VerifyOptions(max_new_tokens=1)
 
 

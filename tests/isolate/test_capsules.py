@@ -34,6 +34,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+pytestmark = pytest.mark.one_home
+
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 IDS = np.arange(3, 12)[None] * 7 % 97
 

@@ -38,6 +38,8 @@ from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify.options import VerifyOptions
 from transformers import BertConfig, BertModel
 
+pytestmark = pytest.mark.one_home
+
 OPTIONS = VerifyOptions(max_new_tokens=1)
 LAYER = ".3"
 ATTENTION, MLP = "layers.3.self_attn", "layers.3.mlp"

@@ -18,6 +18,8 @@ from qeff_proxy.isolate import describe_fault, isolate_fault
 from qeff_proxy.session.messages import read_message, write_message
 from qeff_proxy.verify.options import VerifyOptions
 
+pytestmark = pytest.mark.one_home
+
 BACKEND = """
 import os
 import signal

@@ -36,6 +36,8 @@ from qeff_proxy.request import Request
 from qeff_proxy.verify.by_layer import verify_layers
 from qeff_proxy.verify.options import VerifyOptions
 
+pytestmark = pytest.mark.one_home
+
 IDS = np.arange(3, 43)[None] * 3 % 131
 REQUEST = Request(inputs={"input_ids": IDS, "attention_mask": np.ones_like(IDS)})
 WEAK = ("model.layers.1.self_attn.o_proj", "model.layers.4.mlp.down_proj")
@@ -274,8 +276,9 @@ def test_another_model_is_told_from_this_one(checkpoint, made, make_model, tmp_p
     )
     assert identity_of(other) != identity_of(made.export)
     made.recipe.write(tmp_path / "r.toml")
+    options = {"weights": "int4", "recipe": str(tmp_path / "r.toml")}
     with pytest.raises(UsageError, match="has other weights"):
-        check_recipe(other, CompileOptions(backend={"recipe": str(tmp_path / "r.toml")}))
+        check_recipe(other, "onnxruntime", CompileOptions(backend=options))
 
 
 @pytest.mark.parametrize("content", ["", "schema = 2", "schema = 1\nwide = 3", "= 1", "\xff"])

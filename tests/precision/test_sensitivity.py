@@ -30,6 +30,8 @@ from qeff_proxy.verify.verify_model import verify_model
 from torch.nn.functional import kl_div
 from transformers import AutoModelForImageTextToText, BertConfig, BertModel
 
+pytestmark = pytest.mark.one_home
+
 IDS = np.arange(3, 43)[None] * 3 % 131
 REQUEST = Request(inputs={"input_ids": IDS, "attention_mask": np.ones_like(IDS)})
 DOWN = "model.layers.2.mlp.down_proj"

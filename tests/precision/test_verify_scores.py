@@ -11,6 +11,8 @@ from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
 from torch.nn.functional import kl_div
 
+pytestmark = pytest.mark.one_home
+
 
 def test_divergence_and_first_tokens(demo_checkpoint, tmp_path, capsys):
     page = tmp_path / "page.html"

@@ -15,8 +15,10 @@ from qeff_proxy.cli import main
 from qeff_proxy.compare.tally import Tally
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.score import ScoreOptions, score_model
-from qeff_proxy.score.results import missed_limits, parse_limits
+from qeff_proxy.score.results import check_limits, missed_limits, parse_limits
 from qeff_proxy.score.windows import windows_of
+
+pytestmark = pytest.mark.one_home
 
 LINES = [
     "One day the cat sat on the mat and saw a big red dog.",
@@ -176,6 +178,7 @@ def test_a_worse_backend_is_told_with_its_worst_tokens(demo_export, text, noisy,
         (b"a text", ("--window", "1"), "a window of 1 tokens does not fit"),
         (b"a text", ("--window", "9999"), "a window of 9999 tokens does not fit"),
         (b"a text", ("--limit", "speed:1"), "--limit speed:1 is not NAME:VALUE"),
+        (b"a text of words", ("--limit", "wer:1"), "wer is not measured of such a model"),
         (b"a text", ("--windows", "0"), "--windows is 0"),
         (None, (), "cannot be read: No such file"),
     ],
@@ -236,8 +239,10 @@ def test_limits_are_read_and_a_nan_keeps_none():
         "kl 0.02 is above 0.01",
         "top1 0.8 is below 0.9",
     )
-    with pytest.raises(UsageError, match="wer is not measured of such a model"):
-        missed_limits({"kl": 0.02}, {"wer": 0.1})
+    with pytest.raises(
+        UsageError, match=r"wer is not measured of such a model. Limits are of kl\."
+    ):
+        check_limits({"wer": 0.1}, ("kl",))
     assert len(missed_limits({"kl": float("nan"), "top1": 1.0}, limits)) == 1
     with pytest.raises(UsageError):
         parse_limits("kl:nan")

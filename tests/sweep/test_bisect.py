@@ -14,6 +14,8 @@ from qeff_proxy.cli import main
 from qeff_proxy.sweep import Ledger
 from qeff_proxy.sweep.ledger import Divergence, Night, Record
 
+pytestmark = pytest.mark.one_home
+
 CELL = "llama/toy/short/ids"
 PLAN = """
 [models]

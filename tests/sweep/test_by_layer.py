@@ -13,6 +13,8 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.sweep import Ledger, read_plan, run_sweep
 from qeff_proxy.sweep.compare_nights import compare_nights
 
+pytestmark = pytest.mark.one_home
+
 PLAN = """
 [models]
 llama = "checkpoint"

@@ -18,6 +18,8 @@ from qeff_proxy.sweep import Ledger, read_plan, run_sweep
 from qeff_proxy.sweep.compare_nights import compare_nights
 from qeff_proxy.sweep.ledger import Divergence, Layer, Night, Record
 
+pytestmark = pytest.mark.one_home
+
 PLAN = """
 [models]
 llama = "{source}"

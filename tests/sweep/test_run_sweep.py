@@ -22,6 +22,8 @@ from qeff_proxy.sweep import Ledger, read_plan, run_sweep
 from qeff_proxy.sweep.compare_nights import compare_nights
 from qeff_proxy.sweep.run_sweep import cells_of
 
+pytestmark = pytest.mark.one_home
+
 WritePlan = Callable[..., Path]
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from qeff_proxy import utils
 from qeff_proxy.errors import CheckpointError
 from qeff_proxy.utils import load_hf_tokenizer
 from transformers import AutoTokenizer
@@ -40,3 +41,24 @@ def test_a_name_that_is_elsewhere_says_where() -> None:
     with pytest.raises(ImportError, match="cloud_ai_100_exec_kv run what compile made"):
         cloud_infer.QAICInferenceSession  # noqa: B018
     assert not hasattr(test_utils, "other")
+
+
+def test_what_scripts_import_from_modules_of_qefficient() -> None:
+    from qeff_proxy import cloud_ai_100_exec_kv
+    from qeff_proxy.cloud import export
+    from qeff_proxy.generation import text_generation_inference
+    from qeff_proxy.utils import constants
+    from qeff_proxy.utils.logging_utils import logger
+
+    assert list(constants.Constants.INPUT_STR) == ["My name is"]
+    assert logger.name == "qeff_proxy"
+    assert text_generation_inference.cloud_ai_100_exec_kv is cloud_ai_100_exec_kv
+    for module, name in (
+        (text_generation_inference, "fix_prompts"),
+        (constants, "ONNX_EXPORT_OPSET"),
+        (utils, "get_qpc_dir_path"),
+        (export, "get_onnx_path_and_setup_customIO"),
+    ):
+        with pytest.raises(ImportError, match=f"^there is no {module.__name__}.{name}: "):
+            getattr(module, name)
+        assert not hasattr(module, "__wrapped__")

@@ -13,6 +13,8 @@ from qeff_proxy.testing.tiny import random_weights
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.verify_model import verify_model
 
+pytestmark = pytest.mark.one_home
+
 _SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 _TEXT = {"vocab_size": 131, "max_position_embeddings": 64, "pad_token_id": 0}
 

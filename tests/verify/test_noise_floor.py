@@ -23,6 +23,8 @@ from qeff_proxy.verify.verify_model import verify_model
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.one_home
+
 REQUEST = Request(prompts=("Anna went to the market",))
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 

@@ -31,6 +31,8 @@ from qeff_proxy.run.example_request import DEFAULT_PROMPT
 from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.verify_model import verify_model
 
+pytestmark = pytest.mark.one_home
+
 PROMPT = "Anna went to the market"
 SHORT = VerifyOptions(max_new_tokens=4)
 

@@ -22,6 +22,8 @@ from qeff_proxy.verify.self_check import verify_self
 from qeff_proxy.verify.self_check.arrangements import first_row
 from transformers import BertConfig, BertModel, WhisperConfig, WhisperForConditionalGeneration
 
+pytestmark = pytest.mark.one_home
+
 IDS = np.arange(3, 20)[None] * 7 % 97
 REQUEST = Request(inputs={"input_ids": IDS})
 OPTIONS = VerifyOptions(max_new_tokens=4)

@@ -240,10 +240,10 @@ class ProxyModel(Shown):
                     progress=progress,
                 )
         except ProxyError as error:
-            clearer = with_right_class(error, self._loaded, self.task, self._plugins)
-            if clearer is error:
+            clear = with_right_class(error, self._loaded, self.task, self._plugins, self._kind)
+            if clear is error:
                 raise
-            raise clearer from error
+            raise clear from error
         self._compiled = None
         return self._export.folder
 
@@ -395,6 +395,6 @@ class ProxyModel(Shown):
 
 
 def _lengths(seq_len: Any) -> tuple[int, ...] | None:
-    if seq_len is None:
-        return None
-    return tuple(seq_len) if isinstance(seq_len, list | tuple) else (seq_len,)
+    if isinstance(seq_len, list | tuple):
+        return tuple(seq_len)
+    return None if seq_len is None else (seq_len,)

@@ -17,13 +17,15 @@ from qeff_proxy.common.messages import first_line, type_named
 from qeff_proxy.common.quiet import quiet_logs
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.load.adapter_files import Adapters, find_model
-from qeff_proxy.load.checkpoint_files import find_checkpoint, folder_named
+from qeff_proxy.load.checkpoint_files import find_checkpoint, folder_named, read_config_file
 from qeff_proxy.load.load_model import LoadedModel, load_config, load_model, wrap_model
 from qeff_proxy.load.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+#: What configs call a number of layers.
+_DEPTHS = ("depth", "encoder_layers", "n_layer", "num_hidden_layers", "num_layers")
 #: What configs say of a process, and not of the model.
 _NOT_OF_THE_MODEL = (
     "_attn_implementation",
@@ -79,6 +81,7 @@ def load_checkpoint(
     if arguments.get("gguf_file") is not None:
         source, hub = _gguf_file(source, str(arguments["gguf_file"]), hub), {}
     place, view, config = source, None, None
+    unused, shallower = task.unused, False
     if hub or asked is not None or depth is not None or str(wanted) == "auto":
         trusts = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
         if "revision" in hub and source.strip() and folder_named(source).is_dir():
@@ -110,14 +113,18 @@ def load_checkpoint(
                     )
                 view = _with_config(folder, asked)
                 place = str(view)
+                shallower = _is_shallower(asked.to_dict(), there.to_dict())
     try:
+        if view is not None and shallower:
+            trusted = trust_remote_code
+            unused += _layers_left_out(folder, view, task.auto_class, trust_remote_code=trusted)
         loaded = load_model(
             place,
             auto_class=task.auto_class,
             dtype="float32" if wanted is None else dtype_name(wanted),
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
-            unused=task.unused,
+            unused=unused,
             adapters=adapters,
         )
         loaded = replace(loaded, source=source)
@@ -214,6 +221,43 @@ def _at_full_depth(
         if isinstance(value, list) and isinstance(cut, list) and cut == value[:depth]:
             setattr(text, name, value)
     return asked, depth
+
+
+def _is_shallower(asked: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
+    """Whether a part of the config, such as that of an image tower, says fewer layers."""
+    for name, value in there.items():
+        other = asked.get(name)
+        if isinstance(value, Mapping):
+            fewer = isinstance(other, Mapping) and _is_shallower(other, value)
+        else:
+            counts = isinstance(value, int) and isinstance(other, int)
+            fewer = name in _DEPTHS and counts and other < value
+        if fewer:
+            return True
+    return False
+
+
+def _layers_left_out(
+    folder: Path, view: Path, auto_class: str, *, trust_remote_code: bool
+) -> tuple[str, ...]:
+    """Globs of the weights of the last layers, which the model of another config does not have."""
+    from torch import nn
+
+    from qeff_proxy.load.transformers_model import model_on_meta
+
+    def lists(place: Path) -> dict[str, int]:
+        model = model_on_meta(
+            place, read_config_file(place), auto_class, trust_remote_code=trust_remote_code
+        )
+        modules = model.named_modules()
+        return {name: len(each) for name, each in modules if isinstance(each, nn.ModuleList)}
+
+    fewer = lists(view)
+    return tuple(
+        f"{name}.{index}.*"
+        for name, count in lists(folder).items()
+        for index in range(fewer.get(name, count), count)
+    )
 
 
 def _of_the_model(config: Any) -> Any:

@@ -1,11 +1,18 @@
-"""Name the right class for a checkpoint that was loaded with another."""
+"""Name the right class for a checkpoint that was loaded with another, and the right proxy."""
 
 from __future__ import annotations
 
 from qeff_proxy.common.messages import an
-from qeff_proxy.errors import CheckpointError, PluginError, ProxyError, UnsupportedModelError
+from qeff_proxy.errors import (
+    CheckpointError,
+    ExportError,
+    PluginError,
+    ProxyError,
+    UnsupportedModelError,
+)
 from qeff_proxy.load.load_model import LoadedModel, architecture_of, is_class_of
 from qeff_proxy.load.tasks import TASKS, Task
+from qeff_proxy.parts import Kind
 from qeff_proxy.plugins.entry_points import GENERIC
 from qeff_proxy.plugins.manager import Plugins
 
@@ -14,16 +21,22 @@ _SIGNS = (CheckpointError, PluginError, UnsupportedModelError)
 
 
 def with_right_class(
-    error: ProxyError, loaded: LoadedModel, asked: Task, plugins: Plugins
+    error: ProxyError, loaded: LoadedModel, asked: Task, plugins: Plugins, kind: Kind
 ) -> ProxyError:
-    """The error itself, or one that names the right class for the checkpoint.
+    """The error itself, or one that names the right class for the checkpoint, or its parts.
 
     Args:
         error: The error of the export.
         loaded: The checkpoint.
         asked: The task it was loaded for.
         plugins: The plugins to use.
+        kind: What was to be exported.
     """
+    if isinstance(error, ExportError) and kind == "whole" and "traced" in error.problem:
+        return ExportError(
+            f"{loaded.source} cannot be exported as one graph: {error.problem}",
+            "Give enable_proxy=True: its parts may be exported one by one.",
+        )
     if not isinstance(error, _SIGNS):
         return error
     name = architecture_of(loaded)

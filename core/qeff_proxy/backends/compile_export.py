@@ -95,7 +95,7 @@ def compile_export(
     with reading(export.folder):
         key["weights"] = {name: _state_of(export.folder / name) for name in export.files}
     fingerprint = dict(implementation.fingerprint(options))
-    recipe = check_recipe(export, options)
+    recipe = check_recipe(export, backend, options)
     if recipe is not None:
         fingerprint["recipe"] = recipe
     if fingerprint:

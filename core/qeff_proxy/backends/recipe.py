@@ -118,17 +118,40 @@ def with_recipe(backend: str, options: CompileOptions, path: Path | None) -> Com
     """The options with a recipe to obey; unchanged for ``None``.
 
     Raises:
-        UsageError: The backend cannot obey one, or it cannot be read.
+        UsageError: The backend cannot obey one, it cannot be read, or the options are for another
+            precision than its own.
     """
     if path is None:
         return options
-    if OPTION not in load_backend(backend).options:
+    implementation = load_backend(backend)
+    if OPTION not in implementation.options:
         raise UsageError(f"backend {backend!r} cannot obey a recipe", "Leave --recipe out.")
-    read_recipe(path)
-    return replace(options, backend={**options.backend, OPTION: str(path.absolute())})
+    _check_precision(path, read_recipe(path), backend, options)
+    options = replace(options, backend={**options.backend, OPTION: str(path.absolute())})
+    implementation.check_options(backend, options)
+    return options
 
 
-def check_recipe(export: Export, options: CompileOptions) -> str | None:
+def _check_precision(path: Path, recipe: Recipe, backend: str, options: CompileOptions) -> None:
+    """Refuse options that do not choose the precision of a recipe."""
+    chosen = load_backend(backend).precisions.get(recipe.precision)
+    if chosen is None:
+        raise UsageError(
+            f"the recipe {path} is for {recipe.precision} of {recipe.backend}, which {backend} "
+            "lacks",
+            "Nothing was compiled. Make a recipe for the precision that you compile for.",
+        )
+    other = {n: v for n, v in chosen.items() if options.backend.get(n, v) != v}
+    if other:
+        needed = " ".join(f"{name}={value}" for name, value in other.items())
+        raise UsageError(
+            f"the recipe {path} is for {recipe.precision} of {recipe.backend}, and the options say "
+            "otherwise",
+            f"Nothing was compiled. Say {needed}, or make a recipe for another precision.",
+        )
+
+
+def check_recipe(export: Export, backend: str, options: CompileOptions) -> str | None:
     """Check a recipe against the whole export that it is for.
 
     Returns:
@@ -141,6 +164,7 @@ def check_recipe(export: Export, options: CompileOptions) -> str | None:
         return None
     path = Path(options.backend[OPTION])
     recipe = read_recipe(path)
+    _check_precision(path, recipe, backend, options)
     if recipe.identity != identity_of(export):
         raise UsageError(
             f"the recipe {path} is for {recipe.source}, and {export.model['source']} has other "
@@ -151,14 +175,6 @@ def check_recipe(export: Export, options: CompileOptions) -> str | None:
 
     from qeff_proxy.graph.modules import chosen_units, unit_of
 
-    made_for = load_backend(recipe.backend).precisions.get(recipe.precision)
-    given = options.backend
-    if made_for is None or any(given.get(name, value) != value for name, value in made_for.items()):
-        raise UsageError(
-            f"the recipe {path} is for {recipe.precision} of {recipe.backend}, and the options say "
-            "otherwise",
-            "Nothing was compiled. Make a recipe for the precision that you compile for.",
-        )
     units: dict[str, None] = {}
     for part in export.parts:
         with reading(export.folder):

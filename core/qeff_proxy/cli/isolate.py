@@ -21,7 +21,7 @@ from qeff_proxy.cli.options import (
 )
 from qeff_proxy.cli.output import print_json, print_text, stage_display
 from qeff_proxy.compare.report_file import check_report_place
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from qeff_proxy.isolate.results import Fault
@@ -92,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.model).expanduser()
     if path.is_file() and path.suffix != ".gguf":
         return _run_capsule(args, path)
+    if path.suffix == ".zip" and not path.exists():
+        raise ArtifactError(f"there is no file {path}", "Check the path; --capsule writes one.")
     if args.html is not None:
         check_report_place(args.html)
         if args.capsule is not None and args.html.resolve() == args.capsule.resolve():
@@ -221,7 +223,7 @@ def _run_capsule(args: argparse.Namespace, path: Path) -> int:
     """Run a capsule, and return 0 where its fault does not show, else 1."""
     own = ("layer", "against", "export", "capsule", "html", *_INPUTS, *_SHAPES, *_EXPORT)
     _refuse(args, own, "a capsule has its own graph and input: it takes no --{}")
-    if not zipfile.is_zipfile(path):
+    if path.suffix != ".zip" and not zipfile.is_zipfile(path):
         raise UsageError(
             f"{path} is neither a folder nor a capsule",
             "Name a checkpoint's folder or hub id, or a file of --capsule.",

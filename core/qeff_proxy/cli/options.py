@@ -78,8 +78,9 @@ def add_model_options(
     parser.add_argument(
         "--model-task",
         choices=sorted(TASKS),
-        help="what the model is for, where its config.json says something else: embedding for the "
-        "encoder of a masked LM",
+        metavar="TASK",
+        help="what the model is for, where its config.json says something else, such as embedding "
+        f"for the encoder of a masked LM: {', '.join(sorted(TASKS))}",
     )
     if exports:
         parser.add_argument(

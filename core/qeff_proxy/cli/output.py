@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,9 +59,13 @@ def stdout_console() -> Console:
 
 
 def print_text(renderable: RenderableType) -> None:
-    """Print a table, or a string as one unfolded line, on stdout."""
+    """Print a table, or a string, on stdout.
+
+    A string is one line; on a terminal that is narrower it is folded between words, unless it is
+    indented, as what is to be copied is.
+    """
     if isinstance(renderable, str):
-        sys.stdout.write(escape_controls(renderable) + "\n")
+        sys.stdout.write(_folded(escape_controls(renderable)) + "\n")
         return
     from rich.text import Text
 
@@ -74,6 +80,16 @@ def print_text(renderable: RenderableType) -> None:
         console.print(*fit_table(renderable, console), sep="\n")
     else:
         console.print(renderable)
+
+
+def _folded(text: str) -> str:
+    if "\n" in text or text.startswith(" ") or not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    if len(text) <= width:
+        return text
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def report_error(message: str) -> None:

@@ -129,6 +129,10 @@ def _lines(result: Result, files: list[Path], *, by_share: bool) -> Iterator[str
     wide = counted(len(recipe.wide), "module")
     yield f"{wide} wide, {found.share:.1%} of the weights: {describe_distance(found.distance)}"
     yield from (f"  {printable(name)}" for name in recipe.wide)
+    if by_share and found.recovered is not None:
+        less = "" if found.recovered >= 0.5 else "; no set within the share takes half of it away"
+        sets = counted(found.measured, "set")
+        yield f"{found.recovered:.0%} of the noise is gone{less}. Of {sets} measured, the best."
     if not found.left:
         yield f"Everything is wide: no module is left in {recipe.precision}."
     if result.before is not None and result.after is not None:

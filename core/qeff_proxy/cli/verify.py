@@ -6,6 +6,7 @@ import argparse
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ from qeff_proxy.cli.options import (
 )
 from qeff_proxy.cli.output import print_json, print_text, report_error, stage_display
 from qeff_proxy.cli.speed_table import command_for, speed_lines
-from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import ProxyError, UsageError
 from qeff_proxy.load.load_model import LoadedModel
 
@@ -157,9 +157,12 @@ def _verify(args: argparse.Namespace, show_json: Callable[[dict[str, Any]], None
     by_backend = options_by_backend(args, backends)
     for name in backends if args.recipe is not None else ():
         from qeff_proxy.backends.recipe import with_recipe
+        from qeff_proxy.backends.registry import load_backend
 
-        chosen = CompileOptions(backend=by_backend.get(name, {}))
-        by_backend[name] = dict(with_recipe(name, chosen, args.recipe.expanduser()).backend)
+        given = replace(compile_options_of(args), backend=by_backend.get(name, {}))
+        chosen = with_recipe(name, given, args.recipe.expanduser())
+        load_backend(name).check_options(name, chosen)  # a precision that it is of, for one
+        by_backend[name] = dict(chosen.backend)
     with stage_display("verifying", quiet=args.json) as progress:
         progress("loading libraries")
         from qeff_proxy.dump import DumpOptions

@@ -1,1 +1,1 @@
-"""QEfficient's ``cloud``: its program ``infer``, and what there is instead of the others."""
+"""QEfficient's programs ``cloud.export``, ``compile``, ``execute`` and ``infer``."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from os import PathLike
 from pathlib import Path
 
@@ -14,7 +17,31 @@ _ENDINGS = {".html", ".htm"}
 
 
 def check_report_place(path: str | PathLike[str]) -> None:
-    """Refuse to write a report over a file of a dump or of an export.
+    """Refuse a place where a report cannot be written, before the work that it is of.
+
+    Raises:
+        DumpError: It would replace a file of a dump or of an export, or the system refuses it.
+    """
+    check_outside(path)
+    place = Path(path).resolve()
+    if place.exists() and not (place.is_dir() or stat.S_ISREG(place.stat().st_mode)):
+        return  # such as /dev/stdout
+    number = 0
+    if place.is_dir():
+        number = errno.EISDIR
+    elif not place.parent.is_dir():
+        number = errno.ENOENT
+    elif not os.access(place.parent, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(place.parent).f_flag & os.ST_RDONLY else errno.EACCES
+    if number:
+        raise DumpError(
+            f"the report {path} cannot be written: {os.strerror(number)}",
+            "Make its folder, or name another place.",
+        )
+
+
+def check_outside(path: str | PathLike[str]) -> None:
+    """Refuse a file of a dump or of an export as a place for another.
 
     Raises:
         DumpError: The file lies in one, and its name does not end in ``.html``.

@@ -25,7 +25,7 @@ from qeff_proxy.arrays import Array
 #: The columns of a window's sums.
 COLUMNS = ("tokens", "reference", "candidate", "kl", "same", "five", "flips")
 _FIVE = 5
-_SLICE = 1 << 22  # elements of logits that are in float64 at once
+_SLICE = 1 << 20  # elements of logits that are in float64 at once
 _DRAWS = 1000
 #: Nats; each bin is 1.1% wide, and the last one has all above.
 _EDGES = np.concatenate([[0.0], np.logspace(-16, 3, 4000), [np.inf]])

@@ -25,8 +25,15 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.artifact.hashes import name_digest, new_digest
 from qeff_proxy.common.direct_io import PIECE, FileReader, FileWriter
 from qeff_proxy.errors import ArtifactError, CheckpointError
+from qeff_proxy.load.quantized.arithmetic import Buffers
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, StoredTensor
-from qeff_proxy.load.weight_sources import StoredWeight, Weight, WeightSources, map_tensor
+from qeff_proxy.load.weight_sources import (
+    ComputedWeight,
+    StoredWeight,
+    Weight,
+    WeightSources,
+    map_tensor,
+)
 
 if TYPE_CHECKING:
     from qeff_proxy.export.trace.trace_part import TracedPart
@@ -131,9 +138,12 @@ def _write_file(
                     readers[found.path] = stack.enter_context(FileReader(found.path))
                 _pour(readers[found.path], found.place, sink, look)
                 continue
-            if found is not None and _has_shape(found, tensor):
-                if tensor.is_meta or isinstance(found, StoredWeight):
-                    tensor = found.read()
+            if isinstance(found, ComputedWeight) and tensor.is_meta and _has_shape(found, tensor):
+                for block in found.blocks():
+                    _put_tensor(block, sink, look)
+                continue
+            if isinstance(found, StoredWeight) and _has_shape(found, tensor):
+                tensor = found.read()
             elif tensor.is_meta:
                 while name not in made:
                     made.update(next(layers))
@@ -148,6 +158,7 @@ class _Sink:
     def __init__(self, writer: FileWriter | None = None) -> None:
         self._writer = writer
         self._digest = new_digest()
+        self.buffers = Buffers()
 
     def put(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
@@ -269,7 +280,7 @@ def _put_tensor(tensor: torch.Tensor, sink: _Sink, nan: _NanFinder) -> None:
     """Write a tensor piece by piece, converted if need be."""
     flat = tensor.detach().contiguous().reshape(-1)
     for begin in range(0, flat.numel(), _ELEMENTS):
-        piece = flat[begin : begin + _ELEMENTS].to(nan.dtype).contiguous()
+        piece = sink.buffers.convert(flat[begin : begin + _ELEMENTS], nan.dtype)
         sink.put(piece.view(torch.uint8).numpy().data)
         nan.look(piece)
 

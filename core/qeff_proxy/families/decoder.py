@@ -33,6 +33,7 @@ from qeff_proxy.families.decoder_cache import (
     new_cache,
     without_window,
 )
+from qeff_proxy.families.experts import experts_in_turn
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks, record_masks
 from qeff_proxy.families.rotary import ComplexIndices, rotary_by_length
@@ -48,11 +49,13 @@ class DecoderLayout:
         cache: What each layer caches, in order; nothing for a layer without a cache.
         masks: The attention masks it uses.
         hidden_dtype: Of its output, where that is not the weights'.
+        writes: Whether it changes its embeddings in place.
     """
 
     cache: tuple[CacheLayer, ...]
     masks: tuple[MaskSpec, ...]
     hidden_dtype: str | None = None
+    writes: bool = False
 
     @property
     def query(self) -> int | str:
@@ -147,7 +150,12 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
         raise UnsupportedModelError(
             f"{name} keeps no cache", "Only models with a cache can be run as a decoder."
         )
-    return DecoderLayout(layers, tuple(masks.values()), dtype_name(outputs[0].dtype))
+    return DecoderLayout(
+        layers,
+        tuple(masks.values()),
+        dtype_name(outputs[0].dtype),
+        writes=embeddings._version > 0,  # noqa: SLF001 (torch counts changes in place there)
+    )
 
 
 def _other_state(name: str, index: int, layer: object) -> UnsupportedModelError:
@@ -184,7 +192,7 @@ class DecoderPart(nn.Module):
         self, decoder: nn.Module, layout: DecoderLayout, entry: str, exit_name: str
     ) -> None:
         super().__init__()
-        self.decoder = rotary_by_length(decoder)
+        self.decoder = experts_in_turn(rotary_by_length(decoder))
         self.layout = layout
         self.entry = entry
         self.exit_name = exit_name
@@ -208,8 +216,9 @@ class DecoderPart(nn.Module):
         padding = tensors["padding_mask"]
         if not self.layout.keeps_positions:  # such models take that of the new positions
             padding = padding[:, -tensors[self.entry].shape[1] :]
+        first = tensors[self.entry]
         arguments: dict[str, Any] = {
-            self.entry: tensors[self.entry],
+            self.entry: first.clone() if self.layout.writes else first,
             "attention_mask": padding,
             self.cache_argument: filled_cache(self.layout.cache, tensors, "past_key_values"),
             "use_cache": True,

@@ -1,8 +1,9 @@
 """The cache of a decoder: the tensors that it keeps for each layer, and how the model gets them.
 
-Keys and values grow with each step, along the axis ``past``. The states of convolutions and of
-recurrent layers (linear attention, Mamba) keep their size: each step replaces them. A layer may
-have both, or neither. What a layer keeps is read from the cache after a run of the model.
+Keys and values grow with each step, along the axis ``past``; so do the keys of an indexer, by which
+a layer chooses the positions that it attends to. The states of convolutions and of recurrent layers
+(linear attention, Mamba) keep their size: each step replaces them. A layer may have both, or
+neither. What a layer keeps is read from the cache after a run of the model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import (
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -25,11 +27,17 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.parts import TensorSpec
 
 #: The tensors that a decoder keeps for one layer: ``key`` and ``value`` ``[batch, heads, past,
-#: width]``, ``conv_state`` and ``recurrent_state`` ``[batch, …]``, a second state ``conv_state_1``.
+#: width]``, ``indexer_key [batch, 1, past, width]``, ``conv_state`` and ``recurrent_state``
+#: ``[batch, …]``, a second state ``conv_state_1``.
 CacheLayer = tuple[TensorSpec, ...]
 
 _KINDS = ("conv", "recurrent")
-_KNOWN = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer)
+_OF_CONFIG = (LinearAttentionLayer, DynamicIndexedLayer, DummyLayer)
+_GROWING = ("key", "value", "indexer_key")
+_KNOWN = (
+    *(DynamicLayer, DynamicIndexedLayer, DummyLayer),
+    *(LinearAttentionLayer, LinearAttentionAndFullAttentionLayer),
+)
 
 
 def attention_cache(heads: int, width: int, dtype: str) -> CacheLayer:
@@ -41,15 +49,15 @@ def attention_cache(heads: int, width: int, dtype: str) -> CacheLayer:
 def new_cache(config: Any) -> DynamicCache:
     """An empty cache for a model; its layers keep all positions, whatever the model's window.
 
-    The masks hide what is outside of a window. Only a cache with states, or with layers that keep
-    nothing, has its layers from the config; any other one adds them as the model runs.
+    The masks hide what is outside of a window. Only a cache with layers that keep something else
+    than keys and values has its layers from the config; any other one adds them as the model runs.
     """
     try:
         layers = DynamicCache(config=config).layers
     except (LookupError, AttributeError):  # kinds of layers that transformers does not know
         layers = []
     cache = DynamicCache()
-    if any(isinstance(layer, LinearAttentionLayer | DummyLayer) for layer in layers):
+    if any(isinstance(layer, _OF_CONFIG) for layer in layers):
         cache.layers = [without_window(layer) for layer in layers]
     return cache
 
@@ -64,7 +72,7 @@ def without_window(layer: Any) -> Any:
 
 
 def is_known(layer: Any) -> bool:
-    """Whether a layer of a cache keeps nothing but keys and values of four axes, and states."""
+    """Whether a layer of a cache keeps nothing but keys, values and states, keys of four axes."""
     return type(layer) in _KNOWN and all(
         tensor.dim() == 4 for name, tensor in cached_tensors(layer).items() if name == "key"
     )
@@ -75,6 +83,8 @@ def cached_tensors(layer: Any) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     if isinstance(layer, DynamicLayer) and layer.is_initialized:
         tensors.update(key=layer.keys, value=layer.values)
+    if isinstance(layer, DynamicIndexedLayer) and layer.is_indexer_initialized:
+        tensors["indexer_key"] = layer.indexer_keys[:, None]
     if isinstance(layer, LinearAttentionLayer):
         for kind in _KINDS:
             for number, state in getattr(layer, f"{kind}_states").items():
@@ -88,7 +98,7 @@ def describe_cache(layer: Any) -> CacheLayer:
     specs = []
     for name, tensor in cached_tensors(layer).items():
         axes: list[int | str] = ["batch", *tensor.shape[1:]]
-        if name in ("key", "value"):
+        if name in _GROWING:
             axes[2] = "past"
         specs.append(TensorSpec(name, dtype_name(tensor.dtype), tuple(axes)))
     return tuple(specs)
@@ -115,14 +125,17 @@ def _filled_layer(tensors: Mapping[str, torch.Tensor]) -> Any:
     if not tensors:
         return DummyLayer()
     grows = "key" in tensors
-    states = {name: tensor for name, tensor in tensors.items() if name not in ("key", "value")}
-    layer: Any = DynamicLayer()
+    states = {name: tensor for name, tensor in tensors.items() if name not in _GROWING}
+    layer: Any = DynamicIndexedLayer() if "indexer_key" in tensors else DynamicLayer()
     if states:
         kind = LinearAttentionAndFullAttentionLayer if grows else LinearAttentionLayer
         layer = kind(number_of_states=1 + max(map(_number_of, states)))
     if grows:
         layer.lazy_initialization(tensors["key"], tensors["value"])
         layer.keys, layer.values = tensors["key"], tensors["value"]
+    if "indexer_key" in tensors:
+        layer.lazy_initialization_indexer(tensors["indexer_key"])
+        layer.indexer_keys = tensors["indexer_key"][:, 0]
     for name, state in states.items():
         kind, number = name.partition("_")[0], _number_of(name)
         layer.dtype, layer.device = state.dtype, state.device

@@ -27,6 +27,7 @@ from qeff_proxy.families.decoder import (
     HeadStub,
 )
 from qeff_proxy.families.decoder_cache import CacheLayer, filled_cache
+from qeff_proxy.families.experts import experts_in_turn
 from qeff_proxy.families.generic import check_head_runs, path_of
 from qeff_proxy.families.model_cache import cache_argument
 from qeff_proxy.families.model_masks import provide_masks
@@ -57,7 +58,7 @@ class EncoderPart(nn.Module):
         masks: tuple[MaskSpec, ...] = (),
     ) -> None:
         super().__init__()
-        self.encoder = rotary_by_length(encoder)
+        self.encoder = experts_in_turn(rotary_by_length(encoder))
         self.entry = entry
         self.first = first
         self.masks = masks
@@ -142,7 +143,7 @@ class CrossDecoderPart(nn.Module):
         head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.decoder = rotary_by_length(decoder)
+        self.decoder = experts_in_turn(rotary_by_length(decoder))
         self.attention = attention
         self.table = table
         self.head = head

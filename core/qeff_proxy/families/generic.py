@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -65,8 +66,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site | Absent | None:
     decoder_path = _decoder_path(model)
     if decoder_path is None:
         return Site(path)
-    hidden_size = int(module.weight.shape[-1])
-    part = _head_part(model, decoder_path, hidden_size)
+    part, hidden_size = _head_part(model, decoder_path)
     return Site(path, follows=operations_after(part, path, hidden_size))
 
 
@@ -88,24 +88,24 @@ def build_proxy(
         return None
     decoder = model.get_submodule(decoder_path)
     table = model.get_submodule(embedding.module)
-    hidden_size = int(table.weight.shape[1])
+    width = int(table.weight.shape[1])
     vocabulary = int(model.get_submodule(lm_head.module).weight.shape[0])
     dtype = model.dtype
-    layout = probe_decoder(decoder, hidden_size, dtype)
+    layout = probe_decoder(decoder, width, dtype)
     if kind == "split":
-        parts = _split_parts(model, decoder_path, table, layout, hidden_size, vocabulary)
+        parts = _split_parts(model, decoder_path, table, layout, vocabulary)
     else:
         whole = model
-        width = vocabulary
+        out = vocabulary
         if kind == "stub":
-            width = hidden_size
+            out = int(model.get_submodule(lm_head.module).weight.shape[-1])
             stubs = {
-                embedding.module: EmbeddingStub(hidden_size, dtype),
+                embedding.module: EmbeddingStub(width, dtype),
                 lm_head.module: HeadStub(),
             }
             whole = replace_modules(model, stubs)
-        parts = (_whole_part(whole, layout, dtype, width),)
-    settings = {"embedding_rows": int(table.weight.shape[0]), "hidden_size": hidden_size}
+        parts = (_whole_part(whole, layout, dtype, out),)
+    settings = {"embedding_rows": int(table.weight.shape[0]), "hidden_size": width}
     return Proxy(kind, "causal-lm", parts, settings)
 
 
@@ -148,9 +148,9 @@ def _head_of(model: PreTrainedModel) -> Any:
 def _decoder_path(model: PreTrainedModel) -> str | None:
     """The path of the decoder inside the model; ``None`` where it has none."""
     decoder = model.get_decoder()
-    if decoder is None or decoder is model:
-        decoder = model.base_model
     head = _head_of(model)
+    if decoder is None or decoder is model or decoder is head:
+        decoder = model.base_model
     # Some name a module as their decoder or base model that has the head in it.
     while decoder is model or any(one is head for one in decoder.modules()):
         inner = (one for one in decoder.children() if isinstance(one, PreTrainedModel))
@@ -165,18 +165,21 @@ def _split_parts(
     decoder_path: str,
     table: nn.Module,
     layout: DecoderLayout,
-    hidden_size: int,
     vocabulary: int,
 ) -> tuple[Part, ...]:
     dtype = dtype_name(model.dtype)
     ids = TensorSpec("input_ids", "int64", ("batch", "query"))
-    embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", hidden_size))
+    head, hidden_size = _head_part(model, decoder_path)
+    width = int(table.weight.shape[1])
+    embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", width))
     hidden = TensorSpec(
         "last_hidden_state", layout.hidden_dtype or dtype, ("batch", "query", hidden_size)
     )
     logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
-    shape = ("batch", layout.query, hidden_size)
-    body_inputs, body_outputs = (replace(spec, shape=shape) for spec in (embeddings, hidden))
+    body_inputs, body_outputs = (
+        replace(spec, shape=("batch", layout.query, spec.shape[-1]))
+        for spec in (embeddings, hidden)
+    )
     body = DecoderPart(
         model.get_submodule(decoder_path), layout, "inputs_embeds", "last_hidden_state"
     )
@@ -192,7 +195,7 @@ def _split_parts(
         ),
         Part(
             "lm_head",
-            _head_part(model, decoder_path, hidden_size),
+            head,
             (hidden,),
             (logits,),
             "vocabulary",
@@ -245,22 +248,28 @@ def operations_after(part: HeadPart, head_path: str, hidden_size: int) -> tuple[
     return tuple(name for name in recorder.names if name not in silent)
 
 
-def _head_part(model: PreTrainedModel, decoder_path: str, hidden_size: int) -> HeadPart:
+def _head_part(model: PreTrainedModel, decoder_path: str) -> tuple[HeadPart, int]:
     """The head, without the decoder; if that does not run, without the module around the decoder.
+
+    Returns:
+        It, and the width of the hidden states that it takes: the table's, or where there is a
+        projection before that, the config's.
 
     Raises:
         UnsupportedModelError: The head does not run.
     """
     outer = decoder_path.rpartition(".")[0]
+    own = int(model.get_output_embeddings().weight.shape[-1])
+    widths = dict.fromkeys((own, getattr(model.config.get_text_config(), "hidden_size", own)))
     problem: UnsupportedModelError | None = None
-    for path in filter(None, (decoder_path, outer)):
+    for width, path in product(widths, filter(None, (decoder_path, outer))):
         part = HeadPart(model, path)
         try:
-            check_head_runs(part, hidden_size)
+            check_head_runs(part, width)
         except UnsupportedModelError as error:
             problem = problem or error
         else:
-            return part
+            return part, width
     assert problem is not None  # noqa: S101 (the decoder has a path)
     raise problem
 

@@ -25,7 +25,7 @@ from qeff_proxy.arrays import Array
 from qeff_proxy.common.file_errors import check_writable, writing
 from qeff_proxy.common.version import installed_version
 from qeff_proxy.common.write_whole import write_whole
-from qeff_proxy.compare.report_file import check_report_place
+from qeff_proxy.compare.report_file import check_outside
 from qeff_proxy.errors import ArtifactError, UsageError
 from qeff_proxy.isolate.blame import distance
 from qeff_proxy.isolate.operators import Group, Values
@@ -118,7 +118,7 @@ def check_capsule_place(path: Path) -> None:
         ArtifactError: Its folder cannot be written to.
         DumpError: It lies in a dump or an export.
     """
-    check_report_place(path)
+    check_outside(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder", "Name a file for the capsule.")
     if not path.parent.is_dir():

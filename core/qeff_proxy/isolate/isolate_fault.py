@@ -115,6 +115,7 @@ def isolate_fault(
             trust_remote_code=trust_remote_code,
             progress=progress,
             observe=search,
+            listed=search.check,
         )
         if done.interrupted and search.fault is None:
             raise done.failure or KeyboardInterrupt  # the other layers are not known
@@ -129,10 +130,7 @@ def isolate_fault(
     result = done.results[0]
     if search.fault is None:
         if layer is not None:
-            if result.error is not None:
-                raise BackendError(f"{backend} did not get as far as {layer}: {result.error}")
-            known = ", ".join(one.name for one in result.layers)
-            raise UsageError(f"there is no layer {layer!r}", f"There are: {known}.")
+            raise BackendError(f"{backend} did not get as far as {layer}: {result.error}")
         fault = _nothing(result)
     else:
         fault = search.fault
@@ -226,11 +224,19 @@ class _Search:
         self.exact = before
         return [before]
 
+    def check(self, layers: Sequence[tuple[str, int | None]]) -> None:
+        """Refuse a name that no layer has, before one runs."""
+        if self._layer is not None and not any(self._named(*one) for one in layers):
+            known = ", ".join(name for name, _ in layers)
+            raise UsageError(f"there is no layer {self._layer!r}", f"There are: {known}.")
+
     def _is_it(self, result: LayerResult) -> bool:
         if self._layer is None:
             return not result.local.passed
-        named = {result.name, *(() if result.layer is None else (str(result.layer),))}
-        return self._layer in named
+        return self._named(result.name, result.layer)
+
+    def _named(self, name: str, number: int | None) -> bool:
+        return self._layer in ({name} if number is None else {name, str(number)})
 
 
 def _look_into(

@@ -27,18 +27,25 @@ def write_fault_report(fault: Fault, path: str | PathLike[str]) -> None:
 
 def build_fault_report(fault: Fault) -> str:
     """Return the page."""
-    facts = {"model": fault.source, "backend": fault.backend, "date": today()}
+    source, other = "model", "backend"
+    if fault.exports:
+        source, other = "first export", "second export"
+    elif fault.dumps:
+        source, other = "export", "device's dump"
+    facts = {source: fault.source, other: fault.backend, "date": today()}
     if not fault.healthy:
         facts |= {"layer": f"{fault.where}, {fault.operators} operators", "step": fault.step}
-    drawings = "".join(_section(cause) for cause in fault.causes)
+    drawings = "".join(_section(cause, fault) for cause in fault.causes)
     lines = describe_fault(fault)
     return fill_page("Fault", fault.source, lines, facts, drawing=drawings, passed=fault.passed)
 
 
-def _section(cause: Cause) -> str:
+def _section(cause: Cause, fault: Fault) -> str:
+    where = "of the second export" if fault.exports else "on the backend"
+    where = "as the device gave it" if fault.dumps else where
     hint = (
         "Outlined in red: the cause. Errors are those of each operator's outputs, over their peak, "
-        "with only the cause on the backend."
+        f"with only the cause {where}."
     )
     return (
         f'<section class="card"><h2>{html.escape(cause.name)}</h2>'

@@ -129,7 +129,8 @@ def load_model(
         dtype: One of `DTYPES`: the dtype to load the weights in.
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read pickled weights, which can run code.
-        unused: Globs of weights that are not used, so that a checkpoint may lack them.
+        unused: Globs of weights that are not used, so that a checkpoint may lack them, or hold
+            them for nothing.
         adapters: Folders or hub ids of LoRA adapters that the weights are merged with, as
             ``PATH`` or ``PATH@WEIGHT``, or their weights by path.
 

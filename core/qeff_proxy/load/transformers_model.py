@@ -64,7 +64,7 @@ def read_model(
         dtype: The dtype to load the weights in.
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read pickled weights.
-        unused: Globs of weights that it may lack.
+        unused: Globs of weights that it may lack, or hold for nothing.
         held: Its weights (`checkpoint_tensors`), empty where they are not in safetensors files.
         tensors: What to load instead of the tensors in its files, by their names there.
 
@@ -116,7 +116,8 @@ def read_model(
             "Check that config.json and the weights belong together.",
         )
     _check_kinds(held, model)
-    _check_left_over(folder, held, model, sorted(notes.get("unexpected_keys", ())))
+    left_over = [name for name in notes.get("unexpected_keys", ()) if not _is_any(name, unused)]
+    _check_left_over(folder, held, model, sorted(left_over))
     _check_missing(folder, model, sorted(notes.get("missing_keys", ())), unused)
     model.config.return_dict = True  # outputs are read by name, whatever the config asks for
     return model
@@ -203,6 +204,10 @@ def _check_kinds(held: Mapping[str, Weight], model: PreTrainedModel) -> None:
             )
 
 
+def _is_any(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, glob) for glob in globs)
+
+
 def _check_left_over(
     folder: Path, held: Mapping[str, Weight], model: PreTrainedModel, unexpected: list[str]
 ) -> None:
@@ -217,8 +222,7 @@ def _check_left_over(
     heads = [
         name
         for name in unexpected
-        if name.partition(".")[0] not in tops
-        and not any(fnmatch(name, glob) for glob in UNUSED_WEIGHTS)
+        if name.partition(".")[0] not in tops and not _is_any(name, UNUSED_WEIGHTS)
     ]
     if heads:
         warnings.warn(
@@ -249,7 +253,7 @@ def _check_missing(
     folder: Path, model: PreTrainedModel, missing: list[str], unused: tuple[str, ...]
 ) -> None:
     """Make sure that no weight that matters was made up."""
-    missing = [name for name in missing if not any(fnmatch(name, glob) for glob in unused)]
+    missing = [name for name in missing if not _is_any(name, unused)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, "

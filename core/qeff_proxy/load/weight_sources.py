@@ -10,6 +10,7 @@ weight is computed from its tensors when it is read.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from qeff_proxy.common.quiet import quiet_loading
+from qeff_proxy.load.quantized.arithmetic import join
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, StoredTensor
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class ComputedWeight:
         dtype: Of the result: a key of `TORCH_DTYPES`.
         shape: Of the result.
         pieces: What it is computed from.
-        compute: Gives it, from the pieces in their order.
+        compute: Gives it, or its elements in order in blocks, from the pieces in their order.
         codes: Gives the codes that it can be computed from in a graph, if there are such.
     """
 
@@ -85,7 +87,7 @@ class ComputedWeight:
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Weight, ...]
-    compute: Callable[..., torch.Tensor]
+    compute: Callable[..., torch.Tensor | Iterator[torch.Tensor]]
     codes: Callable[[], Codes | None] | None = None
 
     @property
@@ -95,7 +97,22 @@ class ComputedWeight:
 
     def read(self) -> torch.Tensor:
         """The weight, in memory of its own."""
-        return self.compute(*(piece.read() for piece in self.pieces))
+        value = self.compute(*(piece.read() for piece in self.pieces))
+        if isinstance(value, torch.Tensor):
+            return value
+        return join(self._trimmed(value), self.shape, getattr(torch, TORCH_DTYPES[self.dtype]))
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Its elements in order, in blocks that need less memory than all of it."""
+        value = self.compute(*(piece.read() for piece in self.pieces))
+        yield from (value,) if isinstance(value, torch.Tensor) else self._trimmed(value)
+
+    def _trimmed(self, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Blocks without what is beyond the last element: formats fill up their last one."""
+        left = math.prod(self.shape)
+        for block in blocks:
+            yield block.reshape(-1)[:left]
+            left -= min(left, block.numel())
 
 
 #: A weight of a checkpoint, as it is named there.

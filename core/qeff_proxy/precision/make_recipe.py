@@ -54,6 +54,7 @@ class Result:
         """Plain JSON values; an infinite ratio is ``None``."""
         facts = {name: one for name, one in vars(self).items() if name not in ("export", "found")}
         found = {n: v for n, v in vars(self.found).items() if n != "wide"}
+        found["recovered"] = self.found.recovered
         value: dict[str, Any] = plain_json({**facts, "found": found})
         return value
 

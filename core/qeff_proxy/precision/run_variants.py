@@ -73,6 +73,7 @@ class Variants:
     ) -> None:
         self.export, self.simulation = export, simulation
         self._job, self._progress = job, progress
+        self._ranges: dict[tuple[str, str], Mapping[str, Range]] = {}  # in float32, of each layer
         #: The units that the precision changes; and the elements of all weights in their parts.
         self.units: dict[str, Unit] = {}
         self.weights = 0
@@ -188,9 +189,12 @@ class Variants:
         is_last: bool,
     ) -> list[tuple[PartRun, Distance | None]]:
         """Run a layer: for each pair of a run and its low units, the run that goes on."""
-        ranges: dict[str, Range] = {}
+        ranges: Mapping[str, Range] = {}
         if observe is not None or self.simulation.calibrates:
-            ranges = self._observed(part, graph, runs[0])
+            where = part.name, graph.outputs[0].name
+            if where not in self._ranges:
+                self._ranges[where] = self._observed(part, graph, runs[0])
+            ranges = self._ranges[where]
         if observe is not None:
             observe(part, graph, ranges)
         results: dict[tuple[int, frozenset[str]], tuple[PartRun, Distance | None]] = {}
@@ -221,9 +225,11 @@ class Variants:
         masks = {mask.name for mask in part.masks}
         hidden = {v.name for v in depends_on(model.graph, masks, until=("Softmax",))}
         kept = {value.name for value in model.graph.outputs}
+        computed = depends_on(model.graph, [str(value.name) for value in model.graph.inputs])
         for node in model.graph:
-            for value in node.outputs:
-                if value.dtype == ir.DataType.FLOAT and value.name not in kept:
+            for value in node.outputs:  # but not weights, transposed: they may be the vocabulary
+                wanted = value.dtype == ir.DataType.FLOAT and value in computed
+                if wanted and value.name not in kept:
                     model.graph.outputs.append(value)
         session = _open(model, self.export, optimize=False)
         names = [value.name for value in session.get_outputs()]

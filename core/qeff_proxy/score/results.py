@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,17 +182,26 @@ def parse_limits(text: str) -> dict[str, float]:
     return limits
 
 
-def missed_limits(measures: Mapping[str, float], limits: Mapping[str, float]) -> tuple[str, ...]:
-    """The limits that are not kept, in words; a NaN keeps none.
+def check_limits(limits: Mapping[str, float], measured: Collection[str]) -> None:
+    """Refuse limits of what is not measured.
+
+    Args:
+        limits: By name.
+        measured: What will be measured of the model.
 
     Raises:
-        UsageError: A limit is of something that is not measured of the model.
+        UsageError: A limit is of something else.
     """
+    for name in limits:
+        if name not in measured:
+            known = ", ".join(one for one in LIMITS if one in measured)
+            raise UsageError(f"{name} is not measured of such a model", f"Limits are of {known}.")
+
+
+def missed_limits(measures: Mapping[str, float], limits: Mapping[str, float]) -> tuple[str, ...]:
+    """The limits that are not kept, in words; a NaN keeps none."""
     missed = []
     for name, limit in limits.items():
-        if name not in measures:
-            known = ", ".join(one for one in LIMITS if one in measures)
-            raise UsageError(f"{name} is not measured of such a model", f"Limits are of {known}.")
         value = measures[name]
         if not (value <= limit if LIMITS[name] == "most" else value >= limit):
             side = "below" if value < limit else "above"

@@ -31,6 +31,8 @@ from qeff_proxy.score.scorer import Scorer
 from qeff_proxy.score.windows import blocks_of
 from qeff_proxy.session.session import Session
 
+#: What is measured of answers, and more of transcripts.
+ANSWERS, TRANSCRIPTS = ("same", "alike"), ("wer_reference", "wer", "wer_more")
 _ANSWER = 64  # tokens
 _DRAWS = 1000
 _NOT_WORDS = re.compile(r"[^\w\s']|_")

@@ -24,10 +24,10 @@ from qeff_proxy.load.load_model import LoadedModel, load_config, most_positions
 from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.run.calibration import takes_calibration, with_calibration
-from qeff_proxy.score.results import BackendScore, Score, missed_limits
-from qeff_proxy.score.score_answers import AnswerScorer, listed_in
-from qeff_proxy.score.score_tokens import TokenScorer
-from qeff_proxy.score.score_vectors import VectorScorer
+from qeff_proxy.score.results import BackendScore, Score, check_limits, missed_limits
+from qeff_proxy.score.score_answers import ANSWERS, TRANSCRIPTS, AnswerScorer, listed_in
+from qeff_proxy.score.score_tokens import TOKENS, TokenScorer
+from qeff_proxy.score.score_vectors import VECTORS, VectorScorer, check_lines
 from qeff_proxy.score.scorer import Scorer
 from qeff_proxy.score.windows import windows_of
 from qeff_proxy.session.torch_session import TorchSession
@@ -99,8 +99,9 @@ def score_model(
         progress: Called with the name of each stage as it starts.
 
     Raises:
-        UsageError: The model is not one for the text, the text cannot be read, or the window does
-            not fit. A failure of one backend is not raised but kept in its score.
+        UsageError: The model is not one for the text, the text cannot be read, a limit is of what
+            is not measured, or the window does not fit. A failure of one backend is not raised but
+            kept in its score.
         CheckpointError: The checkpoint has no tokenizer.
     """
     options = options or ScoreOptions()
@@ -110,7 +111,7 @@ def score_model(
     if folder is None:
         raise UsageError("a model made in memory has no tokenizer", "Save it, and name the folder.")
     tokenizer = load_processor(folder, trust_remote_code=trust_remote_code)
-    listed = sum(1 for _ in listed_in(text))  # which refuses a list before the work begins
+    listed = {one.kind for one in listed_in(text)}  # a bad line is refused before the work begins
     window = _window_of(options, folder)
     if not listed:
         next(windows_of(text, getattr(tokenizer, "tokenizer", tokenizer), window))
@@ -123,6 +124,12 @@ def score_model(
             "A causal language model or an embedder is scored on a plain text; a model of sound "
             "or images on lines of a file, a tab and its transcript or question.",
         )
+    if listed:
+        check_limits(options.limits, ANSWERS if listed == {"image"} else (*ANSWERS, *TRANSCRIPTS))
+    else:
+        check_limits(options.limits, TOKENS if export.flow == _TOKENS else VECTORS)
+    if not listed and export.flow == _VECTORS:
+        check_lines(text, options.windows)
     loaded = model if isinstance(model, LoadedModel) else None
     parts = live_proxy(loaded, hooks, export).parts
     reference = {part.name: TorchSession(part) for part in parts}

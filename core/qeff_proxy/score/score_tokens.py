@@ -20,6 +20,13 @@ from qeff_proxy.score.scorer import Scorer
 from qeff_proxy.score.windows import beginning_of, windows_of
 from qeff_proxy.session.session import Session
 
+#: What is measured.
+TOKENS = (
+    *("reference", "candidate", "ratio", "kl", "top1", "top5", "flips"),
+    "median",
+    "p99",
+    "max",
+)
 _BEFORE = 48  # characters of context that are shown
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from qeff_proxy.score.scorer import Scorer
 from qeff_proxy.score.windows import blocks_of
 from qeff_proxy.session.session import Session
 
+#: What is measured.
+VECTORS = ("cosine", "p01", "least", "rank", "nearest")
 _BATCH = 32
 _PAIRS = 2000  # lines whose similarities are ranked: all pairs of them
 _DRAWS = 200
@@ -58,10 +61,6 @@ class VectorScorer(Scorer):
             worst += [WorstLine(cosine, line[:_SHOWN]) for cosine, line in found]
             worst = sorted(worst, key=lambda one: one.cosine)[: self.worst]
             done += len(batch)
-        if done < 2:
-            raise UsageError(
-                f"{self.text} has {counted(done, 'line')}", "Similarities need two or more."
-            )
         ours, theirs = (np.concatenate(each)[:_PAIRS] for each in zip(*kept, strict=True))
         measures, intervals = _measures(np.concatenate(cosines), ours, theirs)
         return Measured(
@@ -69,8 +68,7 @@ class VectorScorer(Scorer):
         )
 
     def _batches(self) -> Iterator[list[str]]:
-        lines = (line for block in blocks_of(self.text) for line in block.splitlines())
-        chosen = islice(filter(str.strip, lines), self.most)
+        chosen = islice(_lines_of(self.text), self.most)
         while batch := list(islice(chosen, _BATCH)):
             yield batch
 
@@ -88,6 +86,22 @@ class VectorScorer(Scorer):
         if vectors is None:
             raise UsageError("the model has no pooling", "Choose one: -C pooling=mean.")
         return np.asarray(vectors, np.float64)
+
+
+def check_lines(text: Path, most: int | None) -> None:
+    """Refuse a text without two lines among the first ``most``.
+
+    Raises:
+        UsageError: It has fewer, or cannot be read.
+    """
+    found = sum(1 for _ in islice(_lines_of(text), min(2, most or 2)))
+    if found < 2:
+        raise UsageError(f"{text} has {counted(found, 'line')}", "Similarities need two or more.")
+
+
+def _lines_of(text: Path) -> Iterator[str]:
+    """The lines that are not blank."""
+    return (line for block in blocks_of(text) for line in block.splitlines() if line.strip())
 
 
 def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:

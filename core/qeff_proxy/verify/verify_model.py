@@ -100,7 +100,7 @@ def verify_model(
     if export.kind == "stub":
         raise UsageError(_STUB, "Export with proxy='split' to verify.")
     for name in names:
-        check_recipe(export, options.compile_for(name))
+        check_recipe(export, name, options.compile_for(name))
     progress("checking the export's weights")  # only the first compile does
     check_weights_of(export)
     plain = _without_taps(loaded, hooks, export, options, progress)

@@ -12,6 +12,8 @@ from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.verify.by_layer.verify_layers import verify_layers_of
 from qeff_proxy.verify.options import VerifyOptions
 
+pytestmark = pytest.mark.one_home
+
 
 @pytest.mark.parametrize(
     ("name", "part", "weight"),

@@ -10,6 +10,8 @@ import qeff_proxy_audio
 from qeff_proxy.cli import main
 from qeff_proxy.score.score_answers import distance, words_of
 
+pytestmark = pytest.mark.one_home
+
 CHECKPOINTS = Path(qeff_proxy_audio.__file__).parent / "checkpoints"
 RECORDINGS = sorted((CHECKPOINTS / "recordings").glob("*.flac"))
 

@@ -19,6 +19,8 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.verify.verify_model import verify_model
 from qeff_proxy_audio.sound import EXAMPLE, SoundWarning
 
+pytestmark = pytest.mark.one_home
+
 ROOT = Path(__file__).parents[3]
 CHECKPOINTS = Path(qeff_proxy_audio.__file__).parent / "checkpoints"
 RECORDINGS = sorted((CHECKPOINTS / "recordings").glob("*.flac"))

@@ -23,6 +23,8 @@ from qeff_proxy.verify.verify_model import verify_model
 from qeff_proxy_audio.sound import EXAMPLE
 from transformers import GenerationConfig
 
+pytestmark = pytest.mark.one_home
+
 SHORT = VerifyOptions(max_new_tokens=4)
 
 

@@ -9,6 +9,7 @@ import torch
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UsageError
+from qeff_proxy.families.experts import experts_in_turn
 from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
@@ -46,7 +47,7 @@ class EncoderPart(nn.Module):
         dense: DenseLayers | None = None,
     ) -> None:
         super().__init__()
-        self.model = rotary_by_length(encoder_of(model))
+        self.model = experts_in_turn(rotary_by_length(encoder_of(model)))
         self.masks = masks
         self.pooling = pooling
         self.entry = entry

@@ -26,6 +26,8 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
+pytestmark = pytest.mark.one_home
+
 VOCABULARY, LENGTHS = 61, (9, 6, 4)
 LABELS = {0: "bad", 1: "so so", 2: "good"}
 BERT = {

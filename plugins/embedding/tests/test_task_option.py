@@ -9,6 +9,8 @@ from qeff_proxy.cli import main
 from qeff_proxy.testing.tiny import random_weights
 from transformers import BertConfig, BertForMaskedLM
 
+pytestmark = pytest.mark.one_home
+
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 97}
 
 

@@ -17,6 +17,8 @@ from qeff_proxy.verify.by_layer.verify_layers import verify_layers_of
 from qeff_proxy.verify.options import VerifyOptions
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.one_home
+
 IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 17, 18, 19]])
 TENSORS = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
 REQUEST = Request(inputs={name: tensor.numpy() for name, tensor in TENSORS.items()})

@@ -17,6 +17,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+pytestmark = pytest.mark.one_home
+
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 FAULTS = {"vision": (2, "mlp.fc1.weight"), "body": (3, "mlp.up_proj.weight")}
 

@@ -17,6 +17,8 @@ from qeff_proxy.flows.flow import load_flow
 from qeff_proxy.load.load_model import with_options, wrap_model
 from qeff_proxy_vision.tiny import with_random_weights
 
+pytestmark = pytest.mark.one_home
+
 FLOW = "image-text-to-text"
 IMAGE_TOKEN, OTHER_TOKEN = 98, 97
 TEXT = {

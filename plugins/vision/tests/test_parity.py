@@ -19,6 +19,8 @@ from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.verify_model import verify_model
 from qeff_proxy_vision.tiny import FAMILIES
 
+pytestmark = pytest.mark.one_home
+
 # Logits go up to 6. In float32 the models themselves are up to 5e-5 from what they give in float64,
 # depending on threads, and so are the graphs.
 TOLERANCE = 2e-4

@@ -20,6 +20,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+pytestmark = pytest.mark.one_home
+
 IMAGE_TOKEN = 98
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 

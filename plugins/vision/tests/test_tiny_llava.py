@@ -20,6 +20,8 @@ from qeff_proxy.run.example_request import DEFAULT_QUESTION
 from qeff_proxy_vision import demo, images
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+pytestmark = pytest.mark.one_home
+
 CHECKPOINT = Path(qeff_proxy_vision.__file__).parent / "checkpoints" / "tiny-llava"
 TOOL = Path(__file__).parents[3] / "tools" / "train_tiny_llava.py"
 

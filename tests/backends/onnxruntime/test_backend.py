@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from qeff_proxy.arrays import Array
     from qeff_proxy.artifact.manifest_schema import Export
 
+pytestmark = pytest.mark.one_home
+
 
 @pytest.fixture
 def export(tmp_path: Path) -> Export:

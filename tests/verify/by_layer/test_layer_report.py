@@ -21,6 +21,8 @@ from qeff_proxy.verify.by_layer.results import (
 )
 from qeff_proxy.verify.options import VerifyOptions
 
+pytestmark = pytest.mark.one_home
+
 EXPORT = SimpleNamespace(
     model={"source": "m", "architecture": "M"}, made_by={"torch": "2.0"}, dtype="float32"
 )

@@ -13,6 +13,8 @@ from qeff_proxy.request import Request
 from qeff_proxy.verify.by_layer import LayerVerification, verify_layers
 from qeff_proxy.verify.options import VerifyOptions
 
+pytestmark = pytest.mark.one_home
+
 REQUEST = Request(inputs={"input_ids": np.array([[5, 6, 7, 8, 9, 10, 11]])})
 OPTIONS = VerifyOptions(max_new_tokens=3)
 PIECES = 3

@@ -45,6 +45,8 @@ from qeff_proxy.verify.by_layer.verify_layers import (
 from qeff_proxy.verify.options import VerifyOptions
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.one_home
+
 IDS = [[5, 6, 7, 8, 9, 10, 11], [0, 0, 17, 18, 19, 20, 21]]
 REQUEST = Request(inputs={"input_ids": np.array(IDS), "attention_mask": (np.array(IDS) > 0) * 1})
 OPTIONS = VerifyOptions(max_new_tokens=4)

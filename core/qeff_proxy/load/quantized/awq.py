@@ -8,7 +8,7 @@ word are in the order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up. Source: Au
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,7 +66,7 @@ def weights_of(held: Mapping[str, StoredWeight], settings: Mapping[str, Any]) ->
 
 def _dequantize(
     size: int, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
-) -> torch.Tensor:
+) -> Iterator[torch.Tensor]:
     return scale(_codes(words), scales.t(), size, scales.dtype, _codes(zeros))
 
 

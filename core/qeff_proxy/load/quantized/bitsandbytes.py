@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,7 @@ def weights_of(
     return pieces.weights
 
 
-def _scale_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def _scale_rows(codes: torch.Tensor, scales: torch.Tensor) -> Iterator[torch.Tensor]:
     return scale(codes, scales.unsqueeze(1) / 127, codes.shape[1], torch.float32)
 
 
@@ -90,12 +90,11 @@ def _replace_4_bits(pieces: Pieces, key: str, state: StoredWeight) -> None:
         count = (math.ceil(blocks / outer[0]),)
         tensors.append(pieces.take(f"{key}.nested_quant_map", codes, ("F32",), (256,)))
         tensors.append(pieces.take(f"{key}.nested_absmax", codes, ("F32",), count, why=why))
-    compute = partial(_dequantize, shape, size, outer, getattr(torch, about["dtype"]))
+    compute = partial(_dequantize, size, outer, getattr(torch, about["dtype"]))
     pieces.replace(key, dtype, shape, tensors, compute, state.key)
 
 
 def _dequantize(
-    shape: tuple[int, ...],
     size: int,
     outer: tuple[int, float] | None,
     dtype: torch.dtype,
@@ -103,18 +102,14 @@ def _dequantize(
     table: torch.Tensor,
     scales: torch.Tensor,
     *nested: torch.Tensor,
-) -> torch.Tensor:
+) -> Iterator[torch.Tensor]:
     if outer:
         values = nested[0].index_select(0, scales.to(torch.int32))
         scales = values * nested[1].repeat_interleave(outer[0])[: len(values)] + outer[1]
-    count, data = math.prod(shape), codes.view(torch.uint8).flatten()
+    data = codes.view(torch.uint8).flatten()
     padded = torch.nn.functional.pad(data, (0, len(scales) * size // 2 - len(data)))
-    return (
-        scale(
-            *(padded.view(-1, size // 2), scales.unsqueeze(1), size, dtype),
-            columns=size,
-            read=lambda part: look_up(part, table, low_first=False).view(-1, size),
-        )
-        .flatten()[:count]
-        .view(shape)
+    return scale(
+        *(padded.view(-1, size // 2), scales.unsqueeze(1), size, dtype),
+        columns=size,
+        read=partial(look_up, table, low_first=False),
     )

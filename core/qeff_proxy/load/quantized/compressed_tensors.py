@@ -11,13 +11,13 @@ zero points packed along the outputs; codes are stored plus half their range. ``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from qeff_proxy.load.quantized.arithmetic import group_index, scale, unpack
+from qeff_proxy.load.quantized.arithmetic import group_index, packed, scale, unpack
 from qeff_proxy.load.quantized.kept_codes import kept_codes
 from qeff_proxy.load.quantized.pieces import FLOATS, FP8, Pieces, refusal, unsupported
 from qeff_proxy.load.quantized.scaled_codes import activation_keys, replace_scaled, scale_shapes
@@ -143,7 +143,7 @@ def _dequantize(
     *rest: torch.Tensor,
     asymmetric: bool,
     indexed: bool,
-) -> torch.Tensor:
+) -> Iterator[torch.Tensor]:
     half = 1 << (bits - 1)
     scales = scales.reshape(-1, 1) if scales.dim() < 2 else scales
     zeros: torch.Tensor | int = half
@@ -157,7 +157,7 @@ def _dequantize(
     return scale(
         *(words, scales, groups, scales.dtype, zeros),
         columns=columns,
-        read=lambda part: unpack(part, bits)[:, :columns].float(),
+        read=packed(bits),
     )
 
 

@@ -10,13 +10,13 @@ Source: GPTQModel, ``nn_modules/qlinear/__init__.py`` (``dequantize_weight``) an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from qeff_proxy.load.quantized.arithmetic import group_index, scale, unpack
+from qeff_proxy.load.quantized.arithmetic import group_index, packed, scale, unpack
 from qeff_proxy.load.quantized.kept_codes import kept_codes
 from qeff_proxy.load.quantized.pieces import FLOATS, Pieces, refusal, unsupported
 from qeff_proxy.load.weight_sources import Codes, StoredWeight, Weight
@@ -81,7 +81,7 @@ def _dequantize(
     *,
     one_less: bool,
     named: str,
-) -> torch.Tensor:
+) -> Iterator[torch.Tensor]:
     shifts = _zeros(bits, zeros, scales, one_less=one_less)
     groups: int | torch.Tensor = size
     if index is not None and not torch.equal(index, torch.arange(len(index)) // size):
@@ -89,7 +89,7 @@ def _dequantize(
     return scale(
         *(words.t().contiguous(), scales.t(), groups, scales.dtype, shifts),
         columns=words.shape[0] * 32 // bits,
-        read=lambda part: unpack(part, bits).float(),
+        read=packed(bits),
     )
 
 

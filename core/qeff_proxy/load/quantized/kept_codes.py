@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 
-from qeff_proxy.load.quantized.arithmetic import scale, unpack
+from qeff_proxy.load.quantized.arithmetic import join, packed, scale, unpack
 from qeff_proxy.load.weight_sources import Codes, ComputedWeight, StoredWeight
 
 #: Columns of a group for which ONNX Runtime has kernels (``MatMulNBits``).
@@ -88,13 +87,10 @@ def dequantize_kept(
             columns = tensor.shape[1] * 8 // bits
             points = unpack(zeros[None], bits).flatten()[: scales.numel()].view(scales.shape)
             size = columns // scales.shape[1]
-            result[name] = scale(
+            rows = scale(
                 *(tensor, scales, size, scales.dtype, points),
                 columns=columns,
-                read=partial(_read, bits),
-            ).to(dtype)
+                read=packed(bits),
+            )
+            result[name] = join(rows, (len(tensor), columns), scales.dtype).to(dtype)
     return result
-
-
-def _read(bits: int, words: torch.Tensor) -> torch.Tensor:
-    return unpack(words, bits).float()

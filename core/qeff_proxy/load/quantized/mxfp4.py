@@ -9,12 +9,13 @@ in bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from qeff_proxy.load.quantized.arithmetic import allocate, look_up, scale
+from qeff_proxy.load.quantized.arithmetic import join, look_up, scale
 from qeff_proxy.load.quantized.pieces import Pieces, refusal
 from qeff_proxy.load.weight_sources import StoredWeight, Weight
 
@@ -48,15 +49,14 @@ def weights_of(
     return pieces.weights
 
 
-def _dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def _dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> Iterator[torch.Tensor]:
     table = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
     experts, outputs, count, size = blocks.shape
-    result = allocate((experts, count * size * 2, outputs), torch.bfloat16)
     for expert in range(experts):
         powers = torch.exp2(scales[expert].float() - 127)
-        result[expert] = scale(
+        rows = scale(
             *(blocks[expert], powers, size * 2, torch.bfloat16),
             columns=count * size * 2,
-            read=lambda part: look_up(part, table, low_first=True).view(len(part), -1),
-        ).t()
-    return result
+            read=partial(look_up, table, low_first=True),
+        )
+        yield join(rows, (outputs, count * size * 2), torch.bfloat16).t()

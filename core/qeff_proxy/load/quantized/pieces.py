@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -92,7 +92,7 @@ class Pieces:
         dtype: str,
         shape: Sequence[int],
         pieces: Sequence[StoredWeight],
-        compute: Callable[..., torch.Tensor],
+        compute: Callable[..., Iterator[torch.Tensor]],
         *also: str,
         codes: Callable[[], Codes | None] | None = None,
     ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -80,7 +80,7 @@ def _dequantize(
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> Iterator[torch.Tensor]:
     *outer, rows, columns = codes.shape if codes.dim() > 1 else (1, *codes.shape)
 
     def by_rows(values: torch.Tensor) -> torch.Tensor:
@@ -94,6 +94,4 @@ def _dequantize(
 
     shifts = None if zeros is None else by_rows(zeros)
     groups = block[1] if block else columns
-    return scale(codes.reshape(-1, columns), by_rows(scales), groups, dtype, shifts).view(
-        codes.shape
-    )
+    return scale(codes.reshape(-1, columns), by_rows(scales), groups, dtype, shifts)

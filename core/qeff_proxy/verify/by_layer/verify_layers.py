@@ -84,6 +84,8 @@ class LayerRun:
 #: Gets a layer, the backend that ran it, and that backend as it was before. What it returns runs
 #: the layers that follow, beside the backends.
 Observer = Callable[[LayerRun, Candidate, Candidate], Sequence[Candidate]]
+#: Gets the name and the number of each layer, before the first runs.
+Listed = Callable[[Sequence[tuple[str, int | None]]], None]
 
 
 @in_notebooks("verifying layer by layer")
@@ -97,6 +99,7 @@ def verify_layers(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda _stage: None,
     observe: Observer | None = None,
+    listed: Listed = lambda _layers: None,
 ) -> LayerVerification:
     """Run a model on several backends, and compare each of its layers with PyTorch.
 
@@ -110,6 +113,7 @@ def verify_layers(
         trust_remote_code: Run Python code that comes with the checkpoint.
         progress: Called with the name of each stage as it starts; a notebook shows it by default.
         observe: As for `verify_layers_of`.
+        listed: As for `verify_layers_of`.
 
     Raises:
         UsageError: There is nothing to verify, or the input cannot be right.
@@ -132,7 +136,7 @@ def verify_layers(
     request, tensors = check_request(request, model, hooks, trust_remote_code)
     export = export_of(model, hooks, options, progress)
     return verify_layers_of(
-        export, model, names, (request, tensors), options, hooks, progress, observe
+        export, model, names, (request, tensors), options, hooks, progress, observe, listed
     )
 
 
@@ -145,6 +149,7 @@ def verify_layers_of(
     hooks: Hooks,
     progress: Callable[[str], None] = lambda _stage: None,
     observe: Observer | None = None,
+    listed: Listed = lambda _layers: None,
 ) -> LayerVerification:
     """Verify an export by layer, against the checkpoint that it was made from.
 
@@ -157,6 +162,7 @@ def verify_layers_of(
         hooks: Of its model type.
         progress: Called with the name of each stage as it starts.
         observe: Sees each layer after each backend has run it. A run with one begins anew.
+        listed: Sees which layers there are, before the first runs.
 
     Returns:
         The errors of the layers; of those that ran before Ctrl-C or a full disk, if there are any.
@@ -179,7 +185,7 @@ def verify_layers_of(
         options.tolerances.check_used(output_names(export))
     check_weights_of(export)
     remove_leftovers(export.folder)
-    recipes = [check_recipe(export, options.compile_for(name)) for name in backends]
+    recipes = [check_recipe(export, name, options.compile_for(name)) for name in backends]
     own_process = observe is not None
     candidates = [Candidate(one, export, options, own_process=own_process) for one in backends]
     precisions = {candidate.precision for candidate in candidates if export.dtype == "float32"}
@@ -192,6 +198,7 @@ def verify_layers_of(
     settings.append(options.piece)
     journal = Journal.of(export, tensors, settings)
     parts = [(part, _split(export, part, progress)) for part in export.parts]
+    listed([(layer_name(p.name, one.layer), one.layer) for p, graphs in parts for one in graphs])
     first, end = _piece(options.piece, sum(len(graphs) for _, graphs in parts))
     number = 0
     with journal.held(anew=options.force or observe is not None):

@@ -24,6 +24,8 @@ from qeff_proxy.verify.verify_model import verify_model
 if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export
 
+pytestmark = pytest.mark.one_home
+
 
 @pytest.fixture
 def export(tmp_path: Path) -> Export:

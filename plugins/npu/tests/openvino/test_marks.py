@@ -21,6 +21,8 @@ from qeff_proxy.testing.backend_parts import feeds_of
 from qeff_proxy_npu.openvino.backend import OpenVinoBackend
 from qeff_proxy_npu.openvino.marks import operations_of
 
+pytestmark = pytest.mark.one_home
+
 WIDE = ("transformer.h.1.mlp.c_fc", "transformer.h.2.ln_1", "transformer.h.0.attn:Softmax")
 MARK = "DisablePrecisionConversion_0"
 

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 if TYPE_CHECKING:
     from qeff_proxy.backends.compile_export import Compiled
 
+pytestmark = pytest.mark.one_home
+
 IDS = np.array([[5, 60, 7, 80, 9, 100, 11], [0, 0, 0, 18, 47, 120, 33]])
 MASK = (IDS > 0) * 1
 

@@ -24,6 +24,8 @@ from qeff_proxy.testing.backend_parts import feeds_of, make_export
 if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export
 
+pytestmark = pytest.mark.one_home
+
 GOLDEN = Path(__file__).parent / "golden"
 STAND_IN = Path(__file__).parent / "qaic_compile.py"
 CHECKPOINT = Path(qeff_proxy.__file__).parent / "checkpoints" / "tiny-gpt2"

@@ -16,6 +16,8 @@ from qeff_proxy.cli import main
 from qeff_proxy_npu.qnn.diagnosis import first_failing_node
 from qeff_proxy_npu.qnn.quantize import quantize_graph
 
+pytestmark = pytest.mark.one_home
+
 RANGES: Any = {"x": (-3.0, 3.0), "y": (-3.0, 3.0), "z": (-9.0, 9.0)}
 BITS = {"a16w8": (ir.DataType.INT16, ir.DataType.UINT16), "a8w8": (ir.DataType.UINT8,) * 2}
 

@@ -7,6 +7,8 @@ from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.compare import Tolerance, Tolerances
 from qeff_proxy.compile_options import CompileOptions
 
+pytestmark = pytest.mark.one_home
+
 
 def test_what_is_computed_in_half_precision_is_held_to_it() -> None:
     of = Tolerances(precision="float16").of

@@ -30,6 +30,8 @@ from qeff_proxy_npu.qnn.session import _Binary
 if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export
 
+pytestmark = pytest.mark.one_home
+
 CASES = [
     ("gpt2", "body", {"batch": 1, "query": 3, "past": 5}),
     ("gpt2", "body", {"batch": 1, "query": 1, "past": 5}),

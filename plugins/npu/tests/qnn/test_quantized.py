@@ -34,6 +34,8 @@ from qeff_proxy_npu.qnn.quantize import quantize_graph
 if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export
 
+pytestmark = pytest.mark.one_home
+
 PROMPTS = ("Anna went to the market", "The cat sat on the mat", "One day, a boy found a red ball")
 SHAPES = CompileOptions(prefill_seq_len=8, ctx_len=32)
 

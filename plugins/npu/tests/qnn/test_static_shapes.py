@@ -28,6 +28,8 @@ from qeff_proxy_npu.fixed_shapes.specialize import specialize
 if TYPE_CHECKING:
     from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
 
+pytestmark = pytest.mark.one_home
+
 PARTS = [
     ("gpt2", "body"),
     ("llama", "body"),

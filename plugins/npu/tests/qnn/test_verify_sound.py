@@ -11,6 +11,8 @@ from qeff_proxy.verify.options import VerifyOptions
 from qeff_proxy.verify.verify_model import verify_model
 from qeff_proxy_audio.sound import EXAMPLE, load_sound
 
+pytestmark = pytest.mark.one_home
+
 
 @pytest.mark.parametrize(
     ("name", "parts"),

@@ -1,0 +1,93 @@
+"""Experts that a model loops over as its router has chosen them, made to be traced.
+
+Such a loop asks for the tokens of each expert, whose number a trace does not know. Instead, each
+expert runs on all tokens, and the router's weights of the others are zero. Experts that
+transformers runs by a function of its own need none of this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from qeff_proxy.layers.layer_lists import ModuleT
+from qeff_proxy.layers.replace_modules import replace_modules
+
+#: What a loop over chosen experts calls.
+_LOOP = {"nonzero", "where", "index_add_"}
+_ARGUMENTS = 3  # hidden states, the experts of each token, their weights
+
+
+def experts_in_turn(model: ModuleT) -> ModuleT:
+    """``model``, or a copy of it whose experts all run, one after another, on all tokens."""
+    loops = {
+        path: _EachExpert(module)
+        for path, module in model.named_modules()
+        if set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ())) >= _LOOP
+        and len(inspect.signature(module.forward).parameters) == _ARGUMENTS
+    }
+    return replace_modules(model, loops) if loops else model
+
+
+class _EachExpert(nn.Module):
+    """Runs the loop once for each expert, as if it alone had been chosen, by all tokens."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+        sizes = [size for name, size in vars(experts).items() if "experts" in name]
+        self.count = max(size for size in sizes if isinstance(size, int))
+
+    def forward(
+        self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """``hidden [‥, width]``; of each token the numbers and the weights ``[tokens, top]``.
+
+        Some give ``chosen`` as ``[tokens, top, experts]``, 1 for an expert that is chosen.
+        """
+        total = torch.zeros_like(hidden)
+        encoded = chosen.dim() == weights.dim() + 1
+        for expert in range(self.count):
+            mine = chosen[..., expert] if encoded else chosen == expert
+            share = (weights * mine.to(weights.dtype)).sum(-1, keepdim=True)
+            one = chosen[:, :1] if encoded else torch.full_like(chosen[:, :1], expert)
+            # A second place of no weight: some squeeze the axis of the places.
+            one, share = torch.cat([one, one], 1), nn.functional.pad(share, (0, 1))
+            with _Alone(expert):
+                total = total + self.experts(hidden, one, share)
+        return total
+
+
+class _Number(list[int]):
+    """The row of an expert in what ``nonzero`` returns."""
+
+    def item(self) -> int:
+        """The number in it."""
+        return self[0]
+
+
+class _Alone(TorchFunctionMode):
+    """Lets a loop find one expert, and all tokens for it."""
+
+    def __init__(self, expert: int) -> None:
+        super().__init__()
+        self.expert = expert
+        self.tokens: torch.Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.nonzero, torch.nonzero):
+            return [_Number([self.expert])]
+        if func is torch.where and len(args) == 1:
+            self.tokens = torch.arange(args[0].shape[-1], device=args[0].device)
+            return 0, self.tokens
+        if self.tokens is not None and func is torch.Tensor.index_add_ and args[2] is self.tokens:
+            return args[0].add_(args[3])
+        if self.tokens is not None and func is torch.Tensor.__getitem__:
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(one is self.tokens for one in places):  # of hidden states, or of weights
+                return args[0][:, :1] if any(isinstance(one, int) for one in places) else args[0]
+        return func(*args, **(kwargs or {}))
