@@ -242,7 +242,7 @@ def _loops(module: nn.Module, tiles: Mapping[str, torch.Tensor]) -> bool:
         with torch.no_grad(), _Count() as counter:
             module(**{name: torch.cat([one] * number) for name, one in tiles.items()})
         counts.append(counter.count)
-    return counts[0] != counts[1]
+    return bool(counts[0] != counts[1])
 
 
 def _special(model: PreTrainedModel) -> set[int]:
