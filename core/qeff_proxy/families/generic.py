@@ -59,7 +59,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site | Absent | None:
             f"No installed plugin claims model type {model.config.model_type!r}. Its encoder alone "
             "is exported with --model-task embedding (in Python, by QEFFAutoModel).",
         )
-    module = _head_of(model)
+    module = model.get_output_embeddings()
     path = path_of(model, module)
     if path is None or module is None:
         return None
@@ -138,17 +138,10 @@ def path_of(model: nn.Module, module: nn.Module | None) -> str | None:
     return paths.get(id(module))
 
 
-def _head_of(model: PreTrainedModel) -> Any:
-    """The module of ``get_output_embeddings()``, of the model or of the causal LM in it."""
-    inner = (one for one in model.children() if isinstance(one, PreTrainedModel))
-    heads = (one.get_output_embeddings() for one in (model, *inner))
-    return next((head for head in heads if head is not None), None)
-
-
 def _decoder_path(model: PreTrainedModel) -> str | None:
     """The path of the decoder inside the model; ``None`` where it has none."""
     decoder = model.get_decoder()
-    head = _head_of(model)
+    head = model.get_output_embeddings()
     if decoder is None or decoder is model or decoder is head:
         decoder = model.base_model
     # Some name a module as their decoder or base model that has the head in it.
