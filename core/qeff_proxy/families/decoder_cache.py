@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -32,10 +31,12 @@ from qeff_proxy.parts import TensorSpec
 CacheLayer = tuple[TensorSpec, ...]
 
 _KINDS = ("conv", "recurrent")
-_OF_CONFIG = (LinearAttentionLayer, DynamicIndexedLayer, DummyLayer)
+#: The layer that keeps nothing; before transformers 5.23 one that never gets keys.
+_NoCache: type[Any] = getattr(cache_utils, "DummyLayer", DynamicLayer)
+_OF_CONFIG = tuple({LinearAttentionLayer, DynamicIndexedLayer, _NoCache} - {DynamicLayer})
 _GROWING = ("key", "value", "indexer_key")
 _KNOWN = (
-    *(DynamicLayer, DynamicIndexedLayer, DummyLayer),
+    *(DynamicLayer, DynamicIndexedLayer, _NoCache),
     *(LinearAttentionLayer, LinearAttentionAndFullAttentionLayer),
 )
 
@@ -123,7 +124,7 @@ def filled_cache(
 
 def _filled_layer(tensors: Mapping[str, torch.Tensor]) -> Any:
     if not tensors:
-        return DummyLayer()
+        return _NoCache()
     grows = "key" in tensors
     states = {name: tensor for name, tensor in tensors.items() if name not in _GROWING}
     layer: Any = DynamicIndexedLayer() if "indexer_key" in tensors else DynamicLayer()
