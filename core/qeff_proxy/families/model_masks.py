@@ -15,7 +15,8 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial, wraps
-from types import ModuleType
+from inspect import unwrap
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from transformers import masking_utils
@@ -139,14 +140,15 @@ _WRAPPED = SharedChanges()
 def _replaced(module: nn.Module, make: Callable[[_Creator], Callable[..., Any]]) -> Iterator[None]:
     """Replace the mask functions, in this context, where ``module``'s classes are defined."""
     creators = {
-        id(getattr(masking_utils, creator.function)): creator for creator in (*_CREATORS, _PADDING)
+        unwrap(getattr(masking_utils, creator.function)): creator
+        for creator in (*_CREATORS, _PADDING)
     }
     replaced = dict(_REPLACED.get({}))
     with ExitStack() as stack:
         for name in {type(submodule).__module__ for submodule in module.modules()}:
             python_module = sys.modules[name]
             for attribute, value in list(vars(python_module).items()):
-                creator = creators.get(id(getattr(value, "__wrapped__", value)))
+                creator = creators.get(unwrap(value)) if isinstance(value, FunctionType) else None
                 if creator is not None:
                     wrap = partial(_wrap, python_module, attribute)
                     stack.enter_context(_WRAPPED.needed((name, attribute), wrap))

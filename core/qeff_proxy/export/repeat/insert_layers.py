@@ -138,6 +138,8 @@ class _Layers:
             else:
                 first, last = enter[traced], leave[traced]
             count = len(self.seen.given[number])
+            if len(first.inputs) != count + (len(last.outputs) if first is last else 0):
+                raise NotRepeatable(f"{calls[traced].path} was given other inputs when it was run")
             self.numbers[number] = traced
             self.given[number] = [value for value in first.inputs[:count] if value is not None]
             self.left[number] = last.outputs
