@@ -14,7 +14,7 @@ import torch
 import transformers
 from qeff_proxy import QEFFAutoModelForImageTextToText
 from qeff_proxy.backends.compile_export import open_sessions
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.flows.flow import Job, load_flow
 from qeff_proxy_vision.tiny import with_random_weights
 
@@ -230,3 +230,21 @@ def test_a_tensor_that_would_change_the_features(exported):
         run(face, compiled, sessions, prompt)  # where no tower takes it, it says nothing
         with pytest.raises(UsageError, match="pixel_details"):
             run(face, replace(compiled, export=export), sessions, prompt)
+
+
+def test_a_model_whose_last_layer_gets_features_has_as_many_layers(tmp_path):
+    """Features are added after layers 0 and 1: where one more follows, it takes them in."""
+    make_model().save_pretrained(tmp_path / "checkpoint")
+
+    def export(layers):
+        face = QEFFAutoModelForImageTextToText.from_pretrained(
+            tmp_path / "checkpoint",
+            enable_proxy=True,
+            image_size="32x64",
+            num_hidden_layers=layers,
+        )
+        return face.export(tmp_path / f"{layers}")
+
+    with pytest.raises(UnsupportedModelError, match=r"into layer 2 .* there are 2 layers"):
+        export(2)
+    export(3)
