@@ -36,6 +36,6 @@ def _depths(values: Mapping[str, Any]) -> Iterator[int]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _depths(value)
-        elif _DEPTH.search(name):
+        elif _DEPTH.search(str(name)):
             each = value if isinstance(value, list | tuple) else [value]
             yield from (count for count in each if type(count) is int and count > 0)

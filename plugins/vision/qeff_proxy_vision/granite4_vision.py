@@ -88,8 +88,8 @@ class LayeredBody(nn.Module):
         if max(targets) >= count:
             # With a cause, so that where only the first layers are loaded, more of them are.
             raise UnsupportedModelError(
-                f"features of images go into layer {max(targets)} of the language model, and "
-                f"there are {counted(count, 'layer')}",
+                f"features of images go into layer {max(targets)} of the language model, which "
+                f"has {counted(count, 'layer')}",
                 f"Take {max(targets) + 1} layers or more.",
             ) from IndexError(max(targets))
 

@@ -245,6 +245,6 @@ def test_a_model_whose_last_layer_gets_features_has_as_many_layers(tmp_path):
         )
         return face.export(tmp_path / f"{layers}")
 
-    with pytest.raises(UnsupportedModelError, match=r"into layer 2 .* there are 2 layers"):
+    with pytest.raises(UnsupportedModelError, match=r"into layer 2 .* has 2 layers"):
         export(2)
     export(3)
