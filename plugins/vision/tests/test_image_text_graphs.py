@@ -232,19 +232,12 @@ def test_a_tensor_that_would_change_the_features(exported):
             run(face, replace(compiled, export=export), sessions, prompt)
 
 
-def test_a_model_whose_last_layer_gets_features_has_as_many_layers(tmp_path):
-    """Features are added after layers 0 and 1: where one more follows, it takes them in."""
+def test_features_for_a_layer_beyond_the_last_are_refused(tmp_path):
+    """They are added after layers 0 and 1, before layers 1 and 2."""
     make_model().save_pretrained(tmp_path / "checkpoint")
-
-    def export(layers):
-        face = QEFFAutoModelForImageTextToText.from_pretrained(
-            tmp_path / "checkpoint",
-            enable_proxy=True,
-            image_size="32x64",
-            num_hidden_layers=layers,
-        )
-        return face.export(tmp_path / f"{layers}")
-
+    face = QEFFAutoModelForImageTextToText.from_pretrained(
+        tmp_path / "checkpoint", enable_proxy=True, image_size="32x64", num_hidden_layers=2
+    )
     with pytest.raises(UnsupportedModelError, match=r"into layer 2 .* has 2 layers"):
-        export(2)
-    export(3)
+        face.export(tmp_path / "export")
+    assert not (tmp_path / "export").exists()
