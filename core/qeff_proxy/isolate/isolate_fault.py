@@ -104,9 +104,11 @@ def isolate_fault(
     if capsule is not None:
         check_capsule_place(capsule)
     load_backend(backend).check_options(backend, (options or VerifyOptions()).compile_for(backend))
-    model = opened(model, trust_remote_code)
-    if layer is not None and isinstance(model, LoadedModel):
-        check_layer_number(layer, model)
+    found = opened(model, trust_remote_code)
+    if isinstance(found, LoadedModel):
+        model = found
+        if layer is not None:
+            check_layer_number(layer, model)
     wanted = _Capsule(capsule, anonymous, str(getattr(model, "source", model)))
     search = _Search(layer, None, wanted, progress)
 
