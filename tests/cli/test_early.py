@@ -66,8 +66,12 @@ def test_a_layer_that_does_not_exist(
 ) -> None:
     monkeypatch.setenv("QEFF_HOME", str(tmp_path))
     stages: list[str] = []
-    with pytest.raises(UsageError, match=r"no layer '9'.* body layer 0, body layer 1"):
-        isolate_fault(demo_checkpoint, layer="9", progress=stages.append)
+    for number in ("9", "body layer 3"):
+        with pytest.raises(UsageError, match=f"no layer '{number}'.* says 3 layers"):
+            isolate_fault(demo_checkpoint, layer=number, progress=stages.append)
+    assert stages == list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match=r"no layer 'layer 1'.* body layer 0, body layer 1"):
+        isolate_fault(demo_checkpoint, layer="layer 1", progress=stages.append)
     assert [stage for stage in stages if "PyTorch" in stage] == []
 
 

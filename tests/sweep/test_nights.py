@@ -125,6 +125,7 @@ def test_the_page_names_it_and_links_to_both_reports(
 ) -> None:
     page = three_nights.parent / "page.html"
     assert main(["sweep", "report", str(three_nights), "--html", str(page)]) == 0
+    assert capsys.readouterr().out.endswith(f"report: {page}\n")
     text = page.read_text()
     assert "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", text)
     shown = browse(

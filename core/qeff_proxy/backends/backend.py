@@ -89,6 +89,10 @@ class Backend(ABC):
         """Whether a lower precision is that of a part, too, and not only of others."""
         return True
 
+    def is_calibrated(self, options: CompileOptions) -> bool:  # noqa: ARG002
+        """Whether it computes in a precision for which it needs inputs to calibrate on."""
+        return False
+
     def untimed(self, options: CompileOptions) -> str | None:  # noqa: ARG002
         """Why its speed here means nothing, such as an emulator; ``None`` if it is meaningful.
 

@@ -59,7 +59,7 @@ def _print_table(reports: Sequence[PluginReport], generic: PluginReport, *, chec
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("plugin")
+    table.add_column("plugin", no_wrap=True)  # folded, it would lose its indent
     table.add_column("state", no_wrap=True)
     table.add_column("model types", overflow="fold")
     packages: list[str] = []

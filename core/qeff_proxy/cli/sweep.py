@@ -325,6 +325,8 @@ def _compare(
     else:
         for renderable in (_markdown if args.markdown else _change_lines)(compared):
             print_text(renderable)
+        if args.html is not None and not args.markdown:
+            print_text(f"report: {args.html}")
     return 1 if action == "diff" and compared.worse else 0
 
 

@@ -34,6 +34,7 @@ from qeff_proxy.isolate.capsule import check_capsule_place
 from qeff_proxy.isolate.check_backend import check_runs_anything
 from qeff_proxy.isolate.describe import describe_operator, worst_element
 from qeff_proxy.isolate.exact_layer import without
+from qeff_proxy.isolate.layer_number import check_layer_number
 from qeff_proxy.isolate.neighbourhood import Neighbour, neighbourhood
 from qeff_proxy.isolate.operators import Operators, Values
 from qeff_proxy.isolate.results import (
@@ -57,6 +58,7 @@ from qeff_proxy.verify.by_layer.results import (
 )
 from qeff_proxy.verify.by_layer.verify_layers import LayerRun, verify_layers
 from qeff_proxy.verify.options import VerifyOptions
+from qeff_proxy.verify.verify_model import opened
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,6 +104,11 @@ def isolate_fault(
     if capsule is not None:
         check_capsule_place(capsule)
     load_backend(backend).check_options(backend, (options or VerifyOptions()).compile_for(backend))
+    found = opened(model, trust_remote_code)
+    if isinstance(found, LoadedModel):
+        model = found
+        if layer is not None:
+            check_layer_number(layer, model)
     wanted = _Capsule(capsule, anonymous, str(getattr(model, "source", model)))
     search = _Search(layer, None, wanted, progress)
 

@@ -21,7 +21,7 @@ from qeff_proxy.compare.report import write_page
 from qeff_proxy.compare.tolerances import COMPUTED_IN
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import read_dump
-from qeff_proxy.errors import ProxyError
+from qeff_proxy.errors import ProxyError, UsageError
 from qeff_proxy.verify.results import BackendResult, count_equal_tokens, score_steps
 from qeff_proxy.verify.run_facts import error_page, facts_of_run
 from qeff_proxy.verify.runs import REFERENCE
@@ -142,6 +142,26 @@ def needs_fixed_shapes(options: VerifyOptions, name: str) -> bool:
         return load_backend(name).needs_fixed_shapes(options.compile_for(name))
     except ProxyError:
         return False
+
+
+def check_uncalibrated(options: VerifyOptions, name: str) -> None:
+    """Refuse a precision that a backend calibrates, where layers run alone.
+
+    A dump to calibrate on holds the inputs of parts, not of layers. A backend that cannot be used
+    passes: its row says so.
+    """
+    chosen = options.compile_for(name)
+    try:
+        calibrated = load_backend(name).is_calibrated(chosen)
+    except ProxyError:
+        return
+    if calibrated:
+        precision = load_backend(name).precision(chosen)
+        raise UsageError(
+            f"{name} in {precision} is calibrated on inputs of the whole model, and not layer by "
+            "layer",
+            "Choose another precision, or verify the model as a whole with --calibrate.",
+        )
 
 
 def backends_to_choose_from(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from qeff_proxy.errors import UsageError
 from qeff_proxy.export.export_model import export_model
+from qeff_proxy.isolate import isolate_fault
 from qeff_proxy.load.load_model import wrap_model
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.testing.tiny import random_weights
-from qeff_proxy.verify.by_layer.verify_layers import verify_layers_of
+from qeff_proxy.verify.by_layer.verify_layers import verify_layers, verify_layers_of
 from qeff_proxy.verify.options import VerifyOptions
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -71,3 +74,19 @@ def test_a_weight_five_percent_too_large_shows_in_half_precision(tmp_path: Path)
     (local,) = (layer.local for layer in faulty.faulty)
     assert local.nearest is not None
     assert local.nearest.sqnr < local.nearest.limit < local.nearest.floor
+
+
+@pytest.mark.parametrize(
+    "look", [isolate_fault, lambda model, name, *rest: verify_layers(model, [name], *rest)]
+)
+def test_a_precision_that_is_calibrated_is_refused_before_the_export(
+    look: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path))
+    loaded = wrap_model(
+        random_weights(LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=5)), 0)
+    )
+    options = VerifyOptions(backends={"qnn": {"precision": "a8w8"}})
+    with pytest.raises(UsageError, match="qnn in a8w8 is calibrated on inputs of the whole model"):
+        look(loaded, "qnn", REQUEST, options)
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name
+from qeff_proxy.common.messages import counted
+from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind, TensorSpec
 from qeff_proxy.sites import Absent, Site
@@ -84,7 +86,12 @@ class LayeredBody(nn.Module):
         self.targets = targets
         count = len(self._layers())
         if max(targets) >= count:
-            raise IndexError(f"layer {max(targets)} is to get features, and there are {count}")
+            # With a cause, so that where only the first layers are loaded, more of them are.
+            raise UnsupportedModelError(
+                f"features of images go into layer {max(targets)} of the language model, which "
+                f"has {counted(count, 'layer')}",
+                f"Take {max(targets) + 1} layers or more.",
+            ) from IndexError(max(targets))
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """As the body, with ``layer_features.<layer> [batch, query, hidden]`` besides."""

@@ -14,7 +14,7 @@ import torch
 import transformers
 from qeff_proxy import QEFFAutoModelForImageTextToText
 from qeff_proxy.backends.compile_export import open_sessions
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.flows.flow import Job, load_flow
 from qeff_proxy_vision.tiny import with_random_weights
 
@@ -230,3 +230,14 @@ def test_a_tensor_that_would_change_the_features(exported):
         run(face, compiled, sessions, prompt)  # where no tower takes it, it says nothing
         with pytest.raises(UsageError, match="pixel_details"):
             run(face, replace(compiled, export=export), sessions, prompt)
+
+
+def test_features_for_a_layer_beyond_the_last_are_refused(tmp_path):
+    """They are added after layers 0 and 1, before layers 1 and 2."""
+    make_model().save_pretrained(tmp_path / "checkpoint")
+    face = QEFFAutoModelForImageTextToText.from_pretrained(
+        tmp_path / "checkpoint", enable_proxy=True, image_size="32x64", num_hidden_layers=2
+    )
+    with pytest.raises(UnsupportedModelError, match=r"into layer 2 .* has 2 layers"):
+        face.export(tmp_path / "export")
+    assert not (tmp_path / "export").exists()

@@ -52,7 +52,7 @@ from qeff_proxy.verify.runs import (
     described_request,
     processor_in,
 )
-from qeff_proxy.verify.verify_backend import needs_fixed_shapes
+from qeff_proxy.verify.verify_backend import check_uncalibrated, needs_fixed_shapes
 from qeff_proxy.verify.verify_model import check_names, export_of, installed_hooks, opened
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ def verify_layers(
     options = replace(options or VerifyOptions(), taps="layers")
     names = tuple(dict.fromkeys(backends))
     check_names(names, options)
+    for name in names:
+        check_uncalibrated(options, name)
     if options.html is not None:
         check_report_place(options.html)
     if "torch" in names:

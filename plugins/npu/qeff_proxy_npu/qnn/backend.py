@@ -61,6 +61,10 @@ class QnnBackend(FixedShapesBackend):
         """Of the option ``precision``."""
         return QnnOptions.of(options.backend).precision
 
+    def is_calibrated(self, options: CompileOptions) -> bool:
+        """In whole numbers."""
+        return QnnOptions.of(options.backend).quantized
+
     def untimed(self, options: CompileOptions) -> str | None:  # noqa: ARG002
         """On a PC, which has no HTP."""
         return _EMULATED if platform.machine().lower() in ("x86_64", "amd64") else None
