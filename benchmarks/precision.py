@@ -116,7 +116,7 @@ def _held(variants: Variants, alone: Mapping[str, Distance]) -> float:
 
 
 def memory(folder: Path) -> dict[str, Any]:
-    """Peak memory of a process that measures a model that is exported already."""
+    """Peak memory of processes that measure a model: one that exports it, and two after it."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 

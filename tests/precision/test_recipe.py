@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from qeff_proxy.backends.compile_export import compile_export
+from qeff_proxy.backends.onnxruntime.backend import OnnxRuntimeBackend
 from qeff_proxy.backends.recipe import (
+    OPTION,
     Recipe,
     check_recipe,
     identity_of,
@@ -21,9 +25,10 @@ from qeff_proxy.backends.recipe import (
     read_recipe,
     write_nodes,
 )
+from qeff_proxy.backends.registry import BUILTIN_BACKENDS
 from qeff_proxy.cli import main
 from qeff_proxy.compile_options import CompileOptions
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import BackendError, UsageError
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.export.repeat.mark_layers import NotRepeatable
 from qeff_proxy.graph.modules import unit_of
@@ -136,6 +141,42 @@ def test_a_target_out_of_reach_writes_nothing(demo_checkpoint, tmp_path, capsys)
     assert "Everything is wide: no module is left in int8." in said
     assert not (tmp_path / "r.toml").exists()
     assert not (tmp_path / "nodes").exists()
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_a_mixture_that_a_compiler_refuses_is_searched_anew_greedily(
+    checkpoint, refusals, monkeypatch
+):
+    refused: list[Path] = []
+
+    class Picky(OnnxRuntimeBackend):
+        def open(self, export, part, options, folder):
+            if OPTION in options.backend and len(refused) < refusals:
+                refused.append(folder)
+                raise BackendError("this mixture is refused")
+            return super().open(export, part, options, folder)
+
+    module = ModuleType("picky_recipe_backend")
+    module.Picky = Picky
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(BUILTIN_BACKENDS, "onnxruntime", f"{module.__name__}:Picky")
+    greedily = []
+
+    def spied(*args, greedy):
+        greedily.append(greedy)
+        return search(*args, greedy=greedy)
+
+    monkeypatch.setattr("qeff_proxy.precision.make_recipe.search", spied)
+    goal = Goal(most_wide=0.03)
+    if refusals == 1:
+        result = make_recipe(str(checkpoint), "onnxruntime", "int4", goal, REQUEST)
+        assert result.reached
+        assert result.after.sqnr > result.before.sqnr
+    else:
+        with pytest.raises(BackendError, match="this mixture is refused"):
+            make_recipe(str(checkpoint), "onnxruntime", "int4", goal, REQUEST)
+    assert len(refused) == refusals
+    assert greedily == [False, True]
 
 
 def test_overflow_is_found_whatever_else_overflows(make_model, tmp_path):

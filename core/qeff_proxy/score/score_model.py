@@ -19,9 +19,11 @@ from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import compile_export, fixed_lengths, open_sessions
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.arguments import whole_number
+from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.load_model import LoadedModel, load_config, most_positions
 from qeff_proxy.load.load_processor import load_processor
+from qeff_proxy.parts import Kind
 from qeff_proxy.plugins.hooks import Hooks
 from qeff_proxy.run.calibration import takes_calibration, with_calibration
 from qeff_proxy.score.results import BackendScore, Score, check_limits, missed_limits
@@ -116,20 +118,20 @@ def score_model(
     if not listed:
         next(windows_of(text, getattr(tokenizer, "tokenizer", tokenizer), window))
     hooks = hooks or installed_hooks(model)
-    export = export_of(model, hooks, replace(options.verify, taps=_taps_of(model)), progress)
-    if (export.flow in (_TOKENS, _VECTORS)) == bool(listed) or export.kind == "stub":
+    flow, kind, source = _flow_of(model, hooks, options.verify.kind)
+    if (flow in (_TOKENS, _VECTORS)) == bool(listed) or kind == "stub":
         raise UsageError(
-            f"{export.model['source']} runs as {export.flow} ({export.kind}), which {text} is no "
-            "text for",
+            f"{source} runs as {flow} ({kind}), which {text} is no text for",
             "A causal language model or an embedder is scored on a plain text; a model of sound "
             "or images on lines of a file, a tab and its transcript or question.",
         )
     if listed:
         check_limits(options.limits, ANSWERS if listed == {"image"} else (*ANSWERS, *TRANSCRIPTS))
     else:
-        check_limits(options.limits, TOKENS if export.flow == _TOKENS else VECTORS)
-    if not listed and export.flow == _VECTORS:
+        check_limits(options.limits, TOKENS if flow == _TOKENS else VECTORS)
+    if not listed and flow == _VECTORS:
         check_lines(text, options.windows)
+    export = export_of(model, hooks, replace(options.verify, taps=_taps_of(model)), progress)
     loaded = model if isinstance(model, LoadedModel) else None
     parts = live_proxy(loaded, hooks, export).parts
     reference = {part.name: TorchSession(part) for part in parts}
@@ -144,6 +146,13 @@ def score_model(
     run = _Run(export, hooks, tokenizer, window, options, scorer, progress)
     scores = tuple(run.score(name) for name in dict.fromkeys(backends))
     return Score(export.model["source"], str(text), run.scored, run.said, scores)
+
+
+def _flow_of(model: LoadedModel | Export, hooks: Hooks, kind: Kind) -> tuple[str, str, str]:
+    """How a model runs, how it is cut, and its name: known before it is exported."""
+    if isinstance(model, Export):
+        return model.flow, model.kind, model.model["source"]
+    return cut_model(model, hooks, kind, verify=False).proxy.flow, kind, model.source
 
 
 def _taps_of(model: LoadedModel | Export) -> tuple[str, ...]:

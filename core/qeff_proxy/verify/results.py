@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Packages whose versions shape an export, as its ``made_by`` has them.
 _PACKAGES = ("qeff-proxy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+#: The outputs that say what a model does: an embedder's, and a language model's.
+_VECTORS = "sentence_embedding"
+_SCORED = ("logits", _VECTORS)
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +45,8 @@ class BackendResult(Shown):
         report: The HTML report, where one was asked for.
         scores: Of a lower precision than the tensors', over all positions with logits: ``kl``, the
             mean divergence from PyTorch in nats, ``top1``, the share with the same first token, and
-            how many ``positions``; nothing where there are none.
+            how many ``positions``. Of an embedder ``cosine``, the mean of its vectors' with
+            PyTorch's, ``least``, and how many ``vectors``. Nothing where there are neither.
     """
 
     backend: str
@@ -57,9 +61,13 @@ class BackendResult(Shown):
 
     @property
     def scored(self) -> str:
-        """What a lower precision makes of the tokens, in words; empty where nothing was scored."""
+        """What a lower precision makes of tokens or vectors; empty where nothing was scored."""
         if not self.scores:
             return ""
+        if "vectors" in self.scores:
+            vectors = counted(int(self.scores["vectors"]), "vector")
+            least = f" (the least {self.scores['least']:.4f})" if self.scores["vectors"] > 1 else ""
+            return f"the cosine with PyTorch's of {vectors} is {self.scores['cosine']:.4f}{least}"
         positions = int(self.scores["positions"])
         return (
             f"the logits' distributions are off by KL {self.scores['kl']:.1e} on average, and the "
@@ -295,15 +303,16 @@ def count_equal_tokens(reference: Dump, candidate: Dump, *, generates: bool) -> 
 
 
 def score_steps(reference: Dump, candidate: Dump) -> dict[str, float]:
-    """What a run makes of the reference's next tokens, over the logits of all steps.
+    """What a run makes of the reference's next tokens, or vectors, over all steps.
 
     Returns:
-        See `BackendResult.scores`; nothing where there are no logits, or some are not finite.
+        See `BackendResult.scores`; nothing where there are none, or some are not finite.
     """
     tally = Tally(keep=0)
+    cosines: list[float] = []
     for step in reference.steps:
         for phase, name in reference.tensors:
-            if phase != step.phase or (name.direction, name.tensor) != ("out", "logits"):
+            if phase != step.phase or name.direction != "out" or name.tensor not in _SCORED:
                 continue
             ours, theirs = (
                 d.array(phase, step.index, str(name)).astype(np.float32)
@@ -312,8 +321,20 @@ def score_steps(reference: Dump, candidate: Dump) -> dict[str, float]:
             rows = ours.reshape(-1, ours.shape[-1])
             if ours.shape != theirs.shape or not np.isfinite(theirs).all():
                 return {}
+            if name.tensor == _VECTORS:
+                one, other = rows.astype(np.float64), theirs.reshape(rows.shape).astype(np.float64)
+                lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+                with np.errstate(invalid="ignore"):  # a vector of zeros has no direction
+                    cosines += (np.sum(one * other, axis=1) / lengths).tolist()
+                continue
             tokens = np.concatenate([[0], rows.argmax(1)])
             tally.add(rows, theirs.reshape(rows.shape), tokens, 1)
+    if cosines and np.isfinite(cosines).all():
+        return {
+            "cosine": float(np.mean(cosines)),
+            "least": min(cosines),
+            "vectors": float(len(cosines)),
+        }
     if not tally.windows:
         return {}
     measures = tally.measures()

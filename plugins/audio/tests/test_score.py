@@ -82,10 +82,13 @@ def test_a_list_that_is_none_is_refused_before_the_work(line, said, tmp_path, ca
     assert said in json.dumps(value)
 
 
-def test_a_plain_text_is_none_for_a_model_of_sound(tmp_path, capsys):
+def test_a_plain_text_is_none_for_a_model_of_sound(tmp_path, capsys, monkeypatch):
+    """Which is known before anything is exported."""
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
     text = tmp_path / "plain.txt"
     for words, said in (("Lily went to the park.\n", "is no text for"), ("", "has too few tokens")):
         text.write_text(words * 4)
         code, value = score(capsys, CHECKPOINTS / "tiny-whisper", "--text", text)
         assert code == 2
         assert said in json.dumps(value)
+    assert not list((tmp_path / "home").rglob("*.onnx"))

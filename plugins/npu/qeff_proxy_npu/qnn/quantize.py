@@ -9,7 +9,7 @@ signed and symmetric, and else, without a word, in 8 (37 dB in place of 69).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from qeff_proxy.errors import BackendError
+from qeff_proxy.graph.modules import MOVES
 
 from qeff_proxy_npu.fixed_shapes.fold_weights import fold_weights
 from qeff_proxy_npu.fixed_shapes.tensor_ranges import Ranges, bound_masks
@@ -72,7 +73,7 @@ def quantize_graph(
     _check_ranges(model.graph, ranges)
     axes = _row_axes(model.graph)
     kept = _in_half_precision(model.graph)
-    kept += [str(node.name) for node in model.graph if stays(node) and node.name not in kept]
+    kept += _staying(model.graph, stays, kept)
     quantized = ir.from_proto(_quantized(_with_weights(model), ranges, precision, axes, kept))
     quantized.graph.sort()  # the quantizer appends what it adds
     if signed_factors and ACTIVATION_BITS[precision] == 16:
@@ -229,6 +230,28 @@ def _in_half_precision(graph: ir.Graph) -> list[str]:
 
 def _squares(node: ir.Node) -> bool:
     return node.op_type == "Pow" or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1])
+
+
+def _staying(graph: ir.Graph, stays: Callable[[ir.Node], bool], kept: Collection[str]) -> list[str]:
+    """Names of the nodes that stay in half precision, and of those that only move their results.
+
+    The quantizer puts the latter in between whether or not their inputs are quantized. That would
+    round once more, and the compiler fails where nothing else around them is.
+    """
+    whole = {node for node in graph if node.name in kept}
+    found = []
+    for node in graph:
+        makers = {
+            value.producer()
+            for value in node.inputs
+            if value is not None and value.dtype == ir.DataType.FLOAT and not value.is_initializer()
+        } - {None}  # an input of the graph, such as a cache
+        if node not in whole and (
+            stays(node) or (node.op_type in MOVES and makers and makers <= whole)
+        ):
+            whole.add(node)
+            found.append(str(node.name))
+    return found
 
 
 def _check_ranges(graph: ir.Graph, ranges: Ranges) -> None:

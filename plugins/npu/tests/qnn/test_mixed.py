@@ -75,6 +75,39 @@ def test_where_a_quantized_graph_fails_is_found(tmp_path: Path, precision: str) 
         assert node.name == name
 
 
+@pytest.mark.parametrize(
+    ("wide", "quantized_in"),
+    [("MatMul Softmax", set()), ("MatMul", {"t", "z"}), ("Softmax", {"x", "y", "t"})],
+)
+def test_what_moves_a_wide_result_is_wide(
+    tmp_path: Path, wide: str, quantized_in: set[str]
+) -> None:
+    """A reshape's result is quantized only where what it moves is, or what reads it."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["y"], name="weighted"),
+            helper.make_node("Reshape", ["y", "shape"], ["t"], name="moves"),
+            helper.make_node("Softmax", ["t"], ["z"], name="softmax"),
+        ],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [8, 8])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [4, 16])],
+        [
+            numpy_helper.from_array(np.eye(8, dtype=np.float32), "w"),
+            numpy_helper.from_array(np.array([4, 16]), "shape"),
+        ],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(proto), tmp_path / "m.onnx")
+    ranges: Any = {**RANGES, "t": RANGES["y"], "z": (0.0, 1.0)}
+    model, _ = quantize_graph(
+        ir.load(tmp_path / "m.onnx"), tmp_path, ranges, [], "a8w8", tmp_path,
+        lambda node: node.op_type in wide.split(),
+    )  # fmt: skip
+    taken = {n.inputs[0].name for n in model.graph if n.op_type == "QuantizeLinear"}  # type: ignore[union-attr]
+    assert {str(name).split("_")[0] for name in taken} == quantized_in
+
+
 def names_in(model: ir.Model) -> set[str | None]:
     return {node.name for node in model.graph}
 
