@@ -66,7 +66,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site | Absent | None:
     decoder_path = _decoder_path(model)
     if decoder_path is None:
         return Site(path)
-    part, hidden_size = _head_part(model, decoder_path)
+    part, hidden_size = _head_part(model, decoder_path, path)
     return Site(path, follows=operations_after(part, path, hidden_size))
 
 
@@ -89,16 +89,16 @@ def build_proxy(
     decoder = model.get_submodule(decoder_path)
     table = model.get_submodule(embedding.module)
     width = int(table.weight.shape[1])
-    vocabulary = int(model.get_submodule(lm_head.module).weight.shape[0])
+    vocabulary, head_width = _head_size(model, lm_head.module)
     dtype = model.dtype
     layout = probe_decoder(decoder, width, dtype)
     if kind == "split":
-        parts = _split_parts(model, decoder_path, table, layout, vocabulary)
+        parts = _split_parts(model, decoder_path, table, layout, lm_head.module)
     else:
         whole = model
         out = vocabulary
         if kind == "stub":
-            out = int(model.get_submodule(lm_head.module).weight.shape[-1])
+            out = head_width
             stubs = {
                 embedding.module: EmbeddingStub(width, dtype),
                 lm_head.module: HeadStub(),
@@ -158,12 +158,12 @@ def _split_parts(
     decoder_path: str,
     table: Any,
     layout: DecoderLayout,
-    vocabulary: int,
+    head_path: str,
 ) -> tuple[Part, ...]:
     dtype = dtype_name(model.dtype)
     ids = TensorSpec("input_ids", "int64", ("batch", "query"))
-    head, hidden_size = _head_part(model, decoder_path)
-    width = int(table.weight.shape[1])
+    head, hidden_size = _head_part(model, decoder_path, head_path)
+    width, vocabulary = int(table.weight.shape[1]), _head_size(model, head_path)[0]
     embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", width))
     hidden = TensorSpec(
         "last_hidden_state", layout.hidden_dtype or dtype, ("batch", "query", hidden_size)
@@ -241,7 +241,13 @@ def operations_after(part: HeadPart, head_path: str, hidden_size: int) -> tuple[
     return tuple(name for name in recorder.names if name not in silent)
 
 
-def _head_part(model: PreTrainedModel, decoder_path: str) -> tuple[HeadPart, int]:
+def _head_size(model: PreTrainedModel, head_path: str) -> tuple[int, int]:
+    """The logits and the width of the head's matrix."""
+    matrix: Any = model.get_submodule(head_path).weight
+    return int(matrix.shape[0]), int(matrix.shape[-1])
+
+
+def _head_part(model: PreTrainedModel, decoder_path: str, head_path: str) -> tuple[HeadPart, int]:
     """The head, without the decoder; if that does not run, without the module around the decoder.
 
     Returns:
@@ -252,7 +258,7 @@ def _head_part(model: PreTrainedModel, decoder_path: str) -> tuple[HeadPart, int
         UnsupportedModelError: The head does not run.
     """
     outer = decoder_path.rpartition(".")[0]
-    own = int(model.get_output_embeddings().weight.shape[-1])
+    own = _head_size(model, head_path)[1]
     widths = dict.fromkeys((own, getattr(model.config.get_text_config(), "hidden_size", own)))
     problem: UnsupportedModelError | None = None
     for width, path in product(widths, filter(None, (decoder_path, outer))):
