@@ -81,7 +81,7 @@ def test_a_recipe_without_a_precision(
     monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        'schema = 1\nsource = "m"\nidentity = "0"\nbackend = "onnxruntime"\nprecision = "w8"\n'
+        'schema = 1\nsource = "m"\nidentity = "0"\nbackend = "onnxruntime"\nprecision = "int8"\n'
         'wide = ["transformer.h.0"]\n[measured]\n'
     )
     assert main(["verify", str(demo_checkpoint), "--recipe", str(recipe)]) == 2

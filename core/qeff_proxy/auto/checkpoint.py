@@ -111,9 +111,9 @@ def load_checkpoint(
                         f"config= changes the base model of the adapter in {source}",
                         "Name the base model, and the adapter in adapters=.",
                     )
+                shallower = _is_shallower(asked.to_dict(), there.to_dict(), source)
                 view = _with_config(folder, asked)
                 place = str(view)
-                shallower = _is_shallower(asked.to_dict(), there.to_dict())
     try:
         if view is not None and shallower:
             trusted = trust_remote_code
@@ -223,18 +223,25 @@ def _at_full_depth(
     return asked, depth
 
 
-def _is_shallower(asked: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
-    """Whether a part of the config, such as that of an image tower, says fewer layers."""
+def _is_shallower(asked: Mapping[str, Any], there: Mapping[str, Any], source: str) -> bool:
+    """Whether a part of the config, such as that of an image tower, says fewer layers.
+
+    Raises:
+        UsageError: A part says more layers than the checkpoint has.
+    """
+    fewer = False
     for name, value in there.items():
         other = asked.get(name)
-        if isinstance(value, Mapping):
-            fewer = isinstance(other, Mapping) and _is_shallower(other, value)
-        else:
-            counts = isinstance(value, int) and isinstance(other, int)
-            fewer = name in _DEPTHS and counts and other < value
-        if fewer:
-            return True
-    return False
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            fewer |= _is_shallower(other, value, source)
+        elif name in _DEPTHS and isinstance(value, int) and isinstance(other, int):
+            if other > value:
+                raise UsageError(
+                    f"config says {name} = {other}, and the checkpoint {source} has {value}",
+                    "Ask for as many layers or fewer.",
+                )
+            fewer |= other < value
+    return fewer
 
 
 def _layers_left_out(
