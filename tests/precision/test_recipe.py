@@ -166,7 +166,8 @@ def test_a_mixture_that_a_compiler_refuses_is_searched_anew_greedily(
         greedily.append(greedy)
         return search(*args, greedy=greedy)
 
-    monkeypatch.setattr("qeff_proxy.precision.make_recipe.search", spied)
+    searched = sys.modules["qeff_proxy.precision.make_recipe"]  # the package's name is a function
+    monkeypatch.setattr(searched, "search", spied)
     goal = Goal(most_wide=0.03)
     if refusals == 1:
         result = make_recipe(str(checkpoint), "onnxruntime", "int4", goal, REQUEST)

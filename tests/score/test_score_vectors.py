@@ -61,4 +61,4 @@ def test_a_real_embedder_is_scored(tmp_path, monkeypatch, capsys):
     assert exact["measures"]["nearest"] == 1
     text.write_text("one line")
     assert main(command) == 2
-    assert "has 1 line. Similarities need two or more" in capsys.readouterr().out
+    assert "has 1 line. Similarities need two or more" in capsys.readouterr().err
