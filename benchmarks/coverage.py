@@ -43,6 +43,19 @@ MAPPINGS = {
         "AutoModelForSequenceClassification",
         "classification",
     ),
+    "token-classification": (
+        "TOKEN_CLASSIFICATION",
+        "AutoModelForTokenClassification",
+        "classification",
+    ),
+    "masked-lm": ("MASKED_LM", "AutoModelForMaskedLM", "masked-lm"),
+}
+#: Those in which each text gives results of its own, by the face that makes them.
+TEXTS = {
+    "encoder": "QEFFAutoModel",
+    "classification": "QEFFAutoModelForSequenceClassification",
+    "token-classification": "QEFFAutoModelForTokenClassification",
+    "masked-lm": "QEFFAutoModelForMaskedLM",
 }
 TOLERANCE = 1e-3
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -202,10 +215,8 @@ def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) ->
         recognizer = qeff_proxy.QEFFAutoModelForCTC(model, proxy="split")
         recognizer.export(folder)
         return [recognizer.generate(inputs=feeds).logits[0][None] for feeds in inputs]
-    if mapping == "classification":
-        embedder = qeff_proxy.QEFFAutoModelForSequenceClassification(model, proxy="split")
-    else:
-        embedder = qeff_proxy.QEFFAutoModel(model, proxy="split", options={"pooling": "mean"})
+    options = {"options": {"pooling": "mean"}} if mapping == "encoder" else {}
+    embedder = getattr(qeff_proxy, TEXTS[mapping])(model, proxy="split", **options)
     embedder.export(folder)
     embedder.compile(batch_size=len(inputs))
     padded = np.zeros((2, len(inputs), max(LENGTHS["encoder"])), np.int64)
@@ -214,8 +225,8 @@ def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) ->
         padded[:, row, :length] = feeds["input_ids"][0], np.ones(length)
     arrays = dict(zip(("input_ids", "attention_mask"), padded, strict=True))
     result = embedder.generate(arrays)
-    vectors = result.logits if mapping == "classification" else result.embeddings
-    return list(vectors[:, None, None])
+    vectors = result.embeddings if mapping == "encoder" else result.logits
+    return [vector.reshape(1, -1, vector.shape[-1]) for vector in vectors]
 
 
 def refusal_of(mapping: str, model_type: str, hooks: Any) -> str | None:

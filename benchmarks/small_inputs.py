@@ -30,7 +30,7 @@ def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
         return [image_prompt(model, generator)]
     if mapping == "speech":
         return [sound(model, generator)]
-    if mapping in ("encoder", "classification"):
+    if mapping in ("encoder", "classification", "token-classification", "masked-lm"):
         rows = [generator.integers(3, FIRST_SPECIAL, (1, n)) for n in LENGTHS["encoder"]]
         return [{"input_ids": ids} for ids in rows]
     if mapping == "seq2seq":

@@ -46,7 +46,8 @@ class Request:
     def __post_init__(self) -> None:
         """Raises `UsageError` where a prompt is the path of such a file."""
         for text in self.prompts:
-            if os.path.isfile(text) and _is_media(text):  # noqa: PTH113 (as long as a prompt is)
+            # An int would be the number of an open file. A prompt may be too long for `Path`.
+            if isinstance(text, str) and os.path.isfile(text) and _is_media(text):  # noqa: PTH113
                 raise UsageError(
                     f"{text} is a sound or image file, and a text is taken there",
                     "Give a prompt, and images with --image FILE or images=… where the model "

@@ -14,6 +14,7 @@ from qeff_proxy.auto.causal_lm import (
 )
 from qeff_proxy.auto.classification import (
     ClassificationResult,
+    QEFFAutoModelForMaskedLM,
     QEFFAutoModelForSequenceClassification,
     QEFFAutoModelForTokenClassification,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "QEFFAutoModelForCTC",
     "QEFFAutoModelForCausalLM",
     "QEFFAutoModelForImageTextToText",
+    "QEFFAutoModelForMaskedLM",
     "QEFFAutoModelForSeq2SeqLM",
     "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForSpeechSeq2Seq",

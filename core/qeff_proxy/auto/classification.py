@@ -1,4 +1,4 @@
-"""The faces of classifiers of texts, and of their tokens."""
+"""The faces of classifiers of texts and of their tokens, and of masked LMs."""
 
 from __future__ import annotations
 
@@ -100,6 +100,16 @@ class QEFFAutoModelForTokenClassification(QEFFAutoModelForSequenceClassification
     """A classifier of the tokens of texts, such as a recognizer of names."""
 
     task = TASKS["token-classification"]
+
+
+class QEFFAutoModelForMaskedLM(QEFFAutoModelForSequenceClassification):
+    """An encoder that guesses the masked tokens of texts, which are its labels.
+
+    A text with one masked token has one label, and the scores of the five likeliest; with several,
+    or with none, for which all its tokens count, it has lists of them.
+    """
+
+    task = TASKS["masked-lm"]
 
 
 def _each(decoded: list[Any], name: str) -> list[Any]:

@@ -48,7 +48,8 @@ def fit_table(table: Table, console: Console) -> list[RenderableType]:
 
     wide = console.options.update(max_width=_UNFOLDED)
     natural = console.measure(table, options=wide).maximum
-    if table.title is not None and (title := _text(table.title)).cell_len > natural:
+    title = None if table.title is None else _text(table.title)
+    if title is not None and not title.cell_len <= natural <= console.width:
         untitled = copy(table)  # rich would break the title's words
         untitled.title = None
         head = _broken_text(title, _pieces(title.plain), console.width)

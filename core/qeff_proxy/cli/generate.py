@@ -186,7 +186,7 @@ def _report(args: argparse.Namespace, result: RunResult, *, continues: bool) -> 
     perf = result.outputs.get("perf_metrics")
     ids = result.outputs.get("generated_ids")
     folder = str(result.io_folder) if result.io_folder is not None else None
-    classes = result.decoded if "labels" in result.outputs else None
+    classes = result.decoded if _has_labels(result.decoded) else None
     texts, segments, vectors = _decoded(result.decoded if classes is None else None)
     if args.json:
         report = {
@@ -214,6 +214,12 @@ def _report(args: argparse.Namespace, result: RunResult, *, continues: bool) -> 
         )
     if folder is not None:
         print_text(f"dump: {folder}")
+
+
+def _has_labels(decoded: Any) -> bool:
+    """Whether something was found about each text, or about each of its tokens."""
+    first = decoded[0] if isinstance(decoded, list) and decoded else None
+    return isinstance(first[0] if isinstance(first, list) and first else first, dict)
 
 
 def _class_of(found: Any) -> str:

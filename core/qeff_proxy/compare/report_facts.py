@@ -65,7 +65,7 @@ def described_input(inputs: Mapping[str, Any]) -> str:
 
 
 def described_texts(decoded: Any) -> str:
-    """The texts in a decoded output (a list of strings, or the list under ``texts``), quoted."""
+    """The texts in a decoded output, or the labels that it names, quoted."""
     return _listed([repr(text) for text in _texts_in(decoded)])
 
 
@@ -83,6 +83,9 @@ def _listed(shown: list[str]) -> str:
 
 def _texts_in(decoded: Any) -> Iterator[str]:
     if isinstance(decoded, dict):
-        decoded = decoded.get("texts")
-    if isinstance(decoded, list):
-        yield from (text for text in decoded if isinstance(text, str))
+        decoded = decoded.get("label", decoded.get("texts"))
+    if isinstance(decoded, str):
+        yield decoded
+    elif isinstance(decoded, list):
+        for one in decoded:
+            yield from _texts_in(one)

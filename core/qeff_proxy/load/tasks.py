@@ -66,6 +66,9 @@ TASKS = {
         ("classification",),
         "embedding",
     ),
+    "masked-lm": Task(
+        "QEFFAutoModelForMaskedLM", "AutoModelForMaskedLM", ("masked-lm",), "embedding"
+    ),
     # A pooler is made for a pretraining task, and often missing; no vector comes from it.
     "embedding": Task(
         "QEFFAutoModel",

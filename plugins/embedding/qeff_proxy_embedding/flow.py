@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from qeff_proxy_embedding.part import EncoderPart
 from qeff_proxy_embedding.pooling import pooling_of_options
 from qeff_proxy_embedding.probe import Probe, encoder_of, probe_model
 
-__all__ = ["ClassificationFlow", "EncoderFlow", "Row", "rows_of", "run_rows"]
+__all__ = ["EncoderFlow", "Row", "rows_of", "run_rows", "tensors_of"]
 
 _LENGTHS = (13, 9, 4)  # tokens of the rows used to verify a cut
 _PADDED = 16  # the length they are padded to
@@ -161,56 +161,6 @@ class EncoderFlow:
             hidden = model(**{name: one for name, one in tensors.items() if name in taken})[0]
             results.append(pooling(hidden, mask))
         return results
-
-
-class ClassificationFlow(EncoderFlow):
-    """The ``classification`` flow: a single pass per batch, to a score for each label."""
-
-    def probe(self, model: PreTrainedModel) -> Probe:
-        """What the base model says of its masks."""
-        return probe_model(model.base_model)
-
-    def reference(self, model: PreTrainedModel, proxy: Proxy, row: Row) -> Array:
-        """The uncut model's logits for one row alone."""
-        with torch.no_grad():
-            logits = model(**_arguments(proxy.parts[-1].module, row)).logits
-        return cast("Array", to_array(logits.float())[0])
-
-    def run(self, job: Job) -> dict[str, Any]:
-        """Classify.
-
-        Returns:
-            ``logits``, ``[texts, labels]`` float32 or a list of ``[tokens, labels]``; the names of
-            the ``labels``, and the config's ``problem_type``.
-
-        Raises:
-            UsageError: A text is empty or too long, or the export is a stub.
-        """
-        pad = job.export.settings["skipped_at_the_end"]
-        if pad is not None:
-            job = replace(job, tensors=_without_end(job.tensors, pad))
-        (logits,) = super().run(job).values()
-        names = job.config.id2label
-        labels = [str(names.get(index, f"LABEL_{index}")) for index in range(logits[0].shape[-1])]
-        return {"logits": logits, "labels": labels, "problem_type": job.config.problem_type}
-
-    def run_model(self, model: PreTrainedModel, job: Job) -> object:
-        """Run the uncut model on each text alone, as padding may change what it gives."""
-        part = job.export.parts[-1]
-        types = any(spec.name == "token_type_ids" for spec in part.inputs)
-        rows = rows_of(job.tensors)
-        return [model(**_tensors(row, types=types)).logits for row in rows]
-
-
-def _without_end(tensors: Mapping[str, torch.Tensor], pad: int) -> dict[str, torch.Tensor]:
-    """The inputs with the padding tokens at the end of each row hidden."""
-    ids = tensors.get("input_ids")
-    if ids is None:
-        return dict(tensors)
-    mask = tensors.get("attention_mask", torch.ones_like(ids)).to(torch.int64)
-    counted = ((ids != pad) & (mask != 0)).to(torch.int64)
-    last = (torch.arange(ids.shape[1]) * counted).argmax(-1, keepdim=True)
-    return {**tensors, "attention_mask": mask * (torch.arange(ids.shape[1]) <= last)}
 
 
 def _batches(job: Job, rows: Sequence[Row]) -> list[list[int]]:
@@ -407,9 +357,10 @@ def _reference(model: PreTrainedModel, proxy: Proxy, row: Row) -> Array:
 
 def _arguments(part: Any, row: Row) -> dict[str, torch.Tensor]:
     """The arguments of the uncut model for one row alone."""
-    return _tensors(row, types=part.takes_token_types)
+    return tensors_of(row, types=part.takes_token_types)
 
 
-def _tensors(row: Row, *, types: bool) -> dict[str, torch.Tensor]:
+def tensors_of(row: Row, *, types: bool) -> dict[str, torch.Tensor]:
+    """``input_ids`` of one row, and its token types where they are asked for: ``[1, tokens]``."""
     ids = {"input_ids": to_tensor(row.ids[None])}
     return {**ids, "token_type_ids": to_tensor(row.types[None])} if types else ids

@@ -24,8 +24,8 @@ def masked_lm(tmp_path_factory):
 
 @pytest.mark.filterwarnings("default::UserWarning")  # the head is not used, which is said
 def test_the_encoder_of_a_masked_lm(masked_lm, capsys, tmp_path):
-    assert main(["inspect", masked_lm]) == 4
-    assert "--model-task embedding (in Python: QEFFAutoModel)" in capsys.readouterr().err
+    assert main(["inspect", masked_lm, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"]["lm_head"]["module"]
     command = [
         "verify",
         masked_lm,
