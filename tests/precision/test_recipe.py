@@ -132,13 +132,15 @@ def test_a_target_is_reached_with_no_unit_too_many(checkpoint, made):
 
 
 def test_a_target_out_of_reach_writes_nothing(demo_checkpoint, tmp_path, capsys):
-    """With everything wide, the backend still rounds as float32 does."""
+    """With everything wide, the backend still rounds as float32 does; nothing is searched then."""
     command = ["recipe", str(demo_checkpoint), "--precision", "int8", "--target-sqnr", "200"]
     place = ["--write", str(tmp_path / "r.toml"), "--nodes", str(tmp_path / "nodes")]
     assert main([*command, *place]) == 1
     said = capsys.readouterr().out
     assert "It does not reach the goal, and was not written." in said
     assert "Everything is wide: no module is left in int8." in said
+    assert main([*command, *place, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["found"]["measured"] == 2
     assert not (tmp_path / "r.toml").exists()
     assert not (tmp_path / "nodes").exists()
 
@@ -349,6 +351,7 @@ def test_what_is_refused(made, file, checkpoint, capsys, tmp_path):
         (["compile", export, "--recipe", str(file)], "all weights do"),
         (["compile", export, "--recipe", str(tmp_path / "none.toml")], "cannot be read"),
         (["verify", export, "--backend", "torch", "--recipe", str(file)], "'torch' cannot"),
+        (["score", export, "--text", str(file), "--recipe", str(file)], "all weights do"),
         (["compile", export, "--backend", "openvino", "--recipe", str(file)], "openvino lacks"),
     ]
     place = tmp_path / "export"

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         state = "was compiled already" if compiled.was_there else "compiled"
-        print_text(f"{export.model['source']} {state} for {compiled.backend}")
+        recipe = "" if args.recipe is None else f", with the recipe {args.recipe}"
+        print_text(f"{export.model['source']} {state} for {compiled.backend}{recipe}")
         print_text(f"{compiled.folder}")
     return 0

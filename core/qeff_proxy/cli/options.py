@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,7 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
     does not fit the backend's options is refused then, too.
     """
     if getattr(args, "recipe", None) is not None:
-        _chosen_options(args)
+        _with_recipe(args, args.backend, compile_options_of(args, args.backend_option))
     export = existing_export_of(args)
     if export is not None:
         return export, _hooks_of(export)
@@ -310,21 +311,20 @@ def check_place(args: argparse.Namespace) -> None:
     check_writable(folder if is_export else args.output or cache_home())
 
 
-def _chosen_options(args: argparse.Namespace) -> CompileOptions:
-    """Shapes, cores, the backend's options, and the recipe that it obeys."""
-    options = compile_options_of(args, args.backend_option)
+def _with_recipe(args: argparse.Namespace, name: str, options: CompileOptions) -> CompileOptions:
+    """The options, with the recipe that the backend obeys."""
     if args.recipe is None:
         return options
     from qeff_proxy.backends.recipe import with_recipe
 
-    return with_recipe(args.backend, options, args.recipe.expanduser())
+    return with_recipe(name, options, args.recipe.expanduser())
 
 
 def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False) -> Compiled:
     """Compile the export with the options in the arguments."""
     from qeff_proxy.backends.compile_export import compile_export
 
-    options = _chosen_options(args)
+    options = _with_recipe(args, args.backend, compile_options_of(args, args.backend_option))
     with stage_display("compiling", quiet=args.json) as progress:
         if args.calibrate is not None:
             from qeff_proxy.run.calibration import with_calibration
@@ -376,10 +376,10 @@ def parse_option(text: str, option: str = "-O") -> tuple[str, Any]:
 def options_by_backend(
     args: argparse.Namespace, backends: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
-    """The options that ``-O BACKEND.NAME=VALUE`` gives to each of some backends.
+    """The options that ``-O BACKEND.NAME=VALUE`` gives to each of some backends, and the recipe.
 
     Raises:
-        UsageError: One is misspelled, or names another backend.
+        UsageError: One is misspelled or another backend's; or one cannot obey the recipe.
     """
     options: dict[str, dict[str, Any]] = {}
     for text in args.backend_option:
@@ -394,4 +394,7 @@ def options_by_backend(
     unused = sorted(set(options) - named)
     if unused and BEST not in named:
         raise UsageError(f"-O names {unused[0]}, which is not verified")
+    for name in named if getattr(args, "recipe", None) is not None else ():
+        given = replace(compile_options_of(args), backend=options.get(name, {}))
+        options[name] = dict(_with_recipe(args, name, given).backend)
     return options

@@ -11,6 +11,7 @@ from qeff_proxy.cli.options import (
     add_backend_option,
     add_calibration_option,
     add_model_options,
+    add_recipe_option,
     add_shape_options,
     compile_options_of,
     existing_export_of,
@@ -91,6 +92,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_shape_options(parser)
     add_calibration_option(parser)
+    add_recipe_option(parser)
     add_backend_option(parser, "BACKEND.NAME=VALUE", "an option of one backend")
 
 

@@ -6,7 +6,6 @@ import argparse
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,14 +154,6 @@ def _verify(args: argparse.Namespace, show_json: Callable[[dict[str, Any]], None
         check_place(args)
     backends = args.backend or ["onnxruntime"]
     by_backend = options_by_backend(args, backends)
-    for name in backends if args.recipe is not None else ():
-        from qeff_proxy.backends.recipe import with_recipe
-        from qeff_proxy.backends.registry import load_backend
-
-        given = replace(compile_options_of(args), backend=by_backend.get(name, {}))
-        chosen = with_recipe(name, given, args.recipe.expanduser())
-        load_backend(name).check_options(name, chosen)  # a precision that it is of, for one
-        by_backend[name] = dict(chosen.backend)
     with stage_display("verifying", quiet=args.json) as progress:
         progress("loading libraries")
         from qeff_proxy.dump import DumpOptions
@@ -225,6 +216,8 @@ def _verify(args: argparse.Namespace, show_json: Callable[[dict[str, Any]], None
     else:
         for renderable in _rendered(verification):
             print_text(renderable)
+        if args.recipe is not None:
+            print_text(f"recipe: {args.recipe}")
         for renderable in speed_lines(speed, args) if speed is not None else ():
             print_text(renderable)
     return 0 if verification.passed else 1

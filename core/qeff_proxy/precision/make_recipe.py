@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +111,31 @@ def make_recipe(
     )
     if goal.same_tokens and all(spec.name != LOGITS for spec in ready.export.parts[-1].outputs):
         raise UsageError("the model gives no logits: no tokens can be the same", "Aim at dB.")
+    identity = identity_of(ready.export)
+
+    def recipe_of(found: Found) -> Recipe:
+        wide = tuple(one for one in ready.variants.units if one in found.wide)
+        source, figures = ready.export.model["source"], _measured(found, before, after)
+        return Recipe(source, identity, backend, precision, wide, figures)
+
     before = after = None
     if prove:
         progress("running the backend with everything low")
         before = run_backend(ready, backend, None, progress)
-    aim, identity, greedy = goal, identity_of(ready.export), False
+    if before is not None and goal.most_wide is None:
+        progress("running the backend with everything wide")
+        found = search(ready.variants, Goal(), progress)
+        with contextlib.suppress(BackendError):  # a compiler may refuse that, and not fewer
+            after = run_backend(ready, backend, recipe_of(found), progress)
+            if not goal.is_reached(after):
+                return Result(
+                    recipe_of(found), ready.export, found, ready.how, before, after, False
+                )
+        after = None
+    aim, greedy = goal, False
     for attempt in range(1, _TRIES + 1):
         found = search(ready.variants, aim, progress, greedy=greedy)
-        recipe = Recipe(
-            ready.export.model["source"],
-            identity,
-            backend,
-            precision,
-            tuple(one for one in ready.variants.units if one in found.wide),
-            _measured(found, before, None),
-        )
+        recipe = recipe_of(found)
         if before is None:
             return Result(recipe, ready.export, found, ready.how, None, None, found.reached)
         progress("running the backend with the recipe")
@@ -139,8 +150,7 @@ def make_recipe(
         if reached or not found.left or goal.most_wide is not None or attempt == _TRIES:
             break
         aim = _further(goal, found, after)
-    recipe = replace(recipe, measured=_measured(found, before, after))
-    return Result(recipe, ready.export, found, ready.how, before, after, reached)
+    return Result(recipe_of(found), ready.export, found, ready.how, before, after, reached)
 
 
 def _is_proven(goal: Goal, before: Distance, after: Distance) -> bool:

@@ -93,7 +93,7 @@ def search(
 
     Args:
         variants: Measures sets of low units.
-        goal: What to reach.
+        goal: What to reach; one out of reach, such as an empty one, gives everything wide.
         progress: Called with each step.
         greedy: Do no more than greedy search, which finds few units.
     """
@@ -118,9 +118,10 @@ class _Search:
     def run(self, *, greedy: bool) -> Found:
         """Search."""
         names = sorted(self._every)
-        low, *found = self._measure(
-            [frozenset(), *({one} for one in names), *(self._every - {one} for one in names)]
-        )
+        low, best = self._measure([frozenset(), self._every])
+        if self._goal.most_wide is None and not self._goal.is_reached(best):
+            return Found(self._every, 1.0, best, low, False, 0, len(self._known))
+        found = self._measure([*({one} for one in names), *(self._every - {one} for one in names)])
         single, alone = found[: len(names)], found[len(names) :]
         gains = {name: _gain(low, one) for name, one in zip(names, single, strict=True)}
         self._alone = {name: one.noise for name, one in zip(names, alone, strict=True)}
