@@ -32,6 +32,7 @@ RELIED_ON = {
         "QEFFAutoModelForCTC",
         "QEFFAutoModelForCausalLM",
         "QEFFAutoModelForImageTextToText",
+        "QEFFAutoModelForMaskedLM",
         "QEFFAutoModelForSeq2SeqLM",
         "QEFFAutoModelForSequenceClassification",
         "QEFFAutoModelForSpeechSeq2Seq",
