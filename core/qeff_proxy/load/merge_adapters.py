@@ -7,19 +7,16 @@ W + scale * weight * B @ A, as ``peft``'s ``merge_and_unload`` computes it
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import CheckpointError
-from qeff_proxy.load.adapter_files import CONFIG, Adapter
-from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
+from qeff_proxy.load.adapter_files import CONFIG, Adapter, header_of, warn_of_base
+from qeff_proxy.load.safetensors_header import TORCH_DTYPES
 from qeff_proxy.load.weight_sources import (
     ComputedWeight,
     StoredWeight,
@@ -55,14 +52,7 @@ def with_adapters(
     Raises:
         CheckpointError: An adapter is of another model, damaged, or cannot be merged.
     """
-    for adapter in adapters:
-        base = Path(str(adapter.settings.get("base_model_name_or_path") or "")).name
-        if base and base.lower() not in name.lower():
-            warnings.warn(
-                f"the adapter {adapter.folder} was made for {base}, and is merged into {name}",
-                UserWarning,
-                stacklevel=3,
-            )
+    warn_of_base(adapters, name)
     merge = _Merge(dict(held), model)
     for adapter in adapters:
         merge.add(adapter)
@@ -228,18 +218,11 @@ class _Merge:
 
 
 def _tensors(adapter: Adapter) -> dict[str, StoredWeight]:
-    try:
-        header = read_header(adapter.path)
-    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{adapter.path} is damaged: {first_line(error)}", "Download the adapter again."
-        ) from error
+    header = header_of(adapter)
     tensors = {key: StoredWeight(adapter.path, key, place) for key, place in header.items()}
     for tensor in tensors.values():
         if "float" not in TORCH_DTYPES[tensor.dtype]:
             raise _refused(tensor, f"is of {TORCH_DTYPES[tensor.dtype]}, not of floating point")
-    if not tensors:
-        raise CheckpointError(f"{adapter.path} holds no tensors", "Download the adapter again.")
     return tensors
 
 
