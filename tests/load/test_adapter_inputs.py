@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import eager, letters, make_adapter, merged_by_peft
 from qeff_proxy import Plugins
 from qeff_proxy.auto import QEffAutoPeftModelForCausalLM
@@ -19,6 +19,7 @@ from qeff_proxy.backends.compile_export import compile_export
 from qeff_proxy.cli import main
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.dump import read_dump
+from qeff_proxy.dump.format import name_tensor
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.export.cache_key import find_known_export
 from qeff_proxy.export.export_model import export_model
@@ -118,13 +119,13 @@ def test_one_export_runs_each_adapter_and_the_base_as_peft_does(
         chosen = with_adapter(export, adapter.name)
         for backend in ("onnxruntime", "torch"):
             assert_equal(run(chosen, tmp_path / adapter.name / backend, backend), unmerged)
-        shapes = {"prefill_seq_len": 4, "ctx_len": 32, "backend": {"static": True}}
-        assert_equal(run(chosen, tmp_path / adapter.name / "static", **shapes), unmerged)
+        chunked = run(chosen, tmp_path / adapter.name / "chunks", prefill_seq_len=4, ctx_len=32)
+        assert_equal(chunked, unmerged)
         assert all(np.abs(unmerged[1] - one[1]).max() > 1e-2 for one in seen)
         seen.append(unmerged)
     one = PeftModel.from_pretrained(eager(base), adapters[0])
-    one.add_weighted_adapter(["default"], [-0.5], "half", combination_type="cat")
-    one.set_adapter("half")
+    one.add_weighted_adapter(["default"], [-0.5], "weighted", combination_type="cat")
+    one.set_adapter("weighted")
     halved = with_adapter(export, f"{adapters[0]}@-0.5")
     assert_equal(run(halved, tmp_path / "half"), expected(one.eval()))
     assert len(list((export.folder / "compiled").glob("onnxruntime-*"))) <= 2  # with and without
@@ -137,7 +138,7 @@ def test_a_dump_has_the_adapter_once(made: tuple[Path, list[Path], Any], tmp_pat
     assert dump.provenance["adapter"] == str(adapters[0])
     tensors = load_file(adapters[0] / "adapter_model.safetensors")
     key = next(key for key in tensors if key.endswith("lora_A.weight"))
-    name = f"body.in.{key.removeprefix('base_model.model.')}"
+    name = str(name_tensor("body", "in", key.removeprefix("base_model.model.")))
     for index in (0, NEW - 2):
         found = dump.array("decode", index, name)
         np.testing.assert_array_equal(found[: len(tensors[key])], tensors[key].numpy())
@@ -274,12 +275,8 @@ def test_an_export_without_places_and_a_model_of_another_kind_take_none(
     assert "takes no adapters as inputs" in capsys.readouterr().err
     bert = tmp_path / "bert"
     make_model("bert").save_pretrained(bert)
-    adapter = make_adapter(
-        tmp_path / "bert",
-        tmp_path / "adapter",
-        target_modules=["query"],
-        task_type="FEATURE_EXTRACTION",
-    )
+    model = get_peft_model(load_model(str(bert)).model, LoraConfig(target_modules=["query"]))
+    model.save_pretrained(tmp_path / "adapter")
     loaded = load_model(str(bert), adapters=[tmp_path / "adapter"], adapter_as_input=True)
     with pytest.raises(UnsupportedModelError, match="inputs of causal LMs, not of a"):
         export_model(loaded, Plugins.discover().hooks_for("bert"), output=tmp_path / "export")
