@@ -274,10 +274,13 @@ def test_an_export_without_places_and_a_model_of_another_kind_take_none(
     assert main(["generate", str(demo_export), "a", "--adapter", str(one)]) != 0
     assert "takes no adapters as inputs" in capsys.readouterr().err
     bert = tmp_path / "bert"
-    make_model("bert").save_pretrained(bert)
-    model = get_peft_model(load_model(str(bert)).model, LoraConfig(target_modules=["query"]))
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = load_model(str(bert), adapters=[tmp_path / "adapter"], adapter_as_input=True)
+    make_model("bert").base_model.save_pretrained(bert)
+    model = load_model(str(bert), task="embedding").model
+    get_peft_model(model, LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "one")
+    loaded = load_model(
+        str(bert), task="embedding", adapters=[tmp_path / "one"], adapter_as_input=True
+    )
+    hooks = Plugins.discover().hooks_for("bert", task="embedding")
     with pytest.raises(UnsupportedModelError, match="inputs of causal LMs, not of a"):
-        export_model(loaded, Plugins.discover().hooks_for("bert"), output=tmp_path / "export")
+        export_model(loaded, hooks, output=tmp_path / "export")
     assert not (tmp_path / "export").exists()
