@@ -114,10 +114,17 @@ class _Merge:
         return torch.equal(base.read().to(torch.float32), tensor.read().to(torch.float32))
 
     def _key_of(self, name: str, tensor: StoredWeight) -> str:
-        """The checkpoint's key of a weight that an adapter names as the model or the file does."""
+        """The checkpoint's key of a weight that an adapter names as the model or a file does.
+
+        That may be a file of another release of transformers than the checkpoint's.
+        """
         key = name if name in self.weights else self._keys.get(name)
         if key is not None:
             return key
+        if name not in self._parameters:
+            today, converted = model_names(self._model, [name])[name]
+            if today in self._parameters and not converted:
+                return self._key_of(today, tensor)
         if name in self._parameters:
             if name in self._converted:
                 raise _refused(tensor, f"is for {name}, which is made of several stored tensors")
