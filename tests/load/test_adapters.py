@@ -338,6 +338,11 @@ def test_a_tied_weight_is_changed_with_both_names_or_not_at_all(
     assert_equal(loaded.model, oracle, base)
     assert loaded.sample is not None
     assert_equal(loaded.sample(all_layers).model, oracle, base)
+    for number, module in enumerate(("wte", "lm_head")):
+        place = tmp_path / f"tied {number}"
+        tied = make_adapter(base, place, target_modules=["c_fc", module], ensure_weight_tying=True)
+        with pytest.raises(CheckpointError, match=r"is of LoRA on .*wte.*, which are one weight"):
+            load_model(str(base), adapters=[tied])
 
 
 def test_paths_and_weights() -> None:

@@ -89,6 +89,14 @@ class _Merge:
                 raise _refused(tensor, "is of a method that is not merged here")
             elif not self._is_base(path, tensor):
                 replaced[_WRAPPERS.sub("", path)] = tensor
+        for module, parts in changes.items():
+            names = self._aliases.get(f"{module}.weight", ())
+            if adapter.settings.get("ensure_weight_tying") and len(names) > 1:
+                raise CheckpointError(
+                    f"{next(iter(parts.values())).key} in {adapter.path} is of LoRA on "
+                    f"{' and '.join(names)}, which are one weight (ensure_weight_tying)",
+                    "Train it without these: peft runs such an adapter once, but merges it twice.",
+                )
         touched = {self._replace(path, tensor, adapter) for path, tensor in replaced.items()}
         for path, tensor in replaced.items():
             self._check_ties(self._key_of(path, tensor), tensor, touched)
