@@ -12,6 +12,8 @@ PAST = "past_key_values."
 PRESENT = "present."
 #: The outputs of layers (`qeff_proxy.layers.taps`).
 TAP = "hidden_states."
+#: Ends of the names of an adapter's tensors, its A and B, behind the path of the module.
+ADAPTER = (".lora_A.weight", ".lora_B.weight")
 _STATE = re.compile(r"(past_key_values|present)\.\d+\.\w+_state(_\d+)?")
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from peft_models import eager, letters, make_adapter, merged_by_peft
 from qeff_proxy import Plugins
 from qeff_proxy.auto import QEffAutoPeftModelForCausalLM
 from qeff_proxy.backends.torch.backend import model_of_export
@@ -22,8 +22,6 @@ from qeff_proxy.load.adapter_files import parse_adapters
 from qeff_proxy.load.first_layers import all_layers
 from qeff_proxy.load.load_model import load_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # What peft says of itself, and of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
@@ -68,42 +66,6 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 def adapter(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters") / "adapter"
     return make_adapter(bases["llama"], folder, target_modules=["q_proj"], r=4)
-
-
-@pytest.fixture(scope="module")
-def bases(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of a Llama with an untied head and of a GPT-2, of six layers each."""
-    root = tmp_path_factory.mktemp("bases")
-    make_model("llama", layers=6, tie_word_embeddings=False).save_pretrained(root / "llama")
-    make_model("gpt2", layers=6).save_pretrained(root / "gpt2")
-    return {name: root / name for name in ("llama", "gpt2")}
-
-
-def eager(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-
-
-def make_adapter(base: Path, folder: Path, seed: int = 0, **settings: Any) -> Path:
-    """A saved adapter whose tensors are all random."""
-    config = LoraConfig(
-        task_type="CAUSAL_LM", lora_alpha=settings.pop("lora_alpha", 16), **settings
-    )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
-def merged_by_peft(base: Path, *adapters: Path) -> Any:
-    model = PeftModel.from_pretrained(eager(base), adapters[0])
-    for index, adapter in enumerate(adapters[1:]):
-        model.load_adapter(adapter, str(index))
-    names = ["default", *map(str, range(len(adapters) - 1))]
-    return model.merge_and_unload(adapter_names=names).eval()
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -228,19 +190,6 @@ def test_each_prompt_has_its_adapter(bases: dict[str, Path], tmp_path: Path) -> 
         face.generate(tokenizer, prompts, prompt_to_adapter_mapping=names, write_io=True)
 
 
-def letters() -> Any:
-    """A tokenizer of letters."""
-    vocabulary = {letter: index + 3 for index, letter in enumerate(string.printable[10:90])}
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **vocabulary}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<unk>",
-        return_token_type_ids=False,
-    )
-
-
 def test_an_adapter_of_the_head_has_a_weight(bases: dict[str, Path], tmp_path: Path) -> None:
     """peft saves the head's own weight with it, which is no change."""
     base = bases["llama"]
@@ -358,7 +307,7 @@ def test_an_adapter_of_another_base_is_named(
     bases: dict[str, Path], adapter: Path, tmp_path: Path
 ) -> None:
     with (
-        pytest.warns(UserWarning, match=r"was made for llama, and is merged into .*gpt2"),
+        pytest.warns(UserWarning, match=r"was made for llama, and is used with .*gpt2"),
         pytest.raises(CheckpointError, match=r"q_proj.* GPT2LMHeadModel does not have"),
     ):
         load_model(str(bases["gpt2"]), adapters=[adapter])
@@ -389,6 +338,11 @@ def test_a_tied_weight_is_changed_with_both_names_or_not_at_all(
     assert_equal(loaded.model, oracle, base)
     assert loaded.sample is not None
     assert_equal(loaded.sample(all_layers).model, oracle, base)
+    for number, module in enumerate(("wte", "lm_head")):
+        place = tmp_path / f"tied {number}"
+        tied = make_adapter(base, place, target_modules=["c_fc", module], ensure_weight_tying=True)
+        with pytest.raises(CheckpointError, match=r"is of LoRA on .*wte.*, which are one weight"):
+            load_model(str(base), adapters=[tied])
 
 
 def test_paths_and_weights() -> None:

@@ -78,6 +78,8 @@ class Export(Shown):
         hashes: Weights file → algorithm and hash, ``"blake3:…"``; checked by `compile`, not by a
             reader.
         processor: Names of the files that were written to `processor_folder`.
+        adapter: The A and B that inputs of parts take in a run, by name; not part of the document.
+        adapter_name: Where they come from; empty for the base model.
     """
 
     folder: Path
@@ -92,6 +94,8 @@ class Export(Shown):
     made_by: dict[str, Any]
     hashes: dict[FileName, str] = field(default_factory=dict)
     processor: tuple[FileName, ...] = ()
+    adapter: dict[str, Any] = field(default_factory=dict, compare=False)
+    adapter_name: str = ""
 
     @property
     def processor_folder(self) -> Path:
@@ -198,9 +202,10 @@ def read_manifest(folder: Path) -> Export:
     schema = value.pop("schema", None) if isinstance(value, dict) else None
     if schema != _SCHEMA:
         raise FieldError(f"it has schema {schema!r}, not {_SCHEMA}")
-    if "folder" in value:
-        raise FieldError("the document has an unknown 'folder'")
-    export = read_as(Export, {"folder": str(folder), **value})
+    own = {"folder": str(folder), "adapter": {}, "adapter_name": ""}
+    if others := own.keys() & value.keys():
+        raise FieldError(f"the document has an unknown {min(others)!r}")
+    export = read_as(Export, {**own, **value})
     check_fields(_Manifest, value, "the document")
     read_as(_Model, export.model, "'model'")
     _check_parts(export.parts)

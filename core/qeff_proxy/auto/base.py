@@ -117,6 +117,7 @@ class ProxyModel(Transformed, Shown):
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         adapters: Adapters = (),
+        adapter_as_input: bool = False,
         plugins: Plugins | None = None,
         **options: Any,
     ) -> Self:
@@ -134,6 +135,8 @@ class ProxyModel(Transformed, Shown):
             allow_pickle: Read pickled weights, which can run code.
             adapters: LoRA adapters to merge into the weights: ``PATH`` or ``PATH@WEIGHT``, several,
                 or weights by path.
+            adapter_as_input: Do not merge them: the graphs take adapters like these as inputs, and
+                run with the first.
             plugins: The plugins to use; by default the installed ones.
             options: Options of the family's ``build_proxy`` (``pooling`` …), ``revision``,
                 ``cache_dir`` and ``token`` of a hub id, ``gguf_file``, and QEfficient's other
@@ -155,6 +158,7 @@ class ProxyModel(Transformed, Shown):
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             adapters=adapters,
+            adapter_as_input=arguments.flag("adapter_as_input", adapter_as_input),
         )
         try:
             model = cls(

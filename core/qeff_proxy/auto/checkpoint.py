@@ -51,6 +51,7 @@ def load_checkpoint(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     adapters: Adapters = (),
+    adapter_as_input: bool = False,
 ) -> tuple[LoadedModel, Path | None, PreTrainedConfig | None]:
     """Load a checkpoint.
 
@@ -63,6 +64,7 @@ def load_checkpoint(
         trust_remote_code: Run Python code that comes with the checkpoint.
         allow_pickle: Read pickled weights.
         adapters: As in `load_model`.
+        adapter_as_input: As in `load_model`.
 
     Returns:
         The model; a temporary folder that it is read from, to be removed after its use; and its
@@ -126,6 +128,7 @@ def load_checkpoint(
             allow_pickle=allow_pickle,
             unused=unused,
             adapters=adapters,
+            adapter_as_input=adapter_as_input,
         )
         loaded = replace(loaded, source=source)
         if depth is not None:

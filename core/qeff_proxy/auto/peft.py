@@ -14,6 +14,7 @@ from qeff_proxy.backends.compile_export import compile_export
 from qeff_proxy.common import arguments
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.adapter_files import CONFIG
+from qeff_proxy.load.adapter_inputs import with_adapter
 from qeff_proxy.load.load_model import load_model
 from qeff_proxy.request import Request
 from qeff_proxy.run.run_compiled import RunResult
@@ -25,6 +26,9 @@ _MAPPING = "prompt_to_adapter_mapping"
 
 class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
     """A causal LM with LoRA adapters, one of which is merged into its weights at a time.
+
+    With ``adapter_as_input=True`` the graphs take them as inputs: one export serves all adapters
+    that are named before it is made, later ones that are no larger, and the base model.
 
     ``generate(…, prompt_to_adapter_mapping=[…])`` runs each prompt with the adapter of that name,
     or ``"base"``: those of one adapter together, one adapter after the other.
@@ -57,7 +61,8 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """
         arguments.flag("finite_adapters", finite_adapters)
         face = super().from_pretrained(pretrained_model_name_or_path, **options)
-        if not face._loaded.notes.get("adapters"):  # noqa: SLF001 (an instance of this class)
+        loaded = face._loaded  # noqa: SLF001 (an instance of this class)
+        if not (loaded.adapters or loaded.notes.get("adapters")):
             raise UsageError(
                 f"{pretrained_model_name_or_path} holds no adapter ({CONFIG})",
                 "Name an adapter's folder, or use QEFFAutoModelForCausalLM.",
@@ -68,7 +73,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
 
     @property
     def active_adapter(self) -> str:
-        """The name of the adapter that is merged."""
+        """The name of the adapter that the model runs with."""
         return self._active
 
     def load_adapter(self, model_id: str | Path, adapter_name: str) -> None:
@@ -77,8 +82,15 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         Args:
             model_id: Its folder or hub id.
             adapter_name: The name.
+
+        Raises:
+            CheckpointError: It cannot be an input of this model, or of the export that was made.
         """
         arguments.path("the adapter's folder or hub id", model_id)
+        if self._export is not None and self._loaded.adapters:
+            with_adapter(self._export, [model_id])
+        elif self._loaded.adapters:
+            self._reload([*self._adapters.values(), str(model_id)])
         self._adapters[adapter_name] = str(model_id)
 
     def unload_adapter(self, adapter_name: str) -> bool:
@@ -92,10 +104,10 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         return self._adapters.pop(adapter_name, None) is not None
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Merge another adapter instead of the active one.
+        """Merge another adapter instead of the active one, or take it as input.
 
-        Each adapter has an export of its own: one that was made before is found again. Where the
-        model was compiled, the other one is compiled, too, in the same way.
+        Each merged adapter has an export of its own: one that was made before is found again. Where
+        the model was compiled, the other one is compiled, too, in the same way.
 
         Raises:
             CheckpointError: The adapter cannot be found, read or merged.
@@ -106,7 +118,19 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             raise UsageError(f"no adapter is named {adapter_name!r}", f"Known: {known}.")
         if adapter_name == self._active:
             return
-        before, compiled = self._loaded, self._compiled
+        if not self._loaded.adapters:
+            compiled = self._compiled
+            named = self._adapters.get(adapter_name)
+            self._reload([] if named is None else [named])
+            if compiled is not None:
+                self.export()
+                assert self._export is not None  # noqa: S101 (export sets it)
+                self._compiled = compile_export(self._export, compiled.backend, compiled.options)
+        self._active = adapter_name
+
+    def _reload(self, adapters: list[str]) -> None:
+        """Load the model with other adapters."""
+        before = self._loaded
         if self._config is not None:
             raise UsageError(
                 "set_adapter keeps no config, num_hidden_layers, revision or dtype='auto'",
@@ -117,21 +141,27 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
                 f"the adapter beside the weights of {before.source} is always merged",
                 "Move its files to a folder of their own.",
             )
-        named = self._adapters.get(adapter_name)
         loaded = load_model(
             str(before.folder),
             auto_class=self.task.auto_class,
             dtype=before.dtype,
             trust_remote_code=before.trust_remote_code,
             unused=self.task.unused,
-            adapters=[] if named is None else [named],
+            adapters=adapters,
+            adapter_as_input=bool(before.adapters),
         )
         super().__init__(loaded, proxy=self._kind, plugins=self._plugins, options=before.options)
-        self._active = adapter_name
-        if compiled is not None:
-            self.export()
-            assert self._export is not None  # noqa: S101 (export sets it)
-            self._compiled = compile_export(self._export, compiled.backend, compiled.options)
+
+    def _run_active(self, *request: Any, **how: Any) -> RunResult:
+        """Run with the active adapter."""
+        if self._loaded.adapters:
+            if self._compiled is None:
+                self.compile()
+            assert self._compiled is not None  # noqa: S101 (compile sets it)
+            named = self._adapters.get(self._active)
+            export = with_adapter(self._compiled.export, [] if named is None else [named])
+            self._compiled = replace(self._compiled, export=export)
+        return super().run_request(*request, **how)
 
     def run_request(
         self,
@@ -149,9 +179,8 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """
         run = dict(run or {})
         names = run.pop(_MAPPING, None)
-        run_active = super().run_request
         if names is None:
-            return run_active(request, processor, settings, run=run, **dump)
+            return self._run_active(request, processor, settings, run=run, **dump)
         if len(names) != len(request.prompts):
             raise UsageError(
                 f"there are {len(request.prompts)} prompts and {len(names)} names in {_MAPPING}",
@@ -170,7 +199,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
                 self.set_adapter(name)
                 prompts = [p for p, of in zip(request.prompts, names, strict=True) if of == name]
                 alone = replace(request, prompts=prompts)
-                results[name] = run_active(alone, processor, settings, run=run, **dump)
+                results[name] = self._run_active(alone, processor, settings, run=run, **dump)
         finally:
             self.set_adapter(active)
         return _in_order(names, results, processor)

@@ -36,7 +36,7 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
         "--opset": (args.opset, export.made_by.get("opset")),
         "--taps": (getattr(args, "taps", None), taps),
         "--output": (args.output, None),
-        "--adapter": (", ".join(args.adapter) or None, None),
+        "--adapter-as-input": (args.adapter_as_input or None, None),
         "--model-task": (
             args.model_task,
             next((n for n, t in TASKS.items() if export.flow in t.flows), None),
@@ -74,7 +74,13 @@ def add_model_options(
         default=[],
         metavar="PATH[@WEIGHT]",
         help="merge a LoRA adapter (a folder or hub id) into the weights, times WEIGHT; may be "
-        "given again",
+        "given again; of an export that takes adapters as inputs, the one to run with",
+    )
+    parser.add_argument(
+        "--adapter-as-input",
+        action="store_true",
+        help="do not merge: the graphs take adapters like the given ones as inputs, and run with "
+        "the first of them",
     )
     parser.add_argument(
         "--model-task",
@@ -216,6 +222,7 @@ def loaded_of(args: argparse.Namespace) -> tuple[LoadedModel, Hooks]:
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
         adapters=args.adapter,
+        adapter_as_input=args.adapter_as_input,
     )
     hooks = Plugins.discover().hooks_for(loaded.model_type, task=flow_of(loaded))
     return with_options(loaded, options), hooks
@@ -227,9 +234,14 @@ def existing_export_of(args: argparse.Namespace) -> Export | None:
     from qeff_proxy.load.checkpoint_files import folder_named
 
     export = find_export(folder_named(args.model))
-    if export is not None:
-        _check_agrees(args, export)
-    return export
+    if export is None:
+        return None
+    _check_agrees(args, export)
+    if not args.adapter:
+        return export
+    from qeff_proxy.load.adapter_inputs import with_adapter
+
+    return with_adapter(export, args.adapter)
 
 
 def known_export_of(args: argparse.Namespace) -> Export | None:
@@ -254,6 +266,7 @@ def known_export_of(args: argparse.Namespace) -> Export | None:
         allow_pickle=args.allow_pickle,
         trust_remote_code=args.trust_remote_code,
         adapters=args.adapter,
+        adapter_as_input=args.adapter_as_input,
     )
 
 

@@ -20,6 +20,7 @@ from qeff_proxy.cli.options import (
     add_shape_options,
     check_place,
     compile_options_of,
+    existing_export_of,
     kind_of,
     loaded_of,
     options_by_backend,
@@ -270,10 +271,7 @@ def _check_alone(args: argparse.Namespace) -> None:
 
 
 def _model(args: argparse.Namespace) -> LoadedModel | Export:
-    from qeff_proxy.artifact.export_folder import find_export
-    from qeff_proxy.load.checkpoint_files import folder_named
-
-    return find_export(folder_named(args.model)) or loaded_of(args)[0]
+    return existing_export_of(args) or loaded_of(args)[0]
 
 
 def _rendered(verification: Verification) -> list[RenderableType]:

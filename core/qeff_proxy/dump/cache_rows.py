@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from qeff_proxy.errors import DumpError
 from qeff_proxy.tensor_names import PAST, PRESENT
 
-# Inputs that a run computes once and feeds to every step.
+# Inputs that a run computes once and feeds to every step; others are those of an adapter.
 CONSTANT_INPUTS = ("cross_", "encoder_hidden_states")
 # Of [batch, heads, rows, head_dim].
 CACHE_AXIS = 2

@@ -27,7 +27,7 @@ from qeff_proxy.dump.place import DUMPS, check_replaceable, write_error
 from qeff_proxy.dump.selection import DumpOptions, StepSelection, matches_any
 from qeff_proxy.dump.streams import TensorStream
 from qeff_proxy.errors import DumpError, ProxyError
-from qeff_proxy.tensor_names import PAST, PRESENT, is_state
+from qeff_proxy.tensor_names import ADAPTER, PAST, PRESENT, is_state
 
 if TYPE_CHECKING:
     from qeff_proxy.dump.format import Direction, Phase
@@ -225,7 +225,8 @@ class DumpWriter:
         if self._options.kv == "delta":
             grows = not is_state(graph_name)
             stream.delta = direction == "out" and graph_name.startswith(PRESENT) and grows
-            stream.constant = direction == "in" and graph_name.startswith(CONSTANT_INPUTS)
+            fixed = graph_name.startswith(CONSTANT_INPUTS) or graph_name.endswith(ADAPTER)
+            stream.constant = direction == "in" and fixed
             present = PRESENT + graph_name.removeprefix(PAST)
             if direction == "in" and graph_name.startswith(PAST) and present in outputs and grows:
                 source = name_tensor(part, "out", present)

@@ -18,6 +18,7 @@ from qeff_proxy.artifact.export_folder import export_folder
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.common.code_digest import code_digest
 from qeff_proxy.load.adapter_files import Adapters, find_model
+from qeff_proxy.load.adapter_inputs import NOTED, as_inputs
 from qeff_proxy.load.checkpoint_files import check_weights, identity_as, read_config_file
 from qeff_proxy.load.load_model import identity_with
 from qeff_proxy.parts import Kind
@@ -95,6 +96,7 @@ def find_known_export(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     adapters: Adapters = (),
+    adapter_as_input: bool = False,
 ) -> Export | None:
     """The export of a checkpoint, where it is there and was made by what is installed.
 
@@ -113,6 +115,7 @@ def find_known_export(
         allow_pickle: Take a checkpoint of pickled weights.
         trust_remote_code: Fetch Python code with a checkpoint from the hub.
         adapters: As for `qeff_proxy.load.load_model`.
+        adapter_as_input: As for `qeff_proxy.load.load_model`.
 
     Raises:
         CheckpointError: There is no such checkpoint, or its files are damaged.
@@ -129,8 +132,12 @@ def find_known_export(
         return None
     # As `qeff_proxy.load.transformers_model.class_named` says of a model that transformers knows.
     # An export by this name can only be of such a one.
+    shapes = None
+    if adapter_as_input:
+        shapes, merged = as_inputs(merged, f"{source} ({folder})"), ()
     places = [(adapter.folder, adapter.weight) for adapter in merged]
-    identity = identity_with(identity_as(folder, str(architectures[0]), places), options)
+    own = identity_with(identity_as(folder, str(architectures[0]), places), {NOTED: shapes})
+    identity = identity_with(own, options)
     owner = Plugins.discover().origin(str(config.get("model_type")))
     key = export_key(_Checkpoint(identity, dtype), owner, kind, opset, (), weights)
     return existing_export((output or export_folder(source, key)).resolve(), key)

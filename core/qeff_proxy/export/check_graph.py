@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.backends.onnxruntime.open_graph import open_to_check
@@ -24,7 +23,9 @@ from qeff_proxy.families.rotary import rotary_limits
 from qeff_proxy.flows.random_inputs import random_inputs
 from qeff_proxy.load.mapped_memory import few_pages
 from qeff_proxy.parts import Part, TensorSpec
+from qeff_proxy.session.adapter_slots import run_module
 from qeff_proxy.session.axes import size_of
+from qeff_proxy.tensor_names import ADAPTER
 
 #: Sizes of the dynamic axes at which graphs are checked: a decode step and a first prefill.
 CHECK_SIZES: tuple[dict[str, int], ...] = (
@@ -65,6 +66,8 @@ def check_graph(
     if any(spec.dtype == "bfloat16" for spec in (*part.inputs, *part.outputs)):
         return None
     worst = 0.0
+    adapter = tuple(spec for spec in inputs if spec.name.endswith(ADAPTER))
+    part = replace(part, inputs=(*part.inputs, *adapter))
     generator = np.random.default_rng(seed)
     try:
         session = open_to_check(path)
@@ -111,11 +114,8 @@ def sizes_to_check(part: Part) -> list[dict[str, int]]:
 
 
 def _run_part(part: Part, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    arguments: dict[str, Any] = {
-        name.replace(".", "__"): to_tensor(value) for name, value in feeds.items()
-    }
-    with torch.no_grad(), few_pages(part.module):
-        outputs = part.module(**arguments)
+    with few_pages(part.module):
+        outputs = run_module(part.module, {n: to_tensor(value) for n, value in feeds.items()})
     return {name: to_array(value) for name, value in outputs.items()}
 
 

@@ -27,6 +27,7 @@ from qeff_proxy.common.atomic_folder import locked, recover_folder, staged_folde
 from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.errors import ArtifactError, ExportError, UsageError
 from qeff_proxy.export.cache_key import export_key
+from qeff_proxy.load.adapter_inputs import running
 from qeff_proxy.load.load_model import LoadedModel, most_positions
 from qeff_proxy.parts import Kind
 from qeff_proxy.plugins.hooks import Hooks
@@ -114,20 +115,22 @@ def export_model(
     key = export_key(loaded, hooks, kind, opset, wanted, weights)
     target = (output or export_folder(loaded.source, key)).resolve()
     if not force and (found := existing_export(target, key)) is not None:
-        return found  # without the lock, so that several processes can use a finished export
+        # Without the lock, so that several processes can use a finished export.
+        return running(found, loaded.adapters)
     check_place(target)
     if output is None:
         settle_home()
     with locked(target, progress if wait else None):
         recover_folder(target, KEPT)
         if not force and (found := existing_export(target, key)) is not None:
-            return found
+            return running(found, loaded.adapters)
         check_place(target)
         if not force and output is not None:
             check_not_another(target, key)
         from qeff_proxy.export.model_graphs import GraphJob
 
-        return _write(GraphJob(loaded, hooks, kind, opset, wanted, progress), key, target)
+        written = _write(GraphJob(loaded, hooks, kind, opset, wanted, progress), key, target)
+    return running(written, loaded.adapters)
 
 
 def _write(job: GraphJob, key: dict[str, Any], target: Path) -> Export:
@@ -205,6 +208,7 @@ def _write_graphs(
 
 def _write_folder(job: GraphJob, graphs: Graphs, key: dict[str, Any], target: Path) -> Export:
     """Write a temporary folder, check its graphs, and move it into place."""
+    from qeff_proxy.export.adapter_inputs import slots_to_inputs
     from qeff_proxy.export.check_graph import sizes_to_check
     from qeff_proxy.export.keep_codes import keep_all_codes
     from qeff_proxy.export.write_files import (
@@ -216,6 +220,8 @@ def _write_folder(job: GraphJob, graphs: Graphs, key: dict[str, Any], target: Pa
 
     loaded, progress, cut = job.loaded, job.progress, graphs.cut
     with staged_folder(target, MANIFEST, KEPT) as folder:
+        if loaded.adapters:
+            slots_to_inputs(graphs)
         if key["weights"] == "keep":
             keep_all_codes(graphs)
         progress("writing weights")

@@ -15,7 +15,14 @@ from functools import partial
 from typing import Any
 
 from qeff_proxy.cut.cut_model import Cut, cut_model, site_weights
-from qeff_proxy.errors import CheckpointError, CutError, ExportError, PluginError, ProxyError
+from qeff_proxy.errors import (
+    CheckpointError,
+    CutError,
+    ExportError,
+    PluginError,
+    ProxyError,
+    UnsupportedModelError,
+)
 from qeff_proxy.export.repeat.mark_layers import NotRepeatable, marked_layers
 from qeff_proxy.export.trace.trace_part import TracedPart, trace_part, trace_sample
 from qeff_proxy.layers.layer_lists import LayerList, describe_kinds, find_layer_list
@@ -194,6 +201,12 @@ def _cut(job: GraphJob, sampled: SampledModel | None = None) -> Cut:
     except CutError:
         _check_finite(job.loaded, sampled)
         raise
+    if job.loaded.adapters and cut.proxy.flow != "causal-lm":
+        raise UnsupportedModelError(
+            f"adapters can be inputs of causal LMs, not of a {cut.proxy.flow} model such as "
+            f"{job.loaded.source}",
+            "Merge them (without --adapter-as-input).",
+        )
     return replace(cut, proxy=tap_proxy(cut.proxy, job.taps))
 
 

@@ -26,7 +26,7 @@ from qeff_proxy.session.cache_buffers import (
 )
 from qeff_proxy.session.part_like import PartLike
 from qeff_proxy.session.session import Session
-from qeff_proxy.tensor_names import PAST, PRESENT, is_state
+from qeff_proxy.tensor_names import ADAPTER, PAST, PRESENT, is_state
 
 Phase = Literal["prefill", "decode"]
 
@@ -107,6 +107,8 @@ class CausalEngine:
         sessions: One per part, by name.
         context_length: Most positions that fit, or ``None`` for no limit.
         supplier: Supplies tensors that no part computes.
+        adapter: The A and B of an adapter, for parts that take them; without it these are zeros,
+            which is the base model.
     """
 
     def __init__(
@@ -115,8 +117,10 @@ class CausalEngine:
         sessions: Mapping[str, Session],
         context_length: int | None = None,
         supplier: Supplier | None = None,
+        adapter: Mapping[str, Array] | None = None,
     ) -> None:
         self.parts = tuple(parts)
+        self._adapter = {**_no_adapter(self.parts), **(adapter or {})}
         self._takes = [_Takes.of(part) for part in self.parts]
         self.sessions = dict(sessions)
         self.context_length = context_length
@@ -158,7 +162,7 @@ class CausalEngine:
         query_length = input_ids.shape[1]
         past_length = padding.shape[1] - query_length
         self._check_room(padding.shape[1])
-        known: dict[str, Array] = {"input_ids": input_ids, **(cache or {})}
+        known: dict[str, Array] = {"input_ids": input_ids, **self._adapter, **(cache or {})}
         present: Cache = {}
         for part, takes in zip(self.parts, self._takes, strict=True):
             if part.name == "lm_head" and last_only:
@@ -247,6 +251,14 @@ class _Takes:
         cache = {spec.name: spec for spec in part.inputs if spec.name.startswith(PAST)}
         others = tuple(spec for spec in part.inputs if spec.name not in cache)
         return cls(cache, others, frozenset(mask.name for mask in part.masks))
+
+
+def _no_adapter(parts: Iterable[PartLike]) -> dict[str, Array]:
+    """Zeros for the inputs that take an adapter."""
+    specs = (spec for part in parts for spec in part.inputs if spec.name.endswith(ADAPTER))
+    return {
+        s.name: np.zeros([size_of(n, {}) for n in s.shape], numpy_dtype(s.dtype)) for s in specs
+    }
 
 
 def _run_in_place(

@@ -10,6 +10,7 @@ from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.flows.attention_masks import build_mask
 from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.part_like import PartLike
+from qeff_proxy.tensor_names import ADAPTER
 
 
 def random_inputs(
@@ -42,5 +43,8 @@ def random_inputs(
         elif dtype.kind in "iu":
             feeds[spec.name] = generator.integers(0, 2, shape).astype(dtype)
         else:
-            feeds[spec.name] = generator.standard_normal(shape).astype(dtype)
+            numbers = generator.standard_normal(shape)
+            if spec.name.endswith(ADAPTER):  # so that what it adds is as large as its input
+                numbers /= np.sqrt(shape[1])
+            feeds[spec.name] = numbers.astype(dtype)
     return feeds

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import CheckpointError, UsageError
 from qeff_proxy.load.checkpoint_files import find_checkpoint, folder_named, has_weights
 from qeff_proxy.load.gguf_files import gguf_file_of, unpack_gguf
+from qeff_proxy.load.safetensors_header import StoredTensor, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: How ``adapters=`` may be given: ``PATH`` or ``PATH@WEIGHT``, several, or weights by path.
@@ -88,6 +90,35 @@ class Adapter:
         return float(self.settings.get(default, 8))  # peft's own default of both
 
 
+def header_of(adapter: Adapter) -> dict[str, StoredTensor]:
+    """Where the tensors of an adapter lie in its file, by their names.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds none.
+    """
+    try:
+        header = read_header(adapter.path)
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{adapter.path} is damaged: {first_line(error)}", "Download the adapter again."
+        ) from error
+    if not header:
+        raise CheckpointError(f"{adapter.path} holds no tensors", "Download the adapter again.")
+    return header
+
+
+def warn_of_base(adapters: Iterable[Adapter], name: str) -> None:
+    """Warn of adapters that were made for another model than the one that is called ``name``."""
+    for adapter in adapters:
+        base = Path(str(adapter.settings.get("base_model_name_or_path") or "")).name
+        if base and base.lower() not in name.lower():
+            warnings.warn(
+                f"the adapter {adapter.folder} was made for {base}, and is used with {name}",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
 def _names(names: str | list[str] | None, module: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
@@ -116,7 +147,7 @@ def find_model(
     folder = find(source)
     found = []
     if (folder / CONFIG).exists():
-        found.append(_read_adapter(folder, 1.0))
+        found.append(read_adapter(folder, 1.0))
         if not has_weights(folder):
             base = found[0].settings.get("base_model_name_or_path")
             if not base or found[0].settings.get("revision"):
@@ -139,7 +170,7 @@ def find_model(
                 )
     for path, weight in parse_adapters(adapters):
         place = find_checkpoint(path, allow_pickle=False, trust_remote_code=False)
-        found.append(_read_adapter(place, weight))
+        found.append(read_adapter(place, weight))
     return folder, tuple(found)
 
 
@@ -180,7 +211,7 @@ def _path_and_weight(text: str) -> tuple[str, float]:
         ) from error
 
 
-def _read_adapter(folder: Path, weight: float) -> Adapter:
+def read_adapter(folder: Path, weight: float) -> Adapter:
     """Read an adapter's config, and refuse what cannot be merged, by its name in the config."""
     path = folder / CONFIG
     try:

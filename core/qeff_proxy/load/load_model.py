@@ -18,7 +18,8 @@ from qeff_proxy.common.gc_threshold import collecting_rarely
 from qeff_proxy.common.private_names import attention_of, model_classes
 from qeff_proxy.common.quiet import without_warnings
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
-from qeff_proxy.load.adapter_files import Adapters, find_model
+from qeff_proxy.load.adapter_files import Adapter, Adapters, find_model
+from qeff_proxy.load.adapter_inputs import NOTED, Shapes, as_inputs
 from qeff_proxy.load.checkpoint_files import (
     check_identity,
     check_weights,
@@ -68,6 +69,7 @@ class LoadedModel:
         task: The task that the user named (a key of `TASKS`); ``None``: its architecture's.
         weights: What the checkpoint holds, by key (`checkpoint_tensors`); empty where its files are
             not safetensors.
+        adapters: Those that it takes as inputs.
     """
 
     source: str
@@ -83,6 +85,7 @@ class LoadedModel:
     check_unchanged: Callable[[], None] = lambda: None
     task: str | None = None
     weights: Mapping[str, Weight] = field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = ()
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -117,6 +120,7 @@ def load_model(
     allow_pickle: bool = False,
     unused: tuple[str, ...] = UNUSED_WEIGHTS,
     adapters: Adapters = (),
+    adapter_as_input: bool = False,
 ) -> LoadedModel:
     """Find a checkpoint and check its files; `LoadedModel.model` reads the weights.
 
@@ -133,6 +137,8 @@ def load_model(
             them for nothing.
         adapters: Folders or hub ids of LoRA adapters that the weights are merged with, as
             ``PATH`` or ``PATH@WEIGHT``, or their weights by path.
+        adapter_as_input: Do not merge them: the model takes adapters like these as inputs
+            (`qeff_proxy.load.adapter_inputs`).
 
     Raises:
         CheckpointError: It cannot be found, read or trusted, or it lacks weights.
@@ -147,6 +153,10 @@ def load_model(
     folder, merged = find_model(
         source, adapters, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
     )
+    shapes: Shapes = {}
+    inputs: tuple[Adapter, ...] = ()
+    if adapter_as_input:
+        shapes, inputs, merged = as_inputs(merged, f"{source} ({folder})"), merged, ()
     config_file = read_config_file(folder)
     check_weights(folder, allow_pickle=allow_pickle)
     warn_of_others(folder)
@@ -185,6 +195,11 @@ def load_model(
             held=held,
             tensors=tensors,
         )
+        if shapes:
+            from qeff_proxy.session.adapter_slots import add_slots
+
+            if problem := add_slots(model, shapes):
+                raise CheckpointError(f"an adapter is for {problem}", "Name the model it is for.")
         check_unchanged()
         return model
 
@@ -194,10 +209,15 @@ def load_model(
         return sample_model(folder, held, read, choose)
 
     model_type = str(config_file.get("model_type"))
+    notes: dict[str, Any] = {}
+    if places:
+        notes["adapters"] = [{"path": str(path), "weight": weight} for path, weight in places]
+    if inputs:
+        notes[NOTED] = [str(adapter.folder) for adapter in inputs]
     return LoadedModel(
         source,
         folder,
-        identity,
+        identity_with(identity, {NOTED: shapes or None}),
         model_type,
         dtype,
         read,
@@ -206,7 +226,8 @@ def load_model(
         check_unchanged=check_unchanged,
         weights=held,
         task=task,
-        notes={"adapters": [{"path": str(p), "weight": w} for p, w in places]} if places else {},
+        notes=notes,
+        adapters=inputs,
     )
 
 

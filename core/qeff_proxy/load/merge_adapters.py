@@ -7,19 +7,16 @@ W + scale * weight * B @ A, as ``peft``'s ``merge_and_unload`` computes it
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import CheckpointError
-from qeff_proxy.load.adapter_files import CONFIG, Adapter
-from qeff_proxy.load.safetensors_header import TORCH_DTYPES, read_header
+from qeff_proxy.load.adapter_files import CONFIG, Adapter, header_of, warn_of_base
+from qeff_proxy.load.safetensors_header import TORCH_DTYPES
 from qeff_proxy.load.weight_sources import (
     ComputedWeight,
     StoredWeight,
@@ -55,14 +52,7 @@ def with_adapters(
     Raises:
         CheckpointError: An adapter is of another model, damaged, or cannot be merged.
     """
-    for adapter in adapters:
-        base = Path(str(adapter.settings.get("base_model_name_or_path") or "")).name
-        if base and base.lower() not in name.lower():
-            warnings.warn(
-                f"the adapter {adapter.folder} was made for {base}, and is merged into {name}",
-                UserWarning,
-                stacklevel=3,
-            )
+    warn_of_base(adapters, name)
     merge = _Merge(dict(held), model)
     for adapter in adapters:
         merge.add(adapter)
@@ -99,6 +89,14 @@ class _Merge:
                 raise _refused(tensor, "is of a method that is not merged here")
             elif not self._is_base(path, tensor):
                 replaced[_WRAPPERS.sub("", path)] = tensor
+        for module, parts in changes.items():
+            names = self._aliases.get(f"{module}.weight", ())
+            if adapter.settings.get("ensure_weight_tying") and len(names) > 1:
+                raise CheckpointError(
+                    f"{next(iter(parts.values())).key} in {adapter.path} is of LoRA on "
+                    f"{' and '.join(names)}, which are one weight (ensure_weight_tying)",
+                    "Train it without these: peft runs such an adapter once, but merges it twice.",
+                )
         touched = {self._replace(path, tensor, adapter) for path, tensor in replaced.items()}
         for path, tensor in replaced.items():
             self._check_ties(self._key_of(path, tensor), tensor, touched)
@@ -124,10 +122,17 @@ class _Merge:
         return torch.equal(base.read().to(torch.float32), tensor.read().to(torch.float32))
 
     def _key_of(self, name: str, tensor: StoredWeight) -> str:
-        """The checkpoint's key of a weight that an adapter names as the model or the file does."""
+        """The checkpoint's key of a weight that an adapter names as the model or a file does.
+
+        That may be a file of another release of transformers than the checkpoint's.
+        """
         key = name if name in self.weights else self._keys.get(name)
         if key is not None:
             return key
+        if name not in self._parameters:
+            today, converted = model_names(self._model, [name])[name]
+            if today in self._parameters and not converted:
+                return self._key_of(today, tensor)
         if name in self._parameters:
             if name in self._converted:
                 raise _refused(tensor, f"is for {name}, which is made of several stored tensors")
@@ -228,18 +233,11 @@ class _Merge:
 
 
 def _tensors(adapter: Adapter) -> dict[str, StoredWeight]:
-    try:
-        header = read_header(adapter.path)
-    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{adapter.path} is damaged: {first_line(error)}", "Download the adapter again."
-        ) from error
+    header = header_of(adapter)
     tensors = {key: StoredWeight(adapter.path, key, place) for key, place in header.items()}
     for tensor in tensors.values():
         if "float" not in TORCH_DTYPES[tensor.dtype]:
             raise _refused(tensor, f"is of {TORCH_DTYPES[tensor.dtype]}, not of floating point")
-    if not tensors:
-        raise CheckpointError(f"{adapter.path} holds no tensors", "Download the adapter again.")
     return tensors
 
 

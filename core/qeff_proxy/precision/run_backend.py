@@ -71,13 +71,14 @@ def _on_all_positions(
     compiled = compile_export(ready.export, backend, options, check=True, progress=progress)
     given = ready.tensors.get("attention_mask")
     padding = np.ones(ids.shape, np.int64) if given is None else to_array(given)
-    parts, chunk = ready.export.parts, options.prefill_seq_len
+    parts, adapter = ready.export.parts, ready.export.adapter
     with open_sessions(compiled, ready.hooks) as sessions:
-        actual = all_logits(CausalEngine(parts, sessions), ids, chunk, padding)
+        engine = CausalEngine(parts, sessions, adapter=adapter)
+        actual = all_logits(engine, ids, options.prefill_seq_len, padding)
     loaded = ready.model if isinstance(ready.model, LoadedModel) else None
     live = live_proxy(loaded, ready.hooks, ready.export)
     torch = {part.name: TorchSession(part) for part in live.parts}
-    expected = all_logits(CausalEngine(parts, torch), ids, None, padding)
+    expected = all_logits(CausalEngine(parts, torch, adapter=adapter), ids, None, padding)
     return distance_of([{"logits": expected}], [{"logits": actual}], ready.tensors)
 
 

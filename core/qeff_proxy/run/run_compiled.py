@@ -170,6 +170,7 @@ def _provenance(
         "precision": load_backend(compiled.backend).precision(compiled.options),
         "made_by": compiled.export.made_by,
         "backend": compiled.backend,
+        **({"adapter": name} if (name := compiled.export.adapter_name) else {}),
         "versions": dict(load_backend(compiled.backend).versions()),
         "options": compiled.options.to_json(),
         "prompts": [str(prompt) for prompt in request.prompts],

@@ -45,8 +45,9 @@ class TokenScorer(Scorer):
     def measure(self, compiled: Compiled, sessions: Mapping[str, Session]) -> Measured:
         """Run all windows; as `Scorer.measure`."""
         options, tally = compiled.options, Tally(self.worst)
-        ours = CausalEngine(compiled.export.parts, self.reference)
-        theirs = CausalEngine(compiled.export.parts, sessions)
+        parts, adapter = compiled.export.parts, compiled.export.adapter
+        ours = CausalEngine(parts, self.reference, adapter=adapter)
+        theirs = CausalEngine(parts, sessions, adapter=adapter)
         for batch in self._batches(options.batch_size):
             number = len(tally.windows) + 1
             self.progress(f"scoring on {compiled.backend}: window {number}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qeff_proxy.arrays import Array, to_array, to_tensor
+from qeff_proxy.session.adapter_slots import run_module
 from qeff_proxy.session.axes import size_of
 from qeff_proxy.session.session import Session
 from qeff_proxy.tensor_names import PAST
@@ -41,10 +42,7 @@ class TorchSession(Session):
         for spec in self.part.inputs:
             if spec.name not in tensors:
                 tensors[spec.name] = _placeholder(spec, self.part.inputs, tensors)
-        with torch.no_grad():
-            outputs = self._module(
-                **{name.replace(".", "__"): value for name, value in tensors.items()}
-            )
+        outputs = run_module(self._module, tensors)
         # No output may share memory with inputs, weights or another output.
         held = (*tensors.values(), *self._module.parameters(), *self._module.buffers())
         taken = {value.untyped_storage().data_ptr() for value in held}

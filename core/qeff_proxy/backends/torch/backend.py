@@ -25,6 +25,7 @@ from qeff_proxy.load.safetensors_header import read_header
 from qeff_proxy.load.weight_sources import StoredWeight
 from qeff_proxy.parts import Kind, Part, Proxy
 from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.session.adapter_slots import add_slots
 from qeff_proxy.session.session import Session
 from qeff_proxy.session.torch_session import TorchSession
 
@@ -105,6 +106,7 @@ def model_of_export(export: Export) -> PreTrainedModel:
     """
     from safetensors.torch import load_file
 
+    from qeff_proxy.load.adapter_inputs import shapes_in
     from qeff_proxy.load.load_model import load_config
     from qeff_proxy.load.quantized.kept_codes import dequantize_kept
     from qeff_proxy.load.transformers_model import architecture_class
@@ -125,6 +127,7 @@ def model_of_export(export: Export) -> PreTrainedModel:
         weights = _weights_of_graphs(export)
     model = build_model(architecture, config, getattr(torch, export.dtype))
     model.tie_weights()
+    add_slots(model, shapes_in(export))
     weights = dequantize_kept(weights, getattr(torch, export.dtype))
     unknown = _fill(model, weights, tuple(f"{part.name}." for part in export.parts))
     if unknown:

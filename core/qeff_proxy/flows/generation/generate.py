@@ -254,7 +254,8 @@ def generate_ids(
     check_settings(job.settings)
     text_config = job.config.get_text_config(decoder=True)
     context = job.options.ctx_len or most_positions(job.config)
-    engine = CausalEngine(parts or job.export.parts, job.sessions, context, supplier)
+    parts = parts or job.export.parts
+    engine = CausalEngine(parts, job.sessions, context, supplier, job.export.adapter)
     model = ProxyForCausalLM(
         job.config,
         engine,

@@ -149,7 +149,7 @@ def calls_on_ids(
         new: Tokens to generate: the prompt's, again from their start.
     """
     recorder = _Recorder(part)
-    engine = CausalEngine(export.parts, _stand_ins(export, known))
+    engine = CausalEngine(export.parts, _stand_ins(export, known), adapter=export.adapter)
     length = ids.shape[1]
     chunk = engine.longest_step or length
     steps = [("prefill", index, start) for index, start in enumerate(range(0, length, chunk))]
