@@ -36,7 +36,8 @@ from qeff_proxy.families.decoder_cache import (
 from qeff_proxy.families.experts import experts_in_turn
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks, record_masks
-from qeff_proxy.families.rotary import ComplexIndices, rotary_by_length
+from qeff_proxy.families.operators import ReplacedOperators
+from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 
@@ -226,7 +227,7 @@ class DecoderPart(nn.Module):
         if self.takes_positions:
             arguments["position_ids"] = tensors["position_ids"]
         tracing = torch.compiler.is_compiling()
-        with provide_masks(self.decoder, masks), ComplexIndices() if tracing else nullcontext():
+        with provide_masks(self.decoder, masks), ReplacedOperators() if tracing else nullcontext():
             outputs = self.decoder(**arguments)
         result = {self.exit_name: outputs[0]}
         for index, layer in enumerate(cache_of(outputs).layers):
