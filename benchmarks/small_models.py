@@ -114,10 +114,12 @@ SETTINGS |= {
     "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8}},
     "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4, **_ROUTED},
     "dots1": {"n_shared_experts": 1, **_ROUTED},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
+    "moshi": {"sliding_window": 512},  # as long as its positions
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
 }
 _HEADS = {
-    8: "axk1 deepseek_v3 longcat_flash youtu",
+    8: "axk1 deepseek_v3 youtu",
     16: "hunyuan_v1_dense hunyuan_v1_moe ministral",
 }
 SETTINGS |= {name: {"head_dim": size} for size, names in _HEADS.items() for name in names.split()}
