@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.errors import UnsupportedModelError
@@ -29,6 +29,7 @@ from qeff_proxy.families.decoder import (
 from qeff_proxy.families.decoder_cache import CacheLayer, filled_cache
 from qeff_proxy.families.experts import experts_in_turn
 from qeff_proxy.families.generic import check_head_runs, path_of
+from qeff_proxy.families.given_embeddings import on_embeddings
 from qeff_proxy.families.model_cache import cache_argument
 from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.families.rotary import rotary_by_length
@@ -62,11 +63,10 @@ class EncoderPart(nn.Module):
         self.entry = entry
         self.first = first
         self.masks = masks
-        self.project = decoder.get_submodule(attention.project) if attention.project else None
-        layers = decoder.get_submodule(attention.list_path).children()
-        self.cross = nn.ModuleList(
-            _CrossKeys(layer.get_submodule(attention.key), layer.get_submodule(attention.value), of)
-            for layer, of in zip(layers, attention.layers, strict=True)
+        self.cross: nn.Module = (
+            _Projections(decoder, attention)
+            if attention.states is None
+            else _FirstStep(decoder, attention)
         )
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -90,11 +90,8 @@ class EncoderPart(nn.Module):
         clamped = _AlwaysClamped() if torch.compiler.is_compiling() else nullcontext()
         with provide_masks(self.encoder, masks), clamped:
             hidden = self.encoder(**arguments)[0]
-        if self.project is not None:
-            hidden = self.project(hidden)
         result = {}
-        for index, cross in enumerate(self.cross):
-            keys, values = cross(hidden)
+        for index, (keys, values) in enumerate(self.cross(hidden)):
             result[f"cross_key_values.{index}.key"] = keys
             result[f"cross_key_values.{index}.value"] = values
         return result
@@ -116,6 +113,58 @@ class _KeptBatch(TorchFunctionMode):
         if func is torch.Tensor.squeeze and args[1:] == (0,) and args[0].shape[0] != 1:
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+class _Projections(nn.Module):
+    """The keys and values of all layers, by their projections."""
+
+    def __init__(self, decoder: PreTrainedModel, attention: CrossAttention) -> None:
+        super().__init__()
+        self.project = decoder.get_submodule(attention.project) if attention.project else None
+        layers = decoder.get_submodule(attention.list_path).children()
+        self.layers = nn.ModuleList(
+            _CrossKeys(layer.get_submodule(attention.key), layer.get_submodule(attention.value), of)
+            for layer, of in zip(layers, attention.layers, strict=True)
+        )
+
+    def forward(self, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if self.project is not None:
+            hidden = self.project(hidden)
+        return [layer(hidden) for layer in self.layers]
+
+
+class _FirstStep(nn.Module):
+    """The keys and values of all layers, as a run of the decoder on one position caches them.
+
+    What else it computes leads to no output, and is no part of the graph.
+    """
+
+    def __init__(self, decoder: PreTrainedModel, attention: CrossAttention) -> None:
+        super().__init__()
+        self.width = int(decoder.get_input_embeddings().weight.shape[1])
+        self.decoder = experts_in_turn(rotary_by_length(attention.decoder(decoder)))
+        self.attention = attention
+
+    def forward(self, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        one = (hidden.shape[0], 1)
+        masks: dict[MaskKind, torch.Tensor | None] = {
+            mask.kind: hidden.new_zeros(*one, 1, 1) for mask in self.attention.layout.masks
+        }
+        own, cross = DynamicCache(), DynamicCache()
+        arguments: dict[str, Any] = {
+            "encoder_hidden_states": hidden.clone(),  # some add to them in place
+            "use_cache": True,
+            cache_argument(self.decoder.forward): EncoderDecoderCache(own, cross),
+        }
+        if self.attention.masked:
+            masks["bidirectional"] = hidden.new_zeros(*one, 1, hidden.shape[1])
+            arguments[CROSS_MASK] = hidden.new_ones(hidden.shape[:2], dtype=torch.int64)
+        with (
+            provide_masks(self.decoder, masks),
+            on_embeddings(self.decoder, hidden.new_zeros(*one, self.width)) as entry,
+        ):
+            self.decoder(**arguments, **entry)
+        return [(layer.keys, layer.values) for layer in cross.layers]
 
 
 class _CrossKeys(nn.Module):
@@ -155,10 +204,10 @@ class CrossDecoderPart(nn.Module):
         head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.decoder = experts_in_turn(rotary_by_length(decoder))
+        self.decoder = experts_in_turn(rotary_by_length(attention.decoder(decoder)))
         self.attention = attention
         weight = getattr(decoder.get_submodule(attention.project or ""), "weight", None)
-        self.encoder_width = None if weight is None else int(weight.shape[1])
+        self.encoder_width = attention.states if weight is None else int(weight.shape[1])
         self.table = table
         self.head = head
 
@@ -184,7 +233,6 @@ class CrossDecoderPart(nn.Module):
             mask.kind: tensors[mask.name] for mask in self.attention.layout.masks
         }
         arguments: dict[str, Any] = {
-            "inputs_embeds": embeds,
             "attention_mask": tensors["padding_mask"],
             # Only makes the layers attend; the keys and values are in the cache.
             "encoder_hidden_states": embeds
@@ -200,8 +248,8 @@ class CrossDecoderPart(nn.Module):
         if "position_ids" in inspect.signature(self.decoder.forward).parameters:
             arguments["position_ids"] = tensors["position_ids"]
         kept = _KeptBatch() if torch.compiler.is_compiling() else nullcontext()
-        with provide_masks(self.decoder, masks), kept:
-            hidden = self.decoder(**arguments)[0]
+        with provide_masks(self.decoder, masks), kept, on_embeddings(self.decoder, embeds) as entry:
+            hidden = self.decoder(**arguments, **entry)[0]
         result = {"last_hidden_state": hidden}
         if isinstance(self.head, HeadStub):
             result = {"logits": self.head(hidden)}

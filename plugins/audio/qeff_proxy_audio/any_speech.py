@@ -35,7 +35,7 @@ from qeff_proxy_audio import ctc
 __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
 
 #: Samples that are traced, and of those that are checked and verified.
-_TRACE_SAMPLES, _CHECK_SAMPLES = 6_000, (5_000, 8_000)
+_TRACE_SAMPLES, _CHECK_SAMPLES = 6_000, (5_120, 8_000)  # some take blocks of 80
 _VERIFY_STEPS = (64, 47)
 _STEPS = (5, 2, 1)  # queries of the prefill, a second chunk, a decode step
 
