@@ -118,6 +118,11 @@ SETTINGS |= {
     "moshi": {"sliding_window": 512},  # as long as its positions
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
 }
+_CROSS = {
+    "decoder": {"is_decoder": True, "add_cross_attention": True, "hidden_size": 32},
+    "decoder_start_token_id": 2,
+}
+SETTINGS |= dict.fromkeys(("encoder-decoder", "speech-encoder-decoder"), _CROSS)
 _HEADS = {
     8: "axk1 deepseek_v3 youtu",
     16: "hunyuan_v1_dense hunyuan_v1_moe ministral",

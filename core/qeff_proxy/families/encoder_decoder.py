@@ -28,7 +28,12 @@ from qeff_proxy.families.decoder import (
 )
 from qeff_proxy.families.decoder_cache import CacheLayer, filled_cache
 from qeff_proxy.families.experts import experts_in_turn
-from qeff_proxy.families.generic import check_head_runs, path_of
+from qeff_proxy.families.generic import (
+    check_head_runs,
+    decoder_path_of,
+    operations_after,
+    path_of,
+)
 from qeff_proxy.families.given_embeddings import on_embeddings
 from qeff_proxy.families.model_cache import cache_argument
 from qeff_proxy.families.model_masks import provide_masks
@@ -47,6 +52,7 @@ class EncoderPart(nn.Module):
         entry: The encoder's argument that the part's first input goes to.
         first: The name of that input.
         masks: The attention masks that the encoder makes.
+        projection: Runs on its hidden states.
     """
 
     def __init__(
@@ -57,12 +63,14 @@ class EncoderPart(nn.Module):
         entry: str,
         first: str,
         masks: tuple[MaskSpec, ...] = (),
+        projection: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder = experts_in_turn(rotary_by_length(encoder))
         self.entry = entry
         self.first = first
         self.masks = masks
+        self.projection = projection
         self.cross: nn.Module = (
             _Projections(decoder, attention)
             if attention.states is None
@@ -90,6 +98,8 @@ class EncoderPart(nn.Module):
         clamped = _AlwaysClamped() if torch.compiler.is_compiling() else nullcontext()
         with provide_masks(self.encoder, masks), clamped:
             hidden = self.encoder(**arguments)[0]
+        if self.projection is not None:
+            hidden = self.projection(hidden)
         result = {}
         for index, (keys, values) in enumerate(self.cross(hidden)):
             result[f"cross_key_values.{index}.key"] = keys
@@ -277,7 +287,7 @@ def decoder_parts(
         kind: ``"split"`` for embedding, body and head; else one part, ``model``.
         length: Number of the encoder's positions, or the name of that axis.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     dtype = dtype_name(model.dtype)
     table, linear = (model.get_submodule(site.module) for site in sites)
     width, vocabulary = int(table.weight.shape[1]), int(linear.weight.shape[0])
@@ -304,16 +314,46 @@ def decoder_parts(
     return (Part("model", whole, (ids, *steps), (logits, *present), "model", masks),)
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder without the LM head, which some have in it: a causal LM beside any encoder."""
+    decoder: PreTrainedModel = model.get_decoder()
+    head = model.get_output_embeddings()
+    if any(one is head for one in decoder.modules()):
+        path = decoder_path_of(decoder)
+        if path is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no decoder apart from its LM head",
+                "A plugin for this model type can build its parts in another way.",
+            )
+        return decoder.get_submodule(path)  # type: ignore[return-value]
+    return decoder
+
+
+def projection_of(model: PreTrainedModel) -> nn.Linear | None:
+    """What brings an encoder's hidden states to the width of a decoder of another family."""
+    return getattr(model, "enc_to_dec_proj", None)
+
+
 def head_of(model: PreTrainedModel) -> HeadPart:
     """The part that makes logits of the decoder's hidden states."""
-    decoder, encoder = model.get_decoder(), model.get_encoder()
-    paths = [path_of(model, one) for one in (decoder, encoder)]
+    decoder, encoder = decoder_of(model), model.get_encoder()
     head = model.get_output_embeddings()
-    if paths[0] is None or paths[1] is None or any(one is head for one in decoder.modules()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no encoder and decoder apart from its LM head",
-            "A plugin for this model type can build its parts in another way.",
-        )
-    part = HeadPart(model, paths[0], paths[1])
+    if decoder is not model.get_decoder():
+        model = model.get_decoder()
+        part = HeadPart(model, str(path_of(model, decoder)))
+    else:
+        paths = [path_of(model, one) for one in (decoder, encoder)]
+        if paths[0] is None or paths[1] is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no encoder and decoder apart from its LM head",
+                "A plugin for this model type can build its parts in another way.",
+            )
+        part = HeadPart(model, paths[0], paths[1])
     check_head_runs(part, int(head.weight.shape[1]))
     return part
+
+
+def operations_of_head(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the operations between the head's output and the logits."""
+    part, head = head_of(model), model.get_output_embeddings()
+    return operations_after(part, str(path_of(part.model, head)), int(head.weight.shape[1]))
