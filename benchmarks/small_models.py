@@ -194,6 +194,13 @@ _THINKER = {
         for b, end in enumerate(("start", "end"))
     },
 }
+_INDEXED = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
 SETTINGS |= {
     "deepseek_ocr2": {
         "text_config": {
@@ -241,15 +248,8 @@ SETTINGS |= {
     },
     "qwen2_5_omni_thinker": _THINKER,
     "qwen3_omni_moe_thinker": _THINKER,
-    "qwen4_exp": {
-        "text_config": {
-            "indexer_n_heads": 4,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 16,
-            "indexer_budget": 16,
-            "indexer_compress_ratio": 4,
-        }
-    },
+    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen4_exp_text": _INDEXED,
     "unlimited_ocr": {
         "text_config": {"num_key_value_heads": 4},
         "vision_config": {"sam_config": {"downsample_channels": [64, 64]}},
