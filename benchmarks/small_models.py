@@ -106,6 +106,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": VOCABULARY},
     "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "xmod": {"default_language": "en_XX"},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "zaya": {"num_experts_per_tok": 1},
 }
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
