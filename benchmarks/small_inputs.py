@@ -119,7 +119,7 @@ def image_prompt(model: Any, generator: Any) -> dict[str, Any]:
 def sound(model: Any, generator: Any) -> dict[str, Any]:
     """A sound, of Whisper two, in the form that the model's encoder takes it."""
     config = model.config
-    if model.main_input_name == "input_values":
+    if "input_values" in (model.main_input_name, model.get_encoder().main_input_name):
         return {"input_values": generator.standard_normal((1, 8_000), np.float32)}
     names = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "n_mels")
     parts = [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))]

@@ -106,6 +106,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": VOCABULARY},
     "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "xmod": {"default_language": "en_XX"},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "zaya": {"num_experts_per_tok": 1},
 }
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
@@ -114,10 +115,17 @@ SETTINGS |= {
     "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8}},
     "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4, **_ROUTED},
     "dots1": {"n_shared_experts": 1, **_ROUTED},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
+    "moshi": {"sliding_window": 512},  # as long as its positions
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
 }
+_CROSS = {
+    "decoder": {"is_decoder": True, "add_cross_attention": True, "hidden_size": 32},
+    "decoder_start_token_id": 2,
+}
+SETTINGS |= dict.fromkeys(("encoder-decoder", "speech-encoder-decoder"), _CROSS)
 _HEADS = {
-    8: "axk1 deepseek_v3 longcat_flash youtu",
+    8: "axk1 deepseek_v3 youtu",
     16: "hunyuan_v1_dense hunyuan_v1_moe ministral",
 }
 SETTINGS |= {name: {"head_dim": size} for size, names in _HEADS.items() for name in names.split()}
@@ -187,6 +195,13 @@ _THINKER = {
         for b, end in enumerate(("start", "end"))
     },
 }
+_INDEXED = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
 SETTINGS |= {
     "deepseek_ocr2": {
         "text_config": {
@@ -234,15 +249,8 @@ SETTINGS |= {
     },
     "qwen2_5_omni_thinker": _THINKER,
     "qwen3_omni_moe_thinker": _THINKER,
-    "qwen4_exp": {
-        "text_config": {
-            "indexer_n_heads": 4,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 16,
-            "indexer_budget": 16,
-            "indexer_compress_ratio": 4,
-        }
-    },
+    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen4_exp_text": _INDEXED,
     "unlimited_ocr": {
         "text_config": {"num_key_value_heads": 4},
         "vision_config": {"sam_config": {"downsample_channels": [64, 64]}},

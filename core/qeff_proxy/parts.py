@@ -24,7 +24,14 @@ __all__ = ["Kind", "MaskKind", "MaskSpec", "Part", "Proxy", "TensorSpec"]
 Kind = Literal["split", "stub", "whole"]
 #: What users call the kinds: of a whole model there is no proxy.
 PROXIES: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
-MaskKind = Literal["causal", "sliding", "chunked", "bidirectional", "bidirectional_sliding"]
+MaskKind = Literal[
+    "causal",
+    "sliding",
+    "chunked",
+    "bidirectional",
+    "bidirectional_sliding",
+    "bidirectional_window",
+]
 
 #: The dtypes a model can be exported in.
 Dtype = Literal["float32", "float16", "bfloat16"]

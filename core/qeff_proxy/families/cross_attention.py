@@ -14,12 +14,17 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
-from qeff_proxy.families.decoder import (
-    DecoderLayout,
-)
+from qeff_proxy.families.decoder import DecoderLayout
 from qeff_proxy.families.decoder_cache import CacheLayer, describe_cache
+from qeff_proxy.families.given_embeddings import (
+    needs_given,
+    on_embeddings,
+    takes_embeddings,
+    with_given_embeddings,
+)
 from qeff_proxy.families.model_cache import cache_argument
 from qeff_proxy.families.model_masks import MASK_NAMES, record_masks
+from qeff_proxy.layers.layer_lists import ModuleT
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 
 #: The additive mask over the encoder's positions, ``[batch, 1, 1, sequence]``, and the same as
@@ -41,6 +46,9 @@ class CrossAttention:
         value: The same of its values.
         masked: Whether it has a mask over the encoder's positions.
         project: Dotted path of a module that the hidden states go through before any layer.
+        states: Width of the hidden states, where the keys and values are more than projections of
+            them: then ``key`` and ``value`` are empty, and the decoder itself makes them.
+        given: Whether it runs on given embeddings (`qeff_proxy.families.given_embeddings`).
     """
 
     layout: DecoderLayout
@@ -50,6 +58,13 @@ class CrossAttention:
     value: str
     masked: bool
     project: str | None = None
+    states: int | None = None
+    given: bool = False
+
+    def decoder(self, decoder: ModuleT) -> ModuleT:
+        """The decoder, or a copy of it that runs on given embeddings."""
+        table: Any = decoder.get_input_embeddings  # type: ignore[union-attr]
+        return with_given_embeddings(decoder, table()) if self.given else decoder
 
     def cross_specs(self, length: int | str) -> tuple[TensorSpec, ...]:
         """``cross_key_values.<layer>.key`` and ``.value``: ``[batch, heads, length, width]``."""
@@ -75,14 +90,42 @@ def probe_cross_attention(
     """Run a decoder on two embeddings and three of the encoder's hidden states.
 
     Args:
-        decoder: A model that takes ``inputs_embeds`` and ``encoder_hidden_states``.
+        decoder: A model that takes ``encoder_hidden_states``.
         width: Of its embeddings.
         encoder_width: Of the hidden states.
 
     Raises:
-        UnsupportedModelError: It cannot be run so, or keeps something else than keys and values
-            that a projection makes of the hidden states.
+        UnsupportedModelError: It cannot be run so, or keeps something else than keys and values.
     """
+    name = type(decoder).__name__
+    takes = inspect.signature(decoder.forward).parameters
+    missing = {"encoder_hidden_states", cache_argument(decoder.forward)} - set(takes)
+    if missing:
+        raise UnsupportedModelError(
+            f"{name} takes no {min(missing)}, so it cannot be run apart from its encoder",
+            "A plugin for this model type can build its parts in another way.",
+        )
+    problem: Exception | None = None
+    for given in (False, True) if takes_embeddings(decoder) else (True,):
+        try:  # some need token ids, though they take embeddings
+            one = (
+                with_given_embeddings(decoder, decoder.get_input_embeddings()) if given else decoder
+            )
+            return _probed(one, width, encoder_width)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # noqa: BLE001 (whatever a model's code raises on such inputs)
+            problem = problem or error
+    assert problem is not None  # noqa: S101 (the loop ran)
+    raise UnsupportedModelError(
+        f"{name} cannot be run on embeddings and its encoder's hidden states: "
+        f"{type(problem).__name__}: {first_line(problem)}",
+        "A plugin for this model type can run it in another way.",
+    ) from problem
+
+
+def _probed(decoder: PreTrainedModel, width: int, encoder_width: int) -> CrossAttention:
+    """The cross attention of a decoder that runs on embeddings, be they given."""
     name = type(decoder).__name__
     device = next(p for p in decoder.parameters() if not p.is_meta).device
     made = {"dtype": decoder.dtype, "device": device}
@@ -90,58 +133,50 @@ def probe_cross_attention(
     own, cross = DynamicCache(), DynamicCache()
     masks: dict[MaskKind, MaskSpec] = {}
     arguments: dict[str, Any] = {
-        "inputs_embeds": torch.zeros(1, _QUERY, width, **made),
         "encoder_hidden_states": states,
         "use_cache": True,
         cache_argument(decoder.forward): EncoderDecoderCache(own, cross),
     }
-    takes = inspect.signature(decoder.forward).parameters
-    if CROSS_MASK in takes:
+    if CROSS_MASK in inspect.signature(decoder.forward).parameters:
         arguments[CROSS_MASK] = torch.ones(1, _SOURCE, dtype=torch.int64, device=device)
-    missing = set(arguments) - set(takes)
-    if missing:
+    with (
+        torch.no_grad(),
+        record_masks(decoder, masks),
+        _numbered(decoder, states) as paths,
+        on_embeddings(decoder, torch.zeros(1, _QUERY, width, **made)) as entry,
+    ):
+        decoder(**arguments, **entry)
+    if not own.layers or [cached.keys.shape[2:3] for cached in cross.layers] != [(_SOURCE,)] * len(
+        own.layers
+    ):
         raise UnsupportedModelError(
-            f"{name} takes no {min(missing)}, so it cannot be run apart from its encoder",
+            f"the cross attention of {name} keeps something else than keys and values of its "
+            "encoder's hidden states",
             "A plugin for this model type can build its parts in another way.",
         )
-    try:
-        with (
-            torch.no_grad(),
-            record_masks(decoder, masks),
-            _numbered(decoder, states) as paths,
-        ):
-            decoder(**arguments)
-    except Exception as error:  # whatever a model's code raises on inputs it is not made for
-        raise UnsupportedModelError(
-            f"{name} cannot be run on embeddings and its encoder's hidden states: "
-            f"{type(error).__name__}: {first_line(error)}",
-            "A plugin for this model type can run it in another way.",
-        ) from error
-    key = value = None
-    if own.layers and len(own.layers) == len(cross.layers):
-        key = _path_of_number(paths, cross.layers[0].keys)
-        value = _path_of_number(paths, cross.layers[0].values)
-    if key is None or value is None:
-        raise UnsupportedModelError(
-            f"the cross attention of {name} keeps something else than keys and values that its "
-            "layers project from the encoder's hidden states",
-            "A plugin for this model type can build its parts in another way.",
-        )
-    list_path, key = _in_list(decoder, key)
-    value = value.removeprefix(f"{list_path}.0.")
     kinds = [k for k in masks if k != "bidirectional"]
     own_masks = tuple(replace(masks[kind], name=MASK_NAMES[kind]) for kind in kinds)
-    layout = DecoderLayout(_cache_layers(own), own_masks)
-    project = None if paths[0].startswith(f"{list_path}.") else paths[0]
-    if project is not None and not paths[1].startswith(f"{list_path}."):
-        raise UnsupportedModelError(
-            f"{name} runs {paths[0]} and {paths[1]} on hidden states of its encoder before its "
-            "layers",
-            "A plugin for this model type can build its parts in another way.",
-        )
-    return CrossAttention(
-        layout, _cache_layers(cross), list_path, key, value, "bidirectional" in masks, project
+    found = CrossAttention(
+        DecoderLayout(_cache_layers(own), own_masks),
+        _cache_layers(cross),
+        list_path="",
+        key="",
+        value="",
+        masked="bidirectional" in masks,
+        states=encoder_width,
+        given=needs_given(decoder),
     )
+    key = _path_of_number(paths, cross.layers[0].keys)
+    value = _path_of_number(paths, cross.layers[0].values)
+    if key is None or value is None:
+        return found
+    list_path, key = _in_list(decoder, key)
+    before = [path for path in paths[:2] if not path.startswith(f"{list_path}.")]
+    if len(before) > 1:
+        return found
+    value = value.removeprefix(f"{list_path}.0.")
+    project = before[0] if before else None
+    return replace(found, list_path=list_path, key=key, value=value, project=project, states=None)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,9 @@ from qeff_proxy.families.decoder_cache import (
 from qeff_proxy.families.experts import experts_in_turn
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks, record_masks
-from qeff_proxy.families.rotary import ComplexIndices, rotary_by_length
+from qeff_proxy.families.operators import ReplacedOperators
+from qeff_proxy.families.own_cache import OwnCache, find_own_cache
+from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 
@@ -50,12 +52,14 @@ class DecoderLayout:
         masks: The attention masks it uses.
         hidden_dtype: Of its output, where that is not the weights'.
         writes: Whether it changes its embeddings in place.
+        own: The cache of the model's own class; ``None`` for one of transformers.
     """
 
     cache: tuple[CacheLayer, ...]
     masks: tuple[MaskSpec, ...]
     hidden_dtype: str | None = None
     writes: bool = False
+    own: OwnCache | None = None
 
     @property
     def query(self) -> int | str:
@@ -127,12 +131,21 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
     cache = new_cache(decoder.config)
     masks: dict[MaskKind, MaskSpec] = {}
     device = next(decoder.parameters()).device
-    embeddings = torch.zeros(1, 2, hidden_size, dtype=dtype, device=device)
-    with torch.no_grad(), record_masks(decoder, masks):
-        arguments = {cache_argument(decoder.forward): cache, "use_cache": True}
-        try:
-            outputs = decoder(inputs_embeds=embeddings, **arguments)
-        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
+    argument = cache_argument(decoder.forward)
+
+    def run(rows: int, positions: int, **given: Any) -> tuple[Any, bool]:
+        embeddings = torch.zeros(rows, positions, hidden_size, dtype=dtype, device=device)
+        with torch.no_grad(), record_masks(decoder, masks):
+            outputs = decoder(inputs_embeds=embeddings, use_cache=True, **given)
+        return outputs, embeddings._version > 0  # noqa: SLF001 (torch counts changes in place there)
+
+    own = None
+    try:
+        outputs, writes = run(1, 2, **{argument: cache})
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
+        with suppress(RuntimeError, LookupError, AttributeError, TypeError, ValueError):
+            own = find_own_cache(lambda *sizes: cache_of(run(*sizes)[0]))
+        if own is None:
             # Where a layer keeps another state, the model needs a cache made for its config.
             for index, layer in enumerate(DynamicCache(config=decoder.config).layers):
                 if not is_known(without_window(layer)):
@@ -142,20 +155,16 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
                 f"{first_line(error)}",
                 "A plugin for this model type can run it with a cache of its own.",
             ) from error
-    for index, layer in enumerate(cache.layers):
+        outputs, writes = run(1, 2)
+    for index, layer in enumerate(cache.layers if own is None else ()):
         if not is_known(layer):
             raise _other_state(name, index, layer)
-    layers = tuple(describe_cache(layer) for layer in cache.layers)
+    layers = tuple(map(describe_cache, cache.layers)) if own is None else own.layers
     if not any(layers):
         raise UnsupportedModelError(
             f"{name} keeps no cache", "Only models with a cache can be run as a decoder."
         )
-    return DecoderLayout(
-        layers,
-        tuple(masks.values()),
-        dtype_name(outputs[0].dtype),
-        writes=embeddings._version > 0,  # noqa: SLF001 (torch counts changes in place there)
-    )
+    return DecoderLayout(layers, tuple(masks.values()), dtype_name(outputs[0].dtype), writes, own)
 
 
 def _other_state(name: str, index: int, layer: object) -> UnsupportedModelError:
@@ -216,20 +225,25 @@ class DecoderPart(nn.Module):
         padding = tensors["padding_mask"]
         if not self.layout.keeps_positions:  # such models take that of the new positions
             padding = padding[:, -tensors[self.entry].shape[1] :]
-        first = tensors[self.entry]
+        first, own = tensors[self.entry], self.layout.own
         arguments: dict[str, Any] = {
             self.entry: first.clone() if self.layout.writes else first,
             "attention_mask": padding,
-            self.cache_argument: filled_cache(self.layout.cache, tensors, "past_key_values"),
+            self.cache_argument: filled_cache(self.layout.cache, tensors, "past_key_values")
+            if own is None
+            else own.filled(tensors, "past_key_values"),
             "use_cache": True,
         }
         if self.takes_positions:
             arguments["position_ids"] = tensors["position_ids"]
         tracing = torch.compiler.is_compiling()
-        with provide_masks(self.decoder, masks), ComplexIndices() if tracing else nullcontext():
+        with provide_masks(self.decoder, masks), ReplacedOperators() if tracing else nullcontext():
             outputs = self.decoder(**arguments)
         result = {self.exit_name: outputs[0]}
-        for index, layer in enumerate(cache_of(outputs).layers):
+        present = cache_of(outputs)
+        if own is not None:
+            return result | {f"present.{name}": one for name, one in own.tensors(present).items()}
+        for index, layer in enumerate(present.layers):
             for name, tensor in cached_tensors(layer).items():
                 result[f"present.{index}.{name}"] = tensor
         return result

@@ -124,7 +124,9 @@ def filled_cache(
 
 def _filled_layer(tensors: Mapping[str, torch.Tensor]) -> Any:
     if not tensors:
-        return _NoCache()
+        empty = _NoCache()
+        empty.is_initialized = False  # else some take keys from it
+        return empty
     grows = "key" in tensors
     states = {name: tensor for name, tensor in tensors.items() if name not in _GROWING}
     layer: Any = DynamicIndexedLayer() if "indexer_key" in tensors else DynamicLayer()

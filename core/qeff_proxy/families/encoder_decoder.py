@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.errors import UnsupportedModelError
@@ -28,7 +28,13 @@ from qeff_proxy.families.decoder import (
 )
 from qeff_proxy.families.decoder_cache import CacheLayer, filled_cache
 from qeff_proxy.families.experts import experts_in_turn
-from qeff_proxy.families.generic import check_head_runs, path_of
+from qeff_proxy.families.generic import (
+    check_head_runs,
+    decoder_path_of,
+    operations_after,
+    path_of,
+)
+from qeff_proxy.families.given_embeddings import on_embeddings
 from qeff_proxy.families.model_cache import cache_argument
 from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.families.rotary import rotary_by_length
@@ -46,6 +52,7 @@ class EncoderPart(nn.Module):
         entry: The encoder's argument that the part's first input goes to.
         first: The name of that input.
         masks: The attention masks that the encoder makes.
+        projection: Runs on its hidden states.
     """
 
     def __init__(
@@ -56,17 +63,18 @@ class EncoderPart(nn.Module):
         entry: str,
         first: str,
         masks: tuple[MaskSpec, ...] = (),
+        projection: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder = experts_in_turn(rotary_by_length(encoder))
         self.entry = entry
         self.first = first
         self.masks = masks
-        self.project = decoder.get_submodule(attention.project) if attention.project else None
-        layers = decoder.get_submodule(attention.list_path).children()
-        self.cross = nn.ModuleList(
-            _CrossKeys(layer.get_submodule(attention.key), layer.get_submodule(attention.value), of)
-            for layer, of in zip(layers, attention.layers, strict=True)
+        self.projection = projection
+        self.cross: nn.Module = (
+            _Projections(decoder, attention)
+            if attention.states is None
+            else _FirstStep(decoder, attention)
         )
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -90,11 +98,10 @@ class EncoderPart(nn.Module):
         clamped = _AlwaysClamped() if torch.compiler.is_compiling() else nullcontext()
         with provide_masks(self.encoder, masks), clamped:
             hidden = self.encoder(**arguments)[0]
-        if self.project is not None:
-            hidden = self.project(hidden)
+        if self.projection is not None:
+            hidden = self.projection(hidden)
         result = {}
-        for index, cross in enumerate(self.cross):
-            keys, values = cross(hidden)
+        for index, (keys, values) in enumerate(self.cross(hidden)):
             result[f"cross_key_values.{index}.key"] = keys
             result[f"cross_key_values.{index}.value"] = values
         return result
@@ -116,6 +123,58 @@ class _KeptBatch(TorchFunctionMode):
         if func is torch.Tensor.squeeze and args[1:] == (0,) and args[0].shape[0] != 1:
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+class _Projections(nn.Module):
+    """The keys and values of all layers, by their projections."""
+
+    def __init__(self, decoder: PreTrainedModel, attention: CrossAttention) -> None:
+        super().__init__()
+        self.project = decoder.get_submodule(attention.project) if attention.project else None
+        layers = decoder.get_submodule(attention.list_path).children()
+        self.layers = nn.ModuleList(
+            _CrossKeys(layer.get_submodule(attention.key), layer.get_submodule(attention.value), of)
+            for layer, of in zip(layers, attention.layers, strict=True)
+        )
+
+    def forward(self, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if self.project is not None:
+            hidden = self.project(hidden)
+        return [layer(hidden) for layer in self.layers]
+
+
+class _FirstStep(nn.Module):
+    """The keys and values of all layers, as a run of the decoder on one position caches them.
+
+    What else it computes leads to no output, and is no part of the graph.
+    """
+
+    def __init__(self, decoder: PreTrainedModel, attention: CrossAttention) -> None:
+        super().__init__()
+        self.width = int(decoder.get_input_embeddings().weight.shape[1])
+        self.decoder = experts_in_turn(rotary_by_length(attention.decoder(decoder)))
+        self.attention = attention
+
+    def forward(self, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        one = (hidden.shape[0], 1)
+        masks: dict[MaskKind, torch.Tensor | None] = {
+            mask.kind: hidden.new_zeros(*one, 1, 1) for mask in self.attention.layout.masks
+        }
+        own, cross = DynamicCache(), DynamicCache()
+        arguments: dict[str, Any] = {
+            "encoder_hidden_states": hidden.clone(),  # some add to them in place
+            "use_cache": True,
+            cache_argument(self.decoder.forward): EncoderDecoderCache(own, cross),
+        }
+        if self.attention.masked:
+            masks["bidirectional"] = hidden.new_zeros(*one, 1, hidden.shape[1])
+            arguments[CROSS_MASK] = hidden.new_ones(hidden.shape[:2], dtype=torch.int64)
+        with (
+            provide_masks(self.decoder, masks),
+            on_embeddings(self.decoder, hidden.new_zeros(*one, self.width)) as entry,
+        ):
+            self.decoder(**arguments, **entry)
+        return [(layer.keys, layer.values) for layer in cross.layers]
 
 
 class _CrossKeys(nn.Module):
@@ -155,10 +214,10 @@ class CrossDecoderPart(nn.Module):
         head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.decoder = experts_in_turn(rotary_by_length(decoder))
+        self.decoder = experts_in_turn(rotary_by_length(attention.decoder(decoder)))
         self.attention = attention
         weight = getattr(decoder.get_submodule(attention.project or ""), "weight", None)
-        self.encoder_width = None if weight is None else int(weight.shape[1])
+        self.encoder_width = attention.states if weight is None else int(weight.shape[1])
         self.table = table
         self.head = head
 
@@ -184,7 +243,6 @@ class CrossDecoderPart(nn.Module):
             mask.kind: tensors[mask.name] for mask in self.attention.layout.masks
         }
         arguments: dict[str, Any] = {
-            "inputs_embeds": embeds,
             "attention_mask": tensors["padding_mask"],
             # Only makes the layers attend; the keys and values are in the cache.
             "encoder_hidden_states": embeds
@@ -200,8 +258,8 @@ class CrossDecoderPart(nn.Module):
         if "position_ids" in inspect.signature(self.decoder.forward).parameters:
             arguments["position_ids"] = tensors["position_ids"]
         kept = _KeptBatch() if torch.compiler.is_compiling() else nullcontext()
-        with provide_masks(self.decoder, masks), kept:
-            hidden = self.decoder(**arguments)[0]
+        with provide_masks(self.decoder, masks), kept, on_embeddings(self.decoder, embeds) as entry:
+            hidden = self.decoder(**arguments, **entry)[0]
         result = {"last_hidden_state": hidden}
         if isinstance(self.head, HeadStub):
             result = {"logits": self.head(hidden)}
@@ -229,7 +287,7 @@ def decoder_parts(
         kind: ``"split"`` for embedding, body and head; else one part, ``model``.
         length: Number of the encoder's positions, or the name of that axis.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     dtype = dtype_name(model.dtype)
     table, linear = (model.get_submodule(site.module) for site in sites)
     width, vocabulary = int(table.weight.shape[1]), int(linear.weight.shape[0])
@@ -256,16 +314,46 @@ def decoder_parts(
     return (Part("model", whole, (ids, *steps), (logits, *present), "model", masks),)
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder without the LM head, which some have in it: a causal LM beside any encoder."""
+    decoder: PreTrainedModel = model.get_decoder()
+    head = model.get_output_embeddings()
+    if any(one is head for one in decoder.modules()):
+        path = decoder_path_of(decoder)
+        if path is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no decoder apart from its LM head",
+                "A plugin for this model type can build its parts in another way.",
+            )
+        return decoder.get_submodule(path)  # type: ignore[return-value]
+    return decoder
+
+
+def projection_of(model: PreTrainedModel) -> nn.Linear | None:
+    """What brings an encoder's hidden states to the width of a decoder of another family."""
+    return getattr(model, "enc_to_dec_proj", None)
+
+
 def head_of(model: PreTrainedModel) -> HeadPart:
     """The part that makes logits of the decoder's hidden states."""
-    decoder, encoder = model.get_decoder(), model.get_encoder()
-    paths = [path_of(model, one) for one in (decoder, encoder)]
+    decoder, encoder = decoder_of(model), model.get_encoder()
     head = model.get_output_embeddings()
-    if paths[0] is None or paths[1] is None or any(one is head for one in decoder.modules()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no encoder and decoder apart from its LM head",
-            "A plugin for this model type can build its parts in another way.",
-        )
-    part = HeadPart(model, paths[0], paths[1])
+    if decoder is not model.get_decoder():
+        model = model.get_decoder()
+        part = HeadPart(model, str(path_of(model, decoder)))
+    else:
+        paths = [path_of(model, one) for one in (decoder, encoder)]
+        if paths[0] is None or paths[1] is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no encoder and decoder apart from its LM head",
+                "A plugin for this model type can build its parts in another way.",
+            )
+        part = HeadPart(model, paths[0], paths[1])
     check_head_runs(part, int(head.weight.shape[1]))
     return part
+
+
+def operations_of_head(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the operations between the head's output and the logits."""
+    part, head = head_of(model), model.get_output_embeddings()
+    return operations_after(part, str(path_of(part.model, head)), int(head.weight.shape[1]))

@@ -20,6 +20,7 @@ from qeff_proxy.layers.replace_modules import replace_modules
 #: What a loop over chosen experts calls.
 _LOOP = {"nonzero", "where", "index_add_"}
 _ARGUMENTS = 3  # hidden states, the experts of each token, their weights
+_WHERE = torch.where  # as modes see it: exporters put a function of their own in its place
 
 
 def experts_in_turn(model: ModuleT) -> ModuleT:
@@ -81,7 +82,7 @@ class _Alone(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.nonzero, torch.nonzero):
             return [_Number([self.expert])]
-        if func is torch.where and len(args) == 1:
+        if func is _WHERE and len(args) == 1:
             self.tokens = args[0][-1]  # of their number; only known by what it is
             return 0, self.tokens
         if self.tokens is not None and func is torch.Tensor.index_add_ and args[2] is self.tokens:

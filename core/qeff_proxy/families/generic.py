@@ -63,7 +63,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site | Absent | None:
     path = path_of(model, module)
     if path is None or module is None:
         return None
-    decoder_path = _decoder_path(model)
+    decoder_path = decoder_path_of(model)
     if decoder_path is None:
         return Site(path)
     part, hidden_size = _head_part(model, decoder_path, path)
@@ -83,7 +83,7 @@ def build_proxy(
             "Its encoder alone is exported with --model-task embedding (in Python: QEFFAutoModel); "
             "the head needs a plugin of its own.",
         )
-    decoder_path = _decoder_path(model)
+    decoder_path = decoder_path_of(model)
     if decoder_path is None:
         return None
     decoder = model.get_submodule(decoder_path)
@@ -138,7 +138,7 @@ def path_of(model: nn.Module, module: nn.Module | None) -> str | None:
     return paths.get(id(module))
 
 
-def _decoder_path(model: PreTrainedModel) -> str | None:
+def decoder_path_of(model: PreTrainedModel) -> str | None:
     """The path of the decoder inside the model; ``None`` where it has none."""
     decoder = model.get_decoder()
     head = model.get_output_embeddings()

@@ -53,3 +53,14 @@ def embeddings_given(embeddings: torch.Tensor) -> Iterator[torch.Tensor]:
         yield torch.full_like(embeddings[..., 0], _STAND_IN, dtype=torch.int64)
     finally:
         _GIVEN.reset(token)
+
+
+@contextmanager
+def on_embeddings(model: nn.Module, embeddings: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields the argument by which ``model`` runs on ``embeddings [batch, sequence, width]``."""
+    if not needs_given(model):
+        yield {"inputs_embeds": embeddings}
+        return
+    ids = next(iter(inspect.signature(model.forward).parameters))
+    with embeddings_given(embeddings) as stand_ins:
+        yield {ids: stand_ins}

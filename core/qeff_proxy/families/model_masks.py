@@ -34,6 +34,7 @@ MASK_NAMES: dict[MaskKind, str] = {
     "bidirectional": "attention_mask",
     "sliding": "sliding_attention_mask",
     "bidirectional_sliding": "sliding_attention_mask",
+    "bidirectional_window": "sliding_attention_mask",
     "chunked": "chunked_attention_mask",
 }
 
@@ -54,6 +55,8 @@ _CREATORS = (
     _Creator("create_bidirectional_sliding_window_mask", "bidirectional_sliding", "sliding_window"),
 )
 
+
+_FAR = 1 << 15  # positions, more than a window has
 
 #: Gives recurrent layers the padding of the queries; it assumes that a single one is none.
 _PADDING = _Creator("create_recurrent_attention_mask", "causal")
@@ -128,7 +131,22 @@ def _spec_of(creator: _Creator, args: Any, kwargs: Any) -> MaskSpec:
         # Later keys are added to the earlier ones; the distance is less than the window's size.
         kind = "bidirectional" if kind == "causal" else "bidirectional_sliding"
         size = size - 1 if size else None
+    if kind == "bidirectional" and (window := _window_of(kwargs.get("and_mask_function"))):
+        kind, size = "bidirectional_window", window
     return MaskSpec(MASK_NAMES[kind], kind, size)
+
+
+def _window_of(sees: Callable[..., Any] | None) -> int | None:
+    """The number of keys that a query sees by a model's own function, as many after it as before.
+
+    Of an even number, one more is after it. ``None`` for any other function.
+    """
+    if sees is None or sees(0, 0, 0, 0) is not True:  # some give tensors
+        return None
+    reach = partial(sees, 0, 0, _FAR)
+    after = next((n for n in range(_FAR) if not reach(_FAR + n + 1)), _FAR)
+    before = next((n for n in range(_FAR) if not reach(_FAR - n - 1)), _FAR)
+    return before + after + 1 if after - before in (0, 1) and after < _FAR else None
 
 
 #: In this context: what replaces a mask function, by the Python module that calls it and its name.

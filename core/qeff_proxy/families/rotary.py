@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qeff_proxy.layers.layer_lists import ModuleT
@@ -69,12 +68,3 @@ def rotary_by_length(decoder: ModuleT) -> ModuleT:
         and hasattr(type(module).forward, "__wrapped__")
     }
     return replace_modules(decoder, dynamic) if dynamic else decoder
-
-
-class ComplexIndices(TorchFunctionMode):
-    """Index complex numbers (Llama 4's rotary embedding) as pairs: ONNX has no other way."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__ and args[0].is_complex():
-            return torch.view_as_complex(torch.view_as_real(args[0])[args[1]])
-        return func(*args, **(kwargs or {}))

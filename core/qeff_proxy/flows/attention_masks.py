@@ -43,7 +43,9 @@ def build_mask(
     if spec.kind.startswith("bidirectional"):
         visible = np.ones((1, query_length, total), dtype=bool)
         if spec.size is not None:
-            visible = visible & (np.abs(queries - keys) <= spec.size)
+            window = spec.kind == "bidirectional_window"
+            before, after = ((spec.size - 1) // 2, spec.size // 2) if window else (spec.size,) * 2
+            visible = visible & (queries - keys <= before) & (keys - queries <= after)
     else:
         visible = (keys <= queries)[None]
         if blocks is not None:

@@ -9,6 +9,7 @@ Nothing is written before this passes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -190,8 +191,9 @@ def shrunk_windows(
     """Shrink the sliding windows and chunks in the model's configs to ``size``.
 
     Real windows are thousands of tokens long: on a short text, a cut that confused sliding and full
-    attention would pass. The same holds for the position where rotary factors change: it becomes
-    ``rotary_limit``, where that is given.
+    attention would pass. Those that reach over all positions of the model hide nothing, and stay.
+    The same holds for the position where rotary factors change: it becomes ``rotary_limit``, where
+    that is given.
     """
     with ExitStack() as undo:
 
@@ -201,9 +203,10 @@ def shrunk_windows(
 
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         for config in configs.values():
+            positions = getattr(config, "max_position_embeddings", None) or math.inf
             for attribute in ("sliding_window", "attention_chunk_size"):
                 value = getattr(config, attribute, None)
-                if isinstance(value, int) and value > size:
+                if isinstance(value, int) and size < value < positions:
                     put(config, attribute, size)
             for rope, limit in rotary_limits(config):
                 if rotary_limit is None or limit <= rotary_limit:

@@ -15,8 +15,14 @@ import torch
 from qeff_proxy.arrays import Array, given_tensor, to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.families.cross_attention import probe_cross_attention
-from qeff_proxy.families.encoder_decoder import EncoderPart, decoder_parts, head_of
-from qeff_proxy.families.generic import operations_after, path_of
+from qeff_proxy.families.encoder_decoder import (
+    EncoderPart,
+    decoder_of,
+    decoder_parts,
+    operations_of_head,
+    projection_of,
+)
+from qeff_proxy.families.generic import path_of
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.flows.flow import Job
 from qeff_proxy.flows.generation.encoder_decoder import EncoderRun, generate_from_encoder
@@ -35,7 +41,7 @@ from qeff_proxy_audio import ctc
 __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
 
 #: Samples that are traced, and of those that are checked and verified.
-_TRACE_SAMPLES, _CHECK_SAMPLES = 6_000, (5_000, 8_000)
+_TRACE_SAMPLES, _CHECK_SAMPLES = 6_000, (5_120, 8_000)  # some take blocks of 80
 _VERIFY_STEPS = (64, 47)
 _STEPS = (5, 2, 1)  # queries of the prefill, a second chunk, a decode step
 
@@ -50,8 +56,8 @@ def locate_embedding(model: PreTrainedModel) -> Site:
     decoder = model.get_decoder()
     if (
         not model.config.is_encoder_decoder
-        or model.main_input_name not in ("input_values", "input_features")
         or not isinstance(decoder, PreTrainedModel)
+        or _sound_name(model) not in ("input_values", "input_features")
     ):
         raise UnsupportedModelError(
             f"{type(model).__name__} is no speech recognizer with an encoder and a decoder of its "
@@ -71,7 +77,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site:
     path = path_of(model, head)
     if head is None or path is None:
         raise UnsupportedModelError(f"{type(model).__name__} gives hidden states, not logits")
-    return Site(path, follows=operations_after(head_of(model), path, int(head.weight.shape[1])))
+    return Site(path, follows=operations_of_head(model))
 
 
 @hookimpl
@@ -81,10 +87,11 @@ def build_proxy(
     """Encoder, token embedding, decoder body and head; encoder and decoder if not split."""
     if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
         return None
-    encoder, decoder = model.get_encoder(), model.get_decoder()
+    encoder, decoder, projection = model.get_encoder(), decoder_of(model), projection_of(model)
     rows, width = model.get_submodule(embedding.module).weight.shape
-    attention = probe_cross_attention(decoder, int(width), int(width))
-    if model.main_input_name == "input_values":
+    states = int(width) if projection is None else projection.out_features
+    attention = probe_cross_attention(decoder, int(width), states)
+    if _sound_name(model) == "input_values":
         checks = tuple({"samples": samples} for samples in _CHECK_SAMPLES)
         edges: dict[str, Any] = {
             "trace_sizes": {"samples": _TRACE_SAMPLES},
@@ -93,13 +100,19 @@ def build_proxy(
         sound = ctc.samples_input(model)
     else:
         sound, edges = ctc.features_input(model, encoder)
-    module = EncoderPart(encoder, decoder, attention, sound.name, sound.name)
+    module = EncoderPart(encoder, decoder, attention, sound.name, sound.name, projection=projection)
     cross = attention.cross_specs("frames")
     first = Part("encoder", module, (sound,), cross, "encoder", **edges)
     parts = (first, *decoder_parts(model, attention, (embedding, lm_head), kind))
     vocabulary = int(model.get_submodule(lm_head.module).weight.shape[0])
     settings = {"vocabulary": vocabulary, "embedding_rows": int(rows), "hidden_size": int(width)}
     return Proxy(kind, "speech-seq2seq", parts, settings)
+
+
+def _sound_name(model: PreTrainedModel) -> str:
+    """What the encoder takes; a model made of two others may call it anything."""
+    named = str(model.main_input_name)
+    return str(model.get_encoder().main_input_name) if named == "inputs" else named
 
 
 @hookimpl

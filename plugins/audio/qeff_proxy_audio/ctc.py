@@ -33,7 +33,10 @@ _TRACE_FRAMES = 12
 # Steps of the features that are traced, and of those that are checked.
 _TRACE_STEPS, _CHECK_STEPS = 64, (48, 81)
 #: What configs call the width of the features.
-_BINS = ("num_mel_bins", "feature_projection_input_dim", "input_dim")
+_BINS = (
+    *("num_mel_bins", "feature_projection_input_dim"),
+    *("input_dim", "input_feat_per_channel"),
+)
 #: How many of them may be one step of the input.
 _STACKED = (1, 2, 4)
 

@@ -17,8 +17,14 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.cross_attention import CrossAttention, probe_cross_attention
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
-from qeff_proxy.families.encoder_decoder import EncoderPart, decoder_parts, head_of
-from qeff_proxy.families.generic import operations_after, path_of
+from qeff_proxy.families.encoder_decoder import (
+    EncoderPart,
+    decoder_of,
+    decoder_parts,
+    operations_of_head,
+    projection_of,
+)
+from qeff_proxy.families.generic import path_of
 from qeff_proxy.families.model_masks import MASK_NAMES, record_masks
 from qeff_proxy.families.tokenize import tokenize
 from qeff_proxy.hookspecs import hookimpl
@@ -71,7 +77,7 @@ def locate_lm_head(model: PreTrainedModel) -> Site:
             f"{type(model).__name__} gives hidden states, not logits",
             "Load the model with its LM head (…ForConditionalGeneration).",
         )
-    return Site(path, follows=operations_after(head_of(model), path, int(head.weight.shape[1])))
+    return Site(path, follows=operations_of_head(model))
 
 
 @hookimpl
@@ -84,12 +90,14 @@ def build_proxy(
     """
     if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
         return None
-    encoder, decoder = model.get_encoder(), model.get_decoder()
+    encoder, decoder = model.get_encoder(), decoder_of(model)
     table = encoder.get_input_embeddings()
     width = int(table.weight.shape[1])
     rows = model.get_submodule(embedding.module).weight.shape
     masks = _encoder_masks(encoder, width)
-    attention = probe_cross_attention(decoder, int(rows[1]), width)
+    projection = projection_of(model)
+    states = width if projection is None else projection.out_features
+    attention = probe_cross_attention(decoder, int(rows[1]), states)
     parts = (
         *_encoder_parts(model, table, width, attention, masks, kind),
         *decoder_parts(model, attention, (embedding, lm_head), kind),
@@ -125,7 +133,8 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> list[str] | None:
 
 def _positions(model: PreTrainedModel) -> int | None:
     """The most tokens of a text; ``None`` where nothing limits them."""
-    limits = (getattr(model.config, name, None) for name in _POSITIONS)
+    configs = (model.config, model.get_encoder().config)
+    limits = (getattr(config, name, None) for config in configs for name in _POSITIONS)
     return next((n for n in limits if isinstance(n, int) and n > 0), None)
 
 
@@ -137,7 +146,7 @@ def _encoder_parts(
     masks: tuple[MaskSpec, ...],
     kind: Kind,
 ) -> tuple[Part, ...]:
-    encoder, decoder = model.get_encoder(), model.get_decoder()
+    encoder, decoder, projection = model.get_encoder(), decoder_of(model), projection_of(model)
     dtype = dtype_name(model.dtype)
     ids = TensorSpec("encoder_input_ids", "int64", ("batch", "sequence"))
     embeds = TensorSpec("encoder_inputs_embeds", dtype, ("batch", "sequence", width))
@@ -149,7 +158,9 @@ def _encoder_parts(
     # An encoder without transformers' masks has its own attention, over blocks of a long text.
     checks = ({}, {"sequence": min(_LONG, _positions(model) or _LONG)}) if not masks else ()
     if kind == "split":
-        body = EncoderPart(encoder, decoder, attention, "inputs_embeds", embeds.name, masks)
+        body = EncoderPart(
+            encoder, decoder, attention, "inputs_embeds", embeds.name, masks, projection
+        )
         first = _EncoderEmbedding(table)
         return (
             Part("encoder_embedding", first, (ids,), (embeds,), "vocabulary"),
@@ -167,7 +178,7 @@ def _encoder_parts(
         stub = EmbeddingStub(width, model.dtype)
         paths = [p for p, one in encoder.named_modules(remove_duplicate=False) if one is table]
         encoder = replace_modules(encoder, dict.fromkeys(paths, stub))
-    whole = EncoderPart(encoder, decoder, attention, "input_ids", ids.name, masks)
+    whole = EncoderPart(encoder, decoder, attention, "input_ids", ids.name, masks, projection)
     return (Part("encoder", whole, (ids, *others), cross, "encoder", masks, check_sizes=checks),)
 
 
