@@ -51,7 +51,7 @@ def locate_embedding(model: PreTrainedModel) -> Site:
         )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{name} has an encoder and a decoder, of which no classifier is exported",
+            f"{name} has an encoder and a decoder, which are not exported for this task",
             "A plugin for this model type can build its parts.",
         )
     path = path_of(model, model.get_input_embeddings())
