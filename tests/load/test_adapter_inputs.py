@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,6 @@ def test_the_command_exports_switches_verifies_and_compares(
 ) -> None:
     base, (one, two), export = made
     flags = ["--adapter-as-input", "--adapter", str(one), "--adapter", str(two)]
-    known = find_known_export(
-        str(base),
-        "split",
-        dtype="float32",
-        options={},
-        output=export.folder,
-        adapters=[one, two],
-        adapter_as_input=True,
-    )
-    assert known is None  # it has taps
     shown = {}
     for name in (None, "one", "two"):
         chosen = [] if name is None else ["--adapter", name]
@@ -173,6 +164,13 @@ def test_the_command_exports_switches_verifies_and_compares(
     assert len({str(ids) for ids in shown.values()}) == 3
     for more in ([], ["--adapter", "two"]):
         assert main(["verify", str(export.folder), "--ids", "5,9,40,77", *more]) == 0
+    both = tmp_path / "both"
+    assert main(["export", str(base), *flags, "--num-layers", "3", "--output", str(both)]) == 0
+    assert main(["export", str(base), *flags, "--output", str(both), "--force"]) == 0
+    known = partial(find_known_export, str(base), "split", dtype="float32", options={}, output=both)
+    assert known(adapters=[one, two], adapter_as_input=True) is not None
+    assert known(adapters=[one], adapter_as_input=True) is None
+    assert known(adapters=[one, two]) is None
     out = tmp_path / "verified"
     assert main(["verify", str(base), *flags, "--ids", "5,9,40", "--io-dir", str(out)]) == 0
     assert main(["verify", str(base), *flags, "--ids", "5,9,40", "--by-layer"]) == 0

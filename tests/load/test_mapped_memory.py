@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from qeff_proxy.cut import cut_model
 from qeff_proxy.load import first_layers, mapped_memory
 from qeff_proxy.load.first_layers import enough_layers
 from qeff_proxy.load.load_model import load_model, wrap_model
-from qeff_proxy.load.mapped_memory import Scratch, few_pages, give_back
+from qeff_proxy.load.mapped_memory import Scratch, few_pages, few_pages_of, give_back
 from qeff_proxy.plugins.manager import Plugins
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -79,3 +80,29 @@ def test_what_was_written_to_memory_is_not_given_back() -> None:
         expected = tensor.detach().clone()
         give_back(tensor)
         assert torch.equal(tensor, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
+def test_pages_that_a_runtime_maps_are_given_back_while_it_runs(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = checkpoint / "model.safetensors"
+    mapped = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
+    expected = file.read_bytes()
+
+    def left() -> int:
+        """Bytes that count as memory, two seconds after all were read, or as soon as few do."""
+        before = file_pages()
+        assert bytes(mapped.numpy()) == expected
+        end = time.monotonic() + 2
+        while file_pages() - before > _MB and time.monotonic() < end:
+            time.sleep(0.01)
+        return file_pages() - before
+
+    with few_pages_of(checkpoint):  # a small model
+        assert left() > 16 * _MB
+    give_back(mapped)
+    monkeypatch.setattr(mapped_memory, "LARGE", 16 * _MB)
+    with few_pages_of(checkpoint):
+        assert left() <= _MB
+        assert left() <= _MB

@@ -14,6 +14,7 @@ from qeff_proxy.cli.output import add_json_option, stage_display
 from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
+from qeff_proxy.load.adapter_inputs import NOTED
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.tasks import CUT_OPTIONS, TASKS
 from qeff_proxy.parts import INNER_TAPS, PROXIES, TAPS, Kind
@@ -36,7 +37,7 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
         "--opset": (args.opset, export.made_by.get("opset")),
         "--taps": (getattr(args, "taps", None), taps),
         "--output": (args.output, None),
-        "--adapter-as-input": (args.adapter_as_input or None, None),
+        "--adapter-as-input": (args.adapter_as_input or None, NOTED in export.cut or None),
         "--model-task": (
             args.model_task,
             next((n for n, t in TASKS.items() if export.flow in t.flows), None),

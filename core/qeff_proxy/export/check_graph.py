@@ -21,7 +21,7 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import ExportError
 from qeff_proxy.families.rotary import rotary_limits
 from qeff_proxy.flows.random_inputs import random_inputs
-from qeff_proxy.load.mapped_memory import few_pages
+from qeff_proxy.load.mapped_memory import few_pages, few_pages_of
 from qeff_proxy.parts import Part, TensorSpec
 from qeff_proxy.session.adapter_slots import run_module
 from qeff_proxy.session.axes import size_of
@@ -77,7 +77,8 @@ def check_graph(
                 sizes = {**sizes, "sequence": max(sizes["sequence"], limit + 2)}
             feeds = random_inputs(part, sizes, generator, index * limit)
             expected = _run_part(part, feeds)
-            outputs = session.run(None, {spec.name: feeds[spec.name] for spec in inputs})
+            with few_pages_of(path.parent):
+                outputs = session.run(None, {spec.name: feeds[spec.name] for spec in inputs})
             for spec, actual in zip(part.outputs, outputs, strict=True):
                 worst = max(worst, _difference(part, spec, expected[spec.name], actual, sizes))
     except ExportError:

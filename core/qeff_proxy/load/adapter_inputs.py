@@ -166,6 +166,8 @@ def _arrays(adapter: Adapter, export: Export) -> dict[str, Array]:
     for path, pair in pairs.items():
         for axis, (key, place) in enumerate(pair):
             spec = specs.get(path + ADAPTER[axis])
+            if spec is None and "stands_for" in export.cut:
+                continue  # of a layer that the export leaves out
             if spec is None:
                 raise _refused(adapter, key, "is for a module that the export has no input for")
             array = np.zeros([int(size) for size in spec.shape])

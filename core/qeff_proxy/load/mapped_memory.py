@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from qeff_proxy.load.weight_sources import map_file
 
 #: Bytes of weights; those of a smaller model stay in memory, which is faster.
 LARGE = 1 << 29
+_INTERVAL = 0.01  # seconds between two times that pages of a runtime are given back
 _LEAST = 1 << 20  # bytes of a tensor whose pages are given back
 _ELEMENTS = 1 << 18  # converted at a time
 #: Bits of an entry of ``/proc/self/pagemap``: https://docs.kernel.org/admin-guide/mm/pagemap.html
@@ -97,8 +99,42 @@ def give_back(tensor: torch.Tensor) -> None:
     """Give back the pages of a tensor, if a file holds all that is in them."""
     if sys.platform != "linux" or tensor.is_meta or tensor.nbytes < _LEAST:
         return
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE)
-    last = (tensor.data_ptr() + tensor.untyped_storage().nbytes()) // mmap.PAGESIZE
+    begin = tensor.data_ptr()
+    _give_back(begin, begin + tensor.untyped_storage().nbytes())
+
+
+@contextmanager
+def few_pages_of(folder: Path) -> Iterator[None]:
+    """Give pages of the files in a folder back, again and again, while a runtime maps them.
+
+    For a runtime that keeps the pages of all weights that it read. Files of less than `LARGE` bytes
+    are left alone.
+    """
+    sizes = {str(one.resolve()): one.stat().st_size for one in folder.glob("*.safetensors")}
+    if sys.platform != "linux" or sum(sizes.values()) < LARGE:
+        yield
+        return
+    done = Event()
+
+    def work() -> None:
+        while not done.wait(_INTERVAL):
+            for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+                place, *_, path = line.split(maxsplit=5)
+                if path in sizes:
+                    _give_back(*(int(end, 16) for end in place.split("-")))
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _give_back(begin: int, end: int) -> None:
+    """Give back the pages of an address range, if a file holds all that is in them."""
+    first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
     with Path("/proc/self/pagemap").open("rb", buffering=0) as table:
         table.seek(first * 8)
         pages = np.frombuffer(table.read((last - first) * 8), np.uint64)
