@@ -17,7 +17,10 @@ from transformers import (
     CTRLConfig,
     DbrxConfig,
     DeepseekV32Config,
+    MllamaForCausalLM,
+    MllamaTextConfig,
     ModernBertDecoderConfig,
+    MoshiConfig,
     RemBertConfig,
 )
 
@@ -55,6 +58,18 @@ CONFIGS = {
     "rembert": lambda: RemBertConfig(
         **SIZES, input_embedding_size=16, output_embedding_size=24, is_decoder=True
     ),
+    # A window that reaches over all positions, beside a mask without one.
+    "moshi": lambda: MoshiConfig(**SIZES, sliding_window=64, ffn_dim=48),
+    # Of its five layers, one attends to images, of which a text has none.
+    "mllama_text_model": lambda: MllamaTextConfig(
+        **SIZES,
+        cross_attention_layers=[2],
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
     # What it calls its decoder is its head.
     "modernbert-decoder": lambda: ModernBertDecoderConfig(
         **SIZES, local_attention=8, pad_token_id=0, bos_token_id=1, eos_token_id=2
@@ -65,7 +80,12 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_of_the_parts_are_those_of_the_model(name):
     config = CONFIGS[name]()
-    model = random_weights(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    auto = (
+        MllamaForCausalLM._from_config
+        if name.startswith("mllama")
+        else AutoModelForCausalLM.from_config
+    )
+    model = random_weights(auto(config, attn_implementation="eager"))
     hooks = Plugins.discover().hooks_for(config.model_type)
     parts = cut_model(wrap_model(model), hooks, "split").proxy.parts
     body = parts[1]

@@ -13,6 +13,7 @@ from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.parts import MaskSpec
 from transformers import DynamicCache, masking_utils
 from transformers.cache_utils import DynamicLayer
+from transformers.models.t5gemma2.modeling_t5gemma2 import sliding_window_mask_function
 
 
 def transformers_mask(function: str, padding: Any, query: int, **config: Any) -> Any:
@@ -78,6 +79,24 @@ def test_bidirectional_kinds(spec: MaskSpec, function: str, config: Any) -> None
     padding[1, 4:] = 0
     expected = transformers_mask(function, padding, 7, **config)
     actual = build_mask(spec, padding, 7, np.dtype(np.float32))
+    real = padding.astype(bool)
+    for row in range(2):
+        assert np.array_equal(actual[row, 0][real[row]], expected[row, 0][real[row]])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_a_window_around_a_query_is_that_of_t5gemma2(size: int) -> None:
+    padding = np.ones((2, 9), np.int64)
+    padding[1, 6:] = 0
+    expected = masking_utils.create_bidirectional_mask(
+        SimpleNamespace(_attn_implementation="eager"),
+        torch.zeros(2, 9, 8),
+        torch.from_numpy(padding),
+        and_mask_function=sliding_window_mask_function(size, is_causal=False),
+    ).numpy()
+    actual = build_mask(
+        MaskSpec("m", "bidirectional_window", size), padding, 9, np.dtype(np.float32)
+    )
     real = padding.astype(bool)
     for row in range(2):
         assert np.array_equal(actual[row, 0][real[row]], expected[row, 0][real[row]])

@@ -63,7 +63,7 @@ class CrossAttention:
 
     def decoder(self, decoder: ModuleT) -> ModuleT:
         """The decoder, or a copy of it that runs on given embeddings."""
-        table: Any = decoder.get_input_embeddings  # type: ignore[union-attr]
+        table: Any = decoder.get_input_embeddings
         return with_given_embeddings(decoder, table()) if self.given else decoder
 
     def cross_specs(self, length: int | str) -> tuple[TensorSpec, ...]:

@@ -325,7 +325,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
                 f"{type(model).__name__} has no decoder apart from its LM head",
                 "A plugin for this model type can build its parts in another way.",
             )
-        return decoder.get_submodule(path)  # type: ignore[return-value]
+        return decoder.get_submodule(path)
     return decoder
 
 

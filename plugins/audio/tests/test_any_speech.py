@@ -8,13 +8,16 @@ import torch
 from qeff_proxy import QEFFAutoModelForSpeechSeq2Seq
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.dump import read_dump
-from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.errors import UsageError
 from qeff_proxy.testing import random_weights
 from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    BertConfig,
     MoonshineConfig,
     MoonshineForConditionalGeneration,
     Speech2TextConfig,
-    Speech2TextForConditionalGeneration,
+    SpeechEncoderDecoderConfig,
+    Wav2Vec2Config,
 )
 
 NEW = 8
@@ -29,6 +32,13 @@ SIZES = {
     "max_position_embeddings": 60,
     "decoder_start_token_id": 1,
     "eos_token_id": 2,
+}
+SAME = {
+    "vocab_size": 77,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 60,
 }
 
 
@@ -94,12 +104,65 @@ def test_a_dump_is_of_one_sound(moonshine, tmp_path):
         moonshine[1].generate(inputs=sounds(), max_new_tokens=2, io_dir=tmp_path / "io")
 
 
-def test_a_decoder_that_needs_token_ids_is_refused(tmp_path):
-    config = Speech2TextConfig(
-        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, conv_channels=16
-    )
-    proxy = QEFFAutoModelForSpeechSeq2Seq(
-        Speech2TextForConditionalGeneration(config), proxy="split"
-    )
-    with pytest.raises(UnsupportedModelError, match="cannot be run on embeddings"):
-        proxy.export(tmp_path / "export")
+CONFIGS = {
+    # Its decoder counts positions from token ids.
+    "speech_to_text": lambda: Speech2TextConfig(
+        vocab_size=77,
+        d_model=32,
+        encoder_layers=5,
+        decoder_layers=6,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        conv_channels=32,
+        max_target_positions=60,
+        max_source_positions=200,
+    ),
+    # A decoder of another family and another width, with the head in it.
+    "speech-encoder-decoder": lambda: SpeechEncoderDecoderConfig(
+        encoder=Wav2Vec2Config(
+            **SAME,
+            hidden_size=48,
+            conv_dim=(16, 16),
+            conv_stride=(10, 8),
+            conv_kernel=(10, 8),
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+        ).to_dict(),
+        decoder=BertConfig(
+            **SAME, hidden_size=32, is_decoder=True, add_cross_attention=True
+        ).to_dict(),
+        decoder_start_token_id=2,
+        pad_token_id=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_other_decoders_give_the_tokens_and_logits_of_transformers(name, tmp_path):
+    config = CONFIGS[name]()
+    auto = AutoModelForSpeechSeq2Seq.from_config(config, attn_implementation="eager")
+    model = random_weights(auto, seed=4)
+    proxy = QEFFAutoModelForSpeechSeq2Seq(model, proxy="split")
+    proxy.export(tmp_path / "export")
+    entry = "input_features" if name == "speech_to_text" else "input_values"
+    shape = (1, 130, 80) if name == "speech_to_text" else (1, 5_300)
+    sound = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    settings = {"max_new_tokens": NEW, "no_repeat_ngram_size": 1}
+    with torch.no_grad():
+        wanted = model.generate(
+            **{entry: torch.from_numpy(sound)},
+            **settings,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    result = proxy.generate(inputs={entry: sound}, io_dir=tmp_path / "io", **settings)
+    tokens = wanted.sequences[:, 1:].numpy()
+    assert len(np.unique(tokens)) > 5
+    np.testing.assert_array_equal(result.generated_ids, tokens)
+    dump = read_dump(result.io_folder)
+    steps = [("prefill", 0), *(("decode", index) for index in range(tokens.shape[1] - 1))]
+    actual = np.concatenate([dump.array(*step, "lm_head.out.logits") for step in steps], axis=1)
+    logits = torch.stack(wanted.logits, 1).numpy()
+    assert np.abs(actual - logits).max() < 1e-4 * np.abs(logits).max()

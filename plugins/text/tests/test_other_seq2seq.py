@@ -1,0 +1,100 @@
+"""Encoder-decoders whose decoders differ from most, on ONNX Runtime, against transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from qeff_proxy import QEFFAutoModelForSeq2SeqLM
+from qeff_proxy.artifact.export_folder import read_export
+from qeff_proxy.dump import read_dump
+from qeff_proxy.testing import random_weights
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    EncoderDecoderConfig,
+    RobertaConfig,
+    T5Gemma2Config,
+)
+
+VOCABULARY, NEW = 99, 8
+SAME = {
+    "vocab_size": VOCABULARY,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+}
+GEMMA = {
+    **SAME,
+    "hidden_size": 32,
+    "head_dim": 8,
+    "num_key_value_heads": 2,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 4,  # even: one more key after a query than before it
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    **{f"{name}_token_id": number for number, name in enumerate(("pad", "eos", "bos"))},
+}
+IMAGE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+CONFIGS = {
+    # A decoder of another family and another width, with the head in it.
+    "encoder-decoder": lambda: EncoderDecoderConfig(
+        encoder=RobertaConfig(**SAME, hidden_size=48).to_dict(),
+        decoder=BertConfig(
+            **SAME, hidden_size=32, is_decoder=True, add_cross_attention=True
+        ).to_dict(),
+        decoder_start_token_id=2,
+        pad_token_id=0,
+    ),
+    # Its keys of the encoder's hidden states are normalized, and attended to with its own.
+    "t5gemma2": lambda: T5Gemma2Config(
+        encoder={
+            "text_config": GEMMA,
+            "vision_config": {**IMAGE, "patch_size": 16, "intermediate_size": 32},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 98,
+        },
+        decoder=GEMMA,
+        image_token_index=98,
+        eoi_token_index=97,
+        decoder_start_token_id=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_and_logits_are_those_of_transformers(name, tmp_path):
+    model = AutoModelForSeq2SeqLM.from_config(CONFIGS[name](), attn_implementation="eager")
+    model = random_weights(model, 1)
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    proxy = QEFFAutoModelForSeq2SeqLM(model, proxy="split")
+    export = read_export(proxy.export(tmp_path / "export"))
+    ids = np.random.default_rng(1).integers(3, 96, (2, 9))
+    mask = np.ones_like(ids)
+    ids[1, 6:], mask[1, 6:] = 0, 0
+    texts = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        wanted = model.generate(
+            **{key: torch.from_numpy(value) for key, value in texts.items()},
+            max_new_tokens=NEW,
+            no_repeat_ngram_size=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    tokens, logits = wanted.sequences[:, 1:].numpy(), torch.stack(wanted.logits, 1).numpy()
+    assert len(np.unique(tokens)) > 5, "tokens that are all alike prove nothing"
+    result = proxy.generate(
+        inputs=texts, generation_len=NEW, no_repeat_ngram_size=1, io_dir=tmp_path / "io"
+    )
+    np.testing.assert_array_equal(result.generated_ids, tokens)
+    dump = read_dump(result.io_folder)
+    steps = [("prefill", 0), *(("decode", index) for index in range(NEW - 1))]
+    actual = [dump.array(*step, "lm_head.out.logits")[:, -1] for step in steps]
+    assert np.abs(np.stack(actual, 1) - logits).max() < 1e-4 * np.abs(logits).max()
+    kinds = {mask.kind for part in export.parts for mask in part.masks if part.name == "encoder"}
+    assert ("bidirectional_window" in kinds) == (name == "t5gemma2")
