@@ -25,8 +25,11 @@ from qeff_proxy.sites import Absent, Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Settings of a config that has a tower, and what the tower takes.
+#: Settings of a config that has a tower, and what the tower takes; as a model says it itself.
 _TOWERS = {"vision_config": "images", "audio_config": "sound"}
+_MODALITIES = {"image": "images", "audio": "sound"}
+#: The extra that brings plugins for it.
+_EXTRAS = {"images": "vision", "sound": "audio"}
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,12 @@ def _check_towers(model: PreTrainedModel, hooks: Hooks) -> None:
     inputs = [what for name, what in _TOWERS.items() if getattr(config, name, None) is not None]
     if type(model) is model_classes("AutoModelForImageTextToText").get(type(config), None):
         inputs.append("images")
+    said = getattr(model, "input_modalities", ())
+    inputs += [what for name, what in _MODALITIES.items() if name in said]
     if inputs:
         raise UnsupportedModelError(
             f"{hooks.model_type!r} models take {inputs[0]}, and no plugin exports their tower",
+            f"pip install 'qeff-proxy[{_EXTRAS[inputs[0]]}]' installs those for {inputs[0]}; "
             "`qeff-proxy plugins` lists the model types of the installed plugins.",
         )
 

@@ -1,0 +1,47 @@
+"""Qwen2-Audio, whose model makes features of sounds in its ``forward``, by no method of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.parts import Kind
+from qeff_proxy.sites import Absent, Site
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+
+from qeff_proxy_vision.audio_text import cut_with, decode, preprocess
+from qeff_proxy_vision.proxy import VisionProxy
+
+__all__ = ["build_proxy", "decode", "features_of", "preprocess"]
+
+
+@hookimpl
+def build_proxy(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    options: Mapping[str, Any],
+) -> VisionProxy:
+    """As `qeff_proxy_vision.audio_text` does it, with `features_of`."""
+    return cut_with(features_of, model, embedding, lm_head, kind, options)
+
+
+def features_of(
+    model: Any, input_features: torch.Tensor, feature_attention_mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Spectra ``[sounds, bins, frames]`` to features ``[sounds, rows, hidden]``."""
+    model = getattr(model, "model", model)
+    tower = model.audio_tower
+    lengths, counts = tower._get_feat_extract_output_lengths(feature_attention_mask.sum(-1))  # noqa: SLF001 (as the model's forward does)
+    frames = torch.arange((input_features.shape[-1] - 2) // 2 + 1)
+    seen = (frames < lengths[:, None]).to(torch.int64)
+    blank = input_features.new_zeros(*seen.shape, 1)
+    mask = create_bidirectional_mask(tower.config, inputs_embeds=blank, attention_mask=seen)
+    hidden = tower(input_features, attention_mask=mask).last_hidden_state
+    features = model.multi_modal_projector(hidden)
+    kept = torch.arange(features.shape[1]) < counts[:, None]
+    return {"last_hidden_state": features, "attention_mask": kept}
