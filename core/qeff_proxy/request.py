@@ -11,7 +11,7 @@ from typing import Any
 
 from qeff_proxy.errors import UsageError
 
-__all__ = ["Request", "refuse_others", "refuse_unused"]
+__all__ = ["Request", "is_media", "refuse_others", "refuse_unused"]
 
 _CALLED = {"prompts": "text", "audio": "sound", "images": "images"}
 _GIVEN_BY = {
@@ -46,11 +46,11 @@ class Request:
     def __post_init__(self) -> None:
         """Raises `UsageError` where a prompt is the path of such a file."""
         for text in self.prompts:
-            if os.path.isfile(text) and _is_media(text):  # noqa: PTH113 (as long as a prompt is)
+            if is_media(text):
                 raise UsageError(
                     f"{text} is a sound or image file, and a text is taken there",
-                    "Give a prompt, and images with --image FILE or images=… where the model "
-                    "takes them.",
+                    "Give a prompt, and images with --image FILE or images=…, sounds with --audio "
+                    "FILE or audio=…, where the model takes them.",
                 )
 
     def with_defaults(self, options: Mapping[str, Any]) -> Request:
@@ -100,8 +100,10 @@ def refuse_unused(inputs: Mapping[str, Any], takes: Iterable[str]) -> None:
         )
 
 
-def _is_media(path: str) -> bool:
-    """Whether a file's name or its first bytes are those of a sound, an image or a video."""
+def is_media(path: str) -> bool:
+    """Whether a text is the path of a sound, an image or a video, by its name or first bytes."""
+    if not os.path.isfile(path):  # noqa: PTH113 (as long as a prompt is)
+        return False
     kind = str(mimetypes.guess_type(path)[0]).partition("/")[0]
     if kind in ("audio", "image", "video"):
         return True

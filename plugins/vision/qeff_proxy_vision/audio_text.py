@@ -82,7 +82,7 @@ def cut_with(
             "Leave kv_offload=False out.",
         )
     path = decoder_path_of(model, text)
-    sample = partial(_texts, model, int(text.settings["embedding_rows"]))
+    sample: Sample = partial(_texts, model, int(text.settings["embedding_rows"]))
     tower, settings, sample = add_sounds(model, text, path, get, options, sample)
     text = with_inputs(text, [], settings.positions.axes if settings.positions else 0)
     return add_towers(text, [(tower, settings)], sample, generated_logits, SOUND_FLOW)

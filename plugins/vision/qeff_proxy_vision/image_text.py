@@ -51,7 +51,7 @@ from qeff_proxy_vision.one_image import (
     image_token,
     left_out,
 )
-from qeff_proxy_vision.proxy import VisionProxy, add_towers
+from qeff_proxy_vision.proxy import Sample, VisionProxy, add_towers
 from qeff_proxy_vision.reference import generated_logits
 from qeff_proxy_vision.sounds import sound_getter
 
@@ -85,7 +85,7 @@ def build_proxy(
     rows = int(text.settings["embedding_rows"])
     decoder_path = decoder_path_of(model, text)
     vision = _vision(model, arguments, size, decoder_path, int(text.settings["hidden_size"]))
-    sample = partial(_sample, model, vision, token_id, rows)
+    sample: Sample = partial(_sample, model, vision, token_id, rows)
     decoder = model.get_submodule(decoder_path)
     masks = text.part("body").masks
     learned = learn_images(model, decoder, sample(), vision.features, token_id, masks)

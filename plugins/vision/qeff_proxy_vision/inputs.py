@@ -78,7 +78,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
             "patch_size, so it cannot count the image tokens",
             "Add patch_size (and vision_feature_select_strategy) with the values of config.json.",
         )
-    prompts = []
+    prompts: list[str] = []
     for (text, row), heard in zip(pairs, sounds, strict=True):
         counts = {"image": len(row), "sound": len(heard)}
         prompts.append(_written(processor, request, text, counts, tokens, first=not prompts))
