@@ -141,7 +141,7 @@ def with_sounds(
         tower = find_tower(model, get, next(iter(paths), "model"), width, None)
     except UnsupportedModelError:
         if required:
-            raise
+            raise ValueError("no sounds are known for it") from None
         return prompts
     if not prompts:
         ids = generator.integers(3, FIRST_SPECIAL, (2, 6))

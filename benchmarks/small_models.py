@@ -265,6 +265,11 @@ SETTINGS |= {
     "moss_transcribe_diarize": {"audio_config": _WINDOW},
     "musicflamingo": {"audio_config": _WINDOW},
     "qwen2_audio": {"audio_config": _WINDOW},
+    "qwen2_5_omni_thinker": {**_THINKER, "audio_config": _WINDOW},
+    "qwen3_omni_moe_thinker": {
+        **_THINKER,
+        "audio_config": {**_WINDOW, "downsample_hidden_size": 32},
+    },
     "qwen3_asr": {"audio_config": {"downsample_hidden_size": 32}},
     "voxtral": {"audio_config": {**_WINDOW, "intermediate_size": 256}, "audio_token_id": 250},
 }

@@ -143,6 +143,7 @@ def add_sounds(
         looked_up_as={} if images is not None else learn_lookups(model, decoder, special),
         what="sound",
         counted=tower.counted,
+        pads=tower.pads,
     )
     return tower.part, settings, with_sounds
 

@@ -82,20 +82,29 @@ class ImageTextFlow:
 
     def example_request(
         self,
-        export: Export,  # noqa: ARG002 (part of the protocol)
+        export: Export,
         processor: Any,
         proxy: Callable[[], Proxy],
     ) -> Request:
-        """A drawing and a question; noise and random tokens if no processor takes images."""
-        if any(hasattr(processor, name) for name in ("image_processor", "process")):
-            token = getattr(processor, "image_token", None)
-            templated = not token or getattr(processor, "chat_template", None)
-            question = QUESTION if templated else f"{token} {QUESTION}"
-            return Request(prompts=(question,), images=(DRAWING,))
+        """A drawing, two tones and a question; noise and random tokens without a processor."""
+        kinds = {one.what: one for one in _settings(export.settings)}
+        fixed = "sound" in kinds and kinds["sound"].geometry is not None
+        images = "image" in kinds and any(
+            hasattr(processor, name) for name in ("image_processor", "process")
+        )
+        sounds = "sound" in kinds and bool(getattr(processor, "audio_token", None))
+        if (images or sounds) and not fixed:
+            question = QUESTION
+            if not getattr(processor, "chat_template", None):
+                token = getattr(processor, "image_token", None) if images else None
+                heard = processor.audio_token if sounds else None
+                question = " ".join(filter(None, (token, heard, QUESTION)))
+            drawings, tones = (DRAWING,) * images, (_tones(),) * sounds
+            return Request(prompts=(question,), images=drawings, audio=tones)
         live = proxy()
         if not isinstance(live, VisionProxy):
             raise UsageError(
-                "this model has no processor for images, and no input was given",
+                "this model has no processor for images or sounds, and no input was given",
                 "Pass a processor's output: inputs={'input_ids': …, 'pixel_values': …}.",
             )
         return Request(inputs=live.sample())
@@ -135,6 +144,13 @@ class ImageTextFlow:
         ]
         generated = generate_ids(job, steps, Prompts(prompts))
         return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
+
+
+def _tones() -> Array:
+    """Two seconds of sound, at any rate that is usual for speech."""
+    seconds = np.arange(32_000) / 16_000
+    tones = np.sin(2 * np.pi * (220 + 110 * seconds) * seconds) * np.cos(np.pi * seconds) ** 2
+    return (0.3 * tones).astype(np.float32)
 
 
 def _proxy_logits(

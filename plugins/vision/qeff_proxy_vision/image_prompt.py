@@ -282,6 +282,7 @@ class ImagePrompt:
                 )
             value = self._tensors[spec.name]
             if self.settings.what == "sound":
+                value = _padded(spec.shape, value) if self.settings.pads else value
                 _check_sound(spec.name, spec.shape, value)
             if self.settings.geometry is not None:
                 self._images = self.settings.geometry.images(spec, self._tensors)
@@ -330,6 +331,15 @@ class ImagePrompt:
             for mask in part.masks
             if mask.name in dtypes and (settings.masks is None or mask.name in settings.masks)
         }
+
+
+def _padded(shape: Sequence[int | str], value: Array) -> Array:
+    """Sounds, or their masks, with zeros behind them up to the number of frames of a tower."""
+    if value.ndim != len(shape) or not value.size:
+        return value
+    axes = zip(value.shape, shape, strict=True)
+    missing = [max(0, axis - size) if isinstance(axis, int) else 0 for size, axis in axes]
+    return np.pad(value, [(0, count) for count in missing])
 
 
 def _check_sound(name: str, shape: Sequence[int | str], value: Array) -> None:

@@ -85,6 +85,7 @@ class ImageSettings:
         what: ``"image"`` or ``"sound"``.
         counted: The tensor that says which feature rows count: an output of the vision part, or the
             processor's; ``None`` where all do.
+        pads: Sounds of fewer frames than a tower takes may be padded with zeros, as their masks.
     """
 
     token_id: int | None
@@ -103,6 +104,7 @@ class ImageSettings:
     refused: tuple[str, ...] = ()
     what: Literal["image", "sound"] = "image"
     counted: str | None = None
+    pads: bool = False
 
     @property
     def rows(self) -> str:
@@ -128,6 +130,7 @@ class ImageSettings:
             "refused": list(self.refused),
             "what": self.what,
             "counted": self.counted,
+            "pads": self.pads,
         }
 
     @classmethod
@@ -151,4 +154,5 @@ class ImageSettings:
             tuple(value.get("refused", ())),
             value.get("what", "image"),
             value.get("counted"),
+            value.get("pads", False),
         )

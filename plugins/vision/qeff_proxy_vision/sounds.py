@@ -171,6 +171,7 @@ class SoundTower:
         counts: How many of them belong to each.
         frames: Of each sound, padding included.
         usual: Whether a tower's config says that number.
+        pads: Fewer frames may be padded to that number: masks leave no trace of the padding.
     """
 
     part: Part
@@ -181,6 +182,7 @@ class SoundTower:
     counts: Sequence[int]
     frames: int
     usual: bool
+    pads: bool
 
 
 def find_tower(
@@ -257,7 +259,11 @@ def _tower(
     tried = not fixed and form.frames == _TRIED[form.name]
     part = SoundPart(owner, text_path, {}, get=get, features=SOUND_FEATURES)
     sounds = form.tensors(form.lengths(2))
-    expected = _counted(get(part.model, **sounds))
+    made = get(part.model, **sounds)
+    marks = made.get("attention_mask")
+    if marks is not None and marks.dtype != torch.bool:
+        raise TypeError("the mask of its rows is no mask of booleans")  # of another dtype it is
+    expected = _counted(made)
     if expected.shape[-1] != width:
         return _described(part, form, None, sounds, expected, free=False)
     found, count = _tried(part, sounds)
@@ -358,7 +364,26 @@ def _described(
         trace_sizes={} if geometry is not None else tried,
         check_sizes=() if geometry is not None else checks,
     )
-    return SoundTower(part, geometry, counted, sounds, features, counts, form.frames, form.usual)
+    pads = geometry is None and not free and _pads(module, form)
+    return SoundTower(
+        part, geometry, counted, sounds, features, counts, form.frames, form.usual, pads
+    )
+
+
+def _pads(module: SoundPart, form: _Form) -> bool:
+    """Whether a sound gives the same rows without its padding."""
+    if not form.masks:
+        return False
+    length = form.frames * 2 // 3
+    padded = form.tensors([length])
+    axis = dict.fromkeys(padded, 1) | {form.name: 2 if form.bins and not form.last else 1}
+    short = {name: value.narrow(axis[name], 0, length) for name, value in padded.items()}
+    try:
+        with torch.no_grad():
+            found, expected = (_counted(module.get(module.model, **s)) for s in (short, padded))
+    except (RuntimeError, TypeError, ValueError, LookupError):
+        return False  # it takes one number of frames only
+    return _close(found, expected)
 
 
 def _with_rows(model: PreTrainedModel, tower: SoundTower, form: _Form) -> SoundTower:
