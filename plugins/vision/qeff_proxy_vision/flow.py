@@ -70,7 +70,9 @@ class ImageTextFlow:
         # A model may generate tokens whose embedding it does not look up.
         special = [token for one in _settings(proxy.settings) for token in one.looked_up_as]
         new[-1, : len(special)] = special[:_NEW_TOKENS]
-        with shrunk_windows(model, _WINDOW):
+        # A tower of sounds may have windows of its own, which are as they are.
+        windowed = model.get_decoder() if "sound" in proxy.settings else model
+        with shrunk_windows(windowed, _WINDOW):
             expected = proxy.reference(model, sample, new)
             with parts_must_run(model, sites):
                 actual, longest = _proxy_logits(proxy, sample, new)
@@ -150,7 +152,7 @@ def _tones() -> Array:
     """Two seconds of sound, at any rate that is usual for speech."""
     seconds = np.arange(32_000) / 16_000
     tones = np.sin(2 * np.pi * (220 + 110 * seconds) * seconds) * np.cos(np.pi * seconds) ** 2
-    return (0.3 * tones).astype(np.float32)
+    return np.asarray(0.3 * tones, np.float32)
 
 
 def _proxy_logits(

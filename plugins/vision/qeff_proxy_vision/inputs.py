@@ -52,8 +52,12 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     """
     if request.inputs is not None:
         return checked_tensors(request.inputs)
-    takes = ["audio"] if getattr(processor, "audio_token", None) else []
-    refuse_others(request, "prompts", *takes, "images")
+    hears, sees = (
+        bool(getattr(processor, "audio_token", None)),
+        hasattr(processor, "image_processor"),
+    )
+    takes = [*["audio"] * hears, *["images"] * (sees or not hears)]
+    refuse_others(request, "prompts", *takes)
     if request.audio and not request.prompts:
         said = getattr(processor, "default_transcription_prompt", None) or _TRANSCRIBE
         sounds = [one if isinstance(one, list) else [one] for one in request.audio]
