@@ -78,7 +78,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "funnel": {"block_sizes": [2, 2, 1], "block_repeats": [1, 1, 1]},
     "gemma3n_text": _NO_TOKEN_IDS,
-    "gemma4": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
+    "gemma4": {
+        "text_config": {**_NO_TOKEN_IDS, "max_position_embeddings": 2048},
+        "vision_config": _PLACED,
+    },
     "gemma4_text": {"hidden_size_per_layer_input": 0},
     "glm4v_moe": {
         "text_config": {

@@ -11,7 +11,7 @@ from typing import Any
 
 from qeff_proxy.errors import UsageError
 
-__all__ = ["Request", "is_media", "refuse_others", "refuse_unused"]
+__all__ = ["Request", "refuse_others", "refuse_unused"]
 
 _CALLED = {"prompts": "text", "audio": "sound", "images": "images"}
 _GIVEN_BY = {

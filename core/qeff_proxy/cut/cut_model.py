@@ -25,9 +25,9 @@ from qeff_proxy.sites import Absent, Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Settings of a config that has a tower, and what the tower takes; as a model says it itself.
+#: Settings of a config that has a tower, and what the tower takes; methods of a model likewise.
 _TOWERS = {"vision_config": "images", "audio_config": "sound"}
-_MODALITIES = {"image": "images", "audio": "sound"}
+_METHODS = {"get_image_features": "images", "get_audio_features": "sound"}
 #: The extra that brings plugins for it.
 _EXTRAS = {"images": "vision", "sound": "audio"}
 
@@ -119,8 +119,7 @@ def _check_towers(model: PreTrainedModel, hooks: Hooks) -> None:
     inputs = [what for name, what in _TOWERS.items() if getattr(config, name, None) is not None]
     if type(model) is model_classes("AutoModelForImageTextToText").get(type(config), None):
         inputs.append("images")
-    said = getattr(model, "input_modalities", ())
-    inputs += [what for name, what in _MODALITIES.items() if name in said]
+    inputs += [what for name, what in _METHODS.items() if hasattr(model, name)]
     if inputs:
         raise UnsupportedModelError(
             f"{hooks.model_type!r} models take {inputs[0]}, and no plugin exports their tower",

@@ -89,12 +89,10 @@ class ImageTextFlow:
         proxy: Callable[[], Proxy],
     ) -> Request:
         """A drawing, two tones and a question; noise and random tokens without a processor."""
-        kinds = {one.what: one for one in _settings(export.settings)}
-        fixed = "sound" in kinds and kinds["sound"].geometry is not None
-        images = "image" in kinds and any(
-            hasattr(processor, name) for name in ("image_processor", "process")
-        )
-        sounds = "sound" in kinds and bool(getattr(processor, "audio_token", None))
+        hears = export.settings.get("sound")
+        fixed = hears is not None and hears["geometry"] is not None
+        images = any(hasattr(processor, name) for name in ("image_processor", "process"))
+        sounds = hears is not None and bool(getattr(processor, "audio_token", None))
         if (images or sounds) and not fixed:
             question = QUESTION
             if not getattr(processor, "chat_template", None):
