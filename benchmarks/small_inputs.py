@@ -124,13 +124,12 @@ def with_sounds(
     """The prompts, or a batch of two, with a sound behind each, where the model takes sounds."""
     import torch
     from qeff_proxy.errors import UnsupportedModelError
-    from qeff_proxy_vision import qwen2_audio
+    from qeff_proxy_vision import musicflamingo, qwen2_audio
     from qeff_proxy_vision.one_image import image_token
     from qeff_proxy_vision.sounds import find_tower, sound_getter, sound_token
 
-    get = sound_getter(model)
-    if get is None and model.config.model_type == "qwen2_audio":
-        get = qwen2_audio.features_of
+    own = {"musicflamingo": musicflamingo, "qwen2_audio": qwen2_audio}.get(model.config.model_type)
+    get = sound_getter(model) if own is None else own.features_of
     token = sound_token(model.config)
     paths = [path for path, _ in model.named_modules() if path.endswith("language_model")]
     width = model.get_input_embeddings().weight.shape[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -72,8 +73,13 @@ def cut_with(
     lm_head: Site | Absent,
     kind: Kind,
     options: Mapping[str, Any],
+    *,
+    apart: bool = False,
 ) -> VisionProxy:
-    """The proxy of a model whose features of sounds ``get(model, **tensors)`` makes."""
+    """The proxy of a model whose features of sounds ``get(model, **tensors)`` makes.
+
+    With ``apart`` a sound that the processor splits into several is refused.
+    """
     _token_of(model)
     text = cut_language(model, embedding, lm_head, kind, options)
     if not text.settings["kv_offload"]:
@@ -84,6 +90,7 @@ def cut_with(
     path = decoder_path_of(model, text)
     sample: Sample = partial(_texts, model, int(text.settings["embedding_rows"]))
     tower, settings, sample = add_sounds(model, text, path, get, options, sample)
+    settings = replace(settings, apart=apart)
     text = with_inputs(text, [], settings.positions.axes if settings.positions else 0)
     return add_towers(text, [(tower, settings)], sample, generated_logits, SOUND_FLOW)
 

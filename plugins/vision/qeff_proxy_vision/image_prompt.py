@@ -226,6 +226,14 @@ class ImagePrompt:
     def _order_of_sounds(self) -> Array:
         """The feature rows that count."""
         assert self._features is not None  # noqa: S101 (a tower of sounds is a part of its own)
+        marked = np.pad((self._ids == self.settings.token_id).astype(np.int64), ((0, 0), (1, 0)))
+        runs, given = int((np.diff(marked) == 1).sum()), len(self._tensors[self._pixels[0].name])
+        if self.settings.apart and runs != given:
+            raise UsageError(
+                f"the prompt has {counted(runs, 'run')} of sound tokens, and there are {given} "
+                "windows of sounds",
+                "Give sounds of one window (30 s), and put text between two of them.",
+            )
         rows = len(self._features[str(self.settings.merges[0].features)])
         name = self.settings.counted
         counts = {**self._tensors, **self._features}.get(name) if name is not None else None

@@ -85,6 +85,7 @@ class ImageSettings:
         what: ``"image"`` or ``"sound"``.
         counted: The tensor that says which feature rows count: an output of the vision part, or the
             processor's; ``None`` where all do.
+        apart: The tokens of each sound stand apart from those of others.
         pads: Sounds of fewer frames than a tower takes may be padded with zeros, as their masks.
     """
 
@@ -105,6 +106,7 @@ class ImageSettings:
     what: Literal["image", "sound"] = "image"
     counted: str | None = None
     pads: bool = False
+    apart: bool = False
 
     @property
     def rows(self) -> str:
@@ -131,6 +133,7 @@ class ImageSettings:
             "what": self.what,
             "counted": self.counted,
             "pads": self.pads,
+            "apart": self.apart,
         }
 
     @classmethod
@@ -155,4 +158,5 @@ class ImageSettings:
             value.get("what", "image"),
             value.get("counted"),
             value.get("pads", False),
+            value.get("apart", False),
         )

@@ -83,6 +83,19 @@ CONFIGS = {
         "text_config": {"model_type": "llama", **TEXT},
         "audio_token_id": AUDIO_TOKEN,
     },
+    "musicflamingo": {
+        "audio_config": {
+            "model_type": "musicflamingo_encoder",
+            "num_mel_bins": 16,
+            "max_source_positions": 48,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+        },
+        "text_config": {"model_type": "qwen2", **TEXT},
+        "audio_token_id": AUDIO_TOKEN,
+    },
     "qwen3_asr": {  # loops over the windows of a sound
         "audio_config": {**QWEN, "num_mel_bins": 16, "output_dim": 64, "downsample_hidden_size": 8},
         "text_config": {"model_type": "qwen3", **TEXT},
@@ -123,7 +136,8 @@ CONFIGS = {
 def make_model(model_type):
     config = transformers.CONFIG_MAPPING[model_type](**CONFIGS[model_type])
     torch.manual_seed(0)
-    model = transformers.AutoModelForMultimodalLM.from_config(config)
+    kinds = transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForMultimodalLM
+    model = kinds[model_type == "gemma4"].from_config(config)
     model.generation_config.eos_token_id = None
     return with_random_weights(model, 1.5)
 
@@ -219,6 +233,21 @@ def test_features_of_another_sound_are_seen():
     parts = [replace(p, module=Rolled()) if p is audio else p for p in made.proxy.parts]
     with pytest.raises(CutError, match="do not equal the uncut model"):
         load_flow(FLOW).verify(model, replace(made.proxy, parts=tuple(parts)), made.sites)
+
+
+def test_times_begin_anew_only_with_a_sound_of_its_own():
+    """Music Flamingo turns features by the time since the sound began, in an earlier window."""
+    model = make_model("musicflamingo")
+    made = cut(model)
+    assert made.report.max_difference <= 1e-5
+    sample = dict(made.proxy.sample())
+    token = sample["input_ids"] == AUDIO_TOKEN
+    gap = int(torch.diff(token[1].int(), dim=0).argmin()) + 1
+    ids = sample["input_ids"].clone()  # the text between two sounds goes before them
+    ids[1] = torch.cat([ids[1][gap : gap + 3], ids[1][:gap], ids[1][gap + 3 :]])
+    together = replace(made.proxy, sample=lambda: {**sample, "input_ids": ids})
+    with pytest.raises(UsageError, match="1 run of sound tokens, and there are 2 windows"):
+        load_flow(FLOW).verify(model, together, made.sites)
 
 
 def test_what_is_not_served_is_refused_with_the_reason():
