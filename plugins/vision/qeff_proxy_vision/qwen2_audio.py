@@ -10,7 +10,6 @@ from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.parts import Kind
 from qeff_proxy.sites import Absent, Site
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask
 
 from qeff_proxy_vision.audio_text import cut_with, decode, preprocess
 from qeff_proxy_vision.proxy import VisionProxy
@@ -38,9 +37,9 @@ def features_of(
     tower = model.audio_tower
     lengths, counts = tower._get_feat_extract_output_lengths(feature_attention_mask.sum(-1))  # noqa: SLF001 (as the model's forward does)
     frames = torch.arange((input_features.shape[-1] - 2) // 2 + 1)
-    seen = (frames < lengths[:, None]).to(torch.int64)
-    blank = input_features.new_zeros(*seen.shape, 1)
-    mask = create_bidirectional_mask(tower.config, inputs_embeds=blank, attention_mask=seen)
+    # As transformers' mask of the padding, in operators that every compiler takes.
+    unseen = (frames >= lengths[:, None]).to(input_features.dtype)
+    mask = (unseen * torch.finfo(input_features.dtype).min)[:, None, None]
     hidden = tower(input_features, attention_mask=mask).last_hidden_state
     features = model.multi_modal_projector(hidden)
     kept = torch.arange(features.shape[1]) < counts[:, None]
