@@ -35,7 +35,10 @@ def features_of(
     """Spectra ``[sounds, bins, frames]`` to features ``[sounds, rows, hidden]``."""
     model = getattr(model, "model", model)
     tower = model.audio_tower
-    lengths, counts = tower._get_feat_extract_output_lengths(feature_attention_mask.sum(-1))  # noqa: SLF001 (as the model's forward does)
+    heard = feature_attention_mask.to(torch.float32).sum(
+        -1
+    )  # of which any compiler takes the floor
+    lengths, counts = tower._get_feat_extract_output_lengths(heard)  # noqa: SLF001 (as the model does)
     frames = torch.arange((input_features.shape[-1] - 2) // 2 + 1)
     # As transformers' mask of the padding, in operators that every compiler takes.
     unseen = (frames >= lengths[:, None]).to(input_features.dtype)

@@ -120,7 +120,7 @@ class SoundPart(FixedImagePart):
     per_row = 1
 
     def forward(self, **sounds: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``audio_features [rows, hidden]``; ``audio_rows [rows]`` int64, 1 for rows that count."""
+        """``audio_features [rows, hidden]``; ``audio_rows [rows]``, 1 for those that count."""
         if self.geometry:
             return super().forward(**sounds)
         with _Unselected() as selection:
@@ -129,10 +129,10 @@ class SoundPart(FixedImagePart):
         mask = selection.mask if selection.mask is not None else outputs.get("attention_mask")
         if mask is None:
             return {SOUND_FEATURES: rows}
-        return {
-            SOUND_FEATURES: rows,
-            COUNTED: mask.reshape(-1, self.per_row).all(dim=-1).to(torch.int64),
-        }
+        if self.per_row > 1:
+            mask = mask.reshape(-1, self.per_row).all(dim=-1)
+        # Of the features' dtype, which every compiler takes.
+        return {SOUND_FEATURES: rows, COUNTED: mask.reshape(-1).to(rows.dtype)}
 
 
 class _Unselected(TorchFunctionMode):
@@ -351,8 +351,8 @@ def _described(
         made = module(**sounds)
         if COUNTED in made:
             counted = COUNTED
-            outputs.append(TensorSpec(COUNTED, "int64", (rows,)))
-            counts = made[COUNTED].reshape(2, -1).sum(dim=-1).tolist()
+            outputs.append(TensorSpec(COUNTED, dtype, (rows,)))
+            counts = made[COUNTED].reshape(2, -1).bool().sum(dim=-1).tolist()
     tried = {"sounds": 2, **({"frames": form.frames} if free else {})}
     checks = tuple({"sounds": n, "frames": form.frames + m} for n, m in ((1, 3), (3, 17)))
     part = Part(
