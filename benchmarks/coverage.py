@@ -49,6 +49,8 @@ MAPPINGS = {
         "classification",
     ),
     "masked-lm": ("MASKED_LM", "AutoModelForMaskedLM", "masked-lm"),
+    # What takes images is among those of images and texts.
+    "sounds": ("MULTIMODAL_LM", "AutoModelForMultimodalLM", "audio-text-to-text"),
 }
 #: Those in which each text gives results of its own, by the face that makes them.
 TEXTS = {
@@ -69,27 +71,45 @@ def model_types(mapping: str) -> list[str]:
     if mapping == "encoder":
         names += modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
         names = [name for name in dict.fromkeys(names) if name in modeling_auto.MODEL_MAPPING_NAMES]
+    if mapping == "sounds":
+        others = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        names = [name for name in names if name not in others]
     return names
 
 
 def kind_of(mapping: str, model_type: str) -> str:
-    """How an architecture is run: a class that takes images stands in the mapping of texts, too."""
+    """How an architecture is run: one that takes images or sounds stands in other mappings, too."""
+    import transformers
     from transformers.models.auto import modeling_auto
 
     texts = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
-    return "image-text" if mapping == "causal" and texts == images else mapping
+    sounds = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if mapping == "causal" and texts == images:
+        return "image-text"
+    if mapping == "causal" and texts == sounds:
+        return "sounds"
+    decodes = not getattr(transformers.CONFIG_MAPPING[model_type], "is_encoder_decoder", False)
+    return "sounds" if mapping in ("speech", "seq2seq") and decodes else mapping
+
+
+def auto_class_of(mapping: str, model_type: str) -> Any:
+    """What makes models of an architecture."""
+    import transformers
+
+    auto_class = getattr(transformers, MAPPINGS[mapping][1])
+    listed = transformers.CONFIG_MAPPING[model_type] in auto_class._model_mapping  # noqa: SLF001 (there is no public way)
+    return auto_class if listed else transformers.AutoModelForSeq2SeqLM
 
 
 def build(mapping: str, model_type: str, hooks: Any) -> tuple[Any, Any, Any]:
     """A small model, inputs, and what it makes of them."""
-    import transformers
 
     def run(model: Any) -> tuple[Any, Any]:
         inputs = inputs_of(mapping, model, hooks)
         return inputs, reference(mapping, model, inputs)
 
-    auto_class = getattr(transformers, MAPPINGS[mapping][1])
+    auto_class = auto_class_of(mapping, model_type)
     model, (inputs, expected) = build_small(
         model_type, auto_class, run, decoder=mapping == "causal"
     )
@@ -145,7 +165,7 @@ def reference(mapping: str, model: Any, inputs: list[dict[str, Any]]) -> list[An
     from qeff_proxy.families.model_cache import cache_argument, cache_of
     from qeff_proxy.flows.causal_engine import position_ids_of
 
-    if mapping in ("image-text", "speech"):
+    if mapping in ("image-text", "speech", "sounds"):
         tensors = {name: torch.from_numpy(value) for name, value in inputs[0].items()}
         out = model.generate(**tensors, **GREEDY, output_logits=True, return_dict_in_generate=True)
         return [step.float().numpy()[:, None] for step in out.logits]
@@ -209,7 +229,7 @@ def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) ->
                 logits, cache = engine.step(StepId("prefill", 0), tokens, seen, cache)
                 results.append(logits)
         return results
-    if mapping in ("image-text", "speech"):
+    if mapping in ("image-text", "speech", "sounds"):
         return generated(model, hooks, inputs[0], folder)
     if mapping == "ctc":
         recognizer = qeff_proxy.QEFFAutoModelForCTC(model, proxy="split")
@@ -231,12 +251,11 @@ def exported(mapping: str, model: Any, hooks: Any, inputs: Any, folder: Path) ->
 
 def refusal_of(mapping: str, model_type: str, hooks: Any) -> str | None:
     """Why an export is refused, of a model that is built without running it."""
-    import transformers
     from qeff_proxy.errors import ProxyError
     from qeff_proxy.export.export_model import export_model
     from qeff_proxy.load.load_model import wrap_model
 
-    auto_class = getattr(transformers, MAPPINGS[mapping][1])
+    auto_class = auto_class_of(mapping, model_type)
     try:
         model, _ = build_small(
             model_type, auto_class, lambda _model: None, decoder=mapping == "causal"
@@ -278,7 +297,9 @@ def measure(mapping: str, model_type: str, pipe: Any) -> None:
         equal = off <= TOLERANCE * peak  # false for a NaN
         verdict = "degenerate" if equal and alike else "equal" if equal else "differs"
         textual = mapping == "image-text" and "pixel_values" not in inputs[0]
-        pipe.send((verdict, f"off by {off:.1e} of {peak:.1e}" + ", without images" * textual))
+        heard = mapping == "image-text" and {"input_features", "input_values"} & set(inputs[0])
+        more = ", without images" * textual + ", with sounds" * bool(heard)
+        pipe.send((verdict, f"off by {off:.1e} of {peak:.1e}{more}"))
     except ProxyError as error:
         pipe.send(("refused" if verdict == "error" else verdict, error.problem))
     except Exception as error:  # noqa: BLE001 (any failure is a result)

@@ -27,7 +27,9 @@ def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
         shapes = [(1, length, *width) for length in LENGTHS[name]]
         return [{name: generator.standard_normal(shape, np.float32)} for shape in shapes]
     if mapping == "image-text":
-        return [image_prompt(model, generator)]
+        return [with_sounds(model, generator, image_prompt(model, generator))]
+    if mapping == "sounds":
+        return [with_sounds(model, generator, {}, required=True)]
     if mapping == "speech":
         return [sound(model, generator)]
     if mapping in ("encoder", "classification", "token-classification", "masked-lm"):
@@ -114,6 +116,46 @@ def image_prompt(model: Any, generator: Any) -> dict[str, Any]:
         if name in takes and count:
             arrays[name] = (ids == token).astype(np.int64)
     return arrays | {name: value.numpy() for name, value in tensors.items()}
+
+
+def with_sounds(
+    model: Any, generator: Any, prompts: dict[str, Any], *, required: bool = False
+) -> dict[str, Any]:
+    """The prompts, or a batch of two, with a sound behind each, where the model takes sounds."""
+    import torch
+    from qeff_proxy.errors import UnsupportedModelError
+    from qeff_proxy_vision import musicflamingo, qwen2_audio
+    from qeff_proxy_vision.one_image import image_token
+    from qeff_proxy_vision.sounds import find_tower, sound_getter, sound_token
+
+    own = {"musicflamingo": musicflamingo, "qwen2_audio": qwen2_audio}.get(model.config.model_type)
+    get = sound_getter(model) if own is None else own.features_of
+    token = sound_token(model.config)
+    paths = [path for path, _ in model.named_modules() if path.endswith("language_model")]
+    width = model.get_input_embeddings().weight.shape[-1]
+    torch.manual_seed(1)
+    try:
+        if get is None or token is None:
+            raise UnsupportedModelError("it says nothing of sounds")
+        tower = find_tower(model, get, next(iter(paths), "model"), width, None)
+    except UnsupportedModelError:
+        if required:
+            raise ValueError("no sounds are known for it") from None
+        return prompts
+    if not prompts:
+        ids = generator.integers(3, FIRST_SPECIAL, (2, 6))
+        prompts = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    rows = []
+    for row, count in enumerate(tower.counts):
+        text = prompts["input_ids"][row][prompts["attention_mask"][row] == 1][row:]
+        rows.append([*text, *[token] * count, *generator.integers(3, FIRST_SPECIAL, 4)])
+    length = max(map(len, rows))
+    ids = np.array([[0] * (length - len(row)) + row for row in rows])
+    mask = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    is_image = (ids == image_token(model.config)).astype(np.int64)
+    types = {name: is_image for name in prompts if name.endswith("token_type_ids")}
+    sounds = {name: tensor.numpy() for name, tensor in tower.sounds.items()}
+    return {**prompts, "input_ids": ids, "attention_mask": mask, **types, **sounds}
 
 
 def sound(model: Any, generator: Any) -> dict[str, Any]:

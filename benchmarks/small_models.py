@@ -78,7 +78,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "funnel": {"block_sizes": [2, 2, 1], "block_repeats": [1, 1, 1]},
     "gemma3n_text": _NO_TOKEN_IDS,
-    "gemma4": {"text_config": _NO_TOKEN_IDS, "vision_config": _PLACED},
+    "gemma4": {
+        "text_config": {**_NO_TOKEN_IDS, "max_position_embeddings": 2048},
+        "vision_config": _PLACED,
+    },
     "gemma4_text": {"hidden_size_per_layer_input": 0},
     "glm4v_moe": {
         "text_config": {
@@ -259,6 +262,34 @@ SETTINGS |= {
 }
 _NAMED = {"image_token_id": 250, "video_token_id": 249, "insert_layer_id": 2}
 SETTINGS |= dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _NAMED)
+#: Models that take sounds: a short window, and a width of the tower that the projector joins.
+_WINDOW = {"max_source_positions": 60}
+SETTINGS |= {
+    "audioflamingo3": {"audio_config": _WINDOW},
+    "fun_asr_nano": {
+        "adaptor_config": {"intermediate_size": 16},
+        "audio_config": {"num_timestamp_prediction_layers": 1},
+    },
+    "glmasr": {"audio_config": {"intermediate_size": 256}},
+    "granite_speech": {"encoder_config": {"hidden_dim": 64}},
+    "granite_speech_plus": {"encoder_config": {"hidden_dim": 64}},
+    "moss_transcribe_diarize": {"audio_config": _WINDOW},
+    "musicflamingo": {"audio_config": _WINDOW},
+    "qwen2_audio": {"audio_config": _WINDOW},
+    "qwen2_5_omni_thinker": {**_THINKER, "audio_config": _WINDOW},
+    "qwen3_omni_moe_thinker": {
+        **_THINKER,
+        "audio_config": {**_WINDOW, "downsample_hidden_size": 32},
+    },
+    "qwen3_asr": {"audio_config": {"downsample_hidden_size": 32}},
+    "voxtral": {"audio_config": {**_WINDOW, "intermediate_size": 256}, "audio_token_id": 250},
+}
+SETTINGS["gemma4"]["audio_config"] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "output_proj_dims": 64,
+}
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "linear_num_key_heads")
 #: What is left out of the sizes, or has another one, where a model of all of them cannot be built:
 #: first the shapes of heads, then widths.

@@ -46,12 +46,11 @@ class Request:
     def __post_init__(self) -> None:
         """Raises `UsageError` where a prompt is the path of such a file."""
         for text in self.prompts:
-            # An int would be the number of an open file. A prompt may be too long for `Path`.
-            if isinstance(text, str) and os.path.isfile(text) and _is_media(text):  # noqa: PTH113
+            if is_media(text):
                 raise UsageError(
                     f"{text} is a sound or image file, and a text is taken there",
-                    "Give a prompt, and images with --image FILE or images=… where the model "
-                    "takes them.",
+                    "Give a prompt, and images with --image FILE or images=…, sounds with --audio "
+                    "FILE or audio=…, where the model takes them.",
                 )
 
     def with_defaults(self, options: Mapping[str, Any]) -> Request:
@@ -101,8 +100,11 @@ def refuse_unused(inputs: Mapping[str, Any], takes: Iterable[str]) -> None:
         )
 
 
-def _is_media(path: str) -> bool:
-    """Whether a file's name or its first bytes are those of a sound, an image or a video."""
+def is_media(path: Any) -> bool:
+    """Whether a text is the path of a sound, an image or a video, by its name or first bytes."""
+    # An int would be the number of an open file. A prompt may be too long for `Path`.
+    if not isinstance(path, str) or not os.path.isfile(path):  # noqa: PTH113
+        return False
     kind = str(mimetypes.guess_type(path)[0]).partition("/")[0]
     if kind in ("audio", "image", "video"):
         return True

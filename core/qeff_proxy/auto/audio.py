@@ -89,6 +89,7 @@ class _Recognizer(ProxyModel):
         io_dir: str | Path | None,
         io_options: DumpOptions,
         run: Mapping[str, Any],
+        prompts: Sequence[str] = (),
     ) -> RunResult:
         tensors = inputs if _is_tensors(inputs) else None
         sounds = [] if tensors is not None else _sounds(inputs)
@@ -96,7 +97,10 @@ class _Recognizer(ProxyModel):
             processor = self._own_processor(needed=tensors is None)
         return self.run_request(
             Request(
-                audio=sounds, inputs=tensors, options={**settings, "sampling_rate": sampling_rate}
+                prompts=prompts,
+                audio=sounds,
+                inputs=tensors,
+                options={**settings, "sampling_rate": sampling_rate},
             ),
             processor,
             settings,
@@ -178,6 +182,7 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
         inputs: Any = None,
         processor: Any = None,
         *,
+        prompts: str | Sequence[str] | None = None,
         generation_len: int | None = None,
         max_new_tokens: int | None = None,
         language: str | None = None,
@@ -197,6 +202,8 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
             inputs: A sound or a list of them (a path, ``[samples]``, or a mapping with ``array``
                 and ``sampling_rate``), or the processor's output (``input_features``).
             processor: By default the checkpoint's own. A number here is ``generation_len``.
+            prompts: What to do with the sounds, for a model that takes sounds among the tokens of a
+                text; without any it transcribes each sound.
             generation_len: New tokens; the same as ``max_new_tokens``.
             max_new_tokens: New tokens of each window; by default the checkpoint's number.
             language: Of the speech; by default the model detects it.
@@ -240,9 +247,12 @@ class QEFFAutoModelForSpeechSeq2Seq(_Recognizer):
             # Beams reorder the cache between steps, so the rows that a step added are not known.
             io_options=DumpOptions(io_steps, io_tensors, "full" if beams > 1 else kv),
             run=run,
+            prompts=[] if prompts is None else arguments.texts("prompts", prompts),
         )
         outputs = result.outputs
         decoded = result.decoded or {}
+        if isinstance(decoded, list):
+            decoded = {"texts": decoded}
         return SpeechResult(
             outputs["generated_ids"],
             decoded.get("texts"),

@@ -34,7 +34,7 @@ from qeff_proxy.dump import DumpOptions
 from qeff_proxy.errors import ProxyError, UnsupportedModelError, UsageError
 from qeff_proxy.export.export_model import export_model
 from qeff_proxy.load.adapter_files import Adapters
-from qeff_proxy.load.load_model import LoadedModel, as_in_memory, load_config, with_options
+from qeff_proxy.load.load_model import LoadedModel, as_in_memory, flow_as, load_config, with_options
 from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.load.tasks import Task
 from qeff_proxy.parts import PROXIES, Kind
@@ -99,7 +99,8 @@ class ProxyModel(Transformed, Shown):
         self._loaded = with_options(loaded, asked)
         self._kind: Kind = kind
         self._plugins = plugins or Plugins.discover()
-        self._hooks = self._plugins.hooks_for(self._loaded.model_type, task=min(self.task.flows))
+        flow = flow_as(self._loaded, self.task)
+        self._hooks = self._plugins.hooks_for(self._loaded.model_type, task=flow)
         self._export: Export | None = None
         self._compiled: Compiled | None = None
         self._lent = self._loaded.folder is None

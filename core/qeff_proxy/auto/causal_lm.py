@@ -81,6 +81,7 @@ class _TextModel(ProxyModel):
         tokenizer: Any = None,
         prompts_txt_file_path: str | Path | None = None,
         inputs: Mapping[str, Any] | None = None,
+        audio: Any = None,
         generation_len: int | None = None,
         max_new_tokens: int | None = None,
         streamer: Any = None,
@@ -104,6 +105,8 @@ class _TextModel(ProxyModel):
                 ``attention_mask``, both ``[batch, sequence]``; with images, all outputs of the
                 checkpoint's processor; with an encoder, ``decoder_input_ids [batch, tokens]`` are
                 what its decoder starts with.
+            audio: For the prompts of a model that takes sounds: as the images of
+                `QEFFAutoModelForImageTextToText`, of paths or samples.
             generation_len: New tokens; the same as ``max_new_tokens``.
             max_new_tokens: New tokens; by default the checkpoint's number, else 128, but never
                 more than fit.
@@ -136,7 +139,7 @@ class _TextModel(ProxyModel):
         prompt_list = check_prompts(prompts, inputs)
         return generate_text(
             self,
-            Request(prompts=prompt_list, inputs=inputs),
+            Request(prompts=prompt_list, audio=as_list(audio), inputs=inputs),
             self.processor()
             if prompt_list and tokenizer is None
             else processor("tokenizer", tokenizer),
@@ -164,6 +167,13 @@ class QEFFAutoModelForSeq2SeqLM(_TextModel):
     """
 
     task = TASKS["seq2seq"]
+
+
+def as_list(value: Any) -> list[Any]:
+    """One image or sound, or several, as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def prompts_of_file(path: str | Path, others: Any = None) -> list[str]:

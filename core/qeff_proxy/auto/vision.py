@@ -14,6 +14,7 @@ import numpy as np
 from qeff_proxy.auto.base import ProxyModel
 from qeff_proxy.auto.causal_lm import (
     GenerationResult,
+    as_list,
     check_prompts,
     generate_text,
     inputs_and_settings,
@@ -86,6 +87,7 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
         *,
         prompts: str | Sequence[str] | None = None,
         images: Any = None,
+        audio: Any = None,
         processor: Any = None,
         tokenizer: Any = None,
         chat: bool | None = None,
@@ -107,6 +109,7 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
             prompts: Instead of inputs, a prompt or several; several are padded on the left.
             images: For the prompts: an image, a list of images in the order of their places in the
                 prompts, or a list for each prompt. Each is a path, URL, bytes, PIL image or array.
+            audio: Sounds likewise, of paths or samples, where the model takes them.
             processor: By default the checkpoint's own.
             tokenizer: Ignored where there are prompts: the processor has one. For inputs, it
                 decodes the tokens.
@@ -129,13 +132,15 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
         """
         inputs, settings = inputs_and_settings(self, inputs, settings)
         texts = check_prompts(prompts, inputs)
-        if inputs is not None and images is not None:
-            raise UsageError("images go with prompts", "The processor's inputs hold them already.")
+        for what, given in (("images", images), ("sounds", audio)):
+            if inputs is not None and given is not None:
+                raise UsageError(f"{what} go with prompts", "The inputs hold them already.")
         return generate_text(
             self,
             Request(
                 prompts=texts,
-                images=_as_list(images),
+                audio=as_list(audio),
+                images=as_list(images),
                 inputs=None if inputs is None else dict(inputs),
                 options={} if chat is None else {"chat": chat},
             ),
@@ -197,9 +202,3 @@ def _preparing(model: PreTrainedModel) -> MethodType:
         return own(self, *args, **named)
 
     return MethodType(prepare, model)
-
-
-def _as_list(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]

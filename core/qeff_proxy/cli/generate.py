@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other, before anything heavy is imported."""
-    for option in ("stream", "image"):
+    for option in ("stream", "audio", "image"):
         if getattr(args, option) and args.ids:
             raise UsageError(f"--{option} and --ids exclude each other")
     if args.stream and len(args.inputs) > 1:
@@ -141,20 +141,25 @@ def _check(args: argparse.Namespace) -> None:
 def _request(
     args: argparse.Namespace, rows: list[list[int]], export: Export, settings: dict[str, Any]
 ) -> Request:
-    from qeff_proxy.request import Request
+    from qeff_proxy.request import Request, is_media
 
     names = {spec.name for part in export.parts for spec in part.inputs}
-    if rows and names & _SOUND_INPUTS:
+    beside_text = any(part.name == "audio" for part in export.parts)
+    if rows and names & _SOUND_INPUTS and not beside_text:
         raise UsageError(
             f"{export.model['source']} takes sound, not token ids",
             "Give a sound file: qeff-proxy generate MODEL speech.wav.",
         )
     if rows:
         return Request(inputs={"input_ids": rows})
-    inputs, images = tuple(args.inputs), tuple(args.image)
+    inputs, images, sounds = tuple(args.inputs), tuple(args.image), tuple(args.audio)
+    if beside_text:  # a sound may be alone, too
+        if sounds or not all(map(is_media, inputs)):
+            return Request(prompts=inputs, audio=sounds, images=images)
+        return Request(audio=inputs, images=images)
     if names & _SOUND_INPUTS:
-        return Request(audio=inputs, images=images, options=settings)
-    return Request(prompts=inputs, images=images)
+        return Request(audio=(*inputs, *sounds), images=images, options=settings)
+    return Request(prompts=inputs, audio=sounds, images=images)
 
 
 def _asks_for_dump(args: argparse.Namespace) -> bool:

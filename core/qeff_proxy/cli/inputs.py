@@ -20,7 +20,10 @@ _LARGEST_ID = 2**63 - 1
 
 
 def add_image_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """``--image``."""
+    """``--audio`` and ``--image``."""
+    parser.add_argument(
+        "--audio", action="append", default=[], metavar="FILE", help="a sound; may be given again"
+    )
     parser.add_argument(
         "--image",
         action="append",
@@ -46,9 +49,6 @@ def add_input_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     )
     inputs.add_argument(
         "--ids", action="append", default=[], metavar="N,N,…", help="token ids instead of a prompt"
-    )
-    inputs.add_argument(
-        "--audio", action="append", default=[], metavar="FILE", help="a sound; may be given again"
     )
     add_image_option(inputs)
     return inputs

@@ -25,8 +25,11 @@ from qeff_proxy.sites import Absent, Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Settings of a config that has a tower, and what the tower takes.
+#: Settings of a config that has a tower, and what the tower takes; methods of a model likewise.
 _TOWERS = {"vision_config": "images", "audio_config": "sound"}
+_METHODS = {"get_image_features": "images", "get_audio_features": "sound"}
+#: The extra that brings plugins for it.
+_EXTRAS = {"images": "vision", "sound": "audio"}
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,11 @@ def _check_towers(model: PreTrainedModel, hooks: Hooks) -> None:
     inputs = [what for name, what in _TOWERS.items() if getattr(config, name, None) is not None]
     if type(model) is model_classes("AutoModelForImageTextToText").get(type(config), None):
         inputs.append("images")
+    inputs += [what for name, what in _METHODS.items() if hasattr(model, name)]
     if inputs:
         raise UnsupportedModelError(
             f"{hooks.model_type!r} models take {inputs[0]}, and no plugin exports their tower",
+            f"pip install 'qeff-proxy[{_EXTRAS[inputs[0]]}]' installs those for {inputs[0]}; "
             "`qeff-proxy plugins` lists the model types of the installed plugins.",
         )
 

@@ -28,7 +28,7 @@ from qeff_proxy.load.checkpoint_files import (
     warn_of_others,
 )
 from qeff_proxy.load.config_checks import check_architectures, check_sizes
-from qeff_proxy.load.tasks import TASKS, UNUSED_WEIGHTS
+from qeff_proxy.load.tasks import TASKS, UNUSED_WEIGHTS, Task
 from qeff_proxy.load.transformers_model import (
     class_named,
     read_model,
@@ -320,12 +320,20 @@ def is_class_of(architecture: str, model_type: str, auto_class: str) -> bool:
 def flow_of(loaded: LoadedModel) -> str | None:
     """The flow of a checkpoint's task, or of its architecture's; ``None`` if that names none."""
     if loaded.task is not None:
-        return TASKS[loaded.task].flows[0]
+        return flow_as(loaded, TASKS[loaded.task])
     name = architecture_of(loaded)
     tasks = TASKS.values()
     fitting = (t for t in tasks if name and is_class_of(name, loaded.model_type, t.auto_class))
     task = next(fitting, None)
-    return None if task is None else task.flows[0]
+    return None if task is None else flow_as(loaded, task)
+
+
+def flow_as(loaded: LoadedModel, task: Task) -> str:
+    """The flow of a checkpoint as a model of a task."""
+    if not task.without_encoder:
+        return task.flows[0]
+    config = loaded.model.config if loaded.folder is None else load_config(loaded.folder)
+    return task.flows[0] if config.is_encoder_decoder else task.without_encoder
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

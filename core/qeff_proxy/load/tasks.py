@@ -19,6 +19,8 @@ class Task:
         extra: The pip extra that brings its families.
         unused: Globs of weights that it does not use, so that a checkpoint may lack them.
         options: What its ``build_proxy`` hooks may be told.
+        without_encoder: The flow of those of its models whose config says that they are no
+            encoder-decoders: they take sounds in the place of tokens. Empty: there are none.
     """
 
     face: str
@@ -27,13 +29,19 @@ class Task:
     extra: str
     unused: tuple[str, ...] = ()
     options: tuple[str, ...] = field(default=())
+    without_encoder: str = ""
 
 
 #: By the pip extra, or a word behind it; in the order in which a checkpoint's class is looked for,
 #: the most particular first.
 TASKS = {
     "speech": Task(
-        "QEFFAutoModelForSpeechSeq2Seq", "AutoModelForSpeechSeq2Seq", ("speech-seq2seq",), "audio"
+        "QEFFAutoModelForSpeechSeq2Seq",
+        "AutoModelForSpeechSeq2Seq",
+        ("speech-seq2seq", "audio-text-to-text"),
+        "audio",
+        options=("audio_frames",),
+        without_encoder="audio-text-to-text",
     ),
     # What stands in for the sound that training hides is often missing.
     "ctc": Task(
@@ -44,9 +52,16 @@ TASKS = {
         "AutoModelForImageTextToText",
         ("image-text-to-text",),
         "vision",
-        options=("kv_offload", "image_size"),
+        options=("kv_offload", "image_size", "audio_frames"),
     ),
-    "seq2seq": Task("QEFFAutoModelForSeq2SeqLM", "AutoModelForSeq2SeqLM", ("seq2seq",), "text"),
+    "seq2seq": Task(
+        "QEFFAutoModelForSeq2SeqLM",
+        "AutoModelForSeq2SeqLM",
+        ("seq2seq", "audio-text-to-text"),
+        "text",
+        options=("audio_frames",),
+        without_encoder="audio-text-to-text",
+    ),
     "text": Task(
         "QEFFAutoModelForCausalLM",
         "AutoModelForCausalLM",
@@ -80,7 +95,7 @@ TASKS = {
     ),
 }
 
-#: What the hooks of some task may be told: of embedders, and of models that take images.
+#: What the hooks of some task may be told: of embedders, and of models that take images or sounds.
 CUT_OPTIONS = tuple(
     dict.fromkeys(option for task in reversed(TASKS.values()) for option in task.options)
 )

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 from qeff_proxy.errors import UsageError
-from qeff_proxy_audio.ogg import is_cut_off
+from qeff_proxy.families.ogg import is_cut_off
 from qeff_proxy_audio.sound import SoundWarning, feature_extractor_of, load_sound
 
 RATE = 16_000
@@ -183,7 +183,7 @@ def test_a_header_that_promises_too_much_takes_no_memory(tmp_path):
 
 
 def test_a_small_file_of_too_many_samples_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("qeff_proxy_audio.sound.MOST_SAMPLES", 1000)
+    monkeypatch.setattr("qeff_proxy.families.sound.MOST_SAMPLES", 1000)
     path = tmp_path / "long.flac"
     soundfile.write(path, tone(), RATE)
     with pytest.raises(UsageError, match="holds more than 1,000 samples"):

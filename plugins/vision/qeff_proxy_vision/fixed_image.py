@@ -8,7 +8,7 @@ image, in loops that cannot be traced. Here the geometry is a constant of the gr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -20,9 +20,10 @@ from qeff_proxy.common.private_names import find
 from qeff_proxy.layers.replace_modules import replace_modules
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-__all__ = ["FEATURES", "FixedImagePart"]
+__all__ = ["FEATURES", "FixedImagePart", "count_operations", "rows_of"]
 
 #: The output with an image's feature rows.
 FEATURES = "image_features"
@@ -30,6 +31,10 @@ FEATURES = "image_features"
 _MODES = {"disabled": "torch.utils._python_dispatch:_disable_current_modes"}
 _SQUEEZES = (torch.squeeze, torch.Tensor.squeeze)
 _EQUALS = (torch.eq, torch.Tensor.eq, torch.Tensor.__eq__)
+
+
+def _image_features(model: Any, **tensors: torch.Tensor) -> Any:
+    return model.get_image_features(**tensors, return_dict=True)
 
 
 class FixedImagePart(nn.Module):
@@ -41,6 +46,8 @@ class FixedImagePart(nn.Module):
         geometry: The other arguments of ``get_image_features``.
         blanks: It compares pixels with zero to find images that are padding; there are none.
         projector: Path of a module that it leaves to its caller to apply, if it does.
+        get: Makes features: ``get(model, **tensors)``.
+        features: The name of the output.
     """
 
     def __init__(
@@ -51,6 +58,8 @@ class FixedImagePart(nn.Module):
         *,
         blanks: bool = False,
         projector: str | None = None,
+        get: Callable[..., Any] = _image_features,
+        features: str = FEATURES,
     ) -> None:
         super().__init__()
         own = {path: _with_own_forward(one) for path, one in model.named_modules() if _packs(one)}
@@ -60,6 +69,8 @@ class FixedImagePart(nn.Module):
         self.geometry = dict(geometry)  # no buffers, which a trace would make inputs
         self.blanks = blanks
         self.projector = projector
+        self.get = get
+        self.features = features
 
     def forward(self, **pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The pixels of one image, or of tiles, to features.
@@ -74,8 +85,7 @@ class FixedImagePart(nn.Module):
         """
         tracing = torch.compiler.is_compiling()
         with _ConstantsStayReal(blanks=self.blanks) if tracing else nullcontext():
-            get_features: Any = self.model.get_image_features
-            outputs = get_features(**pixels, **self.geometry, return_dict=True)
+            outputs = self.get(self.model, **pixels, **self.geometry)
             if self.projector is not None:
                 hidden = outputs.last_hidden_state
                 projector = self.model.get_submodule(self.projector)
@@ -83,9 +93,9 @@ class FixedImagePart(nn.Module):
             pooled = outputs.get("pooler_output")
             if pooled is None:  # there is nothing to pool, such as of patches without a tower
                 pooled = outputs["last_hidden_state"]
-            features = {FEATURES: _rows(pooled)}
+            features = {self.features: rows_of(pooled)}
             for index, rows in enumerate(outputs.get("deepstack_features") or ()):
-                features[f"{FEATURES}.{index + 1}"] = _rows(rows)  # after a layer: before the next
+                features[f"{FEATURES}.{index + 1}"] = rows_of(rows)  # before the next layer
         return features
 
 
@@ -139,11 +149,32 @@ def _seen_as_complex(pairs: str, module: Any) -> torch.Tensor:
     return torch.view_as_complex(getattr(module, pairs))
 
 
-def _rows(features: Any) -> torch.Tensor:
+def rows_of(features: Any) -> torch.Tensor:
     """Features of one or several images, in whatever shape, as ``[rows, hidden]``."""
     if isinstance(features, torch.Tensor):
         return features.reshape(-1, features.shape[-1])
-    return torch.cat([_rows(one) for one in features])
+    return torch.cat([rows_of(one) for one in features])
+
+
+def count_operations(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """A module's outputs, and how many operations made them."""
+    with torch.no_grad(), _Count() as counter:
+        outputs = module(**tensors)
+    return outputs, counter.count
+
+
+class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 class _ConstantsStayReal(TorchFunctionMode):

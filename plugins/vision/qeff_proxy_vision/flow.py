@@ -6,8 +6,9 @@ with its own cache and masks, and the logits are compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -28,7 +29,7 @@ from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 from transformers import PreTrainedModel
 
-from qeff_proxy_vision.image_prompt import ImagePrompt
+from qeff_proxy_vision.image_prompt import ImagePrompt, Prompts
 from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.images import DRAWING, QUESTION
 from qeff_proxy_vision.proxy import VisionProxy
@@ -36,6 +37,12 @@ from qeff_proxy_vision.proxy import VisionProxy
 __all__ = ["ImageTextFlow"]
 
 _TEXT_INPUTS = ("input_ids", "attention_mask")
+#: The part that takes each kind of input; what names of further outputs of processors begin with.
+_TOWERS = {"image": "vision", "sound": "audio"}
+_FURTHER = {
+    "image": ("image_", "pixel_"),
+    "sound": ("audio_", "num_audio_", "feature_", "input_features_", "padding_mask"),
+}
 _NEW_TOKENS = 2  # decode steps of the verification
 _WINDOW = 5  # a sliding window shorter than the prompt, so that it has an effect
 
@@ -61,9 +68,11 @@ class ImageTextFlow:
         new = generator.integers(1, int(sample["input_ids"].max()), (2, _NEW_TOKENS))
         new = new[: sample["input_ids"].shape[0]]
         # A model may generate tokens whose embedding it does not look up.
-        special = list(ImageSettings.from_json(proxy.settings["image"]).looked_up_as)
+        special = [token for one in _settings(proxy.settings) for token in one.looked_up_as]
         new[-1, : len(special)] = special[:_NEW_TOKENS]
-        with shrunk_windows(model, _WINDOW):
+        # A tower of sounds may have windows of its own, which are as they are.
+        windowed = model.get_decoder() if "sound" in proxy.settings else model
+        with shrunk_windows(windowed, _WINDOW):
             expected = proxy.reference(model, sample, new)
             with parts_must_run(model, sites):
                 actual, longest = _proxy_logits(proxy, sample, new)
@@ -75,20 +84,27 @@ class ImageTextFlow:
 
     def example_request(
         self,
-        export: Export,  # noqa: ARG002 (part of the protocol)
+        export: Export,
         processor: Any,
         proxy: Callable[[], Proxy],
     ) -> Request:
-        """A drawing and a question; noise and random tokens if no processor takes images."""
-        if any(hasattr(processor, name) for name in ("image_processor", "process")):
-            token = getattr(processor, "image_token", None)
-            templated = not token or getattr(processor, "chat_template", None)
-            question = QUESTION if templated else f"{token} {QUESTION}"
-            return Request(prompts=(question,), images=(DRAWING,))
+        """A drawing, two tones and a question; noise and random tokens without a processor."""
+        hears = export.settings.get("sound")
+        fixed = hears is not None and hears["geometry"] is not None
+        images = any(hasattr(processor, name) for name in ("image_processor", "process"))
+        sounds = hears is not None and bool(getattr(processor, "audio_token", None))
+        if (images or sounds) and not fixed:
+            question = QUESTION
+            if not getattr(processor, "chat_template", None):
+                token = getattr(processor, "image_token", None) if images else None
+                heard = processor.audio_token if sounds else None
+                question = " ".join(filter(None, (token, heard, QUESTION)))
+            drawings, tones = (DRAWING,) * images, (_tones(),) * sounds
+            return Request(prompts=(question,), images=drawings, audio=tones)
         live = proxy()
         if not isinstance(live, VisionProxy):
             raise UsageError(
-                "this model has no processor for images, and no input was given",
+                "this model has no processor for images or sounds, and no input was given",
                 "Pass a processor's output: inputs={'input_ids': …, 'pixel_values': …}.",
             )
         return Request(inputs=live.sample())
@@ -103,25 +119,38 @@ class ImageTextFlow:
             UsageError: Images and prompt do not match, the prompt is too long, or the export is a
                 stub.
         """
-        steps = tuple(part for part in job.export.parts if part.name != "vision")
+        steps = tuple(part for part in job.export.parts if part.name not in _TOWERS.values())
 
-        runs = count()
-
-        def run_vision(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-            outputs = job.sessions["vision"].run(feeds)
+        def run_tower(name: str, runs: Iterator[int], feeds: Mapping[str, Array]) -> Any:
+            outputs = job.sessions[name].run(feeds)
             if job.recorder is not None:
-                job.recorder.step("prefill", next(runs), "vision", feeds, outputs, past_length=0)
+                job.recorder.step("prefill", next(runs), name, feeds, outputs, past_length=0)
             return outputs
 
         tensors = {name: to_array(torch.as_tensor(value)) for name, value in job.tensors.items()}
-        settings = ImageSettings.from_json(job.export.settings["image"])
-        takes = [*_TEXT_INPUTS, *_pixels(settings, job.export.parts)]
-        refused = settings.refused
-        given = {n: v for n, v in tensors.items() if n in refused or not _tells_of_images(n)}
+        kinds = _settings(job.export.settings)
+        takes = [*_TEXT_INPUTS, *(n for one in kinds for n in _pixels(one, job.export.parts))]
+        refused = [name for one in kinds for name in one.refused]
+        given = {n: v for n, v in tensors.items() if n in refused or not _is_passed_over(n, kinds)}
         refuse_unused(given, takes)
-        prompt = ImagePrompt(settings, tensors, _takes_pixels(job.export.parts), run_vision)
-        generated = generate_ids(job, steps, prompt)
+        prompts = [
+            ImagePrompt(
+                one,
+                tensors,
+                _takes_pixels(job.export.parts, one.what),
+                partial(run_tower, _TOWERS[one.what], count()),
+            )
+            for one in kinds
+        ]
+        generated = generate_ids(job, steps, Prompts(prompts))
         return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
+
+
+def _tones() -> Array:
+    """Two seconds of sound, at any rate that is usual for speech."""
+    seconds = np.arange(32_000) / 16_000
+    tones = np.sin(2 * np.pi * (220 + 110 * seconds) * seconds) * np.cos(np.pi * seconds) ** 2
+    return np.asarray(0.3 * tones, np.float32)
 
 
 def _proxy_logits(
@@ -130,11 +159,14 @@ def _proxy_logits(
     """Logits of the parts, ``[batch, sequence, vocabulary]``, and their longest step."""
     parts = [_shrunk(part) for part in proxy.parts]
     sessions = {part.name: TorchSession(part) for part in parts}
-    takes_pixels = _takes_pixels(parts)
-    settings = ImageSettings.from_json(proxy.settings["image"])
-    prompt = ImagePrompt(settings, sample, takes_pixels, sessions[takes_pixels.name].run)
+    prompts = []
+    for settings in _settings(proxy.settings):
+        tower = _takes_pixels(parts, settings.what)
+        prompts.append(ImagePrompt(settings, sample, tower, sessions[tower.name].run))
     engine = CausalEngine(
-        [part for part in parts if part.name != "vision"], sessions, supplier=prompt
+        [part for part in parts if part.name not in _TOWERS.values()],
+        sessions,
+        supplier=Prompts(prompts),
     )
     ids = np.concatenate([sample["input_ids"], new], axis=1)
     padding = np.concatenate([sample["attention_mask"], np.ones_like(new)], axis=1)
@@ -149,28 +181,33 @@ def _proxy_logits(
     return np.concatenate(pieces, axis=1), engine.longest_step
 
 
-def _takes_pixels(parts: Iterable[PartLike]) -> PartLike:
-    """The part that takes the images: ``vision``, or the part that contains it."""
+def _settings(settings: Mapping[str, Any]) -> list[ImageSettings]:
+    """How images, and sounds, are used, in the order of the towers."""
+    return [ImageSettings.from_json(settings[kind]) for kind in _TOWERS if kind in settings]
+
+
+def _takes_pixels(parts: Iterable[PartLike], what: str) -> PartLike:
+    """The part that takes the images, or sounds: the tower, or the part that contains it."""
     by_name = {part.name: part for part in parts}
-    return next(by_name[name] for name in ("vision", "body", "model") if name in by_name)
+    return next(by_name[name] for name in (_TOWERS[what], "body", "model") if name in by_name)
 
 
 def _pixels(settings: ImageSettings, parts: Iterable[PartLike]) -> list[str]:
     """The names of the image inputs, and of the inputs that give the images' positions."""
-    names = [spec.name for spec in _takes_pixels(parts).inputs]
+    names = [spec.name for spec in _takes_pixels(parts, settings.what).inputs]
     if settings.inputs:
         names = list(settings.inputs)
     blocks = settings.blocks.tensor if settings.blocks is not None else None
     if settings.geometry is not None:
         names = [*names, *settings.geometry.tensors]
-    return [*names, *(name for name in (settings.index, blocks) if name is not None)]
+    more = (settings.index, blocks, settings.counted)
+    return [*names, *(name for name in more if name is not None)]
 
 
-def _tells_of_images(name: str) -> bool:
-    """Whether this is a further output of image processors, which the model may not need."""
-    return (name.startswith(("image_", "pixel_")) and not name.endswith("_videos")) or (
-        name == "mm_token_type_ids"
-    )
+def _is_passed_over(name: str, kinds: Iterable[ImageSettings]) -> bool:
+    """Whether this is a further output of processors, which the model may not need."""
+    known = tuple(start for one in kinds for start in _FURTHER[one.what])
+    return (name.startswith(known) and not name.endswith("_videos")) or name == "mm_token_type_ids"
 
 
 def _steps(prompt: int, total: int) -> Iterable[tuple[int, int]]:

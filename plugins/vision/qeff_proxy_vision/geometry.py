@@ -13,7 +13,11 @@ from qeff_proxy.parts import TensorSpec
 
 __all__ = ["Geometry"]
 
-_HINT = "Resize the image, or export with -C image_size=HEIGHTxWIDTH (in pixels) for such images."
+_HINTS = {
+    "image": "Resize the image, or export with -C image_size=HEIGHTxWIDTH (in pixels) for such "
+    "images.",
+    "sound": "Cut or pad the sound, or export with -C audio_frames=N for sounds of N frames.",
+}
 _PROCESSOR = "Let the checkpoint's processor create the tensors."
 _SHOWN = 8  # numbers of a tensor that a message shows
 
@@ -29,6 +33,7 @@ class Geometry:
         padding: The one of ``tensors`` that marks the patches that are padding, and its value
             there.
         along: The axis of the pixels along which images are lined up.
+        what: ``"image"`` or ``"sound"``.
     """
 
     tensors: Mapping[str, Any]
@@ -36,6 +41,7 @@ class Geometry:
     blanks: bool = False
     padding: tuple[str, int] | None = None
     along: int = 0
+    what: str = "image"
 
     def images(self, spec: TensorSpec, tensors: Mapping[str, Array]) -> list[Array]:
         """The pixels of each image.
@@ -49,7 +55,9 @@ class Geometry:
         """
         for name in self.tensors:
             if name not in tensors:
-                raise UsageError(f"images need the tensor {name!r}, which is missing", _PROCESSOR)
+                raise UsageError(
+                    f"{self.what}s need the tensor {name!r}, which is missing", _PROCESSOR
+                )
         shape = tuple(int(size) for size in spec.shape)
         if self.padding is not None:
             tensors = _without_padding(spec.name, shape, tensors, *self.padding)
@@ -61,20 +69,20 @@ class Geometry:
         inner = shape[2:] if shape[:2] == (1, 1) else shape[1:]
         if pixels.shape[pixels.ndim - len(inner) :] != inner:
             raise UsageError(
-                f"{spec.name} has shape {list(pixels.shape)}, and the export is made for images of "
-                f"{list(shape)}",
-                _HINT,
+                f"{spec.name} has shape {list(pixels.shape)}, and the export is made for "
+                f"{self.what}s of {list(shape)}",
+                _HINTS[self.what],
             )
         real = _real(pixels.reshape(-1, *inner)) if self.blanks else None
         counts = {
-            _check(name, np.array(wanted), np.asarray(tensors[name]), real)
+            _check(name, np.array(wanted), np.asarray(tensors[name]), real, self.what)
             for name, wanted in self.tensors.items()
         }
         count = counts.pop() if counts else pixels.size // int(np.prod(shape))
         if counts or count * int(np.prod(shape)) != pixels.size:
             raise UsageError(
-                f"{spec.name} has shape {list(pixels.shape)}, which is not that of {count} images "
-                f"of {list(shape)}",
+                f"{spec.name} has shape {list(pixels.shape)}, which is not that of {count} "
+                f"{self.what}s of {list(shape)}",
                 _PROCESSOR,
             )
         images = pixels.reshape(count, *shape)
@@ -86,7 +94,7 @@ def _real(images: Array) -> Array:
     return np.array([image.any() for image in images], bool)
 
 
-def _check(name: str, wanted: Array, given: Array, real: Array | None) -> int:
+def _check(name: str, wanted: Array, given: Array, real: Array | None, what: str) -> int:
     """The number of images that a tensor describes, all of which have the wanted geometry."""
     fits = given.size % wanted.size == 0
     described = given.reshape(-1, wanted.size) if fits else given.reshape(len(given), -1)
@@ -95,9 +103,9 @@ def _check(name: str, wanted: Array, given: Array, real: Array | None) -> int:
         blank = real is not None and fits and len(real) == len(described) and not real[index]
         if not fits or not (blank or (image == wanted.reshape(-1)).all()):
             said = f"{name} {image.tolist()}" if short else f"another {name}"
-            made = f"{wanted.reshape(-1).tolist()}" if short else "images of one size"
+            made = f"{wanted.reshape(-1).tolist()}" if short else f"{what}s of one size"
             raise UsageError(
-                f"image {index + 1} has {said}, and the export is made for {made}", _HINT
+                f"{what} {index + 1} has {said}, and the export is made for {made}", _HINTS[what]
             )
     return len(described)
 
@@ -115,7 +123,7 @@ def _without_padding(
         if count != shape[1]:
             raise UsageError(
                 f"image {index + 1} has {count} patches, and the export is made for {shape[1]}",
-                _HINT,
+                _HINTS["image"],
             )
     stripped = {
         name: array[kept].reshape(len(kept), shape[1], *array.shape[2:])

@@ -7,25 +7,53 @@ positions of the images in the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from qeff_proxy.arrays import Array, numpy_dtype
-from qeff_proxy.common.messages import counted
+from qeff_proxy.common.messages import an, counted
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.attention_masks import build_mask
 from qeff_proxy.session.part_like import PartLike
 
-from qeff_proxy_vision.image_settings import ROWS, ImageSettings, Merge
+from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.positions import Positions
 
-__all__ = ["ImagePrompt"]
+__all__ = ["ImagePrompt", "Prompts"]
 
 RunVision = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
+class Prompts:
+    """Images and sounds of the same prompts: a `qeff_proxy.flows.causal_engine.Supplier`.
+
+    Args:
+        kinds: What each kind supplies.
+    """
+
+    def __init__(self, kinds: Sequence[ImagePrompt]) -> None:
+        self.kinds = kinds
+
+    def supply(
+        self, part: PartLike, known: Mapping[str, Array], padding: Array
+    ) -> dict[str, Array]:
+        """The inputs of all kinds; features of one are put among those of the ones before."""
+        given: dict[str, Array] = {}
+        for kind in self.kinds:
+            given.update(kind.supply(part, {**known, **given}, padding))
+        return given
+
+    def chunk_end(self, start: int, stop: int) -> int:
+        """The first position from ``stop`` on that splits nothing of any kind."""
+        while (end := max(kind.chunk_end(start, stop) for kind in self.kinds)) > stop:
+            stop = end
+        return stop
+
+
 class ImagePrompt:
     """The images of a batch of prompts, as `CausalEngine` asks for them at each step.
+
+    Sounds are treated like images.
 
     Args:
         settings: How the family uses images.
@@ -60,17 +88,17 @@ class ImagePrompt:
         self._feeds: dict[str, Array] | None = None
         self._images: list[Array] = []
         self._rows = np.full(self._ids.shape, -1, np.int64)
-        marked = self._marked()
+        marked, what = self._marked(), settings.what
         if marked is not None and marked.any() and not self._has_images:
             raise UsageError(
-                f"the prompt has {counted(int(marked.sum()), 'image token')}, "
-                "and there is no image",
-                "Pass an image for each image token, or remove the token from the prompt.",
+                f"the prompt has {counted(int(marked.sum()), f'{what} token')}, "
+                f"and there is no {what}",
+                f"Pass {an(what)} for each {what} token, or remove the token from the prompt.",
             )
         if marked is not None and self._has_images and not marked.any():
             raise UsageError(
-                "there are images, and the prompt has no image token",
-                "Put the processor's image token (such as <image>) where each image belongs.",
+                f"there are {what}s, and the prompt has no {what} token",
+                f"Put the processor's {what} token where each {what} belongs.",
             )
 
     def supply(
@@ -97,7 +125,7 @@ class ImagePrompt:
             for merge in here:
                 target = given.get(merge.into, known.get(merge.into))
                 given[merge.into] = self._merged(merge, part, target, rows)
-        if ROWS in names and self.settings.features:
+        if self.settings.rows in names and self.settings.features:
             given.update(self._to_merge(part, past, ids.shape))
         if self.settings.positions is not None and "position_ids" in names:
             given["position_ids"] = self._positions(self.settings.positions, past, ids.shape)
@@ -137,7 +165,7 @@ class ImagePrompt:
         self._feeds = self._make_feeds()
         if self.settings.index is not None:
             self._place_by_index(self._tensors[self.settings.index])
-        else:
+        elif self.settings.what == "image":
             self._place_by_token()
         if self._run_vision is not None and not self.settings.inputs:
             runs = [self._run_vision(feeds) for feeds in self._runs()]
@@ -145,6 +173,8 @@ class ImagePrompt:
                 name: np.concatenate([run[name].reshape(-1, run[name].shape[-1]) for run in runs])
                 for name in runs[0]
             }
+        if self.settings.what == "sound":
+            self._place_by_token()
         return self._rows
 
     def _runs(self) -> list[dict[str, Array]]:
@@ -169,18 +199,21 @@ class ImagePrompt:
         """Assign the feature rows to the image tokens in order."""
         marked = self._marked()
         assert marked is not None  # noqa: S101 (a family says token_id or index)
-        order = self._order()
+        order, what = self._order(), self.settings.what
         if int(marked.sum()) != order.size:
             raise UsageError(
-                f"the prompt has {counted(int(marked.sum()), 'image token')}, and its images need "
-                f"{order.size}",
-                "Let the checkpoint's processor create the prompt, with an image for each token.",
+                f"the prompt has {counted(int(marked.sum()), f'{what} token')}, and its {what}s "
+                f"need {order.size}",
+                f"Let the checkpoint's processor create the prompt, with {an(what)} for each "
+                "token.",
             )
         self._rows[marked] = order
 
     def _order(self) -> Array:
         """The feature rows, in the order of the image tokens."""
         assert self._feeds is not None  # noqa: S101 (made before)
+        if self.settings.what == "sound":
+            return self._order_of_sounds()
         if self.settings.grid is not None:
             return self.settings.grid.order(self._tensors["image_sizes"])
         if self.settings.skip_negative is not None:
@@ -190,11 +223,34 @@ class ImagePrompt:
         tiles = self._feeds[self._pixels[0].name].shape[0]
         return np.arange(tiles * (self.settings.rows_per_tile or 1))
 
+    def _order_of_sounds(self) -> Array:
+        """The feature rows that count."""
+        assert self._features is not None  # noqa: S101 (a tower of sounds is a part of its own)
+        marked = np.pad((self._ids == self.settings.token_id).astype(np.int64), ((0, 0), (1, 0)))
+        runs, given = int((np.diff(marked) == 1).sum()), len(self._tensors[self._pixels[0].name])
+        if self.settings.apart and runs != given:
+            raise UsageError(
+                f"the prompt has {counted(runs, 'run')} of sound tokens, and there are {given} "
+                "windows of sounds",
+                "Give sounds of one window (30 s), and put text between two of them.",
+            )
+        rows = len(self._features[str(self.settings.merges[0].features)])
+        name = self.settings.counted
+        counts = {**self._tensors, **self._features}.get(name) if name is not None else None
+        if counts is None:
+            return np.arange(rows)
+        if counts.size != rows:
+            raise UsageError(
+                f"{name} has shape {list(counts.shape)}, and the sounds have {rows} rows",
+                "Let the checkpoint's processor create the tensors.",
+            )
+        return np.flatnonzero(counts.reshape(-1))
+
     def _one_graph(self, past: int, shape: tuple[int, ...]) -> dict[str, Array]:
         """The pixels, empty in steps without images, and each position's feature row."""
         rows = self._window(self._arranged(), past, shape)
         if self._feeds is not None and (rows >= 0).any():
-            return {ROWS: rows, **self._feeds}
+            return {self.settings.rows: rows, **self._feeds}
         nothing = {
             spec.name: np.zeros(
                 [axis if isinstance(axis, int) else 0 for axis in spec.shape],
@@ -202,19 +258,20 @@ class ImagePrompt:
             )
             for spec in self._pixels
         }
-        return {ROWS: rows, **nothing}
+        return {self.settings.rows: rows, **nothing}
 
     def _to_merge(self, part: PartLike, past: int, shape: tuple[int, ...]) -> dict[str, Array]:
         """The features, none in steps without images, and each position's feature row."""
         rows = self._window(self._arranged(), past, shape)
         if self._features is not None and (rows >= 0).any():
-            return {ROWS: rows, **self._features}
+            features = {name: self._features[name] for name in self.settings.features}
+            return {self.settings.rows: rows, **features}
         nothing = {
             spec.name: np.zeros((0, int(spec.shape[-1])), numpy_dtype(spec.dtype))
             for spec in part.inputs
             if spec.name in self.settings.features
         }
-        return {ROWS: rows, **nothing}
+        return {self.settings.rows: rows, **nothing}
 
     def _place_by_index(self, index: Array) -> None:
         """Assign feature rows by ``index [batch, …]``, the position of each within its prompt."""
@@ -228,10 +285,13 @@ class ImagePrompt:
         for spec in self._pixels:
             if spec.name not in self._tensors:
                 raise UsageError(
-                    f"images need the tensor {spec.name!r}, which is missing",
+                    f"{self.settings.what}s need the tensor {spec.name!r}, which is missing",
                     "Let the checkpoint's processor create the tensors.",
                 )
             value = self._tensors[spec.name]
+            if self.settings.what == "sound":
+                value = _padded(spec.shape, value) if self.settings.pads else value
+                _check_sound(spec.name, spec.shape, value)
             if self.settings.geometry is not None:
                 self._images = self.settings.geometry.images(spec, self._tensors)
                 continue
@@ -279,3 +339,32 @@ class ImagePrompt:
             for mask in part.masks
             if mask.name in dtypes and (settings.masks is None or mask.name in settings.masks)
         }
+
+
+def _padded(shape: Sequence[int | str], value: Array) -> Array:
+    """Sounds, or their masks, with zeros behind them up to the number of frames of a tower."""
+    if value.ndim != len(shape) or not value.size:
+        return value
+    axes = zip(value.shape, shape, strict=True)
+    missing = [max(0, axis - size) if isinstance(axis, int) else 0 for size, axis in axes]
+    return np.pad(value, [(0, count) for count in missing])
+
+
+def _check_sound(name: str, shape: Sequence[int | str], value: Array) -> None:
+    """Refuse sounds of another shape than the tower takes, empty ones, and numbers that are none.
+
+    Raises:
+        UsageError: Says what is wrong.
+    """
+    axes = zip(value.shape[1:], shape[1:], strict=True)  # the first counts sounds
+    fits = value.ndim == len(shape) and all(
+        size == axis or not isinstance(axis, int) for size, axis in axes
+    )
+    if not fits or not value.size:
+        raise UsageError(
+            f"{name} has shape {list(value.shape)}, and the export takes {list(shape)}",
+            "Let the checkpoint's processor create it; a number of frames that is fixed can be set "
+            "with -C audio_frames=N.",
+        )
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise UsageError(f"{name} has NaN or infinite elements", "Repair the sound.")

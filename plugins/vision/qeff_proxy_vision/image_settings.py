@@ -13,10 +13,7 @@ from qeff_proxy_vision.geometry import Geometry
 from qeff_proxy_vision.positions import Positions
 from qeff_proxy_vision.tiles import TileGrid
 
-__all__ = ["ROWS", "Blocks", "ImageSettings", "Merge"]
-
-#: The input with the feature row of each position.
-ROWS = "image_rows"
+__all__ = ["Blocks", "ImageSettings", "Merge"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a family uses images.
+    """How a family uses images, or sounds: what is said of images holds of those, too.
 
     Attributes:
         token_id: The image token, whose positions are filled in order; ``None`` with ``index``.
@@ -85,6 +82,11 @@ class ImageSettings:
         positions: How tokens are numbered, if not by their distance from the first.
         looked_up_as: Token → the token whose embedding the model looks up in its place.
         refused: Processors' outputs that would change the features, and that no part takes.
+        what: ``"image"`` or ``"sound"``.
+        counted: The tensor that says which feature rows count: an output of the vision part, or the
+            processor's; ``None`` where all do.
+        apart: The tokens of each sound stand apart from those of others.
+        pads: Sounds of fewer frames than a tower takes may be padded with zeros, as their masks.
     """
 
     token_id: int | None
@@ -101,6 +103,15 @@ class ImageSettings:
     positions: Positions | None = None
     looked_up_as: Mapping[int, int] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
+    what: Literal["image", "sound"] = "image"
+    counted: str | None = None
+    pads: bool = False
+    apart: bool = False
+
+    @property
+    def rows(self) -> str:
+        """The input of a part that merges features itself: the feature row of each position."""
+        return f"{self.what}_rows"
 
     def to_json(self) -> dict[str, Any]:
         """The settings as a JSON object."""
@@ -119,6 +130,10 @@ class ImageSettings:
             "positions": self.positions.to_json() if self.positions else None,
             "looked_up_as": {str(token): other for token, other in self.looked_up_as.items()},
             "refused": list(self.refused),
+            "what": self.what,
+            "counted": self.counted,
+            "pads": self.pads,
+            "apart": self.apart,
         }
 
     @classmethod
@@ -140,4 +155,8 @@ class ImageSettings:
             Positions.from_json(value["positions"]) if value.get("positions") else None,
             {int(token): other for token, other in value.get("looked_up_as", {}).items()},
             tuple(value.get("refused", ())),
+            value.get("what", "image"),
+            value.get("counted"),
+            value.get("pads", False),
+            value.get("apart", False),
         )

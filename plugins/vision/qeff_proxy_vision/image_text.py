@@ -24,17 +24,23 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.parts import Kind, Part, TensorSpec
 from qeff_proxy.sites import Absent, Site
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from qeff_proxy_vision.fixed_image import FEATURES, FixedImagePart
+from qeff_proxy_vision.audio_text import add_sounds
+from qeff_proxy_vision.fixed_image import FEATURES, FixedImagePart, count_operations
 from qeff_proxy_vision.geometry import Geometry
-from qeff_proxy_vision.granite4_vision import LayeredBody
 from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
+from qeff_proxy_vision.language import (
+    HINT,
+    cut_language,
+    decoder_path_of,
+    special_tokens,
+    with_inputs,
+)
 from qeff_proxy_vision.learn_images import TYPES, learn_images, learn_lookups
 from qeff_proxy_vision.one_image import (
     OneImage,
@@ -45,14 +51,14 @@ from qeff_proxy_vision.one_image import (
     image_token,
     left_out,
 )
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text
+from qeff_proxy_vision.proxy import Sample, VisionProxy, add_towers
 from qeff_proxy_vision.reference import generated_logits
+from qeff_proxy_vision.sounds import sound_getter
 
 __all__ = ["build_proxy", "decode", "preprocess"]
 
 #: A module that some models apply to the features themselves.
 _PROJECTOR = "multi_modal_projector"
-_HINT = "A plugin for this model type can cut it."
 
 
 @hookimpl
@@ -69,24 +75,17 @@ def build_proxy(
     if arguments is None:
         raise UnsupportedModelError(
             f"{name} has no get_image_features: its images do not become embeddings of tokens",
-            _HINT,
+            HINT,
         )
     token_id = image_token(model.config)
     if token_id is None:
-        raise UnsupportedModelError(f"the config of {name} names no image token", _HINT)
+        raise UnsupportedModelError(f"the config of {name} names no image token", HINT)
     size = image_size_option(options.get("image_size"))
-    try:
-        text = cut_text(model, embedding, lm_head, kind, options)
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"the language model of {name} cannot be run on its own: {type(error).__name__}: "
-            f"{first_line(error)}",
-            _HINT,
-        ) from error
+    text = cut_language(model, embedding, lm_head, kind, options)
     rows = int(text.settings["embedding_rows"])
-    decoder_path = _decoder_path(model, text)
+    decoder_path = decoder_path_of(model, text)
     vision = _vision(model, arguments, size, decoder_path, int(text.settings["hidden_size"]))
-    sample = partial(_sample, model, vision, token_id, rows)
+    sample: Sample = partial(_sample, model, vision, token_id, rows)
     decoder = model.get_submodule(decoder_path)
     masks = text.part("body").masks
     learned = learn_images(model, decoder, sample(), vision.features, token_id, masks)
@@ -95,7 +94,7 @@ def build_proxy(
         raise UnsupportedModelError(
             f"{name} has recurrent layers, which are exported to take one position at a time, and "
             "the positions of an image belong together",
-            "Leave kv_offload=False out." if learned.blocks is None else _HINT,
+            "Leave kv_offload=False out." if learned.blocks is None else HINT,
         )
     geometry = None
     if not vision.image.tiled:
@@ -108,7 +107,7 @@ def build_proxy(
     layers = range(1, learned.deepstack + 1)
     merges = [Merge("replace")]
     merges += [Merge("replace", f"layer_features.{n}", f"{FEATURES}.{n}") for n in layers]
-    special = sorted(number for number in _special(model) if 0 <= number < rows)
+    special = sorted(number for number in special_tokens(model) if 0 <= number < rows)
     settings = ImageSettings(
         token_id,
         tuple(merges),
@@ -120,8 +119,18 @@ def build_proxy(
         looked_up_as=learn_lookups(model, decoder, special),
         refused=tuple(left_out(model)),
     )
-    text = _with_body(text, list(layers), learned.positions.axes if learned.positions else 0)
-    return add_vision(text, vision.part(learned.deepstack), settings, sample, generated_logits)
+    text = with_inputs(text, list(layers), learned.positions.axes if learned.positions else 0)
+    towers = [(vision.part(learned.deepstack), settings)]
+    get = sound_getter(model)
+    if get is not None:
+        try:
+            tower, sounds, sample = add_sounds(
+                model, text, decoder_path, get, options, sample, learned
+            )
+            towers.append((tower, sounds))
+        except UnsupportedModelError as error:
+            warnings.warn(f"sounds are left out: {error.problem}", UserWarning, stacklevel=2)
+    return add_towers(text, towers, sample, generated_logits)
 
 
 def _geometry(name: str, vision: _Vision, *, said: bool) -> Geometry:
@@ -136,14 +145,6 @@ def _geometry(name: str, vision: _Vision, *, said: bool) -> Geometry:
         )
     tensors = {name: value.tolist() for name, value in image.geometry.items()}
     return Geometry(tensors, vision.rows, image.blanks, image.padding, image.along)
-
-
-def _decoder_path(model: PreTrainedModel, text: Proxy) -> str:
-    """Where the language model is in the model; the body may have a copy of it."""
-    decoder: Any = text.part("body").module.decoder
-    alike = [(path, one) for path, one in model.named_modules() if type(one) is type(decoder)]
-    path: str = next(path for path, one in alike if one.config is decoder.config)
-    return path
 
 
 @dataclass(frozen=True)
@@ -223,43 +224,20 @@ def _vision(
     )
 
 
-class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def _loops(module: nn.Module, tiles: Mapping[str, torch.Tensor]) -> bool:
     """Whether a tower loops over tiles, so that a trace would freeze their number."""
-    counts = []
-    for number in (2, 3):
-        with torch.no_grad(), _Count() as counter:
-            module(**{name: torch.cat([one] * number) for name, one in tiles.items()})
-        counts.append(counter.count)
-    return bool(counts[0] != counts[1])
-
-
-def _special(model: PreTrainedModel) -> set[int]:
-    """The token ids that the config names: of images, of the beginning and end, of padding."""
-    return {
-        value
-        for config in (model.config, model.config.get_text_config())
-        for name, value in vars(config).items()
-        if type(value) is int and "token" in name
-    }
+    counts = [
+        count_operations(module, {name: torch.cat([one] * n) for name, one in tiles.items()})[1]
+        for n in (2, 3)
+    ]
+    return counts[0] != counts[1]
 
 
 def _sample(
     model: PreTrainedModel, vision: _Vision, token_id: int, rows: int
 ) -> dict[str, torch.Tensor]:
     """Two prompts, the first without an image and padded, the second with the image twice."""
-    special = _special(model)
+    special = special_tokens(model)
     usual = torch.tensor([number for number in range(1, rows) if number not in special])
     places = (3, 3 + vision.rows + 2)
     length = places[1] + vision.rows + 5
@@ -274,22 +252,3 @@ def _sample(
     tensors = {"input_ids": ids * mask, "attention_mask": mask, **images}
     takes = inspect.signature(model.forward).parameters
     return tensors | {name: types for name in TYPES if name in takes}
-
-
-def _with_body(text: Proxy, layers: list[int], axes: int) -> Proxy:
-    """The cut language model with features for layers, and positions of several axes."""
-    body = text.part("body")
-    width, dtype = int(text.settings["hidden_size"]), body.inputs[0].dtype
-    query = body.inputs[0].shape[1]
-    module: nn.Module = LayeredBody(body.module, layers) if layers else body.module
-    inputs = tuple(
-        replace(spec, shape=(axes, "batch", query))
-        if spec.name == "position_ids" and axes
-        else spec
-        for spec in body.inputs
-    )
-    inputs += tuple(
-        TensorSpec(f"layer_features.{n}", dtype, ("batch", query, width)) for n in layers
-    )
-    changed = replace(body, module=module, inputs=inputs)
-    return replace(text, parts=tuple(changed if p is body else p for p in text.parts))

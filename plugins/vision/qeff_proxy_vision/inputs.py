@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.common.messages import counted
 from qeff_proxy.errors import UsageError
+from qeff_proxy.families.sound import load_sound
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.request import Request, refuse_others
 
@@ -19,36 +21,55 @@ from qeff_proxy_vision.images import open_image
 
 __all__ = ["checked_tensors", "count_error", "decode", "preprocess", "prompts_and_images"]
 
-#: The hint for a prompt with an image token and no image.
-NO_IMAGE = (
-    "Give one with --image FILE (in Python images=[…]) for each place, or take the token out."
-)
+#: The hints for a prompt with a token and no image or sound.
+_NONE = {
+    "image": "Give one with --image FILE (in Python images=[…]) for each place, or take the token "
+    "out.",
+    "sound": "Give one with --audio FILE (in Python audio=[…]) for each place, or take the token "
+    "out.",
+}
+#: The prompt for sounds alone, where the processor has none.
+_TRANSCRIBE = "Transcribe the input speech."
 
 
 @hookimpl
 def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] | None:
-    """Run the processor on prompts and images.
+    """Run the processor on prompts, images and sounds.
 
-    A prompt without image tokens is put into the processor's chat template, if there is one, after
-    its images; ``options={"chat": True}`` or ``False`` decides this for all prompts.
-    ``request.images`` is a list of images, assigned to the prompts in order, or a list of lists,
-    one for each prompt.
+    A prompt without tokens of images or sounds is put into the processor's chat template, if there
+    is one, after its images and sounds; ``options={"chat": True}`` or ``False`` decides this for
+    all prompts. ``request.images`` is a list of images, assigned to the prompts in order, or a list
+    of lists, one for each prompt; ``request.audio`` likewise of sounds. Sounds without prompts are
+    to be transcribed, each for itself.
 
     Returns:
         The processor's output: ``input_ids`` and ``attention_mask [batch, length]`` int64, padded
-        on the left, and the tensors of the images.
+        on the left, and the tensors of the images and sounds.
 
     Raises:
-        UsageError: Images and image tokens do not match, an image cannot be read, or there is no
-            processor for images.
+        UsageError: Images and image tokens do not match, an image or a sound cannot be read, or
+            there is no processor for it.
     """
     if request.inputs is not None:
         return checked_tensors(request.inputs)
-    refuse_others(request, "prompts", "images")
+    hears, sees = (
+        bool(getattr(processor, "audio_token", None)),
+        hasattr(processor, "image_processor"),
+    )
+    takes = [*["audio"] * hears, *["images"] * (sees or not hears)]
+    refuse_others(request, "prompts", *takes)
+    if request.audio and not request.prompts:
+        said = getattr(processor, "default_transcription_prompt", None) or _TRANSCRIBE
+        sounds = [one if isinstance(one, list) else [one] for one in request.audio]
+        request = replace(request, prompts=[said] * len(sounds), audio=sounds)
     if not request.prompts or processor is None:
         return None
-    token = getattr(processor, "image_token", None) or "<image>"
-    pairs = prompts_and_images(request, token)
+    tokens = {
+        "image": getattr(processor, "image_token", None) or "<image>",
+        "sound": getattr(processor, "audio_token", None) or "<audio>",
+    }
+    pairs = prompts_and_images(request, tokens["image"])
+    sounds = _rows(request.prompts, request.audio, tokens["sound"], "sound")
     if request.images and not hasattr(processor, "image_processor"):
         raise UsageError(
             f"the checkpoint's {type(processor).__name__} does not process images",
@@ -61,23 +82,42 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
             "patch_size, so it cannot count the image tokens",
             "Add patch_size (and vision_feature_select_strategy) with the values of config.json.",
         )
-    prompts = [
-        _written(processor, request, text, len(row), token, first=not index)
-        for index, (text, row) in enumerate(pairs)
-    ]
+    prompts: list[str] = []
+    for (text, row), heard in zip(pairs, sounds, strict=True):
+        counts = {"image": len(row), "sound": len(heard)}
+        prompts.append(_written(processor, request, text, counts, tokens, first=not prompts))
     images = [[open_image(image) for image in row] for _, row in pairs]
     arguments: dict[str, Any] = {"text": prompts, "return_tensors": "pt", "padding": True}
     if any(images):
         arguments["images"] = images
+    if any(sounds):
+        rate = _rate_of(processor)
+        own = request.options.get("sampling_rate")
+        arguments["audio"] = [load_sound(sound, rate, own) for row in sounds for sound in row]
+        arguments["sampling_rate"] = rate
     with _padded_on_the_left(processor):
         try:
             tensors = processor(**arguments)
         except (ValueError, IndexError, StopIteration) as error:
+            given = " and ".join(k for k, n in (("images", images), ("sounds", sounds)) if any(n))
             raise UsageError(
-                f"the processor refuses the prompt and its images: {error}",
-                "Put one image token into the prompt for each image.",
+                f"the processor refuses the prompt and its {given or 'tokens'}: {error}",
+                "Put one token into the prompt for each image and sound.",
             ) from error
     return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+
+def _rate_of(processor: Any) -> int:
+    """The sampling rate of a processor's sounds, in Hz."""
+    parts = (getattr(processor, name, None) for name in ("feature_extractor", "audio_processor"))
+    rates = (getattr(part, "sampling_rate", None) for part in parts)
+    rate = next((rate for rate in rates if rate is not None), None)
+    if rate is None:
+        raise UsageError(
+            f"the checkpoint's {type(processor).__name__} does not process sounds",
+            "The checkpoint may lack preprocessor_config.json.",
+        )
+    return int(rate)
 
 
 @hookimpl
@@ -130,40 +170,52 @@ def prompts_and_images(request: Request, token: str) -> list[tuple[str, list[Any
     Raises:
         UsageError: A prompt is empty, or the images cannot be assigned to the prompts.
     """
-    prompts = list(request.prompts)
+    rows = _rows(request.prompts, request.images, token, "image")
+    return list(zip(request.prompts, rows, strict=True))
+
+
+def _rows(prompts: Sequence[str], items: Sequence[Any], token: str, what: str) -> list[list[Any]]:
+    """Each prompt's images, or sounds."""
     if any(not prompt.strip() for prompt in prompts):
-        raise UsageError("a prompt is empty", "Say what to do with the image.")
-    if len(request.images) == len(prompts) and all(
-        isinstance(row, list | tuple) for row in request.images
-    ):
-        rows = [list(row) for row in request.images]
-    else:
-        rows = _deal(prompts, list(request.images), token)
-    return list(zip(prompts, rows, strict=True))
+        raise UsageError("a prompt is empty", f"Say what to do with the {what}.")
+    if len(items) == len(prompts) and all(isinstance(row, list | tuple) for row in items):
+        return [list(row) for row in items]
+    return _deal(list(prompts), list(items), token, what)
 
 
 def _written(
-    processor: Any, request: Request, prompt: str, count: int, token: str, *, first: bool
+    processor: Any,
+    request: Request,
+    prompt: str,
+    counts: Mapping[str, int],
+    tokens: Mapping[str, str],
+    *,
+    first: bool,
 ) -> str:
     """The text for the processor: the prompt itself, or the prompt in the chat template."""
-    places = prompt.count(token)
+    marked = any(token in prompt for token in tokens.values())
     chat = request.options.get("chat")
     if chat is None:
-        chat = bool(count) and not places and bool(getattr(processor, "chat_template", None))
+        template = bool(getattr(processor, "chat_template", None))
+        chat = any(counts.values()) and not marked and template
     if chat:
-        content = [{"type": "image"} for _ in range(count)] + [{"type": "text", "text": prompt}]
+        content = [{"type": "image"} for _ in range(counts["image"])]
+        content += [{"type": "audio"} for _ in range(counts["sound"])]
+        content.append({"type": "text", "text": prompt})
         message = [{"role": "user", "content": content}]
         render = partial(processor.apply_chat_template, message, add_generation_prompt=True)
         if first:
             try_template(render)
         text: str = render()
         return text
-    if places != count:
-        raise count_error(prompt, token, count, f"Write {token} once for each image.")
+    for what, token in tokens.items():
+        if prompt.count(token) != counts[what]:
+            hint = f"Write {token} once for each {what}."
+            raise count_error(prompt, token, counts[what], hint, what)
     return prompt
 
 
-def count_error(prompt: str, token: str, images: int, hint: str) -> UsageError:
+def count_error(prompt: str, token: str, images: int, hint: str, what: str = "image") -> UsageError:
     """The error for a prompt whose image tokens and images do not match.
 
     Args:
@@ -171,18 +223,19 @@ def count_error(prompt: str, token: str, images: int, hint: str) -> UsageError:
         token: The image token in its text.
         images: The number of images.
         hint: What to do if there are images.
+        what: ``"image"`` or ``"sound"``.
     """
-    places = counted(prompt.count(token), "image token")
+    places = counted(prompt.count(token), f"{what} token")
     if images == 0:
         return UsageError(
-            f"the prompt {prompt!r} has {places} ({token}), and no image is given", NO_IMAGE
+            f"the prompt {prompt!r} has {places} ({token}), and no {what} is given", _NONE[what]
         )
     return UsageError(
-        f"the prompt {prompt!r} has {places} ({token}) and {counted(images, 'image')}", hint
+        f"the prompt {prompt!r} has {places} ({token}) and {counted(images, what)}", hint
     )
 
 
-def _deal(prompts: list[str], images: list[Any], token: str) -> list[list[Any]]:
+def _deal(prompts: list[str], images: list[Any], token: str, what: str) -> list[list[Any]]:
     """Each prompt's images: one for each image token, or one if no prompt has image tokens."""
     if len(prompts) == 1:
         return [images]
@@ -190,11 +243,11 @@ def _deal(prompts: list[str], images: list[Any], token: str) -> list[list[Any]]:
     if not any(counts) and len(images) == len(prompts):
         counts = [1] * len(prompts)
     if sum(counts) != len(images):
-        places = counted(sum(counts), "image token")
+        places = counted(sum(counts), f"{what} token")
         raise UsageError(
             f"{len(prompts)} prompts have {places} ({token}), and there "
-            f"{'is' if len(images) == 1 else 'are'} {counted(len(images), 'image')}",
-            "Give a list of images for each prompt.",
+            f"{'is' if len(images) == 1 else 'are'} {counted(len(images), what)}",
+            f"Give a list of {what}s for each prompt.",
         )
     remaining = iter(images)
     return [[next(remaining) for _ in range(count)] for count in counts]

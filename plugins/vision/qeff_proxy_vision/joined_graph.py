@@ -18,7 +18,7 @@ from qeff_proxy.families.decoder import EmbeddingStub, HeadStub
 from qeff_proxy.parts import Part, TensorSpec
 from torch import nn
 
-from qeff_proxy_vision.image_settings import ROWS, ImageSettings, Merge
+from qeff_proxy_vision.image_settings import ImageSettings
 
 __all__ = ["join_graphs", "join_whole", "take_features"]
 
@@ -31,19 +31,19 @@ _CHECK_SIZES = ({"tiles": 1, "image_rows_or_crops": 3}, {"tiles": 3, "image_rows
 class _Joined(nn.Module):
     """The vision part, the merging, and the body."""
 
-    def __init__(self, vision: Part, body: Part, merges: tuple[Merge, ...]) -> None:
+    def __init__(self, vision: Part, body: Part, settings: ImageSettings) -> None:
         super().__init__()
         self.vision = vision.module
         self.body = body.module
         self.vision_inputs = [spec.name.replace(".", "__") for spec in vision.inputs]
         self.outputs = vision.outputs
-        self.merges = merges
+        self.settings = settings
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Like the body, with the vision part's inputs and ``image_rows`` as further inputs."""
         pixels = {name: tensors.pop(name) for name in self.vision_inputs}
         features = self._features(pixels)
-        merged = _merged(tensors, features, self.merges)
+        merged = _merged(tensors, features, self.settings)
         outputs: dict[str, torch.Tensor] = self.body(**merged)
         return outputs
 
@@ -59,30 +59,28 @@ class _Joined(nn.Module):
 class _Merging(nn.Module):
     """The merging of features, and the body."""
 
-    def __init__(
-        self, body: nn.Module, features: tuple[str, ...], merges: tuple[Merge, ...]
-    ) -> None:
+    def __init__(self, body: nn.Module, features: tuple[str, ...], settings: ImageSettings) -> None:
         super().__init__()
         self.body = body
         self.features = features
-        self.merges = merges
+        self.settings = settings
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Like the body, with features ``[rows, hidden]`` and ``image_rows`` as further inputs."""
         features = {name: tensors.pop(name.replace(".", "__")) for name in self.features}
-        outputs: dict[str, torch.Tensor] = self.body(**_merged(tensors, features, self.merges))
+        outputs: dict[str, torch.Tensor] = self.body(**_merged(tensors, features, self.settings))
         return outputs
 
 
 def _merged(
     tensors: dict[str, torch.Tensor],
     features: Mapping[str, torch.Tensor],
-    merges: tuple[Merge, ...],
+    settings: ImageSettings,
 ) -> dict[str, torch.Tensor]:
     """The body's inputs, with features where ``image_rows`` says."""
-    rows = tensors.pop(ROWS)
+    rows = tensors.pop(settings.rows)
     chosen = (rows >= 0)[..., None]
-    for merge in merges:
+    for merge in settings.merges:
         name = merge.into.replace(".", "__")
         target = tensors.get(name)
         if merge.features is None:
@@ -140,10 +138,10 @@ def join_graphs(
         for spec in vision.inputs
     )
     fed = {merge.into for merge in settings.merges if merge.into != "inputs_embeds"}
-    rows = TensorSpec(ROWS, "int64", ("batch", "query"))
+    rows = TensorSpec(settings.rows, "int64", ("batch", "query"))
     joined = replace(
         body,
-        module=_Joined(vision, body, settings.merges),
+        module=_Joined(vision, body, settings),
         inputs=(*(spec for spec in body.inputs if spec.name not in fed), *pixels, rows),
         trace_sizes={**vision.trace_sizes, **body.trace_sizes, **_SIZES},
         check_sizes=_CHECK_SIZES,
@@ -158,27 +156,33 @@ def join_graphs(
 def take_features(
     parts: tuple[Part, ...], settings: ImageSettings
 ) -> tuple[tuple[Part, ...], ImageSettings]:
-    """Let the body take the vision part's outputs, in any number of rows, and merge them.
+    """Let the body take a tower's features, in any number of rows, and merge them.
 
     Returns:
-        ``vision``, ``embedding``, ``body`` and ``lm_head``, and the changed settings.
+        The tower, ``embedding``, ``body`` and ``lm_head``, and the changed settings.
     """
     by_name = {part.name: part for part in parts}
-    vision, body = by_name["vision"], by_name["body"]
+    tower, body = parts[0], by_name["body"]
+    axis = "feature_rows" if settings.what == "image" else "sound_feature_rows"
     features = tuple(
-        replace(spec, shape=("feature_rows", spec.shape[-1])) for spec in vision.outputs
+        replace(spec, shape=(axis, spec.shape[-1]))
+        for spec in tower.outputs
+        if spec.name != settings.counted
     )
     names = tuple(spec.name for spec in features)
     fed = {merge.into for merge in settings.merges if merge.into != "inputs_embeds"}
-    rows = TensorSpec(ROWS, "int64", ("batch", "query"))
+    rows = TensorSpec(settings.rows, "int64", ("batch", "query"))
     merging = replace(
         body,
-        module=_Merging(body.module, names, settings.merges),
+        module=_Merging(body.module, names, settings),
         inputs=(*(spec for spec in body.inputs if spec.name not in fed), *features, rows),
-        trace_sizes={**body.trace_sizes, "feature_rows": 6},
-        check_sizes=({"feature_rows": 3}, {"feature_rows": 5}),
+        trace_sizes={**body.trace_sizes, axis: 6 if settings.what == "image" else 8},
+        check_sizes=tuple(
+            {**sizes, axis: size}
+            for size, sizes in zip((3, 5), body.check_sizes or ({}, {}), strict=True)
+        ),
     )
-    joined = (vision, by_name["embedding"], merging, by_name["lm_head"])
+    joined = (tower, by_name["embedding"], merging, by_name["lm_head"])
     return joined, replace(settings, features=names)
 
 

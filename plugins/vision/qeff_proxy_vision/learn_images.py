@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, to_array
+from qeff_proxy.common.messages import an
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.flows.attention_masks import build_mask
 from qeff_proxy.flows.causal_engine import position_ids_of
@@ -25,7 +26,7 @@ from qeff_proxy_vision.image_settings import Blocks
 from qeff_proxy_vision.positions import Positions
 from qeff_proxy_vision.reference import generated_logits
 
-__all__ = ["TYPES", "Learned", "learn_images", "learn_lookups"]
+__all__ = ["TYPES", "Learned", "learn_images", "learn_lookups", "learn_sounds"]
 
 #: Processors' outputs that tell image tokens from others.
 TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -92,39 +93,82 @@ def learn_images(
         UnsupportedModelError: Images do something that is not understood; says what.
     """
     name = type(model).__name__
-    calls: list[dict[str, Any]] = []
-
-    def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
-        calls.append({name: value for name, value in given.items() if value is not None})
-
-    handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
     arrays = {name: to_array(tensor) for name, tensor in sample.items()}
-    try:
-        # One step: a model of which only the first layers are loaded runs no second one.
-        generated_logits(model, arrays, np.zeros((2, 0), np.int64))
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"{name} cannot be run on a prompt with an image: {type(error).__name__}: {error}",
-            "A plugin for this model type can.",
-        ) from error
-    finally:
-        handle.remove()
-    if len(calls) != 1:
-        raise _not_served(name, f"its language model runs {len(calls)} times for one token")
-    (first,) = calls
+    first = _seen(model, decoder, arrays, "an image")
     marked = arrays["input_ids"] == token_id
     _check_embeddings(name, first, marked, next(iter(features.values())))
     deepstack = _deepstack(decoder, first, features)
     known = _USUAL | (_DEEPSTACK if deepstack is not None else frozenset())
-    others = [key for key, value in first.items() if key not in known and _is_data(value)]
-    if others:
-        raise _not_served(name, f"its language model takes {', '.join(others)}")
+    _check_others(name, first, known)
     count = len(next(iter(features.values())))
     return Learned(
         _positions(name, first, arrays["attention_mask"], marked, count),
         _blocks(name, first, arrays, masks),
         deepstack or 0,
     )
+
+
+def learn_sounds(
+    model: PreTrainedModel,
+    decoder: nn.Module,
+    sample: Mapping[str, torch.Tensor],
+    features: torch.Tensor,
+    token_id: int,
+    masks: Sequence[MaskSpec],
+    images: Learned | None,
+) -> Positions | None:
+    """Run the model on a batch of two prompts, of which the second has two sounds.
+
+    Args:
+        model: The model.
+        decoder: Its language model.
+        sample: The tensors of the batch.
+        features: Those of both sounds, ``[rows, hidden]``.
+        token_id: The token of sounds.
+        masks: The masks of the language model, without blocks.
+        images: How images enter it, if it takes any.
+
+    Returns:
+        How tokens are numbered, if not by their distance from the first, nor as `images` says.
+
+    Raises:
+        UnsupportedModelError: Sounds do something that is not understood; says what.
+    """
+    name = type(model).__name__
+    arrays = {name: to_array(tensor) for name, tensor in sample.items()}
+    call = _seen(model, decoder, arrays, "a sound")
+    _check_embeddings(name, call, arrays["input_ids"] == token_id, features, "sound")
+    _check_others(name, call, _USUAL, "sounds")
+    if _blocks(name, call, arrays, masks) is not None:
+        raise _not_served(name, "the tokens of a sound see each other", "sounds")
+    none = np.zeros_like(arrays["input_ids"], dtype=bool)
+    return _positions(name, call, arrays["attention_mask"], none, 0, images)
+
+
+def _seen(
+    model: PreTrainedModel, decoder: nn.Module, arrays: Mapping[str, Array], what: str
+) -> dict[str, Any]:
+    """What the language model is given in the first step of a generation."""
+    name = type(model).__name__
+    calls: list[dict[str, Any]] = []
+
+    def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        calls.append({name: value for name, value in given.items() if value is not None})
+
+    handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        # One step: a model of which only the first layers are loaded runs no second one.
+        generated_logits(model, arrays, np.zeros((2, 0), np.int64))
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{name} cannot be run on a prompt with {what}: {type(error).__name__}: {error}",
+            "A plugin for this model type can.",
+        ) from error
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise _not_served(name, f"its language model runs {len(calls)} times for one token")
+    return calls[0]
 
 
 class _SeenError(Exception):
@@ -174,10 +218,19 @@ def learn_lookups(
     return found
 
 
-def _not_served(name: str, what: str) -> UnsupportedModelError:
+def _not_served(name: str, what: str, kind: str = "images") -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{name} is not served with images: {what}", "A plugin for this model type can cut it."
+        f"{name} is not served with {kind}: {what}", "A plugin for this model type can cut it."
     )
+
+
+def _check_others(
+    name: str, call: Mapping[str, Any], known: frozenset[str], kind: str = "images"
+) -> None:
+    """Make sure that the language model is given nothing that is not known."""
+    others = [key for key, value in call.items() if key not in known and _is_data(value)]
+    if others:
+        raise _not_served(name, f"its language model takes {', '.join(others)}", kind)
 
 
 def _is_data(value: Any) -> bool:
@@ -189,17 +242,23 @@ def _is_data(value: Any) -> bool:
 
 
 def _check_embeddings(
-    name: str, call: Mapping[str, Any], marked: Array, features: torch.Tensor
+    name: str,
+    call: Mapping[str, Any],
+    marked: Array,
+    features: torch.Tensor,
+    what: str = "image",
 ) -> None:
     """Make sure that features replace the embeddings of the image tokens."""
     embeddings = call.get("inputs_embeds")
     if embeddings is None:
-        raise _not_served(name, "its language model is given no embeddings")
+        raise _not_served(name, "its language model is given no embeddings", f"{what}s")
     placed = embeddings[torch.from_numpy(marked)].float()[: len(features)]
     expected = features.float()
     largest = expected.abs().max().clamp(min=1e-6)
     if placed.shape != expected.shape or (placed - expected).abs().max() > _CLOSE * largest:
-        raise _not_served(name, "the features of an image do not replace the image tokens")
+        raise _not_served(
+            name, f"the features of {an(what)} do not replace the {what} tokens", f"{what}s"
+        )
 
 
 def _deepstack(
@@ -220,9 +279,14 @@ def _deepstack(
 
 
 def _positions(
-    name: str, call: Mapping[str, Any], padding: Array, marked: Array, count: int
+    name: str,
+    call: Mapping[str, Any],
+    padding: Array,
+    marked: Array,
+    count: int,
+    images: Learned | None = None,
 ) -> Positions | None:
-    """How the model numbers positions, checked on both prompts."""
+    """How the model numbers positions, checked on both prompts; ``None`` where that is known."""
     given = call.get("position_ids")
     if given is None:
         return None
@@ -235,6 +299,15 @@ def _positions(
     if not axes and any((found == one)[valid].all() for one in (usual, np.arange(len(usual[0])))):
         return None
     planes = found if axes else found[None]
+    if not count:  # sounds are numbered like text
+        start = int(planes[0, 0, np.flatnonzero(padding[0])[0]])
+        plain = Positions(axes, start, ((),) * len(planes), (0,) * len(planes))
+        known = images.positions if images is not None else None
+        if not ((known or plain).of_prompt(padding, marked)[0] == planes)[:, valid].all():
+            raise _not_served(
+                name, "it numbers positions in a way that is not understood", "sounds"
+            )
+        return None if known is not None else plain
     row = int(np.flatnonzero(marked.any(axis=1))[0])
     image = np.flatnonzero(marked[row])[:count]
     begin = planes[:, row, image[0] - 1] + 1

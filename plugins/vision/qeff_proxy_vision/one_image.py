@@ -104,10 +104,10 @@ class _Sizes:
     merge: int  # patches along a side that become one image token
 
 
-def features_owner(model: PreTrainedModel) -> Any:
-    """The innermost of model and base model that has ``get_image_features``."""
+def features_owner(model: PreTrainedModel, getter: str = "get_image_features") -> Any:
+    """The innermost of model and base model that has a method."""
     inner = getattr(model, "model", None)
-    return inner if hasattr(inner, "get_image_features") else model
+    return inner if hasattr(inner, getter) else model
 
 
 def feature_arguments(model: PreTrainedModel) -> list[str] | None:

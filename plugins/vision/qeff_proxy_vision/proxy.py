@@ -26,6 +26,7 @@ __all__ = [
     "Reference",
     "Sample",
     "VisionProxy",
+    "add_towers",
     "add_vision",
     "cut_text",
     "grid_sample",
@@ -153,8 +154,6 @@ def add_vision(
 ) -> VisionProxy:
     """Add the vision part before a cut language model, or inside its body.
 
-    A part for one image at a time stays a part of its own, also of a model that is not split.
-
     Args:
         text: The cut language model, with the kind of the final proxy (`marked_text`).
         vision: The vision part.
@@ -162,21 +161,41 @@ def add_vision(
         sample: Creates a prompt with an image.
         reference: Runs the uncut model, if it is not called like transformers' models.
     """
-    parts = (vision, *text.parts)
-    before: tuple[Part, ...] = ()
-    if settings.geometry is not None and text.kind != "split":
-        (seeing, *parts_of_text), settings = take_features(parts, settings)
-        before, parts = (seeing,), tuple(parts_of_text)
-    elif text.kind != "split" or not text.settings["kv_offload"]:
-        parts, settings = join_graphs(parts, settings)
+    return add_towers(text, [(vision, settings)], sample, reference)
+
+
+def add_towers(
+    text: Proxy,
+    towers: Sequence[tuple[Part, ImageSettings]],
+    sample: Sample,
+    reference: Reference,
+    flow: str = FLOW,
+) -> VisionProxy:
+    """Add the parts of images and of sounds. As `add_vision`.
+
+    A part for one image at a time, and one of sounds, stays a part of its own, also of a model that
+    is not split.
+    """
+    before: list[Part] = []
+    parts, flow_settings = text.parts, dict(text.settings)
+    for tower, settings in towers:
+        apart = settings.geometry is not None or settings.what == "sound"
+        if text.kind == "split" and (text.settings["kv_offload"] or settings.what == "sound"):
+            before.append(tower)
+        elif apart:
+            (tower, *of_text), settings = take_features((tower, *parts), settings)
+            before.append(tower)
+            parts = tuple(of_text)
+        else:
+            parts, settings = join_graphs((tower, *parts), settings)
+        flow_settings[settings.what] = settings.to_json()
+        rows = flow_settings.get("embedding_rows")
+        if rows is not None and settings.token_id is not None:
+            # An image token may be beyond the embedding table: it is never looked up.
+            flow_settings["embedding_rows"] = max(rows, settings.token_id + 1)
     if text.kind != "split":
-        parts = (*before, *join_whole(parts, stub=text.kind == "stub"))
-    flow_settings = {**text.settings, "image": settings.to_json()}
-    rows = flow_settings.get("embedding_rows")
-    if rows is not None and settings.token_id is not None:
-        # An image token may be beyond the embedding table: it is never looked up.
-        flow_settings["embedding_rows"] = max(rows, settings.token_id + 1)
-    return VisionProxy(text.kind, FLOW, parts, flow_settings, sample, reference)
+        parts = join_whole(parts, stub=text.kind == "stub")
+    return VisionProxy(text.kind, flow, (*before, *parts), flow_settings, sample, reference)
 
 
 def sample_prompt(

@@ -6,6 +6,7 @@ import resource
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -222,7 +223,9 @@ def test_a_processor_without_a_patch_size_is_named(face, picture, monkeypatch):
 def test_the_example_without_a_chat_template_has_a_place_for_its_image(face, monkeypatch):
     processor = face.processor()
     monkeypatch.setattr(processor, "chat_template", None)
-    request = load_flow("image-text-to-text").example_request(None, processor, None)
+    request = load_flow("image-text-to-text").example_request(
+        SimpleNamespace(settings={}), processor, None
+    )
     tensors = face._hooks.preprocess(processor, request)
     assert tensors["pixel_values"].shape[0] == 1
     assert (tensors["input_ids"] == processor.image_token_id).sum() == 16
