@@ -73,8 +73,7 @@ class ProxyModel(Transformed, Shown):
         Args:
             model: A transformers model, or the result of `qeff_proxy.load.load_model`.
             enable_proxy: Cut the token embedding and LM head out: the same as ``proxy="split"``.
-            proxy: The kind of proxy to export: ``"split"``, ``"stub"`` or ``"whole"``, which is the
-                default; overrides ``enable_proxy``.
+            proxy: ``"split"``, ``"stub"`` or ``"whole"``, the default; overrides ``enable_proxy``.
             plugins: The plugins to use; by default the installed ones.
             options: Options of the family's ``build_proxy``.
             more: The same options by name, and QEfficient's arguments that mean nothing here.
@@ -99,8 +98,7 @@ class ProxyModel(Transformed, Shown):
         self._loaded = with_options(loaded, asked)
         self._kind: Kind = kind
         self._plugins = plugins or Plugins.discover()
-        flow = flow_as(self._loaded, self.task)
-        self._hooks = self._plugins.hooks_for(self._loaded.model_type, task=flow)
+        self._hooks = self._plugins.hooks_for(loaded.model_type, task=flow_as(loaded, self.task))
         self._export: Export | None = None
         self._compiled: Compiled | None = None
         self._lent = self._loaded.folder is None
@@ -134,10 +132,8 @@ class ProxyModel(Transformed, Shown):
             num_hidden_layers: Take the first layers only.
             trust_remote_code: Run Python code that comes with the checkpoint.
             allow_pickle: Read pickled weights, which can run code.
-            adapters: LoRA adapters to merge into the weights: ``PATH`` or ``PATH@WEIGHT``, several,
-                or weights by path.
-            adapter_as_input: Do not merge them: the graphs take adapters like these as inputs, and
-                run with the first.
+            adapters: LoRA adapters to merge into the weights: ``PATH[@WEIGHT]``, or by path.
+            adapter_as_input: Take adapters like these as inputs, unmerged; run with the first.
             plugins: The plugins to use; by default the installed ones.
             options: Options of the family's ``build_proxy`` (``pooling`` …), ``revision``,
                 ``cache_dir`` and ``token`` of a hub id, ``gguf_file``, and QEfficient's other

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from qeff_proxy.cli.options import (
-    add_compile_options,
-    add_model_options,
-    compiled_of,
-    export_of,
-    known_export_of,
-)
+from qeff_proxy.cli.backend_options import add_compile_options
+from qeff_proxy.cli.options import add_model_options, compiled_of, export_of, known_export_of
 from qeff_proxy.cli.output import print_json, print_text
 
 

@@ -8,14 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from qeff_proxy.artifact.manifest_schema import Export
+from qeff_proxy.cli.backend_options import add_compile_options
 from qeff_proxy.cli.inputs import add_image_option, hint_of_image, parse_rows
-from qeff_proxy.cli.options import (
-    add_compile_options,
-    add_dump_options,
-    add_model_options,
-    compiled_of,
-    export_of,
-)
+from qeff_proxy.cli.options import add_dump_options, add_model_options, compiled_of, export_of
 from qeff_proxy.cli.output import print_json, print_text
 from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.errors import UsageError

@@ -8,17 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qeff_proxy.cli.inputs import add_input_options, request_of
-from qeff_proxy.cli.options import (
+from qeff_proxy.cli.backend_options import (
     add_backend_option,
-    add_model_options,
     add_shape_options,
-    check_place,
     compile_options_of,
-    kind_of,
-    loaded_of,
     options_by_backend,
 )
+from qeff_proxy.cli.inputs import add_input_options, request_of
+from qeff_proxy.cli.options import add_model_options, check_place, kind_of, loaded_of
 from qeff_proxy.cli.output import print_json, print_text, stage_display
 from qeff_proxy.compare.report_file import check_report_place
 from qeff_proxy.errors import ArtifactError, UsageError

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qeff_proxy.artifact.manifest_schema import MANIFEST, Export
 from qeff_proxy.backends.compile_export import Compiled
+from qeff_proxy.cli.backend_options import compile_options_of, parse_option, with_recipe_of
 from qeff_proxy.cli.output import add_json_option, stage_display
 from qeff_proxy.common.file_errors import check_writable
-from qeff_proxy.compile_options import CompileOptions
 from qeff_proxy.errors import UsageError
 from qeff_proxy.load.adapter_inputs import NOTED
 from qeff_proxy.load.load_model import LoadedModel
@@ -130,74 +128,11 @@ def add_model_options(
     add_json_option(parser)
 
 
-def add_compile_options(parser: argparse.ArgumentParser) -> None:
-    """Backend, shapes, cores."""
-    parser.add_argument("--backend", default="onnxruntime", help="default: onnxruntime")
-    add_shape_options(parser)
-    add_calibration_option(parser)
-    add_recipe_option(parser)
-    add_backend_option(parser, "NAME=VALUE", "an option of this backend")
-
-
-def add_backend_option(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
-    """``-O``."""
-    parser.add_argument(
-        "-O",
-        "--backend-option",
-        action="append",
-        default=[],
-        metavar=metavar,
-        help=f"{what}; may be given again",
-    )
-
-
 def add_dump_options(group: argparse._ArgumentGroup) -> None:
     """Where a dump goes, and which steps and tensors it has."""
     group.add_argument("--io-dir", type=Path, metavar="DIR", help="where to")
     group.add_argument("--io-steps", default="all", help="all, first, last, every:N or A:B")
     group.add_argument("--io-tensors", action="append", metavar="GLOB", help="which tensors")
-
-
-def add_calibration_option(parser: argparse.ArgumentParser) -> None:
-    """``--calibrate``: inputs for a backend that quantizes."""
-    parser.add_argument(
-        "--calibrate",
-        type=Path,
-        metavar="PATH",
-        help="inputs to calibrate a quantized precision on: prompts, one a line; an image or a "
-        "sound, or a folder of them; a dump, or a folder of dumps",
-    )
-
-
-def add_recipe_option(parser: argparse.ArgumentParser) -> None:
-    """``--recipe``: what stays wide."""
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        metavar="FILE",
-        help="modules that stay wide where the rest is in a lower precision; qeff-proxy recipe "
-        "writes one",
-    )
-
-
-def add_shape_options(parser: argparse.ArgumentParser) -> None:
-    """Shapes and cores, common to all backends."""
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
-    parser.add_argument(
-        "--prefill-seq-len", type=int, metavar="N", help="run prompts in chunks of N tokens"
-    )
-    parser.add_argument("--ctx-len", type=int, metavar="N", help="most positions in all")
-    parser.add_argument(
-        "--seq-len",
-        type=_lengths,
-        metavar="N,N,…",
-        help="lengths to pad the inputs of a single pass to, each to the next longer one",
-    )
-    parser.add_argument("--num-cores", type=int, metavar="N", help="cores to use")
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
 
 
 def _cut_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -284,7 +219,7 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
     does not fit the backend's options is refused then, too.
     """
     if getattr(args, "recipe", None) is not None:
-        _with_recipe(args, args.backend, compile_options_of(args, args.backend_option))
+        with_recipe_of(args, args.backend, compile_options_of(args, args.backend_option))
     export = existing_export_of(args)
     if export is not None:
         return export, _hooks_of(export)
@@ -325,20 +260,11 @@ def check_place(args: argparse.Namespace) -> None:
     check_writable(folder if is_export else args.output or cache_home())
 
 
-def _with_recipe(args: argparse.Namespace, name: str, options: CompileOptions) -> CompileOptions:
-    """The options, with the recipe that the backend obeys."""
-    if args.recipe is None:
-        return options
-    from qeff_proxy.backends.recipe import with_recipe
-
-    return with_recipe(name, options, args.recipe.expanduser())
-
-
 def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False) -> Compiled:
     """Compile the export with the options in the arguments."""
     from qeff_proxy.backends.compile_export import compile_export
 
-    options = _with_recipe(args, args.backend, compile_options_of(args, args.backend_option))
+    options = with_recipe_of(args, args.backend, compile_options_of(args, args.backend_option))
     with stage_display("compiling", quiet=args.json) as progress:
         if args.calibrate is not None:
             from qeff_proxy.run.calibration import with_calibration
@@ -356,59 +282,3 @@ def compiled_of(args: argparse.Namespace, export: Export, *, force: bool = False
         return compile_export(
             export, args.backend, options, force=force, wait=wait, progress=progress
         )
-
-
-def compile_options_of(
-    args: argparse.Namespace, backend_options: Sequence[str] = ()
-) -> CompileOptions:
-    """Shapes, cores and the options of one backend, ``NAME=VALUE`` each."""
-    from qeff_proxy.compile_options import CompileOptions
-
-    return CompileOptions(
-        batch_size=args.batch_size,
-        prefill_seq_len=args.prefill_seq_len,
-        ctx_len=args.ctx_len,
-        seq_len=args.seq_len,
-        num_cores=args.num_cores,
-        backend=dict(parse_option(text) for text in backend_options),
-    )
-
-
-def parse_option(text: str, option: str = "-O") -> tuple[str, Any]:
-    """Split ``name=value``; true, false and whole numbers are converted."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UsageError(f"{option} {text} is not NAME=VALUE")
-    if value.lower() in {"true", "false"}:
-        return name, value.lower() == "true"
-    try:
-        return name, int(value)
-    except ValueError:
-        return name, value
-
-
-def options_by_backend(
-    args: argparse.Namespace, backends: Iterable[str]
-) -> dict[str, dict[str, Any]]:
-    """The options that ``-O BACKEND.NAME=VALUE`` gives to each of some backends, and the recipe.
-
-    Raises:
-        UsageError: One is misspelled or another backend's; or one cannot obey the recipe.
-    """
-    options: dict[str, dict[str, Any]] = {}
-    for text in args.backend_option:
-        backend, dot, option = text.partition(".")
-        if not dot or "=" in backend:
-            raise UsageError(f"-O {text} is not BACKEND.NAME=VALUE")
-        name, value = parse_option(option)
-        options.setdefault(backend, {})[name] = value
-    from qeff_proxy.verify.options import BEST
-
-    named = set(backends)
-    unused = sorted(set(options) - named)
-    if unused and BEST not in named:
-        raise UsageError(f"-O names {unused[0]}, which is not verified")
-    for name in named if getattr(args, "recipe", None) is not None else ():
-        given = replace(compile_options_of(args), backend=options.get(name, {}))
-        options[name] = dict(_with_recipe(args, name, given).backend)
-    return options

@@ -8,13 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qeff_proxy.cli.backend_options import add_calibration_option
 from qeff_proxy.cli.inputs import request_of
-from qeff_proxy.cli.options import (
-    add_calibration_option,
-    check_place,
-    existing_export_of,
-    loaded_of,
-)
+from qeff_proxy.cli.options import check_place, existing_export_of, loaded_of
 from qeff_proxy.cli.output import print_json, print_text, stage_display
 from qeff_proxy.cli.sensitivity import (
     add_precision_options,

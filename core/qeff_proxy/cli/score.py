@@ -7,18 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qeff_proxy.cli.options import (
+from qeff_proxy.cli.backend_options import (
     add_backend_option,
     add_calibration_option,
-    add_model_options,
     add_recipe_option,
     add_shape_options,
     compile_options_of,
-    existing_export_of,
-    kind_of,
-    loaded_of,
     options_by_backend,
 )
+from qeff_proxy.cli.options import add_model_options, existing_export_of, kind_of, loaded_of
 from qeff_proxy.cli.output import print_json, print_text, stage_display
 from qeff_proxy.common.messages import printable
 from qeff_proxy.errors import UsageError

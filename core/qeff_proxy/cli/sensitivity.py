@@ -6,17 +6,19 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qeff_proxy.cli.backend_options import (
+    add_backend_option,
+    add_shape_options,
+    compile_options_of,
+    options_by_backend,
+)
 from qeff_proxy.cli.inputs import add_input_options, request_of
 from qeff_proxy.cli.options import (
-    add_backend_option,
     add_model_options,
-    add_shape_options,
     check_place,
-    compile_options_of,
     existing_export_of,
     kind_of,
     loaded_of,
-    options_by_backend,
 )
 from qeff_proxy.cli.output import print_json, print_text, stage_display
 from qeff_proxy.common.messages import printable

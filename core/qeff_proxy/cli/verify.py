@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_proxy.artifact.manifest_schema import Export
-from qeff_proxy.cli.inputs import add_input_options, parse_rows, request_of
-from qeff_proxy.cli.options import (
+from qeff_proxy.cli.backend_options import (
     add_backend_option,
     add_calibration_option,
-    add_dump_options,
-    add_model_options,
     add_recipe_option,
     add_shape_options,
-    check_place,
     compile_options_of,
+    options_by_backend,
+)
+from qeff_proxy.cli.inputs import add_input_options, parse_rows, request_of
+from qeff_proxy.cli.options import (
+    add_dump_options,
+    add_model_options,
+    check_place,
     existing_export_of,
     kind_of,
     loaded_of,
-    options_by_backend,
 )
 from qeff_proxy.cli.output import print_json, print_text, report_error, stage_display
 from qeff_proxy.cli.speed_table import command_for, speed_lines

@@ -29,10 +29,7 @@ from qeff_proxy.load.checkpoint_files import (
 )
 from qeff_proxy.load.config_checks import check_architectures, check_sizes
 from qeff_proxy.load.tasks import TASKS, UNUSED_WEIGHTS, Task
-from qeff_proxy.load.transformers_model import (
-    class_named,
-    read_model,
-)
+from qeff_proxy.load.transformers_model import class_named, read_model
 from qeff_proxy.parts import DTYPES
 
 if TYPE_CHECKING:
@@ -137,8 +134,7 @@ def load_model(
             them for nothing.
         adapters: Folders or hub ids of LoRA adapters that the weights are merged with, as
             ``PATH`` or ``PATH@WEIGHT``, or their weights by path.
-        adapter_as_input: Do not merge them: the model takes adapters like these as inputs
-            (`qeff_proxy.load.adapter_inputs`).
+        adapter_as_input: Take adapters like these as inputs, unmerged (`adapter_inputs`).
 
     Raises:
         CheckpointError: It cannot be found, read or trusted, or it lacks weights.
@@ -209,11 +205,9 @@ def load_model(
         return sample_model(folder, held, read, choose)
 
     model_type = str(config_file.get("model_type"))
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = {NOTED: [str(one.folder) for one in inputs]} if inputs else {}
     if places:
         notes["adapters"] = [{"path": str(path), "weight": weight} for path, weight in places]
-    if inputs:
-        notes[NOTED] = [str(adapter.folder) for adapter in inputs]
     return LoadedModel(
         source,
         folder,
