@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qeff_proxy.artifact.manifest_schema import Export
-from qeff_proxy.cli.inputs import add_image_option, hint_of_image, parse_rows
+from qeff_proxy.cli.inputs import add_media_options, hint_of_image, parse_rows
 from qeff_proxy.cli.options import (
     add_compile_options,
     add_dump_options,
@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT",
         help="a text to continue or to embed; for a speech model a sound file",
     )
-    add_image_option(parser)
+    add_media_options(parser)
     parser.add_argument(
         "--ids",
         action="store_true",
