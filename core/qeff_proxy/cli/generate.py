@@ -9,7 +9,7 @@ from typing import Any
 
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.cli.backend_options import add_compile_options
-from qeff_proxy.cli.inputs import add_image_option, hint_of_image, parse_rows
+from qeff_proxy.cli.inputs import add_media_options, hint_of_image, parse_rows
 from qeff_proxy.cli.options import add_dump_options, add_model_options, compiled_of, export_of
 from qeff_proxy.cli.output import print_json, print_text
 from qeff_proxy.common.file_errors import check_writable
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT",
         help="a text to continue or to embed; for a speech model a sound file",
     )
-    add_image_option(parser)
+    add_media_options(parser)
     parser.add_argument(
         "--ids",
         action="store_true",

@@ -19,7 +19,7 @@ _IMAGE_INPUTS = {"pixel_values", "images"}
 _LARGEST_ID = 2**63 - 1
 
 
-def add_image_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_media_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """``--audio`` and ``--image``."""
     parser.add_argument(
         "--audio", action="append", default=[], metavar="FILE", help="a sound; may be given again"
@@ -50,7 +50,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     inputs.add_argument(
         "--ids", action="append", default=[], metavar="N,N,…", help="token ids instead of a prompt"
     )
-    add_image_option(inputs)
+    add_media_options(inputs)
     return inputs
 
 
