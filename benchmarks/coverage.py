@@ -167,6 +167,8 @@ def reference(mapping: str, model: Any, inputs: list[dict[str, Any]]) -> list[An
 
     if mapping in ("image-text", "speech", "sounds"):
         tensors = {name: torch.from_numpy(value) for name, value in inputs[0].items()}
+        if mapping == "speech" and "input_values" in tensors:  # as their processors give
+            tensors["attention_mask"] = torch.ones_like(tensors["input_values"], dtype=torch.int64)
         out = model.generate(**tensors, **GREEDY, output_logits=True, return_dict_in_generate=True)
         return [step.float().numpy()[:, None] for step in out.logits]
     if mapping == "encoder" and model.config.is_encoder_decoder:

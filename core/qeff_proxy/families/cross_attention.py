@@ -168,7 +168,7 @@ def _probed(decoder: PreTrainedModel, width: int, encoder_width: int) -> CrossAt
     )
     key = _path_of_number(paths, cross.layers[0].keys)
     value = _path_of_number(paths, cross.layers[0].values)
-    if key is None or value is None:
+    if key is None or value is None or bool(states.any()):  # some add to them in place
         return found
     list_path, key = _in_list(decoder, key)
     before = [path for path in paths[:2] if not path.startswith(f"{list_path}.")]

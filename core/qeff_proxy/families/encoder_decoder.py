@@ -53,6 +53,8 @@ class EncoderPart(nn.Module):
         first: The name of that input.
         masks: The attention masks that the encoder makes.
         projection: Runs on its hidden states.
+        needs_mask: Whether it gets a padding mask of ones where nothing is padded: some limit what
+            a position sees only if they have a mask.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class EncoderPart(nn.Module):
         first: str,
         masks: tuple[MaskSpec, ...] = (),
         projection: nn.Module | None = None,
+        *,
+        needs_mask: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = experts_in_turn(rotary_by_length(encoder))
@@ -71,6 +75,7 @@ class EncoderPart(nn.Module):
         self.first = first
         self.masks = masks
         self.projection = projection
+        self.needs_mask = needs_mask
         self.cross: nn.Module = (
             _Projections(decoder, attention)
             if attention.states is None
@@ -95,6 +100,8 @@ class EncoderPart(nn.Module):
             arguments["attention_mask"] = tensors["padding_mask"]
         else:  # nothing is padded
             masks["bidirectional"] = None
+            if self.needs_mask:
+                arguments["attention_mask"] = ones_like_rows(tensors[self.first])
         clamped = _AlwaysClamped() if torch.compiler.is_compiling() else nullcontext()
         with provide_masks(self.encoder, masks), clamped:
             hidden = self.encoder(**arguments)[0]
@@ -105,6 +112,11 @@ class EncoderPart(nn.Module):
             result[f"cross_key_values.{index}.key"] = keys
             result[f"cross_key_values.{index}.value"] = values
         return result
+
+
+def ones_like_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A padding mask ``[batch, positions]`` int64 without padding."""
+    return tensor.new_ones(tensor.shape[:2], dtype=torch.int64)
 
 
 class _AlwaysClamped(TorchFunctionMode):

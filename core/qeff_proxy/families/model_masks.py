@@ -68,6 +68,8 @@ def provide_masks(
 ) -> Iterator[None]:
     """Let the functions that ``module`` builds its masks with return the host's masks.
 
+    Where the host has none, since nothing is padded, a function of the model's own that limits what
+    each query sees is calculated in the graph.
     A kind that is not in ``masks`` raises `LookupError` in the model, so that no mask is left out
     in silence. Recurrent layers get the padding of the queries, of a single one too.
     """
@@ -80,6 +82,9 @@ def provide_masks(
             kind = _spec_of(creator, args, kwargs).kind
             if kind not in masks:
                 raise LookupError(f"the model asks for a {kind} mask that is not provided")
+            sees = kwargs.get("and_mask_function")
+            if masks[kind] is None and kind == "bidirectional" and sees is not None:
+                return _mask_of(sees, kwargs["inputs_embeds"])
             return masks[kind]
 
         return provided
@@ -109,6 +114,15 @@ def record_masks(module: nn.Module, into: dict[MaskKind, MaskSpec]) -> Iterator[
 
     with _replaced(module, make):
         yield
+
+
+def _mask_of(sees: Callable[..., torch.Tensor], of: torch.Tensor) -> torch.Tensor:
+    """``[1, 1, query, key]``: 0 for the keys that a query sees, the least number for others."""
+    import torch
+
+    positions = torch.arange(of.shape[1], device=of.device)
+    seen = sees(0, 0, positions[:, None], positions[None, :])
+    return torch.where(seen, 0.0, torch.finfo(of.dtype).min).to(of.dtype)[None, None]
 
 
 def _padding_of_queries(

@@ -6,6 +6,7 @@ They learn from the model itself, as encoder-decoders of texts do
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,17 +20,19 @@ from qeff_proxy.families.encoder_decoder import (
     EncoderPart,
     decoder_of,
     decoder_parts,
+    ones_like_rows,
     operations_of_head,
     projection_of,
 )
 from qeff_proxy.families.generic import path_of
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
+from qeff_proxy.flows.equality import TOLERANCES
 from qeff_proxy.flows.flow import Job
 from qeff_proxy.flows.generation.encoder_decoder import EncoderRun, generate_from_encoder
 from qeff_proxy.flows.generation.generate import PerfMetrics
 from qeff_proxy.flows.generation.inputs import checked_ids
 from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.parts import Kind, Part, Proxy
+from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import Request
 from qeff_proxy.session.cache_buffers import Cache
 from qeff_proxy.session.torch_session import TorchSession
@@ -43,6 +46,8 @@ __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "prepr
 #: Samples that are traced, and of those that are checked and verified.
 _TRACE_SAMPLES, _CHECK_SAMPLES = 6_000, (5_120, 8_000)  # some take blocks of 80
 _VERIFY_STEPS = (64, 47)
+_MOST_SAMPLES_OF_A_BLOCK = 1_000
+_LEAST_CHANGE = 1e-3  # of the largest hidden state
 _STEPS = (5, 2, 1)  # queries of the prefill, a second chunk, a decode step
 
 
@@ -91,7 +96,9 @@ def build_proxy(
     rows, width = model.get_submodule(embedding.module).weight.shape
     states = int(width) if projection is None else projection.out_features
     attention = probe_cross_attention(decoder, int(width), states)
+    block = 1
     if _sound_name(model) == "input_values":
+        block = _block_of(encoder, model.dtype)
         checks = tuple({"samples": samples} for samples in _CHECK_SAMPLES)
         edges: dict[str, Any] = {
             "trace_sizes": {"samples": _TRACE_SAMPLES},
@@ -100,13 +107,54 @@ def build_proxy(
         sound = ctc.samples_input(model)
     else:
         sound, edges = ctc.features_input(model, encoder)
-    module = EncoderPart(encoder, decoder, attention, sound.name, sound.name, projection=projection)
+    module = EncoderPart(
+        encoder,
+        decoder,
+        attention,
+        sound.name,
+        sound.name,
+        projection=projection,
+        needs_mask=_needs_mask(encoder, sound),
+    )
     cross = attention.cross_specs("frames")
     first = Part("encoder", module, (sound,), cross, "encoder", **edges)
     parts = (first, *decoder_parts(model, attention, (embedding, lm_head), kind))
     vocabulary = int(model.get_submodule(lm_head.module).weight.shape[0])
-    settings = {"vocabulary": vocabulary, "embedding_rows": int(rows), "hidden_size": int(width)}
+    settings = {
+        "vocabulary": vocabulary,
+        "embedding_rows": int(rows),
+        "hidden_size": int(width),
+        "samples_per_block": block,
+    }
     return Proxy(kind, "speech-seq2seq", parts, settings)
+
+
+def _block_of(encoder: PreTrainedModel, dtype: torch.dtype) -> int:
+    """The encoder takes whole blocks of so many samples."""
+    some = _CHECK_SAMPLES[0]
+    for more in range(1, _MOST_SAMPLES_OF_A_BLOCK):
+        try:
+            with torch.no_grad():
+                encoder(torch.zeros(1, some + more, dtype=dtype, device=encoder.device))
+        except RuntimeError:  # torch's, of shapes that do not fit
+            continue
+        return more
+    return 1
+
+
+def _needs_mask(encoder: PreTrainedModel, sound: TensorSpec) -> bool:
+    """Whether a padding mask changes what the encoder makes of a sound that is not padded."""
+    if "attention_mask" not in inspect.signature(encoder.forward).parameters:
+        return False
+    length = _CHECK_SAMPLES[0] if len(sound.shape) == 2 else _VERIFY_STEPS[0]
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, length, *map(int, sound.shape[2:]))
+    noise = torch.randn(shape, generator=generator).to(encoder.device, encoder.dtype)
+    with torch.no_grad():
+        without = encoder(noise)[0]
+        masked = encoder(noise, attention_mask=ones_like_rows(noise))[0]
+    limit = max(_LEAST_CHANGE, TOLERANCES.get(sound.dtype, 0)) * without.abs().max()
+    return without.shape == masked.shape and bool((without - masked).abs().max() > limit)
 
 
 def _sound_name(model: PreTrainedModel) -> str:
@@ -149,8 +197,11 @@ def logits_of_model_and_parts(model: PreTrainedModel, proxy: Proxy) -> tuple[Arr
         shape = (1, length, *map(int, spec.shape[2:]))
         sound = to_tensor(generator.standard_normal(shape).astype(np.float32)).to(model.dtype)
         ids = generator.choice(allowed, (1, sum(_STEPS)))
+        given = {spec.name: sound, "decoder_input_ids": to_tensor(ids)}
+        if proxy.parts[0].module.needs_mask:
+            given["attention_mask"] = ones_like_rows(sound)
         with torch.no_grad():
-            outputs = model(**{spec.name: sound}, decoder_input_ids=to_tensor(ids), use_cache=False)
+            outputs = model(**given, use_cache=False)
         expected.append(to_array(outputs.logits.float()))
         actual.append(_logits_of_parts(proxy, to_array(sound), ids))
     return np.concatenate(expected), np.concatenate(actual)
@@ -196,7 +247,8 @@ def run_sounds(job: Job) -> dict[str, Any]:
                 "Give one for each.",
             )
     tokens, timings = [], []
-    for row, length in enumerate(lengths.tolist()):
+    block = job.export.settings.get("samples_per_block", 1)  # absent from older exports
+    for row, length in enumerate((lengths - lengths % block).tolist()):  # as the model masks it
         run = EncoderRun(job.export.parts[:1], job.sessions, job.recorder)
         run.encode({spec.name: to_array(sounds[row : row + 1, :length].float())})
         start = {} if starts is None else {"decoder_input_ids": starts[row : row + 1]}

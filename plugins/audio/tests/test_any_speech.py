@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     MoonshineConfig,
     MoonshineForConditionalGeneration,
+    MoonshineStreamingConfig,
+    MoonshineStreamingForConditionalGeneration,
     Speech2TextConfig,
     SpeechEncoderDecoderConfig,
     Wav2Vec2Config,
@@ -166,3 +168,37 @@ def test_other_decoders_give_the_tokens_and_logits_of_transformers(name, tmp_pat
     actual = np.concatenate([dump.array(*step, "lm_head.out.logits") for step in steps], axis=1)
     logits = torch.stack(wanted.logits, 1).numpy()
     assert np.abs(actual - logits).max() < 1e-4 * np.abs(logits).max()
+
+
+def test_windows_that_a_mask_switches_on(tmp_path):
+    """Moonshine's streaming encoder; it takes blocks of 80 samples, and masks one that is cut."""
+    sizes = {key: SAME[key] for key in SAME if key not in ("vocab_size", "max_position_embeddings")}
+    windows = [[8, 3], [8, 0], [5, 2], [8, 3], [8, 0]]
+    config = MoonshineStreamingConfig(
+        **SAME,
+        hidden_size=32,
+        num_key_value_heads=4,
+        decoder_start_token_id=1,
+        encoder_config={
+            **sizes,
+            "hidden_size": 32,
+            "num_key_value_heads": 4,
+            "sliding_windows": windows,
+        },
+    )
+    model = random_weights(MoonshineStreamingForConditionalGeneration(config), seed=4).eval()
+    model.save_pretrained(tmp_path)
+    proxy = QEFFAutoModelForSpeechSeq2Seq.from_pretrained(tmp_path, enable_proxy=True)
+    assert read_export(proxy.export()).cut["weights"].startswith("streamed")
+    sound = np.zeros((1, 5_360), np.float32)
+    sound[:, :5_297] = np.random.default_rng(3).standard_normal((1, 5_297))
+    mask = (np.arange(5_360) < 5_297).astype(np.int64)[None]
+    given = {"input_values": torch.from_numpy(sound), "attention_mask": torch.from_numpy(mask)}
+    settings = {"max_new_tokens": NEW, "no_repeat_ngram_size": 1}
+    with torch.no_grad():
+        wanted = model.generate(**given, **settings)[:, 1:].numpy()
+        unmasked = model.generate(given["input_values"], **settings)[:, 1:].numpy()
+    result = proxy.generate(inputs={"input_values": sound[:, :5_297]}, **settings)
+    np.testing.assert_array_equal(result.generated_ids, wanted)
+    assert len(np.unique(wanted)) > 4
+    assert not np.array_equal(unmasked, wanted)
