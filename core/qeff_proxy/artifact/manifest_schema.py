@@ -29,6 +29,8 @@ from qeff_proxy.parts import Dtype, Kind, MaskSpec, TensorSpec, is_tap
 
 MANIFEST = "export.json"
 _SCHEMA = 1
+#: Fields of an export that are no part of the document.
+NO_ADAPTER: dict[str, Any] = {"adapter": {}, "adapter_name": ""}
 _HASH = re.compile(r"[a-z0-9]+:[0-9a-f]{64}")
 #: In the order in which the manifest has them.
 _FIELDS = (
@@ -202,7 +204,7 @@ def read_manifest(folder: Path) -> Export:
     schema = value.pop("schema", None) if isinstance(value, dict) else None
     if schema != _SCHEMA:
         raise FieldError(f"it has schema {schema!r}, not {_SCHEMA}")
-    own = {"folder": str(folder), "adapter": {}, "adapter_name": ""}
+    own = {"folder": str(folder), **NO_ADAPTER}
     if others := own.keys() & value.keys():
         raise FieldError(f"the document has an unknown {min(others)!r}")
     export = read_as(Export, {**own, **value})

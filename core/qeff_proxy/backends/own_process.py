@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_proxy.arrays import Array
-from qeff_proxy.artifact.manifest_schema import Export, ExportedPart
+from qeff_proxy.artifact.manifest_schema import NO_ADAPTER, Export, ExportedPart
 from qeff_proxy.backends.backend import Backend
 from qeff_proxy.backends.registry import load_backend
 from qeff_proxy.common.json_schema import read_as
@@ -141,7 +141,7 @@ class _Server:
         # One for all parts: it may know what it learned from those before.
         self._backend = self._backend or load_backend(header["backend"])
         export = {name: one for name, one in header["export"].items() if name != "schema"}
-        read = read_as(Export, export)
+        read = read_as(Export, {**NO_ADAPTER, **export})
         options = {**header["options"], "seq_len": _tuple(header["options"]["seq_len"])}
         self._sessions[key] = self._backend.open_once(
             read, read.parts[0], CompileOptions(**options), Path(header["folder"])

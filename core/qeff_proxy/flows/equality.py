@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qeff_proxy.arrays import Array, dtype_name
-from qeff_proxy.errors import CutError
+from qeff_proxy.errors import CutError, UsageError
 from qeff_proxy.flows.flow import CutReport
 from qeff_proxy.sites import Absent, Site
 
@@ -33,7 +33,10 @@ def parts_must_run(model: PreTrainedModel, sites: Mapping[str, Site | Absent]) -
     """Turn an exception of a part into a `CutError` that names model and sites."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (
+        *(RuntimeError, TypeError, ValueError, LookupError, AttributeError),
+        UsageError,  # what a part gave does not fit the next
+    ) as error:
         raise CutError(
             f"the parts of {type(model).__name__} cannot be run ({_where(sites)}): "
             f"{type(error).__name__}: {error}",
