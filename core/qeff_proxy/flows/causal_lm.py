@@ -84,7 +84,8 @@ def verify_causal_cut(
     steps = _STEPS if engine.longest_step is None else _SINGLE_STEPS
     padding = np.ones_like(ids)
     padding[1, :_PADDING] = 0
-    with shrunk_windows(model, _WINDOW, _ROTARY_LIMIT):
+    masked = any(mask.size is not None for part in proxy.parts for mask in part.masks)
+    with shrunk_windows(model, _WINDOW, _ROTARY_LIMIT, masked=masked):
         try:
             expected = _model_logits(model, ids, padding, steps, grows=engine.keeps_positions)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -203,14 +204,14 @@ def with_shrunk_masks(parts: Sequence[Part], size: int) -> list[Part]:
 
 @contextmanager
 def shrunk_windows(
-    model: PreTrainedModel, size: int, rotary_limit: int | None = None
+    model: PreTrainedModel, size: int, rotary_limit: int | None = None, *, masked: bool = True
 ) -> Iterator[None]:
     """Shrink the sliding windows and chunks in the model's configs to ``size``.
 
     Real windows are thousands of tokens long: on a short text, a cut that confused sliding and full
-    attention would pass. Those that reach over all positions of the model hide nothing, and stay.
-    The same holds for the position where rotary factors change: it becomes ``rotary_limit``, where
-    that is given.
+    attention would pass. The same holds for the position where rotary factors change: it becomes
+    ``rotary_limit``, where that is given. Unless a mask of the parts has a window (``masked``),
+    those that reach over all positions of the model hide nothing, and stay.
     """
     with ExitStack() as undo:
 
@@ -223,7 +224,7 @@ def shrunk_windows(
             positions = getattr(config, "max_position_embeddings", None) or math.inf
             for attribute in ("sliding_window", "attention_chunk_size"):
                 value = getattr(config, attribute, None)
-                if isinstance(value, int) and size < value < positions:
+                if isinstance(value, int) and size < value < (math.inf if masked else positions):
                     put(config, attribute, size)
             for rope, limit in rotary_limits(config):
                 if rotary_limit is None or limit <= rotary_limit:
