@@ -166,7 +166,7 @@ def test_cross_keys_of_another_layer_do_not_pass(whisper):
         "lm_head": hooks.locate_lm_head(whisper, whisper.config),
     }
     proxy = hooks.build_proxy(whisper, sites["embedding"], sites["lm_head"], "split")
-    cross = proxy.part("encoder").module.cross
+    cross = proxy.part("encoder").module.cross.layers
     cross[0].keys, cross[1].keys = cross[1].keys, cross[0].keys
     with pytest.raises(CutError, match="proj_out"):
         SpeechFlow().verify(whisper, proxy, sites)
