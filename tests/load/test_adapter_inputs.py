@@ -211,6 +211,41 @@ def test_the_face_switches_without_another_export(bases: dict[str, Path], tmp_pa
     assert plain.tolist() == expected(eager(base))[0]
     with pytest.raises(CheckpointError, match=r"q_proj.lora_A.weight in .*wide.* the export has r"):
         face.load_adapter(wide, "wide")
+    several = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6}
+    found = face.generate(tokenizer, prompts, prompt_to_adapter_mapping=names, **several)
+    rows = []
+    for prompt, name in zip(prompts, names, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        made = models[name].generate(ids, do_sample=False, pad_token_id=0, **several)
+        rows += made[:, ids.shape[1] :].tolist()
+    assert found.generated_ids.tolist() == rows
+    with pytest.raises(UsageError, match="an adapter runs alone, and adapters= names more"):
+        QEffAutoPeftModelForCausalLM.from_pretrained(
+            one, adapters={two: 0.5}, adapter_as_input=True
+        )
+
+
+def test_names_are_those_of_the_adapters_that_an_export_was_made_with(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, hooks = bases["llama"], Plugins.discover().hooks_for("llama")
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    first, second = (
+        make_adapter(base, tmp_path / run / "style", seed, target_modules=["q_proj"], r=2)
+        for seed, run in enumerate(("run1", "run2"))
+    )
+
+    def exported(*adapters: Path) -> Any:
+        loaded = load_model(str(base), adapters=adapters, adapter_as_input=True)
+        return export_model(loaded, hooks)
+
+    one, other = exported(first), exported(second)
+    assert one.folder != other.folder
+    assert with_adapter(other, ["style"]).adapter_name == str(second)
+    assert with_adapter(one, ["style"]).adapter_name == str(first)
+    with pytest.raises(UsageError, match=r"style is the name of .*run1.* and of .*run2"):
+        with_adapter(exported(first, second), ["style"])
 
 
 def test_what_cannot_be_an_input_is_named(

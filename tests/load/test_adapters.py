@@ -182,12 +182,34 @@ def test_each_prompt_has_its_adapter(bases: dict[str, Path], tmp_path: Path) -> 
     assert (options.prefill_seq_len, options.ctx_len) == (4, 24)
     batch = tokenizer(prompts[0], return_tensors="pt")
     assert face.generate(**batch, max_new_tokens=9).generated_ids.tolist() == rows[:1]
+    face.set_adapter("one")
+    with pytest.raises(UsageError, match="'one' is active"):
+        face.load_adapter(two, "one")
+    with pytest.raises(UsageError, match="'base' is the name of the base model"):
+        face.load_adapter(two, "base")
+    with pytest.raises(UsageError, match="4 prompts and 1 names"):
+        face.generate(tokenizer, prompts, prompt_to_adapter_mapping="one")
+    with pytest.raises(UsageError, match="holds no adapter"):
+        QEffAutoPeftModelForCausalLM.from_pretrained(base, "one", adapters=[one])
     with pytest.raises(UsageError, match="4 prompts and 3 names"):
         face.generate(tokenizer, prompts, prompt_to_adapter_mapping=names[1:])
     with pytest.raises(UsageError, match=r"no adapter is named 'three'\. Known: one, two"):
         face.generate(tokenizer, ["a"], prompt_to_adapter_mapping=["three"])
     with pytest.raises(UsageError, match="a dump is of one adapter"):
         face.generate(tokenizer, prompts, prompt_to_adapter_mapping=names, write_io=True)
+
+
+def test_a_name_stands_for_all_that_was_merged_under_it(
+    bases: dict[str, Path], adapter: Path, tmp_path: Path
+) -> None:
+    base = bases["llama"]
+    other = make_adapter(base, tmp_path / "other", 7, target_modules=["q_proj"], r=4)
+    face = QEffAutoPeftModelForCausalLM.from_pretrained(adapter, "both", adapters={other: 0.5})
+    before = {name: one.clone() for name, one in face.model.state_dict().items()}
+    face.load_adapter(other, "other")
+    face.set_adapter("other")
+    face.set_adapter("both")
+    assert all(torch.equal(one, before[name]) for name, one in face.model.state_dict().items())
 
 
 def test_an_adapter_of_the_head_has_a_weight(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from qeff_proxy.auto.causal_lm import QEFFAutoModelForCausalLM
 from qeff_proxy.backends.compile_export import compile_export
 from qeff_proxy.common import arguments
 from qeff_proxy.errors import UsageError
-from qeff_proxy.load.adapter_files import CONFIG
+from qeff_proxy.load.adapter_files import CONFIG, parse_adapters
 from qeff_proxy.load.adapter_inputs import with_adapter
 from qeff_proxy.load.load_model import load_model
 from qeff_proxy.request import Request
@@ -35,7 +36,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
     """
 
     how = QEFFAutoModelForCausalLM.how | {_MAPPING}
-    _adapters: dict[str, str]
+    _adapters: dict[str, list[str]]
     _active: str
 
     @classmethod
@@ -60,14 +61,23 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             UsageError: The folder holds no adapter.
         """
         arguments.flag("finite_adapters", finite_adapters)
+        _check_name(adapter_name)
+        more = [
+            f"{path}@{weight!r}" for path, weight in parse_adapters(options.get("adapters", ()))
+        ]
+        if more and options.get("adapter_as_input"):
+            raise UsageError(
+                "as an input an adapter runs alone, and adapters= names more",
+                "Name them with load_adapter.",
+            )
         face = super().from_pretrained(pretrained_model_name_or_path, **options)
         loaded = face._loaded  # noqa: SLF001 (an instance of this class)
-        if not (loaded.adapters or loaded.notes.get("adapters")):
+        if len(loaded.adapters or loaded.notes.get("adapters", ())) <= len(more):
             raise UsageError(
                 f"{pretrained_model_name_or_path} holds no adapter ({CONFIG})",
                 "Name an adapter's folder, or use QEFFAutoModelForCausalLM.",
             )
-        face._adapters = {adapter_name: str(pretrained_model_name_or_path)}  # noqa: SLF001
+        face._adapters = {adapter_name: [str(pretrained_model_name_or_path), *more]}  # noqa: SLF001
         face._active = adapter_name  # noqa: SLF001
         return face
 
@@ -85,13 +95,17 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
 
         Raises:
             CheckpointError: It cannot be an input of this model, or of the export that was made.
+            UsageError: The name is that of the active adapter, or of the base model.
         """
         arguments.path("the adapter's folder or hub id", model_id)
+        _check_name(adapter_name)
+        if adapter_name == self._active:
+            raise UsageError(f"the adapter {adapter_name!r} is active", "Choose another name.")
         if self._export is not None and self._loaded.adapters:
             with_adapter(self._export, [model_id])
         elif self._loaded.adapters:
-            self._reload([*self._adapters.values(), str(model_id)])
-        self._adapters[adapter_name] = str(model_id)
+            self._reload([*itertools.chain(*self._adapters.values()), str(model_id)])
+        self._adapters[adapter_name] = [str(model_id)]
 
     def unload_adapter(self, adapter_name: str) -> bool:
         """Forget an adapter that is not merged; whether there was one of that name.
@@ -120,8 +134,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             return
         if not self._loaded.adapters:
             compiled = self._compiled
-            named = self._adapters.get(adapter_name)
-            self._reload([] if named is None else [named])
+            self._reload(self._adapters.get(adapter_name, []))
             if compiled is not None:
                 self.export()
                 assert self._export is not None  # noqa: S101 (export sets it)
@@ -158,8 +171,8 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             if self._compiled is None:
                 self.compile()
             assert self._compiled is not None  # noqa: S101 (compile sets it)
-            named = self._adapters.get(self._active)
-            export = with_adapter(self._compiled.export, [] if named is None else [named])
+            named = self._adapters.get(self._active, [])
+            export = with_adapter(self._compiled.export, named)
             self._compiled = replace(self._compiled, export=export)
         return super().run_request(*request, **how)
 
@@ -181,6 +194,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         names = run.pop(_MAPPING, None)
         if names is None:
             return self._run_active(request, processor, settings, run=run, **dump)
+        names = arguments.texts(_MAPPING, names)
         if len(names) != len(request.prompts):
             raise UsageError(
                 f"there are {len(request.prompts)} prompts and {len(names)} names in {_MAPPING}",
@@ -205,10 +219,17 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         return _in_order(names, results, processor)
 
 
+def _check_name(name: str) -> None:
+    if name == _BASE:
+        raise UsageError(f"{_BASE!r} is the name of the base model", "Name the adapter otherwise.")
+
+
 def _in_order(names: list[str], results: Mapping[str, RunResult], processor: Any) -> RunResult:
     """The results of several adapters as one, with the prompts in their order."""
     ids = {name: iter(result.outputs["generated_ids"]) for name, result in results.items()}
-    rows = [next(ids[name]) for name in names]
+    name, first = next(iter(results.items()))
+    each = range(len(first.outputs["generated_ids"]) // names.count(name))  # of a prompt
+    rows = [next(ids[name]) for name in names for _ in each]
     longest = max(map(len, rows))
     ends = (getattr(processor, f"{name}_token_id", None) for name in ("pad", "eos"))
     pad = next((each for each in ends if each is not None), 0)
@@ -222,7 +243,6 @@ def _in_order(names: list[str], results: Mapping[str, RunResult], processor: Any
         total_perf=sum(each.total_perf * each.total_time for each in several) / total,
         total_time=total,
     )
-    decoded = None if processor is None else [next(texts[name]) for name in names]
+    decoded = None if processor is None else [next(texts[name]) for name in names for _ in each]
     outputs = {"generated_ids": np.stack(padded), "perf_metrics": metrics}
-    first = next(iter(results.values()))
     return replace(first, outputs=outputs, decoded=decoded)

@@ -18,7 +18,7 @@ from qeff_proxy.artifact.export_folder import export_folder
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.common.code_digest import code_digest
 from qeff_proxy.load.adapter_files import Adapters, find_model
-from qeff_proxy.load.adapter_inputs import NOTED, as_inputs
+from qeff_proxy.load.adapter_inputs import NOTED, as_inputs, made_with
 from qeff_proxy.load.checkpoint_files import check_weights, identity_as, read_config_file
 from qeff_proxy.load.load_model import identity_with
 from qeff_proxy.parts import Kind
@@ -132,11 +132,12 @@ def find_known_export(
         return None
     # As `qeff_proxy.load.transformers_model.class_named` says of a model that transformers knows.
     # An export by this name can only be of such a one.
-    shapes = None
+    inputs = None
     if adapter_as_input:
-        shapes, merged = as_inputs(merged, f"{source} ({folder})"), ()
+        inputs = [as_inputs(merged, f"{source} ({folder})"), made_with(merged)]
+        merged = ()
     places = [(adapter.folder, adapter.weight) for adapter in merged]
-    own = identity_with(identity_as(folder, str(architectures[0]), places), {NOTED: shapes})
+    own = identity_with(identity_as(folder, str(architectures[0]), places), {NOTED: inputs})
     identity = identity_with(own, options)
     owner = Plugins.discover().origin(str(config.get("model_type")))
     key = export_key(_Checkpoint(identity, dtype), owner, kind, opset, (), weights)

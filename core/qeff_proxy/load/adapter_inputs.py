@@ -77,6 +77,11 @@ def as_inputs(adapters: Sequence[Adapter], name: str) -> Shapes:
     return shapes_of(adapters)
 
 
+def made_with(adapters: Iterable[Adapter]) -> list[str]:
+    """Where the adapters lie that an export is made with: what it knows them by."""
+    return [str(adapter.folder.resolve()) for adapter in adapters]
+
+
 def shapes_in(export: Export) -> Shapes:
     """The same, of an export that takes adapters; empty for others."""
     first, second = ADAPTER
@@ -95,7 +100,7 @@ def with_adapter(export: Export, adapters: Adapters) -> Export:
 
     Raises:
         CheckpointError: It cannot be found, or does not fit.
-        UsageError: The export takes none, or there are several.
+        UsageError: The export takes none, there are several, or several have that name.
     """
     given = parse_adapters(adapters)
     shapes = shapes_in(export)
@@ -110,13 +115,16 @@ def with_adapter(export: Export, adapters: Adapters) -> Export:
     if not given:
         return replace(export, adapter={}, adapter_name="")
     path, weight = given[0]
-    known = {Path(str(one)).name: str(one) for one in export.cut.get(NOTED, ())}
-    if path in known and not folder_named(path).is_dir():
-        path = known[path]
+    known = [str(one) for one in export.cut.get(NOTED, ())]
+    named = [one for one in known if Path(one).name == path]
+    if named and not folder_named(path).is_dir():
+        if len(named) > 1:
+            raise UsageError(f"{path} is the name of {' and of '.join(named)}", "Name its path.")
+        path = named[0]
     try:
         folder = find_checkpoint(path, allow_pickle=False, trust_remote_code=False)
     except CheckpointError as error:
-        names = ", ".join(sorted(known)) or "none"
+        names = ", ".join(sorted({Path(one).name for one in known})) or "none"
         raise CheckpointError(
             f"no adapter is named {path}: {error.problem}",
             f"Give a folder or hub id; the export was made with: {names}.",

@@ -19,7 +19,7 @@ from qeff_proxy.common.private_names import attention_of, model_classes
 from qeff_proxy.common.quiet import without_warnings
 from qeff_proxy.errors import CheckpointError, UnsupportedModelError, UsageError
 from qeff_proxy.load.adapter_files import Adapter, Adapters, find_model
-from qeff_proxy.load.adapter_inputs import NOTED, Shapes, as_inputs
+from qeff_proxy.load.adapter_inputs import NOTED, Shapes, as_inputs, made_with
 from qeff_proxy.load.checkpoint_files import (
     check_identity,
     check_weights,
@@ -205,13 +205,13 @@ def load_model(
         return sample_model(folder, held, read, choose)
 
     model_type = str(config_file.get("model_type"))
-    notes: dict[str, Any] = {NOTED: [str(one.folder) for one in inputs]} if inputs else {}
+    notes: dict[str, Any] = {NOTED: made_with(inputs)} if inputs else {}
     if places:
         notes["adapters"] = [{"path": str(path), "weight": weight} for path, weight in places]
     return LoadedModel(
         source,
         folder,
-        identity_with(identity, {NOTED: shapes or None}),
+        identity_with(identity, {NOTED: [shapes, made_with(inputs)] if shapes else None}),
         model_type,
         dtype,
         read,

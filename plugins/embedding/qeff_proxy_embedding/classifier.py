@@ -101,6 +101,7 @@ def build_proxy(model: PreTrainedModel, embedding: Site | Absent, kind: Kind) ->
         "max_length": probe.positions,
         "positions": probe.positions,
         "pads": probe.pads,
+        "padding": probe.padding if kind == "split" else None,
         "hidden_size": width,
         "embedding_rows": int(table.weight.shape[0]),
         # transformers takes the scores of the last token that is none of these.

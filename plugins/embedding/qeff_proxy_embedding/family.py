@@ -135,6 +135,7 @@ class EmbeddingFamily:
             "request_options": {"prompt": own.prompt, "lower_case": own.lower_case},
             "positions": probe.positions,
             "pads": probe.pads,
+            "padding": probe.padding if kind == "split" else None,
             "hidden_size": probe.width,
             "embedding_rows": int(table.weight.shape[0]),
         }

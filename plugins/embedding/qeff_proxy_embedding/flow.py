@@ -122,6 +122,7 @@ class EncoderFlow:
         limit = min(job.export.settings["max_length"] or 2**31, max(lengths or (2**31,)))
         _check_lengths(rows, limit)
         _check_ids(rows, job.export.settings.get("embedding_rows"))
+        _check_counted(rows, job.export.settings.get("padding"))
         results: list[Any] = [None] * len(rows)
         done = 0
         tell = job.settings.get("progress") or (lambda _done, _all: None)
@@ -271,6 +272,16 @@ def _check_ids(rows: Sequence[Row], table: int | None) -> None:
                 f"Its token ids go from 0 to {(table or 0) - 1}. Use its own tokenizer; if that "
                 "has added tokens, resize the model's embedding (resize_token_embeddings).",
             )
+
+
+def _check_counted(rows: Sequence[Row], padding: int | None) -> None:
+    """Refuse a padding token among the tokens, which the body would give a position of its own."""
+    if padding is not None and any(padding in row.ids for row in rows):
+        raise UsageError(
+            f"token {padding} is padding to this model, and attention_mask counts it as a token",
+            "Give an attention_mask with 0 for padding, or export without a proxy "
+            "(--proxy none): cut off from its embedding, the model cannot number it as it does.",
+        )
 
 
 def _check_positions(length: int, positions: int | None) -> None:

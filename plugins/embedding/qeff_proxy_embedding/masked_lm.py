@@ -95,6 +95,7 @@ def build_proxy(
         "max_length": probe.positions,
         "positions": probe.positions,
         "pads": probe.pads,
+        "padding": probe.padding if kind == "split" else None,
         "hidden_size": probe.width,
         "embedding_rows": int(table.weight.shape[0]),
     }

@@ -13,6 +13,7 @@ import torch
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.families.given_embeddings import takes_embeddings
 from qeff_proxy.families.model_masks import record_masks
 from qeff_proxy.flows.equality import TOLERANCES
 from qeff_proxy.parts import MaskKind, MaskSpec
@@ -35,12 +36,15 @@ class Probe:
         positions: The most tokens of a text; ``None`` where nothing limits them.
         pads: Whether a text gives the same alone and with padding on its right. A Fourier
             transform or a convolution over the sequence sees the padding.
+        padding: The padding token, where the model numbers it otherwise than other tokens: run on
+            embeddings, it cannot know of it.
     """
 
     masks: tuple[MaskSpec, ...]
     width: int
     positions: int | None
     pads: bool
+    padding: int | None = None
 
 
 def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -73,6 +77,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
             with _positions_limited(encoder, ids.shape[1], limits):
                 alone = encoder(input_ids=ids)[0]
             longer = encoder(input_ids=padded, **known)[0]
+            inner, embedded = _with_padding_inside(encoder, ids, pad)
     except Exception as error:  # whatever a model's code raises on inputs it is not made for
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be run on token ids alone: {type(error).__name__}: "
@@ -84,6 +89,9 @@ def probe_model(model: PreTrainedModel) -> Probe:
             f"{type(model).__name__} gives {list(alone.shape)} for {ids.shape[1]} tokens",
             "Only models that give a hidden state for each token are embedding models.",
         )
+    numbered = (
+        pad if (inner - embedded).abs().max() > _LEAST_TOLERANCE * inner.abs().max() else None
+    )
     tolerance = max(_LEAST_TOLERANCE, TOLERANCES.get(dtype_name(model.dtype), 0))
     apart = (longer[:, : ids.shape[1]] - alone).abs().max()
     positions = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
@@ -91,7 +99,19 @@ def probe_model(model: PreTrainedModel) -> Probe:
         positions = min(limits, default=None)
     # Written so that a NaN is a difference.
     pads = bool(apart <= tolerance * alone.abs().max())
-    return Probe(tuple(masks.values()), int(alone.shape[-1]), positions, pads)
+    return Probe(tuple(masks.values()), int(alone.shape[-1]), positions, pads, numbered)
+
+
+def _with_padding_inside(
+    encoder: PreTrainedModel, ids: torch.Tensor, pad: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states of ids with a padding token among them, and of their embeddings."""
+    if pad is None or not takes_embeddings(encoder):
+        return ids, ids
+    ids = ids.clone()
+    ids[:, 1] = pad
+    embeddings = encoder.get_input_embeddings()(ids)
+    return encoder(input_ids=ids)[0], encoder(inputs_embeds=embeddings)[0]
 
 
 @contextmanager

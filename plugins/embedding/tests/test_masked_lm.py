@@ -12,7 +12,7 @@ from qeff_proxy import QEFFAutoModel, QEFFAutoModelForMaskedLM
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.cli import main
 from qeff_proxy.dump import read_dump
-from qeff_proxy.errors import UnsupportedModelError
+from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.load.load_model import flow_of, load_model
 from qeff_proxy.testing import random_weights
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -162,6 +162,23 @@ def test_its_encoder_is_still_an_embedding_model(tmp_path):
     with torch.no_grad():
         expected = model.bert(**tokenizer()("w5 w6", return_tensors="pt"))[0][:, 0].numpy()
     assert np.abs(found.embeddings - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_padding_that_the_mask_counts_is_refused_where_a_model_numbers_it_otherwise(tmp_path):
+    """RoBERTa's positions follow from the token ids, which a body does not get."""
+    config = RobertaConfig(**{**SIZES, "pad_token_id": 1})
+    model = saved(RobertaForMaskedLM(config), tmp_path)
+    ids = {"input_ids": torch.tensor([[2, 9, 8, 1, 1]])}
+    seen = {**ids, "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
+    split = QEFFAutoModelForMaskedLM.from_pretrained(tmp_path, proxy="split")
+    with pytest.raises(UsageError, match="token 1 is padding to this model"):
+        split.generate(ids)
+    whole = QEFFAutoModelForMaskedLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        padded, alone = model(**ids).logits[0].numpy(), model(ids["input_ids"][:, :3]).logits[0]
+    for proxy, given, wanted in ((whole, ids, padded), (split, seen, alone.numpy())):
+        (logits,) = proxy.generate(given).logits
+        assert np.abs(logits - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
 def test_what_padding_changes_runs_alone(tmp_path):
