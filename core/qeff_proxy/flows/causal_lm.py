@@ -223,7 +223,13 @@ def shrunk_windows(
         for config in configs.values():
             positions = getattr(config, "max_position_embeddings", None) or math.inf
             for attribute in ("sliding_window", "attention_chunk_size"):
-                value = getattr(config, attribute, None)
+                try:
+                    value = getattr(config, attribute, None)
+                except RuntimeError as error:  # transformers', of a config with layers of its own
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__} has a {attribute} of its own for some layers",
+                        "A plugin for this model type can make the masks of each layer.",
+                    ) from error
                 if isinstance(value, int) and size < value < (math.inf if masked else positions):
                     put(config, attribute, size)
             for rope, limit in rotary_limits(config):
