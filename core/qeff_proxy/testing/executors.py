@@ -203,7 +203,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float = _LONG) -> None:
 def _check_ended(folder: Path, *names: str) -> None:
     """The processes whose numbers are in these files have ended, or end now."""
     processes = [int((folder / name).read_text()) for name in names]
-    _wait_for(lambda: not any(map(_is_running, processes)), 15)
+    _wait_for(lambda: not any(map(_is_running, processes)), 45)
 
 
 def _is_running(process: int) -> bool:
