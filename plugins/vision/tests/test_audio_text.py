@@ -246,7 +246,7 @@ def test_times_begin_anew_only_with_a_sound_of_its_own():
     ids = sample["input_ids"].clone()  # the text between two sounds goes before them
     ids[1] = torch.cat([ids[1][gap : gap + 3], ids[1][:gap], ids[1][gap + 3 :]])
     together = replace(made.proxy, sample=lambda: {**sample, "input_ids": ids})
-    with pytest.raises(UsageError, match="1 run of sound tokens, and there are 2 windows"):
+    with pytest.raises(CutError, match="1 run of sound tokens, and there are 2 windows"):
         load_flow(FLOW).verify(model, together, made.sites)
 
 
