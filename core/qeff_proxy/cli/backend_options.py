@@ -88,8 +88,6 @@ def compile_options_of(
     args: argparse.Namespace, backend_options: Sequence[str] = ()
 ) -> CompileOptions:
     """Shapes, cores and the options of one backend, ``NAME=VALUE`` each."""
-    from qeff_proxy.compile_options import CompileOptions
-
     return CompileOptions(
         batch_size=args.batch_size,
         prefill_seq_len=args.prefill_seq_len,

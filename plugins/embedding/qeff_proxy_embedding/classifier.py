@@ -98,10 +98,7 @@ def build_proxy(model: PreTrainedModel, embedding: Site | Absent, kind: Kind) ->
         one = ClassifierPart(whole, probe.masks, ids.name, shape)
         parts = (Part("model", one, one.inputs(ids), (one.output(0),), "model", probe.masks),)
     settings = {
-        "max_length": probe.positions,
-        "positions": probe.positions,
-        "pads": probe.pads,
-        "padding": probe.padding if kind == "split" else None,
+        **probe.settings(kind),
         "hidden_size": width,
         "embedding_rows": int(table.weight.shape[0]),
         # transformers takes the scores of the last token that is none of these.

@@ -131,11 +131,9 @@ class EmbeddingFamily:
         limits = filter(None, (probe.positions, own.max_length))
         settings = {
             **pooling.to_json(),
+            **probe.settings(kind),
             "max_length": options.get("max_length") or min(limits, default=None),
             "request_options": {"prompt": own.prompt, "lower_case": own.lower_case},
-            "positions": probe.positions,
-            "pads": probe.pads,
-            "padding": probe.padding if kind == "split" else None,
             "hidden_size": probe.width,
             "embedding_rows": int(table.weight.shape[0]),
         }

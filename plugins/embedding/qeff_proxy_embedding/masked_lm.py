@@ -92,10 +92,7 @@ def build_proxy(
         one = ClassifierPart(whole, probe.masks, ids.name, (*rows, vocabulary))
         parts = (Part("model", one, one.inputs(ids), (one.output(0),), "model", probe.masks),)
     settings = {
-        "max_length": probe.positions,
-        "positions": probe.positions,
-        "pads": probe.pads,
-        "padding": probe.padding if kind == "split" else None,
+        **probe.settings(kind),
         "hidden_size": probe.width,
         "embedding_rows": int(table.weight.shape[0]),
     }

@@ -16,7 +16,7 @@ from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.given_embeddings import takes_embeddings
 from qeff_proxy.families.model_masks import record_masks
 from qeff_proxy.flows.equality import TOLERANCES
-from qeff_proxy.parts import MaskKind, MaskSpec
+from qeff_proxy.parts import Kind, MaskKind, MaskSpec
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,6 +45,15 @@ class Probe:
     positions: int | None
     pads: bool
     padding: int | None = None
+
+    def settings(self, kind: Kind) -> dict[str, Any]:
+        """What a flow has to know of it, of a proxy of this kind."""
+        return {
+            "max_length": self.positions,
+            "positions": self.positions,
+            "pads": self.pads,
+            "padding": self.padding if kind == "split" else None,
+        }
 
 
 def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -77,7 +86,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
             with _positions_limited(encoder, ids.shape[1], limits):
                 alone = encoder(input_ids=ids)[0]
             longer = encoder(input_ids=padded, **known)[0]
-            inner, embedded = _with_padding_inside(encoder, ids, pad)
+            padding_token = _numbered_padding(encoder, ids, pad)
     except Exception as error:  # whatever a model's code raises on inputs it is not made for
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be run on token ids alone: {type(error).__name__}: "
@@ -89,9 +98,6 @@ def probe_model(model: PreTrainedModel) -> Probe:
             f"{type(model).__name__} gives {list(alone.shape)} for {ids.shape[1]} tokens",
             "Only models that give a hidden state for each token are embedding models.",
         )
-    numbered = (
-        pad if (inner - embedded).abs().max() > _LEAST_TOLERANCE * inner.abs().max() else None
-    )
     tolerance = max(_LEAST_TOLERANCE, TOLERANCES.get(dtype_name(model.dtype), 0))
     apart = (longer[:, : ids.shape[1]] - alone).abs().max()
     positions = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
@@ -99,19 +105,19 @@ def probe_model(model: PreTrainedModel) -> Probe:
         positions = min(limits, default=None)
     # Written so that a NaN is a difference.
     pads = bool(apart <= tolerance * alone.abs().max())
-    return Probe(tuple(masks.values()), int(alone.shape[-1]), positions, pads, numbered)
+    return Probe(tuple(masks.values()), int(alone.shape[-1]), positions, pads, padding_token)
 
 
-def _with_padding_inside(
-    encoder: PreTrainedModel, ids: torch.Tensor, pad: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden states of ids with a padding token among them, and of their embeddings."""
+def _numbered_padding(encoder: PreTrainedModel, ids: torch.Tensor, pad: int | None) -> int | None:
+    """The padding token, if ids that have it give other hidden states than their embeddings."""
     if pad is None or not takes_embeddings(encoder):
-        return ids, ids
+        return None
     ids = ids.clone()
     ids[:, 1] = pad
-    embeddings = encoder.get_input_embeddings()(ids)
-    return encoder(input_ids=ids)[0], encoder(inputs_embeds=embeddings)[0]
+    inner = encoder(input_ids=ids)[0]
+    embedded = encoder(inputs_embeds=encoder.get_input_embeddings()(ids))[0]
+    differ = (inner - embedded).abs().max() > _LEAST_TOLERANCE * inner.abs().max()
+    return pad if differ else None
 
 
 @contextmanager
