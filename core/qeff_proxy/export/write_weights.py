@@ -12,8 +12,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ import torch
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.artifact.hashes import name_digest, new_digest
 from qeff_proxy.common.direct_io import PIECE, FileReader, FileWriter
+from qeff_proxy.common.threads import limit_threads
 from qeff_proxy.errors import ArtifactError, CheckpointError
 from qeff_proxy.load.mapped_memory import give_back
 from qeff_proxy.load.quantized.arithmetic import Buffers
@@ -105,7 +106,7 @@ def save_weights(
     digest = None
     if stored:
         places, header = _layout(stored)
-        with _one_thread():
+        with limit_threads():
             digest = _write_file(path, header, places, stored, sources)
         linked.update({name: StoredWeight(path, name, place) for name, place in places.items()})
     return SavedWeights({name: linked[alias] for name, alias in aliases.items()}, digest)
@@ -303,7 +304,7 @@ def check_and_hash(
     sources = sources or WeightSources()
     sink = _Sink()
     spans = sorted((place.offset, name) for name, place in places.items())
-    with _one_thread(), FileReader(path) as reader:
+    with limit_threads(), FileReader(path) as reader:
         position = 0
         for offset, name in spans:
             if offset < position:  # a tied weight, checked already
@@ -317,17 +318,6 @@ def check_and_hash(
         for piece in reader.pieces(position, reader.size):
             sink.put(piece)
     return sink.finish()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let PyTorch sum small pieces in one thread: waiting for others would take longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _has_nan(piece: torch.Tensor) -> bool:

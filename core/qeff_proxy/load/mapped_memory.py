@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from qeff_proxy.artifact.export_folder import cache_home
+from qeff_proxy.common.threads import limit_threads
 from qeff_proxy.load.quantized.arithmetic import Buffers
 from qeff_proxy.load.weight_sources import map_file
 
@@ -58,11 +59,12 @@ class Scratch:
         """
         unit = mmap.ALLOCATIONGRANULARITY
         begin = self._file.seek(-(-self._file.tell() // unit) * unit)
-        for block in blocks:
-            flat = block.detach().reshape(-1)
-            for start in range(0, len(flat), _ELEMENTS):
-                piece = self._buffers.convert(flat[start : start + _ELEMENTS], dtype)
-                self._file.write(piece.contiguous().view(torch.uint8).numpy().data)
+        with limit_threads():
+            for block in blocks:
+                flat = block.detach().reshape(-1)
+                for start in range(0, len(flat), _ELEMENTS):
+                    piece = self._buffers.convert(flat[start : start + _ELEMENTS], dtype)
+                    self._file.write(piece.contiguous().view(torch.uint8).numpy().data)
         self._file.flush()
         return map_file(self._file.fileno(), begin, shape, dtype)
 

@@ -20,6 +20,7 @@ from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.backends.compile_export import Compiled, open_sessions
 from qeff_proxy.common.private_names import attention_of
 from qeff_proxy.common.quiet import quiet_loading
+from qeff_proxy.common.threads import limit_threads
 from qeff_proxy.flows.flow import Flow, Job, TimedFlow, load_flow
 from qeff_proxy.load.load_model import load_config
 from qeff_proxy.session.session import Session
@@ -169,7 +170,7 @@ def _run_uncut(
 ) -> object:
     """Run the uncut model on the same tensors as the parts."""
     job = _again(run, job)
-    with _threads(threads), torch.no_grad():
+    with limit_threads(threads), torch.no_grad():
         if isinstance(flow, TimedFlow):
             return flow.run_model(model, job)
         tensors = {
@@ -177,20 +178,6 @@ def _run_uncut(
             for name, value in job.tensors.items()
         }
         return model.generate(**tensors, **job.settings)
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Limit PyTorch to as many threads as the backends; ``None`` sets no limit."""
-    if number is None:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
