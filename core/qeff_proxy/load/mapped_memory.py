@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -29,7 +29,7 @@ from qeff_proxy.load.quantized.arithmetic import Buffers
 from qeff_proxy.load.weight_sources import map_file
 
 #: Bytes of weights; those of a smaller model stay in memory, which is faster.
-LARGE = 1 << 29
+LARGE = 1 << 28
 _INTERVAL = 0.01  # seconds between two times that pages of a runtime are given back
 _LEAST = 1 << 20  # bytes of a tensor whose pages are given back
 _ELEMENTS = 1 << 18  # converted at a time
@@ -85,16 +85,23 @@ def few_pages(*modules: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
     with ExitStack() as stack:
         for module, own in owned:
             if own:
-                handle = module.register_forward_hook(partial(_after_use, own), always_call=True)
+                handle = module.register_forward_hook(PageHook(own), always_call=True)
                 stack.callback(handle.remove)
         yield give_back
         for weight in weights:
             give_back(weight)
 
 
-def _after_use(weights: tuple[torch.Tensor, ...], *_: Any) -> None:
-    for weight in weights:
-        give_back(weight)
+@dataclass(frozen=True)
+class PageHook:
+    """A hook of a module that gives pages back, and neither reads nor changes what it computes."""
+
+    weights: tuple[torch.Tensor, ...]
+
+    def __call__(self, *_: Any) -> None:
+        """Give the pages of the weights back."""
+        for weight in self.weights:
+            give_back(weight)
 
 
 def give_back(tensor: torch.Tensor) -> None:
@@ -107,23 +114,29 @@ def give_back(tensor: torch.Tensor) -> None:
 
 @contextmanager
 def few_pages_of(folder: Path) -> Iterator[None]:
-    """Give pages of the files in a folder back, again and again, while a runtime maps them.
+    """Give pages of the files in a folder back, again and again, while a runtime uses them.
 
-    For a runtime that keeps the pages of all weights that it read. Files of less than `LARGE` bytes
-    are left alone.
+    For a runtime that has mapped them, and keeps the pages of all weights that it read. Files of
+    less than `LARGE` bytes are left alone.
     """
     sizes = {str(one.resolve()): one.stat().st_size for one in folder.glob("*.safetensors")}
     if sys.platform != "linux" or sum(sizes.values()) < LARGE:
         yield
         return
+    mapped = []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        place, *_, path = line.split(maxsplit=5)
+        if path in sizes:
+            mapped.append([int(end, 16) for end in place.split("-")])
     done = Event()
 
     def work() -> None:
-        while not done.wait(_INTERVAL):
-            for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-                place, *_, path = line.split(maxsplit=5)
-                if path in sizes:
-                    _give_back(*(int(end, 16) for end in place.split("-")))
+        ended = False
+        while not ended:
+            ended = done.wait(_INTERVAL)
+            for begin, end in mapped:
+                if end - begin >= _LEAST:
+                    _give_back(begin, end)
 
     thread = Thread(target=work, daemon=True)
     thread.start()

@@ -30,6 +30,7 @@ from qeff_proxy.export.repeat.layer_cache import LayerCache
 from qeff_proxy.export.repeat.marks import enter, layer, leave
 from qeff_proxy.layers.index_use import INDEX_NAMES
 from qeff_proxy.layers.layer_lists import LayerList, layer_lists
+from qeff_proxy.load.mapped_memory import PageHook
 
 _SYMBOL = re.compile(r"\b[a-z]\w*\d\b")
 
@@ -324,7 +325,7 @@ class _Call:
         for name, spec, recipe in template.seen:
             module = self.module.get_submodule(name)
             output = pytree.tree_unflatten(_made(recipe, left, leaves), spec)
-            for hook in list(module._forward_hooks.values()):  # noqa: SLF001 (their only register)
+            for hook in _hooks_of(module):
                 if hook(module, (), output) is not None:
                     raise NotRepeatable(f"a hook changes the output of {self.path}.{name}")
         return pytree.tree_unflatten(_made(template.results, left, leaves), template.spec)
@@ -334,8 +335,14 @@ class _Call:
         return [
             (name, one)
             for name, one in self.module.named_modules()
-            if name and one._forward_hooks  # noqa: SLF001
+            if name and _hooks_of(one)
         ]
+
+
+def _hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks of a module that take part in what is computed."""
+    hooks = module._forward_hooks.values()  # noqa: SLF001 (their only register)
+    return [hook for hook in hooks if not isinstance(hook, PageHook)]
 
 
 @contextmanager
@@ -345,7 +352,8 @@ def _watching(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[list[tuple[s
     hooks = [(one, one._forward_hooks) for _, one in modules]  # noqa: SLF001
     try:
         for name, one in modules:
-            one._forward_hooks = OrderedDict()  # noqa: SLF001
+            kept = {n: h for n, h in one._forward_hooks.items() if isinstance(h, PageHook)}  # noqa: SLF001
+            one._forward_hooks = OrderedDict(kept)  # noqa: SLF001
             one.register_forward_hook(functools.partial(_note, seen, name))
         yield seen
     finally:
