@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Kind", "MaskKind", "MaskSpec", "Part", "Proxy", "TensorSpec"]
 
 Kind = Literal["split", "stub", "whole"]
+#: How an export holds its weights.
+WEIGHTS = ("copy", "reference", "keep")
 #: What users call the kinds: of a whole model there is no proxy.
 PROXIES: dict[str, Kind] = {"split": "split", "stub": "stub", "none": "whole"}
 MaskKind = Literal[

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from qeff_proxy.cli import main
 from qeff_proxy.compare import Tolerances
 from qeff_proxy.errors import UsageError
 from qeff_proxy.export.export_model import export_model
@@ -116,11 +117,35 @@ def test_it_computes_what_pytorch_computes_with_the_dequantized_weights(
     assert result.run.outputs["generated_ids"].tolist() == tokens[:, 16:].tolist()
 
 
-def test_a_checkpoint_without_codes_is_refused(make_model: Any, tmp_path: Path) -> None:
+def test_a_verified_checkpoint_can_keep_its_codes_and_is_compared_layer_by_layer(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ",".join(map(str, IDS[0]))
+    arguments = ["--weights", "keep", "--ids", ids, "--output", str(tmp_path / "out")]
+    assert main(["verify", str(checkpoint), *arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"]
+    manifest = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert manifest["cut"]["kept"]["body"] == 35
+    assert manifest["settings"]["taps"] == ["layers"]
+    assert main(["verify", str(tmp_path / "out"), "--weights", "copy"]) == 2
+    assert "--weights copy contradicts" in capsys.readouterr().err
+    assert main(["export", str(checkpoint), *arguments[:2], "--output", str(tmp_path / "two")]) == 0
+    assert "kept as the checkpoint's codes: 35 weights" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_codes_is_refused_before_anything_is_read(
+    make_model: Any, tmp_path: Path
+) -> None:
     make_model("llama").save_pretrained(tmp_path / "plain")
     hooks = Plugins.discover().hooks_for("llama")
+    stages: list[str] = []
     with pytest.raises(UsageError, match="has no codes that can be kept"):
         export_model(
-            load_model(str(tmp_path / "plain")), hooks, output=tmp_path / "out", weights="keep"
+            *(load_model(str(tmp_path / "plain")), hooks),
+            output=tmp_path / "out",
+            weights="keep",
+            progress=stages.append,
         )
+    assert not stages
     assert not (tmp_path / "out").exists()

@@ -246,6 +246,11 @@ def test_names_are_those_of_the_adapters_that_an_export_was_made_with(
     assert with_adapter(one, ["style"]).adapter_name == str(first)
     with pytest.raises(UsageError, match=r"style is the name of .*run1.* and of .*run2"):
         with_adapter(exported(first, second), ["style"])
+    settings = json.loads((second / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "org/another-model"
+    (second / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match=r"was made for another-model, and is used with .*llama"):
+        with_adapter(one, [str(second)])
 
 
 def test_what_cannot_be_an_input_is_named(

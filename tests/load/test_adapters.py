@@ -371,6 +371,6 @@ def test_paths_and_weights() -> None:
     assert parse_adapters("a") == [("a", 1.0)]
     assert parse_adapters(["a@0.5", Path("b")]) == [("a", 0.5), ("b", 1.0)]
     assert parse_adapters({"a@b": -2}) == [("a@b", -2.0)]
-    for wrong in (["a@much"], ["a@nan"], {"a": "1"}, {"a": True}):
+    for wrong in (["a@much"], ["a@nan"], ["a@1e39"], {"a": "1"}, {"a": True}):
         with pytest.raises(UsageError, match=r"the adapter a.* has weight"):
             parse_adapters(wrong)  # type: ignore[arg-type]

@@ -23,14 +23,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="export only the first N layers; auto: the fewest that have every kind of layer "
         "twice, to try a compiler on a large model",
     )
-    parser.add_argument(
-        "--weights",
-        choices=("copy", "reference", "keep"),
-        default="copy",
-        help="reference: link the checkpoint's files instead of copying them (ONNX Runtime reads "
-        "such files, onnx.load refuses them); keep: write the codes and scales of a quantized "
-        "checkpoint, not the floats they stand for (default: copy)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,8 +45,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _notes(export: Export) -> list[str]:
-    """Remarks: how many layers were run, which taps they lack, and what they stand for."""
-    lines = []
+    """Remarks: adapters, kept codes, how many layers were run, absent taps, what it stands for."""
+    merged = [f"{one['path']} times {one['weight']:g}" for one in export.cut.get("adapters", ())]
+    lines = [f"merged: {', '.join(merged)}"] if merged else []
+    if kept := export.cut.get("kept"):
+        lines.append(f"kept as the checkpoint's codes: {counted(sum(kept.values()), 'weight')}")
     layers = export.cut.get("layers")
     if layers is not None and layers["verified"] < layers["count"]:
         lines.append(

@@ -15,7 +15,7 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.load.adapter_inputs import NOTED
 from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.tasks import CUT_OPTIONS, TASKS
-from qeff_proxy.parts import INNER_TAPS, PROXIES, TAPS, Kind
+from qeff_proxy.parts import INNER_TAPS, PROXIES, TAPS, WEIGHTS, Kind
 from qeff_proxy.plugins.hooks import Hooks
 
 _DEFAULT_DTYPE = "float32"
@@ -32,6 +32,7 @@ def _check_agrees(args: argparse.Namespace, export: Export) -> None:
     asked = {
         "--dtype": (args.dtype, export.dtype),
         "--proxy": (args.proxy and PROXIES[args.proxy], export.kind),
+        "--weights": (args.weights, export.made_by.get("weights", "copy")),
         "--opset": (args.opset, export.made_by.get("opset")),
         "--taps": (getattr(args, "taps", None), taps),
         "--output": (args.output, None),
@@ -94,6 +95,13 @@ def add_model_options(
             choices=sorted(PROXIES),
             help="split: embedding, body and LM head as graphs of their own (default); stub: one "
             "graph with weightless ends; none: the whole model as one graph",
+        )
+        parser.add_argument(
+            "--weights",
+            choices=WEIGHTS,
+            help="of the export: copied (default); reference: link the checkpoint's files instead "
+            "(ONNX Runtime reads such files, onnx.load refuses them); keep: write the codes and "
+            "scales of a quantized checkpoint, not the floats they stand for",
         )
         parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the export")
         parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
@@ -198,7 +206,7 @@ def known_export_of(args: argparse.Namespace) -> Export | None:
         options=_cut_options(args),
         output=args.output,
         opset=args.opset,
-        weights=getattr(args, "weights", "copy"),
+        weights=args.weights or "copy",
         allow_pickle=args.allow_pickle,
         trust_remote_code=args.trust_remote_code,
         adapters=args.adapter,
@@ -242,7 +250,7 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
             opset=args.opset,
             taps=args.taps or (),
             num_layers=getattr(args, "num_layers", None),
-            weights=getattr(args, "weights", "copy"),
+            weights=args.weights or "copy",
             force=args.force,
             wait=not args.no_wait,
             progress=progress,

@@ -168,6 +168,7 @@ def _verify(args: argparse.Namespace, show_json: Callable[[dict[str, Any]], None
             taps=args.taps,
             output=args.output,
             opset=args.opset,
+            weights=args.weights or "copy",
             force=args.force,
             wait=not args.no_wait,
             max_new_tokens=args.max_new_tokens,
@@ -264,7 +265,7 @@ def _check_alone(args: argparse.Namespace) -> None:
     """Refuse options that a verification by layer, or without a reference, has no use for."""
     mode = "by-layer" if args.by_layer else "self"
     options = ("speed", "turns", "calibrate", "io_dir", "io_steps", "io_tensors")
-    for name in (*options, *(("taps", "itself") if args.by_layer else ("html",))):
+    for name in (*options, *(("taps", "weights", "itself") if args.by_layer else ("html",))):
         if getattr(args, name) not in (None, False, [], "all"):
             option = "self" if name == "itself" else name.replace("_", "-")
             raise UsageError(f"--{option} and --{mode} exclude each other")

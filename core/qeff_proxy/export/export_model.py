@@ -29,7 +29,7 @@ from qeff_proxy.errors import ArtifactError, ExportError, UsageError
 from qeff_proxy.export.cache_key import export_key
 from qeff_proxy.load.adapter_inputs import running
 from qeff_proxy.load.load_model import LoadedModel, most_positions
-from qeff_proxy.parts import Kind
+from qeff_proxy.parts import WEIGHTS, Kind
 from qeff_proxy.plugins.hooks import Hooks
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ _CHECKED = "BLAKE3 of the files taken, no NaN found"
 LEAST_OPSET = 18
 #: The first that dequantizes 4 bits, and in blocks.
 LEAST_OPSET_OF_CODES = 21
-#: How an export holds its weights.
-WEIGHTS = ("copy", "reference", "keep")
 _PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
@@ -107,6 +105,10 @@ def export_model(
         opset = LEAST_OPSET_OF_CODES if opset is None else opset
         if opset < LEAST_OPSET_OF_CODES:
             raise UsageError(f"codes are kept from opset {LEAST_OPSET_OF_CODES} on, not {opset}")
+        if not any(getattr(weight, "codes", None) for weight in loaded.weights.values()):
+            from qeff_proxy.export.keep_codes import no_codes
+
+            raise no_codes()
     if num_layers is not None:
         from qeff_proxy.load.shortened_model import with_depth
 

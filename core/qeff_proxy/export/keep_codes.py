@@ -40,11 +40,16 @@ def keep_all_codes(graphs: Graphs) -> None:
         if check is not None:
             keep_codes(check, graphs.sources)
     if not any(counts):
-        raise UsageError(
-            "the checkpoint has no codes that can be kept: no int4 or int8 in groups of 16 to 256",
-            "Export float weights (--weights copy).",
-        )
+        raise no_codes()
     graphs.report["kept"] = dict(zip((part.name for part in graphs.traced), counts, strict=True))
+
+
+def no_codes() -> UsageError:
+    """The error about a checkpoint whose codes cannot be kept."""
+    return UsageError(
+        "the checkpoint has no codes that can be kept: no int4 or int8 in groups of 16 to 256",
+        "Export float weights (--weights copy).",
+    )
 
 
 def keep_codes(part: TracedPart, sources: WeightSources) -> int:

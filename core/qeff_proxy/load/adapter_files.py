@@ -21,6 +21,7 @@ from qeff_proxy.load.checkpoint_files import find_checkpoint, folder_named, has_
 from qeff_proxy.load.gguf_files import gguf_file_of, unpack_gguf
 from qeff_proxy.load.safetensors_header import StoredTensor, read_header
 
+_MOST = 1e38  # about what float32 holds
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: How ``adapters=`` may be given: ``PATH`` or ``PATH@WEIGHT``, several, or weights by path.
 Adapters = str | Path | Iterable[str | Path] | Mapping[str, float]
@@ -194,8 +195,11 @@ def parse_adapters(adapters: Adapters) -> list[tuple[str, float]]:
         several = [adapters] if isinstance(adapters, str | Path) else adapters
         pairs = [_path_and_weight(str(adapter)) for adapter in several]
     for path, weight in pairs:
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight * 0 != 0:
-            raise UsageError(f"the adapter {path} has weight {weight!r}", "Give a finite number.")
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not abs(weight) < _MOST:
+            raise UsageError(
+                f"the adapter {path} has weight {weight!r}", f"Give a finite number below {_MOST}."
+            )
     return [(path, float(weight)) for path, weight in pairs]
 
 

@@ -129,7 +129,10 @@ def with_adapter(export: Export, adapters: Adapters) -> Export:
             f"no adapter is named {path}: {error.problem}",
             f"Give a folder or hub id; the export was made with: {names}.",
         ) from error
-    return running(export, [read_adapter(folder, weight)])
+    adapter = read_adapter(folder, weight)
+    if str(folder.resolve()) not in known:  # of those, whoever exported was warned
+        warn_of_base([adapter], export.model["source"])
+    return running(export, [adapter])
 
 
 def running(export: Export, adapters: Sequence[Adapter]) -> Export:

@@ -27,6 +27,7 @@ class VerifyOptions:
             ``"layers"``. An export keeps its own.
         output: The folder of a checkpoint's export; by default one in the cache.
         opset: ONNX opset of a checkpoint's export.
+        weights: How a checkpoint's export holds them (`qeff_proxy.export.export_model`).
         force: Export and compile again, even where both are up to date.
         wait: Wait for another run that writes the same export.
         max_new_tokens: Tokens to generate, for models that generate.
@@ -51,6 +52,7 @@ class VerifyOptions:
     taps: str | Sequence[str] | None = None
     output: Path | None = None
     opset: int | None = None
+    weights: str = "copy"
     force: bool = False
     wait: bool = True
     max_new_tokens: int = 8

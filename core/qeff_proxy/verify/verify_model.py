@@ -197,6 +197,7 @@ def export_of(
         options.kind,
         output=options.output,
         opset=options.opset,
+        weights=options.weights,
         taps="layers" if options.taps is None else options.taps,
         force=options.force,
         wait=options.wait,
@@ -225,7 +226,13 @@ def _without_taps(
     from qeff_proxy.export.export_model import export_model
 
     return export_model(
-        loaded, hooks, options.kind, opset=options.opset, force=options.force, progress=progress
+        loaded,
+        hooks,
+        options.kind,
+        opset=options.opset,
+        weights=options.weights,
+        force=options.force,
+        progress=progress,
     )
 
 
