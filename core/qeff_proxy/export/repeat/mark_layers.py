@@ -332,11 +332,7 @@ class _Call:
 
     def _watched(self) -> list[tuple[str, nn.Module]]:
         """The modules in the layer that have hooks."""
-        return [
-            (name, one)
-            for name, one in self.module.named_modules()
-            if name and _hooks_of(one)
-        ]
+        return [(name, one) for name, one in self.module.named_modules() if name and _hooks_of(one)]
 
 
 def _hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
