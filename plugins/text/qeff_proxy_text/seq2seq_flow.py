@@ -47,12 +47,12 @@ class Seq2SeqFlow:
         # A model may look for the padding token among its ids, which embeddings do not show.
         pad = model.config.get_text_config(decoder=True).pad_token_id
 
-        def random_ids(table: Any, length: int) -> Array:
-            allowed = np.array([row for row in range(len(table.weight)) if row != pad])
+        def random_ids(rows: int, length: int) -> Array:
+            allowed = np.array([row for row in range(rows) if row != pad])
             return generator.choice(allowed, (len(_SOURCE), length))
 
-        source = random_ids(model.get_encoder().get_input_embeddings(), max(_SOURCE))
-        ids = random_ids(model.get_decoder().get_input_embeddings(), sum(_STEPS))
+        source = random_ids(proxy.settings["encoder_rows"], max(_SOURCE))
+        ids = random_ids(proxy.settings["embedding_rows"], sum(_STEPS))
         padding = (np.arange(max(_SOURCE)) < np.array(_SOURCE)[:, None]).astype(np.int64)
         if pad is not None:
             source = np.where(padding, source, pad)
