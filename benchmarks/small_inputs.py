@@ -167,6 +167,10 @@ def sound(model: Any, generator: Any) -> dict[str, Any]:
     parts = [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))]
     bins = [getattr(part, name, None) for part in parts for name in names]
     bins = next((size for size in bins if isinstance(size, int)), 80)
+    if hasattr(config, "composer_vocab_size"):  # checkpoints name them
+        tokens = {f"composer{n + 1}": 100 + n for n in range(config.composer_vocab_size)}
+        model.generation_config.composer_to_feature_token = tokens
+        bins = config.d_model
     frames = getattr(config, "max_source_positions", None)
     if config.model_type == "whisper":
         return {"input_features": generator.standard_normal((2, bins, 2 * frames), np.float32)}

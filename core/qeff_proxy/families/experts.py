@@ -30,13 +30,13 @@ _WHERE = torch.where  # as modes see it: exporters put a function of their own i
 
 def experts_in_turn(model: ModuleT) -> ModuleT:
     """``model``, or a copy of it whose experts all run, one after another, on all tokens."""
-    loops = {
+    loops: dict[str, nn.Module] = {
         path: _EachExpert(module)
         for path, module in model.named_modules()
         if set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ())) >= _LOOP
         and len(inspect.signature(module.forward).parameters) == _ARGUMENTS
     }
-    converted = {
+    converted: dict[str, nn.Module] = {
         f"{path}.{name}".lstrip("."): _Converted(module.get_submodule(name))
         for path, module in model.named_modules()
         for name in _exchanged(module)
@@ -49,7 +49,9 @@ def _exchanged(module: nn.Module) -> Iterator[str]:
     children = {name for name, _ in module.named_children()}
     for name, method in vars(type(module)).items():
         if children and name != "__init__" and inspect.isfunction(method):
-            written = {at.argval for at in dis.get_instructions(method) if at.opname == "STORE_ATTR"}
+            written = {
+                at.argval for at in dis.get_instructions(method) if at.opname == "STORE_ATTR"
+            }
             yield from sorted(written & children)
 
 

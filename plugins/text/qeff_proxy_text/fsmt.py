@@ -57,7 +57,8 @@ class _Adapted(PreTrainedModel):  # type: ignore[misc]
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
-        return self.head
+        head: nn.Module = self.head
+        return head
 
     def forward(self, decoder_inputs_embeds: torch.Tensor, **_: Any) -> Seq2SeqLMOutput:
         """The head alone: the decoder gives what it gets (`HeadPart`)."""
@@ -72,8 +73,7 @@ class _Inner(PreTrainedModel):  # type: ignore[misc]
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
-        table: nn.Module = self.inner.embed_tokens
-        return table
+        return self.inner.get_submodule("embed_tokens")
 
 
 class _Encoder(_Inner):
@@ -95,13 +95,11 @@ class _Decoder(_Inner):
         encoder_attention_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
-        use_cache: bool = True,  # noqa: FBT001, FBT002 (as it is called)
+        use_cache: bool = True,
     ) -> BaseModelOutput:
         """``[batch, query]`` to hidden states, with transformers' masks in place of its own."""
         rows = encoder_hidden_states.new_zeros(*input_ids.shape, 1)
-        own = create_causal_mask(
-            self.config, rows, attention_mask, past_key_values=past_key_values
-        )
+        own = create_causal_mask(self.config, rows, attention_mask, past_key_values=past_key_values)
         cross = create_bidirectional_mask(
             self.config, rows, encoder_attention_mask, encoder_hidden_states
         )
