@@ -28,6 +28,14 @@ def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
         return [{name: generator.standard_normal(shape, np.float32)} for shape in shapes]
     if mapping == "image-text":
         return [with_sounds(model, generator, image_prompt(model, generator))]
+    if mapping == "sounds" and hasattr(model.config, "audio_length_per_tok"):  # for each token
+        frames = 30 * model.config.audio_length_per_tok
+        noise = generator.standard_normal((2, model.config.audio_config.num_mel_bins, frames))
+        ids = generator.integers(3, FIRST_SPECIAL, (2, 6))
+        mask = np.ones_like(ids)
+        mask[1, :2] = 0
+        sounds = {"input_features": noise.astype(np.float32)}
+        return [{"input_ids": ids, "attention_mask": mask, **sounds}]
     if mapping == "sounds":
         return [with_sounds(model, generator, {}, required=True)]
     if mapping == "speech":
