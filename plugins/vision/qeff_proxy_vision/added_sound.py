@@ -86,7 +86,9 @@ class AddedSound:
                 "Give a longer sound, or ask for fewer tokens.",
             )
         rows = self._features[:, padding.shape[1] - query : padding.shape[1]]
-        return {_FEATURES: rows.repeat(batch // len(rows), axis=0)}  # beams of a prompt are together
+        return {
+            _FEATURES: rows.repeat(batch // len(rows), axis=0)
+        }  # beams of a prompt are together
 
     def chunk_end(self, start: int, stop: int) -> int:  # noqa: ARG002
         """A chunk may end anywhere."""
