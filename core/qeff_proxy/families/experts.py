@@ -36,19 +36,24 @@ def experts_in_turn(model: ModuleT) -> ModuleT:
         if set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ())) >= _LOOP
         and len(inspect.signature(module.forward).parameters) == _ARGUMENTS
     }
+    return replace_modules(kept_dtypes(model), loops) if loops else model
+
+
+def kept_dtypes(model: ModuleT) -> ModuleT:
+    """``model``, or a copy of it whose runs convert no module of it for good."""
     converted: dict[str, nn.Module] = {
         f"{path}.{name}".lstrip("."): _Converted(module.get_submodule(name))
         for path, module in model.named_modules()
         for name in _exchanged(module)
     }
-    return replace_modules(model, loops | converted) if loops else model
+    return replace_modules(model, converted) if converted else model
 
 
 def _exchanged(module: nn.Module) -> Iterator[str]:
-    """Names of the children that a module's own methods put others in the place of."""
+    """Names of the children that a module's own methods put in their place, converted."""
     children = {name for name, _ in module.named_children()}
-    for name, method in vars(type(module)).items():
-        if children and name != "__init__" and inspect.isfunction(method):
+    for method in vars(type(module)).values():
+        if children and inspect.isfunction(method) and "to" in method.__code__.co_names:
             written = {
                 at.argval for at in dis.get_instructions(method) if at.opname == "STORE_ATTR"
             }

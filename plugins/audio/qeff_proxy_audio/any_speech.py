@@ -60,14 +60,15 @@ def locate_embedding(model: PreTrainedModel) -> Site:
         UnsupportedModelError: The model is no recognizer with an encoder and a decoder.
     """
     decoder = model.get_decoder()
-    if (
-        not model.config.is_encoder_decoder
-        or not isinstance(decoder, PreTrainedModel)
-        or _sound_name(model) not in ("input_values", "input_features")
-    ):
+    if not model.config.is_encoder_decoder or not isinstance(decoder, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is no speech recognizer with an encoder and a decoder of its "
             "own",
+            "A plugin for this model type can build its parts.",
+        )
+    if (name := _sound_name(model)) not in ("input_values", "input_features"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes {name}, and no sound, so it recognizes none",
             "A plugin for this model type can build its parts.",
         )
     path = path_of(model, decoder.get_input_embeddings())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class Seq2SeqFlow:
         if pad is not None:
             source = np.where(padding, source, pad)
         with shrunk_windows(model, _WINDOW):
-            with torch.no_grad():
+            with torch.no_grad(), _dtypes_restored(model):
                 outputs = model(
                     input_ids=to_tensor(source),
                     attention_mask=to_tensor(padding),
@@ -103,6 +104,16 @@ class Seq2SeqFlow:
         run.encode({"encoder_input_ids": to_array(ids)}, to_array(mask))
         generated = generate_from_encoder(job, run, steps, inputs)
         return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
+
+
+@contextmanager
+def _dtypes_restored(model: PreTrainedModel) -> Iterator[None]:
+    """Undo what routers do, which convert weights of theirs when they run."""
+    before = [(weight, weight.dtype) for weight in model.parameters()]
+    yield
+    for weight, dtype in before:
+        if weight.dtype != dtype:
+            weight.data = weight.data.to(dtype)
 
 
 def _start_of(job: Job, rows: int) -> torch.Tensor:
