@@ -39,6 +39,11 @@ def experts_in_turn(model: ModuleT) -> ModuleT:
     return replace_modules(kept_dtypes(model), loops) if loops else model
 
 
+def has_experts_in_turn(module: nn.Module) -> bool:
+    """Whether `experts_in_turn` changed a part of it: it rounds as other operations do."""
+    return any(isinstance(one, _EachExpert) for one in module.modules())
+
+
 def kept_dtypes(model: ModuleT) -> ModuleT:
     """``model``, or a copy of it whose runs convert no module of it for good."""
     converted: dict[str, nn.Module] = {

@@ -11,10 +11,12 @@ from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.request import Request
 from qeff_proxy.testing import random_weights
-from qeff_proxy_audio import pop2piano
+from qeff_proxy_audio import any_speech, pop2piano
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     BertConfig,
+    DiaConfig,
+    DiaForConditionalGeneration,
     GenerationConfig,
     MoonshineConfig,
     MoonshineForConditionalGeneration,
@@ -255,3 +257,10 @@ def test_music_in_the_style_of_a_composer(tmp_path):
     assert not np.array_equal(wanted, other)
     with pytest.raises(UsageError, match="divided by their beats"):
         pop2piano.preprocess(None, Request(audio=(spectra[0, :, 0],)))
+
+
+def test_a_model_that_speaks_is_refused():
+    with torch.device("meta"):
+        model = DiaForConditionalGeneration(DiaConfig())
+    with pytest.raises(UnsupportedModelError, match="takes input_ids, and no sound"):
+        any_speech.locate_embedding(model)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.errors import UsageError
+from qeff_proxy.families.experts import has_experts_in_turn
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.flows.causal_lm import shrunk_windows, with_shrunk_masks
 from qeff_proxy.flows.equality import check_equal, parts_must_run
@@ -68,7 +69,9 @@ class Seq2SeqFlow:
             expected = to_array(outputs.logits.float())
             with parts_must_run(model, sites):
                 actual = _proxy_logits(proxy, source, padding, ids)
-        return check_equal(model, sites, expected, actual, np.ones_like(ids), output="logit")
+        others = any(has_experts_in_turn(part.module) for part in proxy.parts)
+        counts = np.ones_like(ids)
+        return check_equal(model, sites, expected, actual, counts, output="logit", scanned=others)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Generate.
