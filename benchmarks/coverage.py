@@ -176,6 +176,8 @@ def reference(mapping: str, model: Any, inputs: list[dict[str, Any]]) -> list[An
     takes = inspect.signature(model.forward).parameters
     results: list[Any] = []
     more: dict[str, Any] = {"use_cache": True} if mapping == "causal" else {}
+    if mapping == "seq2seq":
+        more["use_cache"] = False  # with one, FSMT's decoder sees later tokens of the same pass
     grows = "cache_params" not in takes  # those take the mask of the new positions
     for feeds in inputs:
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}

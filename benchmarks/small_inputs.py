@@ -28,6 +28,14 @@ def inputs_of(mapping: str, model: Any, hooks: Any) -> list[dict[str, Any]]:
         return [{name: generator.standard_normal(shape, np.float32)} for shape in shapes]
     if mapping == "image-text":
         return [with_sounds(model, generator, image_prompt(model, generator))]
+    if mapping == "sounds" and hasattr(model.config, "audio_length_per_tok"):  # for each token
+        frames = 30 * model.config.audio_length_per_tok
+        noise = generator.standard_normal((2, model.config.audio_config.num_mel_bins, frames))
+        ids = generator.integers(3, FIRST_SPECIAL, (2, 6))
+        mask = np.ones_like(ids)
+        mask[1, :2] = 0
+        sounds = {"input_features": noise.astype(np.float32)}
+        return [{"input_ids": ids, "attention_mask": mask, **sounds}]
     if mapping == "sounds":
         return [with_sounds(model, generator, {}, required=True)]
     if mapping == "speech":
@@ -167,6 +175,10 @@ def sound(model: Any, generator: Any) -> dict[str, Any]:
     parts = [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))]
     bins = [getattr(part, name, None) for part in parts for name in names]
     bins = next((size for size in bins if isinstance(size, int)), 80)
+    if hasattr(config, "composer_vocab_size"):  # checkpoints name them
+        tokens = {f"composer{n + 1}": 100 + n for n in range(config.composer_vocab_size)}
+        model.generation_config.composer_to_feature_token = tokens
+        bins = config.d_model
     frames = getattr(config, "max_source_positions", None)
     if config.model_type == "whisper":
         return {"input_features": generator.standard_normal((2, bins, 2 * frames), np.float32)}

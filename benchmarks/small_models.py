@@ -106,6 +106,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         ("num_key_value_heads", "encoder_num_key_value_heads", "decoder_num_key_value_heads"), 4
     ),
     "moonshine_streaming": {"num_key_value_heads": 4},
+    "pop2piano": {"decoder_start_token_id": 0},
     "wav2vec2-bert": {"vocab_size": VOCABULARY},
     "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "xmod": {"default_language": "en_XX"},

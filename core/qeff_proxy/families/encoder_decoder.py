@@ -55,6 +55,7 @@ class EncoderPart(nn.Module):
         projection: Runs on its hidden states.
         needs_mask: Whether it gets a padding mask of ones where nothing is padded: some limit what
             a position sees only if they have a mask.
+        before: Runs on the part's first input.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class EncoderPart(nn.Module):
         projection: nn.Module | None = None,
         *,
         needs_mask: bool = False,
+        before: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.before = before
         self.encoder = experts_in_turn(rotary_by_length(encoder))
         self.entry = entry
         self.first = first
@@ -95,13 +98,14 @@ class EncoderPart(nn.Module):
         masks: dict[MaskKind, torch.Tensor | None] = {
             mask.kind: tensors[mask.name] for mask in self.masks
         }
-        arguments = {self.entry: tensors[self.first]}
+        given = tensors[self.first]
+        arguments = {self.entry: given if self.before is None else self.before(given)}
         if "padding_mask" in tensors:
             arguments["attention_mask"] = tensors["padding_mask"]
         else:  # nothing is padded
             masks["bidirectional"] = None
             if self.needs_mask:
-                arguments["attention_mask"] = ones_like_rows(tensors[self.first])
+                arguments["attention_mask"] = ones_like_rows(arguments[self.entry])
         clamped = _AlwaysClamped() if torch.compiler.is_compiling() else nullcontext()
         with provide_masks(self.encoder, masks), clamped:
             hidden = self.encoder(**arguments)[0]

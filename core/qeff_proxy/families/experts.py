@@ -3,11 +3,16 @@
 Such a loop asks for the tokens of each expert, whose number a trace does not know. Instead, each
 expert runs on all tokens, and the router's weights of the others are zero. Experts that
 transformers runs by a function of its own need none of this.
+
+Some routers also convert a module of theirs to another dtype at each run, for good; a copy converts
+the weights alone, and only for the run.
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,13 +30,58 @@ _WHERE = torch.where  # as modes see it: exporters put a function of their own i
 
 def experts_in_turn(model: ModuleT) -> ModuleT:
     """``model``, or a copy of it whose experts all run, one after another, on all tokens."""
-    loops = {
+    loops: dict[str, nn.Module] = {
         path: _EachExpert(module)
         for path, module in model.named_modules()
         if set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ())) >= _LOOP
         and len(inspect.signature(module.forward).parameters) == _ARGUMENTS
     }
-    return replace_modules(model, loops) if loops else model
+    return replace_modules(kept_dtypes(model), loops) if loops else model
+
+
+def has_experts_in_turn(module: nn.Module) -> bool:
+    """Whether `experts_in_turn` changed a part of it: it rounds as other operations do."""
+    return any(isinstance(one, _EachExpert) for one in module.modules())
+
+
+def kept_dtypes(model: ModuleT) -> ModuleT:
+    """``model``, or a copy of it whose runs convert no module of it for good."""
+    converted: dict[str, nn.Module] = {
+        f"{path}.{name}".lstrip("."): _Converted(module.get_submodule(name))
+        for path, module in model.named_modules()
+        for name in _exchanged(module)
+    }
+    return replace_modules(model, converted) if converted else model
+
+
+def _exchanged(module: nn.Module) -> Iterator[str]:
+    """Names of the children that a module's own methods put in their place, converted."""
+    children = {name for name, _ in module.named_children()}
+    for method in vars(type(module)).values():
+        if children and inspect.isfunction(method) and "to" in method.__code__.co_names:
+            written = {
+                at.argval for at in dis.get_instructions(method) if at.opname == "STORE_ATTR"
+            }
+            yield from sorted(written & children)
+
+
+class _Converted(nn.Module):
+    """A module that is converted to another dtype by a run."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype: torch.dtype | None = None
+
+    def to(self, dtype: torch.dtype) -> _Converted:  # type: ignore[override]
+        """Itself; its weights have another dtype in the next run."""
+        self.dtype = dtype
+        return self
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        """What the module makes of ``hidden`` with its weights in that dtype."""
+        weights = {name: weight.to(self.dtype) for name, weight in self.module.named_parameters()}
+        return torch.func.functional_call(self.module, weights, (hidden,))
 
 
 class _EachExpert(nn.Module):

@@ -40,7 +40,7 @@ TASKS = {
         "AutoModelForSpeechSeq2Seq",
         ("speech-seq2seq", "audio-text-to-text"),
         "audio",
-        options=("audio_frames",),
+        options=("audio_frames", "composer"),
         without_encoder="audio-text-to-text",
     ),
     # What stands in for the sound that training hides is often missing.

@@ -37,6 +37,7 @@ from qeff_proxy.request import Request
 from qeff_proxy.session.cache_buffers import Cache
 from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
+from torch import nn
 from transformers import PreTrainedModel
 
 from qeff_proxy_audio import ctc
@@ -59,14 +60,15 @@ def locate_embedding(model: PreTrainedModel) -> Site:
         UnsupportedModelError: The model is no recognizer with an encoder and a decoder.
     """
     decoder = model.get_decoder()
-    if (
-        not model.config.is_encoder_decoder
-        or not isinstance(decoder, PreTrainedModel)
-        or _sound_name(model) not in ("input_values", "input_features")
-    ):
+    if not model.config.is_encoder_decoder or not isinstance(decoder, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is no speech recognizer with an encoder and a decoder of its "
             "own",
+            "A plugin for this model type can build its parts.",
+        )
+    if (name := _sound_name(model)) not in ("input_values", "input_features"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes {name}, and no sound, so it recognizes none",
             "A plugin for this model type can build its parts.",
         )
     path = path_of(model, decoder.get_input_embeddings())
@@ -90,13 +92,7 @@ def build_proxy(
     model: PreTrainedModel, embedding: Site | Absent, lm_head: Site | Absent, kind: Kind
 ) -> Proxy | None:
     """Encoder, token embedding, decoder body and head; encoder and decoder if not split."""
-    if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
-        return None
-    encoder, decoder, projection = model.get_encoder(), decoder_of(model), projection_of(model)
-    rows, width = model.get_submodule(embedding.module).weight.shape
-    states = int(width) if projection is None else projection.out_features
-    attention = probe_cross_attention(decoder, int(width), states)
-    block = 1
+    encoder, block = model.get_encoder(), 1
     if _sound_name(model) == "input_values":
         block = _block_of(encoder, model.dtype)
         checks = tuple({"samples": samples} for samples in _CHECK_SAMPLES)
@@ -107,14 +103,52 @@ def build_proxy(
         sound = ctc.samples_input(model)
     else:
         sound, edges = ctc.features_input(model, encoder)
+    needs_mask = _needs_mask(encoder, sound)
+    return proxy_of(model, embedding, lm_head, kind, sound, edges, block, needs_mask=needs_mask)
+
+
+def proxy_of(
+    model: PreTrainedModel,
+    embedding: Site | Absent,
+    lm_head: Site | Absent,
+    kind: Kind,
+    sound: TensorSpec,
+    edges: Mapping[str, Any],
+    block: int = 1,
+    *,
+    entry: str | None = None,
+    needs_mask: bool = False,
+    before: nn.Module | None = None,
+) -> Proxy | None:
+    """The parts of a recognizer.
+
+    Args:
+        model: The recognizer.
+        embedding: The decoder's token embedding.
+        lm_head: The head.
+        kind: Of the proxy.
+        sound: The encoder part's input.
+        edges: The sizes to trace and check that part at.
+        block: The encoder takes whole blocks of so many samples.
+        entry: The encoder's argument for the sound; ``None`` where it has the input's name.
+        needs_mask: As of `EncoderPart`.
+        before: As of `EncoderPart`.
+    """
+    if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
+        return None
+    encoder, decoder, projection = model.get_encoder(), decoder_of(model), projection_of(model)
+    rows, width = model.get_submodule(embedding.module).weight.shape
+    states = int(width) if projection is None else projection.out_features
+    attention = probe_cross_attention(decoder, int(width), states)
     module = EncoderPart(
         encoder,
         decoder,
         attention,
-        sound.name,
+        entry or sound.name,
         sound.name,
         projection=projection,
-        needs_mask=_needs_mask(encoder, sound),
+        needs_mask=needs_mask,
+        before=before,
     )
     cross = attention.cross_specs("frames")
     first = Part("encoder", module, (sound,), cross, "encoder", **edges)
@@ -197,10 +231,13 @@ def logits_of_model_and_parts(model: PreTrainedModel, proxy: Proxy) -> tuple[Arr
         shape = (1, length, *map(int, spec.shape[2:]))
         sound = to_tensor(generator.standard_normal(shape).astype(np.float32)).to(model.dtype)
         ids = generator.choice(allowed, (1, sum(_STEPS)))
+        first: Any = proxy.parts[0].module
         given = {spec.name: sound, "decoder_input_ids": to_tensor(ids)}
-        if proxy.parts[0].module.needs_mask:
+        if first.needs_mask:
             given["attention_mask"] = ones_like_rows(sound)
         with torch.no_grad():
+            if first.before is not None:  # what the model's own generation does first
+                given[spec.name] = first.before(sound)
             outputs = model(**given, use_cache=False)
         expected.append(to_array(outputs.logits.float()))
         actual.append(_logits_of_parts(proxy, to_array(sound), ids))

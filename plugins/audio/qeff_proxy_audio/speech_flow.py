@@ -98,7 +98,7 @@ class SpeechFlow:
     ) -> Request:
         """A recording of speech, cut to a window; noise if there is no processor."""
         any_model = "frames" not in export.settings
-        if processor is None and any_model:
+        if any_model and (processor is None or "composer" in export.settings):
             return Request(inputs=example_sound(export.parts[0].inputs[0]))
         if processor is None:
             shape = (1, *map(int, export.parts[0].inputs[0].shape[1:]))

@@ -8,15 +8,22 @@ import torch
 from qeff_proxy import QEFFAutoModelForSpeechSeq2Seq
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.dump import read_dump
-from qeff_proxy.errors import UsageError
+from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.request import Request
 from qeff_proxy.testing import random_weights
+from qeff_proxy_audio import any_speech, pop2piano
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     BertConfig,
+    DiaConfig,
+    DiaForConditionalGeneration,
+    GenerationConfig,
     MoonshineConfig,
     MoonshineForConditionalGeneration,
     MoonshineStreamingConfig,
     MoonshineStreamingForConditionalGeneration,
+    Pop2PianoConfig,
+    Pop2PianoForConditionalGeneration,
     Speech2TextConfig,
     SpeechEncoderDecoderConfig,
     Wav2Vec2Config,
@@ -202,3 +209,58 @@ def test_windows_that_a_mask_switches_on(tmp_path):
     np.testing.assert_array_equal(result.generated_ids, wanted)
     assert len(np.unique(wanted)) > 4
     assert not np.array_equal(unmasked, wanted)
+
+
+def test_music_in_the_style_of_a_composer(tmp_path):
+    """Its encoder runs on spectra behind a row that transformers' ``generate`` puts there."""
+    config = Pop2PianoConfig(
+        vocab_size=77,
+        composer_vocab_size=3,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=5,
+        num_decoder_layers=5,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    model = random_weights(Pop2PianoForConditionalGeneration(config), seed=4).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="no composer_to_feature_token"):
+        QEFFAutoModelForSpeechSeq2Seq.from_pretrained(tmp_path, enable_proxy=True).export()
+    tokens = {f"composer{n + 1}": 60 + n for n in range(3)}
+    model.generation_config = GenerationConfig(
+        composer_to_feature_token=tokens, decoder_start_token_id=0, pad_token_id=0
+    )
+    model.save_pretrained(tmp_path)
+
+    def proxy_of(**options):
+        return QEFFAutoModelForSpeechSeq2Seq.from_pretrained(tmp_path, enable_proxy=True, **options)
+
+    with pytest.raises(UsageError, match="Give one of composer1, composer2, composer3"):
+        proxy_of(composer="bach").export()
+    proxy = proxy_of(composer="composer2")
+    assert read_export(proxy.export()).cut["weights"].startswith("streamed")
+    spectra = np.random.default_rng(3).standard_normal((2, 30, 32)).astype(np.float32)
+    mask = np.ones((2, 30), np.int64)
+    spectra[1, 22:], mask[1, 22:] = 0, 0
+    given = {"input_features": spectra, "attention_mask": mask}
+    settings = {"max_new_tokens": NEW, "no_repeat_ngram_size": 1}
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in given.items()}
+    wanted, other = (
+        model.generate(**tensors, composer=composer, **settings)[:, 1:].numpy()
+        for composer in ("composer2", "composer1")
+    )
+    result = proxy.generate(inputs=given, **settings)
+    np.testing.assert_array_equal(result.generated_ids, wanted)
+    assert len(np.unique(wanted)) > 5
+    assert not np.array_equal(wanted, other)
+    with pytest.raises(UsageError, match="divided by their beats"):
+        pop2piano.preprocess(None, Request(audio=(spectra[0, :, 0],)))
+
+
+def test_a_model_that_speaks_is_refused():
+    with torch.device("meta"):
+        model = DiaForConditionalGeneration(DiaConfig())
+    with pytest.raises(UnsupportedModelError, match="takes input_ids, and no sound"):
+        any_speech.locate_embedding(model)

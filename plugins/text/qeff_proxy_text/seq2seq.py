@@ -24,6 +24,7 @@ from qeff_proxy.families.encoder_decoder import (
     operations_of_head,
     projection_of,
 )
+from qeff_proxy.families.experts import kept_dtypes
 from qeff_proxy.families.generic import path_of
 from qeff_proxy.families.model_masks import MASK_NAMES, record_masks
 from qeff_proxy.families.tokenize import tokenize
@@ -39,8 +40,10 @@ __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "prepr
 
 #: What configs call the number of positions of an encoder of texts.
 _POSITIONS = ("max_encoder_position_embeddings", "max_position_embeddings")
-#: Tokens of a text that is longer than the blocks of models with local attention.
-_LONG = 600
+#: Tokens of a text that is longer than the blocks of models with local attention, and what their
+#: configs call the size of these; and of others that make their own masks.
+_LONG, _BLOCKS = 600, ("attention_window", "block_size", "local_radius")
+_LONGER = 60
 
 
 @hookimpl
@@ -90,6 +93,7 @@ def build_proxy(
     """
     if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
         return None
+    model = kept_dtypes(model)
     encoder, decoder = model.get_encoder(), decoder_of(model)
     table = encoder.get_input_embeddings()
     width = int(table.weight.shape[1])
@@ -155,8 +159,9 @@ def _encoder_parts(
         TensorSpec("padding_mask", "int64", ("batch", "sequence")),
     )
     cross = attention.cross_specs("sequence")
-    # An encoder without transformers' masks has its own attention, over blocks of a long text.
-    checks = ({}, {"sequence": min(_LONG, _positions(model) or _LONG)}) if not masks else ()
+    # An encoder without transformers' masks may attend to blocks of a long text.
+    long = _LONG if any(hasattr(encoder.config, name) for name in _BLOCKS) else _LONGER
+    checks = ({}, {"sequence": min(long, _positions(model) or long)}) if not masks else ()
     if kind == "split":
         body = EncoderPart(
             encoder, decoder, attention, "inputs_embeds", embeds.name, masks, projection

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.errors import UsageError
+from qeff_proxy.families.experts import has_experts_in_turn
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.flows.causal_lm import shrunk_windows, with_shrunk_masks
 from qeff_proxy.flows.equality import check_equal, parts_must_run
@@ -47,17 +49,17 @@ class Seq2SeqFlow:
         # A model may look for the padding token among its ids, which embeddings do not show.
         pad = model.config.get_text_config(decoder=True).pad_token_id
 
-        def random_ids(table: Any, length: int) -> Array:
-            allowed = np.array([row for row in range(len(table.weight)) if row != pad])
+        def random_ids(rows: int, length: int) -> Array:
+            allowed = np.array([row for row in range(rows) if row != pad])
             return generator.choice(allowed, (len(_SOURCE), length))
 
-        source = random_ids(model.get_encoder().get_input_embeddings(), max(_SOURCE))
-        ids = random_ids(model.get_decoder().get_input_embeddings(), sum(_STEPS))
+        source = random_ids(proxy.settings["encoder_rows"], max(_SOURCE))
+        ids = random_ids(proxy.settings["embedding_rows"], sum(_STEPS))
         padding = (np.arange(max(_SOURCE)) < np.array(_SOURCE)[:, None]).astype(np.int64)
         if pad is not None:
             source = np.where(padding, source, pad)
         with shrunk_windows(model, _WINDOW):
-            with torch.no_grad():
+            with torch.no_grad(), _dtypes_restored(model):
                 outputs = model(
                     input_ids=to_tensor(source),
                     attention_mask=to_tensor(padding),
@@ -67,7 +69,9 @@ class Seq2SeqFlow:
             expected = to_array(outputs.logits.float())
             with parts_must_run(model, sites):
                 actual = _proxy_logits(proxy, source, padding, ids)
-        return check_equal(model, sites, expected, actual, np.ones_like(ids), output="logit")
+        others = any(has_experts_in_turn(part.module) for part in proxy.parts)
+        counts = np.ones_like(ids)
+        return check_equal(model, sites, expected, actual, counts, output="logit", scanned=others)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Generate.
@@ -103,6 +107,16 @@ class Seq2SeqFlow:
         run.encode({"encoder_input_ids": to_array(ids)}, to_array(mask))
         generated = generate_from_encoder(job, run, steps, inputs)
         return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
+
+
+@contextmanager
+def _dtypes_restored(model: PreTrainedModel) -> Iterator[None]:
+    """Undo what routers do, which convert weights of theirs when they run."""
+    before = [(weight, weight.dtype) for weight in model.parameters()]
+    yield
+    for weight, dtype in before:
+        if weight.dtype != dtype:
+            weight.data = weight.data.to(dtype)
 
 
 def _start_of(job: Job, rows: int) -> torch.Tensor:

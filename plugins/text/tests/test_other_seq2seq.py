@@ -8,12 +8,16 @@ import torch
 from qeff_proxy import QEFFAutoModelForSeq2SeqLM
 from qeff_proxy.artifact.export_folder import read_export
 from qeff_proxy.dump import read_dump
+from qeff_proxy.errors import UsageError
 from qeff_proxy.testing import random_weights
 from transformers import (
     AutoModelForSeq2SeqLM,
     BertConfig,
     EncoderDecoderConfig,
+    FSMTConfig,
+    LEDConfig,
     RobertaConfig,
+    SwitchTransformersConfig,
     T5Gemma2Config,
 )
 
@@ -36,6 +40,11 @@ GEMMA = {
     **{f"{name}_token_id": number for number, name in enumerate(("pad", "eos", "bos"))},
 }
 IMAGE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+SIDES = {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in (("layers", 5), ("attention_heads", 4), ("ffn_dim", 48))
+}
 CONFIGS = {
     # A decoder of another family and another width, with the head in it.
     "encoder-decoder": lambda: EncoderDecoderConfig(
@@ -59,24 +68,67 @@ CONFIGS = {
         eoi_token_index=97,
         decoder_start_token_id=2,
     ),
+    # Encoder and decoder are no models of their own, of different vocabularies.
+    "fsmt": lambda: FSMTConfig(
+        **SIDES,
+        d_model=32,
+        langs=["en", "de"],
+        src_vocab_size=VOCABULARY,
+        tgt_vocab_size=90,
+        max_position_embeddings=40,
+        tie_word_embeddings=False,
+    ),
+    # Its encoder attends to windows, in blocks.
+    "led": lambda: LEDConfig(
+        **SIDES,
+        vocab_size=VOCABULARY,
+        d_model=32,
+        max_encoder_position_embeddings=40,
+        max_decoder_position_embeddings=40,
+        attention_window=4,
+    ),
+    # An expert takes so many tokens of a text, and leaves out those that follow.
+    "switch_transformers": lambda: SwitchTransformersConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=5,
+        num_sparse_encoder_layers=2,
+        num_decoder_layers=5,
+        num_sparse_decoder_layers=2,
+        num_heads=4,
+        num_experts=3,
+        expert_capacity=8,
+        decoder_start_token_id=0,
+    ),
 }
+LENGTHS = {"switch_transformers": 36}
+STREAMED = ("fsmt", "led")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokens_and_logits_are_those_of_transformers(name, tmp_path):
     model = AutoModelForSeq2SeqLM.from_config(CONFIGS[name](), attn_implementation="eager")
     model = random_weights(model, 1)
-    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    pad = model.config.get_text_config(decoder=True).pad_token_id
+    model.generation_config.update(eos_token_id=None, pad_token_id=pad, forced_eos_token_id=None)
+    model.generation_config.update(num_beams=1, max_length=None)  # FSMT's own: 5 beams
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     proxy = QEFFAutoModelForSeq2SeqLM(model, proxy="split")
+    if name in STREAMED:
+        model.save_pretrained(tmp_path / "checkpoint")
+        proxy = QEFFAutoModelForSeq2SeqLM.from_pretrained(
+            tmp_path / "checkpoint", enable_proxy=True
+        )
     export = read_export(proxy.export(tmp_path / "export"))
-    ids = np.random.default_rng(1).integers(3, 96, (2, 9))
+    ids = np.random.default_rng(1).integers(3, 96, (2, LENGTHS.get(name, 9)))
     mask = np.ones_like(ids)
-    ids[1, 6:], mask[1, 6:] = 0, 0
+    ids[1, 6:], mask[1, 6:] = pad, 0
     texts = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():
         wanted = model.generate(
@@ -98,3 +150,6 @@ def test_tokens_and_logits_are_those_of_transformers(name, tmp_path):
     assert np.abs(np.stack(actual, 1) - logits).max() < 1e-4 * np.abs(logits).max()
     kinds = {mask.kind for part in export.parts for mask in part.masks if part.name == "encoder"}
     assert ("bidirectional_window" in kinds) == (name == "t5gemma2")
+    if name == "led":
+        with pytest.raises(UsageError, match="global_attention_mask"):
+            proxy.generate(inputs={**texts, "global_attention_mask": mask})

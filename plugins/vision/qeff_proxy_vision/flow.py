@@ -29,6 +29,7 @@ from qeff_proxy.session.torch_session import TorchSession
 from qeff_proxy.sites import Absent, Site
 from transformers import PreTrainedModel
 
+from qeff_proxy_vision.added_sound import ADDED, AddedSound, job_within
 from qeff_proxy_vision.image_prompt import ImagePrompt, Prompts
 from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.images import DRAWING, QUESTION
@@ -71,7 +72,8 @@ class ImageTextFlow:
         special = [token for one in _settings(proxy.settings) for token in one.looked_up_as]
         new[-1, : len(special)] = special[:_NEW_TOKENS]
         # A tower of sounds may have windows of its own, which are as they are.
-        windowed = model.get_decoder() if "sound" in proxy.settings else model
+        heard = {"sound", ADDED} & set(proxy.settings)
+        windowed = model.get_decoder() if heard else model
         with shrunk_windows(windowed, _WINDOW):
             expected = proxy.reference(model, sample, new)
             with parts_must_run(model, sites):
@@ -128,6 +130,11 @@ class ImageTextFlow:
             return outputs
 
         tensors = {name: to_array(torch.as_tensor(value)) for name, value in job.tensors.items()}
+        if ADDED in job.export.settings:
+            tower, run = job.export.parts[0], partial(run_tower, "audio", count())
+            sound = AddedSound(tower, tensors, job.export.settings[ADDED], run)
+            generated = generate_ids(job_within(job, sound.tokens), steps, sound)
+            return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
         kinds = _settings(job.export.settings)
         takes = [*_TEXT_INPUTS, *(n for one in kinds for n in _pixels(one, job.export.parts))]
         refused = [name for one in kinds for name in one.refused]
@@ -159,7 +166,10 @@ def _proxy_logits(
     """Logits of the parts, ``[batch, sequence, vocabulary]``, and their longest step."""
     parts = [_shrunk(part) for part in proxy.parts]
     sessions = {part.name: TorchSession(part) for part in parts}
-    prompts = []
+    prompts: list[Any] = []
+    if ADDED in proxy.settings:
+        added = proxy.settings[ADDED]
+        prompts.append(AddedSound(parts[0], sample, added, sessions[parts[0].name].run))
     for settings in _settings(proxy.settings):
         tower = _takes_pixels(parts, settings.what)
         prompts.append(ImagePrompt(settings, sample, tower, sessions[tower.name].run))
