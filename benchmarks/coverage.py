@@ -159,10 +159,16 @@ def generated(model: Any, hooks: Any, feeds: dict[str, Any], folder: Path) -> li
     return logits.steps[-GREEDY["max_new_tokens"] :]
 
 
+def all_of(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The steps of a causal model as one."""
+    ids = np.concatenate([feeds["input_ids"] for feeds in inputs], 1)
+    return {**inputs[-1], "input_ids": ids}
+
+
 def reference(mapping: str, model: Any, inputs: list[dict[str, Any]]) -> list[Any]:
     """What the uncut model makes of each, with its own cache and masks."""
     import torch
-    from qeff_proxy.families.model_cache import cache_argument, cache_of
+    from qeff_proxy.families.model_cache import cache_argument, cache_of, has_cache
     from qeff_proxy.flows.causal_engine import position_ids_of
 
     if mapping in ("image-text", "speech", "sounds"):
@@ -187,8 +193,10 @@ def reference(mapping: str, model: Any, inputs: list[dict[str, Any]]) -> list[An
             tensors["attention_mask"] = tensors["attention_mask"][:, -new:]
         with torch.no_grad():
             out = model(**tensors, **more)
-        if mapping == "causal":
+        if mapping == "causal" and has_cache(out):
             more[cache_argument(model.forward)] = cache_of(out)
+        elif mapping == "causal" and feeds is not inputs[-1]:  # it keeps none: one run over all
+            return reference(mapping, model, [all_of(inputs)])
         result = out[0].mean(1)[None] if mapping == "encoder" else out.logits
         results.append(result.reshape(1, 1, -1) if mapping == "classification" else result)
     return [result.numpy() for result in results]

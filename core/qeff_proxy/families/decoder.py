@@ -8,7 +8,7 @@ two stubs. They share the model's submodules and do not change it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +34,11 @@ from qeff_proxy.families.decoder_cache import (
     without_window,
 )
 from qeff_proxy.families.experts import experts_in_turn
-from qeff_proxy.families.model_cache import cache_argument, cache_of
+from qeff_proxy.families.model_cache import cache_argument, cache_of, has_cache
 from qeff_proxy.families.model_masks import provide_masks, record_masks
 from qeff_proxy.families.operators import ReplacedOperators
 from qeff_proxy.families.own_cache import OwnCache, find_own_cache
+from qeff_proxy.families.past_inputs import PAST_INPUTS, check_causal, lengthened, past_inputs
 from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
@@ -60,6 +61,11 @@ class DecoderLayout:
     hidden_dtype: str | None = None
     writes: bool = False
     own: OwnCache | None = None
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether it runs over all positions at each step: `qeff_proxy.families.past_inputs`."""
+        return any(spec.name == PAST_INPUTS for layer in self.cache for spec in layer)
 
     @property
     def query(self) -> int | str:
@@ -87,13 +93,12 @@ class DecoderLayout:
     def host_inputs(self, dtype: str) -> tuple[TensorSpec, ...]:
         """Masks, positions and cache: a decoder part's inputs after its first."""
         keys = f"past + {self.query}"
-        masks = tuple(
-            TensorSpec(mask.name, dtype, ("batch", 1, self.query, keys)) for mask in self.masks
-        )
+        rows = keys if self.runs_again else self.query
+        masks = tuple(TensorSpec(mask.name, dtype, ("batch", 1, rows, keys)) for mask in self.masks)
         return (
             *masks,
             TensorSpec("padding_mask", "int64", ("batch", keys)),
-            TensorSpec("position_ids", "int64", ("batch", self.query)),
+            TensorSpec("position_ids", "int64", ("batch", rows)),
             *self.cache_inputs(),
         )
 
@@ -111,16 +116,19 @@ class DecoderLayout:
 
 
 def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> DecoderLayout:
-    """Run ``decoder`` on two embeddings, and record which masks it uses and what it caches.
+    """Run ``decoder`` on a few embeddings, and record which masks it uses and what it caches.
+
+    One that caches nothing, or something else than keys, values and states, is to be given all
+    embeddings again at each step.
 
     Args:
-        decoder: A model that takes ``inputs_embeds`` and a cache.
+        decoder: A model that takes ``inputs_embeds``.
         hidden_size: Width of the embeddings.
         dtype: Their dtype.
 
     Raises:
-        UnsupportedModelError: It takes no embeddings, or caches something else than keys, values
-            and states.
+        UnsupportedModelError: It takes no embeddings, or its cache is unknown and it cannot run
+            without one.
     """
     name = type(decoder).__name__
     if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
@@ -128,6 +136,23 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
             f"{name} takes no inputs_embeds, so it cannot run without its token embedding",
             "A plugin for this model type can build its body in another way.",
         )
+    try:
+        return _probe_cache(decoder, hidden_size, dtype)
+    except UnsupportedModelError as error:
+        masks: dict[MaskKind, MaskSpec] = {}
+        try:
+            with record_masks(decoder, masks):
+                output = check_causal(decoder, hidden_size, dtype)
+        except UnsupportedModelError as other:
+            raise UnsupportedModelError(f"{error.problem}; {other.problem}", error.hint) from other
+    layers = (past_inputs(dtype_name(dtype), hidden_size),)
+    # Some change their embeddings in place, and these are still to be returned.
+    return DecoderLayout(layers, tuple(masks.values()), dtype_name(output.dtype), writes=True)
+
+
+def _probe_cache(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> DecoderLayout:
+    """What a decoder caches, and its masks; see `probe_decoder`."""
+    name = type(decoder).__name__
     cache = new_cache(decoder.config)
     masks: dict[MaskKind, MaskSpec] = {}
     device = next(decoder.parameters()).device
@@ -160,9 +185,9 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
         if not is_known(layer):
             raise _other_state(name, index, layer)
     layers = tuple(map(describe_cache, cache.layers)) if own is None else own.layers
-    if not any(layers):
+    if not any(layers) or not has_cache(outputs):
         raise UnsupportedModelError(
-            f"{name} keeps no cache", "Only models with a cache can be run as a decoder."
+            f"{name} {'returns its cache nowhere' if any(layers) else 'keeps no cache'}", "A plugin for this model type can run it in another way."
         )
     return DecoderLayout(layers, tuple(masks.values()), dtype_name(outputs[0].dtype), writes, own)
 
@@ -223,6 +248,8 @@ class DecoderPart(nn.Module):
             mask.kind: tensors[mask.name] for mask in self.layout.masks
         }
         padding = tensors["padding_mask"]
+        if self.layout.runs_again:
+            return self._over_all(tensors, masks)
         if not self.layout.keeps_positions:  # such models take that of the new positions
             padding = padding[:, -tensors[self.entry].shape[1] :]
         first, own = tensors[self.entry], self.layout.own
@@ -247,6 +274,27 @@ class DecoderPart(nn.Module):
             for name, tensor in cached_tensors(layer).items():
                 result[f"present.{index}.{name}"] = tensor
         return result
+
+    def _over_all(
+        self, tensors: Mapping[str, torch.Tensor], masks: Mapping[MaskKind, torch.Tensor | None]
+    ) -> dict[str, torch.Tensor]:
+        """Run the decoder over all positions; masks and positions are those of all, too."""
+        past, new = tensors[f"past_key_values__0__{PAST_INPUTS}"], tensors[self.entry]
+        every = lengthened(past, new)
+        arguments: dict[str, Any] = {
+            self.entry: every.clone() if new.dim() == every.dim() else every[..., 0],
+            "attention_mask": tensors["padding_mask"],
+            "use_cache": False,
+        }
+        if self.takes_positions:
+            arguments["position_ids"] = tensors["position_ids"]
+        tracing = torch.compiler.is_compiling()
+        with provide_masks(self.decoder, masks), ReplacedOperators() if tracing else nullcontext():
+            output = self.decoder(**arguments)[0]
+        return {
+            self.exit_name: output[:, past.shape[2] :],
+            f"present.0.{PAST_INPUTS}": every[:, None],
+        }
 
 
 @dataclass
