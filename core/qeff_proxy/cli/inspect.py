@@ -66,7 +66,9 @@ def _table(inspection: Inspection) -> Table:
     table.add_row("cut out", f"{format_bytes(inspection.vocabulary_bytes)} ({share:.0%})")
     for name, tensors in inspection.parts.items():
         table.add_row(f"part {name}", f"{_few(tensors['takes'])} → {_few(tensors['gives'])}")
-    if any(name.endswith(PAST_INPUTS) for one in inspection.parts.values() for name in one["gives"]):
+    if any(
+        name.endswith(PAST_INPUTS) for one in inspection.parts.values() for name in one["gives"]
+    ):
         table.add_row("each step", "runs over all positions: the model keeps no usable cache")
     if inspection.report is not None:
         table.add_row(

@@ -172,15 +172,15 @@ def held_states(
     for attributes in states.values():
         for place, state in attributes.items():
             path, _, name = place.rpartition(".")
-            vars(modules[path])[name] = state
+            setattr(modules[path], name, state)
     try:
         yield read
     finally:
         for path, name, _ in list(changed()):
             if name in before[path]:
-                vars(modules[path])[name] = before[path][name]
+                setattr(modules[path], name, before[path][name])
             else:
-                del vars(modules[path])[name]
+                delattr(modules[path], name)
 
 
 def without_padding(states: _States, is_token: torch.Tensor) -> _States:

@@ -59,11 +59,14 @@ def check_causal(decoder: Any, hidden_size: int, dtype: torch.dtype) -> torch.Te
     generator = torch.Generator().manual_seed(0)
     every = torch.randn(2, lengths[-1], hidden_size, generator=generator)
     every = every.to(dtype=dtype, device=next(decoder.parameters()).device)
-    outputs, counts = [], set()
+    outputs: list[torch.Tensor] = []
+    counts = set()
     for length in lengths:
         try:
             with torch.no_grad(), _Counter() as counter:
-                output = decoder(inputs_embeds=every[:, :length].clone(), use_cache=False)[0]
+                output: torch.Tensor = decoder(
+                    inputs_embeds=every[:, :length].clone(), use_cache=False
+                )[0]
         except Exception as error:  # whatever a model's code raises
             raise UnsupportedModelError(
                 f"without a cache it does not run on {length} positions: {type(error).__name__}: "
