@@ -25,7 +25,7 @@ from qeff_proxy.families.decoder_cache import (
     cached_tensors,
     filled_cache,
 )
-from qeff_proxy.families.decoder_layout import DecoderLayout, probe_decoder
+from qeff_proxy.families.decoder_layout import DecoderLayout
 from qeff_proxy.families.experts import experts_in_turn
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.model_masks import provide_masks
@@ -39,16 +39,6 @@ from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import MaskKind
 from qeff_proxy.tensor_names import PAST_INPUTS
-
-__all__ = [
-    "DecoderLayout",
-    "DecoderPart",
-    "EmbeddingPart",
-    "EmbeddingStub",
-    "HeadPart",
-    "HeadStub",
-    "probe_decoder",
-]
 
 
 class EmbeddingPart(nn.Module):

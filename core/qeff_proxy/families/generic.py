@@ -19,14 +19,13 @@ from transformers import PreTrainedModel
 from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder import (
-    DecoderLayout,
     DecoderPart,
     EmbeddingPart,
     EmbeddingStub,
     HeadPart,
     HeadStub,
-    probe_decoder,
 )
+from qeff_proxy.families.decoder_layout import DecoderLayout, probe_decoder
 from qeff_proxy.families.past_inputs import past_inputs
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
