@@ -63,6 +63,8 @@ def test_python_refuses_a_prompt_before_the_export(place):
     model = QEFFAutoModelForImageTextToText.from_pretrained(str(CHECKPOINT), proxy="split")
     with pytest.raises(UsageError, match="2 image tokens"):
         model.generate(prompts="<image> <image>", images="a.png")
+    with pytest.raises(UsageError, match="no videos are taken"):
+        model.generate(prompts="<image>", videos=["v.mp4"])
     assert not exported(place)
 
 
