@@ -109,18 +109,17 @@ class DecoderPart(nn.Module):
         if self.takes_positions:
             arguments["position_ids"] = tensors["position_ids"]
         tracing = torch.compiler.is_compiling()
-        states = held_states(self.decoder, {} if held is None else held["held"])
         with (
             provide_masks(self.decoder, masks),
             ReplacedOperators() if tracing else nullcontext(),
-            states as read,
+            held_states(self.decoder, held["held"]) if held else nullcontext() as read,
         ):
             outputs = self.decoder(**arguments)
-            if held is None:
+            if read is None:
                 present = cache_of(outputs)
             else:  # models that keep states so let padding into them
                 is_token = tensors["padding_mask"][:, -1] != 0
-                present = {**held, "held": without_padding(read(), is_token)}
+                present = {"cache": cache["cache"], "held": without_padding(read(), is_token)}
         result = {self.exit_name: outputs[0]}
         if own is not None:
             return result | {f"present.{name}": one for name, one in own.tensors(present).items()}

@@ -156,17 +156,13 @@ def held_states(
     modules = dict(decoder.named_modules())
     before = {path: dict(vars(module)) for path, module in modules.items()}
 
-    def changed() -> Iterator[tuple[str, str, Any]]:
-        for path, module in modules.items():
-            for name, value in vars(module).items():
-                if isinstance(value, torch.Tensor) and before[path].get(name) is not value:
-                    yield path, name, value
-
     def read() -> dict[int, dict[str, torch.Tensor]]:
         held: dict[int, dict[str, torch.Tensor]] = {}
-        for path, name, value in changed():
+        for path, module in modules.items():
             layer = next((int(step) for step in path.split(".") if step.isdigit()), 0)
-            held.setdefault(layer, {})[f"{path}.{name}"] = value
+            for name, value in vars(module).items():
+                if isinstance(value, torch.Tensor) and before[path].get(name) is not value:
+                    held.setdefault(layer, {})[f"{path}.{name}"] = value
         return held
 
     for attributes in states.values():
@@ -176,11 +172,11 @@ def held_states(
     try:
         yield read
     finally:
-        for path, name, _ in list(changed()):
-            if name in before[path]:
-                setattr(modules[path], name, before[path][name])
-            else:
-                delattr(modules[path], name)
+        for path, module in modules.items():
+            attributes = module.__dict__  # all of them: a count may go with a tensor
+            for name in set(attributes) - set(before[path]):
+                del attributes[name]
+            attributes.update(before[path])
 
 
 def without_padding(states: _States, is_token: torch.Tensor) -> _States:
