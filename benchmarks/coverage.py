@@ -159,10 +159,24 @@ def generated(model: Any, hooks: Any, feeds: dict[str, Any], folder: Path) -> li
     return logits.steps[-GREEDY["max_new_tokens"] :]
 
 
+def rows_alone(model: Any, inputs: list[dict[str, Any]]) -> list[Any]:
+    """What a causal model makes of all steps at once, of each row without its padding."""
+    import torch
+
+    ids = np.concatenate([feeds["input_ids"] for feeds in inputs], 1)
+    rows = []
+    for row, padding in zip(ids, inputs[-1]["attention_mask"], strict=True):
+        begin = len(row) - padding.sum()
+        with torch.no_grad():
+            logits = model(torch.from_numpy(row[None, begin:]), use_cache=False).logits.numpy()
+        rows.append(np.pad(logits, ((0, 0), (begin, 0), (0, 0))))
+    return [np.concatenate(rows)]
+
+
 def reference(mapping: str, model: Any, inputs: list[dict[str, Any]]) -> list[Any]:
     """What the uncut model makes of each, with its own cache and masks."""
     import torch
-    from qeff_proxy.families.model_cache import cache_argument, cache_of
+    from qeff_proxy.families.model_cache import cache_argument, cache_of, has_cache
     from qeff_proxy.flows.causal_engine import position_ids_of
 
     if mapping in ("image-text", "speech", "sounds"):
@@ -189,8 +203,10 @@ def reference(mapping: str, model: Any, inputs: list[dict[str, Any]]) -> list[An
             tensors["attention_mask"] = tensors["attention_mask"][:, -new:]
         with torch.no_grad():
             out = model(**tensors, **more)
-        if mapping == "causal":
+        if mapping == "causal" and has_cache(out):
             more[cache_argument(model.forward)] = cache_of(out)
+        elif mapping == "causal":
+            return rows_alone(model, inputs)
         result = out[0].mean(1)[None] if mapping == "encoder" else out.logits
         results.append(result.reshape(1, 1, -1) if mapping == "classification" else result)
     return [result.numpy() for result in results]

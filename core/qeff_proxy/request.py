@@ -48,7 +48,7 @@ class Request:
         for text in self.prompts:
             if is_media(text):
                 raise UsageError(
-                    f"{text} is a sound or image file, and a text is taken there",
+                    f"{text} is a sound, image or video file, and a text is taken there",
                     "Give a prompt, and images with --image FILE or images=…, sounds with --audio "
                     "FILE or audio=…, where the model takes them.",
                 )

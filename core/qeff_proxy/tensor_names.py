@@ -10,6 +10,8 @@ LAYER_NAME = re.compile(
 )
 PAST = "past_key_values."
 PRESENT = "present."
+#: The inputs so far, of a decoder that runs over all positions at each step, as if of layer 0.
+PAST_INPUTS = "past_inputs"
 #: The outputs of layers (`qeff_proxy.layers.taps`).
 TAP = "hidden_states."
 #: Ends of the names of an adapter's tensors, its A and B, behind the path of the module.

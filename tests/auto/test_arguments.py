@@ -68,7 +68,9 @@ def test_a_token_beyond_the_table_may_be_an_added_one(face: Any) -> None:
 def test_the_path_of_a_sound_or_an_image_is_no_prompt(name: str, face: Any, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"\x89PNG")
     path = str(tmp_path / name)
-    assert "is a sound or image file" in refused(generate, face, prompts=["Anna went to", path])
+    assert "is a sound, image or video file" in refused(
+        generate, face, prompts=["Anna went to", path]
+    )
 
 
 @pytest.mark.parametrize("kind", [bool, np.int32, np.float32])

@@ -343,7 +343,7 @@ def test_a_sound_file_is_no_prompt(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(b"RIFF\x24\0\0\0WAVEfmt ")
-    assert "is a sound or image file" in fails(
+    assert "is a sound, image or video file" in fails(
         capsys, "generate", str(demo_export), str(path), code=2
     )
 

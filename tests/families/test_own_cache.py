@@ -14,10 +14,14 @@ from qeff_proxy.export.export_model import export_model
 from qeff_proxy.families.model_cache import cache_argument, cache_of
 from qeff_proxy.families.own_cache import find_own_cache
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
-from qeff_proxy.load.load_model import wrap_model
+from qeff_proxy.load.load_model import load_model, wrap_model
 from qeff_proxy.plugins.manager import Plugins
+from qeff_proxy.request import Request
+from qeff_proxy.run.run_compiled import run_compiled
 from qeff_proxy.testing import random_weights
-from transformers import AutoModelForCausalLM, MiniMaxConfig, xLSTMConfig
+from qeff_proxy.verify.by_layer import verify_layers
+from qeff_proxy.verify.options import VerifyOptions
+from transformers import AutoModelForCausalLM, MiniMaxConfig, RecurrentGemmaConfig, xLSTMConfig
 
 CONFIGS = {
     # Keys and values in the layers of its cache, and states in a list beside them.
@@ -115,3 +119,56 @@ def test_what_has_no_row_for_each_of_the_batch_is_kept_as_it_is() -> None:
     assert torch.equal(state, torch.ones(2, 4))
     assert own.template.seen.item() == 0
     assert torch.equal(own.tensors(filled)["3.recurrent_state"], state + 1)
+
+
+def test_states_in_modules_are_named_and_padding_stays_out_of_them(tmp_path: Any) -> None:
+    config = RecurrentGemmaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        lru_width=32,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=64,
+        attention_window_size=4,
+    )
+    made = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    random_weights(made).save_pretrained(tmp_path / "checkpoint")
+    loaded = load_model(str(tmp_path / "checkpoint"))
+    hooks = Plugins.discover().hooks_for(config.model_type)
+    export = export_model(loaded, hooks, output=tmp_path / "export", taps="layers")
+    body = export.part("body")
+    shapes = {spec.name: spec.shape for spec in body.inputs}
+    assert shapes["inputs_embeds"] == ("batch", 1, 32)
+    assert shapes["past_key_values.4.conv_state"] == ("batch", 32, 3)
+    assert shapes["past_key_values.4.recurrent_state"] == ("batch", 32)
+    assert shapes["past_key_values.2.key"] == ("batch", 1, "past", 8)
+    model = made.eval()
+    assert not any(torch.is_tensor(x) for one in model.modules() for x in vars(one).values())
+    ids = np.random.default_rng(0).integers(3, 96, (2, 9))
+    padding = np.ones_like(ids)
+    padding[1, :3] = 0
+    prompts = [ids[0], ids[1, 3:]]
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = [
+        model.generate(torch.from_numpy(one)[None], **settings)[0, -6:].tolist() for one in prompts
+    ]
+    request = Request(inputs={"input_ids": ids, "attention_mask": padding})
+    result = run_compiled(compile_export(export), hooks, request, settings=settings)
+    assert result.outputs["generated_ids"].tolist() == expected
+    assert len(set(expected[0] + expected[1])) > 2
+    with torch.no_grad():
+        whole = [model(torch.from_numpy(row)[None], use_cache=False).logits for row in prompts]
+    with open_sessions(compile_export(export)) as sessions:
+        engine, cache = CausalEngine(export.parts, sessions), None
+        for end in range(1, 10):
+            one, seen = ids[:, end - 1 : end], padding[:, :end]
+            logits, cache = engine.step(StepId("prefill", end), one, seen, cache)
+            for row, begin in ((0, 0), (1, 3)):
+                if end > begin:
+                    wanted = whole[row][0, end - 1 - begin].numpy()
+                    assert np.abs(logits[row, 0] - wanted).max() < 1e-4 * np.abs(wanted).max()
+    options = VerifyOptions(max_new_tokens=2, output=export.folder)
+    found = verify_layers(str(tmp_path / "checkpoint"), request=request, options=options)
+    assert found.passed, found.results

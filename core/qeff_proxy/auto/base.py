@@ -345,23 +345,23 @@ class ProxyModel(Transformed, Shown):
         times = arguments.whole_number("iteration", run.get("iteration") or 1)
         on_torch = arguments.flag("runtime_ai100", run.get("runtime_ai100", True)) is False
         if self._compiled is None:
+            if request.prompts:  # what is wrong with them is said before the export
+                self._hooks.preprocess(processor=processor, request=request)
             self.compile()
-        assert self._compiled is not None  # noqa: S101 (compile sets it)
-        flow = self._compiled.export.flow
-        if flow not in self.task.flows:
+        made = self._compiled
+        assert made is not None  # noqa: S101 (compile sets it)
+        if (flow := made.export.flow) not in self.task.flows:
             raise UnsupportedModelError(
                 f"{type(self).__name__} does not run {flow!r} models such as "
                 f"{self._loaded.source} (model type {self._loaded.model_type})",
                 f"Install the plugins for its task: pip install 'qeff-proxy[{self.task.extra}]'.",
             )
-        compiled = self._compiled
         if on_torch:
-            plain = replace(compiled.options, backend={})
-            compiled = compile_export(compiled.export, "torch", plain)
+            made = compile_export(made.export, "torch", replace(made.options, backend={}))
         for _ in range(times - 1):
-            run_compiled(compiled, self._hooks, request, processor=processor, settings=settings)
+            run_compiled(made, self._hooks, request, processor=processor, settings=settings)
         return run_compiled(
-            compiled,
+            made,
             self._hooks,
             request,
             processor=processor,

@@ -131,6 +131,8 @@ class QEFFAutoModelForImageTextToText(ProxyModel):
                 an argument is wrong.
         """
         inputs, settings = inputs_and_settings(self, inputs, settings)
+        if "videos" in settings:
+            raise UsageError("no videos are taken", "Give frames of the video: images=[…].")
         texts = check_prompts(prompts, inputs)
         for what, given in (("images", images), ("sounds", audio)):
             if inputs is not None and given is not None:

@@ -14,7 +14,7 @@ from qeff_proxy.cli.options import add_dump_options, add_model_options, compiled
 from qeff_proxy.cli.output import print_json, print_text
 from qeff_proxy.common.file_errors import check_writable
 from qeff_proxy.errors import UsageError
-from qeff_proxy.request import Request
+from qeff_proxy.request import Request, is_media
 from qeff_proxy.run.run_compiled import RunResult
 
 #: Input names of speech models: features, or samples.
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     io_options = DumpOptions(
         args.io_steps, tuple(args.io_tensors or ("*",)), "full" if beams > 1 else args.kv
     )
-    export, hooks = export_of(args, with_processor=not rows)
+    export, hooks = export_of(args, with_processor=not rows, prompts=_prompts(args))
     if (args.write_io or _asks_for_dump(args)) and args.io_dir is None:
         check_writable(export.folder)
     if generates(export):
@@ -136,8 +136,6 @@ def _check(args: argparse.Namespace) -> None:
 def _request(
     args: argparse.Namespace, rows: list[list[int]], export: Export, settings: dict[str, Any]
 ) -> Request:
-    from qeff_proxy.request import Request, is_media
-
     names = {spec.name for part in export.parts for spec in part.inputs}
     beside_text = any(part.name == "audio" for part in export.parts)
     if rows and names & _SOUND_INPUTS and not beside_text:
@@ -155,6 +153,13 @@ def _request(
     if names & _SOUND_INPUTS:
         return Request(audio=(*inputs, *sounds), images=images, options=settings)
     return Request(prompts=inputs, audio=sounds, images=images)
+
+
+def _prompts(args: argparse.Namespace) -> Request | None:
+    """What is given, of which it is known before an export that it is prompts."""
+    if args.ids or any(map(is_media, args.inputs)):
+        return None
+    return Request(tuple(args.inputs), tuple(args.audio), tuple(args.image))
 
 
 def _asks_for_dump(args: argparse.Namespace) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qeff_proxy.cli.options import add_model_options, loaded_of
 from qeff_proxy.cli.output import format_bytes, print_json, print_text, stage_display
+from qeff_proxy.tensor_names import PAST_INPUTS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,6 +66,10 @@ def _table(inspection: Inspection) -> Table:
     table.add_row("cut out", f"{format_bytes(inspection.vocabulary_bytes)} ({share:.0%})")
     for name, tensors in inspection.parts.items():
         table.add_row(f"part {name}", f"{_few(tensors['takes'])} → {_few(tensors['gives'])}")
+    if any(
+        name.endswith(PAST_INPUTS) for one in inspection.parts.values() for name in one["gives"]
+    ):
+        table.add_row("each step", "runs over all positions: the model keeps no usable cache")
     if inspection.report is not None:
         table.add_row(
             "verified",

@@ -17,6 +17,7 @@ from qeff_proxy.load.load_model import LoadedModel
 from qeff_proxy.load.tasks import CUT_OPTIONS, TASKS
 from qeff_proxy.parts import INNER_TAPS, PROXIES, TAPS, WEIGHTS, Kind
 from qeff_proxy.plugins.hooks import Hooks
+from qeff_proxy.request import Request
 
 _DEFAULT_DTYPE = "float32"
 
@@ -220,11 +221,14 @@ def _hooks_of(export: Export) -> Hooks:
     return Plugins.discover().hooks_for(export.model["model_type"], task=export.flow)
 
 
-def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tuple[Export, Hooks]:
+def export_of(
+    args: argparse.Namespace, *, with_processor: bool = False, prompts: Request | None = None
+) -> tuple[Export, Hooks]:
     """The export that ``MODEL`` names, or that of the checkpoint it names, exported where needed.
 
-    ``with_processor`` refuses a checkpoint without tokenizer before the work begins; a recipe that
-    does not fit the backend's options is refused then, too.
+    ``with_processor`` refuses a checkpoint without tokenizer before the work begins, and what it
+    cannot make of ``prompts``; a recipe that does not fit the backend's options is refused then,
+    too.
     """
     if getattr(args, "recipe", None) is not None:
         with_recipe_of(args, args.backend, compile_options_of(args, args.backend_option))
@@ -238,7 +242,9 @@ def export_of(args: argparse.Namespace, *, with_processor: bool = False) -> tupl
     if with_processor and loaded.folder is not None:
         from qeff_proxy.load.load_processor import load_processor
 
-        load_processor(loaded.folder, trust_remote_code=args.trust_remote_code)
+        processor = load_processor(loaded.folder, trust_remote_code=args.trust_remote_code)
+        if prompts is not None:
+            hooks.preprocess(processor=processor, request=prompts)
     with stage_display("exporting", quiet=args.json) as progress:
         from qeff_proxy.export.export_model import export_model
 

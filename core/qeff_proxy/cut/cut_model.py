@@ -12,10 +12,11 @@ from qeff_proxy.common.private_names import model_classes
 from qeff_proxy.common.shared_change import one_model_at_a_time
 from qeff_proxy.cut.locate_sites import locate_sites, site_to_json
 from qeff_proxy.cut.model_snapshot import changes_between, snapshot_model
-from qeff_proxy.errors import CutError, PluginError, UnsupportedModelError
+from qeff_proxy.errors import CheckpointError, CutError, PluginError, UnsupportedModelError
 from qeff_proxy.flows.equality import NEEDS_PLUGIN
-from qeff_proxy.flows.flow import CutReport, load_flow
+from qeff_proxy.flows.flow import CheckedFlow, CutReport, load_flow
 from qeff_proxy.load.load_model import LoadedModel
+from qeff_proxy.load.load_processor import load_processor
 from qeff_proxy.load.mapped_memory import few_pages
 from qeff_proxy.parts import Kind, Proxy
 from qeff_proxy.plugins.entry_points import GENERIC
@@ -95,6 +96,7 @@ def cut_model(loaded: LoadedModel, hooks: Hooks, kind: Kind, *, verify: bool = T
         modules = (model, *(part.module for part in proxy.parts))
         with _sites_run_in_their_parts(loaded, proxy, sites), _blame(hooks), few_pages(*modules):
             report = load_flow(proxy.flow).verify(model, proxy, sites)
+    _check_processor(loaded, proxy, hooks)
     return Cut(proxy, sites, report)
 
 
@@ -109,6 +111,20 @@ def site_weights(loaded: LoadedModel, site: Site | Absent) -> set[str]:
     else:
         own = {id(parameter) for parameter in model.get_submodule(site.module).parameters()}
     return {name for name, parameter in parameters.items() if id(parameter) in own}
+
+
+def _check_processor(loaded: LoadedModel, proxy: Proxy, hooks: Hooks) -> None:
+    """Let the flow see whether the checkpoint's processor, where it has one, fits the parts."""
+    flow = load_flow(proxy.flow)
+    if loaded.folder is None or not isinstance(flow, CheckedFlow):
+        return
+    try:
+        processor = load_processor(loaded.folder, trust_remote_code=loaded.trust_remote_code)
+    except CheckpointError:  # it may be run on tensors
+        return
+    flow.check_processor(
+        proxy, processor, lambda request: hooks.preprocess(processor=processor, request=request)
+    )
 
 
 def _check_towers(model: PreTrainedModel, hooks: Hooks) -> None:

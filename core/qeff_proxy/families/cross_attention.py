@@ -14,8 +14,8 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
-from qeff_proxy.families.decoder import DecoderLayout
 from qeff_proxy.families.decoder_cache import CacheLayer, describe_cache
+from qeff_proxy.families.decoder_layout import DecoderLayout
 from qeff_proxy.families.given_embeddings import (
     needs_given,
     on_embeddings,

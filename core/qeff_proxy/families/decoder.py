@@ -8,171 +8,37 @@ two stubs. They share the model's submodules and do not change it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
 )
 
-from qeff_proxy.arrays import dtype_name
-from qeff_proxy.common.messages import first_line
-from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder_cache import (
-    CacheLayer,
     cached_tensors,
-    describe_cache,
     filled_cache,
-    is_known,
-    new_cache,
-    without_window,
 )
+from qeff_proxy.families.decoder_layout import DecoderLayout
 from qeff_proxy.families.experts import experts_in_turn
 from qeff_proxy.families.model_cache import cache_argument, cache_of
-from qeff_proxy.families.model_masks import provide_masks, record_masks
+from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.families.operators import ReplacedOperators
-from qeff_proxy.families.own_cache import OwnCache, find_own_cache
+from qeff_proxy.families.own_cache import (
+    held_states,
+    without_padding,
+)
+from qeff_proxy.families.past_inputs import lengthened
 from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.layers.replace_modules import replace_modules
-from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
-
-
-@dataclass(frozen=True)
-class DecoderLayout:
-    """The inputs of a decoder besides its embeddings, found by running it once.
-
-    Attributes:
-        cache: What each layer caches, in order; nothing for a layer without a cache.
-        masks: The attention masks it uses.
-        hidden_dtype: Of its output, where that is not the weights'.
-        writes: Whether it changes its embeddings in place.
-        own: The cache of the model's own class; ``None`` for one of transformers.
-    """
-
-    cache: tuple[CacheLayer, ...]
-    masks: tuple[MaskSpec, ...]
-    hidden_dtype: str | None = None
-    writes: bool = False
-    own: OwnCache | None = None
-
-    @property
-    def query(self) -> int | str:
-        """The axis of the new positions: ``"query"``, or 1 where a layer has a recurrent state.
-
-        Models scan several positions in chunks of a fixed number, which a trace freezes; they
-        compute a single position by other code.
-        """
-        names = {spec.name.partition("_state")[0] for layer in self.cache for spec in layer}
-        return 1 if "recurrent" in names else "query"
-
-    @property
-    def keeps_positions(self) -> bool:
-        """Whether a layer caches keys and values, and not states alone."""
-        return any("past" in spec.shape for layer in self.cache for spec in layer)
-
-    def cache_inputs(self) -> tuple[TensorSpec, ...]:
-        """``past_key_values.<layer>.key``, ``.value`` and states: `CacheLayer`."""
-        return self.cache_specs("past_key_values", "past")
-
-    def cache_outputs(self) -> tuple[TensorSpec, ...]:
-        """``present.<layer>.key`` …: the same; keys and values are one query longer."""
-        return self.cache_specs("present", f"past + {self.query}")
-
-    def host_inputs(self, dtype: str) -> tuple[TensorSpec, ...]:
-        """Masks, positions and cache: a decoder part's inputs after its first."""
-        keys = f"past + {self.query}"
-        masks = tuple(
-            TensorSpec(mask.name, dtype, ("batch", 1, self.query, keys)) for mask in self.masks
-        )
-        return (
-            *masks,
-            TensorSpec("padding_mask", "int64", ("batch", keys)),
-            TensorSpec("position_ids", "int64", ("batch", self.query)),
-            *self.cache_inputs(),
-        )
-
-    def cache_specs(self, prefix: str, length: int | str) -> tuple[TensorSpec, ...]:
-        """``<prefix>.<layer>.<name>``, ``length`` long where keys and values grow."""
-        return tuple(
-            TensorSpec(
-                f"{prefix}.{index}.{spec.name}",
-                spec.dtype,
-                tuple(length if axis == "past" else axis for axis in spec.shape),
-            )
-            for index, layer in enumerate(self.cache)
-            for spec in layer
-        )
-
-
-def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> DecoderLayout:
-    """Run ``decoder`` on two embeddings, and record which masks it uses and what it caches.
-
-    Args:
-        decoder: A model that takes ``inputs_embeds`` and a cache.
-        hidden_size: Width of the embeddings.
-        dtype: Their dtype.
-
-    Raises:
-        UnsupportedModelError: It takes no embeddings, or caches something else than keys, values
-            and states.
-    """
-    name = type(decoder).__name__
-    if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
-        raise UnsupportedModelError(
-            f"{name} takes no inputs_embeds, so it cannot run without its token embedding",
-            "A plugin for this model type can build its body in another way.",
-        )
-    cache = new_cache(decoder.config)
-    masks: dict[MaskKind, MaskSpec] = {}
-    device = next(decoder.parameters()).device
-    argument = cache_argument(decoder.forward)
-
-    def run(rows: int, positions: int, **given: Any) -> tuple[Any, bool]:
-        embeddings = torch.zeros(rows, positions, hidden_size, dtype=dtype, device=device)
-        with torch.no_grad(), record_masks(decoder, masks):
-            outputs = decoder(inputs_embeds=embeddings, use_cache=True, **given)
-        return outputs, embeddings._version > 0  # noqa: SLF001 (torch counts changes in place there)
-
-    own = None
-    try:
-        outputs, writes = run(1, 2, **{argument: cache})
-    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
-        with suppress(RuntimeError, LookupError, AttributeError, TypeError, ValueError):
-            own = find_own_cache(lambda *sizes: cache_of(run(*sizes)[0]))
-        if own is None:
-            # Where a layer keeps another state, the model needs a cache made for its config.
-            for index, layer in enumerate(DynamicCache(config=decoder.config).layers):
-                if not is_known(without_window(layer)):
-                    raise _other_state(name, index, layer) from error
-            raise UnsupportedModelError(
-                f"{name} does not run on embeddings and a cache: {type(error).__name__}: "
-                f"{first_line(error)}",
-                "A plugin for this model type can run it with a cache of its own.",
-            ) from error
-        outputs, writes = run(1, 2)
-    for index, layer in enumerate(cache.layers if own is None else ()):
-        if not is_known(layer):
-            raise _other_state(name, index, layer)
-    layers = tuple(map(describe_cache, cache.layers)) if own is None else own.layers
-    if not any(layers):
-        raise UnsupportedModelError(
-            f"{name} keeps no cache", "Only models with a cache can be run as a decoder."
-        )
-    return DecoderLayout(layers, tuple(masks.values()), dtype_name(outputs[0].dtype), writes, own)
-
-
-def _other_state(name: str, index: int, layer: object) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"layer {index} of {name} caches something else than keys, values and states of "
-        f"convolutions and recurrent layers ({type(layer).__name__})",
-        "The generic plugin does not support it; write a plugin for this model type.",
-    )
+from qeff_proxy.parts import MaskKind
+from qeff_proxy.tensor_names import PAST_INPUTS
 
 
 class EmbeddingPart(nn.Module):
@@ -223,30 +89,65 @@ class DecoderPart(nn.Module):
             mask.kind: tensors[mask.name] for mask in self.layout.masks
         }
         padding = tensors["padding_mask"]
+        if self.layout.runs_again:
+            return self._over_all(tensors, masks)
         if not self.layout.keeps_positions:  # such models take that of the new positions
             padding = padding[:, -tensors[self.entry].shape[1] :]
         first, own = tensors[self.entry], self.layout.own
+        cache = (
+            filled_cache(self.layout.cache, tensors, "past_key_values")
+            if own is None
+            else own.filled(tensors, "past_key_values")
+        )
+        held = cache if own is not None and own.in_modules else None
         arguments: dict[str, Any] = {
             self.entry: first.clone() if self.layout.writes else first,
             "attention_mask": padding,
-            self.cache_argument: filled_cache(self.layout.cache, tensors, "past_key_values")
-            if own is None
-            else own.filled(tensors, "past_key_values"),
+            self.cache_argument: cache if held is None else held["cache"],
             "use_cache": True,
         }
         if self.takes_positions:
             arguments["position_ids"] = tensors["position_ids"]
         tracing = torch.compiler.is_compiling()
-        with provide_masks(self.decoder, masks), ReplacedOperators() if tracing else nullcontext():
+        with (
+            provide_masks(self.decoder, masks),
+            ReplacedOperators() if tracing else nullcontext(),
+            held_states(self.decoder, held["held"]) if held else nullcontext() as read,
+        ):
             outputs = self.decoder(**arguments)
+            if read is None:
+                present = cache_of(outputs)
+            else:  # models that keep states so let padding into them
+                is_token = tensors["padding_mask"][:, -1] != 0
+                present = {"cache": cache["cache"], "held": without_padding(read(), is_token)}
         result = {self.exit_name: outputs[0]}
-        present = cache_of(outputs)
         if own is not None:
             return result | {f"present.{name}": one for name, one in own.tensors(present).items()}
         for index, layer in enumerate(present.layers):
             for name, tensor in cached_tensors(layer).items():
                 result[f"present.{index}.{name}"] = tensor
         return result
+
+    def _over_all(
+        self, tensors: Mapping[str, torch.Tensor], masks: Mapping[MaskKind, torch.Tensor | None]
+    ) -> dict[str, torch.Tensor]:
+        """Run the decoder over all positions; masks and positions are those of all, too."""
+        past, new = tensors[f"past_key_values__0__{PAST_INPUTS}"], tensors[self.entry]
+        every = lengthened(past, new)
+        arguments: dict[str, Any] = {
+            self.entry: every.clone() if new.dim() == every.dim() else every[..., 0],
+            "attention_mask": tensors["padding_mask"],
+            "use_cache": False,
+        }
+        if self.takes_positions:
+            arguments["position_ids"] = tensors["position_ids"]
+        tracing = torch.compiler.is_compiling()
+        with provide_masks(self.decoder, masks), ReplacedOperators() if tracing else nullcontext():
+            output = self.decoder(**arguments)[0]
+        return {
+            self.exit_name: output[:, past.shape[2] :],
+            f"present.0.{PAST_INPUTS}": every[:, None],
+        }
 
 
 @dataclass

@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder import (
-    DecoderLayout,
     DecoderPart,
     EmbeddingPart,
     EmbeddingStub,
     HeadPart,
     HeadStub,
-    probe_decoder,
 )
+from qeff_proxy.families.decoder_layout import DecoderLayout, probe_decoder
+from qeff_proxy.families.past_inputs import past_inputs
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
@@ -92,6 +92,8 @@ def build_proxy(
     vocabulary, head_width = _head_size(model, lm_head.module)
     dtype = model.dtype
     layout = probe_decoder(decoder, width, dtype)
+    if layout.runs_again:
+        _check_prompt(model)
     if kind == "split":
         parts = _split_parts(model, decoder_path, table, layout, lm_head.module)
     else:
@@ -128,6 +130,18 @@ def decode(processor: Any, outputs: Mapping[str, Any]) -> Any | None:
     if processor is None or "generated_ids" not in outputs:
         return None
     return processor.batch_decode(list(outputs["generated_ids"]), skip_special_tokens=True)
+
+
+def _check_prompt(model: PreTrainedModel) -> None:
+    """Refuse a model without a cache that generates behind tokens of its own, such as a mask."""
+    ids = torch.ones(1, 4, dtype=torch.int64, device=model.device)
+    given = model.prepare_inputs_for_generation(ids, use_cache=False)["input_ids"]
+    if given.shape != ids.shape:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} puts {given.shape[1] - ids.shape[1]} of its own tokens behind "
+            "a prompt at each step, which no flow does",
+            "A plugin with a flow of its own can.",
+        )
 
 
 def path_of(model: nn.Module, module: nn.Module | None) -> str | None:
@@ -200,6 +214,8 @@ def _whole_part(
     model: PreTrainedModel, layout: DecoderLayout, dtype: torch.dtype, width: int
 ) -> Part:
     name = dtype_name(dtype)
+    if layout.runs_again:
+        layout = replace(layout, cache=(past_inputs("int64", 1),))
     return Part(
         "model",
         DecoderPart(model, layout, "input_ids", "logits"),

@@ -29,6 +29,11 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     return next((name for name in (_NEW_NAME, _STATES_NAME) if name in names), _OLD_NAME)
 
 
+def has_cache(outputs: Any) -> bool:
+    """Whether a model's ``outputs`` have a cache."""
+    return any(hasattr(outputs, name) for name in (_NEW_NAME, _STATES_NAME, _OLD_NAME))
+
+
 def cache_of(outputs: Any) -> Any:
     """The cache in a model's ``outputs``.
 

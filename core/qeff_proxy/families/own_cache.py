@@ -2,7 +2,8 @@
 
 The tensors in such a cache are found wherever it holds them: those with a row for each of the batch
 are its keys, values and states. A run of the part gets a copy of it with other tensors in their
-places.
+places. Some models keep states in attributes of their modules, beside the cache; then these are
+part of it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
 from qeff_proxy.arrays import dtype_name
 from qeff_proxy.families.decoder_cache import CacheLayer
 from qeff_proxy.parts import TensorSpec
 
 _Path = tuple[Any, ...]
+_States = Mapping[int, Mapping[str, torch.Tensor]]
 _GROWING = {"keys": "key", "values": "value"}
 _LENGTH = 2  # the axis of positions in keys and values
 
@@ -34,11 +37,13 @@ class OwnCache:
         template: What a run left.
         places: Where the tensors of each layer are in it: the layer's number and the tensor's name.
         layers: What each layer keeps.
+        in_modules: Whether it is a mapping of a ``cache`` and of the ``held`` states of modules.
     """
 
     template: Any
     places: Mapping[_Path, tuple[int, str]]
     layers: tuple[CacheLayer, ...]
+    in_modules: bool = False
 
     def filled(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> Any:
         """A cache of ``<prefix>__<layer>__<name>``; they are not changed."""
@@ -85,7 +90,7 @@ def find_own_cache(run: Callable[[int, int], Any]) -> OwnCache | None:
         return None
     places: dict[_Path, tuple[int, str]] = {}
     layers: dict[int, CacheLayer] = {}
-    states: Counter[int] = Counter()
+    states: Counter[tuple[int, str]] = Counter()
     for path, tensor in one.items():
         if rows[path].shape == tensor.shape:  # no part of a row's past
             continue
@@ -99,8 +104,10 @@ def find_own_cache(run: Callable[[int, int], Any]) -> OwnCache | None:
                 return None
             name, axes[_LENGTH] = _GROWING[path[-1]], "past"
         else:
-            name = f"recurrent_state_{states[layer]}" if states[layer] else "recurrent_state"
-            states[layer] += 1
+            kind = "conv" if "conv" in str(path[-1]) else "recurrent"
+            number = states[layer, kind]
+            name = f"{kind}_state_{number}" if number else f"{kind}_state"
+            states[layer, kind] += 1
         places[path] = layer, name
         spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(axes))
         layers[layer] = (*layers.get(layer, ()), spec)
@@ -108,6 +115,79 @@ def find_own_cache(run: Callable[[int, int], Any]) -> OwnCache | None:
         return None
     every = tuple(layers.get(index, ()) for index in range(max(layers) + 1))
     return OwnCache(template, places, every)
+
+
+def find_held_states(decoder: nn.Module, run: Callable[[int, int, Any], Any]) -> OwnCache | None:
+    """Learn the states that the modules of a decoder keep, beside a cache that it is given.
+
+    Args:
+        decoder: The model.
+        run: Runs it as for `find_own_cache`, with this cache.
+
+    Returns:
+        ``None`` where they keep none, or as for `find_own_cache`.
+    """
+
+    def cached(rows: int, positions: int) -> Any:
+        cache = DynamicCache()
+        with held_states(decoder, {}) as read:
+            run(rows, positions, cache)
+            return {"cache": cache, "held": read()}
+
+    if not cached(1, 1)["held"]:
+        return None
+    found = find_own_cache(cached)
+    return None if found is None else replace(found, in_modules=True)
+
+
+@contextmanager
+def held_states(
+    decoder: nn.Module, states: _States
+) -> Iterator[Callable[[], dict[int, dict[str, torch.Tensor]]]]:
+    """Let the modules of a decoder hold these states while the context is open.
+
+    Args:
+        decoder: The model; its modules hold afterwards what they did before.
+        states: Layer → path of the attribute → tensor.
+
+    Yields:
+        What gives the states that the modules hold after a run.
+    """
+    modules = dict(decoder.named_modules())
+    before = {path: dict(vars(module)) for path, module in modules.items()}
+
+    def read() -> dict[int, dict[str, torch.Tensor]]:
+        held: dict[int, dict[str, torch.Tensor]] = {}
+        for path, module in modules.items():
+            layer = next((int(step) for step in path.split(".") if step.isdigit()), 0)
+            for name, value in vars(module).items():
+                if isinstance(value, torch.Tensor) and before[path].get(name) is not value:
+                    held.setdefault(layer, {})[f"{path}.{name}"] = value
+        return held
+
+    for attributes in states.values():
+        for place, state in attributes.items():
+            path, _, name = place.rpartition(".")
+            setattr(modules[path], name, state)
+    try:
+        yield read
+    finally:
+        for path, module in modules.items():
+            attributes = module.__dict__  # all of them: a count may go with a tensor
+            for name in set(attributes) - set(before[path]):
+                del attributes[name]
+            attributes.update(before[path])
+
+
+def without_padding(states: _States, is_token: torch.Tensor) -> _States:
+    """The states after one position, as before the first where ``is_token [batch]`` is false."""
+    return {
+        layer: {
+            place: torch.where(is_token.reshape(-1, *[1] * (state.dim() - 1)), state, 0)
+            for place, state in attributes.items()
+        }
+        for layer, attributes in states.items()
+    }
 
 
 def _tensors_in(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, torch.Tensor]]:

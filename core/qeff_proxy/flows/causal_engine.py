@@ -16,7 +16,7 @@ from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.attention_masks import build_mask, lengthen_mask
 from qeff_proxy.parts import TensorSpec
-from qeff_proxy.session.axes import size_of
+from qeff_proxy.session.axes import size_of, terms_of
 from qeff_proxy.session.cache_buffers import (
     Buffers,
     Cache,
@@ -217,11 +217,12 @@ class CausalEngine:
             return known[name]
         for mask in part.masks:
             if mask.name == name:
-                return build_mask(mask, padding, query, numpy_dtype(spec.dtype))
+                rows = _rows_of(spec.shape[2], padding, query)
+                return build_mask(mask, padding, rows, numpy_dtype(spec.dtype))
         if name == "padding_mask":
             return np.ascontiguousarray(padding, dtype=np.int64)
         if name == "position_ids":
-            return position_ids_of(padding, query)
+            return position_ids_of(padding, _rows_of(spec.shape[1], padding, query))
         if name.startswith(PAST):  # no keys and values yet; states begin with zeros
             sizes = {"batch": padding.shape[0], "past": 0}
             shape = [size_of(axis, sizes) for axis in spec.shape]
@@ -230,6 +231,11 @@ class CausalEngine:
             f"the {part.name} part needs an input {name!r} that nothing supplies",
             "Its plugin must give it in preprocess, or as an output of an earlier part.",
         )
+
+
+def _rows_of(axis: int | str, padding: Array, query: int) -> int:
+    """The queries of a mask, or positions: all there are, where a part runs over all."""
+    return padding.shape[1] if "past" in terms_of(axis) else query
 
 
 @dataclass(frozen=True)

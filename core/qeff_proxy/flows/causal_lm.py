@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from qeff_proxy.arrays import Array, to_array, to_tensor
 from qeff_proxy.errors import CutError, UnsupportedModelError
-from qeff_proxy.families.model_cache import cache_argument, cache_of
+from qeff_proxy.families.model_cache import cache_argument, cache_of, has_cache
 from qeff_proxy.families.rotary import LONGROPE_LIMIT, rotary_limits
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId, position_ids_of
 from qeff_proxy.flows.equality import check_equal, parts_must_run
@@ -163,9 +163,12 @@ def _model_logits(
             arguments["position_ids"] = to_tensor(position_ids_of(seen, length))
         with torch.no_grad():
             outputs = model(**{n: v for n, v in arguments.items() if v is not None})
-        cache = cache_of(outputs)
         pieces.append(to_array(outputs.logits.float()))
         start += length
+        if has_cache(outputs):
+            cache = cache_of(outputs)
+        elif start < ids.shape[1]:  # it keeps none, so it has to run over all at once
+            return _model_logits(model, ids, padding, (ids.shape[1],), grows=grows)
     return np.concatenate(pieces, axis=1)
 
 

@@ -119,6 +119,25 @@ class ExampleFlow(Flow, Protocol):
 
 
 @runtime_checkable
+class CheckedFlow(Flow, Protocol):
+    """A flow that can tell whether a processor fits the parts, before anything is exported."""
+
+    def check_processor(
+        self, proxy: Proxy, processor: Any, preprocess: Callable[[Request], Any]
+    ) -> None:
+        """Refuse a processor that does not fit.
+
+        Args:
+            proxy: The parts.
+            processor: The checkpoint's.
+            preprocess: Makes a request's tensors.
+
+        Raises:
+            CheckpointError: Says where they disagree.
+        """
+
+
+@runtime_checkable
 class TimedFlow(Flow, Protocol):
     """A flow that measures its work, and runs the uncut model on the same input, to compare speed.
 

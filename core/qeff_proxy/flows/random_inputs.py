@@ -8,7 +8,7 @@ import numpy as np
 
 from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.flows.attention_masks import build_mask
-from qeff_proxy.session.axes import size_of
+from qeff_proxy.session.axes import size_of, terms_of
 from qeff_proxy.session.part_like import PartLike
 from qeff_proxy.tensor_names import ADAPTER
 
@@ -38,7 +38,8 @@ def random_inputs(
         elif spec.name == "padding_mask" or dtype.kind == "b":
             feeds[spec.name] = np.ones(shape, dtype)
         elif spec.name == "position_ids":
-            positions = np.arange(shape[-1]) + sizes.get("past", 0) + first_position
+            past = 0 if "past" in terms_of(spec.shape[-1]) else sizes.get("past", 0)
+            positions = np.arange(shape[-1]) + past + first_position
             feeds[spec.name] = np.ascontiguousarray(np.broadcast_to(positions, shape).astype(dtype))
         elif dtype.kind in "iu":
             feeds[spec.name] = generator.integers(0, 2, shape).astype(dtype)

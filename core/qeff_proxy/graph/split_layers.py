@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.parts import TensorSpec
+from qeff_proxy.tensor_names import PAST_INPUTS
 
 _TAP = re.compile(r"hidden_states\.(\d+)")
 _NO_SUM = re.compile(r"[^\w\s+]")
@@ -50,12 +52,21 @@ def split_layers(
     Returns:
         The layers' graphs, in order, then that of what follows, if anything does. A graph without
         taps is returned whole, as what follows no layer.
+
+    Raises:
+        UnsupportedModelError: The layers need more than the tap of the one before.
     """
     values = {str(value.name): value for value in (*model.graph.inputs, *model.graph.outputs)}
     taps = sorted(
         (spec for spec in outputs if _TAP.fullmatch(spec.name)),
         key=lambda spec: int(spec.name.rpartition(".")[2]),
     )
+    if taps and any(spec.name.endswith(PAST_INPUTS) for spec in inputs):
+        raise UnsupportedModelError(
+            "no layer can be run alone: the model keeps no cache that can be used, and its layers "
+            "run over all positions at each step",
+            "Verify the whole model; its taps (--taps layers) show where two runs first differ.",
+        )
     _read_taps(model.graph, [values[tap.name] for tap in taps])
     stages = _stages([values[spec.name] for spec in outputs], [values[tap.name] for tap in taps])
     # Of an input's axes, only sums can be solved for their names: "samples//10" needs its own name.

@@ -28,7 +28,7 @@ from qeff_proxy.common.arguments import texts
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.layers.layer_lists import LayerList, find_layer_list
 from qeff_proxy.parts import INNER_TAPS, TAPS, Part, Proxy, TensorSpec, is_tap
-from qeff_proxy.tensor_names import LAYER_NAME
+from qeff_proxy.tensor_names import LAYER_NAME, PAST_INPUTS
 
 #: Modules with their paths in a layer.
 _Modules = list[tuple[str, nn.Module]]
@@ -225,16 +225,22 @@ class TappedPart(nn.Module):
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the module; its own outputs come first, then the tapped ones, layer by layer."""
-        seen = _Seen()
+        past = tensors.get(f"past_key_values__0__{PAST_INPUTS}")
+        seen = _Seen(None if past is None else past.shape[2])
         with seen.watching(self.places):
             outputs: Mapping[str, torch.Tensor] = self.module(**tensors)
         return {**outputs, **seen.tensors}
 
 
 class _Seen:
-    """The tapped outputs of one run of a part."""
+    """The tapped outputs of one run of a part.
 
-    def __init__(self) -> None:
+    Args:
+        past: Positions before the new ones, where layers run over all of them: these are left out.
+    """
+
+    def __init__(self, past: int | None) -> None:
+        self.past = past
         self.tensors: dict[str, torch.Tensor] = {}
         self.layer = -1
 
@@ -264,6 +270,8 @@ class _Seen:
         def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
             tensor = first_tensor(output)
             if tensor is not None and tensor.is_floating_point():
+                if self.past is not None and tensor.dim() > 2:
+                    tensor = tensor[:, self.past :]
                 # A copy, since the model may go on to change the tensor in place.
                 self.tensors[f"hidden_states.{self.layer}{suffix}"] = tensor.clone()
 

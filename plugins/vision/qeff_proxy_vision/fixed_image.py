@@ -200,7 +200,9 @@ class _ConstantsStayReal(TorchFunctionMode):
         if getattr(func, "__name__", "").startswith("empty"):
             return func(*args, **kwargs)  # to be filled, perhaps with what is traced
         if self.private is None or any(_is_traced(value) for value in values):
-            return func(*args, **kwargs)
+            # What experts count their tokens in is a constant, which a trace does not write into.
+            counts = func is torch.Tensor.scatter_add_ and not _is_traced(args[0])
+            return (torch.Tensor.scatter_add if counts else func)(*args, **kwargs)
         with self.private.disabled():
             return func(*args, **kwargs)
 

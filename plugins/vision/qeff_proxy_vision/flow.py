@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import Array, to_array
 from qeff_proxy.artifact.manifest_schema import Export
-from qeff_proxy.errors import CutError, UsageError
+from qeff_proxy.errors import CheckpointError, CutError, ProxyError, UsageError
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
 from qeff_proxy.flows.causal_lm import shrunk_windows
 from qeff_proxy.flows.equality import check_equal, parts_must_run
@@ -83,6 +83,34 @@ class ImageTextFlow:
         return check_equal(
             model, sites, expected, actual, padding, output="logit", scanned=longest is not None
         )
+
+    def check_processor(
+        self, proxy: Proxy, processor: Any, preprocess: Callable[[Request], Any]
+    ) -> None:
+        """See that the processor counts the image tokens as the tower does: of a drawing.
+
+        Raises:
+            CheckpointError: It does not.
+        """
+        settings = next((one for one in _settings(proxy.settings) if one.what == "image"), None)
+        if settings is None or settings.geometry is not None or not hasattr(processor, "tokenizer"):
+            return  # no images, or of a size that is chosen
+        written = bool(getattr(processor, "chat_template", None))  # by the template
+        token = "" if written else getattr(processor, "image_token", "")
+        try:
+            tensors = preprocess(Request(prompts=(f"{token}{QUESTION}",), images=(DRAWING,)))
+        except ProxyError:  # said where an image is given
+            return
+        arrays = {name: to_array(tensor) for name, tensor in tensors.items()}
+        try:
+            ImagePrompt(settings, arrays, _takes_pixels(proxy.parts, "image"), None).check_places()
+        except UsageError as error:
+            raise CheckpointError(
+                f"the checkpoint's {type(processor).__name__} does not fit its tower: "
+                f"{error.problem}",
+                "Compare the sizes, patch_size and the number of image tokens in "
+                "processor_config.json (or preprocessor_config.json) with those in config.json.",
+            ) from error
 
     def example_request(
         self,

@@ -101,6 +101,22 @@ class ImagePrompt:
                 f"Put the processor's {what} token where each {what} belongs.",
             )
 
+    def check_places(self) -> None:
+        """See that images have the tower's size, and as many tokens as rows, without running it.
+
+        Raises:
+            UsageError: Says what does not fit.
+        """
+        for spec in self._pixels:
+            shape = self._tensors[spec.name].shape if spec.name in self._tensors else ()
+            axes = [axis for axis in spec.shape[1:] if isinstance(axis, int)]
+            given = shape[len(shape) - len(spec.shape) + 1 :]
+            if len(axes) == len(given) and tuple(axes) != given:
+                raise UsageError(
+                    f"{spec.name} has shape {list(shape)}, and the tower takes {list(spec.shape)}"
+                )
+        self._arranged()
+
     def supply(
         self, part: PartLike, known: Mapping[str, Array], padding: Array
     ) -> dict[str, Array]:

@@ -68,6 +68,13 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
         "image": getattr(processor, "image_token", None) or "<image>",
         "sound": getattr(processor, "audio_token", None) or "<audio>",
     }
+    video = getattr(processor, "video_token", None)
+    if video and any(video in str(prompt) for prompt in request.prompts):
+        raise UsageError(
+            f"a prompt has a video token ({video}), and no videos are taken",
+            "Give frames of the video as images (--image FILE, in Python images=[…]), with an "
+            "image token for each.",
+        )
     pairs = prompts_and_images(request, tokens["image"])
     sounds = _rows(request.prompts, request.audio, tokens["sound"], "sound")
     if request.images and not hasattr(processor, "image_processor"):

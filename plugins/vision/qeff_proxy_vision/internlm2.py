@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name
-from qeff_proxy.families.decoder import DecoderLayout
 from qeff_proxy.families.decoder_cache import attention_cache
+from qeff_proxy.families.decoder_layout import DecoderLayout
 from qeff_proxy.parts import MaskSpec, Proxy
 from torch import nn
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from qeff_proxy.arrays import Array, dtype_name, to_array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.families.decoder import DecoderLayout
 from qeff_proxy.families.decoder_cache import attention_cache
+from qeff_proxy.families.decoder_layout import DecoderLayout
 from qeff_proxy.families.model_cache import cache_of
 from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from qeff_proxy.arrays import Array
 from qeff_proxy.errors import PluginError, UnsupportedModelError, UsageError
-from qeff_proxy.families.decoder import DecoderLayout, EmbeddingPart
+from qeff_proxy.families.decoder import EmbeddingPart
+from qeff_proxy.families.decoder_layout import DecoderLayout
 from qeff_proxy.families.generic import build_proxy as build_text_proxy
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.sites import Absent, Site

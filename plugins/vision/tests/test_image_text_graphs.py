@@ -9,13 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 import transformers
 from qeff_proxy import QEFFAutoModelForImageTextToText
 from qeff_proxy.backends.compile_export import open_sessions
 from qeff_proxy.errors import UnsupportedModelError, UsageError
+from qeff_proxy.export.trace.trace_part import trace_part
 from qeff_proxy.flows.flow import Job, load_flow
+from qeff_proxy.parts import Part, TensorSpec
+from qeff_proxy_vision.fixed_image import FixedImagePart
 from qeff_proxy_vision.tiny import with_random_weights
 
 FLOW = "image-text-to-text"
@@ -241,3 +246,30 @@ def test_features_for_a_layer_beyond_the_last_are_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"into layer 2 .* has 2 layers"):
         face.export(tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+class Counting(torch.nn.Module):
+    """A tower that counts into zeros, as experts count their tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.language_model = torch.nn.Identity()
+
+    def features(self, pixel_values):
+        places = (pixel_values.flatten() > 0).long()
+        counts = torch.zeros(2).scatter_add_(0, places, torch.ones(places.shape))
+        return {"pooler_output": pixel_values.reshape(-1, 1) * counts}
+
+
+def test_counts_in_a_tower_are_no_constants_of_its_graph(tmp_path):
+    module = FixedImagePart(Counting(), "language_model", {}, get=Counting.features)
+    inputs = (TensorSpec("pixel_values", "float32", (1, 3, 2, 2)),)
+    outputs = (TensorSpec("image_features", "float32", (12, 2)),)
+    model = trace_part(Part("vision", module, inputs, outputs, "vision"), {}).model
+    session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    for seed in range(3):
+        pixels = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+        (features,) = session.run(["image_features"], {"pixel_values": pixels.numpy()})
+        with torch.no_grad():
+            expected = module(pixel_values=pixels)["image_features"]
+        np.testing.assert_allclose(features, expected, rtol=1e-6)
