@@ -289,14 +289,11 @@ def refusal_of(mapping: str, model_type: str, hooks: Any) -> str | None:
     return None
 
 
-def measure(mapping: str, model_type: str, pipe: Any) -> None:
-    """Send the verdict on one architecture, and why, through a pipe."""
-    import torch
+def verdict_of(mapping: str, model_type: str) -> tuple[str, str]:
+    """The verdict on one architecture, and why."""
     from qeff_proxy.errors import ProxyError
     from qeff_proxy.plugins.manager import Plugins
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     mapping, verdict = kind_of(mapping, model_type), "not built"
     try:
         hooks = Plugins.discover().hooks_for(model_type, task=MAPPINGS[mapping][2])
@@ -315,16 +312,25 @@ def measure(mapping: str, model_type: str, pipe: Any) -> None:
             np.ptp(expected.reshape(-1, expected.shape[-1]), axis=0).max() < 10 * TOLERANCE * peak
         )  # rows that prove nothing
         equal = off <= TOLERANCE * peak  # false for a NaN
-        verdict = "degenerate" if equal and alike else "equal" if equal else "differs"
         textual = mapping == "image-text" and "pixel_values" not in inputs[0]
         heard = mapping == "image-text" and {"input_features", "input_values"} & set(inputs[0])
         more = ", without images" * textual + ", with sounds" * bool(heard)
-        pipe.send((verdict, f"off by {off:.1e} of {peak:.1e}{more}"))
+        verdict = "degenerate" if equal and alike else "equal" if equal else "differs"
     except ProxyError as error:
-        pipe.send(("refused" if verdict == "error" else verdict, error.problem))
+        return ("refused" if verdict == "error" else verdict), error.problem
     except Exception as error:  # noqa: BLE001 (any failure is a result)
         why = refusal_of(mapping, model_type, hooks) if verdict == "not built" else None
-        pipe.send(("refused", why) if why else (verdict, f"{type(error).__name__}: {error}"))
+        return ("refused", why) if why else (verdict, f"{type(error).__name__}: {error}")
+    return verdict, f"off by {off:.1e} of {peak:.1e}{more}"
+
+
+def measure(mapping: str, model_type: str, pipe: Any) -> None:
+    """Send the verdict on one architecture, and why, through a pipe."""
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    pipe.send(verdict_of(mapping, model_type))
 
 
 def watch(context: Any, limit: float, item: tuple[str, str]) -> dict[str, Any]:
