@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _ONLY_FATAL = 4  # an error is raised, so it need not be printed too
 #: The optimizers that write copies of weights.
 COPYING = ("ConstantFolding",)
+_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def open_graph(
@@ -36,9 +37,12 @@ def open_graph(
     if weights is not None:
         # The runtime takes weights from another folder only for a graph that comes as bytes.
         graph = graph.read_bytes() if isinstance(graph, Path) else graph
-        settings.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(weights)
-        )
+        try:  # settings may have opened another graph, and the runtime warns of what is set twice
+            known = settings.get_session_config_entry(_FOLDER)
+        except RuntimeError:  # nothing is set
+            known = None
+        if known != str(weights):
+            settings.add_session_config_entry(_FOLDER, str(weights))
     return onnxruntime.InferenceSession(
         graph,
         sess_options=settings,
