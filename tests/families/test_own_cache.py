@@ -172,3 +172,8 @@ def test_states_in_modules_are_named_and_padding_stays_out_of_them(tmp_path: Any
     options = VerifyOptions(max_new_tokens=2, output=export.folder)
     found = verify_layers(str(tmp_path / "checkpoint"), request=request, options=options)
     assert found.passed, found.results
+    # One graph: the modules with states are deeper in it.
+    export_model(loaded, hooks, output=tmp_path / "stub", kind="stub")
+    one = compile_export(export_model(loaded, hooks, output=tmp_path / "whole", kind="whole"))
+    result = run_compiled(one, hooks, request, settings=settings)
+    assert result.outputs["generated_ids"].tolist() == expected

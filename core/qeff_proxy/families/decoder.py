@@ -61,16 +61,23 @@ class DecoderPart(nn.Module):
         layout: Its cache and masks, from `probe_decoder`.
         entry: The name of its first input, ``"inputs_embeds"`` or ``"input_ids"``.
         exit_name: The name of its first output, ``"last_hidden_state"`` or ``"logits"``.
+        probed: The path in it of the model that has been probed; by default that is itself.
     """
 
     def __init__(
-        self, decoder: nn.Module, layout: DecoderLayout, entry: str, exit_name: str
+        self,
+        decoder: nn.Module,
+        layout: DecoderLayout,
+        entry: str,
+        exit_name: str,
+        probed: str = "",
     ) -> None:
         super().__init__()
         self.decoder = experts_in_turn(rotary_by_length(decoder))
         self.layout = layout
         self.entry = entry
         self.exit_name = exit_name
+        self.probed = probed
         self.cache_argument = cache_argument(decoder.forward)
         self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
 
@@ -112,7 +119,9 @@ class DecoderPart(nn.Module):
         with (
             provide_masks(self.decoder, masks),
             ReplacedOperators() if tracing else nullcontext(),
-            held_states(self.decoder, held["held"]) if held else nullcontext() as read,
+            held_states(self.decoder.get_submodule(self.probed), held["held"])
+            if held
+            else nullcontext() as read,
         ):
             outputs = self.decoder(**arguments)
             if read is None:

@@ -106,7 +106,7 @@ def build_proxy(
                 lm_head.module: HeadStub(),
             }
             whole = replace_modules(model, stubs)
-        parts = (_whole_part(whole, layout, dtype, out),)
+        parts = (_whole_part(whole, decoder_path, layout, dtype, out),)
     settings = {"embedding_rows": int(table.weight.shape[0]), "hidden_size": width}
     return Proxy(kind, "causal-lm", parts, settings)
 
@@ -211,14 +211,18 @@ def _split_parts(
 
 
 def _whole_part(
-    model: PreTrainedModel, layout: DecoderLayout, dtype: torch.dtype, width: int
+    model: PreTrainedModel,
+    decoder_path: str,
+    layout: DecoderLayout,
+    dtype: torch.dtype,
+    width: int,
 ) -> Part:
     name = dtype_name(dtype)
     if layout.runs_again:
         layout = replace(layout, cache=(past_inputs("int64", 1),))
     return Part(
         "model",
-        DecoderPart(model, layout, "input_ids", "logits"),
+        DecoderPart(model, layout, "input_ids", "logits", decoder_path),
         (TensorSpec("input_ids", "int64", ("batch", layout.query)), *layout.host_inputs(name)),
         (TensorSpec("logits", name, ("batch", layout.query, width)), *layout.cache_outputs()),
         "model",

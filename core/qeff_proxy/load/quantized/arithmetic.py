@@ -213,7 +213,7 @@ def scale(
             factors = factors.index_select(1, groups)
             shifts = None if shifts is None else shifts.index_select(1, groups)
         else:
-            values = values.view(len(block), -1, groups)
+            values = values.view(len(block), columns // groups, groups)
         if shifts is not None:
             values -= shifts
         elif isinstance(zeros, int):
