@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from qeff_proxy.artifact.check_target import check_not_another, check_place, existing_export
 from qeff_proxy.artifact.export_folder import KEPT, export_folder, read_export, settle_home
@@ -96,6 +96,7 @@ def export_model(
     """
     from qeff_proxy.layers.taps import normalize_taps
 
+    one_of("kind", kind, get_args(Kind))
     one_of("weights", weights, WEIGHTS)
     if opset is not None:
         from onnx.defs import onnx_opset_version
