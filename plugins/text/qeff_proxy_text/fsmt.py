@@ -2,10 +2,12 @@
 
 Adapted to the calls of other encoder-decoders, the generic way serves. The decoder runs on token
 ids that stand for the embeddings it is given: on embeddings, it forgets how many are cached.
+Padding among its own ids has no position, and embeddings do not show it (``unplaced_token``).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +44,9 @@ def locate_lm_head() -> Site:
 def build_proxy(model: PreTrainedModel, kind: Kind) -> Proxy | None:
     """As of other encoder-decoders."""
     ends = Site("decoder.inner.embed_tokens"), Site("head")
-    return seq2seq.build_proxy(_Adapted(model), *ends, kind)
+    proxy = seq2seq.build_proxy(_Adapted(model), *ends, kind)
+    settings = {"unplaced_token": model.config.pad_token_id}
+    return proxy and replace(proxy, settings={**proxy.settings, **settings})
 
 
 class _Adapted(PreTrainedModel):  # type: ignore[misc]

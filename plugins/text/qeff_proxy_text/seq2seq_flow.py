@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -106,6 +107,14 @@ class Seq2SeqFlow:
         run = EncoderRun(encoder, job.sessions, job.recorder)
         run.encode({"encoder_input_ids": to_array(ids)}, to_array(mask))
         generated = generate_from_encoder(job, run, steps, inputs)
+        unplaced = generated.ids == known.get("unplaced_token", -1)
+        if (unplaced[:, :-1] & ~unplaced[:, 1:]).any():
+            warnings.warn(
+                "the model generated padding tokens, which have a position here and none in "
+                "transformers: the tokens after them may differ",
+                UserWarning,
+                stacklevel=2,
+            )
         return {"generated_ids": generated.ids, "perf_metrics": generated.perf}
 
 
@@ -125,6 +134,10 @@ def _start_of(job: Job, rows: int) -> torch.Tensor:
     start = checked_ids(job.tensors, job.export.settings.get("embedding_rows"), name)
     if len(start) != rows:
         raise UsageError(f"{name} has {len(start)} rows for {rows} texts", "Give one for each.")
+    if bool((start == job.export.settings.get("unplaced_token", -1)).any()):
+        raise UsageError(
+            f"{name} has padding, to which the model gives no position", "Leave it out."
+        )
     return start
 
 

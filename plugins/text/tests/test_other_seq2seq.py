@@ -153,3 +153,11 @@ def test_tokens_and_logits_are_those_of_transformers(name, tmp_path):
     if name == "led":
         with pytest.raises(UsageError, match="global_attention_mask"):
             proxy.generate(inputs={**texts, "global_attention_mask": mask})
+    if name == "fsmt":
+        with pytest.raises(UsageError, match="decoder_input_ids has padding"):
+            proxy.generate(inputs={**texts, "decoder_input_ids": np.array([[2, pad]] * 2)})
+        others = [token for token in range(VOCABULARY) if token not in (pad, 5, 6, 7)]
+        with pytest.warns(UserWarning, match="generated padding tokens"):
+            proxy.generate(
+                inputs=texts, generation_len=4, no_repeat_ngram_size=1, suppress_tokens=others
+            )
