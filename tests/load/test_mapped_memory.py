@@ -76,7 +76,8 @@ def test_what_was_written_to_memory_is_not_given_back() -> None:
     assert torch.equal(mapped, ones)
     mapped.numpy()[512, 7] = 3
     own = torch.full((1024, 1024), 2.0)
-    for tensor in (mapped, own, own[100:], nn.Parameter(own)):
+    one = torch.ones(1).expand(1024, 1024)
+    for tensor in (mapped, own, own[100:], nn.Parameter(own), one):
         expected = tensor.detach().clone()
         give_back(tensor)
         assert torch.equal(tensor, expected)

@@ -240,10 +240,12 @@ def export_of(
     check_export_place(args.model, args.output)
     loaded, hooks = loaded_of(args)
     if with_processor and loaded.folder is not None:
+        from qeff_proxy.load.load_model import flow_of
         from qeff_proxy.load.load_processor import load_processor
 
         processor = load_processor(loaded.folder, trust_remote_code=args.trust_remote_code)
-        if prompts is not None:
+        recognizers = {task.flows[0] for task in TASKS.values() if task.extra == "audio"}
+        if prompts is not None and flow_of(loaded) not in recognizers:  # these take paths
             hooks.preprocess(processor=processor, request=prompts)
     with stage_display("exporting", quiet=args.json) as progress:
         from qeff_proxy.export.export_model import export_model

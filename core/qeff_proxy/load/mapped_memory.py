@@ -150,6 +150,8 @@ def few_pages_of(folder: Path) -> Iterator[None]:
 def _give_back(begin: int, end: int) -> None:
     """Give back the pages of an address range, if a file holds all that is in them."""
     first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
+    if last <= first:  # less than a page, such as one number that stands for a whole tensor
+        return
     with Path("/proc/self/pagemap").open("rb", buffering=0) as table:
         table.seek(first * 8)
         pages = np.frombuffer(table.read((last - first) * 8), np.uint64)
