@@ -32,7 +32,7 @@ def lengthened(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return torch.cat([past[:, 0], new if new.dim() == 3 else new[..., None]], dim=1)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations that run."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ def check_causal(decoder: Any, hidden_size: int, dtype: torch.dtype) -> torch.Te
     counts = set()
     for length in lengths:
         try:
-            with torch.no_grad(), _Counter() as counter:
+            with torch.no_grad(), OperationCounter() as counter:
                 output: torch.Tensor = decoder(
                     inputs_embeds=every[:, :length].clone(), use_cache=False
                 )[0]

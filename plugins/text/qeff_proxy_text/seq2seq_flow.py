@@ -122,10 +122,12 @@ class Seq2SeqFlow:
 def _dtypes_restored(model: PreTrainedModel) -> Iterator[None]:
     """Undo what routers do, which convert weights of theirs when they run."""
     before = [(weight, weight.dtype) for weight in model.parameters()]
-    yield
-    for weight, dtype in before:
-        if weight.dtype != dtype:
-            weight.data = weight.data.to(dtype)
+    try:
+        yield
+    finally:
+        for weight, dtype in before:
+            if weight.dtype != dtype:
+                weight.data = weight.data.to(dtype)
 
 
 def _start_of(job: Job, rows: int) -> torch.Tensor:

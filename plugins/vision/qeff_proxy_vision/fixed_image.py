@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from qeff_proxy.common.private_names import find
+from qeff_proxy.families.past_inputs import OperationCounter
 from qeff_proxy.layers.replace_modules import replace_modules
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 __all__ = ["FEATURES", "FixedImagePart", "count_operations", "rows_of"]
@@ -160,21 +160,9 @@ def count_operations(
     module: nn.Module, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], int]:
     """A module's outputs, and how many operations made them."""
-    with torch.no_grad(), _Count() as counter:
+    with torch.no_grad(), OperationCounter() as counter:
         outputs = module(**tensors)
     return outputs, counter.count
-
-
-class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 class _ConstantsStayReal(TorchFunctionMode):
