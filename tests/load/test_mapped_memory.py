@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from qeff_proxy.load.load_model import load_model, wrap_model
 from qeff_proxy.load.mapped_memory import Scratch, few_pages, few_pages_of, give_back
 from qeff_proxy.plugins.manager import Plugins
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 _MB = 1 << 20
@@ -81,6 +83,36 @@ def test_what_was_written_to_memory_is_not_given_back() -> None:
         expected = tensor.detach().clone()
         give_back(tensor)
         assert torch.equal(tensor, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
+def test_a_large_matrix_is_used_with_few_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, head = torch.randn(5000, 1024), nn.Linear(1024, 5000)
+    inputs = torch.randn(3, 7, 1024)
+    expected = nn.functional.linear(inputs, values, head.bias)
+    with closing(Scratch()) as scratch:
+        head.weight = nn.Parameter(scratch.put([values], (5000, 1024), torch.float32))
+    seen = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is nn.functional.linear:
+                seen.append((len(args[1]), file_pages()))
+            return result
+
+    monkeypatch.setattr(mapped_memory, "LARGE", 16 * _MB)
+    monkeypatch.setattr(mapped_memory, "_BLOCK", 2 * _MB)
+    with torch.no_grad(), Watched(), few_pages(head):
+        give_back(head.weight)
+        before = file_pages()
+        torch.testing.assert_close(head(inputs), expected)
+    assert [rows for rows, _ in seen] == [512] * 9 + [392]
+    assert (
+        max(pages for _, pages in seen) - before < 6 * _MB
+    )  # of 20; a library's first use is more
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")

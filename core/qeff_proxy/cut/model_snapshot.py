@@ -14,8 +14,9 @@ from torch import nn
 
 from qeff_proxy.load.mapped_memory import few_pages
 
-#: Elements of a tensor that are compared; of larger tensors, so many at equal distances.
-_SAMPLE = 1 << 16
+#: Of larger tensors, so many runs of so many elements are compared, at equal distances: single
+#: elements would lie in as many pages of a file.
+_RUNS, _RUN = 256, 256
 
 
 def snapshot_model(model: nn.Module) -> dict[str, Any]:
@@ -51,7 +52,9 @@ def _sum_of_bits(tensor: torch.Tensor) -> int | None:
     if tensor.is_meta or not tensor.numel():
         return None
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-    step = -(-flat.numel() // _SAMPLE)
-    sample = flat[::step].contiguous().view(torch.uint8)
+    if flat.numel() > _RUNS * _RUN:
+        step = flat.numel() // _RUNS
+        flat = flat[: _RUNS * step].view(_RUNS, step)[:, :_RUN]
+    sample = flat.contiguous().view(torch.uint8).flatten()
     weights = torch.arange(1, 8, dtype=torch.int64).repeat(-(-len(sample) // 7))[: len(sample)]
     return int((sample.to(torch.int64) * weights).sum())

@@ -26,7 +26,7 @@ from qeff_proxy.artifact.hashes import name_digest, new_digest
 from qeff_proxy.common.direct_io import PIECE, FileReader, FileWriter
 from qeff_proxy.common.threads import limit_threads
 from qeff_proxy.errors import ArtifactError, CheckpointError
-from qeff_proxy.load.mapped_memory import give_back
+from qeff_proxy.load.mapped_memory import pieces
 from qeff_proxy.load.quantized.arithmetic import Buffers
 from qeff_proxy.load.safetensors_header import TORCH_DTYPES, StoredTensor
 from qeff_proxy.load.weight_sources import (
@@ -55,7 +55,6 @@ _IR_DTYPES = {
     "BOOL": ir.DataType.BOOL,
 }
 _CODES = {name: code for code, name in TORCH_DTYPES.items()}
-_ELEMENTS = 1 << 18  # converted at a time
 _ZEROS = memoryview(bytes(PIECE))
 
 
@@ -151,7 +150,6 @@ def _write_file(
                     made.update(next(layers))
                 tensor = made.pop(name)
             _put_tensor(tensor, sink, look)
-            give_back(tensor)
         return sink.finish()
 
 
@@ -281,9 +279,7 @@ def _layout(stored: Mapping[str, torch.Tensor]) -> tuple[dict[str, StoredTensor]
 
 def _put_tensor(tensor: torch.Tensor, sink: _Sink, nan: _NanFinder) -> None:
     """Write a tensor piece by piece, converted if need be."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    for begin in range(0, flat.numel(), _ELEMENTS):
-        piece = sink.buffers.convert(flat[begin : begin + _ELEMENTS], nan.dtype)
+    for piece in pieces(tensor, nan.dtype, sink.buffers):
         sink.put(piece.view(torch.uint8).numpy().data)
         nan.look(piece)
 

@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from qeff_proxy.artifact.export_folder import cache_home
 from qeff_proxy.common.threads import limit_threads
@@ -32,9 +33,22 @@ from qeff_proxy.load.weight_sources import map_file
 LARGE = 1 << 28
 _INTERVAL = 0.01  # seconds between two times that pages of a runtime are given back
 _LEAST = 1 << 20  # bytes of a tensor whose pages are given back
+_BLOCK = 1 << 26  # bytes of a large tensor that are used at a time
 _ELEMENTS = 1 << 18  # converted at a time
 #: Bits of an entry of ``/proc/self/pagemap``: https://docs.kernel.org/admin-guide/mm/pagemap.html
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
+
+
+def pieces(tensor: torch.Tensor, dtype: torch.dtype, buffers: Buffers) -> Iterator[torch.Tensor]:
+    """A tensor's elements in order, converted; the pages that they were read from are given back.
+
+    Yields:
+        Pieces that a processor's cache holds; each until the next is asked for.
+    """
+    for part in torch.split(tensor.detach().contiguous().reshape(-1), _BLOCK // dtype.itemsize):
+        for piece in torch.split(part, _ELEMENTS):
+            yield buffers.convert(piece, dtype)
+        give_back(part)
 
 
 class Scratch:
@@ -61,10 +75,8 @@ class Scratch:
         begin = self._file.seek(-(-self._file.tell() // unit) * unit)
         with limit_threads():
             for block in blocks:
-                flat = block.detach().reshape(-1)
-                for start in range(0, len(flat), _ELEMENTS):
-                    piece = self._buffers.convert(flat[start : start + _ELEMENTS], dtype)
-                    self._file.write(piece.contiguous().view(torch.uint8).numpy().data)
+                for piece in pieces(block, dtype, self._buffers):
+                    self._file.write(piece.view(torch.uint8).numpy().data)
         self._file.flush()
         return map_file(self._file.fileno(), begin, shape, dtype)
 
@@ -72,6 +84,9 @@ class Scratch:
 @contextmanager
 def few_pages(*modules: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
     """Give the pages of weights back after each use of their module, if the modules are large.
+
+    Of a large matrix, such as a head, they are given back while it is used, too: for a vocabulary
+    of 128,000 tokens it has gigabytes.
 
     Yields:
         Gives back the pages of a tensor that was used otherwise.
@@ -87,6 +102,7 @@ def few_pages(*modules: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
             if own:
                 handle = module.register_forward_hook(PageHook(own), always_call=True)
                 stack.callback(handle.remove)
+        stack.enter_context(_InBlocks())
         yield give_back
         for weight in weights:
             give_back(weight)
@@ -104,12 +120,37 @@ class PageHook:
             give_back(weight)
 
 
+class _InBlocks(TorchFunctionMode):
+    """Multiplies by large matrices block by block, of this thread only."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func``; for a linear layer with a large weight, on some of its rows at a time."""
+        weight = args[1] if func is nn.functional.linear and len(args) > 1 else None
+        if weight is None or kwargs or weight.is_meta or weight.nbytes < LARGE:
+            return func(*args, **(kwargs or {}))
+        rows = max(1, _BLOCK * len(weight) // weight.nbytes)
+        parts = []
+        for begin in range(0, len(weight), rows):
+            part = slice(begin, begin + rows)
+            bias = args[2][part] if len(args) > 2 and args[2] is not None else None
+            parts.append(func(args[0], weight[part], bias))
+            give_back(weight[part])
+        return torch.cat(parts, -1)
+
+
 def give_back(tensor: torch.Tensor) -> None:
     """Give back the pages of a tensor, if a file holds all that is in them."""
     if sys.platform != "linux" or tensor.is_meta or tensor.nbytes < _LEAST:
         return
-    begin = tensor.data_ptr()
-    _give_back(begin, begin + tensor.untyped_storage().nbytes())
+    begin, storage = tensor.data_ptr(), tensor.untyped_storage()
+    # A view may have more elements than its memory, or less.
+    _give_back(begin, min(begin + tensor.nbytes, storage.data_ptr() + storage.nbytes()))
 
 
 @contextmanager
