@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -321,8 +322,7 @@ def _has_nan(piece: torch.Tensor) -> bool:
         piece = piece.float()
     # A sum is one fast pass, and is finite unless an element is not, or it is too large for the
     # dtype; only then is each element checked.
-    total = piece.sum()
-    return not bool(torch.isfinite(total)) and bool(torch.isnan(piece).any())
+    return not math.isfinite(piece.sum().item()) and bool(torch.isnan(piece).any())
 
 
 def point_into(part: TracedPart, places: Mapping[str, StoredWeight]) -> None:

@@ -20,6 +20,12 @@ _BLOCK = 1 << 18  # elements
 # A number as a tensor is not converted anew for each block.
 _SHIFT = {width: torch.tensor(1 << 8 - width, dtype=torch.int16) for width in (2, 4)}
 _BITS = {width: torch.tensor(((1 << width) - 1) * 0x101, dtype=torch.int16) for width in (2, 4)}
+# 1,024 and a code in its last bits, as float16; and two of them, from a byte of two 4-bit codes.
+_CODE = torch.tensor(0x6400, dtype=torch.int16)
+_SPREAD, _TWO, _TWO_CODES = (
+    torch.tensor(bits, dtype=torch.int32) for bits in (0x1001, 0xF000F, 0x64006400)
+)
+_OFFSET = 1024
 _TO_FLOAT16 = torch.tensor(128, dtype=torch.int16)
 _FLOAT8_BITS = torch.tensor(-0x4001, dtype=torch.int16)
 _FLOAT8_SCALE = torch.tensor(256.0)
@@ -66,8 +72,9 @@ class Buffers:
         return self.get(dtype, values.shape).copy_(values)
 
 
-#: Writes float32 [rows, columns] for some rows of codes.
-Reader = Callable[[torch.Tensor, torch.Tensor, Buffers], None]
+#: Writes float32 [rows, columns] for some rows of codes, or float16 for integer ones; returns what
+#: is too much in each number.
+Reader = Callable[[torch.Tensor, torch.Tensor, Buffers], int]
 
 
 def unpack(words: torch.Tensor, bits: int, buffers: Buffers | None = None) -> torch.Tensor:
@@ -123,7 +130,7 @@ def look_up(
     buffers: Buffers,
     *,
     low_first: bool,
-) -> None:
+) -> int:
     """Read 4-bit codes, two in a byte.
 
     Args:
@@ -139,13 +146,17 @@ def look_up(
     index = buffers.get(torch.int32, (pairs.numel(),)).copy_(pairs.flatten())
     values = both.contiguous().view(torch.float64).flatten()
     torch.index_select(values, 0, index, out=out.view(-1).view(torch.float64))
+    return 0
 
 
-def numbers(codes: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> None:
-    """Read codes that are numbers themselves."""
+def numbers(codes: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> int:
+    """Read codes that are numbers themselves (see `Reader`)."""
+    if codes.dtype == torch.uint8 and out.dtype == torch.float16:
+        out.view(torch.int16).copy_(codes).bitwise_or_(_CODE)
+        return _OFFSET
     if codes.dtype.itemsize > 1 or not codes.is_floating_point():
         out.copy_(codes)
-        return
+        return 0
     data = codes.contiguous().view(torch.uint8)
     if codes.dtype == torch.float8_e4m3fn and data.numel() and int(data.max()) < 255:
         signed = data.view(torch.int8)
@@ -155,16 +166,22 @@ def numbers(codes: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> None:
             # two codes above).
             moved = buffers.get(torch.int16, data.shape).copy_(signed).mul_(_TO_FLOAT16)
             out.copy_(moved.bitwise_and_(_FLOAT8_BITS).view(torch.float16)).mul_(_FLOAT8_SCALE)
-            return
+            return 0
     table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).to(torch.float32)
     out.copy_(table.index_select(0, data.flatten().to(torch.int32)).view(codes.shape))
+    return 0
 
 
 def packed(bits: int) -> Reader:
     """A reader of codes packed as `unpack` takes them."""
 
-    def read(words: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> None:
-        out.copy_(unpack(words, bits, buffers)[:, : out.shape[1]])
+    def read(words: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> int:
+        data = words.contiguous().view(torch.uint8)
+        if bits == 4 and out.dtype == torch.float16 and out.shape[1] == 2 * data.shape[1]:
+            pairs = out.view(torch.int32).copy_(data).mul_(_SPREAD)
+            pairs.bitwise_and_(_TWO).bitwise_or_(_TWO_CODES)
+            return _OFFSET
+        return numbers(unpack(words, bits, buffers)[:, : out.shape[1]], out, buffers)
 
     return read
 
@@ -179,7 +196,10 @@ def scale(
     columns: int | None = None,
     read: Reader = numbers,
 ) -> Iterator[torch.Tensor]:
-    """Dequantize a matrix: (code - zero) · scale, computed in float32 and rounded once.
+    """Dequantize a matrix: (code - zero) · scale, rounded once.
+
+    Codes of at most a byte and their zero points, which are exact in float16, need no float32 if
+    the scales are float16, too.
 
     Args:
         codes: [rows, ...] of any dtype.
@@ -197,27 +217,30 @@ def scale(
     columns = codes.shape[1] if columns is None else columns
     if isinstance(groups, int) and columns % groups:
         groups = torch.arange(columns) // groups
+    small = codes.dtype == (torch.uint8 if read is numbers else torch.int32)
+    exact = small and scales.dtype == dtype == torch.float16
+    computed = torch.float16 if exact else torch.float32
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         """For each element, or for each group if all have as many: [rows, groups, 1]."""
-        values = values.float().expand(rows, -1)
+        values = values.to(computed).expand(rows, -1)
         return values if isinstance(groups, torch.Tensor) else values.unsqueeze(-1)
 
     step, buffers = max(1, _BLOCK // max(1, columns)), Buffers()
     shifted = torch.split(spread(zeros), step) if isinstance(zeros, torch.Tensor) else repeat(None)
     blocks = zip(torch.split(codes, step), torch.split(spread(scales), step), shifted, strict=False)
     for block, factors, shifts in blocks:
-        values = rows_read = buffers.get(torch.float32, (len(block), columns))
-        read(block, rows_read, buffers)
+        values = rows_read = buffers.get(computed, (len(block), columns))
+        offset = read(block, rows_read, buffers)
         if isinstance(groups, torch.Tensor):
             factors = factors.index_select(1, groups)
             shifts = None if shifts is None else shifts.index_select(1, groups)
         else:
             values = values.view(len(block), columns // groups, groups)
         if shifts is not None:
-            values -= shifts
-        elif isinstance(zeros, int):
-            values -= zeros
+            values -= shifts + offset if offset else shifts
+        elif isinstance(zeros, int) or offset:
+            values -= (zeros or 0) + offset
         values *= factors
         yield buffers.convert(rows_read, dtype)
 
