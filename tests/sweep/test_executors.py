@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from qeff_proxy.sweep.plan import Cell
 from qeff_proxy.sweep.run_cell import Job, decode_job, decode_outcome, encode_job
 from qeff_proxy.sweep.slurm_executor import SlurmExecutor, _parameters_of
 from qeff_proxy.sweep.watch_cell import run_remote
-from qeff_proxy.testing.executors import ExecutorSuite
+from qeff_proxy.testing.executors import ExecutorSuite, _check_ended, _job, _wait_for
 
 WritePlan = Callable[..., Path]
 
@@ -37,6 +38,17 @@ class LocalSlurm(SlurmExecutor):
 
 class TestSlurm(ExecutorSuite):
     executor = LocalSlurm
+
+
+def test_a_cell_ends_with_all_it_started_when_its_watcher_is_killed(tmp_path: Path) -> None:
+    message = encode_job(_job(tmp_path, "hangs"))
+    code = (
+        f"from qeff_proxy.sweep.watch_cell import run_remote; run_remote({message!r}, again=False)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as watcher:
+        _wait_for(lambda: (tmp_path / "hangs.child").exists())
+        watcher.kill()
+    _check_ended(tmp_path, "hangs.pid", "hangs.child")
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ machines start there.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import platform
 import resource
+import select
 import shutil
 import signal
 import sys
@@ -28,7 +28,6 @@ import msgspec
 from qeff_proxy.sweep.run_cell import Job, Outcome, decode_job, encode_outcome, perform
 
 _POLL = 0.2  # seconds between two looks at the memory of a cell
-_PR_SET_PDEATHSIG = 1
 _GIGABYTE = 10**9
 PRELOAD = ("qeff_proxy.sweep.preload",)
 
@@ -144,8 +143,7 @@ def _work(
 ) -> None:
     """Run a cell in this new process, and send its record, fingerprint and peak memory."""
     os.setsid()  # it and its own processes end together, and Ctrl-C ends only the sweep
-    if hasattr(libc := ctypes.CDLL(None), "prctl"):
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would take its result
+    threading.Thread(target=_end_with, args=(out,), daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -156,6 +154,17 @@ def _work(
         sys.modules["torch"].set_num_threads(threads)
     record, fingerprint = perform(job)
     out.send((record, fingerprint, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def _end_with(out: Connection) -> None:
+    """End this process and its own ones when nobody is left to take its result.
+
+    Who watches it may be killed, and then cannot.
+    """
+    poll = select.poll()
+    poll.register(out.fileno(), 0)  # an error, which the closed other end is, is always told
+    poll.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _kill(process: ForkServerProcess) -> None:
