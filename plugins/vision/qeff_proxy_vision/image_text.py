@@ -208,11 +208,17 @@ def _vision(
                 with torch.no_grad():
                     features = module(**image.inputs)
                 found = features[FEATURES].shape[-1]
-                if found == width and (projected or not hasattr(owner, _PROJECTOR)):
+                looped = image.tiled and _loops(module, image.inputs)
+                if found != width or (not projected and hasattr(owner, _PROJECTOR)):
+                    problems.append(f"features are {found} wide, not {width}")
+                elif looped and "image_sizes" in arguments:
+                    problems.append("its tower takes images of any size, and is not told which")
+                    break
+                else:
                     handle.remove()
-                    image = replace(image, tiled=image.tiled and not _loops(module, image.inputs))
-                    return _Vision(module, image, features)
-                problems.append(f"features are {found} wide, not {width}")
+                    return _Vision(
+                        module, replace(image, tiled=image.tiled and not looped), features
+                    )
             except Exception as error:  # noqa: BLE001 (a model's code, on a form that may be wrong)
                 shape = list(image.pixels.shape)
                 problems.append(f"pixels {shape}: {type(error).__name__}: {first_line(error)}")

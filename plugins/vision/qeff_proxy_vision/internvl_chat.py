@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from qeff_proxy.arrays import Array, to_array, to_tensor
+from qeff_proxy.arrays import Array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError
-from qeff_proxy.families.model_cache import cache_of
+from qeff_proxy.families.generic import path_of
 from qeff_proxy.families.tokenize import tokenize
-from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.load.checkpoint_files import find_checkpoint, read_config_file
@@ -33,6 +32,7 @@ from qeff_proxy_vision.chat_template import try_template
 from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import checked_tensors, count_error, decode, prompts_and_images
+from qeff_proxy_vision.own_code import stepped_logits
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, pixel_sample
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
 from qeff_proxy_vision.tiles import split_into_tiles
@@ -95,19 +95,15 @@ class _FeaturesPart(nn.Module):
 @hookimpl
 def locate_embedding(model: PreTrainedModel) -> Site | None:
     """The language model's own."""
-    return _site_of(model, model.language_model.get_input_embeddings())
+    path = path_of(model, model.language_model.get_input_embeddings())
+    return None if path is None else Site(path)
 
 
 @hookimpl
 def locate_lm_head(model: PreTrainedModel) -> Site | None:
     """The language model's own."""
-    return _site_of(model, model.language_model.get_output_embeddings())
-
-
-def _site_of(model: PreTrainedModel, module_at_site: nn.Module) -> Site | None:
-    paths = {id(module): path for path, module in model.named_modules()}
-    path = paths.get(id(module_at_site))
-    return Site(path) if path is not None else None
+    path = path_of(model, model.language_model.get_output_embeddings())
+    return None if path is None else Site(path)
 
 
 def _cut_language_model(
@@ -167,31 +163,13 @@ def build_proxy(
 
 
 def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Array) -> Array:
-    """Like `qeff_proxy_vision.reference.model_logits`, but with an image in each call."""
-    padding = tensors["attention_mask"]
-    pieces: list[Array] = []
-    cache = None
-    for step in range(new.shape[1] + 1):
-        seen = np.concatenate([padding, np.ones_like(new[:, :step])], axis=1)
-        ids = new[:, step - 1 : step] if step else tensors["input_ids"]
-        arguments: dict[str, Any] = {
-            "input_ids": to_tensor(ids),
-            "attention_mask": to_tensor(seen),
-            "position_ids": to_tensor(position_ids_of(seen, ids.shape[1])),
-            "past_key_values": cache,
-            "use_cache": True,
-            "return_dict": True,
-        }
-        with torch.no_grad():
-            if step == 0 and "pixel_values" in tensors:
-                pixels = to_tensor(tensors["pixel_values"]).to(model.dtype)
-                flags = torch.ones(pixels.shape[0], 1, dtype=torch.int64)
-                outputs = model(pixel_values=pixels, image_flags=flags, **arguments)
-            else:
-                outputs = model.language_model(**arguments)
-        cache = cache_of(outputs)
-        pieces.append(to_array(outputs.logits.float()))
-    return np.concatenate(pieces, axis=1)
+    """As `qeff_proxy_vision.reference.model_logits`; the model runs on images only."""
+    first = model.language_model
+    if "pixel_values" in tensors:
+        pixels = to_tensor(tensors["pixel_values"]).to(model.dtype)
+        flags = torch.ones(pixels.shape[0], 1, dtype=torch.int64)
+        first = partial(model, pixel_values=pixels, image_flags=flags)
+    return stepped_logits(first, model.language_model, tensors, new)
 
 
 @hookimpl
