@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from qeff_proxy_vision.audio_text import add_sounds
 from qeff_proxy_vision.fixed_image import FEATURES, FixedImagePart, count_operations
 from qeff_proxy_vision.geometry import Geometry
+from qeff_proxy_vision.grid_image import add_grid
 from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.language import (
@@ -84,9 +85,15 @@ def build_proxy(
     text = cut_language(model, embedding, lm_head, kind, options)
     rows = int(text.settings["embedding_rows"])
     decoder_path = decoder_path_of(model, text)
+    decoder = model.get_submodule(decoder_path)
+    special = sorted(number for number in special_tokens(model) if 0 <= number < rows)
+    lookups = learn_lookups(model, decoder, special)
+    if size is None:
+        text_name = decoder_path.removeprefix("model.").partition(".")[0]
+        if (of_tiles := add_grid(model, text, text_name, token_id, lookups)) is not None:
+            return of_tiles
     vision = _vision(model, arguments, size, decoder_path, int(text.settings["hidden_size"]))
     sample: Sample = partial(_sample, model, vision, token_id, rows)
-    decoder = model.get_submodule(decoder_path)
     masks = text.part("body").masks
     learned = learn_images(model, decoder, sample(), vision.features, token_id, masks)
     single = text.part("body").inputs[0].shape[1] != "query"
@@ -107,7 +114,6 @@ def build_proxy(
     layers = range(1, learned.deepstack + 1)
     merges = [Merge("replace")]
     merges += [Merge("replace", f"layer_features.{n}", f"{FEATURES}.{n}") for n in layers]
-    special = sorted(number for number in special_tokens(model) if 0 <= number < rows)
     settings = ImageSettings(
         token_id,
         tuple(merges),
@@ -116,7 +122,7 @@ def build_proxy(
         rows_per_tile=vision.rows,
         geometry=geometry,
         positions=learned.positions,
-        looked_up_as=learn_lookups(model, decoder, special),
+        looked_up_as=lookups,
         refused=tuple(left_out(model)),
     )
     text = with_inputs(text, list(layers), learned.positions.axes if learned.positions else 0)

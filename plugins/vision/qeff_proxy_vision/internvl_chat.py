@@ -19,12 +19,10 @@ from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.generic import path_of
 from qeff_proxy.families.tokenize import tokenize
 from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.load.checkpoint_files import find_checkpoint, read_config_file
 from qeff_proxy.parts import Kind, Proxy
 from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Absent, Site
-from torch import nn
 from transformers import PreTrainedModel
 
 from qeff_proxy_vision import internlm2
@@ -36,7 +34,7 @@ from qeff_proxy_vision.own_code import stepped_logits
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, pixel_sample
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
 from qeff_proxy_vision.tiles import split_into_tiles
-from qeff_proxy_vision.towers import pixel_part
+from qeff_proxy_vision.towers import FeaturesPart, pixel_part
 
 __all__ = [
     "CONTEXT",
@@ -77,19 +75,6 @@ class Loader:
         )
         model.img_context_token_id = tokenizer.convert_tokens_to_ids(CONTEXT)
         return answer
-
-
-class _FeaturesPart(nn.Module):
-    """The model's ``extract_feature``, without the language model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = replace_modules(model, {"language_model": nn.Identity()})
-
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``[batch, 3, height, width]`` to ``image_features [batch, rows, hidden]``."""
-        extract: Any = self.model.extract_feature
-        return {"image_features": extract(pixel_values)}
 
 
 @hookimpl
@@ -151,9 +136,8 @@ def build_proxy(
     tile = (3, size, size)
     rows = int(model.num_image_token)
     hidden = config.llm_config.hidden_size
-    part = pixel_part(
-        _FeaturesPart(model), model.dtype, tile, {"image_features": ("batch", rows, hidden)}
-    )
+    module = FeaturesPart(model, lambda owner, pixels: owner.extract_feature(pixels))
+    part = pixel_part(module, model.dtype, tile, {"image_features": ("batch", rows, hidden)})
 
     vocabulary = config.llm_config.vocab_size
     sample = pixel_sample(tile, rows, token_id, vocabulary, tiles=2)
