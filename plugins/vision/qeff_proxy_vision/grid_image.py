@@ -30,6 +30,8 @@ from qeff_proxy_vision.towers import pixel_part
 
 __all__ = ["add_grid"]
 
+_SPLITS = (torch.split, torch.Tensor.split)  # which are others while a graph is exported
+
 
 def add_grid(
     model: PreTrainedModel, text: Proxy, text_name: str, token_id: int, lookups: Mapping[int, int]
@@ -116,7 +118,7 @@ class _Undivided(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.split, torch.Tensor.split) and kwargs.get("dim", *args[2:] or (0,)) == 0:
+        if func in _SPLITS and kwargs.get("dim", *args[2:] or (0,)) == 0:
             return (args[0],)
         return func(*args, **kwargs)
 
