@@ -50,6 +50,9 @@ class FixedImagePart(nn.Module):
         projector: Path of a module that it leaves to its caller to apply, if it does.
         get: Makes features: ``get(model, **tensors)``.
         features: The name of the output.
+
+    Attributes:
+        tiled: It is called on any number of tiles, each of which has as many rows; set afterwards.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class FixedImagePart(nn.Module):
         self.projector = projector
         self.get = get
         self.features = features
+        self.tiled = False
 
     def forward(self, **pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The pixels of one image, or of tiles, to features.
@@ -83,7 +87,7 @@ class FixedImagePart(nn.Module):
         Returns:
             ``image_features [rows, hidden]``; where the tower gives features for layers of the
             language model, too, as many rows of ``image_features.<layer>``, which are added before
-            that layer.
+            that layer. Of tiles (``tiled``) they are ``[batch, rows, hidden]``.
         """
         tracing = torch.compiler.is_compiling()
         with _ConstantsStayReal(blanks=self.blanks) if tracing else nullcontext():
@@ -98,6 +102,9 @@ class FixedImagePart(nn.Module):
             features = {self.features: rows_of(pooled)}
             for index, rows in enumerate(outputs.get("deepstack_features") or ()):
                 features[f"{FEATURES}.{index + 1}"] = rows_of(rows)  # before the next layer
+        if self.tiled:
+            tiles = next(iter(pixels.values())).shape[0]
+            features = {n: one.view(tiles, -1, one.shape[1]) for n, one in features.items()}
         return features
 
 

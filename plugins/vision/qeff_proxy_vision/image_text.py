@@ -176,7 +176,7 @@ class _Vision:
         """The part, with as many outputs for layers as are used."""
         pixels, dtype = self.image.pixels, dtype_name(self.image.pixels.dtype)
         first: tuple[int | str, ...] = ("batch",) if self.image.tiled else (pixels.shape[0],)
-        count: tuple[int | str, ...] = ("rows",) if self.image.tiled else (self.rows,)
+        count = (*(first if self.image.tiled else ()), self.rows)
         names = list(self.features)[: 1 + deepstack]
         return Part(
             "vision",
@@ -222,9 +222,8 @@ def _vision(
                     break
                 else:
                     handle.remove()
-                    return _Vision(
-                        module, replace(image, tiled=image.tiled and not looped), features
-                    )
+                    module.tiled = image.tiled and not looped
+                    return _Vision(module, replace(image, tiled=module.tiled), features)
             except Exception as error:  # noqa: BLE001 (a model's code, on a form that may be wrong)
                 shape = list(image.pixels.shape)
                 problems.append(f"pixels {shape}: {type(error).__name__}: {first_line(error)}")
