@@ -114,7 +114,15 @@ class EmbeddingFamily:
             outputs = (body.output(probe.width),)
             parts = (
                 Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
-                Part("body", body, body.inputs(embeds), outputs, "body", probe.masks, **body.edges),
+                Part(
+                    "body",
+                    body,
+                    body.inputs(embeds),
+                    outputs,
+                    "body",
+                    probe.masks,
+                    trace_sizes=body.trace_sizes,
+                ),
             )
         else:
             if kind == "stub":
@@ -128,7 +136,17 @@ class EmbeddingFamily:
             whole = EncoderPart(model, probe.masks, pooling, "input_ids", dense)
             outputs = (whole.output(probe.width),)
             inputs = whole.inputs(ids)
-            parts = (Part("model", whole, inputs, outputs, "model", probe.masks, **whole.edges),)
+            parts = (
+                Part(
+                    "model",
+                    whole,
+                    inputs,
+                    outputs,
+                    "model",
+                    probe.masks,
+                    trace_sizes=whole.trace_sizes,
+                ),
+            )
         limits = filter(None, (probe.positions, own.max_length))
         settings = {
             **pooling.to_json(),

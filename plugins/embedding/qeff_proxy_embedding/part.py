@@ -85,9 +85,9 @@ class EncoderPart(nn.Module):
         return TensorSpec("sentence_embedding", dtype, ("batch", self._vector_width(width)))
 
     @property
-    def edges(self) -> dict[str, dict[str, int]]:
+    def trace_sizes(self) -> dict[str, int]:
         """The sizes to trace the part at, if not the usual ones: several blocks of a window."""
-        return {"trace_sizes": {"sequence": 3 * self.reach}} if self.reach else {}
+        return {"sequence": 3 * self.reach} if self.reach else {}
 
     def _vector_width(self, width: int) -> int:
         if self.pooling.function is None:

@@ -48,13 +48,13 @@ def add_grid(
     Raises:
         UnsupportedModelError: Features are for a layer that the language model does not have.
     """
-    owner, vision = features_owner(model), getattr(model.config, "vision_config", None)
-    sizes = getattr(model.config, "image_grid_pinpoints", None)
+    owner, sizes = features_owner(model), getattr(model.config, "image_grid_pinpoints", None)
     if sizes is None or getattr(owner, "image_newline", None) is None:
         return None
     with_lengths = _gives_lengths(owner, sizes[0])
     if with_lengths is None:
         return None
+    vision = model.config.vision_config
     tile = (vision.num_channels, vision.image_size, vision.image_size)
     module = _TilesPart(owner, text_name, sizes[0], with_lengths=with_lengths)
     with torch.no_grad():

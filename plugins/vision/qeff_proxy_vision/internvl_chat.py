@@ -26,14 +26,14 @@ from qeff_proxy.sites import Absent, Site
 from transformers import PreTrainedModel
 
 from qeff_proxy_vision import internlm2
-from qeff_proxy_vision.chat_template import try_template
+from qeff_proxy_vision.chat_template import in_chat_template
 from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import checked_tensors, count_error, decode, prompts_and_images
 from qeff_proxy_vision.own_code import stepped_logits
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, pixel_sample
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
-from qeff_proxy_vision.tiles import split_into_tiles
+from qeff_proxy_vision.tiles import normalized, split_into_tiles
 from qeff_proxy_vision.towers import FeaturesPart, pixel_part
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "decode",
     "locate_embedding",
     "locate_lm_head",
-    "normalized",
     "preprocess",
 ]
 
@@ -51,8 +50,6 @@ _IMAGE = "<image>"
 #: The text of the image token.
 CONTEXT = "<IMG_CONTEXT>"
 _PREFIX = "language_model."
-_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class Loader:
@@ -193,7 +190,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
             raise count_error(prompt, _IMAGE, len(images), hint)
         text = prompt
         if request.options.get("chat", True):
-            text = _in_chat(processor, prompt, first=not texts)
+            text = in_chat_template(processor, prompt, first=not texts)
         for image in images:
             tiles = split_into_tiles(
                 open_image(image), size, (least, most), overview=config.get("use_thumbnail", False)
@@ -205,22 +202,3 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     if pixels:
         tensors["pixel_values"] = torch.from_numpy(np.stack(pixels))
     return tensors
-
-
-def _in_chat(tokenizer: Any, prompt: str, *, first: bool) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        return prompt
-    message = [{"role": "user", "content": prompt}]
-    render = partial(
-        tokenizer.apply_chat_template, message, tokenize=False, add_generation_prompt=True
-    )
-    if first:
-        try_template(render)
-    text: str = render()
-    return text
-
-
-def normalized(tile: Any) -> Array:
-    """A tile as the tower takes it, ``[3, height, width]`` float32."""
-    values = np.asarray(tile, np.float32) / 255
-    return np.ascontiguousarray(((values - _MEAN) / _STD).transpose(2, 0, 1))

@@ -28,7 +28,9 @@ from transformers import PreTrainedModel
 from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import checked_tensors, decode, prompts_and_images
+from qeff_proxy_vision.molmo_processor import corrected
 from qeff_proxy_vision.own_code import PairsBody, language_parts, stepped_logits
+from qeff_proxy_vision.own_processor import load_own_processor
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, marked_text
 from qeff_proxy_vision.remote import load_adapted
 
@@ -56,10 +58,8 @@ class Loader:
 
     @staticmethod
     def load_processor(folder: Path) -> Any:
-        """The checkpoint's processor (`qeff_proxy_vision.molmo_processor.load_processor`)."""
-        from qeff_proxy_vision.molmo_processor import load_processor
-
-        return load_processor(folder)
+        """The checkpoint's processor, corrected."""
+        return load_own_processor(folder, corrected)
 
 
 class _TwoTables(nn.Module):

@@ -79,7 +79,7 @@ class _Head(nn.Module):
 def language_parts(
     embedding: nn.Module,
     body: PairsBody,
-    head: nn.Module,
+    head: nn.Linear,
     heads: tuple[int, int],
     scale: float | None = None,
 ) -> Proxy:
@@ -88,7 +88,7 @@ def language_parts(
     Args:
         embedding: ``input_ids`` to embeddings.
         body: Its layers.
-        head: Hidden states to logits; has a ``weight``.
+        head: Hidden states to logits.
         heads: The number of heads with keys and values, and the width of each.
         scale: The logits are multiplied by it.
     """
