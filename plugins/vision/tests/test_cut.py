@@ -167,3 +167,18 @@ def test_a_tower_that_joins_its_images_takes_one_at_a_time():
         made = cut(model)
     assert made.proxy.settings["image"]["geometry"]["tensors"] == {"image_sizes": [[28, 28]]}
     assert made.report.max_difference <= 1e-5
+
+
+def test_tiles_in_an_order_of_the_models_own_are_no_grid(make_model):
+    model = make_model("llava_next")
+    ordered = model.model.pack_image_features
+
+    def reversed_lines(*args, **named):
+        images, lengths = ordered(*args, **named)
+        return [image.flip(0) for image in images], lengths
+
+    model.model.pack_image_features = reversed_lines
+    with pytest.warns(UserWarning, match="exported for images of 28 x 28 pixels"):
+        made = cut(model)
+    assert made.proxy.settings["image"]["grid"] is None
+    assert made.report.max_difference <= 1e-5
