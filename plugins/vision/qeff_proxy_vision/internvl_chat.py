@@ -19,10 +19,12 @@ from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.generic import path_of
 from qeff_proxy.families.tokenize import tokenize
 from qeff_proxy.hookspecs import hookimpl
+from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.load.checkpoint_files import find_checkpoint, read_config_file
 from qeff_proxy.parts import Kind, Proxy
 from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Absent, Site
+from torch import nn
 from transformers import PreTrainedModel
 
 from qeff_proxy_vision import internlm2
@@ -133,7 +135,8 @@ def build_proxy(
     tile = (3, size, size)
     rows = int(model.num_image_token)
     hidden = config.llm_config.hidden_size
-    module = FeaturesPart(model, lambda owner, pixels: owner.extract_feature(pixels))
+    tower = replace_modules(model, {"language_model": nn.Identity()})
+    module = FeaturesPart(tower, lambda own, pixel_values: own.extract_feature(pixel_values))
     part = pixel_part(module, model.dtype, tile, {"image_features": ("batch", rows, hidden)})
 
     vocabulary = config.llm_config.vocab_size

@@ -33,6 +33,7 @@ from qeff_proxy_vision.own_code import PairsBody, language_parts, stepped_logits
 from qeff_proxy_vision.own_processor import load_own_processor
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, marked_text
 from qeff_proxy_vision.remote import load_adapted
+from qeff_proxy_vision.towers import FeaturesPart
 
 __all__ = [
     "Loader",
@@ -80,23 +81,6 @@ class _TwoTables(nn.Module):
         first = functional.embedding(input_ids.clamp(max=known - 1), self.known)
         second = functional.embedding((input_ids - known).clamp(0, added - 1), self.added)
         return torch.where((input_ids < known)[..., None], first, second)
-
-
-class _VisionPart(nn.Module):
-    """The model's vision backbone: crops to rows of the hidden size."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: torch.Tensor, image_masks: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``[batch, crops, patches, values]`` and ``[batch, crops, patches]`` to features.
-
-        Returns:
-            ``image_features [batch, crops, rows, hidden]``.
-        """
-        features, _ = self.backbone(images, image_masks)
-        return {"image_features": features}
 
 
 class _Mask:
@@ -165,7 +149,10 @@ def build_proxy(model: PreTrainedModel, kind: Kind, options: Mapping[str, Any]) 
     rows = rows_across * rows_down
     part = Part(
         "vision",
-        _VisionPart(model.model.vision_backbone),
+        FeaturesPart(
+            model.model.vision_backbone,
+            lambda own, images, image_masks: own(images, image_masks)[0],
+        ),
         (
             TensorSpec("images", dtype, ("batch", "sequence", patches, values)),
             TensorSpec("image_masks", dtype, ("batch", "sequence", patches)),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name
-from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Part, TensorSpec
 from torch import nn
 
@@ -15,27 +13,21 @@ __all__ = ["FeaturesPart", "pixel_part"]
 
 
 class FeaturesPart(nn.Module):
-    """A method of the model that makes features, without the language model.
+    """A module that makes features, in a way of its own.
 
     Args:
-        model: The model.
-        get: Pixels to features, by the model.
-        language_model: The name of the submodule to remove.
+        module: The module, without what it needs for texts only.
+        get: ``get(module, **pixels)`` makes features.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        get: Callable[[Any, torch.Tensor], torch.Tensor],
-        language_model: str = "language_model",
-    ) -> None:
+    def __init__(self, module: nn.Module, get: Callable[..., torch.Tensor]) -> None:
         super().__init__()
-        self.model = replace_modules(model, {language_model: nn.Identity()})
+        self.module = module
         self.get = get
 
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``[batch, channels, height, width]`` to ``image_features [batch, rows, hidden]``."""
-        return {"image_features": self.get(self.model, pixel_values)}
+    def forward(self, **pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The pixels to ``image_features [batch, …, rows, hidden]``."""
+        return {"image_features": self.get(self.module, **pixels)}
 
 
 def pixel_part(
