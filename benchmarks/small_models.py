@@ -100,6 +100,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "full_attn_idxs": None,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
+    "longformer": {"attention_window": [8] * LAYERS, "max_position_embeddings": 512},
     "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 32], [32, 64], [64, 64]]},
     "moonshine": dict.fromkeys(

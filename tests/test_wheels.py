@@ -184,7 +184,7 @@ def test_gpt2_runs_from_end_to_end(environment, tmp_path):
     plugin = json.loads((export / "export.json").read_text("utf-8"))["made_by"]["plugin"]
     assert re.fullmatch("[0-9a-f]{16}", plugin.pop("code"))
     assert plugin == {
-        "name": "qeff_proxy_text.gpt2",
+        "name": "qeff_proxy_text.causal_lm",
         "distribution": "qeff-proxy-text",
         "version": VERSION,
     }

@@ -64,7 +64,8 @@ def locate_embedding(model: PreTrainedModel) -> Site:
         raise UnsupportedModelError(
             f"{type(model).__name__} is no speech recognizer with an encoder and a decoder of its "
             "own",
-            "A plugin for this model type can build its parts.",
+            "Of a decoder without its encoder, export the whole recognizer "
+            "(QEFFAutoModelForSpeechSeq2Seq); a plugin can build the parts of others.",
         )
     if (name := _sound_name(model)) not in ("input_values", "input_features"):
         raise UnsupportedModelError(
@@ -119,6 +120,7 @@ def proxy_of(
     entry: str | None = None,
     needs_mask: bool = False,
     before: nn.Module | None = None,
+    positions: int | None = None,
 ) -> Proxy | None:
     """The parts of a recognizer.
 
@@ -133,6 +135,7 @@ def proxy_of(
         entry: The encoder's argument for the sound; ``None`` where it has the input's name.
         needs_mask: As of `EncoderPart`.
         before: As of `EncoderPart`.
+        positions: Of every sound's hidden states, where their number is fixed.
     """
     if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
         return None
@@ -150,9 +153,10 @@ def proxy_of(
         needs_mask=needs_mask,
         before=before,
     )
-    cross = attention.cross_specs("frames")
+    cross = attention.cross_specs(positions or "frames")
     first = Part("encoder", module, (sound,), cross, "encoder", **edges)
-    parts = (first, *decoder_parts(model, attention, (embedding, lm_head), kind))
+    length = positions or "sequence"
+    parts = (first, *decoder_parts(model, attention, (embedding, lm_head), kind, length))
     vocabulary = int(model.get_submodule(lm_head.module).weight.shape[0])
     settings = {
         "vocabulary": vocabulary,
@@ -211,11 +215,19 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
 
 @hookimpl
 def decode(processor: Any, outputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``texts``, without special tokens."""
+    """``texts``, and with timestamps also ``segments`` with start, end and text."""
     if processor is None or "generated_ids" not in outputs:
         return None
     texts = processor.batch_decode(outputs["generated_ids"], skip_special_tokens=True)
-    return {"texts": [text.strip() for text in texts], "segments": None}
+
+    def shown(piece: Mapping[str, Any]) -> dict[str, Any]:
+        text = processor.decode(piece["tokens"], skip_special_tokens=True).strip()
+        return {"start": float(piece["start"]), "end": float(piece["end"]), "text": text}
+
+    segments = outputs.get("segments")
+    if segments is not None:
+        segments = [[shown(piece) for piece in of_one] for of_one in segments]
+    return {"texts": [text.strip() for text in texts], "segments": segments}
 
 
 def logits_of_model_and_parts(model: PreTrainedModel, proxy: Proxy) -> tuple[Array, Array]:

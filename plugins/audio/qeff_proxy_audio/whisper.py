@@ -1,72 +1,41 @@
-"""Whisper: an encoder that runs once per window, and a decoder with a cache.
+"""Whisper: a recognizer of windows of one length, which stay so in its graphs.
 
-The encoder part also computes the keys and values of every decoder layer's cross attention,
-``cross_key_values.<layer>.key`` and ``.value``, so that they are computed only once. The decoder is
-cut at its token embedding, ``model.decoder.embed_tokens``, and at ``proj_out``, which are tied; its
-position embedding stays in the body. One decoder graph serves prefill and decode steps.
+A longer sound comes with the mask of its frames, for transformers' generation in windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name, given_tensor
-from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.families.cross_attention import CrossAttention, probe_cross_attention
-from qeff_proxy.families.encoder_decoder import EncoderPart, decoder_parts
+from qeff_proxy.errors import UsageError
 from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.parts import Kind, Proxy, TensorSpec
 from qeff_proxy.request import Request, refuse_unused
 from qeff_proxy.sites import Absent, Site
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from qeff_proxy_audio.any_speech import decode, locate_embedding, locate_lm_head, proxy_of
 from qeff_proxy_audio.sound import feature_extractor_of, sounds_of, tensor_of
 
 __all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
 
 
 @hookimpl
-def locate_embedding(model: PreTrainedModel) -> Site:
-    """The decoder's token embedding; the position embedding stays in the body.
-
-    Raises:
-        UnsupportedModelError: It is the decoder alone, whose cross attention needs an encoder.
-    """
-    if not hasattr(model.base_model, "encoder"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is Whisper's decoder without its encoder",
-            "Export the whole recognizer (QEFFAutoModelForSpeechSeq2Seq).",
-        )
-    return Site("model.decoder.embed_tokens")
-
-
-@hookimpl
-def locate_lm_head(model: PreTrainedModel) -> Site | Absent:
-    """``proj_out``, without a bias."""
-    if "proj_out" not in dict(model.named_children()):
-        return Absent(f"{type(model).__name__} gives hidden states")
-    return Site("proj_out")
-
-
-@hookimpl
 def build_proxy(
     model: PreTrainedModel, embedding: Site | Absent, lm_head: Site | Absent, kind: Kind
 ) -> Proxy | None:
-    """Encoder, token embedding, decoder body and head; encoder and decoder if not split."""
-    if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
-        return None
+    """As of other recognizers, for windows of one length."""
     config = model.config
-    width, length = int(config.d_model), int(config.max_source_positions)
-    attention = probe_cross_attention(model.get_decoder(), width, width)
-    parts = (
-        _encoder(model, attention),
-        *decoder_parts(model, attention, (embedding, lm_head), kind, length),
-    )
-    vocabulary = int(model.get_submodule(lm_head.module).weight.shape[0])
-    settings = {"vocabulary": vocabulary, "hidden_size": width, "frames": _frames(config)}
-    return Proxy(kind, "speech-seq2seq", parts, settings)
+    positions = int(config.max_source_positions)
+    frames = 2 * positions  # the second convolution halves their number
+    shape = ("batch", int(config.num_mel_bins), frames)
+    sound = TensorSpec("input_features", dtype_name(model.dtype), shape)
+    proxy = proxy_of(model, embedding, lm_head, kind, sound, {}, positions=positions)
+    return proxy and replace(proxy, settings={**proxy.settings, "frames": frames})
 
 
 @hookimpl
@@ -82,47 +51,6 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
         arguments |= {"truncation": False, "padding": "longest", "return_attention_mask": True}
     tensors = extractor(sounds, **arguments)
     return {name: torch.as_tensor(tensors[name]) for name in tensors}
-
-
-@hookimpl
-def decode(processor: Any, outputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``texts``, and with timestamps also ``segments`` with start, end and text."""
-    if processor is None or "generated_ids" not in outputs:
-        return None
-    texts = [
-        text.strip()
-        for text in processor.batch_decode(outputs["generated_ids"], skip_special_tokens=True)
-    ]
-    segments = outputs.get("segments")
-    if segments is not None:
-        segments = [
-            [
-                {
-                    "start": float(piece["start"]),
-                    "end": float(piece["end"]),
-                    "text": processor.decode(piece["tokens"], skip_special_tokens=True).strip(),
-                }
-                for piece in of_one
-            ]
-            for of_one in segments
-        ]
-    return {"texts": texts, "segments": segments}
-
-
-def _frames(config: PreTrainedConfig) -> int:
-    """Frames of a window; the second convolution halves their number."""
-    return 2 * int(config.max_source_positions)
-
-
-def _encoder(model: PreTrainedModel, attention: CrossAttention) -> Part:
-    config, dtype = model.config, dtype_name(model.dtype)
-    shape = ("batch", int(config.num_mel_bins), _frames(config))
-    features = TensorSpec("input_features", dtype, shape)
-    module = EncoderPart(
-        model.get_encoder(), model.get_decoder(), attention, features.name, features.name
-    )
-    cross = attention.cross_specs(int(config.max_source_positions))
-    return Part("encoder", module, (features,), cross, "encoder")
 
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

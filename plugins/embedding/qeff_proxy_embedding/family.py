@@ -114,7 +114,15 @@ class EmbeddingFamily:
             outputs = (body.output(probe.width),)
             parts = (
                 Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
-                Part("body", body, body.inputs(embeds), outputs, "body", probe.masks),
+                Part(
+                    "body",
+                    body,
+                    body.inputs(embeds),
+                    outputs,
+                    "body",
+                    probe.masks,
+                    trace_sizes=body.trace_sizes,
+                ),
             )
         else:
             if kind == "stub":
@@ -127,7 +135,18 @@ class EmbeddingFamily:
                 model = replace_modules(model, dict.fromkeys(paths, stub))
             whole = EncoderPart(model, probe.masks, pooling, "input_ids", dense)
             outputs = (whole.output(probe.width),)
-            parts = (Part("model", whole, whole.inputs(ids), outputs, "model", probe.masks),)
+            inputs = whole.inputs(ids)
+            parts = (
+                Part(
+                    "model",
+                    whole,
+                    inputs,
+                    outputs,
+                    "model",
+                    probe.masks,
+                    trace_sizes=whole.trace_sizes,
+                ),
+            )
         limits = filter(None, (probe.positions, own.max_length))
         settings = {
             **pooling.to_json(),

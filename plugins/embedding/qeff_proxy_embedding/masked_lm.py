@@ -77,7 +77,15 @@ def build_proxy(
         head = HeadPart(model, model.base_model_prefix)
         parts = (
             Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
-            Part("body", body, body.inputs(embeds), (hidden,), "body", probe.masks),
+            Part(
+                "body",
+                body,
+                body.inputs(embeds),
+                (hidden,),
+                "body",
+                probe.masks,
+                trace_sizes=body.trace_sizes,
+            ),
             Part("lm_head", head, (hidden,), (logits,), "vocabulary"),
         )
     else:
@@ -90,7 +98,10 @@ def build_proxy(
             whole = replace_modules(model, stubs)
             vocabulary = int(matrix.weight.shape[1])
         one = ClassifierPart(whole, probe.masks, ids.name, (*rows, vocabulary))
-        parts = (Part("model", one, one.inputs(ids), (one.output(0),), "model", probe.masks),)
+        inputs, scores = one.inputs(ids), (one.output(0),)
+        parts = (
+            Part("model", one, inputs, scores, "model", probe.masks, trace_sizes=one.trace_sizes),
+        )
     settings = {
         **probe.settings(kind),
         "hidden_size": probe.width,

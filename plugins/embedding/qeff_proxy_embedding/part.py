@@ -14,6 +14,7 @@ from qeff_proxy.families.experts import experts_in_turn
 from qeff_proxy.families.given_embeddings import embeddings_given, needs_given
 from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.families.rotary import rotary_by_length
+from qeff_proxy.families.window_attention import with_open_windows
 from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
 from torch import nn
 from transformers import PreTrainedModel
@@ -49,7 +50,8 @@ class EncoderPart(nn.Module):
         dense: DenseLayers | None = None,
     ) -> None:
         super().__init__()
-        self.model = experts_in_turn(rotary_by_length(encoder_of(model)))
+        encoder, self.reach = with_open_windows(encoder_of(model))
+        self.model = experts_in_turn(rotary_by_length(encoder))
         self.masks = masks
         self.pooling = pooling
         self.entry = entry
@@ -81,6 +83,11 @@ class EncoderPart(nn.Module):
         if not self.pooling.pools:
             return TensorSpec("last_hidden_state", dtype, ("batch", "sequence", width))
         return TensorSpec("sentence_embedding", dtype, ("batch", self._vector_width(width)))
+
+    @property
+    def trace_sizes(self) -> dict[str, int]:
+        """The sizes to trace the part at, if not the usual ones: several blocks of a window."""
+        return {"sequence": 3 * self.reach} if self.reach else {}
 
     def _vector_width(self, width: int) -> int:
         if self.pooling.function is None:

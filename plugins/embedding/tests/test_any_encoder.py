@@ -36,6 +36,8 @@ CONFIGS = {
     "fnet": lambda: transformers.FNetConfig(
         **{name: size for name, size in SIZES.items() if name != "num_attention_heads"}
     ),
+    # Windows, to which the model pads each text.
+    "longformer": lambda: transformers.LongformerConfig(**SIZES, attention_window=[4, 4, 8, 4, 4]),
 }
 LENGTHS = (7, 3, 12, 7)
 

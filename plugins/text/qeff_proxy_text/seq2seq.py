@@ -28,6 +28,7 @@ from qeff_proxy.families.experts import kept_dtypes
 from qeff_proxy.families.generic import path_of
 from qeff_proxy.families.model_masks import MASK_NAMES, record_masks
 from qeff_proxy.families.tokenize import tokenize
+from qeff_proxy.families.window_attention import with_open_windows
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, MaskKind, MaskSpec, Part, Proxy, TensorSpec
@@ -93,7 +94,7 @@ def build_proxy(
     """
     if isinstance(lm_head, Absent) or isinstance(embedding, Absent):
         return None
-    model = kept_dtypes(model)
+    model, reach = with_open_windows(kept_dtypes(model))
     encoder, decoder = model.get_encoder(), decoder_of(model)
     table = encoder.get_input_embeddings()
     width = int(table.weight.shape[1])
@@ -103,7 +104,7 @@ def build_proxy(
     states = width if projection is None else projection.out_features
     attention = probe_cross_attention(decoder, int(rows[1]), states)
     parts = (
-        *_encoder_parts(model, table, width, attention, masks, kind),
+        *_encoder_parts(model, table, width, attention, masks, kind, reach),
         *decoder_parts(model, attention, (embedding, lm_head), kind),
     )
     settings = {
@@ -149,6 +150,7 @@ def _encoder_parts(
     attention: CrossAttention,
     masks: tuple[MaskSpec, ...],
     kind: Kind,
+    reach: int,
 ) -> tuple[Part, ...]:
     encoder, decoder, projection = model.get_encoder(), decoder_of(model), projection_of(model)
     dtype = dtype_name(model.dtype)
@@ -162,6 +164,9 @@ def _encoder_parts(
     # An encoder without transformers' masks may attend to blocks of a long text.
     long = _LONG if any(hasattr(encoder.config, name) for name in _BLOCKS) else _LONGER
     checks = ({}, {"sequence": min(long, _positions(model) or long)}) if not masks else ()
+    edges: dict[str, Any] = {"check_sizes": checks}
+    if reach:
+        edges["trace_sizes"] = {"sequence": 3 * reach}  # several blocks
     if kind == "split":
         body = EncoderPart(
             encoder, decoder, attention, "inputs_embeds", embeds.name, masks, projection
@@ -169,22 +174,14 @@ def _encoder_parts(
         first = _EncoderEmbedding(table)
         return (
             Part("encoder_embedding", first, (ids,), (embeds,), "vocabulary"),
-            Part(
-                "encoder",
-                body,
-                (embeds, *others),
-                cross,
-                "encoder",
-                masks,
-                check_sizes=checks,
-            ),
+            Part("encoder", body, (embeds, *others), cross, "encoder", masks, **edges),
         )
     if kind == "stub":
         stub = EmbeddingStub(width, model.dtype)
         paths = [p for p, one in encoder.named_modules(remove_duplicate=False) if one is table]
         encoder = replace_modules(encoder, dict.fromkeys(paths, stub))
     whole = EncoderPart(encoder, decoder, attention, "input_ids", ids.name, masks, projection)
-    return (Part("encoder", whole, (ids, *others), cross, "encoder", masks, check_sizes=checks),)
+    return (Part("encoder", whole, (ids, *others), cross, "encoder", masks, **edges),)
 
 
 class _EncoderEmbedding(EmbeddingPart):

@@ -85,7 +85,7 @@ def test_every_plugin_of_the_package_can_be_used():
 
 def test_gpt2_is_cut_at_wte_and_at_the_head_and_keeps_its_positions(gpt2):
     model = make_model(GPT2LMHeadModel)
-    assert gpt2.plugin == "qeff_proxy_text.gpt2"
+    assert gpt2.plugin == "qeff_proxy_text.causal_lm"
     assert gpt2.locate_embedding(model, model.config) == Site("transformer.wte")
     assert gpt2.locate_lm_head(model, model.config) == Site("lm_head")
 

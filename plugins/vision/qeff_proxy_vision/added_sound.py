@@ -15,16 +15,24 @@ import torch
 from qeff_proxy.arrays import Array, numpy_dtype
 from qeff_proxy.errors import UsageError
 from qeff_proxy.flows.flow import Job
-from qeff_proxy.parts import Part, TensorSpec
+from qeff_proxy.parts import Part, Proxy, TensorSpec
 from qeff_proxy.request import refuse_unused
 from qeff_proxy.session.part_like import PartLike
 from torch import nn
 
-__all__ = ["ADDED", "AddedSound", "job_within", "with_added_features"]
+from qeff_proxy_vision.audio_text import SOUND_FLOW
+from qeff_proxy_vision.joined_graph import join_whole
+from qeff_proxy_vision.proxy import VisionProxy
+from qeff_proxy_vision.reference import generated_logits
+
+__all__ = ["ADDED", "FEATURES", "AddedSound", "add_sound", "job_within"]
 
 #: The settings of such a model: ``frames`` for each token, and inputs that must be ``constants``.
 ADDED = "added_sound"
-_FEATURES, _ROWS = "added_features", "audio_features"
+#: What the part of sounds makes.
+FEATURES = "audio_features"
+_ADDED_FEATURES = "added_features"
+_PROMPT, _MORE = 5, 4  # tokens of the prompt to verify with, and of its sound behind it
 _TEXT = ("input_ids", "attention_mask")
 
 
@@ -71,13 +79,13 @@ class AddedSound:
                 "Pad it with silence, as the processor does.",
             )
         self.tokens = sounds.shape[-1] // settings["frames"]
-        self._features = run({spec.name: sounds.astype(numpy_dtype(spec.dtype))})[_ROWS]
+        self._features = run({spec.name: sounds.astype(numpy_dtype(spec.dtype))})[FEATURES]
 
     def supply(
         self, part: PartLike, known: Mapping[str, Array], padding: Array
     ) -> dict[str, Array]:
         """The rows of a step, for the part that takes them."""
-        if _FEATURES not in {spec.name for spec in part.inputs}:
+        if _ADDED_FEATURES not in {spec.name for spec in part.inputs}:
             return {}
         batch, query = known["input_ids"].shape
         if padding.shape[1] > self.tokens:
@@ -87,7 +95,7 @@ class AddedSound:
             )
         rows = self._features[:, padding.shape[1] - query : padding.shape[1]]
         return {
-            _FEATURES: rows.repeat(batch // len(rows), axis=0)
+            _ADDED_FEATURES: rows.repeat(batch // len(rows), axis=0)
         }  # beams of a prompt are together
 
     def chunk_end(self, start: int, stop: int) -> int:  # noqa: ARG002
@@ -116,10 +124,57 @@ def job_within(job: Job, tokens: int) -> Job:
     return replace(job, settings={**settings, "max_new_tokens": min(new, tokens - length)})
 
 
-def with_added_features(body: Part) -> Part:
+def add_sound(
+    text: Proxy,
+    tower: nn.Module,
+    dtype: str,
+    bins: int,
+    frames: int,
+    constants: Mapping[str, int],
+) -> VisionProxy:
+    """The proxy of a model whose body gets a row of features of the sound for each token.
+
+    Args:
+        text: The cut language model, with the kind of the final proxy (`marked_text`).
+        tower: ``input_features [batch, bins, frames]`` to ``audio_features [batch, tokens,
+            hidden]``.
+        dtype: Of both.
+        bins: Of the spectra.
+        frames: For each token.
+        constants: Inputs of the model that are constants of the body, and what they are there.
+    """
+    parts = tuple(_with_features(part) if part.name == "body" else part for part in text.parts)
+    if text.kind != "split":
+        parts = join_whole(parts, stub=text.kind == "stub")
+    sound = TensorSpec("input_features", dtype, ("batch", bins, "frames"))
+    rows, width = int(text.settings["embedding_rows"]), int(text.settings["hidden_size"])
+    part = Part(
+        "audio",
+        tower,
+        (sound,),
+        (TensorSpec(FEATURES, dtype, ("batch", "tokens", width)),),
+        "audio",
+        trace_sizes={"frames": 7 * frames},
+        check_sizes=({"frames": 3 * frames}, {"frames": 12 * frames}),
+    )
+
+    def sample() -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(1, rows, (2, _PROMPT), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, :2] = 0
+        shape = (2, bins, (_PROMPT + _MORE) * frames)
+        noise = torch.randn(shape, generator=generator)
+        return {"input_ids": ids, "attention_mask": mask, sound.name: noise}
+
+    settings = {**text.settings, ADDED: {"frames": frames, "constants": dict(constants)}}
+    return VisionProxy(text.kind, SOUND_FLOW, (part, *parts), settings, sample, generated_logits)
+
+
+def _with_features(body: Part) -> Part:
     """A body that adds the rows to its embeddings."""
     embeds = body.inputs[0]
-    more = replace(embeds, name=_FEATURES)
+    more = replace(embeds, name=_ADDED_FEATURES)
     return replace(body, module=_Adding(body.module), inputs=(embeds, more, *body.inputs[1:]))
 
 
@@ -136,8 +191,3 @@ class _Adding(nn.Module):
             inputs_embeds=inputs_embeds + added_features, **tensors
         )
         return outputs
-
-
-def tower_outputs(dtype: str, width: int) -> tuple[TensorSpec, ...]:
-    """The outputs of the part of sounds."""
-    return (TensorSpec(_ROWS, dtype, ("batch", "tokens", width)),)

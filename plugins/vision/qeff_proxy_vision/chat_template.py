@@ -1,4 +1,4 @@
-"""Try a checkpoint's chat template before it is rendered: it is a program that others wrote.
+"""Try a checkpoint's chat template before it is rendered, since it is a program that others wrote.
 
 The sandbox of transformers keeps a template from files and attributes, not from memory and time:
 ``{{ 'a' * 10**10 }}`` takes 10 GB.
@@ -10,12 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qeff_proxy.common.quiet import quiet_tracers
 from qeff_proxy.errors import CheckpointError
 
-__all__ = ["try_template"]
+__all__ = ["in_chat_template", "try_template"]
 
 _MOST_BYTES = 2**30  # beyond what the process has
 _SECONDS = 20
@@ -56,3 +58,17 @@ def try_template(render: Callable[[], object]) -> None:
             f"{_SECONDS} s to render",
             "Correct its chat_template.jinja, or chat_template in its tokenizer_config.json.",
         )
+
+
+def in_chat_template(tokenizer: Any, prompt: str, *, first: bool) -> str:
+    """A prompt as the tokenizer's template writes it, if it has one; the first is tried before."""
+    if not getattr(tokenizer, "chat_template", None):
+        return prompt
+    message = [{"role": "user", "content": prompt}]
+    render = partial(
+        tokenizer.apply_chat_template, message, tokenize=False, add_generation_prompt=True
+    )
+    if first:
+        try_template(render)
+    text: str = render()
+    return text

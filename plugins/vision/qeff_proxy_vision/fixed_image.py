@@ -30,6 +30,8 @@ FEATURES = "image_features"
 #: To calculate with constants while a module is traced. Else: the trace fails with an error.
 _MODES = {"disabled": "torch.utils._python_dispatch:_disable_current_modes"}
 _SQUEEZES = (torch.squeeze, torch.Tensor.squeeze)
+#: What ``list(tensor)`` calls.
+_LISTED = (torch.Tensor.unbind, torch.Tensor.__len__)
 _EQUALS = (torch.eq, torch.Tensor.eq, torch.Tensor.__eq__)
 
 
@@ -48,6 +50,9 @@ class FixedImagePart(nn.Module):
         projector: Path of a module that it leaves to its caller to apply, if it does.
         get: Makes features: ``get(model, **tensors)``.
         features: The name of the output.
+
+    Attributes:
+        tiled: It is called on any number of tiles, each of which has as many rows; set afterwards.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class FixedImagePart(nn.Module):
         self.projector = projector
         self.get = get
         self.features = features
+        self.tiled = False
 
     def forward(self, **pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The pixels of one image, or of tiles, to features.
@@ -81,7 +87,7 @@ class FixedImagePart(nn.Module):
         Returns:
             ``image_features [rows, hidden]``; where the tower gives features for layers of the
             language model, too, as many rows of ``image_features.<layer>``, which are added before
-            that layer.
+            that layer. Of tiles (``tiled``) they are ``[batch, rows, hidden]``.
         """
         tracing = torch.compiler.is_compiling()
         with _ConstantsStayReal(blanks=self.blanks) if tracing else nullcontext():
@@ -96,6 +102,9 @@ class FixedImagePart(nn.Module):
             features = {self.features: rows_of(pooled)}
             for index, rows in enumerate(outputs.get("deepstack_features") or ()):
                 features[f"{FEATURES}.{index + 1}"] = rows_of(rows)  # before the next layer
+        if self.tiled:
+            tiles = next(iter(pixels.values())).shape[0]
+            features = {n: one.view(tiles, -1, one.shape[1]) for n, one in features.items()}
         return features
 
 
@@ -152,7 +161,7 @@ def _seen_as_complex(pairs: str, module: Any) -> torch.Tensor:
 def rows_of(features: Any) -> torch.Tensor:
     """Features of one or several images, in whatever shape, as ``[rows, hidden]``."""
     if isinstance(features, torch.Tensor):
-        return features.reshape(-1, features.shape[-1])
+        return features if features.dim() == 2 else features.reshape(-1, features.shape[-1])
     return torch.cat([rows_of(one) for one in features])
 
 
@@ -182,6 +191,10 @@ class _ConstantsStayReal(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SQUEEZES and _does_nothing(args, kwargs):
             return args[0].view(args[0].shape)  # ONNX's operator refuses what PyTorch ignores
+        if func in _LISTED and _is_open(args, kwargs):
+            if func is torch.Tensor.__len__:
+                raise TypeError("the number of tiles is open")
+            return (args[0],)  # not one for each tile, which a trace would count
         if self.blanks and func in _EQUALS and args[0].dim() == 4 and args[1:] == (0.0,):
             args = (torch.ones(args[0].shape), 0.0)
         values = list(_leaves([args, kwargs]))
@@ -198,6 +211,12 @@ class _ConstantsStayReal(TorchFunctionMode):
 def _does_nothing(args: Any, kwargs: Any) -> bool:
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return isinstance(dim, int) and args[0].shape[dim] != 1
+
+
+def _is_open(args: Any, kwargs: Any) -> bool:
+    """Whether the axis that a tensor is divided along is of any size."""
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    return isinstance(args[0].shape[dim], torch.SymInt)
 
 
 def _is_traced(value: Any) -> bool:

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from qeff_proxy_vision.audio_text import add_sounds
 from qeff_proxy_vision.fixed_image import FEATURES, FixedImagePart, count_operations
 from qeff_proxy_vision.geometry import Geometry
+from qeff_proxy_vision.grid_image import add_grid
 from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.inputs import decode, preprocess
 from qeff_proxy_vision.language import (
@@ -84,9 +85,15 @@ def build_proxy(
     text = cut_language(model, embedding, lm_head, kind, options)
     rows = int(text.settings["embedding_rows"])
     decoder_path = decoder_path_of(model, text)
+    decoder = model.get_submodule(decoder_path)
+    special = sorted(number for number in special_tokens(model) if 0 <= number < rows)
+    lookups = learn_lookups(model, decoder, special)
+    if size is None:
+        text_name = decoder_path.removeprefix("model.").partition(".")[0]
+        if (of_tiles := add_grid(model, text, text_name, token_id, lookups)) is not None:
+            return of_tiles
     vision = _vision(model, arguments, size, decoder_path, int(text.settings["hidden_size"]))
     sample: Sample = partial(_sample, model, vision, token_id, rows)
-    decoder = model.get_submodule(decoder_path)
     masks = text.part("body").masks
     learned = learn_images(model, decoder, sample(), vision.features, token_id, masks)
     single = text.part("body").inputs[0].shape[1] != "query"
@@ -107,7 +114,6 @@ def build_proxy(
     layers = range(1, learned.deepstack + 1)
     merges = [Merge("replace")]
     merges += [Merge("replace", f"layer_features.{n}", f"{FEATURES}.{n}") for n in layers]
-    special = sorted(number for number in special_tokens(model) if 0 <= number < rows)
     settings = ImageSettings(
         token_id,
         tuple(merges),
@@ -116,7 +122,7 @@ def build_proxy(
         rows_per_tile=vision.rows,
         geometry=geometry,
         positions=learned.positions,
-        looked_up_as=learn_lookups(model, decoder, special),
+        looked_up_as=lookups,
         refused=tuple(left_out(model)),
     )
     text = with_inputs(text, list(layers), learned.positions.axes if learned.positions else 0)
@@ -170,7 +176,7 @@ class _Vision:
         """The part, with as many outputs for layers as are used."""
         pixels, dtype = self.image.pixels, dtype_name(self.image.pixels.dtype)
         first: tuple[int | str, ...] = ("batch",) if self.image.tiled else (pixels.shape[0],)
-        count: tuple[int | str, ...] = ("rows",) if self.image.tiled else (self.rows,)
+        count = (*(first if self.image.tiled else ()), self.rows)
         names = list(self.features)[: 1 + deepstack]
         return Part(
             "vision",
@@ -208,11 +214,16 @@ def _vision(
                 with torch.no_grad():
                     features = module(**image.inputs)
                 found = features[FEATURES].shape[-1]
-                if found == width and (projected or not hasattr(owner, _PROJECTOR)):
+                looped = image.tiled and _loops(module, image.inputs)
+                if found != width or (not projected and hasattr(owner, _PROJECTOR)):
+                    problems.append(f"features are {found} wide, not {width}")
+                elif looped and "image_sizes" in arguments:
+                    problems.append("its tower takes images of any size, and is not told which")
+                    break
+                else:
                     handle.remove()
-                    image = replace(image, tiled=image.tiled and not _loops(module, image.inputs))
-                    return _Vision(module, image, features)
-                problems.append(f"features are {found} wide, not {width}")
+                    module.tiled = image.tiled and not looped
+                    return _Vision(module, replace(image, tiled=module.tiled), features)
             except Exception as error:  # noqa: BLE001 (a model's code, on a form that may be wrong)
                 shape = list(image.pixels.shape)
                 problems.append(f"pixels {shape}: {type(error).__name__}: {first_line(error)}")

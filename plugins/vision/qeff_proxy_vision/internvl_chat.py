@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from qeff_proxy.arrays import Array, to_array, to_tensor
+from qeff_proxy.arrays import Array, to_tensor
 from qeff_proxy.errors import UnsupportedModelError
-from qeff_proxy.families.model_cache import cache_of
+from qeff_proxy.families.generic import path_of
 from qeff_proxy.families.tokenize import tokenize
-from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.load.checkpoint_files import find_checkpoint, read_config_file
@@ -29,14 +28,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qeff_proxy_vision import internlm2
-from qeff_proxy_vision.chat_template import try_template
+from qeff_proxy_vision.chat_template import in_chat_template
 from qeff_proxy_vision.image_settings import ImageSettings
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import checked_tensors, count_error, decode, prompts_and_images
+from qeff_proxy_vision.own_code import stepped_logits
 from qeff_proxy_vision.proxy import VisionProxy, add_vision, cut_text, marked_text, pixel_sample
 from qeff_proxy_vision.remote import DROP_PATH, load_adapted
-from qeff_proxy_vision.tiles import split_into_tiles
-from qeff_proxy_vision.towers import pixel_part
+from qeff_proxy_vision.tiles import normalized, split_into_tiles
+from qeff_proxy_vision.towers import FeaturesPart, pixel_part
 
 __all__ = [
     "CONTEXT",
@@ -45,7 +45,6 @@ __all__ = [
     "decode",
     "locate_embedding",
     "locate_lm_head",
-    "normalized",
     "preprocess",
 ]
 
@@ -53,8 +52,6 @@ _IMAGE = "<image>"
 #: The text of the image token.
 CONTEXT = "<IMG_CONTEXT>"
 _PREFIX = "language_model."
-_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class Loader:
@@ -79,35 +76,18 @@ class Loader:
         return answer
 
 
-class _FeaturesPart(nn.Module):
-    """The model's ``extract_feature``, without the language model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = replace_modules(model, {"language_model": nn.Identity()})
-
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``[batch, 3, height, width]`` to ``image_features [batch, rows, hidden]``."""
-        extract: Any = self.model.extract_feature
-        return {"image_features": extract(pixel_values)}
-
-
 @hookimpl
 def locate_embedding(model: PreTrainedModel) -> Site | None:
     """The language model's own."""
-    return _site_of(model, model.language_model.get_input_embeddings())
+    path = path_of(model, model.language_model.get_input_embeddings())
+    return None if path is None else Site(path)
 
 
 @hookimpl
 def locate_lm_head(model: PreTrainedModel) -> Site | None:
     """The language model's own."""
-    return _site_of(model, model.language_model.get_output_embeddings())
-
-
-def _site_of(model: PreTrainedModel, module_at_site: nn.Module) -> Site | None:
-    paths = {id(module): path for path, module in model.named_modules()}
-    path = paths.get(id(module_at_site))
-    return Site(path) if path is not None else None
+    path = path_of(model, model.language_model.get_output_embeddings())
+    return None if path is None else Site(path)
 
 
 def _cut_language_model(
@@ -155,9 +135,9 @@ def build_proxy(
     tile = (3, size, size)
     rows = int(model.num_image_token)
     hidden = config.llm_config.hidden_size
-    part = pixel_part(
-        _FeaturesPart(model), model.dtype, tile, {"image_features": ("batch", rows, hidden)}
-    )
+    tower = replace_modules(model, {"language_model": nn.Identity()})
+    module = FeaturesPart(tower, lambda own, pixel_values: own.extract_feature(pixel_values))
+    part = pixel_part(module, model.dtype, tile, {"image_features": ("batch", rows, hidden)})
 
     vocabulary = config.llm_config.vocab_size
     sample = pixel_sample(tile, rows, token_id, vocabulary, tiles=2)
@@ -167,31 +147,13 @@ def build_proxy(
 
 
 def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Array) -> Array:
-    """Like `qeff_proxy_vision.reference.model_logits`, but with an image in each call."""
-    padding = tensors["attention_mask"]
-    pieces: list[Array] = []
-    cache = None
-    for step in range(new.shape[1] + 1):
-        seen = np.concatenate([padding, np.ones_like(new[:, :step])], axis=1)
-        ids = new[:, step - 1 : step] if step else tensors["input_ids"]
-        arguments: dict[str, Any] = {
-            "input_ids": to_tensor(ids),
-            "attention_mask": to_tensor(seen),
-            "position_ids": to_tensor(position_ids_of(seen, ids.shape[1])),
-            "past_key_values": cache,
-            "use_cache": True,
-            "return_dict": True,
-        }
-        with torch.no_grad():
-            if step == 0 and "pixel_values" in tensors:
-                pixels = to_tensor(tensors["pixel_values"]).to(model.dtype)
-                flags = torch.ones(pixels.shape[0], 1, dtype=torch.int64)
-                outputs = model(pixel_values=pixels, image_flags=flags, **arguments)
-            else:
-                outputs = model.language_model(**arguments)
-        cache = cache_of(outputs)
-        pieces.append(to_array(outputs.logits.float()))
-    return np.concatenate(pieces, axis=1)
+    """As `qeff_proxy_vision.reference.model_logits`; the model runs on images only."""
+    first = model.language_model
+    if "pixel_values" in tensors:
+        pixels = to_tensor(tensors["pixel_values"]).to(model.dtype)
+        flags = torch.ones(pixels.shape[0], 1, dtype=torch.int64)
+        first = partial(model, pixel_values=pixels, image_flags=flags)
+    return stepped_logits(first, model.language_model, tensors, new)
 
 
 @hookimpl
@@ -231,7 +193,7 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
             raise count_error(prompt, _IMAGE, len(images), hint)
         text = prompt
         if request.options.get("chat", True):
-            text = _in_chat(processor, prompt, first=not texts)
+            text = in_chat_template(processor, prompt, first=not texts)
         for image in images:
             tiles = split_into_tiles(
                 open_image(image), size, (least, most), overview=config.get("use_thumbnail", False)
@@ -243,22 +205,3 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
     if pixels:
         tensors["pixel_values"] = torch.from_numpy(np.stack(pixels))
     return tensors
-
-
-def _in_chat(tokenizer: Any, prompt: str, *, first: bool) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        return prompt
-    message = [{"role": "user", "content": prompt}]
-    render = partial(
-        tokenizer.apply_chat_template, message, tokenize=False, add_generation_prompt=True
-    )
-    if first:
-        try_template(render)
-    text: str = render()
-    return text
-
-
-def normalized(tile: Any) -> Array:
-    """A tile as the tower takes it, ``[3, height, width]`` float32."""
-    values = np.asarray(tile, np.float32) / 255
-    return np.ascontiguousarray(((values - _MEAN) / _STD).transpose(2, 0, 1))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from qeff_proxy.common.messages import first_line
+import torch
+from qeff_proxy.common.messages import counted, first_line
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.parts import Kind, Proxy, TensorSpec
 from qeff_proxy.sites import Absent, Site
 from torch import nn
 from transformers import PreTrainedModel
 
-from qeff_proxy_vision.granite4_vision import LayeredBody
 from qeff_proxy_vision.proxy import cut_text
 
 __all__ = ["HINT", "cut_language", "decoder_path_of", "special_tokens", "with_inputs"]
@@ -66,7 +68,7 @@ def with_inputs(text: Proxy, layers: list[int], axes: int) -> Proxy:
     body = text.part("body")
     width, dtype = int(text.settings["hidden_size"]), body.inputs[0].dtype
     query = body.inputs[0].shape[1]
-    module: nn.Module = LayeredBody(body.module, layers) if layers else body.module
+    module: nn.Module = _LayeredBody(body.module, layers) if layers else body.module
     inputs = tuple(
         replace(spec, shape=(axes, "batch", query))
         if spec.name == "position_ids" and axes
@@ -78,3 +80,47 @@ def with_inputs(text: Proxy, layers: list[int], axes: int) -> Proxy:
     )
     changed = replace(body, module=module, inputs=inputs)
     return replace(text, parts=tuple(changed if p is body else p for p in text.parts))
+
+
+class _LayeredBody(nn.Module):
+    """A body with an input of features for some of its layers.
+
+    They are added before a layer runs, outside of it, so that all layers are alike.
+
+    Args:
+        body: Its ``decoder`` has ``layers``.
+        targets: The layers that get features.
+    """
+
+    def __init__(self, body: nn.Module, targets: list[int]) -> None:
+        super().__init__()
+        self.body = body
+        self.targets = targets
+        count = len(self._layers())
+        if max(targets) >= count:
+            # With a cause, so that where only the first layers are loaded, more of them are.
+            raise UnsupportedModelError(
+                f"features of images go into layer {max(targets)} of the language model, which "
+                f"has {counted(count, 'layer')}",
+                f"Take {max(targets) + 1} layers or more.",
+            ) from IndexError(max(targets))
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As the body, with ``layer_features.<layer> [batch, query, hidden]`` besides."""
+        layers = self._layers()
+        with ExitStack() as hooks:
+            for number in self.targets:
+                add = partial(_add, tensors.pop(f"layer_features__{number}"))
+                hooks.callback(layers[number].register_forward_pre_hook(add).remove)
+            outputs: dict[str, torch.Tensor] = self.body(**tensors)
+        return outputs
+
+    def _layers(self) -> nn.ModuleList:
+        decoder: Any = self.body.decoder
+        layers: nn.ModuleList = decoder.layers
+        return layers
+
+
+def _add(features: torch.Tensor, _layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A layer's arguments, with the features added to its hidden states."""
+    return (arguments[0] + features, *arguments[1:])

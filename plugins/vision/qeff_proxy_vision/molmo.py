@@ -7,32 +7,33 @@ token. The embedding has two tables, and more rows than the head.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from qeff_proxy.arrays import Array, dtype_name, to_array, to_tensor
+from qeff_proxy.arrays import Array, dtype_name, to_tensor
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.families.decoder_cache import attention_cache
-from qeff_proxy.families.decoder_layout import DecoderLayout
-from qeff_proxy.families.model_cache import cache_of
-from qeff_proxy.flows.causal_engine import position_ids_of
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.load.checkpoint_files import read_config_file
-from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
+from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Site
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from qeff_proxy_vision.image_settings import ImageSettings, Merge
 from qeff_proxy_vision.images import open_image
 from qeff_proxy_vision.inputs import checked_tensors, decode, prompts_and_images
-from qeff_proxy_vision.proxy import VisionProxy, add_vision, language_proxy, marked_text
+from qeff_proxy_vision.molmo_processor import corrected
+from qeff_proxy_vision.own_code import PairsBody, language_parts, stepped_logits
+from qeff_proxy_vision.own_processor import load_own_processor
+from qeff_proxy_vision.proxy import VisionProxy, add_vision, marked_text
 from qeff_proxy_vision.remote import load_adapted
+from qeff_proxy_vision.towers import FeaturesPart
 
 __all__ = [
     "Loader",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 _TRANSFORMER = "model.transformer"
+_IMAGES = ("images", "image_masks", "image_input_idx")
 
 
 class Loader:
@@ -57,10 +59,8 @@ class Loader:
 
     @staticmethod
     def load_processor(folder: Path) -> Any:
-        """The checkpoint's processor (`qeff_proxy_vision.molmo_processor.load_processor`)."""
-        from qeff_proxy_vision.molmo_processor import load_processor
-
-        return load_processor(folder)
+        """The checkpoint's processor, corrected."""
+        return load_own_processor(folder, corrected)
 
 
 class _TwoTables(nn.Module):
@@ -83,55 +83,26 @@ class _TwoTables(nn.Module):
         return torch.where((input_ids < known)[..., None], first, second)
 
 
-class _VisionPart(nn.Module):
-    """The model's vision backbone: crops to rows of the hidden size."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: torch.Tensor, image_masks: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``[batch, crops, patches, values]`` and ``[batch, crops, patches]`` to features.
-
-        Returns:
-            ``image_features [batch, crops, rows, hidden]``.
-        """
-        features, _ = self.backbone(images, image_masks)
-        return {"image_features": features}
-
-
 class _Mask:
     """The mask of one forward pass, in an object, which the tracer does not copy."""
 
     value: torch.Tensor | None = None
 
 
-class _Body(nn.Module):
-    """The layers and the last norm, with the mask and the cache as plain tensors.
+class _Body(PairsBody):
+    """Blocks that use the host's mask, which has rows for the queries only.
 
-    Args:
-        transformer: The module with ``blocks`` and ``ln_f``.
-        config: Its config.
-        layout: Its cache.
+    They slice theirs out of one with a row for each position, including past ones.
     """
 
-    def __init__(self, transformer: nn.Module, config: Any, layout: DecoderLayout) -> None:
-        super().__init__()
-        self.mask = _Mask()
-        blocks: Any = transformer.blocks
-        self.blocks = nn.ModuleList([self._masked(block) for block in blocks])
-        self.norm: Any = transformer.ln_f
-        self.scale = config.d_model**0.5 if config.normalize_input_embeds else None
-        self.layout = layout
+    def __init__(self, transformer: Any, scale: float | None) -> None:
+        super().__init__((), transformer.ln_f, "layer_past", None, scale)
+        self.host = _Mask()
+        self.layers = nn.ModuleList([self._masked(block) for block in transformer.blocks])
 
     def _masked(self, block: Any) -> Any:
-        """A copy of the block that uses the host's mask.
-
-        The block slices its mask out of one with a row for each position, including past ones. The
-        host's mask has rows for the queries only.
-        """
         block = copy.copy(block)
-        attend, mask = block._scaled_dot_product_attention, self.mask  # noqa: SLF001 (its own code)
+        attend, mask = block._scaled_dot_product_attention, self.host  # noqa: SLF001 (its own code)
 
         def attend_by_mask(q: Any, k: Any, v: Any, **_: Any) -> Any:
             return attend(q, k, v, attn_mask=mask.value, dropout_p=0.0, is_causal=False)
@@ -140,35 +111,11 @@ class _Body(nn.Module):
         return block
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Like `qeff_proxy.families.decoder.DecoderPart.forward`."""
-        hidden = tensors["inputs_embeds"]
-        if self.scale is not None:
-            hidden = hidden * self.scale
-        self.mask.value = tensors["attention_mask"]
-        present = {}
-        for index, block in enumerate(self.blocks):
-            past = tuple(tensors[f"past_key_values__{index}__{side}"] for side in ("key", "value"))
-            hidden, (keys, values) = block(
-                hidden, position_ids=tensors["position_ids"], layer_past=past, use_cache=True
-            )
-            present[f"present.{index}.key"] = keys
-            present[f"present.{index}.value"] = values
-        self.mask.value = None
-        return {"last_hidden_state": self.norm(hidden), **present}
-
-
-class _Head(nn.Module):
-    """The output layer, and the scale of the logits if the model has one."""
-
-    def __init__(self, head: nn.Module, scale: float | None) -> None:
-        super().__init__()
-        self.head = head
-        self.scale = scale
-
-    def forward(self, last_hidden_state: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``[batch, sequence, hidden]`` to ``logits [batch, sequence, vocabulary]``."""
-        logits = self.head(last_hidden_state)
-        return {"logits": logits if self.scale is None else logits * self.scale}
+        """As of `PairsBody`."""
+        self.host.value = tensors["attention_mask"]
+        outputs = super().forward(**tensors)
+        self.host.value = None
+        return outputs
 
 
 @hookimpl
@@ -202,7 +149,10 @@ def build_proxy(model: PreTrainedModel, kind: Kind, options: Mapping[str, Any]) 
     rows = rows_across * rows_down
     part = Part(
         "vision",
-        _VisionPart(model.model.vision_backbone),
+        FeaturesPart(
+            model.model.vision_backbone,
+            lambda own, images, image_masks: own(images, image_masks)[0],
+        ),
         (
             TensorSpec("images", dtype, ("batch", "sequence", patches, values)),
             TensorSpec("image_masks", dtype, ("batch", "sequence", patches)),
@@ -230,50 +180,21 @@ def build_proxy(model: PreTrainedModel, kind: Kind, options: Mapping[str, Any]) 
 
 
 def _text_parts(model: PreTrainedModel, config: Any) -> Proxy:
-    transformer = model.model.transformer
-    heads, width = config.effective_n_kv_heads, config.d_model // config.n_heads
-    layer = attention_cache(heads, width, dtype_name(model.dtype))
-    mask = MaskSpec("attention_mask", "causal")
-    layout = DecoderLayout((layer,) * config.n_layers, (mask,))
-    dtype = dtype_name(model.dtype)
-    scale = config.d_model**-0.5 if config.scale_logits else None
+    transformer, width = model.model.transformer, config.d_model
     wte = transformer.wte
-    return language_proxy(
+    return language_parts(
         _TwoTables(wte) if hasattr(wte, "new_embedding") else wte,
-        _Body(transformer, config, layout),
-        _Head(transformer.ff_out, scale),
-        layout,
-        (config.d_model, transformer.ff_out.weight.shape[0]),
-        dtype,
+        _Body(transformer, width**0.5 if config.normalize_input_embeds else None),
+        transformer.ff_out,
+        (config.effective_n_kv_heads, width // config.n_heads),
+        width**-0.5 if config.scale_logits else None,
     )
 
 
 def _model_logits(model: PreTrainedModel, tensors: Mapping[str, Array], new: Array) -> Array:
-    """Like `qeff_proxy_vision.reference.model_logits`, but with the cache as tuples."""
-    padding = tensors["attention_mask"]
-    images = ("images", "image_masks", "image_input_idx")
-    pieces: list[Array] = []
-    cache = None
-    for step in range(new.shape[1] + 1):
-        seen = np.concatenate([padding, np.ones_like(new[:, :step])], axis=1)
-        ids = new[:, step - 1 : step] if step else tensors["input_ids"]
-        extra: dict[str, Any] = {}
-        if step == 0:
-            extra = {name: to_tensor(tensors[name]) for name in images if name in tensors}
-        with torch.no_grad():
-            outputs = model(
-                # A copy: the code adds image features to the embedding's output in place.
-                input_ids=to_tensor(ids.copy()),
-                attention_mask=to_tensor(seen),
-                position_ids=to_tensor(position_ids_of(seen, ids.shape[1])),
-                past_key_values=cache,
-                use_cache=True,
-                return_dict=True,
-                **extra,
-            )
-        cache = cache_of(outputs)
-        pieces.append(to_array(outputs.logits.float()))
-    return np.concatenate(pieces, axis=1)
+    """As `qeff_proxy_vision.reference.model_logits`."""
+    images = {name: to_tensor(tensors[name]) for name in _IMAGES if name in tensors}
+    return stepped_logits(partial(model, **images), model, tensors, new)
 
 
 @hookimpl
@@ -313,29 +234,17 @@ def _named_as_the_processor(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def _padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    length = max(row["input_ids"].numel() for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, length - row["input_ids"].numel() :] = row["input_ids"]
-        mask[index, length - row["input_ids"].numel() :] = 1
-    result = {"input_ids": ids, "attention_mask": mask}
-    with_images = [row for row in rows if "images" in row]
-    if not with_images:
-        return result
-    crops = max(row["images"].shape[0] for row in with_images)
-    first = with_images[0]
-    for name, fill in (("images", -1), ("image_masks", -1), ("image_input_idx", -1)):
-        shape = (len(rows), crops, *first[name].shape[1:])
-        result[name] = torch.full(shape, fill, dtype=first[name].dtype)
-    for index, row in enumerate(rows):
-        if "images" not in row:
-            continue
-        count = row["images"].shape[0]
-        result["images"][index, :count] = row["images"]
-        result["image_masks"][index, :count] = row["image_masks"]
-        places = row["image_input_idx"]
-        shift = length - row["input_ids"].numel()
-        result["image_input_idx"][index, :count] = torch.where(places >= 0, places + shift, places)
+def _padded(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The rows as a batch, with images moved as far as the ids before which there is padding."""
+    ids = [row["input_ids"] for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    left = partial(pad_sequence, batch_first=True, padding_side="left")
+    result = {"input_ids": left(ids), "attention_mask": left(ones)}
+    seen = next((row for row in rows if "images" in row), {})
+    for name in (name for name in _IMAGES if name in seen):
+        pieces = [row.get(name, seen[name][:0]) for row in rows]
+        result[name] = pad_sequence(pieces, batch_first=True, padding_value=-1)
+    if seen:
+        places, shifts = result["image_input_idx"], (1 - result["attention_mask"]).sum(1)
+        result["image_input_idx"] = torch.where(places >= 0, places + shifts[:, None, None], places)
     return result

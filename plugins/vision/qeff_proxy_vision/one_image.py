@@ -301,6 +301,7 @@ def _sized(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:
     yield OneImage(pixels, geometry)
     for tiles in (2, 5, 3):  # the whole image, and the tiles of an image of one tile, or of four
         yield OneImage(_noise(1, tiles, *pixels.shape[1:]), geometry)
+    yield OneImage(pixels, tiled=True)  # by a tower that takes no sizes (LLaVA's)
 
 
 def _plain(sizes: _Sizes, _: Sequence[str]) -> Iterator[OneImage]:

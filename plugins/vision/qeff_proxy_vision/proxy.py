@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from qeff_proxy.arrays import Array
 from qeff_proxy.errors import PluginError, UnsupportedModelError, UsageError
-from qeff_proxy.families.decoder import EmbeddingPart
-from qeff_proxy.families.decoder_layout import DecoderLayout
 from qeff_proxy.families.generic import build_proxy as build_text_proxy
-from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
+from qeff_proxy.parts import Kind, Part, Proxy
 from qeff_proxy.sites import Absent, Site
-from torch import nn
 from transformers import PreTrainedModel
 
 from qeff_proxy_vision.image_settings import ImageSettings
@@ -31,7 +28,6 @@ __all__ = [
     "add_vision",
     "cut_text",
     "grid_sample",
-    "language_proxy",
     "marked_text",
     "pixel_sample",
     "sample_prompt",
@@ -94,48 +90,6 @@ def cut_text(
             "A plugin for this model type can build its parts in another way.",
         )
     return marked_text(text, kind, options)
-
-
-def language_proxy(
-    embedding: nn.Module,
-    body: nn.Module,
-    lm_head: nn.Module,
-    layout: DecoderLayout,
-    sizes: tuple[int, int],
-    dtype: str,
-) -> Proxy:
-    """The proxy of a language model that is not transformers', from three modules.
-
-    Args:
-        embedding: ``input_ids`` to embeddings.
-        body: Like `qeff_proxy.families.decoder.DecoderPart`.
-        lm_head: ``last_hidden_state`` to ``logits``.
-        layout: Of the body.
-        sizes: Of the hidden states and of the vocabulary.
-        dtype: Of the weights.
-    """
-    width, vocabulary = sizes
-    ids = TensorSpec("input_ids", "int64", ("batch", "query"))
-    embeddings = TensorSpec("inputs_embeds", dtype, ("batch", "query", width))
-    hidden = TensorSpec("last_hidden_state", dtype, ("batch", "query", width))
-    logits = TensorSpec("logits", dtype, ("batch", "query", vocabulary))
-    return Proxy(
-        "split",
-        FLOW,
-        (
-            Part("embedding", EmbeddingPart(embedding), (ids,), (embeddings,), "vocabulary"),
-            Part(
-                "body",
-                body,
-                (embeddings, *layout.host_inputs(dtype)),
-                (hidden, *layout.cache_outputs()),
-                "body",
-                layout.masks,
-            ),
-            Part("lm_head", lm_head, (hidden,), (logits,), "vocabulary"),
-        ),
-        {"vocabulary": vocabulary, "hidden_size": width},
-    )
 
 
 def marked_text(text: Proxy, kind: Kind, options: Mapping[str, Any]) -> Proxy:

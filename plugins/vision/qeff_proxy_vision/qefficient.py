@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from qeff_proxy_vision.images import open_image
-from qeff_proxy_vision.internvl_chat import CONTEXT, normalized
-from qeff_proxy_vision.tiles import split_into_tiles
+from qeff_proxy_vision.internvl_chat import CONTEXT
+from qeff_proxy_vision.tiles import normalized, split_into_tiles
 
 __all__ = ["InternProcessor"]
 

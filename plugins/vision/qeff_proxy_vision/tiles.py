@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from qeff_proxy.arrays import Array
 
-__all__ = ["TileGrid", "sample_tiles", "split_into_tiles"]
+__all__ = ["TileGrid", "normalized", "sample_tiles", "split_into_tiles"]
+
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 @dataclass(frozen=True)
@@ -171,3 +174,9 @@ def split_into_tiles(
     if overview and len(tiles) > 1:
         tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
     return tiles
+
+
+def normalized(tile: Any) -> Array:
+    """A tile with the mean and deviation of ImageNet's: ``[3, height, width]`` float32."""
+    values = np.asarray(tile, np.float32) / 255
+    return np.ascontiguousarray(((values - _MEAN) / _STD).transpose(2, 0, 1))

@@ -15,24 +15,20 @@ from qeff_proxy.errors import UsageError
 from qeff_proxy.families.sound import load_sound
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
-from qeff_proxy.parts import Kind, Part, TensorSpec
+from qeff_proxy.parts import Kind
 from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Absent, Site
 from torch import nn
 from transformers import PreTrainedModel
 
-from qeff_proxy_vision.added_sound import ADDED, tower_outputs, with_added_features
-from qeff_proxy_vision.audio_text import SOUND_FLOW
+from qeff_proxy_vision.added_sound import FEATURES, add_sound
 from qeff_proxy_vision.inputs import checked_tensors, decode
-from qeff_proxy_vision.joined_graph import join_whole
 from qeff_proxy_vision.language import cut_language
 from qeff_proxy_vision.proxy import VisionProxy
-from qeff_proxy_vision.reference import generated_logits
 
 __all__ = ["build_proxy", "decode", "preprocess"]
 
 _DELAY = "num_delay_tokens"
-_PROMPT, _MORE = 5, 4  # tokens of the prompt to verify with, and of its sound behind it
 
 
 @hookimpl
@@ -49,33 +45,8 @@ def build_proxy(
     timed = _Timed(inner.language_model, inner.time_embedding, delay)
     copied = replace_modules(model, {"model.language_model": timed})
     text = cut_language(copied, embedding, lm_head, kind, options)
-    parts = tuple(with_added_features(p) if p.name == "body" else p for p in text.parts)
-    if kind != "split":
-        parts = join_whole(parts, stub=kind == "stub")
-    dtype, bins = dtype_name(model.dtype), int(config.audio_config.num_mel_bins)
-    sound = TensorSpec("input_features", dtype, ("batch", bins, "frames"))
-    tower = Part(
-        "audio",
-        _Tower(inner),
-        (sound,),
-        tower_outputs(dtype, int(config.text_config.hidden_size)),
-        "audio",
-        trace_sizes={"frames": 7 * frames},
-        check_sizes=({"frames": 3 * frames}, {"frames": 12 * frames}),
-    )
-    rows = int(text.settings["embedding_rows"])
-    settings = {**text.settings, ADDED: {"frames": frames, "constants": {_DELAY: delay}}}
-
-    def sample() -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(1, rows, (2, _PROMPT), generator=generator)
-        mask = torch.ones_like(ids)
-        mask[1, :2] = 0
-        shape = (2, bins, (_PROMPT + _MORE) * frames)
-        noise = torch.randn(shape, generator=generator)
-        return {"input_ids": ids, "attention_mask": mask, sound.name: noise}
-
-    return VisionProxy(kind, SOUND_FLOW, (tower, *parts), settings, sample, generated_logits)
+    bins, constants = int(config.audio_config.num_mel_bins), {_DELAY: delay}
+    return add_sound(text, _Tower(inner), dtype_name(model.dtype), bins, frames, constants)
 
 
 @hookimpl
@@ -131,4 +102,4 @@ class _Tower(nn.Module):
     def forward(self, input_features: torch.Tensor) -> dict[str, torch.Tensor]:
         """``[batch, bins, frames]`` to ``audio_features [batch, tokens, hidden]``."""
         made = self.model.get_audio_features(input_features, use_cache=False, return_dict=True)
-        return {"audio_features": made.pooler_output}
+        return {FEATURES: made.pooler_output}

@@ -8,9 +8,10 @@ import pytest
 import transformers
 from qeff_proxy import Plugins, Site
 from qeff_proxy.cut.cut_model import cut_model
-from qeff_proxy.errors import CutError, UnsupportedModelError, UsageError
+from qeff_proxy.errors import CutError, UsageError
 from qeff_proxy.flows.flow import load_flow
 from qeff_proxy.load.load_model import with_options, wrap_model
+from qeff_proxy_vision import tiny
 from qeff_proxy_vision.tiny import FAMILIES
 
 
@@ -147,7 +148,7 @@ def test_a_stub_is_one_graph_without_the_vocabulary(make_model):
     assert not list(part.module.head.parameters())
 
 
-def test_a_tower_that_joins_its_images_is_refused():
+def test_a_tower_that_joins_its_images_takes_one_at_a_time():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     tower = transformers.PixtralVisionConfig(
         **sizes, num_attention_heads=4, image_size=28, patch_size=7
@@ -161,5 +162,23 @@ def test_a_tower_that_joins_its_images_is_refused():
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    with pytest.raises(UnsupportedModelError, match=r"tower \(pixtral\) joins all images"):
-        cut(transformers.LlavaForConditionalGeneration(config))
+    model = tiny.with_random_weights(transformers.LlavaForConditionalGeneration(config), 1.5)
+    with pytest.warns(UserWarning, match="exported for images of 28 x 28 pixels"):
+        made = cut(model)
+    assert made.proxy.settings["image"]["geometry"]["tensors"] == {"image_sizes": [[28, 28]]}
+    assert made.report.max_difference <= 1e-5
+
+
+def test_tiles_in_an_order_of_the_models_own_are_no_grid(make_model):
+    model = make_model("llava_next")
+    ordered = model.model.pack_image_features
+
+    def reversed_lines(*args, **named):
+        images, lengths = ordered(*args, **named)
+        return [image.flip(0) for image in images], lengths
+
+    model.model.pack_image_features = reversed_lines
+    with pytest.warns(UserWarning, match="exported for images of 28 x 28 pixels"):
+        made = cut(model)
+    assert made.proxy.settings["image"]["grid"] is None
+    assert made.report.max_difference <= 1e-5

@@ -1,66 +1,59 @@
-"""LED: the encoder attends to windows, in blocks of a traced number of positions.
+"""Attention to windows of tokens, in blocks of a number of positions that a graph leaves open.
+
+Encoders with windows (LED, Longformer) pad a text to whole windows and divide it into chunks, whose
+number a trace would freeze. `with_open_windows` replaces such attention.
 
 All tokens attend locally, as in transformers without a ``global_attention_mask``.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
-from qeff_proxy.hookspecs import hookimpl
-from qeff_proxy.layers.replace_modules import replace_modules
-from qeff_proxy.parts import Kind, Proxy
-from qeff_proxy.sites import Absent, Site
 from torch import nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.models.led.modeling_led import LEDEncoderSelfAttention
 
-from qeff_proxy_text import seq2seq
-from qeff_proxy_text.seq2seq import decode, locate_embedding, locate_lm_head, preprocess
+from qeff_proxy.layers.replace_modules import replace_modules
 
-__all__ = ["build_proxy", "decode", "locate_embedding", "locate_lm_head", "preprocess"]
+__all__ = ["with_open_windows"]
+
+_REACH, _PADDING = "one_sided_attn_window_size", "_pad_to_window_size"
 
 
-@hookimpl
-def build_proxy(
-    model: PreTrainedModel, embedding: Site | Absent, lm_head: Site | Absent, kind: Kind
-) -> Proxy | None:
-    """As of other encoder-decoders."""
+def with_open_windows(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
+    """The model with such attention replaced; else the model itself.
+
+    Returns:
+        The model, and how many positions away its farthest window reaches, 0 where it has none.
+    """
     attention = {
         path: _WindowAttention(module)
         for path, module in model.named_modules()
-        if isinstance(module, LEDEncoderSelfAttention)
+        if hasattr(module, _REACH) and hasattr(module, "query_global")
     }
+    if not attention:
+        return model, 0
+    padding = [path for path, module in model.named_modules() if hasattr(module, _PADDING)]
     copied = replace_modules(model, attention)
-    vars(copied.get_encoder())["_pad_to_window_size"] = _not_padded
-    proxy = seq2seq.build_proxy(copied, embedding, lm_head, kind)
-    if proxy is None:
-        return None
-    several = {"sequence": 3 * max(module.reach for module in attention.values())}  # blocks
-    parts = (
-        replace(part, trace_sizes=several) if part.name == "encoder" else part
-        for part in proxy.parts
-    )
-    return replace(proxy, parts=tuple(parts))
+    for path in padding:
+        vars(copied.get_submodule(path))[_PADDING] = _not_padded
+    return copied, max(module.reach for module in attention.values())
 
 
-def _not_padded(
-    input_ids: Any, attention_mask: Any, inputs_embeds: Any, **_: Any
-) -> tuple[int, Any, Any, Any]:
-    """What the encoder's method of this name returns for a text of whole blocks."""
-    return 0, input_ids, attention_mask, inputs_embeds
+def _not_padded(**given: Any) -> tuple[Any, ...]:
+    """What a model's method of this name returns for a text of whole windows."""
+    return (0, *(value for name, value in given.items() if name != "pad_token_id"))
 
 
 class _WindowAttention(nn.Module):
     """Attention to the keys that are at most half a window away."""
 
-    def __init__(self, attention: LEDEncoderSelfAttention) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.query, self.key, self.value = attention.query, attention.key, attention.value
-        self.heads, self.reach = attention.num_heads, attention.one_sided_attn_window_size
+        self.heads, self.reach = attention.num_heads, getattr(attention, _REACH)
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **_: Any
