@@ -283,6 +283,19 @@ SETTINGS |= {
         "audio_config": {**_WINDOW, "downsample_hidden_size": 32},
     },
     "qwen3_asr": {"audio_config": {"downsample_hidden_size": 32}},
+    "qwen3_omni_moe": {
+        "talker_config": {
+            "spatial_merge_size": 2,
+            "text_config": {"shared_expert_intermediate_size": 32},
+        }
+    },
+    "nemo_speechlm": {
+        "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 64}}}
+    },
+    "vibevoice_asr": {
+        f"{kind}_tokenizer_encoder_config": {"num_filters": 4, "depths": [1] * 7}
+        for kind in ("acoustic", "semantic")
+    },
     "voxtral": {"audio_config": {**_WINDOW, "intermediate_size": 256}, "audio_token_id": 250},
 }
 SETTINGS["gemma4"]["audio_config"] = {

@@ -18,7 +18,6 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.families.generic import path_of
-from qeff_proxy.families.given_embeddings import takes_embeddings, with_given_embeddings
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
@@ -54,7 +53,10 @@ def locate_embedding(model: PreTrainedModel) -> Site:
             f"{name} has an encoder and a decoder, which are not exported for this task",
             "A plugin for this model type can build its parts.",
         )
-    path = path_of(model, model.get_input_embeddings())
+    try:
+        path = path_of(model, model.get_input_embeddings())
+    except (NotImplementedError, AttributeError):
+        path = None
     if path is None:
         raise UnsupportedModelError(f"{name} has no token embedding")
     return Site(path)
@@ -80,9 +82,8 @@ def build_proxy(model: PreTrainedModel, embedding: Site | Absent, kind: Kind) ->
     ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
     parts: tuple[Part, ...]
     if kind == "split":
-        if not takes_embeddings(model.base_model):
-            cut = with_given_embeddings(model, table)
-            whole = _LastToken(cut) if takes_last else cut
+        cut = probe.without_table(model, table)
+        whole = _LastToken(cut) if takes_last else cut
         embeds = TensorSpec("inputs_embeds", dtype, ("batch", "sequence", width))
         body = ClassifierPart(whole, probe.masks, embeds.name, shape)
         parts = (
