@@ -100,8 +100,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "full_attn_idxs": None,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
+    "lilt": {"hidden_size": 96},  # of six coordinates
+    "longformer": {"attention_window": [8] * LAYERS, "max_position_embeddings": 512},
     "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 32], [32, 64], [64, 64]]},
+    "mobilebert": {"num_feedforward_networks": 1},  # without norms, rounding grows
     "moonshine": dict.fromkeys(
         ("num_key_value_heads", "encoder_num_key_value_heads", "decoder_num_key_value_heads"), 4
     ),

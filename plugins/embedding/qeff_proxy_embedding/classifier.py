@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from qeff_proxy_embedding.family import family
 from qeff_proxy_embedding.part import EncoderPart
 from qeff_proxy_embedding.pooling import Pooling
-from qeff_proxy_embedding.probe import probe_model
+from qeff_proxy_embedding.probe import has_decoder, probe_model
 
 __all__ = ["ClassifierPart", "build_proxy", "decode", "locate_embedding", "locate_lm_head"]
 
@@ -48,7 +48,7 @@ def locate_embedding(model: PreTrainedModel) -> Site:
         raise UnsupportedModelError(
             f"{name} is no classifier of texts", "Check the checkpoint's architecture."
         )
-    if model.config.is_encoder_decoder:
+    if has_decoder(model):
         raise UnsupportedModelError(
             f"{name} has an encoder and a decoder, which are not exported for this task",
             "A plugin for this model type can build its parts.",
@@ -243,5 +243,8 @@ def _probe_logits(model: PreTrainedModel) -> tuple[tuple[int | str, ...], bool]:
             f"{type(model).__name__} gives {list(logits.shape)} for {ids.shape[1]} tokens",
             "Only scores of texts, or of their tokens, are exported.",
         )
-    takes_last = scored == [3] * len(heads) and isinstance(heads[-1], nn.Linear)
-    return ("batch", labels), takes_last
+    if scored != [3] * len(heads) or not isinstance(heads[-1], nn.Linear):
+        return ("batch", labels), False
+    with torch.no_grad():  # some take the mean of all scores
+        (last,) = _LastToken(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return ("batch", labels), bool((last - logits).abs().max() <= 1e-3 * logits.abs().max())

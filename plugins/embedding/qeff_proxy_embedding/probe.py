@@ -25,7 +25,7 @@ from qeff_proxy.parts import Kind, MaskKind, MaskSpec
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["Probe", "encoder_of", "probe_model"]
+__all__ = ["Probe", "encoder_of", "has_decoder", "probe_model"]
 
 _TOKENS, _PADDED = 5, 8  # of a text alone, and with padding
 _LEAST_TOLERANCE = 1e-3
@@ -72,7 +72,12 @@ class Probe:
 
 def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model that embeds: of an encoder and a decoder the encoder."""
-    return model.get_encoder() if model.config.is_encoder_decoder else model
+    return model.get_encoder() if has_decoder(model) else model
+
+
+def has_decoder(model: PreTrainedModel) -> bool:
+    """Whether a model has a decoder beside its encoder; some heads have the encoder alone."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def probe_model(model: PreTrainedModel) -> Probe:
