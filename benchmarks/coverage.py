@@ -15,20 +15,17 @@ import argparse
 import inspect
 import json
 import multiprocessing
-import platform
 import tempfile
 import time
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from coverage_page import table
 from small_inputs import LENGTHS, STEPS, image_size_of, inputs_of
-from small_models import LAYERS, build_small
+from small_models import build_small
 
 #: The mapping's name in transformers, the auto class, and the task.
 MAPPINGS = {
@@ -351,34 +348,6 @@ def watch(context: Any, limit: float, item: tuple[str, str]) -> dict[str, Any]:
     row = {"mapping": item[0], "model_type": item[1], "verdict": verdict}
     why = " ".join(why.split())[:200]
     return {**row, "why": why, "seconds": round(time.monotonic() - start, 1)}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The results as a page in Markdown."""
-    packages = ("transformers", "torch", "onnxruntime")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    lines = [
-        "# Architectures, measured",
-        "",
-        f"`benchmarks/coverage.py` on {datetime.now(UTC):%-d %B %Y}, Python "
-        f"{platform.python_version()}, {versions}: every architecture of a mapping of transformers,"
-        f" {LAYERS} layers deep, with shaken random weights, run in ONNX Runtime and compared with "
-        "PyTorch: all logits within 0.1% of the largest. *Not built*: this script makes no small "
-        "model of it that runs, and its export, if it can be built, is not refused. *Refused*: "
-        "with the reason given, before or at the export.",
-        "",
-        "`make coverage` measures it anew: hours, of which what `coverage.json` has is not done "
-        "again. Results that were looked at by hand are in [Families](families.md).",
-    ]
-    for mapping in dict.fromkeys(row["mapping"] for row in rows):
-        own = sorted((r for r in rows if r["mapping"] == mapping), key=lambda r: r["model_type"])
-        counts = Counter(row["verdict"] for row in own)
-        summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
-        lines += ["", f"## {mapping}: {summary}", "", "| model type | | |", "| --- | --- | --- |"]
-        for row in own:
-            why = row["why"].replace("|", "\\|").replace("<", "&lt;")
-            lines.append(f"| `{row['model_type']}` | {row['verdict']} | {why} |")
-    return "\n".join([*lines, ""])
 
 
 def main() -> None:

@@ -100,9 +100,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "full_attn_idxs": None,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
+    "lilt": {"hidden_size": 96},  # of six coordinates
     "longformer": {"attention_window": [8] * LAYERS, "max_position_embeddings": 512},
     "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 32], [32, 64], [64, 64]]},
+    "mobilebert": {"num_feedforward_networks": 1},  # without norms, rounding grows
     "moonshine": dict.fromkeys(
         ("num_key_value_heads", "encoder_num_key_value_heads", "decoder_num_key_value_heads"), 4
     ),
@@ -284,6 +286,19 @@ SETTINGS |= {
         "audio_config": {**_WINDOW, "downsample_hidden_size": 32},
     },
     "qwen3_asr": {"audio_config": {"downsample_hidden_size": 32}},
+    "qwen3_omni_moe": {
+        "talker_config": {
+            "spatial_merge_size": 2,
+            "text_config": {"shared_expert_intermediate_size": 32},
+        }
+    },
+    "nemo_speechlm": {
+        "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 64}}}
+    },
+    "vibevoice_asr": {
+        f"{kind}_tokenizer_encoder_config": {"num_filters": 4, "depths": [1] * 7}
+        for kind in ("acoustic", "semantic")
+    },
     "voxtral": {"audio_config": {**_WINDOW, "intermediate_size": 256}, "audio_token_id": 250},
 }
 SETTINGS["gemma4"]["audio_config"] = {

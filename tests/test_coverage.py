@@ -73,7 +73,7 @@ class TestEncoders(Measured):
     """Encoders of texts and sounds."""
 
 
-@of("classification", "seq2seq", "speech")
+@of("classification", "token-classification", "seq2seq", "speech")
 class TestTexts(Measured):
     """Classifiers and encoder-decoders."""
 

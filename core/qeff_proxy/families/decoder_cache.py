@@ -47,16 +47,21 @@ def attention_cache(heads: int, width: int, dtype: str) -> CacheLayer:
     return TensorSpec("key", dtype, shape), TensorSpec("value", dtype, shape)
 
 
+def layers_of(config: Any) -> list[Any]:
+    """The layers of a cache that is made for a config; none where that knows no such cache."""
+    try:
+        return list(DynamicCache(config=config).layers)
+    except (LookupError, AttributeError):  # kinds of layers that transformers does not know
+        return []
+
+
 def new_cache(config: Any) -> DynamicCache:
     """An empty cache for a model; its layers keep all positions, whatever the model's window.
 
     The masks hide what is outside of a window. Only a cache with layers that keep something else
     than keys and values has its layers from the config; any other one adds them as the model runs.
     """
-    try:
-        layers = DynamicCache(config=config).layers
-    except (LookupError, AttributeError):  # kinds of layers that transformers does not know
-        layers = []
+    layers = layers_of(config)
     cache = DynamicCache()
     if any(isinstance(layer, _OF_CONFIG) for layer in layers):
         cache.layers = [without_window(layer) for layer in layers]
@@ -77,6 +82,17 @@ def is_known(layer: Any) -> bool:
     return type(layer) in _KNOWN and all(
         tensor.dim() == 4 for name, tensor in cached_tensors(layer).items() if name == "key"
     )
+
+
+def own_states(layer: Any) -> list[str]:
+    """What a layer of a model's own class keeps beside the keys and values of a window."""
+    if (
+        not isinstance(layer, DynamicSlidingWindowLayer)
+        or type(layer) in vars(cache_utils).values()
+    ):
+        return []
+    plain = vars(DynamicSlidingWindowLayer(sliding_window=1))
+    return sorted(n for n, v in vars(layer).items() if n not in plain and not callable(v))
 
 
 def cached_tensors(layer: Any) -> dict[str, torch.Tensor]:

@@ -18,7 +18,9 @@ from qeff_proxy.families.decoder_cache import (
     CacheLayer,
     describe_cache,
     is_known,
+    layers_of,
     new_cache,
+    own_states,
     without_window,
 )
 from qeff_proxy.families.model_cache import cache_argument, cache_of
@@ -127,8 +129,11 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
             f"{name} takes no inputs_embeds, so it cannot run without its token embedding",
             "A plugin for this model type can build its body in another way.",
         )
+    for index, layer in enumerate(layers_of(decoder.config)):
+        if own_states(layer):  # whose masks may follow from them, too
+            raise _other_state(name, index, layer)
     try:
-        return _probe_cache(decoder, hidden_size, dtype)
+        layout = _probe_cache(decoder, hidden_size, dtype)
     except UnsupportedModelError as error:
         masks: dict[MaskKind, MaskSpec] = {}
         try:
@@ -136,9 +141,18 @@ def probe_decoder(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> D
                 output = check_causal(decoder, hidden_size, dtype)
         except UnsupportedModelError as other:
             raise UnsupportedModelError(f"{error.problem}; {other.problem}", error.hint) from other
-    layers = (past_inputs(dtype_name(dtype), hidden_size),)
-    # Some change their embeddings in place, and these are still to be returned.
-    return DecoderLayout(layers, tuple(masks.values()), dtype_name(output.dtype), writes=True)
+        layers = (past_inputs(dtype_name(dtype), hidden_size),)
+        # Some change their embeddings in place, and these are still to be returned.
+        return DecoderLayout(layers, tuple(masks.values()), dtype_name(output.dtype), writes=True)
+    for index, layer in enumerate(layout.cache):
+        for spec in layer:
+            if 0 in spec.shape:
+                raise UnsupportedModelError(
+                    f"layer {index} of {name} caches a {spec.name} that is 0 wide, of which ONNX "
+                    "makes no graph",
+                    "A plugin for this model type can leave it out.",
+                )
+    return layout
 
 
 def _probe_cache(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> DecoderLayout:
@@ -194,8 +208,9 @@ def _probe_cache(decoder: nn.Module, hidden_size: int, dtype: torch.dtype) -> De
 
 
 def _other_state(name: str, index: int, layer: object) -> UnsupportedModelError:
+    kept = ", ".join(own_states(layer)) or "keys of another shape"
     return UnsupportedModelError(
         f"layer {index} of {name} caches something else than keys, values and states of "
-        f"convolutions and recurrent layers ({type(layer).__name__})",
+        f"convolutions and recurrent layers: {kept} ({type(layer).__name__})",
         "The generic plugin does not support it; write a plugin for this model type.",
     )

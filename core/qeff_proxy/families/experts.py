@@ -33,10 +33,17 @@ def experts_in_turn(model: ModuleT) -> ModuleT:
     loops: dict[str, nn.Module] = {
         path: _EachExpert(module)
         for path, module in model.named_modules()
-        if set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ())) >= _LOOP
+        if set(getattr(getattr(_loop_of(module), "__code__", None), "co_names", ())) >= _LOOP
         and len(inspect.signature(module.forward).parameters) == _ARGUMENTS
     }
     return replace_modules(kept_dtypes(model), loops) if loops else model
+
+
+def _loop_of(module: nn.Module) -> Any:
+    """What a module runs; transformers may put a function around its loop, and run that or it."""
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    forward = type(module).forward
+    return inspect.unwrap(forward) if implementation == "eager" else forward
 
 
 def has_experts_in_turn(module: nn.Module) -> bool:

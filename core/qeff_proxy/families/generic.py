@@ -6,6 +6,7 @@ base model as the body. The verified cut catches every case where these assumpti
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
@@ -32,6 +33,8 @@ from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
 from qeff_proxy.request import Request, refuse_others
 from qeff_proxy.sites import Absent, Site
+
+_PLAIN = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @hookimpl(trylast=True)
@@ -277,6 +280,7 @@ def _head_part(model: PreTrainedModel, decoder_path: str, head_path: str) -> tup
     Raises:
         UnsupportedModelError: The head does not run.
     """
+    _check_forward(model, decoder_path, head_path)
     outer = decoder_path.rpartition(".")[0]
     own = _head_size(model, head_path)[1]
     widths = dict.fromkeys((own, getattr(model.config.get_text_config(), "hidden_size", own)))
@@ -291,6 +295,27 @@ def _head_part(model: PreTrainedModel, decoder_path: str, head_path: str) -> tup
             return part, width
     assert problem is not None  # noqa: S101 (the decoder has a path)
     raise problem
+
+
+def _check_forward(model: PreTrainedModel, decoder_path: str, head_path: str) -> None:
+    """Refuse a model that cannot run on embeddings alone: it has more before its decoder.
+
+    Raises:
+        UnsupportedModelError: Its ``forward`` needs more; names the modules it is for.
+    """
+    takes = inspect.signature(model.forward).parameters
+    needed = [
+        name for name, one in takes.items() if one.default is one.empty and one.kind in _PLAIN
+    ]
+    more = [name for name in needed if name not in ("input_ids", "inputs_embeds")]
+    if more:
+        own = {path.partition(".")[0] for path in (decoder_path, head_path)}
+        others = [name for name, _ in model.named_children() if name not in own]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} always needs {', '.join(more)}: its {', '.join(others)} come "
+            "before its language model, and no plugin makes parts of them",
+            "A plugin for this model type can.",
+        )
 
 
 def check_head_runs(part: HeadPart, hidden_size: int) -> None:

@@ -117,11 +117,11 @@ def verify_causal_cut(
             with suppress(CutError):
                 return check(expected=alone)
             if engine.longest_step is not None:
-                _check_steps(model, ids[:1], expected[:1], actual[:1], grows=engine.keeps_positions)
+                check_steps(model, ids[:1], expected[:1], actual[:1], grows=engine.keeps_positions)
             raise
 
 
-def _check_steps(
+def check_steps(
     model: PreTrainedModel, ids: Array, expected: Array, actual: Array, *, grows: bool
 ) -> None:
     """Blame the model if it computes what the parts do when it takes one position at a time."""

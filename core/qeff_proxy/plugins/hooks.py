@@ -180,9 +180,14 @@ class Hooks:
 
     def _known(self, answer: object | None, what: str, model: PreTrainedModel) -> object:
         if answer is None:
+            inner = [
+                f"inside it is {path} ({type(one).__name__}), which may be exported alone"
+                for path, one in model.named_children()
+                if getattr(one, "can_generate", bool)()
+            ]
             raise UnsupportedModelError(
                 f"no plugin knows {what} {type(model).__name__} is (model type "
-                f"{self.model_type!r})",
+                f"{self.model_type!r}){''.join(f'; {one}' for one in inner[:1])}",
                 "A plugin of your own can say so; `qeff-proxy plugins` lists those installed. "
                 "Models whose head is for another task, such as a classifier's, are not cut; an "
                 "encoder alone is exported with --model-task embedding (Python: QEFFAutoModel).",

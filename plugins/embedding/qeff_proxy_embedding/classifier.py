@@ -18,7 +18,6 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.families.generic import path_of
-from qeff_proxy.families.given_embeddings import takes_embeddings, with_given_embeddings
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
@@ -30,7 +29,7 @@ from transformers import PreTrainedModel
 from qeff_proxy_embedding.family import family
 from qeff_proxy_embedding.part import EncoderPart
 from qeff_proxy_embedding.pooling import Pooling
-from qeff_proxy_embedding.probe import probe_model
+from qeff_proxy_embedding.probe import has_decoder, probe_model
 
 __all__ = ["ClassifierPart", "build_proxy", "decode", "locate_embedding", "locate_lm_head"]
 
@@ -49,12 +48,15 @@ def locate_embedding(model: PreTrainedModel) -> Site:
         raise UnsupportedModelError(
             f"{name} is no classifier of texts", "Check the checkpoint's architecture."
         )
-    if model.config.is_encoder_decoder:
+    if has_decoder(model):
         raise UnsupportedModelError(
             f"{name} has an encoder and a decoder, which are not exported for this task",
             "A plugin for this model type can build its parts.",
         )
-    path = path_of(model, model.get_input_embeddings())
+    try:
+        path = path_of(model, model.get_input_embeddings())
+    except (NotImplementedError, AttributeError):
+        path = None
     if path is None:
         raise UnsupportedModelError(f"{name} has no token embedding")
     return Site(path)
@@ -80,9 +82,8 @@ def build_proxy(model: PreTrainedModel, embedding: Site | Absent, kind: Kind) ->
     ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
     parts: tuple[Part, ...]
     if kind == "split":
-        if not takes_embeddings(model.base_model):
-            cut = with_given_embeddings(model, table)
-            whole = _LastToken(cut) if takes_last else cut
+        cut = probe.without_table(model, table)
+        whole = _LastToken(cut) if takes_last else cut
         embeds = TensorSpec("inputs_embeds", dtype, ("batch", "sequence", width))
         body = ClassifierPart(whole, probe.masks, embeds.name, shape)
         parts = (
@@ -242,5 +243,8 @@ def _probe_logits(model: PreTrainedModel) -> tuple[tuple[int | str, ...], bool]:
             f"{type(model).__name__} gives {list(logits.shape)} for {ids.shape[1]} tokens",
             "Only scores of texts, or of their tokens, are exported.",
         )
-    takes_last = scored == [3] * len(heads) and isinstance(heads[-1], nn.Linear)
-    return ("batch", labels), takes_last
+    if scored != [3] * len(heads) or not isinstance(heads[-1], nn.Linear):
+        return ("batch", labels), False
+    with torch.no_grad():  # some take the mean of all scores
+        (last,) = _LastToken(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return ("batch", labels), bool((last - logits).abs().max() <= 1e-3 * logits.abs().max())

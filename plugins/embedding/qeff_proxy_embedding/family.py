@@ -20,7 +20,7 @@ from qeff_proxy.arrays import dtype_name, given_tensors
 from qeff_proxy.common.messages import type_named
 from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
-from qeff_proxy.families.given_embeddings import takes_embeddings, with_given_embeddings
+from qeff_proxy.families.generic import path_of
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
@@ -56,6 +56,11 @@ class EmbeddingFamily:
         """The token embedding; ``None`` if the model is not a base model but has a head."""
         if model.base_model is not model:
             return None
+        if path_of(model, model.get_output_embeddings()) is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an LM head: it gives logits, not hidden states",
+                "Export it for the task that its architecture names.",
+            )
         if self.token_table is not None:
             return Site(self.token_table)
         encoder = encoder_of(model)
@@ -107,9 +112,7 @@ class EmbeddingFamily:
         parts: tuple[Part, ...]
         if kind == "split":
             embeds = TensorSpec("inputs_embeds", dtype, ("batch", "sequence", narrow))
-            cut = model
-            if not takes_embeddings(encoder_of(model)):
-                cut = with_given_embeddings(model, table)
+            cut = probe.without_table(model, table)
             body = EncoderPart(cut, probe.masks, pooling, "inputs_embeds", dense)
             outputs = (body.output(probe.width),)
             parts = (

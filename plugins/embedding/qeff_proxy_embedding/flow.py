@@ -66,7 +66,7 @@ class EncoderFlow:
         Raises:
             CutError: The results differ, or the parts cannot be run.
         """
-        rows = _random_rows(model)
+        rows = _random_rows(model, proxy.settings.get("masking"))
         pads = proxy.settings["pads"]
         with shrunk_windows(model, _WINDOW, _ROTARY_LIMIT):
             expected = [self.reference(model, proxy, row) for row in rows]
@@ -122,7 +122,7 @@ class EncoderFlow:
         limit = min(job.export.settings["max_length"] or 2**31, max(lengths or (2**31,)))
         _check_lengths(rows, limit)
         _check_ids(rows, job.export.settings.get("embedding_rows"))
-        _check_counted(rows, job.export.settings.get("padding"))
+        _check_counted(rows, job.export.settings)
         results: list[Any] = [None] * len(rows)
         done = 0
         tell = job.settings.get("progress") or (lambda _done, _all: None)
@@ -274,8 +274,15 @@ def _check_ids(rows: Sequence[Row], table: int | None) -> None:
             )
 
 
-def _check_counted(rows: Sequence[Row], padding: int | None) -> None:
-    """Refuse a padding token among the tokens, which the body would give a position of its own."""
+def _check_counted(rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
+    """Refuse tokens of which a body would have to know: it gives padding a position, for one."""
+    padding, masking = settings.get("padding"), settings.get("masking")
+    if masking is not None and any(masking in row.ids for row in rows):
+        raise UsageError(
+            f"token {masking} hides a token, for which this model changes all embeddings of a text",
+            "Leave it out, or export without a proxy (--proxy none): cut off from its embedding, "
+            "the model cannot know of it.",
+        )
     if padding is not None and any(padding in row.ids for row in rows):
         raise UsageError(
             f"token {padding} is padding to this model, and attention_mask counts it as a token",
@@ -342,11 +349,11 @@ def _unpadded(output: Array, rows: Sequence[Row]) -> list[Array]:
     return [floats[index, : len(row.ids)] for index, row in enumerate(rows)]
 
 
-def _random_rows(model: PreTrainedModel, seed: int = 0) -> list[Row]:
+def _random_rows(model: PreTrainedModel, masking: int | None, seed: int = 0) -> list[Row]:
     generator = np.random.default_rng(seed)
     table = encoder_of(model).get_input_embeddings()
     pad = getattr(table, "padding_idx", None)
-    allowed = np.array([row for row in range(table.weight.shape[0]) if row != pad])
+    allowed = np.array([row for row in range(table.weight.shape[0]) if row not in (pad, masking)])
     kinds = int(getattr(model.config, "type_vocab_size", 0) or 1)
     return [
         Row(generator.choice(allowed, length), generator.integers(0, kinds, length))

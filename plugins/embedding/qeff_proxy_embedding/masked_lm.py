@@ -15,7 +15,6 @@ from qeff_proxy.arrays import dtype_name
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub, HeadPart, HeadStub
 from qeff_proxy.families.generic import check_head_runs, operations_after, path_of
-from qeff_proxy.families.given_embeddings import takes_embeddings, with_given_embeddings
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, Part, Proxy, TensorSpec
@@ -68,8 +67,13 @@ def build_proxy(
     ids = TensorSpec("input_ids", "int64", rows)
     parts: tuple[Part, ...]
     if kind == "split":
-        base = model.base_model
-        cut = base if takes_embeddings(base) else with_given_embeddings(base, table)
+        if probe.masking is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} changes all embeddings of a text with hidden tokens, "
+                "of which a body cannot know",
+                "Export it without a proxy (--proxy none).",
+            )
+        cut = probe.without_table(model.base_model, table)
         embeds = TensorSpec("inputs_embeds", dtype, (*rows, width))
         body = EncoderPart(cut, probe.masks, Pooling("none"), embeds.name)
         hidden = body.output(probe.width)

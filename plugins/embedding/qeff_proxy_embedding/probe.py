@@ -11,16 +11,21 @@ from typing import Any
 
 import torch
 from qeff_proxy.arrays import dtype_name
-from qeff_proxy.common.messages import first_line
+from qeff_proxy.common.messages import first_line, type_named
 from qeff_proxy.errors import UnsupportedModelError
-from qeff_proxy.families.given_embeddings import takes_embeddings
+from qeff_proxy.families.given_embeddings import (
+    on_embeddings,
+    takes_embeddings,
+    with_given_embeddings,
+)
 from qeff_proxy.families.model_masks import record_masks
 from qeff_proxy.flows.equality import TOLERANCES
+from qeff_proxy.layers.layer_lists import ModuleT
 from qeff_proxy.parts import Kind, MaskKind, MaskSpec
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["Probe", "encoder_of", "probe_model"]
+__all__ = ["Probe", "encoder_of", "has_decoder", "probe_model"]
 
 _TOKENS, _PADDED = 5, 8  # of a text alone, and with padding
 _LEAST_TOLERANCE = 1e-3
@@ -36,15 +41,23 @@ class Probe:
         positions: The most tokens of a text; ``None`` where nothing limits them.
         pads: Whether a text gives the same alone and with padding on its right. A Fourier
             transform or a convolution over the sequence sees the padding.
+        embeds: Whether it gives the same on its embeddings as on their tokens.
         padding: The padding token, where the model numbers it otherwise than other tokens: run on
             embeddings, it cannot know of it.
+        masking: The token that hides another, where the model does something else there.
     """
 
     masks: tuple[MaskSpec, ...]
     width: int
     positions: int | None
     pads: bool
+    embeds: bool = True
     padding: int | None = None
+    masking: int | None = None
+
+    def without_table(self, model: ModuleT, table: nn.Module) -> ModuleT:
+        """The model, to be run on embeddings."""
+        return model if self.embeds else with_given_embeddings(model, table)
 
     def settings(self, kind: Kind) -> dict[str, Any]:
         """What a flow has to know of it, of a proxy of this kind."""
@@ -53,12 +66,18 @@ class Probe:
             "positions": self.positions,
             "pads": self.pads,
             "padding": self.padding if kind == "split" else None,
+            "masking": self.masking if kind == "split" else None,
         }
 
 
 def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model that embeds: of an encoder and a decoder the encoder."""
-    return model.get_encoder() if model.config.is_encoder_decoder else model
+    return model.get_encoder() if has_decoder(model) else model
+
+
+def has_decoder(model: PreTrainedModel) -> bool:
+    """Whether a model has a decoder beside its encoder; some heads have the encoder alone."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def probe_model(model: PreTrainedModel) -> Probe:
@@ -70,6 +89,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
     encoder = encoder_of(model)
     table = encoder.get_input_embeddings()
     pad = getattr(table, "padding_idx", None)
+    mask = getattr(encoder.config.get_text_config(), "mask_token_id", None)
     allowed = [row for row in range(table.weight.shape[0]) if row != pad]
     order = torch.randperm(len(allowed), generator=torch.Generator().manual_seed(0))
     ids = torch.tensor(allowed)[order][None, :_TOKENS].to(table.weight.device)
@@ -86,7 +106,9 @@ def probe_model(model: PreTrainedModel) -> Probe:
             with _positions_limited(encoder, ids.shape[1], limits):
                 alone = encoder(input_ids=ids)[0]
             longer = encoder(input_ids=padded, **known)[0]
-            padding_token = _numbered_padding(encoder, ids, pad)
+            embeds, apart = _on_embeddings(encoder, ids, (pad, mask))
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # whatever a model's code raises on inputs it is not made for
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be run on token ids alone: {type(error).__name__}: "
@@ -99,25 +121,49 @@ def probe_model(model: PreTrainedModel) -> Probe:
             "Only models that give a hidden state for each token are embedding models.",
         )
     tolerance = max(_LEAST_TOLERANCE, TOLERANCES.get(dtype_name(model.dtype), 0))
-    apart = (longer[:, : ids.shape[1]] - alone).abs().max()
+    off = (longer[:, : ids.shape[1]] - alone).abs().max()
     positions = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
     if limits or not isinstance(positions, int) or positions <= 0:
         positions = min(limits, default=None)
     # Written so that a NaN is a difference.
-    pads = bool(apart <= tolerance * alone.abs().max())
-    return Probe(tuple(masks.values()), int(alone.shape[-1]), positions, pads, padding_token)
+    pads = bool(off <= tolerance * alone.abs().max())
+    return Probe(tuple(masks.values()), int(alone.shape[-1]), positions, pads, embeds, *apart)
 
 
-def _numbered_padding(encoder: PreTrainedModel, ids: torch.Tensor, pad: int | None) -> int | None:
-    """The padding token, if ids that have it give other hidden states than their embeddings."""
-    if pad is None or not takes_embeddings(encoder):
-        return None
-    ids = ids.clone()
-    ids[:, 1] = pad
-    inner = encoder(input_ids=ids)[0]
-    embedded = encoder(inputs_embeds=encoder.get_input_embeddings()(ids))[0]
-    differ = (inner - embedded).abs().max() > _LEAST_TOLERANCE * inner.abs().max()
-    return pad if differ else None
+def _on_embeddings(
+    encoder: PreTrainedModel, ids: torch.Tensor, special: tuple[int | None, int | None]
+) -> tuple[bool, list[int | None]]:
+    """What an encoder does on the embeddings of tokens.
+
+    Returns:
+        Whether it gives what it gives on the tokens; those of the special ones where no run on
+        embeddings does.
+
+    Raises:
+        UnsupportedModelError: Its table gives something else than embeddings.
+    """
+    table = encoder.get_input_embeddings()
+    rows = ids.repeat(1 + len(special), 1)
+    for row, token in enumerate(special, start=1):
+        if isinstance(token, int) and 0 <= token < table.weight.shape[0]:
+            rows[row, 1] = token
+    embeddings = table(rows)
+    if not isinstance(embeddings, torch.Tensor):
+        raise UnsupportedModelError(
+            f"the token embedding of {type(encoder).__name__} gives {type_named(embeddings)}, not "
+            "embeddings alone",
+            "A plugin for this model type can cut it elsewhere.",
+        )
+    expected = encoder(input_ids=rows)[0]
+    largest = _LEAST_TOLERANCE * expected.abs().max()
+    alike: list[bool] = [False]
+    for embeds in (True, False) if takes_embeddings(encoder) else (False,):
+        cut = encoder if embeds else with_given_embeddings(encoder, table)
+        with on_embeddings(cut, embeddings) as first:
+            alike = [bool(o <= largest) for o in (cut(**first)[0] - expected).abs().amax((1, 2))]
+        if alike[0]:
+            break
+    return embeds, [None if same else t for t, same in zip(special, alike[1:], strict=True)]
 
 
 @contextmanager

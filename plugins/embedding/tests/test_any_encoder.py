@@ -38,6 +38,10 @@ CONFIGS = {
     ),
     # Windows, to which the model pads each text.
     "longformer": lambda: transformers.LongformerConfig(**SIZES, attention_window=[4, 4, 8, 4, 4]),
+    # Given embeddings, it leaves out its positions; a hidden token changes all others.
+    "esm": lambda: transformers.EsmConfig(
+        **SIZES, pad_token_id=1, mask_token_id=2, token_dropout=True
+    ),
 }
 LENGTHS = (7, 3, 12, 7)
 
@@ -87,6 +91,9 @@ def test_padded_batches_give_what_pytorch_gives_for_each_row_alone(embedder):
             proxy.generate(inputs())
     else:
         np.testing.assert_allclose(proxy.generate(inputs()).embeddings, expected, atol=1e-5)
+    if model.config.model_type == "esm":
+        with pytest.raises(UsageError, match="token 2 hides a token"):
+            proxy.generate({"input_ids": np.array([[5, 2, 7]])})
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,10 @@ def test_commands_know_the_task_by_the_architecture(tmp_path, capsys):
                 transformers.ViTConfig(hidden_size=32, num_hidden_layers=5, num_attention_heads=4)
             ),
             "takes pixel_values, not token ids",
+        ),
+        (
+            lambda: transformers.IBertModel(transformers.IBertConfig(**SIZES)),
+            "token embedding of IBertModel gives a tuple",
         ),
     ],
 )

@@ -12,15 +12,19 @@ from qeff_proxy import (
     QEFFAutoModelForTokenClassification,
 )
 from qeff_proxy.cli import main
+from qeff_proxy.cut.cut_model import cut_model
 from qeff_proxy.dump import read_dump
 from qeff_proxy.errors import UnsupportedModelError, UsageError
-from qeff_proxy.load.load_model import flow_of, load_model
+from qeff_proxy.load.load_model import flow_of, load_model, wrap_model
+from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.testing import random_weights
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
+    EuroBertConfig,
+    EuroBertForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForSequenceClassification,
@@ -151,6 +155,16 @@ def test_a_decoder_scores_its_last_token(tmp_path):
     np.testing.assert_allclose(scores, expected[:, 0], atol=1e-4)
     unmasked = proxy.generate({"input_ids": inputs["input_ids"]})
     np.testing.assert_allclose(unmasked.logits, expected, atol=1e-4)
+
+
+def test_a_mean_of_all_scores_is_no_score_of_the_last_token():
+    """The cut compares its parts with the uncut model, run on each row alone."""
+    sizes = {name: size for name, size in QWEN.items() if name != "layer_types"}
+    config = EuroBertConfig(**sizes, classifier_pooling="late", mask_token_id=2)
+    model = random_weights(EuroBertForSequenceClassification(config))
+    hooks = Plugins.discover().hooks_for("eurobert", task="classification")
+    report = cut_model(wrap_model(model), hooks, "split").report
+    assert report.max_difference <= report.tolerance * report.largest_value
 
 
 def test_each_token_gets_its_label(tmp_path):

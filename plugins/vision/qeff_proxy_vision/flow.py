@@ -18,7 +18,7 @@ from qeff_proxy.arrays import Array, to_array
 from qeff_proxy.artifact.manifest_schema import Export
 from qeff_proxy.errors import CheckpointError, CutError, ProxyError, UsageError
 from qeff_proxy.flows.causal_engine import CausalEngine, StepId
-from qeff_proxy.flows.causal_lm import shrunk_windows
+from qeff_proxy.flows.causal_lm import check_steps, shrunk_windows
 from qeff_proxy.flows.equality import check_equal, parts_must_run
 from qeff_proxy.flows.flow import CutReport, Job
 from qeff_proxy.flows.generation.generate import generate_ids
@@ -80,9 +80,16 @@ class ImageTextFlow:
                 actual, longest = _proxy_logits(proxy, sample, new)
         ones = np.ones_like(new)
         padding = np.concatenate([sample["attention_mask"], ones], axis=1)
-        return check_equal(
-            model, sites, expected, actual, padding, output="logit", scanned=longest is not None
-        )
+        try:
+            return check_equal(
+                model, sites, expected, actual, padding, output="logit", scanned=longest is not None
+            )
+        except CutError:
+            if longest is not None:  # the first row is a text
+                row = (slice(0, 1), padding[0] != 0)
+                ids = np.concatenate([sample["input_ids"], new], axis=1)
+                check_steps(model, ids[row], expected[row], actual[row], grows=True)
+            raise
 
     def check_processor(
         self, proxy: Proxy, processor: Any, preprocess: Callable[[Request], Any]
