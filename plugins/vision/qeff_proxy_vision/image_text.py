@@ -93,9 +93,11 @@ def build_proxy(
         if (of_tiles := add_grid(model, text, text_name, token_id, lookups)) is not None:
             return of_tiles
     vision = _vision(model, arguments, size, decoder_path, int(text.settings["hidden_size"]))
-    sample: Sample = partial(_sample, model, vision, token_id, rows)
+    make_sample = partial(_sample, model, vision, token_id, rows)
     masks = text.part("body").masks
-    learned = learn_images(model, decoder, sample(), vision.features, token_id, masks)
+    learned = learn_images(model, decoder, make_sample(2), vision.features, token_id, masks)
+    # That two tiles enter as one does was seen just now, without the cost of running the layers.
+    sample: Sample = partial(make_sample, 1 if vision.image.tiled else 2)
     single = text.part("body").inputs[0].shape[1] != "query"
     if single and (learned.blocks is not None or not text.settings["kv_offload"]):
         raise UnsupportedModelError(
@@ -211,10 +213,9 @@ def _vision(
                 owner, text_path, image.geometry, blanks=image.blanks, projector=path
             )
             try:
-                with torch.no_grad():
-                    features = module(**image.inputs)
+                features, count = count_operations(module, image.inputs)
                 found = features[FEATURES].shape[-1]
-                looped = image.tiled and _loops(module, image.inputs)
+                looped = image.tiled and _loops(module, image.inputs, count)
                 if found != width or (not projected and hasattr(owner, _PROJECTOR)):
                     problems.append(f"features are {found} wide, not {width}")
                 elif looped and "image_sizes" in arguments:
@@ -235,31 +236,36 @@ def _vision(
     )
 
 
-def _loops(module: nn.Module, tiles: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a tower loops over tiles, so that a trace would freeze their number."""
-    counts = [
-        count_operations(module, {name: torch.cat([one] * n) for name, one in tiles.items()})[1]
-        for n in (2, 3)
-    ]
-    return counts[0] != counts[1]
+def _loops(module: nn.Module, tile: Mapping[str, torch.Tensor], count: int) -> bool:
+    """Whether a tower loops over tiles, so that a trace would freeze their number.
+
+    Args:
+        module: The tower.
+        tile: Its inputs for one.
+        count: Of its operations on that.
+    """
+    for tiles in (2, 3):  # a single one may be special
+        before, many = count, {name: torch.cat([one] * tiles) for name, one in tile.items()}
+        if (count := count_operations(module, many)[1]) == before:
+            return False
+    return True
 
 
 def _sample(
-    model: PreTrainedModel, vision: _Vision, token_id: int, rows: int
+    model: PreTrainedModel, vision: _Vision, token_id: int, rows: int, images: int
 ) -> dict[str, torch.Tensor]:
-    """Two prompts, the first without an image and padded, the second with the image twice."""
+    """Two prompts, the first without an image and padded, the second with the image, or twice."""
     special = special_tokens(model)
     usual = torch.tensor([number for number in range(1, rows) if number not in special])
-    places = (3, 3 + vision.rows + 2)
-    length = places[1] + vision.rows + 5
+    places = [3 + place * (vision.rows + 2) for place in range(images)]
+    length = places[-1] + vision.rows + 5
     generator = torch.Generator().manual_seed(0)
     ids = usual[torch.randint(len(usual), (2, length), generator=generator)]
     for place in places:
         ids[1, place : place + vision.rows] = token_id
     mask = torch.ones_like(ids)
     mask[0, : length - 8] = 0
-    images = vision.image.batch(len(places))
     types = (ids == token_id).to(torch.int64)
-    tensors = {"input_ids": ids * mask, "attention_mask": mask, **images}
+    tensors = {"input_ids": ids * mask, "attention_mask": mask, **vision.image.batch(images)}
     takes = inspect.signature(model.forward).parameters
     return tensors | {name: types for name in TYPES if name in takes}

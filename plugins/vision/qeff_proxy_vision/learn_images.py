@@ -145,34 +145,32 @@ def learn_sounds(
     return _positions(name, call, arrays["attention_mask"], none, 0, images)
 
 
+class _SeenError(Exception):
+    """Carries what the language model is given, which need not run."""
+
+
 def _seen(
     model: PreTrainedModel, decoder: nn.Module, arrays: Mapping[str, Array], what: str
 ) -> dict[str, Any]:
     """What the language model is given in the first step of a generation."""
-    name = type(model).__name__
-    calls: list[dict[str, Any]] = []
 
     def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
-        calls.append({name: value for name, value in given.items() if value is not None})
+        raise _SeenError({name: value for name, value in given.items() if value is not None})
 
     handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
+    name, found = type(model).__name__, "its language model is not run"
     try:
-        # One step: a model of which only the first layers are loaded runs no second one.
         generated_logits(model, arrays, np.zeros((2, 0), np.int64))
+    except _SeenError as seen:
+        return dict(seen.args[0])
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"{name} cannot be run on a prompt with {what}: {type(error).__name__}: {error}",
-            "A plugin for this model type can.",
-        ) from error
+        found = f"{type(error).__name__}: {error}"
     finally:
         handle.remove()
-    if len(calls) != 1:
-        raise _not_served(name, f"its language model runs {len(calls)} times for one token")
-    return calls[0]
-
-
-class _SeenError(Exception):
-    """Carries what the language model is given, which need not run."""
+    raise UnsupportedModelError(
+        f"{name} cannot be run on a prompt with {what}: {found}",
+        "A plugin for this model type can.",
+    )
 
 
 def learn_lookups(
