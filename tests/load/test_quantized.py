@@ -147,6 +147,15 @@ def compressed(
     return {f"X.{name}": tensor for name, tensor in state.items()}, config, weight
 
 
+def int4_of_eight_rows(weight: torch.Tensor) -> Quantized:
+    """Whose zero points fill one word of a column: compressed-tensors' own code fails on them."""
+    settings = compressed(weight, "pack-quantized", group_size=32, symmetric=False)[1]
+    codes, scales, zeros, _, weight = by_groups(weight[:8], 32, 4)
+    stored = {"X.weight_packed": pack(codes, 4), "X.weight_scale": scales}
+    stored["X.weight_zero_point"] = pack(zeros.t(), 4).t()
+    return {**stored, "X.weight_shape": torch.tensor(weight.shape)}, settings, weight
+
+
 def bitsandbytes_4(
     weight: torch.Tensor, kind: str, *, nested: bool, dtype: torch.dtype = torch.bfloat16
 ) -> Quantized:
@@ -188,6 +197,7 @@ FORMATS: dict[str, Callable[[torch.Tensor], Quantized]] = {
     "int4 with zero points": partial(
         compressed, layout="pack-quantized", group_size=32, symmetric=False
     ),
+    "int4 of eight rows": int4_of_eight_rows,
     "int8 packed by channel": partial(
         compressed, layout="pack-quantized", strategy="channel", num_bits=8, symmetric=False
     ),

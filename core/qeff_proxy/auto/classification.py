@@ -21,8 +21,9 @@ class ClassificationResult(ByName):
 
     Attributes:
         labels: The likeliest label of each text, or of each token of each text.
-        scores: Of each text, or each token of it, label → score: a softmax over the labels, a
-            sigmoid of each where several may hold, or the logit itself where there is but one.
+        scores: Of each text, or each token of it, label → score: a softmax over the labels; of a
+            text, a sigmoid of each where several may hold or there is but one, or the logits
+            themselves of a regression.
         logits: ``[texts, labels]`` float32, or a list of ``[tokens, labels]``.
         io_folder: Where the dump lies; ``None`` without ``write_io``.
     """

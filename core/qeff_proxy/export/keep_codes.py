@@ -47,7 +47,8 @@ def keep_all_codes(graphs: Graphs) -> None:
 def no_codes() -> UsageError:
     """The error about a checkpoint whose codes cannot be kept."""
     return UsageError(
-        "the checkpoint has no codes that can be kept: no int4 or int8 in groups of 16 to 256",
+        "the checkpoint has no codes that can be kept: no int4 or int8 in groups of 16 to 256 "
+        "inputs that follow each other",
         "Export float weights (--weights copy).",
     )
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.layers.replace_modules import replace_modules
 
 __all__ = ["with_open_windows"]
@@ -56,9 +57,23 @@ class _WindowAttention(nn.Module):
         self.heads, self.reach = attention.num_heads, getattr(attention, _REACH)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **_: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *,
+        is_global_attn: bool = False,
+        **_: Any,
     ) -> tuple[torch.Tensor]:
-        """``[batch, sequence, hidden]``, and ``[batch, sequence]``, which is 0 for a token."""
+        """``[batch, sequence, hidden]``, and ``[batch, sequence]``, which is 0 for a token.
+
+        Raises:
+            UnsupportedModelError: Some tokens attend globally.
+        """
+        if is_global_attn is True:  # in a trace it is a symbol
+            raise UnsupportedModelError(
+                "the model lets some tokens attend to all others, not to a window alone",
+                "Models whose tokens all attend locally are exported.",
+            )
         batch, length, width = hidden_states.shape
         blocks = (length + self.reach - 1) // self.reach
 

@@ -18,6 +18,7 @@ from qeff_proxy.common.messages import first_line
 from qeff_proxy.errors import UnsupportedModelError
 from qeff_proxy.families.decoder import EmbeddingPart, EmbeddingStub
 from qeff_proxy.families.generic import path_of
+from qeff_proxy.families.window_attention import with_open_windows
 from qeff_proxy.hookspecs import hookimpl
 from qeff_proxy.layers.replace_modules import replace_modules
 from qeff_proxy.parts import Kind, MaskSpec, Part, Proxy, TensorSpec
@@ -88,7 +89,15 @@ def build_proxy(model: PreTrainedModel, embedding: Site | Absent, kind: Kind) ->
         body = ClassifierPart(whole, probe.masks, embeds.name, shape)
         parts = (
             Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
-            Part("body", body, body.inputs(embeds), (body.output(0),), "body", probe.masks),
+            Part(
+                "body",
+                body,
+                body.inputs(embeds),
+                (body.output(0),),
+                "body",
+                probe.masks,
+                trace_sizes=body.trace_sizes,
+            ),
         )
     else:
         if kind == "stub":
@@ -97,7 +106,10 @@ def build_proxy(model: PreTrainedModel, embedding: Site | Absent, kind: Kind) ->
             short = replace_modules(model, dict.fromkeys(paths, stub))
             whole = _LastToken(short) if takes_last else short
         one = ClassifierPart(whole, probe.masks, ids.name, shape)
-        parts = (Part("model", one, one.inputs(ids), (one.output(0),), "model", probe.masks),)
+        inputs, scores = one.inputs(ids), (one.output(0),)
+        parts = (
+            Part("model", one, inputs, scores, "model", probe.masks, trace_sizes=one.trace_sizes),
+        )
     settings = {
         **probe.settings(kind),
         "hidden_size": width,
@@ -118,8 +130,8 @@ def preprocess(processor: Any, request: Request) -> Mapping[str, torch.Tensor] |
 def decode(outputs: Mapping[str, Any]) -> list[Any] | None:
     """Of each text, or each token of it, its ``label`` and the ``scores`` of all labels.
 
-    Scores are those of transformers' pipelines: a softmax over the labels, a sigmoid of each where
-    several labels may hold, or the number itself where there is but one label.
+    Scores are those of transformers' pipelines: a softmax over the labels; of a text, a sigmoid of
+    each where several labels may hold or there is but one; of a regression, the numbers themselves.
     """
     if "logits" not in outputs:
         return None
@@ -127,14 +139,19 @@ def decode(outputs: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _decoded(logits: Any, labels: list[str], problem: str | None) -> Any:
-    if logits.ndim > 1:
-        return [_decoded(token, labels, problem) for token in logits]
     scores = logits.astype(np.float64)
-    if problem == "multi_label_classification":
+    several = len(labels) > 1 and problem != "multi_label_classification"
+    if logits.ndim > 1 or (several and problem != "regression"):
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+    elif problem != "regression":
         scores = 1 / (1 + np.exp(-scores))
-    elif len(labels) > 1 and problem != "regression":
-        scores = np.exp(scores - scores.max())
-        scores /= scores.sum()
+    if logits.ndim > 1:
+        return [_labelled(*token, labels) for token in zip(logits, scores, strict=True)]
+    return _labelled(logits, scores, labels)
+
+
+def _labelled(logits: Any, scores: Any, labels: list[str]) -> dict[str, Any]:
     numbers = dict(zip(labels, map(float, scores), strict=True))
     return {"label": labels[int(np.argmax(logits))], "scores": numbers}
 
@@ -211,21 +228,22 @@ def _probe_logits(model: PreTrainedModel) -> tuple[tuple[int | str, ...], bool]:
     """The axes of a classifier's logits, and whether it scores all tokens and takes one.
 
     Raises:
-        UnsupportedModelError: It cannot be run on token ids alone.
+        UnsupportedModelError: It cannot be run on token ids alone, or makes some attend globally.
     """
     table = model.get_input_embeddings()
     pad = model.config.get_text_config().pad_token_id
     allowed = [row for row in range(table.weight.shape[0]) if row != pad][: 2 * _TOKENS : 2]
     ids = torch.tensor([allowed], device=table.weight.device)
-    scored: list[int] = []
+    given: list[torch.Tensor] = []
     heads = _heads(model)
     handles = [
-        head.register_forward_pre_hook(lambda _, args: scored.append(args[0].dim()))
-        for head in heads
+        head.register_forward_pre_hook(lambda _, args: given.append(args[0])) for head in heads
     ]
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids).logits
+            logits = with_open_windows(model)[0](input_ids=ids).logits
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # whatever a model's code raises on inputs it is not made for
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be run on token ids alone: {type(error).__name__}: "
@@ -243,8 +261,9 @@ def _probe_logits(model: PreTrainedModel) -> tuple[tuple[int | str, ...], bool]:
             f"{type(model).__name__} gives {list(logits.shape)} for {ids.shape[1]} tokens",
             "Only scores of texts, or of their tokens, are exported.",
         )
-    if scored != [3] * len(heads) or not isinstance(heads[-1], nn.Linear):
+    if [one.dim() for one in given] != [3] * len(heads) or not isinstance(heads[-1], nn.Linear):
         return ("batch", labels), False
-    with torch.no_grad():  # some take the mean of all scores
-        (last,) = _LastToken(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
+    # Some take the mean of all scores. Of this run: layers without weights give random numbers.
+    with torch.no_grad():
+        last = nn.Sequential(*heads)(given[0])[:, -1]
     return ("batch", labels), bool((last - logits).abs().max() <= 1e-3 * logits.abs().max())

@@ -18,6 +18,7 @@ from qeff_proxy.errors import UnsupportedModelError, UsageError
 from qeff_proxy.load.load_model import flow_of, load_model, wrap_model
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.testing import random_weights
+from qeff_proxy_embedding.classifier import decode
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -25,9 +26,14 @@ from transformers import (
     BertForTokenClassification,
     EuroBertConfig,
     EuroBertForSequenceClassification,
+    LongformerConfig,
+    LongformerForSequenceClassification,
+    LongformerForTokenClassification,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForSequenceClassification,
+    TextClassificationPipeline,
+    TokenClassificationPipeline,
 )
 
 pytestmark = pytest.mark.one_home
@@ -142,7 +148,7 @@ def test_the_command_line_takes_the_task_from_the_architecture(bert, capsys):
 
 
 def test_a_decoder_scores_its_last_token(tmp_path):
-    """With one label the score is the logit; padding tokens at the end do not count."""
+    """With one label the score is a sigmoid; padding tokens at the end do not count."""
     model = Qwen3ForSequenceClassification(Qwen3Config(**QWEN))
     model, folder = saved(model, tmp_path)
     proxy = QEFFAutoModelForSequenceClassification.from_pretrained(folder, enable_proxy=True)
@@ -152,7 +158,7 @@ def test_a_decoder_scores_its_last_token(tmp_path):
     result = proxy.generate(inputs, batch_size=3)
     np.testing.assert_allclose(result.logits, expected, atol=1e-4)
     scores = [score["yes"] for score in result.scores]
-    np.testing.assert_allclose(scores, expected[:, 0], atol=1e-4)
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-expected[:, 0])), atol=1e-4)
     unmasked = proxy.generate({"input_ids": inputs["input_ids"]})
     np.testing.assert_allclose(unmasked.logits, expected, atol=1e-4)
 
@@ -177,6 +183,50 @@ def test_each_token_gets_its_label(tmp_path):
     for logits, labels, row in zip(result.logits, result.labels, expected, strict=True):
         np.testing.assert_allclose(logits, row, atol=1e-4)
         assert labels == [LABELS[index] for index in row.argmax(-1)]
+
+
+@pytest.mark.parametrize("problem", [None, "regression", "multi_label_classification"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_scores_are_those_of_transformers_pipelines(count, problem):
+    logits = np.random.default_rng(4).standard_normal((1, 2, count), np.float32) * 3
+    labels = [f"l{n}" for n in range(count)]
+    config = BertConfig(**{**BERT, "id2label": dict(enumerate(labels)), "problem_type": problem})
+    text = TextClassificationPipeline(
+        model=BertForSequenceClassification(config), tokenizer=tokenizer()
+    )
+    (found,) = decode({"logits": logits[0, :1], "labels": labels, "problem_type": problem})
+    expected = text.postprocess({"logits": torch.from_numpy(logits[:, 0])}, top_k=None)
+    assert found["scores"] == pytest.approx({one["label"]: one["score"] for one in expected})
+    words = tokenizer()("w5", add_special_tokens=False, return_tensors="pt")
+    tokens = TokenClassificationPipeline(
+        model=BertForTokenClassification(config), tokenizer=tokenizer()
+    )
+    (found,) = decode({"logits": logits[:, :1], "labels": labels, "problem_type": problem})
+    places = {"offset_mapping": torch.tensor([[[0, 2]]]), "sentence": "w5"}
+    outputs = {**words, **places, "special_tokens_mask": torch.zeros(1, 1)}
+    (expected,) = tokens.postprocess([{**outputs, "logits": torch.from_numpy(logits[:, :1])}])
+    assert found[0]["label"] == expected["entity"]
+    assert found[0]["scores"][expected["entity"]] == pytest.approx(expected["score"])
+
+
+LONGFORMER = {**BERT, "attention_window": [4, 4, 8, 4, 4], "pad_token_id": 0}
+
+
+def test_tokens_of_windows_are_labelled(tmp_path):
+    model = LongformerForTokenClassification(LongformerConfig(**LONGFORMER))
+    model, folder = saved(model, tmp_path)
+    proxy = QEFFAutoModelForTokenClassification.from_pretrained(folder, enable_proxy=True)
+    proxy.export(folder / "export")
+    result = proxy.generate(padded(), batch_size=3)
+    for logits, row in zip(result.logits, alone(model, padded()), strict=True):
+        np.testing.assert_allclose(logits, row, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["split", "whole"])
+def test_a_token_that_attends_to_all_is_refused(kind):
+    model = LongformerForSequenceClassification(LongformerConfig(**LONGFORMER)).eval()
+    with pytest.raises(UnsupportedModelError, match="attend to all others"):
+        QEFFAutoModelForSequenceClassification(model, proxy=kind).export()
 
 
 def test_an_embedder_is_no_classifier(tmp_path):

@@ -77,6 +77,12 @@ class Buffers:
 Reader = Callable[[torch.Tensor, torch.Tensor, Buffers], int]
 
 
+def as_bytes(words: torch.Tensor) -> torch.Tensor:
+    """Integers [rows, columns] as their bytes, uint8 [rows, bytes]."""
+    # A transposed row counts as contiguous, but cannot be viewed.
+    return words.flatten().view(torch.uint8).view(len(words), -1)
+
+
 def unpack(words: torch.Tensor, bits: int, buffers: Buffers | None = None) -> torch.Tensor:
     """Codes from 32-bit words: the first in the lowest bits.
 
@@ -88,7 +94,7 @@ def unpack(words: torch.Tensor, bits: int, buffers: Buffers | None = None) -> to
     Returns:
         uint8 [rows, words · 32 / bits].
     """
-    data = words.contiguous().view(torch.uint8)
+    data = as_bytes(words)
     width = 8
     while width > bits:
         # The upper half of each number moves to the byte above, of all numbers at once: two bytes
@@ -176,7 +182,7 @@ def packed(bits: int) -> Reader:
     """A reader of codes packed as `unpack` takes them."""
 
     def read(words: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> int:
-        data = words.contiguous().view(torch.uint8)
+        data = as_bytes(words)
         if bits == 4 and out.dtype == torch.float16 and out.shape[1] == 2 * data.shape[1]:
             pairs = out.view(torch.int32).copy_(data).mul_(_SPREAD)
             pairs.bitwise_and_(_TWO).bitwise_or_(_TWO_CODES)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qeff_proxy.load.quantized.arithmetic import group_index, packed, scale, unpack
+from qeff_proxy.load.quantized.arithmetic import as_bytes, group_index, packed, scale, unpack
 from qeff_proxy.load.quantized.kept_codes import kept_codes
 from qeff_proxy.load.quantized.pieces import FLOATS, Pieces, refusal, unsupported
 from qeff_proxy.load.weight_sources import Codes, StoredWeight, Weight
@@ -110,7 +110,7 @@ def _kept(
     return kept_codes(
         *(key, bits, size, (outputs, inputs), tensors[1].dtype, tensors[:3]),
         (
-            lambda words, *_: words.t().contiguous().view(torch.uint8),
+            lambda words, *_: as_bytes(words.t()),
             lambda _words, scales, _: scales.t(),
             lambda _words, scales, zeros: _zeros(bits, zeros, scales, one_less=one_less),
         ),
