@@ -14,6 +14,7 @@ from qeff_proxy.parts import Proxy
 from qeff_proxy.plugins.manager import Plugins
 from qeff_proxy.request import Request
 from qeff_proxy.sites import Absent, Site
+from torch import nn
 
 REQUEST = Request(prompts=["Hi"])
 
@@ -239,12 +240,13 @@ def silent():
 
 
 def test_a_cut_that_no_plugin_knows_is_an_unsupported_model(silent):
-    with pytest.raises(UnsupportedModelError, match=r"token embedding of NoneType is .*'rnn'"):
-        silent.locate_embedding(None, None)
-    with pytest.raises(UnsupportedModelError, match=r"where the LM head of NoneType is .*'rnn'"):
-        silent.locate_lm_head(None, None)
-    with pytest.raises(UnsupportedModelError, match=r"what a stub of NoneType is .*'rnn'"):
-        silent.build_proxy(None, Site("a"), Site("b"), "stub")
+    model = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match=r"token embedding of Identity is .*'rnn'"):
+        silent.locate_embedding(model, None)
+    with pytest.raises(UnsupportedModelError, match=r"where the LM head of Identity is .*'rnn'"):
+        silent.locate_lm_head(model, None)
+    with pytest.raises(UnsupportedModelError, match=r"what a stub of Identity is .*'rnn'"):
+        silent.build_proxy(model, Site("a"), Site("b"), "stub")
 
 
 def test_a_request_that_no_plugin_takes_is_a_usage_error(silent):
