@@ -62,13 +62,15 @@ def kept_dtypes(model: ModuleT) -> ModuleT:
 
 
 def _exchanged(module: nn.Module) -> Iterator[str]:
-    """Names of the children that a module's own methods put in their place, converted."""
+    """Names of the children that a module puts in their place, converted, as it runs."""
     children = {name for name, _ in module.named_children()}
-    for method in vars(type(module)).values():
-        if children and inspect.isfunction(method) and "to" in method.__code__.co_names:
-            written = {
-                at.argval for at in dis.get_instructions(method) if at.opname == "STORE_ATTR"
-            }
+    own = {n: inspect.unwrap(m) for n, m in vars(type(module)).items() if inspect.isfunction(m)}
+    runs = ["forward"] if children and "forward" in own else []
+    for name in runs:  # which grows: what is not run, such as a change of sizes, does not count
+        code = own[name].__code__
+        runs += [other for other in code.co_names if other in own and other not in runs]
+        if "to" in code.co_names:
+            written = {at.argval for at in dis.get_instructions(code) if at.opname == "STORE_ATTR"}
             yield from sorted(written & children)
 
 
