@@ -109,7 +109,9 @@ def test_a_large_matrix_is_used_with_few_pages(monkeypatch: pytest.MonkeyPatch) 
         give_back(head.weight)
         before = file_pages()
         torch.testing.assert_close(head(inputs), expected)
-    assert [rows for rows, _ in seen] == [512] * 9 + [392]
+        one = nn.functional.linear(inputs, head.weight, torch.ones(1))
+    torch.testing.assert_close(one, expected - head.bias + 1)
+    assert [rows for rows, _ in seen] == ([512] * 9 + [392]) * 2
     assert (
         max(pages for _, pages in seen) - before < 6 * _MB
     )  # of 20; a library's first use is more

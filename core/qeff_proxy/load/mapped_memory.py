@@ -135,10 +135,11 @@ class _InBlocks(TorchFunctionMode):
         if weight is None or kwargs or weight.is_meta or weight.nbytes < LARGE:
             return func(*args, **(kwargs or {}))
         rows = max(1, _BLOCK * len(weight) // weight.nbytes)
+        every = None if len(args) < 3 or args[2] is None else args[2].expand(len(weight))
         parts = []
         for begin in range(0, len(weight), rows):
             part = slice(begin, begin + rows)
-            bias = args[2][part] if len(args) > 2 and args[2] is not None else None
+            bias = None if every is None else every[part]
             parts.append(func(args[0], weight[part], bias))
             give_back(weight[part])
         return torch.cat(parts, -1)

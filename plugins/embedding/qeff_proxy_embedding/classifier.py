@@ -89,15 +89,7 @@ def build_proxy(model: PreTrainedModel, embedding: Site | Absent, kind: Kind) ->
         body = ClassifierPart(whole, probe.masks, embeds.name, shape)
         parts = (
             Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
-            Part(
-                "body",
-                body,
-                body.inputs(embeds),
-                (body.output(0),),
-                "body",
-                probe.masks,
-                trace_sizes=body.trace_sizes,
-            ),
+            body.as_part("body", embeds, body.output(0)),
         )
     else:
         if kind == "stub":
@@ -106,10 +98,7 @@ def build_proxy(model: PreTrainedModel, embedding: Site | Absent, kind: Kind) ->
             short = replace_modules(model, dict.fromkeys(paths, stub))
             whole = _LastToken(short) if takes_last else short
         one = ClassifierPart(whole, probe.masks, ids.name, shape)
-        inputs, scores = one.inputs(ids), (one.output(0),)
-        parts = (
-            Part("model", one, inputs, scores, "model", probe.masks, trace_sizes=one.trace_sizes),
-        )
+        parts = (one.as_part("model", ids, one.output(0)),)
     settings = {
         **probe.settings(kind),
         "hidden_size": width,

@@ -114,18 +114,10 @@ class EmbeddingFamily:
             embeds = TensorSpec("inputs_embeds", dtype, ("batch", "sequence", narrow))
             cut = probe.without_table(model, table)
             body = EncoderPart(cut, probe.masks, pooling, "inputs_embeds", dense)
-            outputs = (body.output(probe.width),)
+            output = body.output(probe.width)
             parts = (
                 Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
-                Part(
-                    "body",
-                    body,
-                    body.inputs(embeds),
-                    outputs,
-                    "body",
-                    probe.masks,
-                    trace_sizes=body.trace_sizes,
-                ),
+                body.as_part("body", embeds, output),
             )
         else:
             if kind == "stub":
@@ -137,19 +129,8 @@ class EmbeddingFamily:
                 ]
                 model = replace_modules(model, dict.fromkeys(paths, stub))
             whole = EncoderPart(model, probe.masks, pooling, "input_ids", dense)
-            outputs = (whole.output(probe.width),)
-            inputs = whole.inputs(ids)
-            parts = (
-                Part(
-                    "model",
-                    whole,
-                    inputs,
-                    outputs,
-                    "model",
-                    probe.masks,
-                    trace_sizes=whole.trace_sizes,
-                ),
-            )
+            output = whole.output(probe.width)
+            parts = (whole.as_part("model", ids, output),)
         limits = filter(None, (probe.positions, own.max_length))
         settings = {
             **pooling.to_json(),

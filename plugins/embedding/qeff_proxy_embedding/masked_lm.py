@@ -81,15 +81,7 @@ def build_proxy(
         head = HeadPart(model, model.base_model_prefix)
         parts = (
             Part("embedding", EmbeddingPart(table), (ids,), (embeds,), "vocabulary"),
-            Part(
-                "body",
-                body,
-                body.inputs(embeds),
-                (hidden,),
-                "body",
-                probe.masks,
-                trace_sizes=body.trace_sizes,
-            ),
+            body.as_part("body", embeds, hidden),
             Part("lm_head", head, (hidden,), (logits,), "vocabulary"),
         )
     else:
@@ -102,10 +94,7 @@ def build_proxy(
             whole = replace_modules(model, stubs)
             vocabulary = int(matrix.weight.shape[1])
         one = ClassifierPart(whole, probe.masks, ids.name, (*rows, vocabulary))
-        inputs, scores = one.inputs(ids), (one.output(0),)
-        parts = (
-            Part("model", one, inputs, scores, "model", probe.masks, trace_sizes=one.trace_sizes),
-        )
+        parts = (one.as_part("model", ids, one.output(0)),)
     settings = {
         **probe.settings(kind),
         "hidden_size": probe.width,

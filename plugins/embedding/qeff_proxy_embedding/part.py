@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from qeff_proxy.arrays import dtype_name
@@ -15,7 +15,7 @@ from qeff_proxy.families.given_embeddings import embeddings_given, needs_given
 from qeff_proxy.families.model_masks import provide_masks
 from qeff_proxy.families.rotary import rotary_by_length
 from qeff_proxy.families.window_attention import with_open_windows
-from qeff_proxy.parts import MaskKind, MaskSpec, TensorSpec
+from qeff_proxy.parts import MaskKind, MaskSpec, Part, TensorSpec
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -84,10 +84,13 @@ class EncoderPart(nn.Module):
             return TensorSpec("last_hidden_state", dtype, ("batch", "sequence", width))
         return TensorSpec("sentence_embedding", dtype, ("batch", self._vector_width(width)))
 
-    @property
-    def trace_sizes(self) -> dict[str, int]:
-        """The sizes to trace the part at, if not the usual ones: several blocks of a window."""
-        return {"sequence": 3 * self.reach} if self.reach else {}
+    def as_part(
+        self, name: Literal["body", "model"], first: TensorSpec, output: TensorSpec
+    ) -> Part:
+        """It as a part of a proxy, traced at several blocks of a window if it has windows."""
+        sizes = {"sequence": 3 * self.reach} if self.reach else {}
+        inputs = self.inputs(first)
+        return Part(name, self, inputs, (output,), name, self.masks, trace_sizes=sizes)
 
     def _vector_width(self, width: int) -> int:
         if self.pooling.function is None:

@@ -80,7 +80,7 @@ Reader = Callable[[torch.Tensor, torch.Tensor, Buffers], int]
 def as_bytes(words: torch.Tensor) -> torch.Tensor:
     """Integers [rows, columns] as their bytes, uint8 [rows, bytes]."""
     # A transposed row counts as contiguous, but cannot be viewed.
-    return words.flatten().view(torch.uint8).view(len(words), -1)
+    return words.flatten().view(torch.uint8).view(len(words), words.shape[1] * words.itemsize)
 
 
 def unpack(words: torch.Tensor, bits: int, buffers: Buffers | None = None) -> torch.Tensor:
